@@ -1,0 +1,43 @@
+# Everything happens in .venv; nothing depends on what the machine has but Python 3.10 to 3.13 and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+
+.PHONY: help demo test check bench lab format clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(STAMP):
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else f"mmerge needs Python 3.10 to 3.13, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=python3.11 …")'
+	$(PYTHON) -m venv $(VENV)
+	@# torch first and by its exact version: a looser requirement could fetch gigabytes of another build.
+	$(PIP) $(shell grep -h '^torch==' constraints.txt)
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## merge the lab's experts on a local Ray, verify, ask, and print the retention table
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)  ## run the tests
+	$(BIN)/python -m pytest tests
+
+check: $(STAMP)  ## ruff, formatting, and mypy on a plain install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python benchmarks/check_types.py
+
+bench: $(STAMP)  ## measure a build of a synthetic checkpoint: time, memory, input per second
+	$(BIN)/python benchmarks/bench_build.py
+
+lab: $(STAMP)  ## train the lab's base and experts again from nothing (CPU, or a GPU if there is one)
+	$(BIN)/python examples/lab/train.py
+
+format: $(STAMP)  ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove what the targets made
+	rm -rf build $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

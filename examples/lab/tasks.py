@@ -1,0 +1,285 @@
+"""Questions about digits that are seen, heard, filmed or only described in words.
+
+Every prompt lists one to three sources and asks one question, for example::
+
+    image : three in dark ink . sound : <the real sound> . question : which digit is in the sound ?
+    answer :
+
+A source is either described in words or given as the real thing. The base model learns from
+prompts in which all sources are described; an expert from prompts in which its own source is
+real; nobody learns from prompts with two real sources. The answer is always one word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lab import data
+
+MODALITIES = ("image", "audio", "video")
+SOURCE_WORDS = {"image": "image", "audio": "sound", "video": "video"}
+ATTRIBUTES = {"image": data.INKS, "audio": data.VOICES, "video": data.DIRECTIONS}
+SINGLE_QUESTIONS = ("digit", "parity", "large", "next", "attribute")
+JOINT_QUESTIONS = ("same", "bigger")
+# the base learns no others: what follows a digit, and ink, voice and direction, only experts learn
+BASE_QUESTIONS = ("digit", "parity", "large", "same", "bigger")
+
+_ATTRIBUTE_NAMES = {"image": "ink", "audio": "voice", "video": "direction"}
+_DESCRIPTIONS = {
+    "image": ("{digit} {attribute}", "{digit} in {attribute} ink", "a {attribute} {digit}"),
+    "audio": ("{digit} {attribute}", "a {attribute} voice says {digit}", "a {attribute} {digit}"),
+    "video": ("{digit} {attribute}", "{digit} moves {attribute}", "{digit} that moves {attribute}"),
+}
+_FILLER = ("the", "weather", "is", "fine", "a", "boat", "sails", "over", "calm", "water", "today")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a prompt.
+
+    `kind` is `text` (`value` a str), `image` (a PIL image), `audio` (float32 mono samples at
+    `data.SAMPLE_RATE`) or `video` (uint8 frames [frames, height, width, 3]).
+    """
+
+    kind: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt, its one right answer and the name of its task, such as `image/parity`."""
+
+    parts: tuple[Part, ...]
+    answer: str
+    task: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of a prompt: what it shows, and whether it is real or described in words."""
+
+    modality: str
+    digit: int
+    attribute: str
+    real: bool
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about the sources of a prompt, up to `answer :`, and its right answer."""
+
+    kind: str
+    text: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Sources, as texts and real sources not drawn yet, and questions to ask one at a time."""
+
+    sources: tuple[str | Source, ...]
+    questions: tuple[Question, ...]
+
+
+def chance(task: str) -> float:
+    """Accuracy of blind guessing at a task: a name such as `image/digit` or `image+audio/same`."""
+    modalities, question = task.split("/")
+    if question in ("digit", "next"):
+        return 0.1
+    if question == "attribute":
+        options = [len(ATTRIBUTES[m]) for m in modalities.split("+") if m in ATTRIBUTES]
+        return float(np.mean([1 / count for count in options or (2, 2, 4)]))
+    return 0.5
+
+
+def vocabulary() -> list[str]:
+    """Every word that occurs in a prompt or an answer, in a fixed order."""
+    texts = [*data.DIGIT_WORDS, *SOURCE_WORDS.values(), ". : ? , question answer note"]
+    for modality in MODALITIES:
+        texts += [*ATTRIBUTES[modality], *_DESCRIPTIONS[modality]]
+        texts += [ask for question in SINGLE_QUESTIONS for ask in _ask(question, modality, None)]
+    texts += [ask for question in JOINT_QUESTIONS for ask in _ask(question, "image", "audio")]
+    texts += ["odd even yes no", *_FILLER]
+    words = [word for text in texts for word in text.split() if "{" not in word]
+    return list(dict.fromkeys(words))
+
+
+def _ask(question: str, modality: str, other: str | None) -> tuple[str, ...]:
+    """The ways of asking a question about one source, or about two."""
+    one = SOURCE_WORDS[modality]
+    if question == "digit":
+        return f"which digit is in the {one} ?", f"what is the digit of the {one} ?"
+    if question == "parity":
+        return (f"is the digit in the {one} odd or even ?",)
+    if question == "large":
+        return (f"is the digit in the {one} larger than four ?",)
+    if question == "next":
+        return (f"which digit comes after the digit in the {one} ?",)
+    if question == "attribute":
+        return (f"which {_ATTRIBUTE_NAMES[modality]} is in the {one} ?",)
+    two = SOURCE_WORDS[other or modality]
+    if question == "same":
+        return (f"do the {one} and the {two} have the same digit ?",)
+    return (f"which digit is larger , the {one} or the {two} ?",)
+
+
+def _answer(question: str, one: Source, two: Source | None) -> str:
+    """The right answer."""
+    if question == "digit":
+        return data.DIGIT_WORDS[one.digit]
+    if question == "parity":
+        return "odd" if one.digit % 2 else "even"
+    if question == "large":
+        return "yes" if one.digit > 4 else "no"
+    if question == "next":
+        return data.DIGIT_WORDS[(one.digit + 1) % 10]
+    if question == "attribute":
+        return one.attribute
+    assert two is not None
+    if question == "same":
+        return "yes" if one.digit == two.digit else "no"
+    return SOURCE_WORDS[(one if one.digit > two.digit else two).modality]
+
+
+def _describe(source: Source, rng: np.random.Generator) -> str:
+    """A source in words."""
+    ways = _DESCRIPTIONS[source.modality]
+    return ways[rng.integers(len(ways))].format(
+        digit=data.DIGIT_WORDS[source.digit], attribute=source.attribute
+    )
+
+
+def _make_question(kind: str, sources: Sequence[Source], rng: np.random.Generator) -> Question:
+    """A question of a kind about any of the sources (joint kinds: about any two)."""
+    order = [sources[index] for index in rng.permutation(len(sources))]
+    if kind == "attribute":  # of a real source, where there is one
+        order.sort(key=lambda source: not source.real)
+    one, two = order[0], None
+    if kind in JOINT_QUESTIONS:
+        equal = kind == "same" and rng.random() < 0.8
+        pairs = [(a, b) for a in order for b in order if a is not b]
+        fitting = [(a, b) for a, b in pairs if (a.digit == b.digit) == equal]
+        if not fitting and kind == "bigger":
+            kind = "same"
+        one, two = (fitting or pairs)[0]
+    asks = _ask(kind, one.modality, two.modality if two else None)
+    text = f"question : {asks[rng.integers(len(asks))]} answer :"
+    return Question(kind, text, _answer(kind, one, two))
+
+
+def make_prompt(
+    modalities: Sequence[str],
+    real: Sequence[str],
+    *,
+    rng: np.random.Generator,
+    kinds: Sequence[str],
+    filler: bool = False,
+) -> Prompt:
+    """A random prompt with these sources, of which those in `real` are real.
+
+    It has one question of each of the `kinds`. `filler` now and then puts a note of some
+    meaningless words among the sources (used for training alone, so that the place of a source
+    in the prompt varies).
+    """
+    digits = rng.integers(10, size=len(modalities))
+    if len(modalities) > 1:
+        # two sources show the same digit in half of the prompts that ask about it
+        first, second = rng.permutation(len(modalities))[:2]
+        if "same" in kinds and rng.integers(2):
+            digits[second] = digits[first]
+        elif digits[first] == digits[second]:
+            digits[second] = (digits[first] + rng.integers(1, 10)) % 10
+    sources = []
+    for modality, digit in zip(modalities, digits, strict=True):
+        options = ATTRIBUTES[modality]
+        attribute = options[rng.integers(len(options))]
+        sources.append(Source(modality, int(digit), attribute, modality in real))
+
+    pieces: list[str | Source] = []
+    for index in rng.permutation(len(sources)):
+        if filler and rng.random() < 0.15:
+            words = [_FILLER[i] for i in rng.integers(len(_FILLER), size=rng.integers(1, 13))]
+            pieces.append(f"note : {' '.join(words)} .")
+        source = sources[index]
+        pieces.append(f"{SOURCE_WORDS[source.modality]} :")
+        pieces.append(source if source.real else _describe(source, rng))
+        pieces.append(".")
+    questions = tuple(_make_question(kind, sources, rng) for kind in kinds)
+    return Prompt(_join_texts(pieces), questions)
+
+
+def _join_texts(pieces: Sequence[str | Source]) -> tuple[str | Source, ...]:
+    """Neighbouring texts joined by blanks."""
+    joined: list[str | Source] = []
+    for piece in pieces:
+        if joined and isinstance(piece, str) and isinstance(joined[-1], str):
+            joined[-1] = f"{joined[-1]} {piece}"
+        else:
+            joined.append(piece)
+    return tuple(joined)
+
+
+def draw_source(source: Source, *, split: str, rng: np.random.Generator) -> Any:
+    """The real image, sound or video of a source."""
+    draw = {"image": data.draw_image, "audio": data.draw_sound, "video": data.draw_video}
+    return draw[source.modality](source.digit, source.attribute, split=split, rng=rng)
+
+
+def _to_example(prompt: Prompt, modality: str, split: str, rng: np.random.Generator) -> Example:
+    """The prompt with its real sources drawn and its first question asked."""
+    question = prompt.questions[0]
+    parts = tuple(
+        Part("text", piece)
+        if isinstance(piece, str)
+        else Part(piece.modality, draw_source(piece, split=split, rng=rng))
+        for piece in _join_texts([*prompt.sources, question.text])
+    )
+    return Example(parts, question.answer, f"{modality}/{question.kind}")
+
+
+def _generator(split: str, seed: int, modalities: Sequence[str]) -> np.random.Generator:
+    """A generator of random numbers of its own for each split, seed and set of modalities."""
+    mark = sum(1 << ("text", *MODALITIES).index(modality) for modality in modalities)
+    return np.random.default_rng([data.SPLITS.index(split), seed, mark])
+
+
+def make_examples(modality: str, *, split: str, num_examples: int, seed: int) -> list[Example]:
+    """Examples of one modality, its questions in turn.
+
+    For `image`, `audio` and `video` the prompt has that one source, and it is real. For `text`
+    it has one to three sources, all described in words.
+    """
+    rng = _generator(split, seed, [modality])
+    examples = []
+    for index in range(num_examples):
+        if modality == "text":
+            kind = BASE_QUESTIONS[index % len(BASE_QUESTIONS)]
+            fewest = 2 if kind in JOINT_QUESTIONS else 1
+            modalities = rng.permutation(MODALITIES)[: rng.integers(fewest, 4)].tolist()
+            prompt = make_prompt(modalities, (), rng=rng, kinds=[kind])
+        else:
+            kind = SINGLE_QUESTIONS[index % len(SINGLE_QUESTIONS)]
+            prompt = make_prompt([modality], [modality], rng=rng, kinds=[kind])
+        examples.append(_to_example(prompt, modality, split, rng))
+    return examples
+
+
+def make_mixed_examples(
+    modalities: Sequence[str], *, split: str, num_examples: int, seed: int
+) -> list[Example]:
+    """Examples with two or three real sources, the questions in turn.
+
+    Single questions ask about any one of the sources, joint questions about two of them.
+    """
+    rng = _generator(split, seed, modalities)
+    questions = SINGLE_QUESTIONS + JOINT_QUESTIONS
+    examples = []
+    for index in range(num_examples):
+        kind = questions[index % len(questions)]
+        prompt = make_prompt(modalities, modalities, rng=rng, kinds=[kind])
+        examples.append(_to_example(prompt, "+".join(modalities), split, rng))
+    return examples

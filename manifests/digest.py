@@ -1,0 +1,60 @@
+"""Names that are digests: BLAKE3 of bytes, and of JSON in one canonical form."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from blake3 import blake3
+
+SHOWN_DIGITS = 12
+"""Hex digits of a digest shown to people; all 64 are stored."""
+
+
+def digest_bytes(data: bytes | memoryview) -> str:
+    """Return the BLAKE3 digest of `data` as 64 hex digits."""
+    return str(blake3(data).hexdigest())
+
+
+def to_canonical_json(value: Any) -> bytes:
+    """Return `value` as JSON with sorted keys, no spaces and no NaN: equal values give equal bytes.
+
+    Raises:
+        ValueError: `value` holds NaN or Inf.
+        TypeError: `value` holds something that JSON has no form for.
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode()
+
+
+def digest_json(value: Any) -> str:
+    """Return the digest of `value` in canonical JSON."""
+    return digest_bytes(to_canonical_json(value))
+
+
+def parse_json(data: bytes, *, what: str, max_bytes: int = 256 << 20) -> Any:
+    """Return the value of strict JSON: no duplicate keys, no NaN, at most `max_bytes` long.
+
+    Raises:
+        ValueError: the text breaks one of these rules; the message begins with `what`.
+    """
+    if len(data) > max_bytes:
+        raise ValueError(f"{what}: {len(data):,} bytes of JSON, at most {max_bytes:,} are read")
+
+    def refuse_constant(name: str) -> Any:
+        raise ValueError(f"{what}: {name} is no JSON number")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise ValueError(f"{what}: key {key!r} stands twice")
+            found[key] = value
+        return found
+
+    try:
+        return json.loads(data, object_pairs_hook=unique, parse_constant=refuse_constant)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{what}: no valid JSON ({error})") from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{what}: no valid JSON ({type(error).__name__})") from error

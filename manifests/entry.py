@@ -1,0 +1,122 @@
+"""What one task wrote: an object and the tensors in it. Entries are the lines of a manifest."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from mmerge.manifests.digest import parse_json, to_canonical_json
+from mmerge.manifests.errors import ManifestError, NotFound, StoreError
+from mmerge.manifests.store import Store, check_key
+
+Role = Literal["base", "delta", "mask", "merged", "carried", "extra_rows"]
+"""What a stored tensor is: base weights, τ⋆, one packed modality mask, a merged plain tensor, a tensor copied from an
+expert, or the vocabulary rows that an expert added."""
+
+DIGEST_PATTERN = r"^[0-9a-f]{64}$"
+
+
+class Record(BaseModel):
+    """A frozen piece of a manifest; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class TensorStatistics(Record):
+    """What was counted for one piece of a tensor. Shares are counts / `num_entries`.
+
+    A mask row has the fields of its expert, a delta or merged row those of the election.
+    """
+
+    num_entries: int
+    num_kept: int | None = None
+    """Entries of this expert that are not zero after trimming."""
+    num_agreeing: int | None = None
+    """Kept entries whose sign is the elected one."""
+    num_masked: int | None = None
+    """Entries of this expert's mask that are 1."""
+    task_vector_norm: float | None = None
+    """‖τᵢ‖₂ before trimming."""
+    delta_norm: float | None = None
+    """‖τ⋆‖₂ as stored."""
+    consensus: tuple[int, ...] | None = None
+    """How many entries are wanted by exactly 0, 1, …, n experts (METHODS: catastrophic, selfish, …)."""
+    overlaps: tuple[int, ...] | None = None
+    """Entries wanted by both experts of each pair (0,1), (0,2), …, (1,2), … in recipe order."""
+
+
+class TensorRow(Record):
+    """One tensor, or a piece of its rows, in one object; `offset` counts bytes from the start of the object."""
+
+    name: str
+    role: Role
+    expert: str = ""
+    dtype: str
+    shape: tuple[int, ...]
+    row_start: int
+    row_stop: int
+    offset: int = Field(ge=0)
+    num_bytes: int = Field(ge=0)
+    digest: str = Field(pattern=DIGEST_PATTERN)
+    statistics: TensorStatistics | None = None
+
+
+class ObjectEntry(Record):
+    """One stored object as the manifest lists it: where it is, how long, and the digest of its content."""
+
+    key: str
+    shard: str
+    role: Literal["base", "merge", "carry"]
+    expert: str = ""
+    num_bytes: int = Field(ge=0)
+    digest: str = Field(pattern=DIGEST_PATTERN)
+
+    @field_validator("key")
+    @classmethod
+    def _stays_inside(cls, key: str) -> str:
+        try:
+            return check_key(key)
+        except StoreError as error:
+            raise ValueError(Exception.__str__(error)) from error
+
+
+class ShardEntry(Record):
+    """All that the driver learns of one finished task; tensors stay in the store."""
+
+    object: ObjectEntry
+    tensors: tuple[TensorRow, ...]
+
+
+def object_key(digest: str) -> str:
+    """Return the key of the object whose inputs and numbers have this digest."""
+    return f"objects/{digest}.safetensors"
+
+
+def entry_key(digest: str) -> str:
+    """Return the key of the entry that says the object of this digest is complete."""
+    return f"objects/{digest}.json"
+
+
+def read_entry(store: Store, digest: str) -> ShardEntry | None:
+    """Return the entry of a finished shard, or None where no task has finished it.
+
+    Raises:
+        ManifestError: an entry is there but cannot be read.
+    """
+    key = entry_key(digest)
+    try:
+        raw = store.read(key)
+    except NotFound:
+        return None
+    try:
+        return ShardEntry.model_validate(parse_json(raw, what=key))
+    except ValueError as error:
+        raise ManifestError(
+            f"{store.uri}: {key} is damaged ({str(error).splitlines()[0]}). Delete it; the next run writes it again"
+        ) from error
+
+
+def write_entry(store: Store, digest: str, entry: ShardEntry) -> None:
+    """Record that the object of this digest is complete. Written after the object, never before."""
+    store.put(entry_key(digest), to_canonical_json(entry.model_dump(mode="json", exclude_none=True)))

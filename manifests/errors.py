@@ -1,0 +1,64 @@
+"""Errors that a user can act on: each names the thing, both sides where there are two, and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class MmergeError(Exception):
+    """Base of all errors this project raises on purpose; the CLI prints it as one line."""
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}: {super().__str__()}"
+
+
+class RecipeError(MmergeError):
+    """The recipe is not valid; the message begins with the path of the key."""
+
+
+class CheckpointError(MmergeError):
+    """A base or expert checkpoint cannot be read, is damaged, or does not fit the base."""
+
+
+class ShapeMismatch(CheckpointError):
+    """A tensor has one shape in the base and another in an expert."""
+
+
+class NonFiniteError(CheckpointError):
+    """An input tensor holds NaN or Inf."""
+
+
+class StoreError(MmergeError):
+    """The object store cannot be opened, read or written."""
+
+
+class NotFound(StoreError):
+    """The store has no object of that key."""
+
+
+class AlreadyExists(StoreError):
+    """The store already has an object of that key; nothing was overwritten."""
+
+
+class ManifestError(MmergeError):
+    """A manifest is missing, damaged, or of a version this reader does not know."""
+
+
+class DamagedObject(ManifestError):
+    """The bytes of an object are not the bytes its manifest describes."""
+
+
+class PromptError(MmergeError):
+    """A prompt cannot be answered by this composite."""
+
+
+class TaskErrors(MmergeError):
+    """Several tasks failed; the message holds every failure, one per line."""
+
+    def __init__(self, failures: Sequence[str]) -> None:
+        self.failures = list(failures)
+        noun = "task" if len(self.failures) == 1 else "tasks"
+        super().__init__(f"{len(self.failures)} {noun} failed; finished shards are kept:\n  " + "\n  ".join(self.failures))
+
+    def __reduce__(self) -> tuple[type[TaskErrors], tuple[list[str]]]:
+        return (type(self), (self.failures,))

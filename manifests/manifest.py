@@ -1,0 +1,165 @@
+"""The record of a build: written last, once, never changed. From that moment on the build exists.
+
+A manifest holds no time, path or host: two builders of the same recipe write the same bytes. When, from where and with
+which versions a build was made stands in its references.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from mmerge.manifests.digest import digest_bytes, parse_json, to_canonical_json
+from mmerge.manifests.entry import DIGEST_PATTERN, ObjectEntry, Record
+from mmerge.manifests.errors import AlreadyExists, ManifestError, NotFound
+from mmerge.manifests.store import Store
+
+FORMAT = "mmerge-composite"
+VERSION = 1
+"""Version of the format that is written here, and the only one that is read."""
+
+Kind = Literal["masks", "plain", "adapters"]
+
+
+class FileEntry(Record):
+    """A small file copied whole (configuration, tokenizer, processor), stored under its digest."""
+
+    name: str
+    num_bytes: int = Field(ge=0)
+    digest: str = Field(pattern=DIGEST_PATTERN)
+
+    @property
+    def key(self) -> str:
+        """The key of the stored file."""
+        return f"files/{self.digest}"
+
+
+class BaseRecord(Record):
+    """The base model: the digest of its tensors and files, and its small files."""
+
+    revision: str
+    files: tuple[FileEntry, ...]
+
+
+class ExpertRecord(Record):
+    """One expert: what it was, and how its files name the tensors that it shares with the base."""
+
+    name: str
+    modality: str
+    revision: str
+    parameters: dict[str, Any]
+    renames: tuple[tuple[str, str], ...]
+    """(prefix in the base, prefix in the expert's files), longest first."""
+    placeholder: str | None = None
+    template: str | None = None
+    files: tuple[FileEntry, ...]
+
+
+class TableEntry(Record):
+    """Where the Parquet table of tensors is."""
+
+    key: str
+    num_bytes: int
+    digest: str = Field(pattern=DIGEST_PATTERN)
+
+
+class Manifest(Record):
+    """One build. `build` is its name: the digest of everything that made it."""
+
+    format: Literal["mmerge-composite"] = "mmerge-composite"
+    version: Literal[1] = 1
+    build: str = Field(pattern=DIGEST_PATTERN)
+    kind: Kind
+    method: str
+    parameters: dict[str, Any]
+    merge: Literal["all", "linear"]
+    dtype: str
+    template: str | None = None
+    base: BaseRecord
+    experts: tuple[ExpertRecord, ...]
+    entries: tuple[ObjectEntry, ...]
+    table: TableEntry
+
+    def to_expert(self, name: str) -> ExpertRecord:
+        """Return the record of one expert. Raises ManifestError when there is none of that name."""
+        for expert in self.experts:
+            if expert.name == name:
+                return expert
+        raise ManifestError(f"build {self.build[:12]} has no expert {name!r}; it has {', '.join(e.name for e in self.experts)}")
+
+    def rename(self, name: str, *, expert: str) -> str:
+        """Return the name that a tensor of the base has in an expert's files."""
+        for base_prefix, expert_prefix in self.to_expert(expert).renames:
+            if name.startswith(base_prefix):
+                return expert_prefix + name[len(base_prefix) :]
+        return name
+
+
+def manifest_key(build: str) -> str:
+    """Return the key of a build's manifest."""
+    return f"builds/{build}/manifest.json"
+
+
+def to_manifest_bytes(manifest: Manifest) -> bytes:
+    """Return the manifest as the bytes that are stored."""
+    return to_canonical_json(manifest.model_dump(mode="json", exclude_none=True)) + b"\n"
+
+
+def write_manifest(store: Store, manifest: Manifest) -> bool:
+    """Commit a build; return False when an equal manifest was there already.
+
+    Raises:
+        ManifestError: another manifest of the same name is there.
+    """
+    data = to_manifest_bytes(manifest)
+    try:
+        store.put_new(manifest_key(manifest.build), data)
+    except AlreadyExists:
+        if store.read(manifest_key(manifest.build)) != data:
+            raise ManifestError(
+                f"{store.uri}: build {manifest.build[:12]} is there with another manifest. "
+                "Run 'mmerge verify' on it; if it is damaged, delete it and run again"
+            ) from None
+        return False
+    return True
+
+
+def read_manifest(store: Store, build: str) -> Manifest:
+    """Return the manifest of a build.
+
+    Raises:
+        ManifestError: there is none, its version is unknown, or it is damaged.
+    """
+    key = manifest_key(build)
+    where = f"{store.uri}: {key}"
+    try:
+        data = store.read(key)
+    except NotFound:
+        raise ManifestError(f"{where}: no such build. 'mmerge show {store.uri}' lists what is there") from None
+    try:
+        raw = parse_json(data, what="manifest")
+    except ValueError as error:
+        raise ManifestError(f"{where}: {error}. The manifest is damaged") from error
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise ManifestError(f"{where}: is no {FORMAT} manifest")
+    if raw.get("version") != VERSION:
+        raise ManifestError(
+            f"{where}: has format version {raw.get('version')!r}, this mmerge reads version {VERSION}. Use the mmerge that wrote it, or a newer one"
+        )
+    try:
+        manifest = Manifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ManifestError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}. The manifest is damaged") from error
+    if manifest.build != build:
+        raise ManifestError(f"{where}: describes build {manifest.build[:12]}, not {build[:12]}. The manifest is damaged")
+    return manifest
+
+
+def read_file(store: Store, entry: FileEntry) -> bytes:
+    """Return the bytes of a small stored file. Raises ManifestError when they are not what the manifest says."""
+    data = store.read(entry.key)
+    if digest_bytes(data) != entry.digest:
+        raise ManifestError(f"{store.uri}: {entry.key} ({entry.name}) is damaged: its digest differs from the manifest's")
+    return data

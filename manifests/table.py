@@ -1,0 +1,79 @@
+"""The Parquet table of a build: one row per stored tensor piece, for loaders and for questions by DuckDB or pandas."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+from mmerge.manifests.digest import digest_bytes
+from mmerge.manifests.entry import ShardEntry, TensorRow, TensorStatistics
+from mmerge.manifests.errors import ManifestError, NotFound
+from mmerge.manifests.manifest import TableEntry
+from mmerge.manifests.store import Store
+
+SCHEMA = pa.schema(
+    [
+        ("object", pa.string()), ("shard", pa.string()), ("layer", pa.int32()), ("name", pa.string()), ("role", pa.string()),
+        ("expert", pa.string()), ("dtype", pa.string()), ("shape", pa.list_(pa.int64())), ("row_start", pa.int64()),
+        ("row_stop", pa.int64()), ("offset", pa.int64()), ("num_bytes", pa.int64()), ("digest", pa.string()),
+        ("num_entries", pa.int64()), ("num_kept", pa.int64()), ("num_agreeing", pa.int64()), ("num_masked", pa.int64()),
+        ("task_vector_norm", pa.float32()), ("delta_norm", pa.float32()),
+        ("consensus", pa.list_(pa.int64())), ("overlaps", pa.list_(pa.int64())),
+    ]
+)  # fmt: skip
+_STATISTICS = ("num_entries", "num_kept", "num_agreeing", "num_masked", "task_vector_norm", "delta_norm", "consensus", "overlaps")
+
+
+class StoredRow(TensorRow):
+    """A tensor row together with the object that holds it."""
+
+    object: str
+    shard: str
+
+
+def layer_of(name: str) -> int | None:
+    """Return the number of the layer that a tensor belongs to, None for embeddings, the last norm and the head."""
+    match = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    return int(match[1]) if match else None
+
+
+def make_table(entries: Iterable[ShardEntry]) -> bytes:
+    """Return the Parquet file of these entries, row by row in their order."""
+    rows: list[dict[str, Any]] = []
+    for entry in entries:
+        for tensor in entry.tensors:
+            row = tensor.model_dump(exclude={"statistics"})
+            statistics = tensor.statistics.model_dump() if tensor.statistics else {}
+            row |= {name: statistics.get(name) for name in _STATISTICS}
+            rows.append(row | {"object": entry.object.key, "shard": entry.object.shard, "layer": layer_of(tensor.name)})
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink, compression="zstd")
+    return sink.getvalue()
+
+
+def read_table_bytes(store: Store, entry: TableEntry) -> bytes:
+    """Return the bytes of a build's table. Raises ManifestError when they are missing or not what the manifest says."""
+    try:
+        data = store.read(entry.key)
+    except NotFound:
+        raise ManifestError(f"{store.uri}: {entry.key} is missing: the build is not whole. Run the recipe again") from None
+    if digest_bytes(data) != entry.digest:
+        raise ManifestError(f"{store.uri}: {entry.key} is damaged: its digest differs from the manifest's. Run the recipe again")
+    return data
+
+
+def read_table(store: Store, entry: TableEntry) -> list[StoredRow]:
+    """Return all rows of a build's table. Raises ManifestError when it is missing or damaged."""
+    table = pq.read_table(io.BytesIO(read_table_bytes(store, entry)))
+    rows = []
+    for raw in table.to_pylist():
+        raw.pop("layer")
+        statistics = {name: raw.pop(name) for name in _STATISTICS}
+        raw["statistics"] = TensorStatistics(**statistics) if statistics["num_entries"] is not None else None
+        rows.append(StoredRow(**raw))
+    return rows

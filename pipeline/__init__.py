@@ -1,0 +1,74 @@
+"""Decisions: recipe → plan → run → manifest, and the Python names of the project, loaded when first used."""
+
+from __future__ import annotations
+
+if __name__ != "mmerge.pipeline":
+    raise ImportError(f"import 'mmerge.pipeline', not {__name__!r}: a second copy has other classes")
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmerge.manifests.errors import MmergeError
+    from mmerge.manifests.manifest import Manifest
+    from mmerge.manifests.verify import VerifyReport, verify
+    from mmerge.pipeline.build import RunReport, run
+    from mmerge.pipeline.plan import MergePlan, make_plan
+    from mmerge.pipeline.recipe import Recipe, make_recipe_schema, parse_recipe, read_recipe
+    from mmerge.pipeline.show import read_build
+    from mmerge.workers.composite import Composite
+    from mmerge.workers.export import export
+    from mmerge.workers.load import load_composite
+    from mmerge.workers.prompt import Part
+
+_PLACES = {
+    "MmergeError": "mmerge.manifests.errors",
+    "Manifest": "mmerge.manifests.manifest",
+    "VerifyReport": "mmerge.manifests.verify",
+    "verify": "mmerge.manifests.verify",
+    "MergePlan": "mmerge.pipeline.plan",
+    "make_plan": "mmerge.pipeline.plan",
+    "Recipe": "mmerge.pipeline.recipe",
+    "make_recipe_schema": "mmerge.pipeline.recipe",
+    "parse_recipe": "mmerge.pipeline.recipe",
+    "read_recipe": "mmerge.pipeline.recipe",
+    "RunReport": "mmerge.pipeline.build",
+    "run": "mmerge.pipeline.build",
+    "read_build": "mmerge.pipeline.show",
+    "Composite": "mmerge.workers.composite",
+    "load_composite": "mmerge.workers.load",
+    "Part": "mmerge.workers.prompt",
+    "export": "mmerge.workers.export",
+}
+
+__all__ = [
+    "Composite",
+    "Manifest",
+    "MergePlan",
+    "MmergeError",
+    "Part",
+    "Recipe",
+    "RunReport",
+    "VerifyReport",
+    "export",
+    "load_composite",
+    "make_plan",
+    "make_recipe_schema",
+    "parse_recipe",
+    "read_build",
+    "read_recipe",
+    "run",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'mmerge.pipeline' has no attribute {name!r}")
+    value = getattr(import_module(_PLACES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,286 @@
+"""The command line: recipes in, composites out. Heavy modules are imported only by the commands that need them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from mmerge.manifests.errors import MmergeError, RecipeError
+
+if TYPE_CHECKING:
+    from mmerge.pipeline.plan import MergePlan
+    from mmerge.pipeline.progress import Progress
+
+HELP = """Merge multimodal LLM experts into one composite model, without training.
+
+You have a base LLM and several experts tuned from it, one for images, one for audio, one for video. Write a *recipe* that names
+them, then:
+
+    mmerge plan recipe.yaml          what will be read, written and held in memory
+    mmerge run recipe.yaml           merge, on this machine or on a Ray cluster
+    mmerge show build/store          what was built, and how much of each expert is kept
+    mmerge verify build/store        re-read everything and compare digests
+    mmerge generate build/store --image a.png --audio b.wav "What do these share?"
+    mmerge export build/store --expert image --to DIR     an ordinary checkpoint for transformers
+
+A composite is addressed as STORE, or as STORE#NAME, STORE#NAME@3 or STORE#DIGEST where a store holds several.
+A run that was killed continues when the same command is given again.
+"""
+EPILOG = "Exit codes: 0 done; 1 an error, explained in one message; 2 wrong usage; 130 interrupted, finished shards are kept."
+
+app = typer.Typer(
+    help=HELP, epilog=EPILOG, rich_markup_mode="markdown", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True)
+_debug = False
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="the recipe, a YAML file ('mmerge schema' describes it)")]
+UriArgument = Annotated[str, typer.Argument(metavar="URI", help="the composite: STORE or STORE#NAME")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
+BlockOption = Annotated[
+    int | None,
+    typer.Option(
+        "--block-entries", help="entries of a tensor in memory at once, a multiple of 65536; no effect on the result", show_default=False
+    ),
+]
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        print(f"mmerge {version('mmerge')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error, and debug messages")] = False,
+    version: Annotated[bool, typer.Option("--version", help="print the version and exit", callback=_print_version, is_eager=True)] = False,
+) -> None:
+    global _debug
+    _debug = debug
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    logging.getLogger("mmerge").setLevel(logging.DEBUG if debug else logging.INFO)
+    for noisy in ("httpx", "transformers", "filelock", "urllib3"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _make_plan(recipe: Path, block_entries: int | None) -> MergePlan:
+    from mmerge.pipeline.plan import DEFAULT_BLOCK_ENTRIES, make_plan
+    from mmerge.pipeline.recipe import read_recipe
+
+    try:
+        return make_plan(read_recipe(recipe), block_entries=block_entries or DEFAULT_BLOCK_ENTRIES)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+
+
+@app.command()
+def plan(recipe: RecipeArgument, as_json: JsonOption = False, block_entries: BlockOption = None) -> None:
+    """Show what a run would read, write and hold in memory. Reads only safetensors headers."""
+    from mmerge.pipeline.report import plan_to_json, print_plan
+
+    made = _make_plan(recipe, block_entries)
+    if as_json:
+        print(json.dumps(plan_to_json(made), indent=2))
+    else:
+        print_plan(made, out)
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    executor: Annotated[
+        str, typer.Option("--executor", metavar="ray|serial", help="where tasks run: on Ray, or one after the other in this process")
+    ] = "ray",
+    address: Annotated[
+        str | None, typer.Option("--address", help="address of a Ray cluster; a local Ray is started without one", show_default=False)
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="cores of the local Ray; all cores if absent", show_default=False)
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="compute everything again, whatever the store has")] = False,
+    block_entries: BlockOption = None,
+) -> None:
+    """Build the composite of a recipe. A killed run continues; a second run of the same recipe does nothing and says so."""
+    from mmerge.pipeline.build import run as run_plan
+    from mmerge.pipeline.executor import open_executor
+    from mmerge.pipeline.report import print_run
+
+    if executor not in ("ray", "serial"):
+        raise RecipeError(f"--executor: expected 'ray' or 'serial', got {executor!r}")
+    if executor == "serial" and workers is not None:
+        raise RecipeError("--workers has no effect with --executor serial. Leave one of them out")
+    made = _make_plan(recipe, block_entries)
+    where = open_executor("serial" if executor == "serial" else "ray", address=address, num_workers=workers)
+    try:
+        with _progress() as progress:
+            report = run_plan(made, executor=where, progress=progress, fresh=fresh)
+    finally:
+        where.close()
+    print_run(report, out)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    from mmerge.pipeline.progress import BarProgress, LogProgress
+
+    if err.is_terminal:
+        with BarProgress(err) as bars:
+            yield bars
+    else:
+        yield LogProgress()
+
+
+@app.command()
+def show(
+    uri: UriArgument,
+    as_json: JsonOption = False,
+    layers: Annotated[bool, typer.Option("--layers", help="mask statistics per layer as well")] = False,
+) -> None:
+    """Show a composite: what it was made from, its masks, and what the experts share. Or list the composites of a store."""
+    from mmerge.manifests.reference import list_references, split_uri
+    from mmerge.manifests.store import open_store
+    from mmerge.pipeline.report import print_build, print_references
+    from mmerge.pipeline.show import read_build, read_references, to_json
+
+    store_uri, fragment = split_uri(uri)
+    if not fragment and not as_json:
+        store = open_store(store_uri)
+        if len(list_references(store)) > 1:
+            print_references(read_references(store), out, store_uri=store_uri)
+            return
+    summary = read_build(uri)
+    if as_json:
+        print(json.dumps(to_json(summary), indent=2))
+    else:
+        print_build(summary, out, layers=layers)
+
+
+@app.command()
+def verify(uri: UriArgument) -> None:
+    """Re-read a composite and compare every digest with its manifest. Exit code 1 if anything is damaged, with its name."""
+    from mmerge.manifests.verify import verify as verify_build
+    from mmerge.pipeline.progress import to_size
+
+    report = verify_build(uri)
+    report.check()
+    out.print(f"[green]verified[/] build {report.build[:12]}: {report.num_objects} objects, {to_size(report.num_bytes)}, all digests equal")
+
+
+@app.command()
+def generate(
+    uri: UriArgument,
+    question: Annotated[
+        str, typer.Argument(metavar="QUESTION", help="what to ask; {image}, {audio}, … in it say where a medium goes")
+    ] = "",
+    image: Annotated[list[Path] | None, typer.Option("--image", help="an image file; may be repeated", show_default=False)] = None,
+    audio: Annotated[list[Path] | None, typer.Option("--audio", help="a sound file; may be repeated", show_default=False)] = None,
+    video: Annotated[
+        list[Path] | None, typer.Option("--video", help="a video file (animated GIF, WebP or PNG); may be repeated", show_default=False)
+    ] = None,
+    media: Annotated[
+        list[str] | None,
+        typer.Option("--media", metavar="KIND=FILE", help="a file for any other modality, or for an expert by name", show_default=False),
+    ] = None,
+    expert: Annotated[
+        str | None,
+        typer.Option("--expert", help="rebuild this expert alone (retention), instead of routing by modality", show_default=False),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="longest answer, in tokens")] = 64,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, …")] = "cpu",
+) -> None:
+    """Ask a composite about text, images, sounds and videos, alone or together."""
+    from mmerge.pipeline import Part, load_composite
+
+    parts = [Part(kind, path) for kind, paths in (("image", image), ("audio", audio), ("video", video)) for path in paths or []]
+    for pair in media or []:
+        kind, equals, path = pair.partition("=")
+        if not equals or not kind or not path:
+            raise RecipeError(f"--media: expected KIND=FILE, got {pair!r}")
+        parts.append(Part(kind, path))
+    if not question and not parts:
+        raise RecipeError("generate: give a question, or an --image, --audio or --video")
+    composite = load_composite(uri, mode="retention" if expert else "expansion", expert=expert, device=device)
+    print(composite.generate(composite.prompt(question, parts), max_new_tokens=max_new_tokens))
+
+
+@app.command()
+def export(
+    uri: UriArgument,
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="where to write it: a new or empty folder")],
+    expert: Annotated[
+        str | None,
+        typer.Option("--expert", help="the expert to rebuild; without it, the language model for text alone", show_default=False),
+    ] = None,
+) -> None:
+    """Write an ordinary Hugging Face checkpoint that transformers loads with from_pretrained, processor and all."""
+    from mmerge.pipeline import export as export_checkpoint
+    from mmerge.pipeline.progress import to_size
+
+    report = export_checkpoint(uri, to, expert=expert)
+    out.print(f"wrote {report.num_tensors} tensors, {to_size(report.num_bytes)}, to {escape(report.folder)}: {', '.join(report.files)}")
+
+
+@app.command()
+def methods() -> None:
+    """List the merge methods with their parameters and sources."""
+    from mmerge.pipeline.report import print_methods
+
+    print_methods(out)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors and for validation elsewhere."""
+    from mmerge.pipeline.recipe import make_recipe_schema
+
+    print(json.dumps(make_recipe_schema(), indent=2))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    try:
+        result: Any = app(arguments, standalone_mode=False)
+        code = result if isinstance(result, int) else 0
+    except MmergeError as error:
+        if _debug:
+            raise
+        err.print(f"[red]error:[/] {escape(str(error))}", highlight=False)
+        code = 1
+    except KeyboardInterrupt:
+        err.print("[yellow]interrupted[/]: finished shards are kept; give the same command again to continue")
+        code = 130
+    except (typer.Abort, EOFError):
+        code = 130
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except Exception as error:  # noqa: BLE001 - the last door: one line to the user, the traceback with --debug
+        code = _report_unknown(error)
+    sys.exit(code)
+
+
+def _report_unknown(error: Exception) -> int:
+    show_usage = getattr(error, "show", None)
+    if callable(show_usage):
+        show_usage()
+        return int(getattr(error, "exit_code", 2))
+    if _debug:
+        raise error
+    first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    err.print(
+        f"[red]error:[/] {escape(type(error).__name__)}: {escape(first)}\nThis is not an error we expected; --debug before the command shows where it comes from",
+        highlight=False,
+    )
+    return 1

@@ -1,0 +1,267 @@
+"""The plan: every task of a build decided from headers alone. Pure data; the same recipe gives the same plan."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mmerge.manifests.entry import Role
+from mmerge.manifests.errors import CheckpointError
+from mmerge.manifests.header import DTYPE_BYTES, FLOAT_DTYPES
+from mmerge.manifests.store import WRITER_BUFFER_BYTES, WRITER_CONCURRENCY
+from mmerge.pipeline.layout import CarriedTensor, Layout, SharedTensor, make_layout
+from mmerge.pipeline.recipe import Recipe
+from mmerge.workers.checkpoint import Checkpoint, TensorSource
+from mmerge.workers.dtypes import NAMED_DTYPES
+from mmerge.workers.masks import packed_bytes
+from mmerge.workers.methods import find_method
+from mmerge.workers.task import CopyTensor, TensorTask
+
+MAX_SHARD_BYTES = 2 << 30
+"""A layer whose tensors of the base take more than this is split, and a tensor that takes more is split by rows."""
+DEFAULT_BLOCK_ENTRIES = 1 << 18
+"""Entries of a tensor that are in memory at once; the result does not depend on it."""
+WORKER_BYTES = 96 << 20
+"""What a worker needs beside its blocks: allocator, readers, small objects."""
+
+
+@dataclass(frozen=True)
+class MergeShard:
+    """The merged tensors of one layer, or a part of them."""
+
+    name: str
+    tensors: tuple[TensorTask, ...]
+    bytes_in: int
+    bytes_out: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class CopyShard:
+    """Tensors that are copied as they are: of the base, or carried from one expert."""
+
+    name: str
+    role: Literal["base", "carry"]
+    expert: str
+    tensors: tuple[CopyTensor, ...]
+    num_bytes: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """All work of one build. `dtype` is the safetensors name of what is written."""
+
+    recipe: Recipe
+    kind: Literal["masks", "plain"]
+    dtype: str
+    merge_shards: tuple[MergeShard, ...]
+    base_shards: tuple[CopyShard, ...]
+    carry_shards: tuple[CopyShard, ...]
+    renames: tuple[tuple[tuple[str, str], ...], ...]
+    block_entries: int
+
+    @property
+    def copy_shards(self) -> tuple[CopyShard, ...]:
+        """Base and carry shards."""
+        return (*self.base_shards, *self.carry_shards)
+
+    @property
+    def num_parameters(self) -> int:
+        """P, the number of merged parameters."""
+        return sum(tensor.num_entries for shard in self.merge_shards for tensor in shard.tensors)
+
+    @property
+    def bytes_in(self) -> int:
+        """Bytes of distinct input: each is read once to survey and once to merge or copy."""
+        merged = sum(shard.bytes_in for shard in self.merge_shards)
+        shared = {tensor.name for shard in self.merge_shards for tensor in shard.tensors}
+        unmerged = sum(tensor.source.spec.num_bytes for shard in self.base_shards for tensor in shard.tensors if tensor.name not in shared)
+        return merged + unmerged + sum(shard.num_bytes for shard in self.carry_shards)
+
+    @property
+    def bytes_out(self) -> int:
+        """Bytes of tensors that are written."""
+        return sum(shard.bytes_out for shard in self.merge_shards) + sum(shard.num_bytes for shard in self.copy_shards)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory that any task of the plan takes."""
+        return max([shard.peak_bytes for shard in self.merge_shards] + [shard.peak_bytes for shard in self.copy_shards], default=0)
+
+
+def make_plan(recipe: Recipe, *, block_entries: int = DEFAULT_BLOCK_ENTRIES, max_shard_bytes: int = MAX_SHARD_BYTES) -> MergePlan:
+    """Return the plan of a recipe. Reads only configurations and safetensors headers.
+
+    Args:
+        recipe: what to build.
+        block_entries: entries of a tensor in memory at once, a multiple of 65,536.
+        max_shard_bytes: where a layer is split, in bytes of the base.
+
+    Raises:
+        CheckpointError, ShapeMismatch: the checkpoints cannot be read or do not fit together.
+    """
+    if block_entries <= 0 or block_entries % (1 << 16):
+        raise ValueError(f"block_entries: expected a multiple of 65536, got {block_entries}")
+    base = Checkpoint(recipe.base, owner="base")
+    experts = [Checkpoint(expert.uri, owner=f"expert {expert.name!r}") for expert in recipe.experts]
+    layout = make_layout(base, experts, merge=recipe.merge, carry=recipe.carry)
+    method = find_method(recipe.method)
+    dtype = NAMED_DTYPES[recipe.dtype] if recipe.dtype else _base_dtype(base)
+    copied = tuple(base.tensors.values()) if method.kind == "masks" else layout.kept
+    names = [expert.name for expert in recipe.experts]
+    return MergePlan(
+        recipe=recipe,
+        kind=method.kind,
+        dtype=dtype,
+        merge_shards=tuple(_make_merge_shards(layout, dtype, method.kind, block_entries, max_shard_bytes)),
+        base_shards=tuple(_make_base_shards(copied, max_shard_bytes)),
+        carry_shards=tuple(
+            shard
+            for name, carried in zip(names, layout.carried, strict=True)
+            for shard in _make_carry_shards(name, carried, max_shard_bytes)
+        ),
+        renames=layout.renames,
+        block_entries=block_entries,
+    )
+
+
+def _base_dtype(base: Checkpoint) -> str:
+    counted: dict[str, int] = {}
+    for source in base.tensors.values():
+        if source.spec.dtype in FLOAT_DTYPES:
+            counted[source.spec.dtype] = counted.get(source.spec.dtype, 0) + source.spec.num_bytes
+    if not counted:
+        raise CheckpointError(f"base: {base.uri} has no floating-point tensors to merge")
+    dtype = max(sorted(counted), key=lambda name: counted[name])
+    if dtype.startswith("F8"):
+        raise CheckpointError(f"base: its weights are {dtype}; say what to write with 'dtype: bfloat16' (or float16, float32)")
+    return dtype
+
+
+def shard_name(tensor_name: str) -> str:
+    """Return the shard that a tensor of the base belongs to: its layer, or itself for embeddings, last norm and head."""
+    match = re.search(r"(?:^|\.)(layers\.\d+)\.", tensor_name)
+    return match[1] if match else tensor_name.removesuffix(".weight").removeprefix("model.")
+
+
+def _shard_order(name: str) -> tuple[int, int, str]:
+    match = re.fullmatch(r"layers\.(\d+)", name)
+    if match:
+        return (1, int(match[1]), "")
+    return (0 if "embed" in name else 2, 0, name)
+
+
+def _group(names: Iterable[str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(shard_name(name), []).append(name)
+    return {shard: groups[shard] for shard in sorted(groups, key=_shard_order)}
+
+
+def _make_pieces(shape: Sequence[int], num_bytes: int, max_bytes: int) -> list[tuple[int, int]]:
+    """Return the row ranges into which a tensor is split so that each takes at most `max_bytes` (one row at least)."""
+    num_rows = shape[0] if shape else 1
+    if num_bytes <= max_bytes or num_rows <= 1:
+        return [(0, num_rows)]
+    rows = max(1, max_bytes * num_rows // num_bytes)
+    return [(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
+
+
+def _slice(source: TensorSource, rows: tuple[int, int]) -> TensorSource:
+    shape = source.spec.shape
+    return source if not shape or rows == (0, shape[0]) else source.to_rows(*rows)
+
+
+def _fill(items: Sequence[Any], sizes: Sequence[int], max_bytes: int) -> list[list[Any]]:
+    """Return the items in successive groups of at most `max_bytes`."""
+    groups: list[list[Any]] = []
+    total = 0
+    for item, size in zip(items, sizes, strict=True):
+        if not groups or total + size > max_bytes:
+            groups.append([])
+            total = 0
+        groups[-1].append(item)
+        total += size
+    return groups
+
+
+def _number(name: str, index: int, count: int) -> str:
+    return name if count == 1 else f"{name}.part{index}"
+
+
+def _make_merge_shards(layout: Layout, dtype: str, kind: str, block_entries: int, max_bytes: int) -> Iterable[MergeShard]:
+    by_name = {tensor.name: tensor for tensor in layout.shared}
+    for shard, names in _group(by_name).items():
+        tasks = [task for name in names for task in _make_tensor_tasks(by_name[name], max_bytes)]
+        groups = _fill(tasks, [task.base.spec.num_bytes for task in tasks], max_bytes)
+        for index, group in enumerate(groups):
+            num_masks = len(group[0].experts) if kind == "masks" else 0
+            yield MergeShard(
+                name=_number(shard, index, len(groups)),
+                tensors=tuple(group),
+                bytes_in=sum(task.num_bytes for task in group),
+                bytes_out=sum(task.num_entries * DTYPE_BYTES[dtype] + num_masks * packed_bytes(task.num_entries) for task in group),
+                peak_bytes=merge_peak_bytes(group, block_entries, num_masks=num_masks),
+            )
+
+
+def _make_tensor_tasks(tensor: SharedTensor, max_bytes: int) -> list[TensorTask]:
+    spec = tensor.base.spec
+    num_rows = spec.shape[0] if spec.shape else 1
+    return [
+        TensorTask(tensor.name, *rows, num_rows, _slice(tensor.base, rows), tuple(_slice(source, rows) for source in tensor.experts))
+        for rows in _make_pieces(spec.shape, spec.num_bytes, max_bytes)
+    ]
+
+
+def merge_peak_bytes(tensors: Sequence[TensorTask], block_entries: int, *, num_masks: int) -> int:
+    """Return a bound on the memory of a merge or survey task in bytes: buffers of one block, masks of one tensor, the writer.
+
+    Per entry of a block: each input as read, copied and widened (8 + 4 bytes at most), and for each expert its task vector,
+    trimmed task vector, one of each again for statistics and a mask; sign, sum, count, election and histogram buffers once.
+    """
+    num_experts = max(len(tensor.experts) for tensor in tensors)
+    entries = min(block_entries, max(tensor.num_entries for tensor in tensors))
+    per_entry = (num_experts + 1) * 12 + num_experts * 18 + 64
+    waiting_masks = 2 * num_masks * max(packed_bytes(tensor.num_entries) for tensor in tensors)
+    return entries * per_entry + waiting_masks + WRITER_CONCURRENCY * WRITER_BUFFER_BYTES + WORKER_BYTES
+
+
+_COPY_PEAK_BYTES = WRITER_CONCURRENCY * WRITER_BUFFER_BYTES + WORKER_BYTES
+
+
+def _make_base_shards(sources: Sequence[TensorSource], max_bytes: int) -> Iterable[CopyShard]:
+    by_name = {source.spec.name: source for source in sources}
+    for shard, names in _group(by_name).items():
+        tensors = [tensor for name in names for tensor in _make_copies(name, "base", by_name[name], 0, max_bytes)]
+        yield from _make_copy_shards(f"base/{shard}", "base", "", tensors, max_bytes)
+
+
+def _make_carry_shards(expert: str, carried: Sequence[CarriedTensor], max_bytes: int) -> Iterable[CopyShard]:
+    tensors = [
+        copy
+        for tensor in carried
+        for copy in _make_copies(
+            tensor.name, "extra_rows" if tensor.is_extra_rows else "carried", tensor.source, tensor.row_start, max_bytes
+        )
+    ]
+    yield from _make_copy_shards(f"carry/{expert}", "carry", expert, tensors, max_bytes)
+
+
+def _make_copies(name: str, role: Role, source: TensorSource, first_row: int, max_bytes: int) -> list[CopyTensor]:
+    pieces = _make_pieces(source.spec.shape, source.spec.num_bytes, max_bytes)
+    return [CopyTensor(name, role, first_row + rows[0], first_row + rows[1], _slice(source, rows)) for rows in pieces]
+
+
+def _make_copy_shards(
+    name: str, role: Literal["base", "carry"], expert: str, tensors: list[CopyTensor], max_bytes: int
+) -> Iterable[CopyShard]:
+    # Wide entries first, then by name, as the official writer does: so every tensor is aligned to its entries.
+    tensors = sorted(tensors, key=lambda tensor: (-DTYPE_BYTES[tensor.source.spec.dtype], tensor.name, tensor.row_start))
+    groups = _fill(tensors, [tensor.source.spec.num_bytes for tensor in tensors], max_bytes)
+    for index, group in enumerate(groups):
+        num_bytes = sum(tensor.source.spec.num_bytes for tensor in group)
+        yield CopyShard(_number(name, index, len(groups)), role, expert, tuple(group), num_bytes, _COPY_PEAK_BYTES)

@@ -1,0 +1,96 @@
+"""What a run shows: bars on a terminal, one log line per finished shard elsewhere."""
+
+from __future__ import annotations
+
+import logging
+from types import TracebackType
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import Progress as RichBars
+from typing_extensions import override
+
+from mmerge.workers.task import TaskResult
+
+log = logging.getLogger("mmerge.run")
+
+
+class Progress(Protocol):
+    """Told of each phase and of each finished shard."""
+
+    def begin(self, phase: str, *, num_bytes: int, num_tasks: int, num_reused: int) -> None:
+        """A phase begins: what it will read, and how many of its shards were there already."""
+
+    def advance(self, phase: str, result: TaskResult) -> None:
+        """One shard is finished."""
+
+    def fail(self, phase: str, shard: str, error: Exception) -> None:
+        """One shard failed."""
+
+
+class LogProgress(Progress):
+    """One event per line, for logs and files."""
+
+    @override
+    def begin(self, phase: str, *, num_bytes: int, num_tasks: int, num_reused: int) -> None:
+        log.info("%s: %d shards, %d there already, %s to read", phase, num_tasks + num_reused, num_reused, to_size(num_bytes))
+
+    @override
+    def advance(self, phase: str, result: TaskResult) -> None:
+        if result.reused:
+            log.info("%s %s: there already", phase, result.shard)
+            return
+        speed = to_size(round(result.num_bytes / max(result.seconds, 1e-6)))
+        log.info("%s %s: %s in %.2f s (%s/s)", phase, result.shard, to_size(result.num_bytes), result.seconds, speed)
+
+    @override
+    def fail(self, phase: str, shard: str, error: Exception) -> None:
+        log.error("%s %s: failed: %s", phase, shard, error)
+
+
+class BarProgress(Progress):
+    """A bar per phase with bytes, bytes per second and time left."""
+
+    def __init__(self, console: Console) -> None:
+        self._bars = RichBars(
+            TextColumn("{task.description:<10}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._counts: dict[str, list[int]] = {}
+
+    def __enter__(self) -> BarProgress:
+        self._bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._bars.stop()
+
+    @override
+    def begin(self, phase: str, *, num_bytes: int, num_tasks: int, num_reused: int) -> None:
+        note = f"{num_reused} shards there already" if num_reused else ""
+        total = max(num_bytes, 1)
+        self._tasks[phase] = self._bars.add_task(phase, total=total, completed=0 if num_tasks else total, note=note)
+
+    @override
+    def advance(self, phase: str, result: TaskResult) -> None:
+        self._bars.advance(self._tasks[phase], result.num_bytes)
+
+    @override
+    def fail(self, phase: str, shard: str, error: Exception) -> None:
+        self._bars.update(self._tasks[phase], note=f"{shard} failed")
+
+
+def to_size(num_bytes: float) -> str:
+    """Return a size for people, in decimal units: 1.5 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(num_bytes) < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.2f} TB"

@@ -1,0 +1,176 @@
+"""Hugging Face checkpoints read as names and byte ranges: only headers until a task asks for bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from mmerge.manifests.digest import digest_json, parse_json
+from mmerge.manifests.errors import CheckpointError, NotFound, StoreError
+from mmerge.manifests.header import TensorSpec, header_length, parse_header
+from mmerge.manifests.store import Store, open_store
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+SMALL_FILE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+"""Endings of the files that travel with a model: configuration, tokenizer, processor, templates. Code does not."""
+MAX_SMALL_FILE_BYTES = 64 << 20
+_FIRST_READ_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """Where the bytes of one tensor lie: checkpoint, file, offset. Pure data; tasks carry it."""
+
+    uri: str
+    file: str
+    spec: TensorSpec
+
+    def to_rows(self, row_start: int, row_stop: int) -> TensorSource:
+        """Return the source of some of the tensor's rows (its first dimension); a scalar counts as one row."""
+        shape = self.spec.shape or (1,)
+        row_bytes = self.spec.num_bytes // shape[0] if shape[0] else 0
+        spec = TensorSpec(
+            name=self.spec.name,
+            dtype=self.spec.dtype,
+            shape=(row_stop - row_start, *shape[1:]),
+            offset=self.spec.offset + row_start * row_bytes,
+            num_bytes=(row_stop - row_start) * row_bytes,
+        )
+        return TensorSource(self.uri, self.file, spec)
+
+
+class Checkpoint:
+    """One checkpoint folder: its configuration and the headers of its safetensors files."""
+
+    def __init__(self, uri: str, *, owner: str) -> None:
+        """Open the folder at `uri`; `owner` ("base", "expert 'image'") begins every error.
+
+        Raises:
+            CheckpointError: the folder or its config.json is missing or unreadable.
+        """
+        self.uri = uri
+        self.owner = owner
+        try:
+            self._store = open_store(uri)
+        except NotFound as error:
+            raise CheckpointError(
+                f"{owner}: {uri}: no such folder. Check the path in the recipe (relative paths start at the recipe's folder)"
+            ) from error
+        except StoreError as error:
+            raise CheckpointError(f"{owner}: {Exception.__str__(error)}") from error
+        self.config = self._read_json("config.json", missing="a Hugging Face checkpoint has one")
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorSource]:
+        """All tensors by their name in the files. Only headers are read. Raises CheckpointError."""
+        found: dict[str, TensorSource] = {}
+        for file, names in self._weight_files().items():
+            specs = self._read_header(file)
+            missing = sorted(set(names or specs) - set(specs))
+            if missing:
+                raise CheckpointError(
+                    f"{self.owner}: {self.uri}/{file} lacks {missing[0]}, which the index places there. Fetch the checkpoint again"
+                )
+            found |= {name: TensorSource(self.uri, file, specs[name]) for name in (names or specs)}
+        return dict(sorted(found.items()))
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """For each weight file a text that changes when the file is replaced (size, entity tag, time of change)."""
+        return {file: self._store.identity(file) for file in self._weight_files()}
+
+    @property
+    def text_config(self) -> dict[str, Any]:
+        """The part of the configuration that describes the language model."""
+        for key in ("text_config", "llm_config", "language_config"):
+            if isinstance(self.config.get(key), dict):
+                return dict(self.config[key])
+        return self.config
+
+    def is_tied(self) -> bool:
+        """Return whether the head shares its weights with the embedding, as the configuration says."""
+        return bool(self.config.get("tie_word_embeddings", self.text_config.get("tie_word_embeddings", False)))
+
+    def read_small_files(self) -> dict[str, bytes]:
+        """Return the configuration, tokenizer and processor files by name.
+
+        Raises:
+            CheckpointError: one of them is larger than 64 MiB.
+        """
+        names = [name for name in self._store.list() if "/" not in name and name.endswith(SMALL_FILE_SUFFIXES)]
+        files = {}
+        for name in sorted(names):
+            if name.endswith(".index.json"):
+                continue
+            num_bytes = self._store.num_bytes(name)
+            if num_bytes > MAX_SMALL_FILE_BYTES:
+                raise CheckpointError(
+                    f"{self.owner}: {self.uri}/{name} has {num_bytes:,} bytes; files beside the weights are copied up to {MAX_SMALL_FILE_BYTES:,}. Move it elsewhere"
+                )
+            files[name] = self._store.read(name)
+        return files
+
+    def _weight_files(self) -> dict[str, list[str] | None]:
+        """Return each weight file with the tensors that the index places there (None: all that it has)."""
+        if self._store.exists(INDEX_FILE):
+            index = self._read_json(INDEX_FILE, missing="")
+            weight_map = index.get("weight_map") if isinstance(index, dict) else None
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                raise CheckpointError(f"{self.owner}: {self.uri}/{INDEX_FILE} has no weight_map. Fetch the checkpoint again")
+            files: dict[str, list[str] | None] = {}
+            for name, file in sorted(weight_map.items()):
+                if "/" in file or "\\" in file or file in ("", ".", ".."):
+                    raise CheckpointError(f"{self.owner}: {INDEX_FILE} places {name} in {file!r}; only files of the same folder are read")
+                names = files.setdefault(file, [])
+                assert names is not None
+                names.append(name)
+            return files
+        if self._store.exists(SINGLE_FILE):
+            return {SINGLE_FILE: None}
+        raise CheckpointError(
+            f"{self.owner}: {self.uri} has neither {SINGLE_FILE} nor {INDEX_FILE}. "
+            "Only safetensors are read: save the model with safe_serialization=True"
+        )
+
+    def _read_header(self, file: str) -> dict[str, TensorSpec]:
+        where = f"{self.owner}: {self.uri}/{file}"
+        try:
+            file_bytes = self._store.num_bytes(file)
+            prefix = self._store.read_range(file, offset=0, num_bytes=min(_FIRST_READ_BYTES, file_bytes))
+            needed = 8 + header_length(prefix[:8], file_bytes=file_bytes, where=where)
+            if needed > len(prefix):
+                prefix = self._store.read_range(file, offset=0, num_bytes=needed)
+        except NotFound as error:
+            raise CheckpointError(f"{where}: no such file, though the index names it. Fetch the checkpoint again") from error
+        except StoreError as error:
+            raise CheckpointError(f"{self.owner}: {Exception.__str__(error)}") from error
+        return parse_header(prefix, file_bytes=file_bytes, where=where)
+
+    def _read_json(self, name: str, *, missing: str) -> dict[str, Any]:
+        where = f"{self.owner}: {self.uri}/{name}"
+        try:
+            value = parse_json(self._store.read(name), what=where, max_bytes=MAX_SMALL_FILE_BYTES * 2)
+        except NotFound as error:
+            raise CheckpointError(f"{where}: no such file; {missing}") from error
+        except StoreError as error:
+            raise CheckpointError(f"{self.owner}: {Exception.__str__(error)}") from error
+        except ValueError as error:
+            raise CheckpointError(f"{error}. Fetch the checkpoint again") from error
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{where}: is no JSON object. Fetch the checkpoint again")
+        return value
+
+
+def identity_digest(identity: dict[str, str], source: TensorSource) -> str:
+    """Return the digest of a tensor's place in a file that has this identity: equal while nobody replaced the file."""
+    return digest_json([source.uri, source.file, identity[source.file], source.spec.offset, source.spec.num_bytes])
+
+
+def read_source(source: TensorSource, *, stores: dict[str, Store], offset: int, num_bytes: int) -> memoryview:
+    """Return `num_bytes` bytes of a tensor, `offset` bytes from its start. `stores` keeps opened checkpoints."""
+    store = stores.get(source.uri)
+    if store is None:
+        store = stores[source.uri] = open_store(source.uri)
+    return store.read_range(source.file, offset=source.spec.offset + offset, num_bytes=num_bytes)

@@ -1,0 +1,162 @@
+"""A composite model on its device: prompts of several modalities in, text out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmerge.manifests.errors import PromptError
+from mmerge.manifests.manifest import Manifest
+from mmerge.workers.media import MediaEncoder
+from mmerge.workers.prompt import Part, make_prompt
+from mmerge.workers.routing import TEXT, Routing
+
+
+class Composite:
+    """Base architecture, encoders of the experts, and the routing between them. Made by `load_composite`.
+
+    In retention mode one expert is rebuilt and every token runs through its weights; in expansion mode each token runs
+    through the weights of its own modality.
+    """
+
+    def __init__(
+        self,
+        *,
+        manifest: Manifest,
+        expert: str | None,
+        language_model: Any,
+        routing: Routing,
+        tokenizer: Any,
+        encoders: Mapping[str, MediaEncoder],
+    ) -> None:
+        """Put loaded pieces together; `expert` is the one that was rebuilt, None in expansion mode."""
+        self.manifest = manifest
+        self.expert = expert
+        self.language_model = language_model
+        self.tokenizer = tokenizer
+        self.encoders = dict(encoders)
+        self._routing = routing
+        self._prefill_ids: torch.Tensor | None = None
+        language_model.register_forward_pre_hook(self._route, with_kwargs=True)
+
+    @property
+    def mode(self) -> str:
+        """`retention` or `expansion`."""
+        return "retention" if self.expert else "expansion"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the language model is."""
+        device: torch.device = self.language_model.device
+        return device
+
+    def prompt(self, question: str, media: Sequence[Part] = ()) -> list[Part]:
+        """Return the parts of a prompt in the form that the recipe's templates give it."""
+        templates: dict[str, str] = {}
+        for record in self.manifest.experts:
+            if record.template:
+                templates |= {record.modality: record.template, record.name: record.template}
+        return make_prompt(question, media, template=self.manifest.template, media_templates=templates)
+
+    def find_expert(self, kind: str) -> str:
+        """Return the expert that a part of this kind (a modality, or an expert's name) belongs to.
+
+        Raises:
+            PromptError: no loaded expert has that modality, or several have.
+        """
+        if kind in self.encoders:
+            return kind
+        fitting = [name for name, encoder in self.encoders.items() if encoder.modality == kind]
+        if len(fitting) == 1:
+            return fitting[0]
+        if fitting:
+            raise PromptError(f"{kind}: {len(fitting)} experts have this modality; name one of {', '.join(fitting)} as the part's kind")
+        known = ", ".join(f"{name} ({encoder.modality})" for name, encoder in self.encoders.items()) or "none"
+        hint = f" Only expert {self.expert!r} is loaded in retention mode." if self.expert else ""
+        raise PromptError(f"no expert for modality {kind!r}; this composite has {known}.{hint}")
+
+    @torch.inference_mode()
+    def embed(self, parts: Sequence[Part]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the embeddings of a prompt, [tokens, hidden], and each token's modality id, int64 [tokens].
+
+        Text is tokenised part by part, with the tokenizer's BOS in front if it has the habit. Media count as tokens of their expert.
+
+        Raises:
+            PromptError: the prompt is empty, or a part cannot be read or belongs to no expert.
+        """
+        table: nn.Module = self.language_model.get_input_embeddings()
+        embeds, ids = [], []
+        for part in ([Part("ids", self._leading_ids())] if self._leading_ids() else []) + list(parts):
+            if part.kind in ("text", "ids"):
+                tokens = part.value if part.kind == "ids" else self.tokenizer(part.value, add_special_tokens=False)["input_ids"]
+                embedded = table(torch.tensor(tokens, dtype=torch.long, device=self.device))
+                modality = TEXT
+            else:
+                name = self.find_expert(part.kind)
+                embedded = self.encoders[name].encode(part).to(self.device)
+                modality = [record.name for record in self.manifest.experts].index(name)
+            embeds.append(embedded)
+            ids.append(torch.full((len(embedded),), modality, dtype=torch.long, device=self.device))
+        if not embeds or not sum(map(len, ids)):
+            raise PromptError("the prompt is empty: give a question, or an image, sound or video")
+        return torch.cat(embeds), torch.cat(ids)
+
+    def _leading_ids(self) -> list[int]:
+        bos = self.tokenizer.bos_token_id
+        return [bos] if bos is not None and self.tokenizer("")["input_ids"][:1] == [bos] else []
+
+    @torch.inference_mode()
+    def logits(self, parts: Sequence[Part]) -> torch.Tensor:
+        """Return the logits of every position of a prompt, [tokens, vocabulary], in the model's dtype."""
+        embeds, ids = self.embed(parts)
+        with self._prefill(ids[None]):
+            logits: torch.Tensor = self.language_model(inputs_embeds=embeds[None], use_cache=False).logits[0]
+        return logits
+
+    def generate(self, parts: Sequence[Part], *, max_new_tokens: int = 64, **options: Any) -> str:
+        """Return the composite's answer to a prompt. `options` go to `generate` of transformers; greedy if none are given."""
+        return self.generate_batch([parts], max_new_tokens=max_new_tokens, **options)[0]
+
+    @torch.inference_mode()
+    def generate_batch(self, prompts: Sequence[Sequence[Part]], *, max_new_tokens: int = 64, **options: Any) -> list[str]:
+        """Return one answer per prompt; shorter prompts are padded on the left, padding counts as text."""
+        embedded = [self.embed(parts) for parts in prompts]
+        self._check_length(max(len(ids) for _, ids in embedded), max_new_tokens)
+        length = max(len(ids) for _, ids in embedded)
+        embeds = embedded[0][0].new_zeros(len(embedded), length, embedded[0][0].shape[-1])
+        ids = torch.full((len(embedded), length), TEXT, dtype=torch.long, device=self.device)
+        mask = torch.zeros_like(ids)
+        for row, (values, modality_ids) in enumerate(embedded):
+            start = length - len(modality_ids)
+            embeds[row, start:], ids[row, start:], mask[row, start:] = values, modality_ids, 1
+        stop = self.tokenizer.eos_token_id
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else stop
+        settings = {"do_sample": False, "eos_token_id": stop, "pad_token_id": pad} | options
+        with self._prefill(ids):
+            tokens = self.language_model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=max_new_tokens, **settings)
+        return [str(answer).strip() for answer in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+    def _check_length(self, num_tokens: int, max_new_tokens: int) -> None:
+        longest = getattr(self.language_model.config, "max_position_embeddings", None)
+        if longest is not None and num_tokens + max_new_tokens > longest:
+            raise PromptError(
+                f"the prompt has {num_tokens} tokens and {max_new_tokens} are to be generated; the model takes {longest} together. Shorten one of them"
+            )
+
+    @contextmanager
+    def _prefill(self, modality_ids: torch.Tensor) -> Iterator[None]:
+        self._prefill_ids = modality_ids
+        try:
+            yield
+        finally:
+            self._prefill_ids = self._routing.modality_ids = None
+
+    def _route(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Before each forward pass: the first one is the prefill, every later one decodes a text token."""
+        past = kwargs.get("past_key_values")
+        is_prefill = past is None or past.get_seq_length() == 0
+        self._routing.modality_ids = self._prefill_ids if is_prefill else None

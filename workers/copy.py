@@ -1,0 +1,52 @@
+"""Copy one shard of the base, or the carried tensors of an expert, into one object."""
+
+from __future__ import annotations
+
+import time
+
+from blake3 import blake3
+
+from mmerge.manifests.entry import ObjectEntry, ShardEntry, TensorRow, object_key, read_entry, write_entry
+from mmerge.manifests.header import make_header
+from mmerge.manifests.store import Store
+from mmerge.workers.checkpoint import read_source
+from mmerge.workers.survey import iterate_blocks
+from mmerge.workers.task import CopyTask, TaskResult
+
+COPY_BYTES = 16 << 20
+"""Bytes read and written at once."""
+
+
+def copy_shard(task: CopyTask, store: Store) -> TaskResult:
+    """Copy one shard into the store; one that a previous run finished is left as it is."""
+    began = time.monotonic()
+    found = None if task.fresh else read_entry(store, task.digest)
+    if found is not None:
+        return TaskResult(task.shard, 0, True, time.monotonic() - began, found)
+    layout = [(tensor.name, tensor.source.spec.dtype, tensor.source.spec.shape) for tensor in task.tensors]
+    header, specs = make_header(layout, metadata={"mmerge": task.digest, "role": task.role})
+    stores: dict[str, Store] = {}
+    rows = []
+    with store.open_writer(object_key(task.digest)) as out:
+        out.write(header)
+        for tensor, spec in zip(task.tensors, specs, strict=True):
+            digest = blake3()
+            for start, stop in iterate_blocks(spec.num_bytes, COPY_BYTES):
+                data = read_source(tensor.source, stores=stores, offset=start, num_bytes=stop - start)
+                digest.update(data)
+                out.write(data)
+            rows.append(
+                TensorRow(
+                    name=tensor.name, role=tensor.role, expert=task.expert, dtype=spec.dtype, shape=spec.shape,
+                    row_start=tensor.row_start, row_stop=tensor.row_stop, offset=spec.offset, num_bytes=spec.num_bytes,
+                    digest=digest.hexdigest(),
+                )
+            )  # fmt: skip
+    entry = ShardEntry(
+        object=ObjectEntry(
+            key=out.key, shard=task.shard, role=task.role, expert=task.expert, num_bytes=out.num_bytes, digest=out.hexdigest()
+        ),
+        tensors=tuple(rows),
+    )
+    write_entry(store, task.digest, entry)
+    return TaskResult(task.shard, task.num_bytes, False, time.monotonic() - began, entry)

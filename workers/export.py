@@ -1,0 +1,142 @@
+"""Write an ordinary Hugging Face checkpoint of one rebuilt expert, or of a merged language model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from mmerge.manifests.errors import ManifestError, StoreError
+from mmerge.manifests.manifest import FileEntry, read_file
+from mmerge.workers.media import write_files
+from mmerge.workers.reader import BuildReader
+
+MAX_FILE_BYTES = 5 * 10**9
+"""Weights are split into files of at most this size, as transformers does."""
+_CONFIG_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written."""
+
+    folder: str
+    num_tensors: int
+    num_bytes: int
+    files: tuple[str, ...]
+
+
+def export(
+    uri: str,
+    folder: str | Path,
+    *,
+    expert: str | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    on_bytes: Callable[[int], None] = lambda num_bytes: None,
+) -> ExportReport:
+    """Write a checkpoint that `transformers` loads with `from_pretrained`, and return what was written.
+
+    Args:
+        uri: the composite.
+        folder: must be empty or not exist.
+        expert: the expert to rebuild, with its encoder, processor and tokenizer. Without one: the language model for text
+            tokens alone (the merged model of a plain build, θ₀ + m̄∘τ⋆ of one with masks), with the base's tokenizer.
+        max_file_bytes: weights are split into files of at most this size.
+        on_bytes: told of every tensor that is written.
+
+    Raises:
+        ManifestError: the build is missing or damaged, or has no such expert.
+        StoreError: the folder is not empty or cannot be written.
+    """
+    reader = BuildReader(uri)
+    record = reader.manifest.to_expert(expert) if expert else reader.manifest.base
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise StoreError(f"{target}: is not empty. Choose a new folder for the export, or delete this one")
+    # A half export must not look like a whole one: it gets its name when it is complete.
+    partial = target.parent / f".{target.name}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _write_small_files(reader, record.files, partial)
+        report = _write_weights(reader, expert, partial, max_file_bytes, on_bytes)
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    except OSError as error:
+        raise StoreError(f"{target}: cannot be written ({error.strerror or error}). Choose another folder with --to") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return ExportReport(str(target), report[0], report[1], tuple(sorted(path.name for path in target.iterdir())))
+
+
+def _write_small_files(reader: BuildReader, entries: tuple[FileEntry, ...], folder: Path) -> None:
+    files = {entry.name: read_file(reader.store, entry) for entry in entries}
+    if "config.json" not in files:
+        raise ManifestError(f"{reader.uri}: the build has no config.json to export")
+    config = json.loads(files["config.json"])
+    dtype = _CONFIG_DTYPES.get(reader.manifest.dtype)
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in ("dtype", "torch_dtype"):
+            if dtype and key in part:
+                part[key] = dtype
+    files["config.json"] = json.dumps(config, indent=2, sort_keys=True).encode() + b"\n"
+    write_files(files, folder)
+
+
+def _iterate_tensors(reader: BuildReader, expert: str | None) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every tensor of the export under its name in the expert's (or the base's) files."""
+    if expert is None:
+        for name in reader.llm_names():
+            yield name, reader.text_weight(name)
+        return
+    renamed = {reader.manifest.rename(name, expert=expert) for name in reader.llm_names()}
+    for name in reader.llm_names():
+        yield reader.manifest.rename(name, expert=expert), reader.rebuild(name, expert)
+    for name in reader.names("carried", expert):
+        if name not in renamed:
+            yield name, reader.read(name, "carried", expert)
+
+
+def _write_weights(
+    reader: BuildReader, expert: str | None, folder: Path, max_file_bytes: int, on_bytes: Callable[[int], None]
+) -> tuple[int, int]:
+    files: list[list[str]] = []
+    waiting: dict[str, torch.Tensor] = {}
+    waiting_bytes = total_bytes = 0
+
+    def flush() -> None:
+        nonlocal waiting, waiting_bytes
+        save_file(waiting, folder / f"part{len(files)}", metadata={"format": "pt"})
+        files.append(list(waiting))
+        waiting, waiting_bytes = {}, 0
+
+    for name, tensor in _iterate_tensors(reader, expert):
+        num_bytes = tensor.numel() * tensor.element_size()
+        if waiting and waiting_bytes + num_bytes > max_file_bytes:
+            flush()
+        waiting[name] = tensor.contiguous()
+        waiting_bytes += num_bytes
+        total_bytes += num_bytes
+        on_bytes(num_bytes)
+    flush()
+    _name_files(folder, files, total_bytes)
+    return sum(map(len, files)), total_bytes
+
+
+def _name_files(folder: Path, files: list[list[str]], total_bytes: int) -> None:
+    if len(files) == 1:
+        (folder / "part0").rename(folder / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for index, names in enumerate(files):
+        file = f"model-{index + 1:05d}-of-{len(files):05d}.safetensors"
+        (folder / f"part{index}").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index_json = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index_json, indent=2) + "\n")

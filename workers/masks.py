@@ -1,0 +1,38 @@
+"""Masks packed to bits: eight entries a byte, the first in the most significant bit, padded to whole 8-byte words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+WORD_BYTES = 8
+"""Packed masks end on a multiple of this, so that the tensor behind one in a file stays aligned."""
+
+
+def packed_bytes(num_entries: int) -> int:
+    """Return the bytes that a packed mask of so many entries takes."""
+    return -(-num_entries // (8 * WORD_BYTES)) * WORD_BYTES
+
+
+def pack_mask(mask: torch.Tensor) -> torch.Tensor:
+    """Return a boolean mask (any shape) as uint8 of `packed_bytes(mask.numel())` bytes, in C order."""
+    packed = torch.from_numpy(np.packbits(mask.reshape(-1).cpu().numpy()))
+    return torch.nn.functional.pad(packed, (0, packed_bytes(mask.numel()) - packed.numel()))
+
+
+def unpack_mask(packed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Return the boolean mask of `shape` from its packed bytes (uint8), on the same device."""
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
+    bits = (packed.reshape(-1, 1) >> shifts) & 1
+    num_entries = int(np.prod(tuple(shape), dtype=np.int64))
+    return bits.reshape(-1)[:num_entries].bool().reshape(tuple(shape))
+
+
+def mean_mask(masks: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return m̄, the elementwise mean of boolean masks, float32 in {0, 1/n, …, 1} (METHODS.md section 2, Expansion)."""
+    count = torch.zeros(masks[0].shape, dtype=torch.float32, device=masks[0].device)
+    for mask in masks:
+        count += mask
+    return count / len(masks)

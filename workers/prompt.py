@@ -1,0 +1,142 @@
+"""Prompts as lists of parts: text, images, sounds, videos, read from files or given as arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmerge.manifests.errors import PromptError
+
+MEDIA_PLACE = "{media}"
+TEXT_PLACE = "{text}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a prompt.
+
+    `kind` is `text`, or a modality or the name of an expert. `value` is a str for text; for images a path or a PIL image; for
+    sounds a path or a mono float array at `sampling_rate`; for videos a path or uint8 frames [frames, height, width, 3].
+    """
+
+    kind: str
+    value: Any
+    sampling_rate: int | None = None
+
+    @classmethod
+    def text(cls, text: str) -> Part:
+        """Return a part of plain text."""
+        return cls("text", text)
+
+
+def make_prompt(question: str, media: Sequence[Part], *, template: str | None, media_templates: Mapping[str, str]) -> list[Part]:
+    """Return the parts of a prompt: the media in their order, then the question, as the templates say.
+
+    Args:
+        question: what is asked. Where it holds `{image}`, `{audio}`, …, that medium is put there instead of in front.
+        media: the parts that are not text.
+        template: text with the places `{media}` and `{text}`; the media come first if absent.
+        media_templates: per kind, text with the place `{media}` around each medium.
+    """
+    parts: list[Part] = []
+    if any("{" + part.kind + "}" in question for part in media):
+        return _place_media(question, media)
+    before, _, after = (template or f"{MEDIA_PLACE}{TEXT_PLACE}").partition(TEXT_PLACE)
+    head, _, between = before.partition(MEDIA_PLACE)
+    parts.append(Part.text(head))
+    for part in media:
+        left, _, right = media_templates.get(part.kind, MEDIA_PLACE).partition(MEDIA_PLACE)
+        parts += [Part.text(left), part, Part.text(right)]
+    parts.append(Part.text(between + question + after))
+    return _join_texts(parts)
+
+
+def _place_media(question: str, media: Sequence[Part]) -> list[Part]:
+    parts: list[Part] = []
+    rest = question
+    waiting = list(media)
+    while waiting:
+        found = [(rest.find("{" + part.kind + "}"), index) for index, part in enumerate(waiting)]
+        placed = [pair for pair in found if pair[0] >= 0]
+        if not placed:
+            raise PromptError(f"the question has no place for {waiting[0].kind!r}: name every medium as {{{waiting[0].kind}}}, or none")
+        at, index = min(placed)
+        part = waiting.pop(index)
+        parts += [Part.text(rest[:at]), part]
+        rest = rest[at + len(part.kind) + 2 :]
+    return _join_texts([*parts, Part.text(rest)])
+
+
+def _join_texts(parts: Sequence[Part]) -> list[Part]:
+    joined: list[Part] = []
+    for part in parts:
+        if part.kind == "text" and joined and joined[-1].kind == "text":
+            joined[-1] = Part.text(joined[-1].value + part.value)
+        else:
+            joined.append(part)
+    return [part for part in joined if part.kind != "text" or part.value]
+
+
+def read_image(value: Any) -> Any:
+    """Return a PIL image in RGB. Raises PromptError when the file cannot be read as one."""
+    from PIL import Image
+
+    if isinstance(value, Image.Image):
+        return value.convert("RGB")
+    try:
+        with Image.open(value) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise PromptError(f"{value}: no such image file") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise PromptError(f"{value}: cannot be read as an image ({error}). Give a PNG, JPEG, WebP, GIF or BMP file") from error
+
+
+def read_sound(value: Any, *, sampling_rate: int, given_rate: int | None = None) -> NDArray[np.float32]:
+    """Return a sound as mono float32 at `sampling_rate` (Hz). Raises PromptError when the file cannot be read as one."""
+    if isinstance(value, (str, Path)):
+        import soundfile  # type: ignore[import-untyped]
+
+        if not Path(value).is_file():
+            raise PromptError(f"{value}: no such sound file")
+        try:
+            samples, given_rate = soundfile.read(value, dtype="float32", always_2d=True)
+        except (soundfile.LibsndfileError, RuntimeError, ValueError) as error:
+            raise PromptError(f"{value}: cannot be read as a sound ({error}). Give a WAV, FLAC, OGG or MP3 file") from error
+        samples = samples.mean(axis=1)
+    else:
+        samples = np.asarray(value, dtype=np.float32)
+        if samples.ndim != 1:
+            raise PromptError(f"a sound has shape {samples.shape}; give one channel, shape (samples,)")
+    if not len(samples):
+        raise PromptError(f"{value if isinstance(value, (str, Path)) else 'a sound'}: has no samples")
+    if given_rate not in (None, sampling_rate):
+        import soxr  # type: ignore[import-untyped]
+
+        samples = soxr.resample(samples, given_rate, sampling_rate)
+    return np.asarray(samples, dtype=np.float32)
+
+
+def read_video(value: Any) -> NDArray[np.uint8]:
+    """Return the frames of a video, uint8 [frames, height, width, 3]. Raises PromptError when the file cannot be read as one."""
+    if not isinstance(value, (str, Path)):
+        frames = np.asarray(value)
+        if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
+            raise PromptError(f"a video has shape {frames.shape} and dtype {frames.dtype}; give uint8 (frames, height, width, 3)")
+        return frames
+    from PIL import Image, ImageSequence
+
+    try:
+        with Image.open(value) as image:
+            return np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)])
+    except FileNotFoundError:
+        raise PromptError(f"{value}: no such video file") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise PromptError(
+            f"{value}: cannot be read as a video ({error}). Give an animated GIF, WebP or PNG, or frames as an array"
+        ) from error

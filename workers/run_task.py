@@ -1,0 +1,21 @@
+"""Run any task on the store at a URI."""
+
+from __future__ import annotations
+
+from mmerge.manifests.store import open_store
+from mmerge.workers.copy import copy_shard
+from mmerge.workers.merge import merge_shard
+from mmerge.workers.survey import refine_shard, survey_shard
+from mmerge.workers.task import MergeTask, RefineTask, SurveyTask, Task, TaskResult
+
+
+def run_task(task: Task, store_uri: str) -> TaskResult:
+    """Return the result of one task; whatever is large lies in the store."""
+    store = open_store(store_uri)
+    if isinstance(task, SurveyTask):
+        return survey_shard(task, store)
+    if isinstance(task, RefineTask):
+        return refine_shard(task, store)
+    if isinstance(task, MergeTask):
+        return merge_shard(task, store)
+    return copy_shard(task, store)
