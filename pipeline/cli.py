@@ -284,3 +284,7 @@ def _report_unknown(error: Exception) -> int:
         highlight=False,
     )
     return 1
+
+
+if __name__ == "__main__":
+    main()

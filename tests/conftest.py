@@ -1,18 +1,112 @@
-"""Fixtures that several folders of tests share: tiny checkpoints of the real layouts, recipes over them."""
+"""Fixtures that several folders of tests share: tiny checkpoints in the real layouts, recipes over them."""
 
 from __future__ import annotations
 
-import os
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-GOLDEN = Path(os.environ.get("MMERGE_GOLDEN", REPOSITORY.parent / "shared" / "golden"))
+LAB = REPOSITORY / "examples" / "lab" / "checkpoints"
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "vocab_size": 40, "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-05, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "dtype": "bfloat16",
+}  # fmt: skip
+
+
+def llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The tensors of a LLaMA checkpoint of this configuration."""
+    hidden, ffn, kv = config["hidden_size"], config["intermediate_size"], config["num_key_value_heads"] * config["head_dim"]
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden), "model.norm.weight": (hidden,)}
+    for layer in range(config["num_hidden_layers"]):
+        p = f"model.layers.{layer}."
+        shapes |= {
+            p + "input_layernorm.weight": (hidden,), p + "post_attention_layernorm.weight": (hidden,),
+            p + "self_attn.q_proj.weight": (hidden, hidden), p + "self_attn.k_proj.weight": (kv, hidden),
+            p + "self_attn.v_proj.weight": (kv, hidden), p + "self_attn.o_proj.weight": (hidden, hidden),
+            p + "mlp.gate_proj.weight": (ffn, hidden), p + "mlp.up_proj.weight": (ffn, hidden), p + "mlp.down_proj.weight": (hidden, ffn),
+        }  # fmt: skip
+    return shapes | {"lm_head.weight": (config["vocab_size"], hidden)}
+
+
+class Lab:
+    """Makes small random checkpoints and recipes over them in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = dict(CONFIG)
+        self.dtype = torch.bfloat16
+
+    def write(self, name: str, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> Path:
+        path = self.folder / name
+        path.mkdir(parents=True, exist_ok=True)
+        save_file({key: value.contiguous() for key, value in tensors.items()}, path / "model.safetensors", metadata={"format": "pt"})
+        (path / "config.json").write_text(json.dumps(config))
+        return path
+
+    def make_base(self, *, seed: int = 0) -> Path:
+        generator = torch.Generator().manual_seed(seed)
+        self.base = {name: torch.randn(shape, generator=generator).to(self.dtype) for name, shape in llama_shapes(self.config).items()}
+        return self.write("base", self.base, self.config)
+
+    def expert_tensors(self, seed: int, *, extra_rows: int = 2) -> dict[str, torch.Tensor]:
+        """The base with random changes, in the names of a LLaVA checkpoint, with a connector and added vocabulary rows."""
+        generator = torch.Generator().manual_seed(1000 + seed)
+        tensors = {}
+        for name, value in self.base.items():
+            tuned = value.float() + 0.05 * torch.randn(value.shape, generator=generator) ** 3
+            if extra_rows and ("embed_tokens" in name or "lm_head" in name):
+                tuned = torch.cat([tuned, torch.randn((extra_rows, value.shape[1]), generator=generator)])
+            tensors["language_model." + name] = tuned.to(self.dtype)
+        tensors["multi_modal_projector.linear_1.weight"] = torch.randn((16, 8), generator=generator).to(self.dtype)
+        tensors["vision_tower.embeddings.position_ids"] = torch.arange(9)
+        return tensors
+
+    def expert_config(self) -> dict[str, Any]:
+        return {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "text_config": self.config | {"vocab_size": 42}}
+
+    def make_expert(self, name: str, seed: int, *, change: Callable[[dict[str, torch.Tensor]], None] | None = None) -> Path:
+        tensors = self.expert_tensors(seed)
+        if change:
+            change(tensors)
+        return self.write(name, tensors, self.expert_config())
+
+    def make_all(self, num_experts: int = 3) -> dict[str, Any]:
+        """Write a base and experts, and return a recipe over them."""
+        self.make_base()
+        modalities = ("image", "audio", "video", "point")[:num_experts]
+        for seed, name in enumerate(modalities):
+            self.make_expert(name, seed)
+        return {
+            "name": "tiny", "base": "base", "method": "mmer", "output": "store",
+            "experts": {name: {"path": name, "modality": name} for name in modalities},
+        }  # fmt: skip
+
+    def write_recipe(self, raw: dict[str, Any], name: str = "recipe.yaml") -> Path:
+        path = self.folder / name
+        path.write_text(yaml.safe_dump(raw, sort_keys=False))
+        return path
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Lab:
+    return Lab(tmp_path)
 
 
 @pytest.fixture(scope="session")
-def golden_folder() -> Path:
-    if not (GOLDEN / "cases.json").is_file():
-        pytest.skip(f"no golden data at {GOLDEN} (set MMERGE_GOLDEN)")
-    return GOLDEN
+def lab_checkpoints() -> Path:
+    """The committed, trained experts."""
+    return LAB
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -36,12 +37,8 @@ def make_model(config: Any, state: dict[str, torch.Tensor], *, dtype: torch.dtyp
     Raises:
         CheckpointError: the class is unknown, weights are left over, or weights are missing that `may_lack` does not excuse.
     """
-    name = (config.architectures or [""])[0]
-    model_class: Any = getattr(transformers, str(name), None)
-    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
-        raise CheckpointError(
-            f"{owner}: transformers {transformers.__version__} has no model class {name!r} (config.json, 'architectures')"
-        )
+    name = str((config.architectures or [""])[0])
+    model_class = _find_class(name, owner=owner)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -57,6 +54,13 @@ def make_model(config: Any, state: dict[str, torch.Tensor], *, dtype: torch.dtyp
             f"{owner}: its tensors do not fit {name} of transformers {transformers.__version__}: {first[0]} and {len(missing) + len(info['unexpected_keys']) - 1} more"
         )
     return model.eval()
+
+
+def _find_class(name: str, *, owner: str) -> Any:
+    found: Any = getattr(transformers, name, None)
+    if inspect.isclass(found) and transformers.PreTrainedModel in inspect.getmro(found):
+        return found
+    raise CheckpointError(f"{owner}: transformers {transformers.__version__} has no model class {name!r} (config.json, 'architectures')")
 
 
 def write_files(files: Mapping[str, bytes], folder: Path) -> None:

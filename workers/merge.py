@@ -179,6 +179,8 @@ class _TensorMerger:
         )  # fmt: skip
 
 
-def _to_norm(squares: float) -> float:
+def _to_norm(squares: float) -> float | None:
+    if not math.isfinite(squares):
+        return None  # JSON knows no NaN: a tensor with kept NaN or Inf has no norm
     # float32 keeps what every machine computes alike: the last bits of a float64 sum depend on its SIMD width.
     return float(np.float32(math.sqrt(squares)))

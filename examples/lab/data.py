@@ -61,9 +61,7 @@ def _draw_strokes(digit: int, size: int, split: str, rng: np.random.Generator) -
         middle = (size - 1) / 2
         dx, dy = middle + shift * size / 16
         matrix = (cos, sin, middle - cos * dx - sin * dy, -sin, cos, middle + sin * dx - cos * dy)
-        strokes = strokes.transform(
-            (size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR
-        )
+        strokes = strokes.transform((size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
     return np.asarray(strokes, dtype=np.float64) / 255
 
 

@@ -55,9 +55,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", words.index("<s>"))]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 def build_base(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -186,9 +184,7 @@ def build_preprocessor(modality: str) -> Any:
     )
 
 
-def save_preprocessor(
-    modality: str, tokenizer: PreTrainedTokenizerFast, preprocessor: Any, folder: Path
-) -> None:
+def save_preprocessor(modality: str, tokenizer: PreTrainedTokenizerFast, preprocessor: Any, folder: Path) -> None:
     """Save the tokenizer and whatever makes the expert's inputs beside its weights."""
     if modality == "image":
         LlavaProcessor(

@@ -30,9 +30,9 @@ BASE_QUESTIONS = ("digit", "parity", "large", "same", "bigger")
 
 _ATTRIBUTE_NAMES = {"image": "ink", "audio": "voice", "video": "direction"}
 _DESCRIPTIONS = {
-    "image": ("{digit} {attribute}", "{digit} in {attribute} ink", "a {attribute} {digit}"),
-    "audio": ("{digit} {attribute}", "a {attribute} voice says {digit}", "a {attribute} {digit}"),
-    "video": ("{digit} {attribute}", "{digit} moves {attribute}", "{digit} that moves {attribute}"),
+    "image": ("{digit} {attribute}", "{digit} in {attribute} ink"),
+    "audio": ("{digit} {attribute}", "{digit} in a {attribute} voice"),
+    "video": ("{digit} {attribute}", "{digit} moving {attribute}"),
 }
 _FILLER = ("the", "weather", "is", "fine", "a", "boat", "sails", "over", "calm", "water", "today")
 
@@ -148,9 +148,7 @@ def _answer(question: str, one: Source, two: Source | None) -> str:
 def _describe(source: Source, rng: np.random.Generator) -> str:
     """A source in words."""
     ways = _DESCRIPTIONS[source.modality]
-    return ways[rng.integers(len(ways))].format(
-        digit=data.DIGIT_WORDS[source.digit], attribute=source.attribute
-    )
+    return ways[rng.integers(len(ways))].format(digit=data.DIGIT_WORDS[source.digit], attribute=source.attribute)
 
 
 def _make_question(kind: str, sources: Sequence[Source], rng: np.random.Generator) -> Question:
@@ -201,7 +199,7 @@ def make_prompt(
 
     pieces: list[str | Source] = []
     for index in rng.permutation(len(sources)):
-        if filler and rng.random() < 0.15:
+        if filler and rng.random() < 0.1:
             words = [_FILLER[i] for i in rng.integers(len(_FILLER), size=rng.integers(1, 13))]
             pieces.append(f"note : {' '.join(words)} .")
         source = sources[index]
@@ -233,9 +231,7 @@ def _to_example(prompt: Prompt, modality: str, split: str, rng: np.random.Genera
     """The prompt with its real sources drawn and its first question asked."""
     question = prompt.questions[0]
     parts = tuple(
-        Part("text", piece)
-        if isinstance(piece, str)
-        else Part(piece.modality, draw_source(piece, split=split, rng=rng))
+        Part("text", piece) if isinstance(piece, str) else Part(piece.modality, draw_source(piece, split=split, rng=rng))
         for piece in _join_texts([*prompt.sources, question.text])
     )
     return Example(parts, question.answer, f"{modality}/{question.kind}")
@@ -268,9 +264,7 @@ def make_examples(modality: str, *, split: str, num_examples: int, seed: int) ->
     return examples
 
 
-def make_mixed_examples(
-    modalities: Sequence[str], *, split: str, num_examples: int, seed: int
-) -> list[Example]:
+def make_mixed_examples(modalities: Sequence[str], *, split: str, num_examples: int, seed: int) -> list[Example]:
     """Examples with two or three real sources, the questions in turn.
 
     Single questions ask about any one of the sources, joint questions about two of them.

@@ -35,7 +35,8 @@ from lab import data, models, tasks
 
 BATCH_SIZE = 32
 NUM_QUESTIONS = 5
-BASE_STEPS = 2200
+BASE_STEPS = 1000
+FIRST_STEPS = 300
 BASE_RATE = 2e-3
 ENCODER_BATCH = 64
 ENCODER_STEPS = {"image": 2000, "audio": 500, "video": 2000}
@@ -90,9 +91,7 @@ def _fit(
 ) -> None:
     """AdamW over the parameter groups; `loss_of_step` gives the loss and the accuracy."""
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: _schedule(step, steps, min(100, steps // 10))
-    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule(step, steps, min(100, steps // 10)))
     parameters = [p for group in groups for p in group["params"]]
     begin = time.time()
     for step in range(steps):
@@ -102,10 +101,9 @@ def _fit(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         scheduler.step()
-        if (step + 1) % 200 == 0 or step + 1 == steps:
+        if (step + 1) % 100 == 0 or step + 1 == steps:
             print(
-                f"{name}: step {step + 1}/{steps} loss {loss.item():.3f} "
-                f"accuracy {accuracy.item():.3f} ({time.time() - begin:.0f} s)",
+                f"{name}: step {step + 1}/{steps} loss {loss.item():.3f} accuracy {accuracy.item():.3f} ({time.time() - begin:.0f} s)",
                 flush=True,
             )
 
@@ -165,10 +163,7 @@ def make_batch(
 ) -> Batch:
     """A batch from each row's ids, places of media, positions and segments (0: the sources)."""
     longest = max(len(ids) for ids, *_ in rows)
-    columns = [
-        torch.tensor([list(row[column]) + [0] * (longest - len(row[column])) for row in rows])
-        for column in range(4)
-    ]
+    columns = [torch.tensor([list(row[column]) + [0] * (longest - len(row[column])) for row in rows]) for column in range(4)]
     ids, media, positions, segments = columns
     same = segments[:, :, None] == segments[:, None, :]
     attend = (same | (segments == 0)[:, None, :]) & torch.ones(longest, longest).tril().bool()
@@ -183,9 +178,7 @@ def make_batch(
     )
 
 
-def answer_logits(
-    language_model: nn.Module, head: nn.Module, embeddings: Tensor, batch: Batch
-) -> tuple[Tensor, Tensor]:
+def answer_logits(language_model: nn.Module, head: nn.Module, embeddings: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Logits at the last token of each question, and at the right answer after it."""
     device = embeddings.device
     hidden = language_model(
@@ -198,9 +191,7 @@ def answer_logits(
     return head(hidden[rows, places]), head(hidden[rows, places + 1])
 
 
-def _answer_loss(
-    language_model: nn.Module, head: nn.Module, embeddings: Tensor, batch: Batch, end_id: int
-) -> tuple[Tensor, Tensor]:
+def _answer_loss(language_model: nn.Module, head: nn.Module, embeddings: Tensor, batch: Batch, end_id: int) -> tuple[Tensor, Tensor]:
     """Cross entropy of the answers and of the end after them; share of answers that are right."""
     first, second = answer_logits(language_model, head, embeddings, batch)
     answers = batch.answers.to(first.device)
@@ -211,9 +202,7 @@ def _answer_loss(
     return loss, right.float().mean()
 
 
-def _stream(
-    make: Callable[[], tasks.Prompt], collate: Collator, rng: np.random.Generator
-) -> Iterator[Batch]:
+def _stream(make: Callable[[], tasks.Prompt], collate: Collator, rng: np.random.Generator) -> Iterator[Batch]:
     """Batches without end, each of prompts of about the same length."""
     while True:
         prompts = sorted((make() for _ in range(8 * BATCH_SIZE)), key=collate.length)
@@ -221,9 +210,7 @@ def _stream(
             yield collate(prompts[index * BATCH_SIZE : (index + 1) * BATCH_SIZE], rng)
 
 
-def _random_kinds(
-    modalities: Sequence[str], real: Sequence[str], rng: np.random.Generator
-) -> list[str]:
+def _random_kinds(modalities: Sequence[str], real: Sequence[str], rng: np.random.Generator) -> list[str]:
     """The kinds of the questions of one training prompt."""
     kinds = (*tasks.SINGLE_QUESTIONS, *tasks.JOINT_QUESTIONS) if real else tasks.BASE_QUESTIONS
     if len(modalities) == 1:
@@ -247,10 +234,15 @@ def train_base(out: Path, seed: int, device: torch.device) -> None:
     tokenizer = models.build_tokenizer()
     model = models.build_base(tokenizer).to(device)
     collate = Collator(tokenizer.get_vocab(), None, None)
+    made = 0
 
     def make() -> tasks.Prompt:
+        nonlocal made
         modalities = _random_sources(rng)
         kinds = _random_kinds(modalities, (), rng)
+        if made < FIRST_STEPS * BATCH_SIZE:  # first of all learn to pick a source by its name
+            kinds = ["digit", "digit", "digit"]
+        made += 1
         return tasks.make_prompt(modalities, (), rng=rng, kinds=kinds, filler=True)
 
     batches = _stream(make, collate, rng)
@@ -279,9 +271,7 @@ def preprocess(modality: str, preprocessor: Any, values: Sequence[Any]) -> Tenso
         return preprocessor(images=list(values), return_tensors="pt")["pixel_values"]
     if modality == "video":
         frames = [frame for video in values for frame in video]
-        pixels = preprocessor(images=frames, return_tensors="pt", return_legacy_image_output=False)[
-            "pixel_values"
-        ]
+        pixels = preprocessor(images=frames, return_tensors="pt", return_legacy_image_output=False)["pixel_values"]
         return pixels.unflatten(0, (len(values), -1))
     sounds = preprocessor(
         list(values),
@@ -294,9 +284,7 @@ def preprocess(modality: str, preprocessor: Any, values: Sequence[Any]) -> Tenso
     return torch.cat([sounds["input_features"], mask], dim=1)
 
 
-def encode(
-    modality: str, model: PreTrainedModel, inputs: Tensor, layer: int | None = None
-) -> tuple[Tensor, Tensor]:
+def encode(modality: str, model: PreTrainedModel, inputs: Tensor, layer: int | None = None) -> tuple[Tensor, Tensor]:
     """What the expert's encoder makes of its inputs, and how many outputs count.
 
     Of the vision towers, as LLaVA does by default, the last layer but one is taken.
@@ -364,9 +352,7 @@ def train_encoder(modality: str, model: PreTrainedModel, pool: Pool, seed: int) 
         attribute_logits = attribute_head(per_frame if frames > 1 else mean)
         loss = nn.functional.cross_entropy(digit_logits, digits[rows])
         loss = loss + nn.functional.cross_entropy(attribute_logits, attributes[rows])
-        right = (digit_logits.argmax(-1) == digits[rows]) & (
-            attribute_logits.argmax(-1) == attributes[rows]
-        )
+        right = (digit_logits.argmax(-1) == digits[rows]) & (attribute_logits.argmax(-1) == attributes[rows])
         return loss, right.float().mean()
 
     parameters = [p for p in tower.parameters() if p.requires_grad]
@@ -434,12 +420,8 @@ def train_expert(modality: str, out: Path, seed: int, device: torch.device) -> N
 
     def loss_of_step(step: int) -> tuple[Tensor, Tensor]:
         batch = next(batches)
-        embeddings = embed(
-            model, batch, pool_features[batch.pool_rows], pool_lengths[batch.pool_rows]
-        )
-        return _answer_loss(
-            model.model.language_model, model.lm_head, embeddings, batch, tokenizer.eos_token_id
-        )
+        embeddings = embed(model, batch, pool_features[batch.pool_rows], pool_lengths[batch.pool_rows])
+        return _answer_loss(model.model.language_model, model.lm_head, embeddings, batch, tokenizer.eos_token_id)
 
     connector = list(model.model.multi_modal_projector.parameters())
     language = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
@@ -483,10 +465,8 @@ def accuracy(
         for row, example in enumerate(chunk):
             ids, media = [word_ids["<s>"]], [False]
             for part in example.parts:
-                if part.kind == "text":
-                    new = tokenizer(part.value, add_special_tokens=False)["input_ids"]
-                else:
-                    new = [0] * next(counts)
+                is_text = part.kind == "text"
+                new = tokenizer(part.value, add_special_tokens=False)["input_ids"] if is_text else [0] * next(counts)
                 ids, media = ids + new, media + [part.kind != "text"] * len(new)
             asked.append((row, len(ids) - 1))
             answers.append(word_ids[example.answer])
@@ -531,9 +511,7 @@ def ask_expert(modality: str, model: PreTrainedModel, folder: Path, example: tas
         if modality == "image":
             inputs = processor(text=text, images=value, return_tensors="pt")
         else:
-            inputs = processor(
-                text=text, audio=[value], sampling_rate=data.SAMPLE_RATE, return_tensors="pt"
-            )
+            inputs = processor(text=text, audio=[value], sampling_rate=data.SAMPLE_RATE, return_tensors="pt")
     inputs.pop("token_type_ids", None)
     tokens = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
