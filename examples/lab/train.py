@@ -30,13 +30,13 @@ from lab.evaluate import check
 
 BATCH_SIZE = 32
 NUM_QUESTIONS = 5
-BASE_STEPS = 1000
+BASE_STEPS = 1200
 BASE_RATE = 2e-3
 ENCODER_BATCH = 64
 ENCODER_STEPS = {"image": 2000, "audio": 500, "video": 2000}
 ENCODER_RATE = 2e-3
 EXPERT_STEPS = 600
-EXPERT_RATE = 1e-3
+EXPERT_RATE = 5e-4
 SHARE_ALONE = 0.35  # of an expert's prompts: its real source alone
 SHARE_TOGETHER = 0.45  # its real source beside described ones; the rest is text alone
 POOL_SIZE = 8000
@@ -124,8 +124,8 @@ def train_base(out: Path, seed: int, device: torch.device) -> None:
 
     batches = _stream(make, collate, rng)
 
-    # A small model finds it hard to tell which source a word belongs to. A linear head, thrown away afterwards, teaches
-    # the first layer to; without it the accuracy stays near 0.5 for thousands of steps.
+    # A small model finds it hard to tell which source a word belongs to, or is asked for. A linear head, thrown away
+    # afterwards, teaches the first layer to; without it the accuracy stays near 0.5 for thousands of steps.
     source_head = nn.Linear(model.config.hidden_size, len(tasks.MODALITIES)).to(device)
     first_layer: list[Tensor] = []
     hook = model.model.layers[0].register_forward_hook(lambda module, args, output: first_layer.append(output))
@@ -147,14 +147,14 @@ def train_base(out: Path, seed: int, device: torch.device) -> None:
 
 
 def _source_labels(ids: Tensor, word_ids: dict[str, int]) -> Tensor:
-    """For each token [rows, length] of the sources, which source it belongs to; -100 before the first and in questions."""
+    """For each token [rows, length], the source that was named last before it; -100 where none was, in its own question or before."""
     words = torch.tensor([word_ids[word] for word in tasks.SOURCE_WORDS.values()])
     is_word = ids[..., None] == words
     places = torch.arange(ids.shape[1]).expand_as(ids)
     latest = torch.where(is_word.any(-1), places, 0).cummax(1).values
     labels = is_word.float().argmax(-1).gather(1, latest)
-    asked = (ids == word_ids["question"]).cummax(1).values
-    return labels.masked_fill((latest == 0) | asked, -100)
+    question = torch.where(ids == word_ids["question"], places, 0).cummax(1).values
+    return labels.masked_fill((latest == 0) | (question > latest), -100)
 
 
 def _save(model: PreTrainedModel, folder: Path) -> None:
