@@ -28,7 +28,7 @@ def lab_modules(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_the_checkpoints_are_small_and_hold_safetensors_alone(lab_checkpoints: Path) -> None:
     files = [path for path in lab_checkpoints.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 20_000_000
-    assert {path.suffix for path in files} == {".json", ".safetensors"}
+    assert {path.suffix for path in files} == {".json", ".safetensors", ".jinja"}
     for name, architecture in CLASSES.items():
         assert json.loads((lab_checkpoints / name / "config.json").read_text())["architectures"] == [architecture]
 
