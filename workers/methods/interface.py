@@ -20,7 +20,7 @@ def _check_density(value: object) -> object:
     return value
 
 
-Density = Annotated[float, BeforeValidator(_check_density), Field(gt=0, le=1)]
+Density = Annotated[float, Field(gt=0, le=1), BeforeValidator(_check_density)]
 """The share of a task vector that is kept."""
 
 
