@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from pydantic import Field
+from typing_extensions import override
+
+from mmerge.workers.methods.interface import Block, MergedBlock, Method, Parameters
 
 
 def interpolate(target: torch.Tensor, source: torch.Tensor, *, alpha: float) -> torch.Tensor:
@@ -56,3 +61,34 @@ def choose_alpha(answers: Mapping[float, Sequence[str]]) -> AlphaChoice:
     fewest = min(differences)
     best = tuple(above for above, count in zip(alphas[1:], differences, strict=True) if count == fewest)
     return AlphaChoice(alphas, differences, best)
+
+
+class AdammsParameters(Parameters):
+    """Numbers of AdaMMS."""
+
+    alpha: float = Field(ge=0, le=1, description="share of the second expert; published grid 0 to 0.6 ('mmerge choose-alpha')")
+    norms: Literal["interpolate", "target"] = Field("interpolate", description="interpolate the norms too, or keep the first expert's")
+
+
+class Adamms(Method):
+    """θ = (1 − α)·θ₁ + α·θ₂ in the layers; embeddings and head stay the first expert's.
+
+    The published script multiplies embeddings and head (and norms with --noLN) by 1 − α and adds nothing; here they are kept whole.
+    """
+
+    name = "adamms"
+    kind = "plain"
+    source = "AdaMMS, arXiv 2503.23733"
+    parameters_model = AdammsParameters
+    min_experts = 2
+    max_experts = 2
+    needs_base = False
+
+    @override
+    def merge_block(self, block: Block, parameters: AdammsParameters, experts: Sequence[Parameters]) -> MergedBlock:
+        target, source = block.experts
+        is_norm = len(block.shape) < 2 and "norm" in block.name
+        is_vocabulary = "embed_tokens" in block.name or block.name.endswith("lm_head.weight")
+        if is_vocabulary or (is_norm and parameters.norms == "target"):
+            return MergedBlock(target.to(block.dtype))
+        return MergedBlock(interpolate(target, source, alpha=parameters.alpha).to(block.dtype))

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from typing_extensions import override
+
+from mmerge.workers.methods.interface import Block, Granularity, MergedBlock, Method, Parameters
 
 
 def importance_of(base: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
@@ -27,3 +32,24 @@ def fuse(base: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
     """Return the base with every entry at or above the threshold of importance replaced by the expert's, float32."""
     importance = importance_of(base, expert)
     return torch.where(importance >= importance_threshold(importance), expert, base)
+
+
+class ArceeFusion(Method):
+    """θ = θ₀ with the entries of one expert where |τ|·KL(softmax of the rows) is an outlier, per tensor."""
+
+    name = "arcee_fusion"
+    kind = "plain"
+    source = "mergekit, Arcee Fusion"
+    max_experts = 1
+
+    @override
+    def granularity(self, parameters: Parameters, experts: Sequence[Parameters]) -> Granularity:
+        return "tensor"
+
+    @override
+    def working_bytes(self, num_entries: int, *, num_experts: int, shape: Sequence[int]) -> int:
+        return 48 * num_entries
+
+    @override
+    def merge_block(self, block: Block, parameters: Parameters, experts: Sequence[Parameters]) -> MergedBlock:
+        return MergedBlock(fuse(block.base, block.experts[0]).to(block.dtype))

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from typing_extensions import override
 
+from mmerge.workers.methods.matrix import MatrixMethod, MatrixParameters
 from mmerge.workers.methods.spectral import svd, total_of
 
 
@@ -16,3 +18,14 @@ def iso_c_merge(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
     """
     u, s, vt = svd(total_of(deltas, "sum"))
     return (u @ vt) * (s.sum() / min(deltas[0].shape))
+
+
+class IsoC(MatrixMethod):
+    """Sum the task vectors and give all singular directions the same weight."""
+
+    name = "iso_c"
+    source = "Isotropic merging (Iso-C), arXiv 2502.04959"
+
+    @override
+    def merge_matrix(self, deltas: Sequence[torch.Tensor], parameters: MatrixParameters) -> torch.Tensor:
+        return iso_c_merge(deltas)

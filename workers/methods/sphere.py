@@ -6,7 +6,7 @@ independent problems (one per row of a matrix, say). So a tensor needs two passe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -20,6 +20,18 @@ def gram(vectors: Sequence[torch.Tensor]) -> torch.Tensor:
     stacked = [vector.to(torch.float64) for vector in vectors]
     rows = [torch.stack([(one * other).sum(dim=-1) for other in stacked], dim=-1) for one in stacked]
     return torch.stack(rows, dim=-2)
+
+
+def measure_products(vectors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the entrywise products whose sums over a tensor are its Gram matrix, by "row.column" with row ≤ column."""
+    count = len(vectors)
+    return {f"{one}.{other}": vectors[one] * vectors[other] for one in range(count) for other in range(one, count)}
+
+
+def read_gram(known: Mapping[str, Sequence[float]], *, count: int) -> torch.Tensor:
+    """Return the Gram matrix, float64 [count, count], whose sums of `measure_products` were found."""
+    rows = [[known[f"{min(one, other)}.{max(one, other)}"][0] for other in range(count)] for one in range(count)]
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def combine(coefficients: torch.Tensor, vectors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -6,7 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+from pydantic import Field, field_validator
+from typing_extensions import override
 
+from mmerge.workers.methods.matrix import MatrixMethod, MatrixParameters
 from mmerge.workers.methods.spectral import Start, squared_norms, total_of
 from mmerge.workers.methods.wudi import wudi_quadratic
 
@@ -108,3 +111,63 @@ def _gavish_donoho(shape: Sequence[int]) -> float:
     median = math.sqrt(max((1 - beta) ** 2 + beta, 1e-3)) if beta < 0.9999 else math.sqrt(2 + math.sqrt(3))
     optimal = math.sqrt(2 * (beta + 1) + 8 * beta / ((beta + 1) + math.sqrt(beta * beta + 14 * beta + 1)))
     return optimal / median
+
+
+class SpectralParameters(MatrixParameters):
+    """Numbers that SWUDI and ASWUDI share."""
+
+    start: Start = Field("sum", description="τ₀: the sum or the mean of the task vectors, or zero")
+    min_eigenvalue: float = Field(1e-8, gt=0, description="smaller eigenvalues of C count as this")
+
+
+class SwudiParameters(SpectralParameters):
+    """Numbers of SWUDI."""
+
+    time: float | None = Field(300.0, gt=0, description="t of the filter 1 − exp(−λt); null for none")
+    rank_ratio: float | None = Field(0.65, gt=0, le=1, description="share of the eigen-directions that is kept; null for all")
+
+
+class Swudi(MatrixMethod):
+    """The loss of WUDI in closed form, its eigenvalues filtered by time and truncated by rank."""
+
+    name = "swudi"
+    source = "SWUDI (WalkerWorldPeace/MLLMerging, swudi_aswudi.py); METHODS: C = Σ wᵢτᵢᵀτᵢ, D = Σ wᵢτᵢτᵢᵀτᵢ"
+    parameters_model = SwudiParameters
+
+    @override
+    def merge_matrix(self, deltas: Sequence[torch.Tensor], parameters: SwudiParameters) -> torch.Tensor:
+        keep = exponential_filter(time=parameters.time, rank_ratio=parameters.rank_ratio)
+        return spectral_merge(deltas, start=parameters.start, keep=keep, min_eigenvalue=parameters.min_eigenvalue)
+
+
+class AswudiParameters(SpectralParameters):
+    """Numbers of ASWUDI."""
+
+    rank_rule: str = Field(
+        "participation_sqrt", description=f"how many eigen-directions a matrix keeps: {', '.join(RANK_RULES)}, or cumvar_F with F in (0, 1]"
+    )
+
+    @field_validator("rank_rule")
+    @classmethod
+    def _is_known(cls, rule: str) -> str:
+        share = rule.removeprefix("cumvar_")
+        try:
+            known = rule in RANK_RULES or (share != rule and 0 < float(share) <= 1)
+        except ValueError:
+            known = False
+        if not known:
+            raise ValueError(f"expected one of {', '.join(RANK_RULES)}, or cumvar_F with F in (0, 1], got {rule!r}")
+        return rule
+
+
+class Aswudi(MatrixMethod):
+    """SWUDI with the number of eigen-directions chosen from each matrix's own spectrum."""
+
+    name = "aswudi"
+    source = "ASWUDI (WalkerWorldPeace/MLLMerging, swudi_aswudi.py)"
+    parameters_model = AswudiParameters
+
+    @override
+    def merge_matrix(self, deltas: Sequence[torch.Tensor], parameters: AswudiParameters) -> torch.Tensor:
+        keep = adaptive_filter(rule=parameters.rank_rule, shape=deltas[0].shape)
+        return spectral_merge(deltas, start=parameters.start, keep=keep, min_eigenvalue=parameters.min_eigenvalue)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from typing_extensions import override
 
+from mmerge.workers.methods.matrix import MatrixMethod, MatrixParameters
 from mmerge.workers.methods.spectral import nearest_orthogonal, svd
 
 
@@ -23,3 +25,14 @@ def tsv_merge(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
     left = nearest_orthogonal(torch.cat([u[:, :share] for u, _, _ in parts], dim=1))
     right = nearest_orthogonal(torch.cat([vt[:share] for _, _, vt in parts]))
     return (left * values) @ right
+
+
+class Tsv(MatrixMethod):
+    """Keep the leading singular vectors of every expert, orthogonalise them, and put the task vector together again."""
+
+    name = "tsv"
+    source = "Task Singular Vectors (TSV-Merge), arXiv 2412.00081"
+
+    @override
+    def merge_matrix(self, deltas: Sequence[torch.Tensor], parameters: MatrixParameters) -> torch.Tensor:
+        return tsv_merge(deltas)

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from pydantic import Field
+from typing_extensions import override
 
+from mmerge.workers.methods.matrix import MatrixMethod, MatrixParameters
 from mmerge.workers.methods.spectral import leading_rows, squared_norms, total_of, truncate
 
 Optimizer = Literal["adam", "sgd"]
@@ -89,3 +92,53 @@ def optmerge_full_merge(deltas: Sequence[torch.Tensor], *, rank: int, learning_r
     quadratic = wudi_quadratic(targets, subspaces, squared_norms(deltas))
     start = total_of(deltas, "sum")
     return descend(start, quadratic, optimizer="adam", learning_rate=learning_rate, momentum=0.0, iterations=iterations)
+
+
+class WudiParameters(MatrixParameters):
+    """Numbers of WUDI."""
+
+    iterations: int = Field(300, ge=0, description="steps of Adam")
+    learning_rate: float = Field(1e-5, gt=0, description="step size")
+
+
+class Wudi(MatrixMethod):
+    """Minimise Σ (1/‖τᵢ‖²)·‖(τ − τᵢ)τᵢᵀ‖² by Adam, from the sum of the task vectors."""
+
+    name = "wudi"
+    source = "WUDI-Merging, arXiv 2503.08099"
+    parameters_model = WudiParameters
+
+    @override
+    def merge_matrix(self, deltas: Sequence[torch.Tensor], parameters: WudiParameters) -> torch.Tensor:
+        return wudi_merge(deltas, learning_rate=parameters.learning_rate, iterations=parameters.iterations)
+
+
+class OptmergeParameters(MatrixParameters):
+    """Numbers of OptMerge; what is not given follows from the form."""
+
+    form: Literal["lora", "full"] = Field(
+        "full", description="for experts trained with LoRA (SGD from the mean, no centring) or fully tuned (Adam from the sum, centred)"
+    )
+    rank: int | None = Field(None, ge=1, description="rank that task vectors are truncated to; ⌊min(out, in)/n⌋ if absent, at least 1")
+    iterations: int = Field(300, ge=0, description="steps of the optimiser")
+    learning_rate: float | None = Field(None, gt=0, description="step size; 1e-4 (lora) or 1e-5 (full) if absent")
+    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD (lora)")
+
+
+class Optmerge(MatrixMethod):
+    """WUDI on task vectors truncated by SVD, in the space of their leading rows."""
+
+    name = "optmerge"
+    source = "OptMerge, arXiv 2505.19892; both forms of the official code"
+    parameters_model = OptmergeParameters
+
+    @override
+    def merge_matrix(self, deltas: Sequence[torch.Tensor], parameters: OptmergeParameters) -> torch.Tensor:
+        rank = parameters.rank or max(1, min(deltas[0].shape) // len(deltas))
+        if parameters.form == "full":
+            rate = parameters.learning_rate or 1e-5
+            return optmerge_full_merge(deltas, rank=rank, learning_rate=rate, iterations=parameters.iterations)
+        rate = parameters.learning_rate or 1e-4
+        return optmerge_lora_merge(
+            deltas, rank=rank, learning_rate=rate, momentum=parameters.momentum, iterations=parameters.iterations
+        )
