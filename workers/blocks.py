@@ -36,13 +36,12 @@ def read_blocks(
     thresholds: Sequence[float],
     known: Known,
     expert_names: tuple[str, ...],
-    granularity: Granularity,
     dtype: str,
     block_entries: int,
 ) -> Iterator[Block]:
     """Yield the blocks of a piece of a tensor in order."""
     shape = tensor.base.spec.shape
-    columns = num_columns(shape)
+    columns, granularity = num_columns(shape), tensor.granularity
     for start, stop in iterate_blocks(tensor.num_entries, entries_at_once(shape, block_entries, granularity=granularity)):
         base, *experts = (
             _to_shape(read_block(source, stores, start, stop)[1].to(torch.float32), shape, columns, granularity)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 
 from mmerge.manifests.store import Store
@@ -13,17 +10,6 @@ from mmerge.workers.dtypes import to_bytes, to_tensor
 
 TILE_ROWS = 8
 """Rows whose product is formed at once, counted from the matrix's first row: so a value does not depend on the block it is in."""
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run inside with one thread of torch: how a sum is split over threads decides its last bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def low_rank_rows(a: torch.Tensor, b: torch.Tensor, *, scale: float, row_start: int, row_stop: int) -> torch.Tensor:
@@ -36,8 +22,7 @@ def low_rank_rows(a: torch.Tensor, b: torch.Tensor, *, scale: float, row_start: 
         row_start, row_stop: within [0, out].
     """
     first = row_start // TILE_ROWS * TILE_ROWS
-    with one_thread():
-        tiles = [(b[start : start + TILE_ROWS] @ a) * scale for start in range(first, row_stop, TILE_ROWS)]
+    tiles = [(b[start : start + TILE_ROWS] @ a) * scale for start in range(first, row_stop, TILE_ROWS)]
     return torch.cat(tiles)[row_start - first : row_stop - first]
 
 

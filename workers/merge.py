@@ -16,6 +16,7 @@ from mmerge.manifests.entry import ObjectEntry, ShardEntry, TensorRow, TensorSta
 from mmerge.manifests.header import TensorSpec, make_header
 from mmerge.manifests.store import ObjectWriter, Store
 from mmerge.workers.blocks import read_blocks
+from mmerge.workers.checkpoint import OpenStores
 from mmerge.workers.dtypes import to_bytes
 from mmerge.workers.masks import pack_mask, packed_bytes
 from mmerge.workers.measure import parse_numbers
@@ -152,8 +153,8 @@ class _TensorMerger:
 
     def _read_blocks(self) -> Iterator[Block]:
         return read_blocks(
-            self.tensor, {}, thresholds=self.thresholds, known=self.known, expert_names=self.task.expert_names,
-            granularity=self.task.granularity, dtype=self.task.dtype, block_entries=self.task.block_entries,
+            self.tensor, OpenStores(), thresholds=self.thresholds, known=self.known, expert_names=self.task.expert_names,
+            dtype=self.task.dtype, block_entries=self.task.block_entries,
         )  # fmt: skip
 
     def _write_masks(self, out: ObjectWriter, placed: dict[str, TensorSpec], masks: list[list[torch.Tensor]]) -> list[TensorRow]:

@@ -107,28 +107,37 @@ def _by_suffix(shapes: Mapping[str, Sequence[int]], projections: Sequence[str]) 
     return [name for suffix in wanted for name in sorted(shapes) if f".{name}".endswith(suffix)]
 
 
-def score_neurons(
-    group: NeuronGroup, deltas: Mapping[str, torch.Tensor], bases: Mapping[str, torch.Tensor], *, score: Score
-) -> torch.Tensor:
-    """Return the score of every neuron of a group, float64 [num_neurons]: ‖Δ‖₂, ‖Δ‖₁ or ‖Δ‖₂/‖θ₀‖₂ over all its parts."""
-    total = torch.zeros(group.num_neurons, dtype=torch.float64)
-    reference = torch.zeros_like(total)
-    for part in group.parts:
-        delta = deltas[part.name].to(torch.float64)
-        total.index_add_(0, part.neurons, _along(delta.abs() if score == "l1" else delta.square(), part.axis))
-        if score == "relative":
-            reference.index_add_(0, part.neurons, _along(bases[part.name].to(torch.float64).square(), part.axis))
+def measure_part(delta: torch.Tensor, base: torch.Tensor, *, axis: Axis) -> dict[str, torch.Tensor]:
+    """Return sums per row (axis 0) or column (axis 1) of some rows of a matrix: |Δ|, Δ² and θ₀², float64."""
+    delta, base = delta.to(torch.float64), base.to(torch.float64)
+    return {
+        "absolute": delta.abs().sum(dim=1 - axis),
+        "squares": delta.square().sum(dim=1 - axis),
+        "reference": base.square().sum(dim=1 - axis),
+    }
+
+
+def score_neurons(group: NeuronGroup, measured: Mapping[str, Mapping[str, torch.Tensor]], *, score: Score) -> torch.Tensor:
+    """Return the score of every neuron of a group, float64 [num_neurons]: ‖Δ‖₂, ‖Δ‖₁ or ‖Δ‖₂/‖θ₀‖₂ over all its parts.
+
+    Args:
+        group: the neurons and their parts.
+        measured: by matrix what `measure_part` gives of the whole of it.
+        score: which norm.
+    """
     if score == "l1":
-        return total
+        return _add_parts(group, measured, "absolute")
+    norms = _add_parts(group, measured, "squares").sqrt()
     if score == "l2":
-        return total.sqrt()
-    return torch.where(total > 0, total.sqrt() / reference.sqrt(), torch.zeros_like(total))
+        return norms
+    return torch.where(norms > 0, norms / _add_parts(group, measured, "reference").sqrt(), torch.zeros_like(norms))
 
 
-def _along(values: torch.Tensor, axis: Axis) -> torch.Tensor:
-    if values.ndim == 1:
-        return values
-    return values.sum(dim=1 - axis)
+def _add_parts(group: NeuronGroup, measured: Mapping[str, Mapping[str, torch.Tensor]], quantity: str) -> torch.Tensor:
+    total = torch.zeros(group.num_neurons, dtype=torch.float64)
+    for part in group.parts:
+        total.index_add_(0, part.neurons, measured[part.name][quantity])
+    return total
 
 
 def keep_threshold(scores: torch.Tensor, *, keep_ratio: float) -> float:
@@ -140,27 +149,14 @@ def keep_threshold(scores: torch.Tensor, *, keep_ratio: float) -> float:
     return float(scores.kthvalue(len(scores) - count + 1).values)
 
 
-def suppress_neurons(
-    part: Part, delta: torch.Tensor, kept: torch.Tensor, *, suppress: float, restore: bool
-) -> torch.Tensor:
-    """Return Δ on the kept neurons of a part and suppress·Δ elsewhere, float32.
-
-    With `restore` the kept entries are scaled so that the norm of the whole is that of Δ again.
+def restoring_factor(squares: torch.Tensor, kept: torch.Tensor, *, suppress: float) -> float:
+    """Return the factor on the kept rows (or columns) of a matrix with which ‖Δ′‖ = ‖Δ‖; 1 where nothing is kept.
 
     Args:
-        part: which matrix, and whose neurons its rows or columns are.
-        delta: Δ of the matrix, float32.
-        kept: which neurons of the group are kept, boolean [num_neurons].
-        suppress: β, 0 drops.
-        restore: whether the norm is restored.
+        squares: Σ Δ² per row (or column), float64.
+        kept: which of them are kept, boolean.
+        suppress: β, the factor on all others, which stays as it is.
     """
-    chosen = kept[part.neurons]
-    if delta.ndim == 2:
-        chosen = chosen.unsqueeze(1 - part.axis)
-    factor = 1.0
-    if restore:
-        squares = delta.to(torch.float64).square()
-        inside = float((squares * chosen).sum())
-        outside = float(squares.sum()) - inside
-        factor = math.sqrt((inside + (1 - suppress * suppress) * outside) / inside) if inside > 0 else 1.0
-    return delta * torch.where(chosen, factor, suppress).to(torch.float32)
+    inside = float(squares[kept].sum())
+    outside = float(squares[~kept].sum())
+    return math.sqrt((inside + (1 - suppress * suppress) * outside) / inside) if inside > 0 else 1.0
