@@ -100,7 +100,9 @@ class _Run:
         self._run_phase("survey", surveys, lambda task: self.store.exists(f"surveys/{task.key}.safetensors"))
         survey = read_surveys(self.store, self.plan, surveys)
         thresholds = resolve_thresholds(self.plan, surveys, survey, trimmings=trims or None, run_refine=self._run_refine, store=self.store)
-        stages = StageRun(self.plan, self.method, numbers, surveys, thresholds, self._run_measure, self.store, self.base.text_config, self.fresh)
+        stages = StageRun(
+            self.plan, self.method, numbers, surveys, thresholds, self._run_measure, self.store, self.base.text_config, self.fresh
+        )
         known = stages.run()
         self.rescalers = stages.rescalers()
         merge_tasks = [

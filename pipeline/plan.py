@@ -199,9 +199,7 @@ def _number(name: str, index: int, count: int) -> str:
     return name if count == 1 else f"{name}.part{index}"
 
 
-def _make_merge_shards(
-    layout: Layout, recipe: Recipe, dtype: str, block_entries: int, max_bytes: int
-) -> Iterable[MergeShard]:
+def _make_merge_shards(layout: Layout, recipe: Recipe, dtype: str, block_entries: int, max_bytes: int) -> Iterable[MergeShard]:
     by_name = {tensor.name: tensor for tensor in layout.shared}
     method = find_method(recipe.method)
     parameters = (recipe.parameters, [expert.parameters for expert in recipe.experts])
@@ -210,7 +208,9 @@ def _make_merge_shards(
         tasks = [
             task
             for name in names
-            for task in _make_tensor_tasks(by_name[name], max_bytes, method.granularity_of(name, by_name[name].base.spec.shape, *parameters))
+            for task in _make_tensor_tasks(
+                by_name[name], max_bytes, method.granularity_of(name, by_name[name].base.spec.shape, *parameters)
+            )
         ]
         groups = _fill(tasks, [task.base.spec.num_bytes for task in tasks], group_bytes)
         for index, group in enumerate(groups):

@@ -79,7 +79,9 @@ class AdapterFolder:
                 key = (match["module"], match["adapter"] or DEFAULT_ADAPTER)
                 factors.setdefault(key, {})[match["factor"]] = source
             elif "lora_" in name or "vera_" in name or "hada_" in name:
-                raise CheckpointError(f"{self.owner}: {self.uri}: {name} is no LoRA factor of a Linear. Merge that adapter into its weights first")
+                raise CheckpointError(
+                    f"{self.owner}: {self.uri}: {name} is no LoRA factor of a Linear. Merge that adapter into its weights first"
+                )
         return tuple(self._make_pair(*key, found) for key, found in sorted(factors.items()))
 
     @cached_property
@@ -113,7 +115,9 @@ class AdapterFolder:
         alpha = _by_pattern(config.get("alpha_pattern"), module) or config.get("lora_alpha")
         expected = _by_pattern(config.get("rank_pattern"), module) or config.get("r", config.get("lora_r"))
         if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
-            raise CheckpointError(f"{where}: the configuration has no lora_alpha, so the scale alpha/rank is unknown. Add it to {CONFIG_FILE}")
+            raise CheckpointError(
+                f"{where}: the configuration has no lora_alpha, so the scale alpha/rank is unknown. Add it to {CONFIG_FILE}"
+            )
         if expected is not None and expected != rank:
             raise CheckpointError(f"{where}: the configuration says rank {expected}, the factors have {rank}. Fetch the adapter again")
         return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -233,7 +237,7 @@ class AdapterCheckpoint(Checkpoint):
     @cached_property
     def tensors(self) -> dict[str, TensorSource]:
         found = dict(self._base.tensors)
-        placed = {}
+        placed: dict[str, TensorSource] = {}
         names = self.folder.adapters
         for pair in self.folder.pairs_of(names[0] if len(names) == 1 else DEFAULT_ADAPTER):
             name = find_linear(pair.module, found)
@@ -253,7 +257,9 @@ class AdapterCheckpoint(Checkpoint):
         base = self._base.tensors[name]
         shape = (pair.b.spec.shape[0], pair.a.spec.shape[1])
         if base.spec.shape != shape:
-            raise ShapeMismatch(f"{name}: {self.owner} has an adapter for {shape}, the base has {base.spec.shape}. Was it trained on this base?")
+            raise ShapeMismatch(
+                f"{name}: {self.owner} has an adapter for {shape}, the base has {base.spec.shape}. Was it trained on this base?"
+            )
         return make_low_rank(base, pair)
 
     @cached_property

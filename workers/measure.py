@@ -21,7 +21,6 @@ from mmerge.workers.survey import SparseHistogram, Survey, piece_name, read_surv
 from mmerge.workers.task import MeasureTask, TaskResult, TensorTask
 from mmerge.workers.thresholds import Counts, to_sparse
 
-
 VECTOR_BLOCK_ENTRIES = 1 << 18
 """Entries at once in a stage of vectors: fixed, since float64 sums depend on what is added first."""
 

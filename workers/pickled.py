@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -34,8 +35,9 @@ def read_pickled_specs(store: Store, file: str, *, where: str) -> dict[str, Tens
             it is not contiguous.
     """
     try:
-        with FakeTensorMode():  # type: ignore[no-untyped-call]
-            loaded = torch.load(_RangedFile(store, file), weights_only=True)
+        opened: Any = _RangedFile(store, file)
+        with FakeTensorMode():
+            loaded = torch.load(opened, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{where}: cannot be read as a file of tensors ({reason[:200]}). {_REMEDY}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -55,8 +56,7 @@ def choose_alpha(answers: Mapping[float, Sequence[str]]) -> AlphaChoice:
         raise ValueError(f"answers: every alpha needs one answer to each question, got {counts}")
     lowered = {alpha: [answer.lower() for answer in answers[alpha]] for alpha in alphas}
     differences = tuple(
-        sum(one != other for one, other in zip(lowered[below], lowered[above], strict=True))
-        for below, above in zip(alphas, alphas[1:], strict=False)
+        sum(one != other for one, other in zip(lowered[below], lowered[above], strict=True)) for below, above in itertools.pairwise(alphas)
     )
     fewest = min(differences)
     best = tuple(above for above, count in zip(alphas[1:], differences, strict=True) if count == fewest)

@@ -42,12 +42,14 @@ class NeuronFusionParameters(Parameters):
     """Numbers and choices of Neuron-Fusion (a reconstruction)."""
 
     unit: Literal["neuron", "row"] = Field(
-        "neuron", description="a neuron is FFN k = gate[k,:], up[k,:], down[:,k] and attention e = v[e,:], o[:,e]; or every row of every matrix"
+        "neuron",
+        description="a neuron is FFN k = gate[k,:], up[k,:], down[:,k] and attention e = v[e,:], o[:,e]; or every row of every matrix",
     )
     score: Score = Field("l2", description="how a neuron's change is measured: l2, l1, or relative = l2 over that of the base")
     keep_ratio: float = Field(0.1, gt=0, le=1, description="share of the neurons that is kept, rounded up")
     scope: Literal["layer", "tensor", "model"] = Field(
-        "layer", description="where neurons compete: in their layer (FFN and attention separately), in their tensor alone, or in the whole model"
+        "layer",
+        description="where neurons compete: in their layer (FFN and attention separately), in their tensor alone, or in the whole model",
     )
     suppress: float = Field(0.0, ge=0, le=1, description="β on the change of all other neurons; 0 drops it")
     restore: bool = Field(False, description="scale the kept part of each matrix so that the norm of its change is that of tuning again")
@@ -150,9 +152,7 @@ def _describe(part: Part, kept: torch.Tensor, squares: torch.Tensor, parameters:
     return {"kept": tuple(float(index) for index in chosen.nonzero().flatten().tolist()), "factor": (factor,)}
 
 
-def _make_groups(
-    shapes: Mapping[str, Sequence[int]], parameters: NeuronFusionParameters, config: Mapping[str, Any]
-) -> list[NeuronGroup]:
+def _make_groups(shapes: Mapping[str, Sequence[int]], parameters: NeuronFusionParameters, config: Mapping[str, Any]) -> list[NeuronGroup]:
     layers: dict[str, dict[str, Sequence[int]]] = {}
     for name, shape in shapes.items():
         match = _LAYER.match(name)
@@ -162,14 +162,14 @@ def _make_groups(
     for layer, own in layers.items():
         found = _layer_groups(own, parameters, config)
         if not found:
-            raise CheckpointError(f"{layer}: has no gate, up and down, and no v and o projections, so it has no neurons to find. Say 'unit: row'")
+            raise CheckpointError(
+                f"{layer}: has no gate, up and down, and no v and o projections, so it has no neurons to find. Say 'unit: row'"
+            )
         groups += [part for group in found for part in split_group(group)] if parameters.scope == "tensor" else found
     return groups
 
 
-def _layer_groups(
-    shapes: Mapping[str, Sequence[int]], parameters: NeuronFusionParameters, config: Mapping[str, Any]
-) -> list[NeuronGroup]:
+def _layer_groups(shapes: Mapping[str, Sequence[int]], parameters: NeuronFusionParameters, config: Mapping[str, Any]) -> list[NeuronGroup]:
     if parameters.unit == "row":
         names = [name for name in sorted(shapes) if len(shapes[name]) == 2]
         if parameters.query_key != "neuron":

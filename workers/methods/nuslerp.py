@@ -83,7 +83,9 @@ class Nuslerp(Method):
 def check_origin(method: str, origin: Origin, *, has_base: bool) -> None:
     """Raise RecipeError where the sphere's centre is a base that the recipe has not."""
     if origin == "base" and not has_base:
-        raise RecipeError(f"base: is missing; {method!r} works on task vectors. Give the base LLM, or 'origin: zero' to work on the weights")
+        raise RecipeError(
+            f"base: is missing; {method!r} works on task vectors. Give the base LLM, or 'origin: zero' to work on the weights"
+        )
 
 
 def vectors_around(block: Block, origin: Origin) -> list[torch.Tensor]:

@@ -35,7 +35,7 @@ def spectral_merge(deltas: Sequence[torch.Tensor], *, start: Start, keep: Filter
     if max(norms) <= 1e-12:
         return total_of(deltas, "mean")
     c, d = wudi_quadratic(deltas, deltas, norms)
-    eigenvalues, basis = torch.linalg.eigh(c)
+    eigenvalues, basis = _eigh(c)
     eigenvalues = eigenvalues.clamp(min=min_eigenvalue)
     kept = keep(eigenvalues)
     solved = (d @ basis * (kept / eigenvalues)) @ basis.T
@@ -43,6 +43,11 @@ def spectral_merge(deltas: Sequence[torch.Tensor], *, start: Start, keep: Filter
         return solved
     first = total_of(deltas, start)
     return first - (first @ basis * kept) @ basis.T + solved
+
+
+def _eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    eigenvalues, basis = torch.linalg.eigh(matrix)
+    return eigenvalues, basis
 
 
 def exponential_filter(*, time: float | None, rank_ratio: float | None) -> Filter:

@@ -139,6 +139,4 @@ class Optmerge(MatrixMethod):
             rate = parameters.learning_rate or 1e-5
             return optmerge_full_merge(deltas, rank=rank, learning_rate=rate, iterations=parameters.iterations)
         rate = parameters.learning_rate or 1e-4
-        return optmerge_lora_merge(
-            deltas, rank=rank, learning_rate=rate, momentum=parameters.momentum, iterations=parameters.iterations
-        )
+        return optmerge_lora_merge(deltas, rank=rank, learning_rate=rate, momentum=parameters.momentum, iterations=parameters.iterations)
