@@ -16,8 +16,9 @@ from mmerge.pipeline.layout import CarriedTensor, Layout, SharedTensor, make_lay
 from mmerge.pipeline.recipe import Recipe
 from mmerge.workers.adapter import open_expert
 from mmerge.workers.blocks import entries_at_once
-from mmerge.workers.checkpoint import Checkpoint, TensorSource
+from mmerge.workers.checkpoint import Checkpoint, LowRankSource, TensorSource
 from mmerge.workers.dtypes import NAMED_DTYPES
+from mmerge.workers.low_rank import TILE_ROWS
 from mmerge.workers.masks import packed_bytes
 from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Granularity, Kind, Method, Numbers
@@ -253,9 +254,26 @@ def merge_peak_bytes(
     for tensor in tensors:
         shape = tensor.base.spec.shape
         entries = min(entries_at_once(shape, block_entries, granularity=tensor.granularity), tensor.num_entries)
-        blocks = max(blocks, entries * (num_experts + 1) * 12 + method.working_bytes(entries, num_experts=num_experts, shape=shape))
+        blocks = max(
+            blocks,
+            entries * (num_experts + 1) * 12
+            + method.working_bytes(entries, num_experts=num_experts, shape=shape)
+            + _forming_bytes(tensor, entries),
+        )
     waiting_masks = 2 * num_masks * max(packed_bytes(tensor.num_entries) for tensor in tensors)
     return blocks + waiting_masks + WRITER_CONCURRENCY * WRITER_BUFFER_BYTES + WORKER_BYTES
+
+
+def _forming_bytes(tensor: TensorTask, entries: int) -> int:
+    """Return what reading adapters takes beside the weights they make: their factors, and the buffers of one block.
+
+    Per entry the base once more as read, copied and widened, and the product in tiles and as one; tiles reach over the block.
+    """
+    adapters = [source for source in tensor.experts if isinstance(source, LowRankSource)]
+    if not adapters:
+        return 0
+    width = tensor.base.spec.shape[1]
+    return sum(adapter.factor_bytes for adapter in adapters) + 24 * entries + 16 * TILE_ROWS * width
 
 
 _COPY_PEAK_BYTES = WRITER_CONCURRENCY * WRITER_BUFFER_BYTES + WORKER_BYTES

@@ -236,6 +236,7 @@ class AdapterCheckpoint(Checkpoint):
 
     @cached_property
     def tensors(self) -> dict[str, TensorSource]:
+        """The base's tensors, those of adapted Linears formed, and whatever else the adapter's files hold."""
         found = dict(self._base.tensors)
         placed: dict[str, TensorSource] = {}
         names = self.folder.adapters
@@ -264,6 +265,7 @@ class AdapterCheckpoint(Checkpoint):
 
     @cached_property
     def identity(self) -> dict[str, str]:
+        """For each file of the adapter a text that changes when it is replaced."""
         return self.folder.checkpoint.identity
 
     @override
