@@ -247,6 +247,7 @@ class _Run:
                 placeholder=expert.placeholder,
                 template=expert.template,
                 rescaler=self.rescalers[index] if self.rescalers else None,
+                adapters=self.plan.adapters[index] if self.plan.adapters else None,
                 files=files[expert.uri],
             )
             for index, expert in enumerate(recipe.experts)

@@ -11,7 +11,9 @@ from typing import Any, Literal
 from mmerge.manifests.entry import Role
 from mmerge.manifests.errors import CheckpointError
 from mmerge.manifests.header import DTYPE_BYTES, FLOAT_DTYPES
+from mmerge.manifests.manifest import AdapterRecord
 from mmerge.manifests.store import WRITER_BUFFER_BYTES, WRITER_CONCURRENCY
+from mmerge.pipeline.adapters import list_adapters
 from mmerge.pipeline.layout import CarriedTensor, Layout, SharedTensor, make_layout
 from mmerge.pipeline.recipe import Recipe
 from mmerge.workers.adapter import open_expert
@@ -69,6 +71,8 @@ class MergePlan:
     carry_shards: tuple[CopyShard, ...]
     renames: tuple[tuple[tuple[str, str], ...], ...]
     block_entries: int
+    adapters: tuple[AdapterRecord, ...] = ()
+    """Per expert how its adapters are used; empty but in builds of kind `adapters`."""
 
     @property
     def copy_shards(self) -> tuple[CopyShard, ...]:
@@ -114,8 +118,10 @@ def make_plan(recipe: Recipe, *, block_entries: int = DEFAULT_BLOCK_ENTRIES, max
         raise ValueError(f"block_entries: expected a multiple of 65536, got {block_entries}")
     base = Checkpoint(recipe.base, owner="base" if recipe.has_base else f"expert {recipe.experts[0].name!r}")
     experts = [open_expert(expert.uri, owner=f"expert {expert.name!r}", base=base) for expert in recipe.experts]
-    layout = make_layout(base, experts, merge=recipe.merge, carry=recipe.carry)
     method = find_method(recipe.method)
+    if method.kind == "adapters":
+        return _make_adapters_plan(recipe, base, experts, block_entries, max_shard_bytes)
+    layout = make_layout(base, experts, merge=recipe.merge, carry=recipe.carry)
     dtype = NAMED_DTYPES[recipe.dtype] if recipe.dtype else _base_dtype(base)
     copied = tuple(base.tensors.values()) if method.kind == "masks" else layout.kept
     names = [expert.name for expert in recipe.experts]
@@ -133,6 +139,32 @@ def make_plan(recipe: Recipe, *, block_entries: int = DEFAULT_BLOCK_ENTRIES, max
         ),
         renames=layout.renames,
         block_entries=block_entries,
+    )
+
+
+def _make_adapters_plan(
+    recipe: Recipe, base: Checkpoint, experts: Sequence[Checkpoint], block_entries: int, max_shard_bytes: int
+) -> MergePlan:
+    """Return the plan of a build that merges nothing: the base, and each expert's adapters and own tensors, are copied."""
+    found = list_adapters(recipe, base, experts)
+    carry_shards: list[CopyShard] = []
+    for expert, adapters in zip(recipe.experts, found, strict=True):
+        kinds: tuple[tuple[Role, dict[str, TensorSource]], ...] = (("adapter", adapters.factors), ("carried", adapters.others))
+        tensors = [
+            copy for role, own in kinds for name, source in own.items() for copy in _make_copies(name, role, source, 0, max_shard_bytes)
+        ]
+        carry_shards += _make_copy_shards(f"carry/{expert.name}", "carry", expert.name, tensors, max_shard_bytes)
+    return MergePlan(
+        recipe=recipe,
+        kind="adapters",
+        numbers={},
+        dtype=NAMED_DTYPES[recipe.dtype] if recipe.dtype else _base_dtype(base),
+        merge_shards=(),
+        base_shards=tuple(_make_base_shards(tuple(base.tensors.values()), max_shard_bytes)),
+        carry_shards=tuple(carry_shards),
+        renames=tuple(() for _ in recipe.experts),
+        block_entries=block_entries,
+        adapters=tuple(adapters.record for adapters in found),
     )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 
 from mmerge.manifests.store import Store
@@ -47,3 +50,29 @@ def _read_factor(source: TensorSource, stores: dict[str, Store]) -> torch.Tensor
         kept[source] = to_tensor(data, source.spec.dtype).to(torch.float32).reshape(source.spec.shape)
     found: torch.Tensor = kept[source]
     return found
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One adapter in one Linear: its task vector is scale·B·A."""
+
+    a: torch.Tensor
+    """[rank, in]."""
+    b: torch.Tensor
+    """[out, rank]."""
+    scale: float
+
+    def product(self) -> torch.Tensor:
+        """Return scale·B·A, float32 [out, in]."""
+        return self.b.to(torch.float32) @ self.a.to(torch.float32) * self.scale
+
+
+def add_adapters(base: torch.Tensor, defaults: Sequence[LowRank], *, dtype: torch.dtype) -> torch.Tensor:
+    """Return W + Σ cᵢ·s·B_dᵢ A_dᵢ in `dtype`, [out, in]; the scales hold the coefficients. Computed in float32, rounded once.
+
+    Model Composition (arXiv 2402.12750), parameter adjustment.
+    """
+    total = base.to(torch.float32)
+    for default in defaults:
+        total = total + default.product()
+    return total.to(dtype)

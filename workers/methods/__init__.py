@@ -6,6 +6,7 @@ from mmerge.manifests.errors import RecipeError
 from mmerge.workers.methods.adamms import Adamms
 from mmerge.workers.methods.arcee_fusion import ArceeFusion
 from mmerge.workers.methods.breadcrumbs import Breadcrumbs, BreadcrumbsTies
+from mmerge.workers.methods.damc import Damc
 from mmerge.workers.methods.dare import DareLinear, DareTies
 from mmerge.workers.methods.della import Della, DellaLinear
 from mmerge.workers.methods.emr import Emr
@@ -65,6 +66,7 @@ _ALL: tuple[Method, ...] = (
     Aswudi(),
     Adamms(),
     NeuronFusion(),
+    Damc(),
 )
 
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
