@@ -11,7 +11,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mmerge.manifests.errors import CheckpointError, ManifestError
 from mmerge.manifests.manifest import FileEntry, read_file
-from mmerge.workers.adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from mmerge.workers.composite import Composite
 from mmerge.workers.features import FeatureEncoder
 from mmerge.workers.load_adapters import load_features, route_adapters
@@ -127,17 +126,23 @@ class _Loader:
 
     def _load_encoder(self, name: str, hidden_size: int) -> MediaEncoder | FeatureEncoder:
         record = self.manifest.to_expert(name)
-        if any(file.name == ADAPTER_CONFIG_FILE for file in record.files):
+        files = self._read_files(record.files)
+        if self._has_no_encoder(files, name):
             return load_features(self.reader, name, hidden_size=hidden_size, dtype=self.dtype, device=self.device)
         state = {key: self.reader.read(key, "carried", name) for key in self.reader.encoder_names(name)}
         embedding = next(key for key in self.reader.llm_names() if key.endswith(EMBEDDING_SUFFIX))
         return MediaEncoder(
             expert=name,
             modality=record.modality,
-            files=self._read_files(record.files),
+            files=files,
             state=state,
             embedding=(self.manifest.rename(embedding, expert=name), self.reader.rebuild(embedding, name)),
             placeholder=record.placeholder,
             dtype=self.dtype,
             device=self.device,
         )
+
+    def _has_no_encoder(self, files: dict[str, bytes], name: str) -> bool:
+        """Return whether an expert's files describe a language model alone: it takes features, or nothing but text."""
+        config = make_config(files, owner=f"expert {name!r}")
+        return config.get_text_config() is config

@@ -43,7 +43,7 @@ def write_average(uris: Sequence[str], folder: Path, *, strategy: str, density: 
             {f"{pair.module}.lora_{letter}.weight": _read(source) for pair in pairs for letter, source in (("A", pair.a), ("B", pair.b))}
         )
     with one_thread():
-        merged = average_lora(experts, strategy=strategy, density=density)  # type: ignore[arg-type]  # checked against STRATEGIES
+        merged = average_lora(experts, strategy=strategy, density=density)
     if len(scales) != 1 or len(ranks) != 1:
         raise ShapeMismatch(
             f"the adapters have the scales {sorted(scales)} and ranks {sorted(ranks)}; factors can be averaged only where both are equal. "

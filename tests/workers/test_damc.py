@@ -160,6 +160,14 @@ def _logits_without_adapters(lab: Any, embeds: torch.Tensor) -> torch.Tensor:
     return logits
 
 
+def test_adapters_can_be_experts_of_a_merge_with_masks_and_generate(lab: Any, recipe: dict[str, Any]) -> None:
+    experts = {name: {"path": name, "modality": name} for name in ("image", "audio")}
+    uri = build(lab, recipe | {"method": "mmer", "experts": experts})
+    parts = [Part("image", torch.randn(2, 12)), Part("audio", torch.randn(2, 16)), Part.text("w5")]
+    assert load_composite(uri).generate(parts, max_new_tokens=3)
+    assert load_composite(uri, mode="retention", expert="image").generate(parts[:1], max_new_tokens=3)
+
+
 def test_retention_runs_one_expert_as_it_was_tuned(lab: Any, recipe: dict[str, Any]) -> None:
     composite = load_composite(build(lab, recipe), mode="retention", expert="image")
     module = composite.language_model.get_submodule("model.layers.0.mlp.down_proj")

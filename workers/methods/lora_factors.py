@@ -62,7 +62,7 @@ def _check_equal(experts: Sequence[Factors]) -> list[str]:
                 f"{different[0]}: only one of adapters 1 and {position + 1} has it; factors can be averaged one by one only where "
                 "all adapters are of the same Linears. Give the adapters as experts of a recipe: their products are merged then"
             )
-        for name in first:
+        for name in sorted(first):
             if factors[name].shape != experts[0][name].shape:
                 raise ShapeMismatch(
                     f"{name}: adapter {position + 1} has {tuple(factors[name].shape)}, adapter 1 has {tuple(experts[0][name].shape)}; factors "
