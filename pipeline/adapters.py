@@ -35,6 +35,8 @@ def list_adapters(recipe: Recipe, base: Checkpoint, experts: Sequence[Checkpoint
     if recipe.merge != "all" or recipe.carry:
         key = "carry" if recipe.carry else "merge"
         raise RecipeError(f"{key}: has no effect with method {recipe.method!r}, which merges no tensor. Leave it out")
+    if recipe.schedules:
+        raise RecipeError(f"{recipe.method!r} has one number per expert for the whole model; give plain numbers, not rules per tensor")
     found = []
     for expert, checkpoint in zip(recipe.experts, experts, strict=True):
         if not isinstance(checkpoint, AdapterCheckpoint):

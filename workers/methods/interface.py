@@ -86,6 +86,8 @@ class TensorVectors:
     shape: tuple[int, ...]
     vectors: Mapping[str, torch.Tensor]
     """By quantity, float64, one dimension."""
+    parameters: Any
+    """The method's parameters that hold for this tensor."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from typing_extensions import override
 
-from mmerge.manifests.errors import CheckpointError
+from mmerge.manifests.errors import CheckpointError, RecipeError
 from mmerge.workers.methods.interface import Block, Granularity, Known, MergedBlock, Method, Parameters, Stage, TensorVectors
 from mmerge.workers.methods.neurons import (
     Axis,
@@ -108,15 +108,12 @@ class NeuronFusion(Method):
         measured = {tensor.name: tensor.vectors for tensor in tensors if tensor.vectors}
         groups = _make_groups({tensor.name: tensor.shape for tensor in tensors if tensor.vectors}, parameters, config)
         scores = [score_neurons(group, measured, score=parameters.score) for group in groups]
-        thresholds = [keep_threshold(found, keep_ratio=parameters.keep_ratio) for found in scores]
-        if parameters.scope == "model":
-            kinds = [group.kind for group in groups]
-            together = {kind: torch.cat([found for found, own in zip(scores, kinds, strict=True) if own == kind]) for kind in set(kinds)}
-            thresholds = [keep_threshold(together[kind], keep_ratio=parameters.keep_ratio) for kind in kinds]
+        own = {tensor.name: tensor.parameters for tensor in tensors}
+        thresholds = _find_thresholds(groups, scores, own, parameters)
         known: dict[str, Known] = {}
         for group, found, threshold in zip(groups, scores, thresholds, strict=True):
             for part in group.parts:
-                known[part.name] = _describe(part, found >= threshold, measured[part.name]["squares"], parameters)
+                known[part.name] = _describe(part, found >= threshold, measured[part.name]["squares"], own[part.name])
         return known
 
     @override
@@ -133,6 +130,32 @@ class NeuronFusion(Method):
             first = block.start // block.shape[1]
             factors = factors[first : first + len(block.base)].unsqueeze(-1)
         return MergedBlock((block.base + block.task_vectors()[0] * factors).to(block.dtype))
+
+
+def _find_thresholds(
+    groups: Sequence[NeuronGroup], scores: Sequence[torch.Tensor], own: Mapping[str, Any], parameters: NeuronFusionParameters
+) -> list[float]:
+    """Return the score from which on the neurons of each group are kept. `own` has the numbers of each tensor."""
+    ratios = [_agreed_ratio(group.parts, own) for group in groups]
+    if parameters.scope != "model":
+        return [keep_threshold(found, keep_ratio=ratio) for found, ratio in zip(scores, ratios, strict=True)]
+    _agreed_ratio([part for group in groups for part in group.parts], own)
+    together: dict[str, list[torch.Tensor]] = {}
+    for group, found in zip(groups, scores, strict=True):
+        together.setdefault(group.kind, []).append(found)
+    found_for = {kind: keep_threshold(torch.cat(found), keep_ratio=ratios[0]) for kind, found in together.items()}
+    return [found_for[group.kind] for group in groups]
+
+
+def _agreed_ratio(parts: Sequence[Part], own: Mapping[str, Any]) -> float:
+    ratios = {part.name: float(own[part.name].keep_ratio) for part in parts}
+    if len(set(ratios.values())) > 1:
+        low, high = min(ratios, key=lambda name: ratios[name]), max(ratios, key=lambda name: ratios[name])
+        raise RecipeError(
+            f"keep_ratio: is {ratios[low]} for {low} and {ratios[high]} for {high}, whose neurons compete. Give one number to tensors that "
+            "compete, or choose a narrower 'scope'"
+        )
+    return next(iter(ratios.values()))
 
 
 def _axis(name: str, parameters: NeuronFusionParameters) -> Axis:
