@@ -12,6 +12,9 @@ import torch
 def one_thread() -> Iterator[None]:
     """Run inside with one thread of torch: how a sum is split over threads decides its last bits."""
     before = torch.get_num_threads()
+    if before == 1:
+        yield  # nothing to undo: tasks beside this one may run in threads of the same process
+        return
     torch.set_num_threads(1)
     try:
         yield
