@@ -5,25 +5,25 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from blake3 import blake3
+from numpy.typing import NDArray
 
 from mmerge.manifests.entry import ObjectEntry, ShardEntry, TensorRow, TensorStatistics, object_key, read_entry, write_entry
-from mmerge.manifests.header import TensorSpec, make_header
+from mmerge.manifests.header import DTYPE_BYTES, TensorSpec, make_header
 from mmerge.manifests.store import ObjectWriter, Store
-from mmerge.workers.dtypes import TORCH_DTYPES, to_bytes
-from mmerge.workers.masks import pack_mask, packed_bytes
+from mmerge.workers.dtypes import TORCH_DTYPES, to_bytes, to_float_tensors, with_one_nan
+from mmerge.workers.fast_paths import FastPath, MaskPath, PathRequest, find_fast_path
+from mmerge.workers.inputs import InputReader
+from mmerge.workers.kernels import add_squares
+from mmerge.workers.masks import packed_bytes
 from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Block, MergedBlock, Method
-from mmerge.workers.survey import iterate_blocks, read_block
 from mmerge.workers.task import MergeTask, TaskResult, TensorTask
-
-TILE_ENTRIES = 1 << 16
-"""Norms are summed tile by tile, so that they do not depend on the block size; blocks are whole tiles."""
 
 
 def delta_name(name: str) -> str:
@@ -46,10 +46,10 @@ def merge_shard(task: MergeTask, store: Store) -> TaskResult:
     header, specs = make_header(_make_layout(task, method), metadata={"mmerge": task.digest, "method": task.method})
     placed = {spec.name: spec for spec in specs}
     rows: list[TensorRow] = []
-    with store.open_writer(object_key(task.digest)) as out:
+    with InputReader() as reader, store.open_writer(object_key(task.digest)) as out:
         out.write(header)
         for index in range(len(task.tensors)):
-            rows += _TensorMerger(task, method, index).write(out, placed)
+            rows += _TensorMerger(task, method, index).write(out, placed, reader)
     entry = ShardEntry(
         object=ObjectEntry(key=out.key, shard=task.shard, role="merge", num_bytes=out.num_bytes, digest=out.hexdigest()),
         tensors=tuple(rows),
@@ -88,10 +88,16 @@ class _Tally:
         self.kept, self.agreeing, self.masked, self.consensus = [0] * n, [0] * n, [0] * n, [0] * (n + 1)
         self.overlaps, self.squares = [0] * (n * (n - 1) // 2), [0.0] * (n + 1)
 
+    def take(self, path: MaskPath) -> None:
+        """Take the counts of a compiled path."""
+        n = self.num_experts
+        self.kept, self.agreeing, self.masked = path.counts[0, :n].tolist(), path.counts[1, :n].tolist(), path.counts[2, :n].tolist()
+        self.consensus, self.overlaps, self.squares = path.counts[3].tolist(), path.overlaps.tolist(), path.squares.tolist()
+
     def add(self, block: Block, merged: MergedBlock) -> None:
         for index, delta in enumerate(block.task_vectors()):
-            self.squares[index] = _add_squares(self.squares[index], delta)
-        self.squares[-1] = _add_squares(self.squares[-1], merged.values.to(torch.float32))
+            self.squares[index] = add_squares(self.squares[index], delta.numpy())
+        self.squares[-1] = add_squares(self.squares[-1], merged.values.to(torch.float32).numpy())
         for index, trimmed in enumerate(merged.trimmed):
             self.kept[index] += int(trimmed.count_nonzero())
             if merged.sign is not None:
@@ -106,13 +112,6 @@ class _Tally:
                 self.overlaps[index] += int((one & other).count_nonzero())
 
 
-def _add_squares(total: float, values: torch.Tensor) -> float:
-    flat = values.numpy()
-    for start in range(0, len(flat), TILE_ENTRIES):
-        total += float(np.square(flat[start : start + TILE_ENTRIES], dtype=np.float64).sum())
-    return total
-
-
 class _TensorMerger:
     """Merges one tensor of a shard: values are written as they are made, masks wait until the tensor is done."""
 
@@ -124,27 +123,45 @@ class _TensorMerger:
         self.experts = [method.expert_parameters_model.model_validate(raw) for raw in task.expert_parameters]
         self.tally = _Tally(len(self.experts))
 
-    def write(self, out: ObjectWriter, placed: dict[str, TensorSpec]) -> list[TensorRow]:
+    def write(self, out: ObjectWriter, placed: dict[str, TensorSpec], reader: InputReader) -> list[TensorRow]:
         digest = blake3()
-        masks: list[list[torch.Tensor]] = [[] for _ in self.experts] if self.method.kind == "masks" else []
-        stores: dict[str, Store] = {}
-        for start, stop in iterate_blocks(self.tensor.num_entries, self.task.block_entries):
-            base = read_block(self.tensor.base, stores, start, stop)[1].to(torch.float32)
-            experts = [read_block(source, stores, start, stop)[1].to(torch.float32) for source in self.tensor.experts]
+        num_masks = len(self.experts) if self.method.kind == "masks" else 0
+        masks = np.zeros((num_masks, packed_bytes(self.tensor.num_entries)), np.uint8)
+        for data in self._merge_by_path(reader, masks) or self._merge_by_method(reader, masks):
+            digest.update(data)
+            out.write(data)
+        return [self._make_values_row(placed, digest.hexdigest()), *self._write_masks(out, placed, masks)]
+
+    def _merge_by_path(self, reader: InputReader, masks: NDArray[np.uint8]) -> Iterator[memoryview] | None:
+        """Return the bytes of the merged values block by block, None where the method has no compiled path."""
+        request = PathRequest(self.parameters, self.experts, self.thresholds, self.task.dtype)
+        path = find_fast_path(self.task.method, request)
+        return None if path is None else self._run_path(path, reader, masks)
+
+    def _run_path(self, path: FastPath, reader: InputReader, masks: NDArray[np.uint8]) -> Iterator[memoryview]:
+        width = DTYPE_BYTES[self.task.dtype]
+        merged = np.empty(min(self.task.block_entries, self.tensor.num_entries) * width, np.uint8)
+        for block in reader.blocks((self.tensor.base, *self.tensor.experts), block_entries=self.task.block_entries):
+            path.merge(block, merged, masks)
+            yield merged.data[: block.num_entries * width]
+        if isinstance(path, MaskPath):
+            self.tally.take(path)
+
+    def _merge_by_method(self, reader: InputReader, masks: NDArray[np.uint8]) -> Iterator[memoryview]:
+        for found in reader.blocks((self.tensor.base, *self.tensor.experts), block_entries=self.task.block_entries):
+            base, *experts = to_float_tensors(found)
             block = Block(base, experts, self.thresholds, TORCH_DTYPES[self.task.dtype])
             merged = self.method.merge_block(block, self.parameters, self.experts)
             self.tally.add(block, merged)
-            data = to_bytes(merged.values)
-            digest.update(data)
-            out.write(data)
-            for packed, mask in zip(masks, merged.masks, strict=True):
-                packed.append(pack_mask(mask))
-        return [self._make_values_row(placed, digest.hexdigest()), *self._write_masks(out, placed, masks)]
+            for row, mask in zip(masks, merged.masks, strict=True):
+                packed = np.packbits(mask.numpy())
+                row[found.start // 8 :][: len(packed)] = packed
+            yield to_bytes(with_one_nan(merged.values))
 
-    def _write_masks(self, out: ObjectWriter, placed: dict[str, TensorSpec], masks: list[list[torch.Tensor]]) -> list[TensorRow]:
+    def _write_masks(self, out: ObjectWriter, placed: dict[str, TensorSpec], masks: NDArray[np.uint8]) -> list[TensorRow]:
         rows = []
-        for index, pieces in enumerate(masks):
-            data = to_bytes(torch.cat(pieces)) if pieces else memoryview(b"")
+        for index, packed in enumerate(masks):
+            data = packed.data
             out.write(data)
             expert = self.task.expert_names[index]
             statistics = TensorStatistics(

@@ -45,7 +45,7 @@ def test_a_build_is_made_once_and_a_second_run_does_nothing(lab: Any, executor: 
     plan = make_plan(read_recipe(lab.write_recipe(lab.make_all())))
     first = run(plan, executor=executor)
     assert first.is_new
-    assert first.num_computed == {"survey": 8, "thresholds": 5, "merge": 5, "carry": 8}
+    assert first.num_computed == {"survey": 8, "thresholds": 0, "merge": 5, "carry": 8}
     before = digests(lab.folder / "store")
     second = run(plan, executor=executor)
     assert (second.is_new, second.moved, second.bytes_read) == (False, False, 0)
@@ -285,3 +285,13 @@ def test_a_store_in_memory_serves_a_serial_run(lab: Any) -> None:
     store = open_store("memory://serial")
     report = run(make_plan(read_recipe(lab.write_recipe(lab.make_all() | {"output": "memory://serial"}))))
     assert store.exists(f"builds/{report.build}/manifest.json")
+
+
+@pytest.mark.parametrize("method", ["mmer", "ties"])
+def test_the_compiled_path_and_the_method_write_the_same_objects(lab: Any, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab.config |= {"hidden_size": 192, "intermediate_size": 301, "head_dim": 48, "vocab_size": 301}
+    raw = lab.make_all() | {"method": method}
+    run(make_plan(read_recipe(lab.write_recipe(raw | {"output": "compiled"})), block_entries=1 << 16))
+    monkeypatch.setattr("mmerge.workers.merge.find_fast_path", lambda *_: None)
+    run(make_plan(read_recipe(lab.write_recipe(raw | {"output": "reference"})), block_entries=1 << 17))
+    assert digests(lab.folder / "compiled") == digests(lab.folder / "reference")
