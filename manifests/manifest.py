@@ -53,6 +53,8 @@ class ExpertRecord(Record):
     """(prefix in the base, prefix in the expert's files), longest first."""
     placeholder: str | None = None
     template: str | None = None
+    rescaler: float | None = None
+    """Factor on this expert's masked τ⋆ (EMR); 1 if absent."""
     files: tuple[FileEntry, ...]
 
 

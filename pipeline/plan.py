@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,10 +14,12 @@ from mmerge.manifests.header import DTYPE_BYTES, FLOAT_DTYPES
 from mmerge.manifests.store import WRITER_BUFFER_BYTES, WRITER_CONCURRENCY
 from mmerge.pipeline.layout import CarriedTensor, Layout, SharedTensor, make_layout
 from mmerge.pipeline.recipe import Recipe
+from mmerge.workers.blocks import entries_at_once
 from mmerge.workers.checkpoint import Checkpoint, TensorSource
 from mmerge.workers.dtypes import NAMED_DTYPES
 from mmerge.workers.masks import packed_bytes
 from mmerge.workers.methods import find_method
+from mmerge.workers.methods.interface import Granularity, Kind, Method, Numbers
 from mmerge.workers.task import CopyTensor, TensorTask
 
 MAX_SHARD_BYTES = 2 << 30
@@ -55,7 +58,10 @@ class MergePlan:
     """All work of one build. `dtype` is the safetensors name of what is written."""
 
     recipe: Recipe
-    kind: Literal["masks", "plain"]
+    kind: Kind
+    granularity: Granularity
+    numbers: dict[str, Numbers]
+    """By merged tensor, the parameters that hold for it."""
     dtype: str
     merge_shards: tuple[MergeShard, ...]
     base_shards: tuple[CopyShard, ...]
@@ -105,18 +111,21 @@ def make_plan(recipe: Recipe, *, block_entries: int = DEFAULT_BLOCK_ENTRIES, max
     """
     if block_entries <= 0 or block_entries % (1 << 16):
         raise ValueError(f"block_entries: expected a multiple of 65536, got {block_entries}")
-    base = Checkpoint(recipe.base, owner="base")
+    base = Checkpoint(recipe.base, owner="base" if recipe.has_base else f"expert {recipe.experts[0].name!r}")
     experts = [Checkpoint(expert.uri, owner=f"expert {expert.name!r}") for expert in recipe.experts]
     layout = make_layout(base, experts, merge=recipe.merge, carry=recipe.carry)
     method = find_method(recipe.method)
     dtype = NAMED_DTYPES[recipe.dtype] if recipe.dtype else _base_dtype(base)
     copied = tuple(base.tensors.values()) if method.kind == "masks" else layout.kept
     names = [expert.name for expert in recipe.experts]
+    granularity = method.granularity(recipe.parameters, [expert.parameters for expert in recipe.experts])
     return MergePlan(
         recipe=recipe,
         kind=method.kind,
+        granularity=granularity,
+        numbers=recipe.numbers_by_tensor([tensor.name for tensor in layout.shared]),
         dtype=dtype,
-        merge_shards=tuple(_make_merge_shards(layout, dtype, method.kind, block_entries, max_shard_bytes)),
+        merge_shards=tuple(_make_merge_shards(layout, dtype, method, granularity, block_entries, max_shard_bytes)),
         base_shards=tuple(_make_base_shards(copied, max_shard_bytes)),
         carry_shards=tuple(
             shard
@@ -192,19 +201,24 @@ def _number(name: str, index: int, count: int) -> str:
     return name if count == 1 else f"{name}.part{index}"
 
 
-def _make_merge_shards(layout: Layout, dtype: str, kind: str, block_entries: int, max_bytes: int) -> Iterable[MergeShard]:
+def _make_merge_shards(
+    layout: Layout, dtype: str, method: Method, granularity: Granularity, block_entries: int, max_bytes: int
+) -> Iterable[MergeShard]:
     by_name = {tensor.name: tensor for tensor in layout.shared}
+    # A method that must see a whole tensor gets it in one piece, however large it is.
+    piece_bytes = sys.maxsize if granularity == "tensor" else max_bytes
+    group_bytes = 0 if method.task_unit == "tensor" else max_bytes
     for shard, names in _group(by_name).items():
-        tasks = [task for name in names for task in _make_tensor_tasks(by_name[name], max_bytes)]
-        groups = _fill(tasks, [task.base.spec.num_bytes for task in tasks], max_bytes)
+        tasks = [task for name in names for task in _make_tensor_tasks(by_name[name], piece_bytes)]
+        groups = _fill(tasks, [task.base.spec.num_bytes for task in tasks], group_bytes)
         for index, group in enumerate(groups):
-            num_masks = len(group[0].experts) if kind == "masks" else 0
+            num_masks = len(group[0].experts) if method.kind == "masks" else 0
             yield MergeShard(
                 name=_number(shard, index, len(groups)),
                 tensors=tuple(group),
                 bytes_in=sum(task.num_bytes for task in group),
                 bytes_out=sum(task.num_entries * DTYPE_BYTES[dtype] + num_masks * packed_bytes(task.num_entries) for task in group),
-                peak_bytes=merge_peak_bytes(group, block_entries, num_masks=num_masks),
+                peak_bytes=merge_peak_bytes(group, block_entries, num_masks=num_masks, method=method, granularity=granularity),
             )
 
 
@@ -217,17 +231,26 @@ def _make_tensor_tasks(tensor: SharedTensor, max_bytes: int) -> list[TensorTask]
     ]
 
 
-def merge_peak_bytes(tensors: Sequence[TensorTask], block_entries: int, *, num_masks: int) -> int:
-    """Return a bound on the memory of a merge or survey task in bytes: buffers of one block, masks of one tensor, the writer.
+def merge_peak_bytes(
+    tensors: Sequence[TensorTask],
+    block_entries: int,
+    *,
+    num_masks: int,
+    method: Method,
+    granularity: Granularity,
+) -> int:
+    """Return a bound on the memory of a survey, measure or merge task in bytes: buffers of one block, masks of one tensor, the writer.
 
-    Per entry of a block: each input as read, copied and widened (8 + 4 bytes at most), and for each expert its task vector,
-    trimmed task vector, one of each again for statistics and a mask; sign, sum, count, election and histogram buffers once.
+    Per entry of a block: each input as read, copied and widened (8 + 4 bytes at most), and what the method says that it works with.
     """
     num_experts = max(len(tensor.experts) for tensor in tensors)
-    entries = min(block_entries, max(tensor.num_entries for tensor in tensors))
-    per_entry = (num_experts + 1) * 12 + num_experts * 18 + 64
+    blocks = 0
+    for tensor in tensors:
+        shape = tensor.base.spec.shape
+        entries = min(entries_at_once(shape, block_entries, granularity=granularity), tensor.num_entries)
+        blocks = max(blocks, entries * (num_experts + 1) * 12 + method.working_bytes(entries, num_experts=num_experts, shape=shape))
     waiting_masks = 2 * num_masks * max(packed_bytes(tensor.num_entries) for tensor in tensors)
-    return entries * per_entry + waiting_masks + WRITER_CONCURRENCY * WRITER_BUFFER_BYTES + WORKER_BYTES
+    return blocks + waiting_masks + WRITER_CONCURRENCY * WRITER_BUFFER_BYTES + WORKER_BYTES
 
 
 _COPY_PEAK_BYTES = WRITER_CONCURRENCY * WRITER_BUFFER_BYTES + WORKER_BYTES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,7 @@ from mmerge.manifests.errors import RecipeError
 from mmerge.manifests.reference import NAME_PATTERN
 from mmerge.manifests.store import is_local, to_local_path
 from mmerge.workers.methods import METHODS, find_method
-from mmerge.workers.methods.interface import Method, Parameters
+from mmerge.workers.methods.interface import Method, Numbers, Parameters
 
 EXPERT_NAME_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]{0,39}$"
 MAX_RECIPE_BYTES = 1 << 20
@@ -25,7 +26,11 @@ class RecipeKeys(Parameters):
     """The keys that every recipe may have, whatever its method."""
 
     name: str | None = Field(None, pattern=NAME_PATTERN, description="the composite's name in its store; the recipe's file name if absent")
-    base: str = Field(min_length=1, description="folder or URI of the base LLM (Hugging Face layout, safetensors); relative to the recipe")
+    base: str | None = Field(
+        None,
+        min_length=1,
+        description="folder or URI of the base LLM (Hugging Face layout, safetensors); relative to the recipe. Some methods do without",
+    )
     output: str = Field(min_length=1, description="folder or URI of the store that the composite is written to; relative to the recipe")
     merge: Literal["all", "linear"] = Field(
         "all",
@@ -68,6 +73,8 @@ class Recipe:
 
     name: str
     base: str
+    """Where the base is; of a recipe without one, the first expert: it names the tensors."""
+    has_base: bool
     experts: tuple[Expert, ...]
     method: str
     parameters: Parameters
@@ -77,6 +84,19 @@ class Recipe:
     non_finite: Literal["error", "keep"]
     output: str
     template: str | None
+
+    def numbers_by_tensor(self, names: Sequence[str]) -> dict[str, Numbers]:
+        """Return by tensor the parameters that hold for it, complete with defaults."""
+        numbers = Numbers(
+            self.parameters.model_dump(mode="json"), tuple(expert.parameters.model_dump(mode="json") for expert in self.experts)
+        )
+        return dict.fromkeys(names, numbers)
+
+    def describe_parameters(self, expert: str | None = None) -> dict[str, Any]:
+        """Return the parameters as the manifest keeps them: of the recipe, or of one expert."""
+        if expert is None:
+            return self.parameters.model_dump(mode="json")
+        return next(found for found in self.experts if found.name == expert).parameters.model_dump(mode="json")
 
 
 @cache
@@ -150,17 +170,20 @@ def parse_recipe(raw: object, *, folder: Path, default_name: str = "composite") 
         )
         for name, expert in keys.experts.items()
     )
-    base = _resolve(keys.base, folder)
-    _refuse_repeats(base, experts)
+    parameters = method.parameters_model.model_validate(_pick(keys, method.parameters_model))
+    method.check_recipe(parameters, [expert.parameters for expert in experts], has_base=keys.base is not None)
+    base = _resolve(keys.base, folder) if keys.base is not None else experts[0].uri
+    _refuse_repeats(base if keys.base is not None else None, experts)
     name = keys.name or re.sub(r"[^A-Za-z0-9._-]", "-", default_name)
     if not re.match(NAME_PATTERN, name):
         raise RecipeError(f"name: {name!r} is no valid name: use letters, digits, '.', '_' and '-'")
     return Recipe(
         name=name,
         base=base,
+        has_base=keys.base is not None,
         experts=experts,
         method=method.name,
-        parameters=method.parameters_model.model_validate(_pick(keys, method.parameters_model)),
+        parameters=parameters,
         merge=keys.merge,
         dtype=keys.dtype,
         carry=tuple(keys.carry),
@@ -192,8 +215,8 @@ def _check_template(template: str | None, key: str, place: str) -> str | None:
     return template
 
 
-def _refuse_repeats(base: str, experts: tuple[Expert, ...]) -> None:
-    seen = {_same(base): "the base"}
+def _refuse_repeats(base: str | None, experts: tuple[Expert, ...]) -> None:
+    seen = {_same(base): "the base"} if base is not None else {}
     for expert in experts:
         place = _same(expert.uri)
         if place in seen:

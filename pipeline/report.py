@@ -26,14 +26,14 @@ def plan_to_json(plan: MergePlan) -> dict[str, Any]:
     return {
         "name": recipe.name,
         "method": recipe.method,
-        "parameters": recipe.parameters.model_dump(mode="json"),
+        "parameters": recipe.describe_parameters(),
         "kind": plan.kind,
         "merge": recipe.merge,
         "dtype": plan.dtype,
         "output": recipe.output,
-        "base": recipe.base,
+        "base": recipe.base if recipe.has_base else None,
         "experts": {
-            expert.name: {"path": expert.uri, "modality": expert.modality, "parameters": expert.parameters.model_dump(mode="json")}
+            expert.name: {"path": expert.uri, "modality": expert.modality, "parameters": recipe.describe_parameters(expert.name)}
             for expert in recipe.experts
         },
         "num_parameters": plan.num_parameters,

@@ -18,6 +18,8 @@ from mmerge.workers.inputs import InputBlock
 from mmerge.workers.kernels import CODES
 from mmerge.workers.kernels_linear import merge_linear, merge_mean, merge_task_vectors
 from mmerge.workers.kernels_ties import merge_mmer, merge_ties
+from mmerge.workers.methods.interface import Known
+from mmerge.workers.task import TensorTask
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,9 @@ class PathRequest:
     parameters: Any
     experts: Sequence[Any]
     thresholds: Sequence[float]
+    known: Known
+    tensor: TensorTask
+    expert_names: tuple[str, ...]
     dtype: str
     """Safetensors name of the dtype that is written."""
 

@@ -120,7 +120,7 @@ def merge_mmer(
 
 
 @compiled
-def count_kept(delta: Any, count: int, flags: Any) -> int:
+def count_kept(delta: Any, count: int, flags: Any) -> Any:
     """Return how many entries of a tile are not zero."""
     for i in range(count):
         flags[i] = delta[i] != np.float32(0)
@@ -130,7 +130,7 @@ def count_kept(delta: Any, count: int, flags: Any) -> int:
 
 
 @compiled
-def count_agreeing(delta: Any, total: Any, count: int, flags: Any) -> int:
+def count_agreeing(delta: Any, total: Any, count: int, flags: Any) -> Any:
     """Return how many entries of a tile have the sign of `total`."""
     zero = np.float32(0)
     for i in range(count):

@@ -115,6 +115,7 @@ class _Loader:
                 masks=[self.reader.read_packed_mask(f"{path}.weight", name) for name in names],
                 dtype=self.dtype,
                 bias=bias,
+                rescalers=[self.reader.rescaler(name) for name in names],
             )
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, routed)

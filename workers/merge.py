@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 from mmerge.manifests.entry import ObjectEntry, ShardEntry, TensorRow, TensorStatistics, object_key, read_entry, write_entry
 from mmerge.manifests.header import DTYPE_BYTES, TensorSpec, make_header
 from mmerge.manifests.store import ObjectWriter, Store
-from mmerge.workers.dtypes import TORCH_DTYPES, to_bytes, to_float_tensors, with_one_nan
+from mmerge.workers.blocks import entries_at_once, read_blocks
+from mmerge.workers.dtypes import to_bytes, with_one_nan
 from mmerge.workers.fast_paths import FastPath, MaskPath, PathRequest, find_fast_path
 from mmerge.workers.inputs import InputReader
-from mmerge.workers.kernels import add_squares
+from mmerge.workers.kernels import TILE_ENTRIES, add_squares
 from mmerge.workers.masks import packed_bytes
+from mmerge.workers.measure import parse_numbers
 from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Block, MergedBlock, Method
 from mmerge.workers.task import MergeTask, TaskResult, TensorTask
@@ -80,30 +82,34 @@ class _Tally:
     masked: list[int] = field(default_factory=list)
     consensus: list[int] = field(default_factory=list)
     overlaps: list[int] = field(default_factory=list)
-    squares: list[float] = field(default_factory=list)
+    squares: list[_SquareSum] = field(default_factory=list)
     """Squared norms of the task vectors, then of the stored values."""
 
     def __post_init__(self) -> None:
         n = self.num_experts
         self.kept, self.agreeing, self.masked, self.consensus = [0] * n, [0] * n, [0] * n, [0] * (n + 1)
-        self.overlaps, self.squares = [0] * (n * (n - 1) // 2), [0.0] * (n + 1)
+        self.overlaps, self.squares = [0] * (n * (n - 1) // 2), [_SquareSum() for _ in range(n + 1)]
 
     def take(self, path: MaskPath) -> None:
         """Take the counts of a compiled path."""
         n = self.num_experts
         self.kept, self.agreeing, self.masked = path.counts[0, :n].tolist(), path.counts[1, :n].tolist(), path.counts[2, :n].tolist()
-        self.consensus, self.overlaps, self.squares = path.counts[3].tolist(), path.overlaps.tolist(), path.squares.tolist()
+        self.consensus, self.overlaps, self.squares = (
+            path.counts[3].tolist(),
+            path.overlaps.tolist(),
+            [_SquareSum(total) for total in path.squares.tolist()],
+        )
 
     def add(self, block: Block, merged: MergedBlock) -> None:
         for index, delta in enumerate(block.task_vectors()):
-            self.squares[index] = add_squares(self.squares[index], delta.numpy())
-        self.squares[-1] = add_squares(self.squares[-1], merged.values.to(torch.float32).numpy())
+            self.squares[index].add(delta)
+        self.squares[-1].add(merged.values.to(torch.float32))
         for index, trimmed in enumerate(merged.trimmed):
             self.kept[index] += int(trimmed.count_nonzero())
             if merged.sign is not None:
                 self.agreeing[index] += int(((trimmed.sign() == merged.sign) & (merged.sign != 0)).count_nonzero())
         if merged.masks:
-            masks = torch.stack(list(merged.masks))
+            masks = torch.stack([mask.reshape(-1) for mask in merged.masks])
             for wanted, count in enumerate(torch.bincount(masks.sum(dim=0), minlength=self.num_experts + 1).tolist()):
                 self.consensus[wanted] += count
             for index, mask in enumerate(merged.masks):
@@ -112,15 +118,33 @@ class _Tally:
                 self.overlaps[index] += int((one & other).count_nonzero())
 
 
+class _SquareSum:
+    """Σ x² over a tensor, summed tile by tile whatever the blocks are: entries of an unfinished tile wait for the next block."""
+
+    def __init__(self, total: float = 0.0) -> None:
+        self._total = total
+        self._waiting = np.empty(0, dtype=np.float32)
+
+    def add(self, values: torch.Tensor) -> None:
+        flat = values.reshape(-1).cpu().numpy()
+        if len(self._waiting):
+            flat = np.concatenate([self._waiting, flat])
+        whole = len(flat) - len(flat) % TILE_ENTRIES
+        self._total = add_squares(self._total, flat[:whole])
+        self._waiting = flat[whole:].copy()
+
+    def total(self) -> float:
+        return add_squares(self._total, self._waiting)
+
+
 class _TensorMerger:
     """Merges one tensor of a shard: values are written as they are made, masks wait until the tensor is done."""
 
     def __init__(self, task: MergeTask, method: Method, index: int) -> None:
         self.task, self.method = task, method
         self.tensor: TensorTask = task.tensors[index]
-        self.thresholds = task.thresholds[index]
-        self.parameters = method.parameters_model.model_validate(task.parameters)
-        self.experts = [method.expert_parameters_model.model_validate(raw) for raw in task.expert_parameters]
+        self.thresholds, self.known = task.thresholds[index], task.known[index]
+        self.parameters, self.experts = parse_numbers(method, task.numbers[index])
         self.tally = _Tally(len(self.experts))
 
     def write(self, out: ObjectWriter, placed: dict[str, TensorSpec], reader: InputReader) -> list[TensorRow]:
@@ -134,29 +158,39 @@ class _TensorMerger:
 
     def _merge_by_path(self, reader: InputReader, masks: NDArray[np.uint8]) -> Iterator[memoryview] | None:
         """Return the bytes of the merged values block by block, None where the method has no compiled path."""
-        request = PathRequest(self.parameters, self.experts, self.thresholds, self.task.dtype)
+        request = PathRequest(
+            self.parameters, self.experts, self.thresholds, self.known, self.tensor, self.task.expert_names, self.task.dtype
+        )
         path = find_fast_path(self.task.method, request)
         return None if path is None else self._run_path(path, reader, masks)
 
     def _run_path(self, path: FastPath, reader: InputReader, masks: NDArray[np.uint8]) -> Iterator[memoryview]:
+        at_once = entries_at_once(self.tensor.base.spec.shape, self.task.block_entries, granularity=self.task.granularity)
         width = DTYPE_BYTES[self.task.dtype]
-        merged = np.empty(min(self.task.block_entries, self.tensor.num_entries) * width, np.uint8)
-        for block in reader.blocks((self.tensor.base, *self.tensor.experts), block_entries=self.task.block_entries):
+        merged = np.empty(min(at_once, self.tensor.num_entries) * width, np.uint8)
+        for block in reader.blocks((self.tensor.base, *self.tensor.experts), block_entries=at_once):
             path.merge(block, merged, masks)
             yield merged.data[: block.num_entries * width]
         if isinstance(path, MaskPath):
             self.tally.take(path)
 
     def _merge_by_method(self, reader: InputReader, masks: NDArray[np.uint8]) -> Iterator[memoryview]:
-        for found in reader.blocks((self.tensor.base, *self.tensor.experts), block_entries=self.task.block_entries):
-            base, *experts = to_float_tensors(found)
-            block = Block(base, experts, self.thresholds, TORCH_DTYPES[self.task.dtype])
+        position = 0
+        for block in self._read_blocks(reader):
             merged = self.method.merge_block(block, self.parameters, self.experts)
-            self.tally.add(block, merged)
+            if self.method.kind == "masks":
+                self.tally.add(block, merged)
             for row, mask in zip(masks, merged.masks, strict=True):
-                packed = np.packbits(mask.numpy())
-                row[found.start // 8 :][: len(packed)] = packed
+                packed = np.packbits(mask.reshape(-1).cpu().numpy())
+                row[position // 8 :][: len(packed)] = packed
+            position += block.base.numel()
             yield to_bytes(with_one_nan(merged.values))
+
+    def _read_blocks(self, reader: InputReader) -> Iterator[Block]:
+        return read_blocks(
+            self.tensor, reader, thresholds=self.thresholds, known=self.known, expert_names=self.task.expert_names,
+            granularity=self.task.granularity, dtype=self.task.dtype, block_entries=self.task.block_entries,
+        )  # fmt: skip
 
     def _write_masks(self, out: ObjectWriter, placed: dict[str, TensorSpec], masks: NDArray[np.uint8]) -> list[TensorRow]:
         rows = []
@@ -169,7 +203,7 @@ class _TensorMerger:
                 num_kept=self.tally.kept[index],
                 num_agreeing=self.tally.agreeing[index],
                 num_masked=self.tally.masked[index],
-                task_vector_norm=_to_norm(self.tally.squares[index]),
+                task_vector_norm=_to_norm(self.tally.squares[index].total()),
             )
             spec = placed[mask_name(self.tensor.name, expert)]
             rows.append(self._make_row(spec, "mask", expert, str(blake3(data).hexdigest()), statistics))
@@ -179,7 +213,7 @@ class _TensorMerger:
         has_masks = self.method.kind == "masks"
         statistics = TensorStatistics(
             num_entries=self.tensor.num_entries,
-            delta_norm=_to_norm(self.tally.squares[-1]) if has_masks else None,
+            delta_norm=_to_norm(self.tally.squares[-1].total()) if has_masks else None,
             consensus=tuple(self.tally.consensus) if has_masks else None,
             overlaps=tuple(self.tally.overlaps) if has_masks else None,
         )

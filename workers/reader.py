@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 
@@ -71,6 +72,11 @@ class BuildReader:
         pieces = [to_tensor(self._read_piece(row), row.dtype).reshape(row.shape) for row in self._pieces(name, role, expert)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
+    def rescaler(self, expert: str) -> float:
+        """Return the factor on an expert's masked τ⋆; 1 for methods that have none."""
+        found = self.manifest.to_expert(expert).rescaler
+        return 1.0 if found is None else found
+
     def read_packed_mask(self, name: str, expert: str) -> torch.Tensor:
         """Return an expert's mask of one tensor, packed (uint8, see workers/masks.py)."""
         rows = self._pieces(name, "mask", expert)
@@ -103,7 +109,7 @@ class BuildReader:
         if not self.has(name, "delta"):
             return base.to(self.dtype) if base.is_floating_point() else base
         masks = [self.read_packed_mask(name, expert) for expert in experts]
-        return combine(base, self.read(name, "delta"), masks, dtype=self.dtype)
+        return combine(base, self.read(name, "delta"), masks, dtype=self.dtype, rescalers=[self.rescaler(expert) for expert in experts])
 
     def _pieces(self, name: str, role: Role, expert: str) -> list[StoredRow]:
         rows = self._rows.get((role, expert, name))
@@ -124,13 +130,18 @@ class BuildReader:
         return data
 
 
-def combine(base: torch.Tensor, delta: torch.Tensor, masks: list[torch.Tensor], *, dtype: torch.dtype) -> torch.Tensor:
+def combine(
+    base: torch.Tensor, delta: torch.Tensor, masks: list[torch.Tensor], *, dtype: torch.dtype, rescalers: Sequence[float] = ()
+) -> torch.Tensor:
     """Return θ₀ + m∘τ⋆ in `dtype`, where m is the mean of the packed masks given (of one mask: itself).
 
-    Computed in float32 and rounded once (METHODS.md sections 2 and 6).
+    With `rescalers`, one per mask, m is the mean of rᵢmᵢ (EMR-Merging, arXiv 2405.17461; the mean over experts for text tokens is
+    our choice). Computed in float32 and rounded once (METHODS.md sections 2 and 6).
     """
-    mean = unpack_mask(masks[0], delta.shape).to(torch.float32)
-    for packed in masks[1:]:
-        mean += unpack_mask(packed, delta.shape)
+    factors = list(rescalers) or [1.0] * len(masks)
+    mean = torch.zeros(delta.shape, dtype=torch.float32, device=delta.device)
+    for packed, factor in zip(masks, factors, strict=True):
+        mask = unpack_mask(packed, delta.shape)
+        mean += mask if factor == 1.0 else factor * mask.to(torch.float32)
     mean /= len(masks)
     return (base.to(torch.float32) + mean * delta.to(torch.float32)).to(dtype)

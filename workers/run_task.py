@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from mmerge.manifests.store import open_store
 from mmerge.workers.copy import copy_shard
+from mmerge.workers.measure import measure_shard
 from mmerge.workers.merge import merge_shard
 from mmerge.workers.survey import refine_shard, survey_shard
-from mmerge.workers.task import MergeTask, RefineTask, SurveyTask, Task, TaskResult
+from mmerge.workers.task import MeasureTask, MergeTask, RefineTask, SurveyTask, Task, TaskResult
 
 
 def run_task(task: Task, store_uri: str) -> TaskResult:
@@ -16,6 +17,8 @@ def run_task(task: Task, store_uri: str) -> TaskResult:
         return survey_shard(task, store)
     if isinstance(task, RefineTask):
         return refine_shard(task, store)
+    if isinstance(task, MeasureTask):
+        return measure_shard(task, store)
     if isinstance(task, MergeTask):
         return merge_shard(task, store)
     return copy_shard(task, store)

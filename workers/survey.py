@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from safetensors.numpy import save as save_arrays
 from mmerge.manifests.errors import NonFiniteError, NotFound
 from mmerge.manifests.header import DTYPE_BYTES, FLOAT_DTYPES
 from mmerge.manifests.store import Store
-from mmerge.workers.checkpoint import TensorSource, read_source
+from mmerge.workers.checkpoint import TensorSource
 from mmerge.workers.dtypes import to_tensor
 from mmerge.workers.histograms import MagnitudeCounter, count_lower
 from mmerge.workers.inputs import InputBlock, InputReader
@@ -74,19 +74,6 @@ def read_survey(store: Store, digest: str) -> Survey | None:
 def piece_name(name: str, row_start: int) -> str:
     """Return the name of a piece of a tensor within a survey."""
     return f"{name}:{row_start}"
-
-
-def iterate_blocks(num_entries: int, block_entries: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of successive blocks of entries."""
-    for start in range(0, num_entries, block_entries):
-        yield start, min(start + block_entries, num_entries)
-
-
-def read_block(source: TensorSource, stores: dict[str, Store], start: int, stop: int) -> tuple[memoryview, torch.Tensor]:
-    """Return the bytes of entries `start` to `stop`, and their values (flat, the stored dtype)."""
-    entry_bytes = source.spec.num_bytes // max(source.spec.num_entries, 1)
-    data = read_source(source, stores=stores, offset=start * entry_bytes, num_bytes=(stop - start) * entry_bytes)
-    return data, to_tensor(data, source.spec.dtype)
 
 
 def survey_shard(task: SurveyTask, store: Store) -> TaskResult:

@@ -24,7 +24,7 @@ def refused(raw: object, match: str, folder: Path) -> None:
 
 def test_paths_start_at_the_recipes_folder_and_defaults_are_filled_in(tmp_path: Path) -> None:
     path = tmp_path / "my recipe.yaml"
-    path.write_text(yaml.safe_dump(make_raw(output="s3://bucket/prefix")))
+    path.write_text(yaml.safe_dump(make_raw(output="s3://bucket/prefix"), sort_keys=False))
     recipe = read_recipe(path)
     assert recipe.name == "my-recipe"
     assert recipe.base == str(tmp_path / "base")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmerge.manifests.header import TensorSpec
 from mmerge.workers import kernels
+from mmerge.workers.checkpoint import TensorSource
 from mmerge.workers.dtypes import SAFETENSORS_DTYPES, TORCH_DTYPES, to_bytes, to_float_tensors, with_one_nan
 from mmerge.workers.fast_paths import FAST_PATHS, MaskPath, PathRequest, find_fast_path
 from mmerge.workers.inputs import InputBlock
@@ -19,6 +22,7 @@ from mmerge.workers.kernels_survey import first_non_finite
 from mmerge.workers.masks import pack_mask, packed_bytes
 from mmerge.workers.methods import METHODS
 from mmerge.workers.methods.interface import Block
+from mmerge.workers.task import TensorTask
 
 DTYPES = ("BF16", "F16", "F32")
 SPECIAL = (0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1e-40, -1e-40, 6e-8, 65504.0, -65520.0, 3e38, 1.0, -1.0)
@@ -57,6 +61,14 @@ def make_rows(dtypes: list[str], size: int, seed: int, *, special: bool) -> list
     return [row.to(TORCH_DTYPES[dtype]) for row, dtype in zip(rows, dtypes, strict=True)]
 
 
+def make_request(parameters: Any, experts: list[Any], thresholds: Sequence[float], dtype: str, base: torch.Tensor) -> PathRequest:
+    spec = TensorSpec("weight", SAFETENSORS_DTYPES[base.dtype], tuple(base.shape), 0, base.numel() * base.itemsize)
+    source = TensorSource("memory://none", "model.safetensors", spec)
+    num_rows = base.shape[0]
+    tensor = TensorTask("weight", 0, num_rows, num_rows, source, (source,) * len(experts))
+    return PathRequest(parameters, experts, thresholds, {}, tensor, tuple(f"expert{index}" for index in range(len(experts))), dtype)
+
+
 def run_both(method_name: str, rows: list[torch.Tensor], dtype: str, numbers: tuple[dict[str, Any], dict[str, Any]]) -> tuple[Any, ...]:
     method = METHODS[method_name]
     num_experts = len(rows) - 1
@@ -66,7 +78,7 @@ def run_both(method_name: str, rows: list[torch.Tensor], dtype: str, numbers: tu
     block = make_block(rows)
     base, *values = to_float_tensors(block)
     wanted = method.merge_block(Block(base, values, thresholds, TORCH_DTYPES[dtype]), parameters, experts)
-    path = find_fast_path(method_name, PathRequest(parameters, experts, thresholds, dtype))
+    path = find_fast_path(method_name, make_request(parameters, experts, thresholds, dtype, rows[0]))
     assert path is not None
     out = np.zeros(block.num_entries * TORCH_DTYPES[dtype].itemsize, np.uint8)
     masks = np.zeros((num_experts if method.kind == "masks" else 0, packed_bytes(block.num_entries)), np.uint8)
@@ -112,7 +124,7 @@ def test_every_path_has_numbers_to_be_tried_with_and_belongs_to_a_method() -> No
 def test_weights_that_cancel_take_the_method_itself() -> None:
     method = METHODS["linear"]
     experts = [method.expert_parameters_model.model_validate({"weight": weight}) for weight in (1.0, -1.0)]
-    assert find_fast_path("linear", PathRequest(method.parameters_model(), experts, (), "BF16")) is None
+    assert find_fast_path("linear", make_request(method.parameters_model(), experts, (), "BF16", torch.zeros(3))) is None
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
