@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,8 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError, create_mode
 from mmerge.manifests.errors import RecipeError
 from mmerge.manifests.reference import NAME_PATTERN
 from mmerge.manifests.store import is_local, to_local_path
+from mmerge.manifests.table import layer_of
+from mmerge.pipeline.schedule import Schedule, numeric_fields, resolve, schedule_schema, take_schedules
 from mmerge.workers.methods import METHODS, find_method
 from mmerge.workers.methods.interface import Method, Numbers, Parameters
 
@@ -85,25 +87,51 @@ class Recipe:
     output: str
     template: str | None
 
-    def numbers_by_tensor(self, names: Sequence[str]) -> dict[str, Numbers]:
-        """Return by tensor the parameters that hold for it, complete with defaults."""
-        numbers = Numbers(
-            self.parameters.model_dump(mode="json"), tuple(expert.parameters.model_dump(mode="json") for expert in self.experts)
-        )
-        return dict.fromkeys(names, numbers)
+    schedules: dict[str, dict[str, Schedule]] = field(default_factory=dict)
+    """Numbers that differ between tensors: by expert (empty: of the recipe) and key."""
 
-    def describe_parameters(self, expert: str | None = None) -> dict[str, Any]:
-        """Return the parameters as the manifest keeps them: of the recipe, or of one expert."""
-        if expert is None:
-            return self.parameters.model_dump(mode="json")
-        return next(found for found in self.experts if found.name == expert).parameters.model_dump(mode="json")
+    def numbers_by_tensor(self, names: Sequence[str]) -> dict[str, Numbers]:
+        """Return by tensor the parameters that hold for it, complete with defaults.
+
+        Raises:
+            RecipeError: the numbers of some tensor do not fit the method.
+        """
+        method = find_method(self.method)
+        num_layers = max((layer for name in names if (layer := layer_of(name)) is not None), default=-1) + 1
+        found: dict[str, Numbers] = {}
+        known: list[Numbers] = []
+        for name in names:
+            parameters = self._resolve("", self.parameters, method.parameters_model, name, num_layers)
+            experts = tuple(
+                self._resolve(expert.name, expert.parameters, method.expert_parameters_model, name, num_layers) for expert in self.experts
+            )
+            numbers = Numbers(parameters, experts)
+            # Tensors with equal numbers share one object: a plan of thousands of tensors stays small.
+            if numbers not in known:
+                method.check_recipe(
+                    method.parameters_model.model_validate(parameters),
+                    [method.expert_parameters_model.model_validate(expert) for expert in experts],
+                    has_base=self.has_base,
+                )
+                known.append(numbers)
+            found[name] = known[known.index(numbers)]
+        return found
+
+    def _resolve(self, owner: str, parameters: Parameters, model: type[Parameters], name: str, num_layers: int) -> dict[str, Any]:
+        return resolve(parameters.model_dump(mode="json"), self.schedules.get(owner, {}), model, name=name, num_layers=num_layers)
+
+    def describe_parameters(self, expert: str = "") -> dict[str, Any]:
+        """Return the parameters as the manifest keeps them, schedules included: of the recipe, or of one expert."""
+        parameters = next((found.parameters for found in self.experts if found.name == expert), self.parameters)
+        schedules = {key: schedule.to_json() for key, schedule in self.schedules.get(expert, {}).items()}
+        return parameters.model_dump(mode="json") | schedules
 
 
 @cache
 def make_recipe_model(method_name: str) -> type[BaseModel]:
     """Return the pydantic model of recipes with this method: the common keys and the method's own."""
     method = find_method(method_name)
-    title = "".join(word.title() for word in method_name.split("_"))
+    title = _to_title(method_name)
     expert = create_model(f"{title}Expert", __base__=(ExpertKeys, method.expert_parameters_model))
     experts: Any = dict[str, expert]
     chosen: Any = Literal[method_name]
@@ -116,6 +144,10 @@ def make_recipe_model(method_name: str) -> type[BaseModel]:
     return model
 
 
+def _to_title(method_name: str) -> str:
+    return "".join(word.title() for word in method_name.split("_"))
+
+
 def make_recipe_schema() -> dict[str, Any]:
     """Return the JSON schema of recipes: one alternative per method."""
     union: Any = None
@@ -123,6 +155,10 @@ def make_recipe_schema() -> dict[str, Any]:
         model = make_recipe_model(name)
         union = model if union is None else union | model
     schema: dict[str, Any] = TypeAdapter(union).json_schema()
+    for name, method in METHODS.items():
+        for part, owned in (("Recipe", method.parameters_model), ("Expert", method.expert_parameters_model)):
+            properties = schema["$defs"][f"{_to_title(name)}{part}"]["properties"]
+            properties |= {key: schedule_schema(dict(properties[key])) for key in numeric_fields(owned)}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "mmerge recipe", **schema}
 
 
@@ -155,8 +191,9 @@ def parse_recipe(raw: object, *, folder: Path, default_name: str = "composite") 
     if "method" not in raw:
         raise RecipeError(f"method: is missing; choose one of {', '.join(METHODS)}")
     method = find_method(str(raw["method"]))
+    plain, schedules = _take_all_schedules(raw, method)
     try:
-        keys: Any = make_recipe_model(method.name).model_validate(raw)
+        keys: Any = make_recipe_model(method.name).model_validate(plain)
     except ValidationError as error:
         raise RecipeError(_describe(error, method)) from None
     experts = tuple(
@@ -190,7 +227,22 @@ def parse_recipe(raw: object, *, folder: Path, default_name: str = "composite") 
         non_finite=keys.non_finite,
         output=_resolve(keys.output, folder),
         template=_check_template(keys.template, "template", "{text}"),
+        schedules=schedules,
     )
+
+
+def _take_all_schedules(raw: dict[str, Any], method: Method) -> tuple[dict[str, Any], dict[str, dict[str, Schedule]]]:
+    """Return the recipe with plain numbers, and the schedules that stood in their place, by expert (empty: of the recipe)."""
+    plain, own = take_schedules(raw, method.parameters_model, path="")
+    schedules = {"": own} if own else {}
+    experts = plain.get("experts")
+    if isinstance(experts, dict):
+        plain["experts"] = dict(experts)
+        for name, expert in experts.items():
+            if isinstance(expert, dict):
+                plain["experts"][name], found = take_schedules(expert, method.expert_parameters_model, path=f"experts.{name}.")
+                schedules |= {name: found} if found else {}
+    return plain, schedules
 
 
 def _pick(keys: BaseModel, model: type[Parameters]) -> dict[str, Any]:

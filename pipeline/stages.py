@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mmerge.manifests.digest import digest_json
-from mmerge.manifests.errors import MmergeError
+from mmerge.manifests.errors import MmergeError, RecipeError
 from mmerge.manifests.store import Store
 from mmerge.pipeline.plan import MergePlan
 from mmerge.pipeline.survey import Thresholds
@@ -77,11 +77,10 @@ class StageRun:
         for group in self._groups(stage):
             tensors = self._pieces(group)
             pieces = [piece_name(piece.name, piece.row_start) for piece in tensors]
-            parameters, experts = parse_numbers(self.method, self.numbers[tensors[0].name])
             wanted[group] = {}
             for quantity in _quantities(counts, pieces):
                 total = _add(counts, pieces, quantity, NUM_RANK_BINS)
-                ranks = self.method.ranks(parameters, experts, stage=stage.name, quantity=quantity, num_entries=int(total.sum()))
+                ranks = self._ask_ranks(stage, quantity, tensors, num_entries=int(total.sum()))
                 wanted[group][quantity] = [find_bin(total, rank) for rank in ranks]
         refined = self._measure(stage, wanted)
         found = {}
@@ -94,6 +93,20 @@ class StageRun:
                 for quantity, bins in quantities.items()
             }
         return found
+
+    def _ask_ranks(self, stage: Stage, quantity: str, tensors: Sequence[TensorTask], *, num_entries: int) -> tuple[int, ...]:
+        """Return the ranks that the method wants over these tensors, whose numbers must agree on them."""
+        distinct = {id(numbers): numbers for numbers in (self.numbers[tensor.name] for tensor in tensors)}
+        asked = set()
+        for numbers in distinct.values():
+            parameters, experts = parse_numbers(self.method, numbers)
+            asked.add(self.method.ranks(parameters, experts, stage=stage.name, quantity=quantity, num_entries=num_entries))
+        if len(asked) > 1:
+            raise RecipeError(
+                f"{self.method.name}: a number that decides {stage.name!r} differs between tensors, but it is taken over the whole model. "
+                "Add 'scope: tensor', or give one number"
+            )
+        return asked.pop()
 
     def _measure(self, stage: Stage, wanted: dict[str, dict[str, list[tuple[int, int]]]] | None) -> dict[str, SparseHistogram]:
         """Return the counts of one pass over all shards, by "piece:quantity"."""
