@@ -69,7 +69,9 @@ def main() -> None:
     floor_s, floor_cpu = measure_floor(paths, shape.num_bytes, work)
     rows.append(_row("floor", Measured(floor_s, floor_cpu, 0, 0), shape.num_bytes * 4))
     _print(rows[-1], None)
-    run_ours("linear", make_checkpoints(ROOT / "build" / "bench" / "60m" / "inputs", SHAPES["60m"], num_experts=3), work)  # warms the caches
+    run_ours(
+        "linear", make_checkpoints(ROOT / "build" / "bench" / "60m" / "inputs", SHAPES["60m"], num_experts=3), work
+    )  # warms the caches
     for name in options.methods or OURS:
         num_inputs = 2 if name == "slerp" else 4
         found = min((run_ours(name, paths[:num_inputs], work) for _ in range(options.repeat)), key=lambda run: run.wall_s)

@@ -8,12 +8,13 @@ lower 12 bits of its entries. Either way the result equals `kthvalue`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmerge.workers.inputs import InputBlock
+from mmerge.workers.kernels_sce import count_variances
 from mmerge.workers.kernels_survey import NUM_LOWS, NUM_ROWS, NUM_TOPS, count_lower_bits, count_magnitudes, drain_histogram
 
 NUM_BINS = NUM_TOPS * NUM_LOWS
@@ -35,6 +36,14 @@ class MagnitudeCounter:
     def add(self, block: InputBlock) -> None:
         """Count one block of base and experts."""
         count_magnitudes(block.rows, block.codes, block.num_entries, self._tables, self._ranges)
+
+    def add_variances(self, block: InputBlock) -> None:
+        """Count, in a counter of one histogram, the variances of the task vectors across experts."""
+        count_variances(block.rows, block.codes, block.num_entries, self._tables[0], self._ranges[0])
+
+    def is_finite(self) -> bool:
+        """Return whether everything that was counted is finite."""
+        return bool((self._ranges[:, 1] < 0x7F800000).all())
 
     def drain(self) -> list[Histogram]:
         """Return the histogram of each expert, and begin anew."""
@@ -93,11 +102,38 @@ def add_histograms(histograms: Sequence[Histogram], *, num_bins: int = NUM_BINS)
     return filled.astype(np.uint32), total[filled]
 
 
+def find_top(histogram: Histogram, count: int, *, refine: Callable[[int], Histogram]) -> tuple[float, int]:
+    """Return the threshold of the `count` largest magnitudes, and how many at the threshold belong to them.
+
+    −1 and Inf where all and none belong. `refine` returns the histogram of the lower bits within a bin.
+    """
+    num_entries = int(histogram[1].sum())
+    if count <= 0:
+        return float("inf"), 0
+    if count >= num_entries:
+        return -1.0, 0
+    bin_number, rest = find_bin(histogram, num_entries - count + 1)
+    if is_exact(bin_number):
+        return to_magnitude(bin_number), _count_of(histogram, bin_number) - rest + 1
+    lower = refine(bin_number)
+    lower_bits, rest = find_bin(lower, rest)
+    return to_magnitude(bin_number, lower_bits), _count_of(lower, lower_bits) - rest + 1
+
+
+def _count_of(histogram: Histogram, bin_number: int) -> int:
+    return int(histogram[1][np.searchsorted(histogram[0], bin_number)])
+
+
 def count_lower(blocks: Iterable[InputBlock], *, bin_number: int) -> Histogram:
     """Return the histogram of the lower 12 bits of the magnitudes of one bin; the blocks are of base and one expert."""
     counts = np.zeros(NUM_LOWER, np.int64)
     for block in blocks:
         count_lower_bits(block.rows, block.codes, block.num_entries, bin_number // 2, counts)
-    counts[0] = 0  # the entries without lower bits have a bin of their own
+    return to_lower(counts)
+
+
+def to_lower(counts: NDArray[np.int64]) -> Histogram:
+    """Return counts of lower bits as a histogram, without those that have none: they have a bin of their own."""
+    counts[0] = 0
     bins = np.flatnonzero(counts)
     return bins.astype(np.uint32), counts[bins]

@@ -52,6 +52,11 @@ class InputBlock:
         """Entries of the block."""
         return self.stop - self.start
 
+    def of_expert(self, index: int) -> InputBlock:
+        """Return the block of the base, the first source, and of one expert alone."""
+        which = [0, index + 1]
+        return InputBlock(self.start, self.stop, self.rows[which], self.codes[which], (self.raw[0], self.raw[index + 1]))
+
 
 class InputReader:
     """Reads tensors of several checkpoints; files stay open until it closes. One per task: it is not for several threads."""

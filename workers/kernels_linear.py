@@ -1,4 +1,4 @@
-"""Weighted sums in one pass over a block: linear merge, task arithmetic, NaiveMC."""
+"""Weighted sums in one pass over a block: linear merge, NaiveMC."""
 
 from __future__ import annotations
 
@@ -26,26 +26,6 @@ def merge_linear(inputs: Any, codes: Any, num_entries: int, weights: Any, diviso
         if divisor != np.float32(0):
             for i in range(count):
                 total[i] = total[i] / divisor
-        narrow(total, out_code, count, out, start)
-
-
-@compiled
-def merge_task_vectors(inputs: Any, codes: Any, num_entries: int, weights: Any, scale: Any, out_code: int, out: Any) -> None:
-    """Write θ₀ + scale·Σ wᵢτᵢ of one block to `out` (bytes)."""
-    tiles = np.empty((3, TILE_ENTRIES), np.float32)
-    base, expert, total = tiles[0], tiles[1], tiles[2]
-    for start in range(0, num_entries, TILE_ENTRIES):
-        count = min(TILE_ENTRIES, num_entries - start)
-        widen(inputs[0], codes[0], start, count, base)
-        for i in range(count):
-            total[i] = np.float32(0)
-        for row in range(1, inputs.shape[0]):
-            weight = weights[row - 1]
-            widen(inputs[row], codes[row], start, count, expert)
-            for i in range(count):
-                total[i] = total[i] + weight * (expert[i] - base[i])
-        for i in range(count):
-            total[i] = base[i] + scale * total[i]
         narrow(total, out_code, count, out, start)
 
 

@@ -56,22 +56,27 @@ def count_magnitudes(inputs: Any, codes: Any, num_entries: int, histograms: Any,
         widen(inputs[0], codes[0], start, count, base)
         for expert in range(inputs.shape[0] - 1):
             widen(inputs[expert + 1], codes[expert + 1], start, count, delta)
-            smallest, largest = np.uint32(ranges[expert, 0]), np.uint32(ranges[expert, 1])
             for i in range(count):
                 delta[i] = delta[i] - base[i]
-            for i in range(count):
-                word = np.uint32(bits[i] & np.uint32(0x7FFFFFFF))
-                largest = max(largest, word)
-                smallest = min(smallest, np.uint32(word - np.uint32(1)))
-            for i in range(count):
-                word = np.uint32(bits[i] & np.uint32(0x7FFFFFFF))
-                low = np.uint32((word >> np.uint32(11)) & np.uint32(0x1E)) | np.uint32((word & np.uint32(0xFFF)) != 0)
-                row = np.uint32(i & 3) if low == 0 else np.uint32(low + np.uint32(NUM_COPIES - 1))
-                places[i] = np.uint32(row << np.uint32(TOP_BITS)) | np.uint32(word >> np.uint32(16))
-            ranges[expert, 0], ranges[expert, 1] = smallest, largest
-            histogram = histograms[expert]
-            for i in range(count):
-                histogram[places[i]] += np.uint32(1)
+            count_tile(bits, count, places, histograms[expert], ranges[expert])
+
+
+@compiled
+def count_tile(bits: Any, count: int, places: Any, histogram: Any, smallest_and_largest: Any) -> None:
+    """Add a tile of float32 values, given as bits, to one histogram; `places` is uint32, scratch."""
+    smallest, largest = np.uint32(smallest_and_largest[0]), np.uint32(smallest_and_largest[1])
+    for i in range(count):
+        word = np.uint32(bits[i] & np.uint32(0x7FFFFFFF))
+        largest = max(largest, word)
+        smallest = min(smallest, np.uint32(word - np.uint32(1)))
+    for i in range(count):
+        word = np.uint32(bits[i] & np.uint32(0x7FFFFFFF))
+        low = np.uint32((word >> np.uint32(11)) & np.uint32(0x1E)) | np.uint32((word & np.uint32(0xFFF)) != 0)
+        row = np.uint32(i & 3) if low == 0 else np.uint32(low + np.uint32(NUM_COPIES - 1))
+        places[i] = np.uint32(row << np.uint32(TOP_BITS)) | np.uint32(word >> np.uint32(16))
+    smallest_and_largest[0], smallest_and_largest[1] = smallest, largest
+    for i in range(count):
+        histogram[places[i]] += np.uint32(1)
 
 
 @compiled

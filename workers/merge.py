@@ -18,13 +18,14 @@ from mmerge.manifests.header import DTYPE_BYTES, TensorSpec, make_header
 from mmerge.manifests.store import ObjectWriter, Store
 from mmerge.workers.blocks import entries_at_once, read_blocks
 from mmerge.workers.dtypes import to_bytes, with_one_nan
-from mmerge.workers.fast_paths import FastPath, MaskPath, PathRequest, find_fast_path
-from mmerge.workers.inputs import InputReader
+from mmerge.workers.fast_paths import find_fast_path
+from mmerge.workers.inputs import InputBlock, InputReader
 from mmerge.workers.kernels import TILE_ENTRIES, add_squares
 from mmerge.workers.masks import packed_bytes
 from mmerge.workers.measure import parse_numbers
 from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Block, MergedBlock, Method
+from mmerge.workers.paths import FastPath, MaskPath, PathRequest, ReadBlocks
 from mmerge.workers.task import MergeTask, TaskResult, TensorTask
 
 
@@ -162,13 +163,20 @@ class _TensorMerger:
             self.parameters, self.experts, self.thresholds, self.known, self.tensor, self.task.expert_names, self.task.dtype
         )
         path = find_fast_path(self.task.method, request)
-        return None if path is None else self._run_path(path, reader, masks)
+        if path is None:
+            return None
+        shape = self.tensor.base.spec.shape
+        at_once = entries_at_once(shape, self.task.block_entries, granularity="row" if path.by_row else "entry")
 
-    def _run_path(self, path: FastPath, reader: InputReader, masks: NDArray[np.uint8]) -> Iterator[memoryview]:
-        at_once = entries_at_once(self.tensor.base.spec.shape, self.task.block_entries, granularity=self.task.granularity)
+        def read_blocks() -> Iterator[InputBlock]:
+            return reader.blocks((self.tensor.base, *self.tensor.experts), block_entries=at_once)
+
+        return self._run_path(path, read_blocks, masks, at_once) if path.prepare(read_blocks) else None
+
+    def _run_path(self, path: FastPath, read_blocks: ReadBlocks, masks: NDArray[np.uint8], at_once: int) -> Iterator[memoryview]:
         width = DTYPE_BYTES[self.task.dtype]
         merged = np.empty(min(at_once, self.tensor.num_entries) * width, np.uint8)
-        for block in reader.blocks((self.tensor.base, *self.tensor.experts), block_entries=at_once):
+        for block in read_blocks():
             path.merge(block, merged, masks)
             yield merged.data[: block.num_entries * width]
         if isinstance(path, MaskPath):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,17 @@ from hypothesis import strategies as st
 
 from mmerge.manifests.header import TensorSpec
 from mmerge.workers import kernels
+from mmerge.workers.blocks import num_columns
 from mmerge.workers.checkpoint import TensorSource
-from mmerge.workers.dtypes import SAFETENSORS_DTYPES, TORCH_DTYPES, to_bytes, to_float_tensors, with_one_nan
-from mmerge.workers.fast_paths import FAST_PATHS, MaskPath, PathRequest, find_fast_path
+from mmerge.workers.dtypes import SAFETENSORS_DTYPES, TORCH_DTYPES, to_bytes, with_one_nan
+from mmerge.workers.fast_paths import FAST_PATHS, find_fast_path
 from mmerge.workers.inputs import InputBlock
 from mmerge.workers.kernels_survey import first_non_finite
 from mmerge.workers.masks import pack_mask, packed_bytes
 from mmerge.workers.methods import METHODS
-from mmerge.workers.methods.interface import Block
+from mmerge.workers.methods.interface import Block, Known, MergedBlock, Method
+from mmerge.workers.paths import FastPath, MaskPath, PathRequest
+from mmerge.workers.sums import exact_sum
 from mmerge.workers.task import TensorTask
 
 DTYPES = ("BF16", "F16", "F32")
@@ -29,9 +33,21 @@ SPECIAL = (0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1e-40, -1e-40, 
 
 PARAMETERS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "mmer": [({"reduction": "sum", "mask_scale": 0.75}, {}), ({"reduction": "mean"}, {"mask_scale": 0.6})],
-    "ties": [({"reduction": "mean", "scale": 1.0}, {}), ({"reduction": "sum", "scale": -0.3}, {})],
+    "ties": [
+        ({"reduction": "mean", "scale": 1.0}, {}),
+        ({"reduction": "sum", "scale": -0.3, "zero_sign": "positive"}, {"weight": 0.3}),
+        ({"reduction": "max", "zero_sign": "majority"}, {"weight": -1.7}),
+        ({"count": "exact", "scope": "tensor", "density": 0.37}, {"weight": 0.6}),
+    ],
     "linear": [({"normalize": True}, {"weight": 0.7}), ({"normalize": False}, {"weight": -1.1})],
-    "task_arithmetic": [({"scale": 0.4}, {"weight": 1.0}), ({"scale": 1.0}, {"weight": 0.3})],
+    "task_arithmetic": [({"scale": 0.4}, {"weight": 1.0}), ({"scale": 1.0, "normalize": True}, {"weight": 0.3})],
+    "dare_linear": [({"density": 0.6}, {}), ({"density": 0.1, "rescale": "norm", "seed": 7}, {"weight": 0.3})],
+    "dare_ties": [({"density": 0.3}, {"weight": 0.3}), ({"rescale": "none", "reduction": "mean", "zero_sign": "majority"}, {})],
+    "breadcrumbs": [({"density": 0.4, "gamma": 0.05}, {}), ({"normalize": True, "density": 1.0}, {"weight": 0.4})],
+    "breadcrumbs_ties": [({"density": 0.7, "gamma": 0.2}, {"weight": 0.9}), ({"density": 0.01, "gamma": 0.0}, {})],
+    "della_linear": [({"density": 0.5}, {}), ({"density": 0.7, "epsilon": 0.0, "rescale": "norm"}, {})],
+    "della": [({"density": 0.4, "epsilon": 0.3}, {"weight": 0.3}), ({"rescale": "none", "zero_sign": "positive"}, {"density": 1.0})],
+    "sce": [({"select_topk": 0.3}, {}), ({"select_topk": 1.0, "scale": 0.4}, {}), ({"select_topk": 0.001}, {})],
     "naive_mc": [({}, {})],
 }
 """Per method, numbers of the recipe and of each expert."""
@@ -61,47 +77,91 @@ def make_rows(dtypes: list[str], size: int, seed: int, *, special: bool) -> list
     return [row.to(TORCH_DTYPES[dtype]) for row, dtype in zip(rows, dtypes, strict=True)]
 
 
-def make_request(parameters: Any, experts: list[Any], thresholds: Sequence[float], dtype: str, base: torch.Tensor) -> PathRequest:
+def make_request(
+    parameters: Any, experts: list[Any], thresholds: Sequence[float], dtype: str, base: torch.Tensor, known: Known
+) -> PathRequest:
     spec = TensorSpec("weight", SAFETENSORS_DTYPES[base.dtype], tuple(base.shape), 0, base.numel() * base.itemsize)
     source = TensorSource("memory://none", "model.safetensors", spec)
     num_rows = base.shape[0]
     tensor = TensorTask("weight", 0, num_rows, num_rows, source, (source,) * len(experts))
-    return PathRequest(parameters, experts, thresholds, {}, tensor, tuple(f"expert{index}" for index in range(len(experts))), dtype)
+    return PathRequest(parameters, experts, thresholds, known, tensor, tuple(f"expert{index}" for index in range(len(experts))), dtype)
 
 
-def run_both(method_name: str, rows: list[torch.Tensor], dtype: str, numbers: tuple[dict[str, Any], dict[str, Any]]) -> tuple[Any, ...]:
-    method = METHODS[method_name]
-    num_experts = len(rows) - 1
-    parameters = method.parameters_model.model_validate(numbers[0])
-    experts = [method.expert_parameters_model.model_validate(numbers[1]) for _ in range(num_experts)]
-    thresholds = [0.0, 0.015625, 0.0078125, 0.03125][:num_experts] if method.trimming(parameters, experts) else []
-    block = make_block(rows)
-    base, *values = to_float_tensors(block)
-    wanted = method.merge_block(Block(base, values, thresholds, TORCH_DTYPES[dtype]), parameters, experts)
-    path = find_fast_path(method_name, make_request(parameters, experts, thresholds, dtype, rows[0]))
-    assert path is not None
-    out = np.zeros(block.num_entries * TORCH_DTYPES[dtype].itemsize, np.uint8)
-    masks = np.zeros((num_experts if method.kind == "masks" else 0, packed_bytes(block.num_entries)), np.uint8)
-    path.merge(block, out, masks)
-    return path, wanted, out, masks, [value - base for value in values]
+def make_reference(method: Method, rows: list[torch.Tensor], dtype: str, parameters: Any, experts: list[Any]) -> tuple[Block, MergedBlock]:
+    """What the method's own code makes of the whole tensor, its stages measured before."""
+    trims = method.trimming(parameters, experts) is not None
+    thresholds = [0.0, 0.015625, 0.0078125, 0.03125][: len(experts)] if trims else []
+    shape = tuple(rows[0].shape)
+    columns = num_columns(shape)
+    granularity = method.granularity(parameters, experts)
+    shaped = {"entry": (-1,), "row": (-1, columns), "tensor": shape}[granularity]
+    base, *values = (row.float().reshape(shaped) for row in rows)
+    block = Block(
+        base, values, thresholds, TORCH_DTYPES[dtype], name="weight", start=0, shape=shape,
+        expert_names=tuple(f"expert{index}" for index in range(len(experts))),
+    )  # fmt: skip
+    for stage in method.stages(parameters, experts):
+        measured = method.measure_block(block, parameters, experts, stage=stage.name)
+        block = replace(block, known={**block.known, **{name: (exact_sum(found),) for name, found in measured.items()}})
+    return block, method.merge_block(block, parameters, experts)
 
 
-@settings(max_examples=60, deadline=None)
+def cut(block: InputBlock, start: int, stop: int) -> InputBlock:
+    """Some entries of a block, as the reader would give them."""
+    rows = np.zeros_like(block.rows)
+    for target, row, raw in zip(rows, block.rows, block.raw, strict=True):
+        width = len(raw) // block.num_entries
+        target[: (stop - start) * width] = row[start * width : stop * width]
+    return InputBlock(start, stop, rows, block.codes, block.raw)
+
+
+def run_path(path: FastPath, block: InputBlock, width: int, num_masks: int, columns: int) -> tuple[bytes, np.ndarray[Any, Any]] | None:
+    """What a path makes of the tensor in two blocks, None where it declines."""
+    step = columns if path.by_row else kernels.TILE_ENTRIES
+    middle = block.num_entries // 2 // step * step
+    pieces = [cut(block, *span) for span in ((0, middle), (middle, block.num_entries)) if span[0] < span[1]]
+    if not path.prepare(lambda: iter(pieces)):
+        return None
+    masks = np.zeros((num_masks, packed_bytes(block.num_entries)), np.uint8)
+    data = b""
+    for piece in pieces:
+        out = np.zeros(piece.num_entries * width, np.uint8)
+        path.merge(piece, out, masks)
+        data += out.tobytes()
+    return data, masks
+
+
+@settings(max_examples=150, deadline=None)
 @given(
     st.sampled_from([(name, index) for name, found in PARAMETERS.items() for index in range(len(found))]),
     st.lists(st.sampled_from(DTYPES), min_size=2, max_size=5),
     st.sampled_from(DTYPES),
     st.one_of(st.integers(1, 70), st.integers(2040, 2060), st.integers(4090, 6150)),
+    st.sampled_from([None, 1, 3, 64, 2049]),
     st.integers(0, 2**31),
     st.booleans(),
 )
 def test_a_path_gives_the_bytes_of_the_method(
-    chosen: tuple[str, int], dtypes: list[str], dtype: str, size: int, seed: int, special: bool
+    chosen: tuple[str, int], dtypes: list[str], dtype: str, size: int, columns: int | None, seed: int, special: bool
 ) -> None:
     name, index = chosen
-    rows = make_rows(dtypes, size, seed, special=special)
-    path, wanted, out, masks, deltas = run_both(name, rows, dtype, PARAMETERS[name][index])
-    assert out.tobytes() == bytes(to_bytes(with_one_nan(wanted.values)))
+    method, numbers = METHODS[name], PARAMETERS[name][index]
+    rows = make_rows(dtypes, size if columns is None else max(size // columns, 1) * columns, seed, special=special)
+    if columns is not None:
+        rows = [row.reshape(-1, columns) for row in rows]
+    parameters = method.parameters_model.model_validate(numbers[0])
+    experts = [method.expert_parameters_model.model_validate(numbers[1]) for _ in rows[1:]]
+    found_block, wanted = make_reference(method, rows, dtype, parameters, experts)
+    path = find_fast_path(name, make_request(parameters, experts, found_block.thresholds, dtype, rows[0], found_block.known))
+    assert path is not None
+    width, num_masks = TORCH_DTYPES[dtype].itemsize, len(experts) if method.kind == "masks" else 0
+    found = run_path(path, make_block(rows), width, num_masks, num_columns(rows[0].shape))
+    if found is None:
+        assert special, "only what is not finite may be declined"
+        return
+    out, masks = found
+    assert out == bytes(to_bytes(with_one_nan(wanted.values)))
+    deltas = found_block.task_vectors()
     if not isinstance(path, MaskPath):
         return
     for row, mask in zip(masks, wanted.masks, strict=True):
@@ -124,7 +184,7 @@ def test_every_path_has_numbers_to_be_tried_with_and_belongs_to_a_method() -> No
 def test_weights_that_cancel_take_the_method_itself() -> None:
     method = METHODS["linear"]
     experts = [method.expert_parameters_model.model_validate({"weight": weight}) for weight in (1.0, -1.0)]
-    assert find_fast_path("linear", make_request(method.parameters_model(), experts, (), "BF16", torch.zeros(3))) is None
+    assert find_fast_path("linear", make_request(method.parameters_model(), experts, (), "BF16", torch.zeros(3), {})) is None
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])

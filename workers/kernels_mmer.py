@@ -1,4 +1,4 @@
-"""TIES and MMER in one pass over a block: trim, elect, disjoint merge, and for MMER the masks and their statistics."""
+"""MMER in one pass over a block: trim, elect, disjoint merge, the masks and their statistics."""
 
 from __future__ import annotations
 
@@ -7,69 +7,18 @@ from typing import Any
 import numpy as np
 
 from mmerge.workers.kernels import TILE_ENTRIES, compiled, count_ones, narrow, pack_bits, sum_squares, widen
-
-
-@compiled
-def trim_tile(raw: Any, code: int, start: int, count: int, base: Any, threshold: Any, delta: Any) -> None:
-    """Write one expert's trimmed task vector of a tile to `delta`."""
-    widen(raw, code, start, count, delta)
-    zero = np.float32(0)
-    for i in range(count):
-        value = delta[i] - base[i]
-        delta[i] = value if abs(value) >= threshold else zero
-
-
-@compiled
-def disjoint_tile(deltas: Any, count: int, is_mean: bool, total: Any, merged: Any, agreeing: Any) -> None:
-    """Elect the sign of a tile (`total` is left as the sum of `deltas`) and write the disjoint merge to `merged`."""
-    zero, one = np.float32(0), np.float32(1)
-    num_experts = deltas.shape[0]
-    for i in range(count):
-        total[i] = deltas[0, i]
-        merged[i] = zero
-        agreeing[i] = zero
-    for expert in range(1, num_experts):
-        delta = deltas[expert]
-        for i in range(count):
-            total[i] = total[i] + delta[i]
-    for expert in range(num_experts):
-        delta = deltas[expert]
-        for i in range(count):
-            value, elected = delta[i], total[i]
-            agrees = ((value > zero) & (elected > zero)) | ((value < zero) & (elected < zero))
-            merged[i] = merged[i] + (value if agrees else zero)
-            agreeing[i] = agreeing[i] + (one if agrees else zero)
-    if is_mean:
-        for i in range(count):
-            merged[i] = merged[i] / max(agreeing[i], one)
-
-
-@compiled
-def merge_ties(inputs: Any, codes: Any, num_entries: int, thresholds: Any, is_mean: bool, scale: Any, out_code: int, out: Any) -> None:
-    """Write θ₀ + scale·τ⋆ of one block to `out` (bytes): inputs are rows of bytes, base first."""
-    num_experts = inputs.shape[0] - 1
-    tiles = np.empty((4, TILE_ENTRIES), np.float32)
-    base, total, merged, agreeing = tiles[0], tiles[1], tiles[2], tiles[3]
-    deltas = np.empty((num_experts, TILE_ENTRIES), np.float32)
-    for start in range(0, num_entries, TILE_ENTRIES):
-        count = min(TILE_ENTRIES, num_entries - start)
-        widen(inputs[0], codes[0], start, count, base)
-        for expert in range(num_experts):
-            trim_tile(inputs[expert + 1], codes[expert + 1], start, count, base, thresholds[expert], deltas[expert])
-        disjoint_tile(deltas, count, is_mean, total, merged, agreeing)
-        for i in range(count):
-            merged[i] = base[i] + scale * merged[i]
-        narrow(merged, out_code, count, out, start)
+from mmerge.workers.kernels_locate import elect_tile
 
 
 @compiled
 def merge_mmer(
-    inputs: Any, codes: Any, num_entries: int, thresholds: Any, is_mean: bool, half_scales: Any, out_code: int, out: Any, masks: Any,
+    inputs: Any, codes: Any, num_entries: int, thresholds: Any, how: int, half_scales: Any, out_code: int, out: Any, masks: Any,
     mask_start: int, counts: Any, overlaps: Any, squares: Any,
 ) -> None:  # fmt: skip
     """Write τ⋆ of one block to `out` and the packed masks to `masks` (rows of bytes, from `mask_start`); add up the statistics.
 
     Args:
+        how: ELECT_SUM or ELECT_MEAN.
         half_scales: λᵢ·0.5 per expert, float32.
         counts: int64, rows kept, agreeing, masked (per expert) and consensus (per number of experts that want an entry).
         overlaps: int64 per pair of experts.
@@ -80,6 +29,7 @@ def merge_mmer(
     tiles = np.empty((4, TILE_ENTRIES), np.float32)
     base, total, merged, agreeing = tiles[0], tiles[1], tiles[2], tiles[3]
     deltas = np.empty((num_experts, TILE_ENTRIES), np.float32)
+    weights = np.ones(num_experts, np.float32)
     scratch = np.empty(TILE_ENTRIES, np.float64)
     wanted = np.zeros((num_experts, TILE_ENTRIES), np.uint8)
     votes = np.empty(TILE_ENTRIES, np.uint8)
@@ -96,7 +46,7 @@ def merge_mmer(
             for i in range(count):
                 value = delta[i]
                 delta[i] = value if abs(value) >= threshold else zero
-        disjoint_tile(deltas, count, is_mean, total, merged, agreeing)
+        elect_tile(deltas, weights, 0, count, how, zero, total, merged, agreeing)
         narrow(merged, out_code, count, out, start)
         widen(out, out_code, start, count, merged)
         for i in range(TILE_ENTRIES):
