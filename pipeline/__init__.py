@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mmerge.manifests.manifest import Manifest
     from mmerge.manifests.verify import VerifyReport, verify
     from mmerge.pipeline.build import RunReport, run
+    from mmerge.pipeline.executor import open_executor
     from mmerge.pipeline.plan import MergePlan, make_plan
     from mmerge.pipeline.recipe import Recipe, make_recipe_schema, parse_recipe, read_recipe
     from mmerge.pipeline.show import read_build
@@ -34,6 +35,7 @@ _PLACES = {
     "read_recipe": "mmerge.pipeline.recipe",
     "RunReport": "mmerge.pipeline.build",
     "run": "mmerge.pipeline.build",
+    "open_executor": "mmerge.pipeline.executor",
     "read_build": "mmerge.pipeline.show",
     "Composite": "mmerge.workers.composite",
     "load_composite": "mmerge.workers.load",
@@ -54,6 +56,7 @@ __all__ = [
     "load_composite",
     "make_plan",
     "make_recipe_schema",
+    "open_executor",
     "parse_recipe",
     "read_build",
     "read_recipe",

@@ -16,6 +16,7 @@ from mmerge.manifests.errors import RecipeError
 from mmerge.manifests.reference import NAME_PATTERN
 from mmerge.manifests.store import is_local, to_local_path
 from mmerge.manifests.table import layer_of
+from mmerge.pipeline.mergekit import from_mergekit, is_mergekit
 from mmerge.pipeline.schedule import Schedule, numeric_fields, resolve, schedule_schema, take_schedules
 from mmerge.workers.methods import METHODS, find_method
 from mmerge.workers.methods.interface import Method, Numbers, Parameters
@@ -163,7 +164,7 @@ def make_recipe_schema() -> dict[str, Any]:
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """Return the recipe in a YAML file.
+    """Return the recipe in a YAML file: one of this project, or one of mergekit whose method there is (docs/mergekit.md).
 
     Raises:
         RecipeError: the file is missing, no YAML, or not valid; the message begins with the key's path.
@@ -177,7 +178,11 @@ def read_recipe(path: str | Path) -> Recipe:
         raise RecipeError(f"{path}: cannot be read ({error})") from error
     if len(text) > MAX_RECIPE_BYTES:
         raise RecipeError(f"{path}: {len(text):,} characters are no recipe (at most {MAX_RECIPE_BYTES:,})")
-    return parse_recipe(_parse_yaml(text, where=str(path)), folder=path.absolute().parent, default_name=path.stem)
+    folder = path.absolute().parent
+    raw = _parse_yaml(text, where=str(path))
+    if is_mergekit(raw):
+        raw = from_mergekit(raw, folder=folder, default_name=path.stem)
+    return parse_recipe(raw, folder=folder, default_name=path.stem)
 
 
 def parse_recipe(raw: object, *, folder: Path, default_name: str = "composite") -> Recipe:

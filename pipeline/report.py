@@ -120,9 +120,10 @@ def print_run(report: RunReport, console: Console) -> None:
 
 def print_references(references: Sequence[Reference], console: Console, *, store_uri: str) -> None:
     """Print the composites of a store."""
+    console.print(f"{escape(store_uri)} holds {len(references)} composites:")
     table = Table("composite", "number", "build", "created", box=None, header_style="bold", pad_edge=False)
     for reference in references:
-        table.add_row(f"{store_uri}#{reference.name}", str(reference.number), reference.build[:SHOWN_DIGITS], reference.created)
+        table.add_row(f"#{reference.name}", str(reference.number), reference.build[:SHOWN_DIGITS], reference.created)
     console.print(table)
 
 

@@ -148,6 +148,8 @@ def resolve(
     resolved = dict(parameters)
     for key, schedule in schedules.items():
         number = schedule.at(name, num_layers)
+        if number is None and model.model_fields[key].is_required():
+            raise RecipeError(f"{key}: no rule fits {name}, and there is no default. Add a rule without 'layers' and 'pattern' at the end")
         resolved[key] = model.model_fields[key].get_default() if number is None else number
     return resolved
 

@@ -12,6 +12,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from mmerge.pipeline import make_plan, parse_recipe, run
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 LAB = REPOSITORY / "examples" / "lab" / "checkpoints"
 
@@ -105,6 +107,16 @@ def lab(tmp_path: Path) -> Lab:
 def lab_checkpoints() -> Path:
     """The committed, trained experts."""
     return LAB
+
+
+@pytest.fixture(scope="session")
+def lab_store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A store with composites of the trained experts: `mmer`, and `naive_mc` of kind plain. Not to be changed."""
+    folder = tmp_path_factory.mktemp("lab") / "store"
+    for method in ("mmer", "naive_mc"):
+        raw = yaml.safe_load((REPOSITORY / "examples" / "lab" / "recipes" / f"{method}.yaml").read_text()) | {"output": str(folder)}
+        run(make_plan(parse_recipe(raw, folder=REPOSITORY / "examples" / "lab" / "recipes")))
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

@@ -81,7 +81,7 @@ class _Loader:
         state = {name: self._llm_weight(name).to(self.dtype) for name in self.reader.llm_names()}
         text.vocab_size = next(state[name].shape[0] for name in state if name.endswith(EMBEDDING_SUFFIX))
         text.architectures = [model_class.__name__]
-        text.tie_word_embeddings = bool(config.tie_word_embeddings)
+        text.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", getattr(text, "tie_word_embeddings", False)))
         if self.expert and (head := self._own_head()) is not None:
             state[HEAD_NAME] = head.to(self.dtype)
         tied = text.tie_word_embeddings

@@ -32,6 +32,12 @@ class MagpruneParameters(DropParameters):
     )
 
 
+class DellaExpertParameters(DropExpertParameters):
+    """Numbers of DELLA per expert."""
+
+    epsilon: float | None = Field(None, ge=0, lt=0.5, description="this expert's epsilon, instead of the recipe's")
+
+
 def keep_probabilities(delta: torch.Tensor, *, density: float, epsilon: float) -> torch.Tensor:
     """Return the keep probability of every entry, float32 [rows, columns]: linear in its magnitude's rank within its row.
 
@@ -47,33 +53,40 @@ def keep_probabilities(delta: torch.Tensor, *, density: float, epsilon: float) -
     return (density - epsilon) + ranks / (columns - 1) * (2 * epsilon)
 
 
-def _drop(block: Block, parameters: MagpruneParameters, experts: Sequence[DropExpertParameters], *, divide: bool) -> list[torch.Tensor]:
+def _drop(block: Block, parameters: MagpruneParameters, experts: Sequence[DellaExpertParameters], *, divide: bool) -> list[torch.Tensor]:
     """Return the task vectors with entries dropped at random, divided by their keep probability where asked for."""
     kept = []
-    for delta, density, name in zip(block.task_vectors(), densities(parameters, experts), block.expert_names, strict=True):
+    epsilons = _epsilons(parameters, experts)
+    for delta, density, epsilon, name in zip(
+        block.task_vectors(), densities(parameters, experts), epsilons, block.expert_names, strict=True
+    ):
         if density == 1:
             kept.append(delta)
             continue
-        keep = keep_probabilities(delta, density=density, epsilon=parameters.epsilon)
+        keep = keep_probabilities(delta, density=density, epsilon=epsilon)
         chance = uniform(parameters.seed, expert=name, name=block.name, start=block.start, like=delta)
         kept.append(torch.where(chance < keep, delta / keep if divide else delta, torch.zeros_like(delta)))
     return kept
 
 
-def _locate(block: Block, parameters: MagpruneParameters, experts: Sequence[DropExpertParameters]) -> list[torch.Tensor]:
+def _epsilons(parameters: MagpruneParameters, experts: Sequence[DellaExpertParameters]) -> list[float]:
+    return [parameters.epsilon if expert.epsilon is None else expert.epsilon for expert in experts]
+
+
+def _locate(block: Block, parameters: MagpruneParameters, experts: Sequence[DellaExpertParameters]) -> list[torch.Tensor]:
     kept = _drop(block, parameters, experts, divide=parameters.rescale == "probability")
     if parameters.rescale == "norm":
         return [restore_norm(delta, block, index) for index, delta in enumerate(kept)]
     return kept
 
 
-def _measure(block: Block, parameters: MagpruneParameters, experts: Sequence[DropExpertParameters]) -> dict[str, torch.Tensor]:
+def _measure(block: Block, parameters: MagpruneParameters, experts: Sequence[DellaExpertParameters]) -> dict[str, torch.Tensor]:
     return norm_quantities(block.task_vectors(), _drop(block, parameters, experts, divide=False))
 
 
-def _check(parameters: MagpruneParameters, experts: Sequence[DropExpertParameters]) -> None:
-    for density in densities(parameters, experts):
-        low, high = density - parameters.epsilon, density + parameters.epsilon
+def _check(parameters: MagpruneParameters, experts: Sequence[DellaExpertParameters]) -> None:
+    for density, epsilon in zip(densities(parameters, experts), _epsilons(parameters, experts), strict=True):
+        low, high = density - epsilon, density + epsilon
         if density != 1 and (low < 0 or high > 1):
             raise RecipeError(
                 f"epsilon: with density {density} keep probabilities would go from {low:g} to {high:g}; "
@@ -92,7 +105,7 @@ class DellaParameters(MagpruneParameters, ElectParameters):
 class _ByRow(Method):
     """What both forms of DELLA share: ranks need whole rows."""
 
-    expert_parameters_model = DropExpertParameters
+    expert_parameters_model = DellaExpertParameters
 
     @override
     def check_recipe(self, parameters: MagpruneParameters, experts: Sequence[Any], *, has_base: bool) -> None:
@@ -115,7 +128,7 @@ class DellaLinear(_ByRow, LocateThenSum):
     name = "della_linear"
     source = "DELLA-Merging, arXiv 2406.11617, without election"
     parameters_model = DellaLinearParameters
-    expert_parameters_model = DropExpertParameters
+    expert_parameters_model = DellaExpertParameters
 
     @override
     def stages(self, parameters: DellaLinearParameters, experts: Sequence[Any]) -> tuple[Stage, ...]:
@@ -138,7 +151,7 @@ class Della(_ByRow, LocateThenElect):
     name = "della"
     source = "DELLA-Merging, arXiv 2406.11617"
     parameters_model = DellaParameters
-    expert_parameters_model = DropExpertParameters
+    expert_parameters_model = DellaExpertParameters
 
     @override
     def locate_stages(self, parameters: DellaParameters, experts: Sequence[Any]) -> tuple[Stage, ...]:

@@ -1,0 +1,73 @@
+"""Prompts are put together as templates say, and media that cannot be read are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile  # type: ignore[import-untyped]
+from PIL import Image
+
+from mmerge.manifests.errors import PromptError
+from mmerge.workers.prompt import Part, make_prompt, read_image, read_sound, read_video
+
+A, B = Part("image", "a.png"), Part("audio", "b.wav")
+
+
+def test_media_come_first_without_a_template() -> None:
+    assert make_prompt("what ?", [A, B], template=None, media_templates={}) == [A, B, Part.text("what ?")]
+
+
+def test_templates_surround_every_medium_and_the_question() -> None:
+    found = make_prompt("what ?", [A, B], template="<{media}>q {text} a", media_templates={"image": "i {media} . "})
+    assert found == [Part.text("<i "), A, Part.text(" . "), B, Part.text(">q what ? a")]
+
+
+def test_a_question_with_places_puts_each_medium_there() -> None:
+    found = make_prompt("is {audio} in {image} ?", [A, B], template="{media}{text}", media_templates={})
+    assert found == [Part.text("is "), B, Part.text(" in "), A, Part.text(" ?")]
+
+
+def test_a_medium_without_a_place_is_refused_where_others_have_one() -> None:
+    with pytest.raises(PromptError, match=r"no place for 'audio'"):
+        make_prompt("is {image} ?", [A, B], template=None, media_templates={})
+
+
+def test_a_sound_is_resampled_and_mixed_to_one_channel(tmp_path: Path) -> None:
+    time = np.arange(8000) / 8000
+    soundfile.write(tmp_path / "x.wav", np.stack([np.sin(440 * 2 * np.pi * time)] * 2, axis=1), 8000)
+    sound = read_sound(tmp_path / "x.wav", sampling_rate=16000)
+    assert sound.dtype == np.float32
+    assert abs(len(sound) - 16000) <= 2
+    assert np.abs(np.fft.rfft(sound[:16000])).argmax() == 440
+
+
+def test_a_film_gives_its_frames_in_order(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (4, 4), (value, 0, 0)) for value in (0, 120, 250)]
+    frames[0].save(tmp_path / "x.webp", save_all=True, append_images=frames[1:], lossless=True)
+    found = read_video(tmp_path / "x.webp")
+    assert found.shape == (3, 4, 4, 3)
+    assert found[:, 0, 0, 0].tolist() == [0, 120, 250]
+
+
+@pytest.mark.parametrize(
+    ("read", "word"), [(read_image, "image"), (lambda value: read_sound(value, sampling_rate=16000), "sound"), (read_video, "video")]
+)
+def test_a_broken_or_missing_file_is_named(tmp_path: Path, read: object, word: str) -> None:
+    assert callable(read)
+    with pytest.raises(PromptError, match=f"nowhere.x: no such {word} file"):
+        read(tmp_path / "nowhere.x")
+    broken = tmp_path / "broken.x"
+    broken.write_bytes(b"RIFF nonsense")
+    with pytest.raises(PromptError, match=f"broken.x: cannot be read as an? {word}"):
+        read(broken)
+
+
+def test_arrays_of_wrong_shape_are_refused() -> None:
+    with pytest.raises(PromptError, match="give one channel"):
+        read_sound(np.zeros((2, 100)), sampling_rate=16000)
+    with pytest.raises(PromptError, match="give uint8"):
+        read_video(np.zeros((2, 100)))
+    with pytest.raises(PromptError, match="has no samples"):
+        read_sound(np.zeros(0), sampling_rate=16000)
