@@ -28,7 +28,7 @@ from mmerge.workers.task import CopyTensor, TensorTask
 
 MAX_SHARD_BYTES = 2 << 30
 """A layer whose tensors of the base take more than this is split, and a tensor that takes more is split by rows."""
-DEFAULT_BLOCK_ENTRIES = 1 << 18
+DEFAULT_BLOCK_ENTRIES = 1 << 17
 """Entries of a tensor that are in memory at once; the result does not depend on it."""
 WORKER_BYTES = 96 << 20
 """What a worker needs beside its blocks: allocator, readers, small objects."""
