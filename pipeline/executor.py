@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 from typing_extensions import override
 
 from mmerge.manifests.errors import MmergeError, StoreError
-from mmerge.workers.run_task import run_task
+from mmerge.pipeline.threads import num_cores, run_in_threads
 from mmerge.workers.task import Task, TaskResult
 
 ExecutorName = Literal["serial", "ray"]
@@ -30,15 +30,15 @@ class Executor(Protocol):
 
 
 class SerialExecutor(Executor):
-    """Runs one task after the other in this process."""
+    """Runs tasks in this process, one thread per core."""
+
+    def __init__(self, *, num_threads: int | None = None, memory_bytes: int | None = None) -> None:
+        self.num_threads = num_threads or num_cores()
+        self.memory_bytes = memory_bytes
 
     @override
     def run(self, tasks: Sequence[Task], store_uri: str) -> Iterator[Outcome]:
-        for task in tasks:
-            try:
-                yield task, run_task(task, store_uri)
-            except MmergeError as error:
-                yield task, error
+        yield from run_in_threads(tasks, store_uri, num_threads=self.num_threads, memory_bytes=self.memory_bytes)
 
     @override
     def close(self) -> None:
@@ -102,7 +102,14 @@ class RayExecutor(Executor):
                     ray.init(address=self.address, logging_level=logging.ERROR, log_to_driver=False)
                 else:
                     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-                    ray.init(num_cpus=self.num_workers, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+                    # "local": without it Ray would join whatever cluster was last started on this machine.
+                    ray.init(
+                        address="local",
+                        num_cpus=self.num_workers,
+                        include_dashboard=False,
+                        logging_level=logging.ERROR,
+                        log_to_driver=False,
+                    )
             except (ConnectionError, RuntimeError, ValueError, OSError) as error:
                 where = self.address or "a local Ray"
                 first = str(error).strip().splitlines()[0]
