@@ -253,11 +253,16 @@ def export(
 
 
 @app.command()
-def methods() -> None:
+def methods(
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="print the tables of docs/methods.md")] = False,
+) -> None:
     """List the merge methods with their parameters and sources."""
-    from mmerge.pipeline.report import print_methods
+    from mmerge.pipeline.catalogue import methods_to_markdown, print_methods
 
-    print_methods(out)
+    if as_markdown:
+        print(methods_to_markdown(), end="")
+    else:
+        print_methods(out)
 
 
 @app.command()

@@ -7,12 +7,9 @@ from typing import Any
 import pytest
 import torch
 from golden import Case, base_of, cases, expected, expected_bits, from_flat, input_folders, needs_golden, read_inputs, to_flat
+from one_tensor import merge_tensor
 
-from mmerge.workers.measure import count_quantities
-from mmerge.workers.methods import find_method
 from mmerge.workers.methods.della import keep_probabilities
-from mmerge.workers.methods.interface import Block, Method
-from mmerge.workers.sums import to_sum
 
 pytestmark = needs_golden
 NUM_DRAWS = 200
@@ -41,23 +38,12 @@ def test_della_keeps_an_entry_with_the_golden_probability(case: Case) -> None:
             )
 
 
-def draw(method: Method, raw: dict[str, Any], inputs: list[dict[str, torch.Tensor]], names: tuple[str, ...]) -> torch.Tensor:
-    """Merge whole tensors with the method's own stages; return the merged task vector, flat."""
+def draw(method: str, raw: dict[str, Any], inputs: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """Return the merged checkpoint, flat: these methods look at one tensor after the other."""
     base, *experts = inputs
-    parameters = method.parameters_model.model_validate(raw)
-    numbers = [method.expert_parameters_model.model_validate({}) for _ in experts]
-    row = method.granularity(parameters, numbers) == "row"
-    merged = {}
-    for name, values in base.items():
-        shape = values.shape if values.ndim == 2 or not row else (1, values.numel())
-        given = [expert[name].reshape(shape) for expert in experts]
-        known: dict[str, tuple[float, ...]] = {}
-        for stage in method.stages(parameters, numbers):
-            block = Block(values.reshape(shape), given, (), torch.float32, name, 0, tuple(values.shape), names, known)
-            measured = method.measure_block(block, parameters, numbers, stage=stage.name)
-            known |= {key: (to_sum(counts),) for key, counts in count_quantities(measured, measures="sums", high_bins=None).items()}
-        block = Block(values.reshape(shape), given, (), torch.float32, name, 0, tuple(values.shape), names, known)
-        merged[name] = method.merge_block(block, parameters, numbers).values.reshape(values.shape)
+    merged = {
+        name: merge_tensor(method, values, [expert[name] for expert in experts], raw, name=name)[0].values for name, values in base.items()
+    }
     return to_flat(merged)
 
 
@@ -82,9 +68,8 @@ def test_mean_and_spread_over_seeds_are_the_golden_ones(case: Case) -> None:
     inputs = read_inputs(*input_folders(case))
     base = base_of(case).double()
     total, squares = torch.zeros_like(base), torch.zeros_like(base)
-    names = tuple(f"expert{index}" for index in range(len(inputs) - 1))
     for seed in range(NUM_DRAWS):
-        change = draw(find_method(name), raw | {"seed": seed}, inputs, names).double() - base
+        change = draw(name, raw | {"seed": seed}, inputs).double() - base
         total += change
         squares += change**2
     found = total / NUM_DRAWS
