@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-FILE_BYTES = 2 << 30
+FILE_BYTES = 256 << 20
 """Where a checkpoint begins a new file."""
+POOL_ENTRIES = (1 << 24) + 12_289
+"""Normal numbers that are drawn once; each tensor takes them from a place of its own on."""
 
 
 @dataclass(frozen=True)
@@ -80,17 +82,22 @@ def _write(paths: list[Path], shape: Shape) -> None:
     for path in paths:
         path.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
+    pool = torch.randn(POOL_ENTRIES, generator=generator)
+
+    def draw(sizes: tuple[int, ...]) -> torch.Tensor:
+        start = int(torch.randint(POOL_ENTRIES, (), generator=generator))
+        count = torch.Size(sizes).numel()
+        return torch.cat([pool[start:], pool.repeat(-(-count // POOL_ENTRIES))])[:count].reshape(sizes)
+
     weight_maps: list[dict[str, str]] = [{} for _ in paths]
     waiting: list[dict[str, torch.Tensor]] = [{} for _ in paths]
     number, num_bytes = 1, 0
     names = list(shape.tensors)
     for name, sizes in shape.tensors.items():
-        base = (torch.randn(sizes, generator=generator) * 0.02).to(torch.bfloat16)
+        base = draw(sizes).mul_(0.02).to(torch.bfloat16)
         waiting[0][name] = base
         for expert in waiting[1:]:
-            tuned = torch.randn(sizes, generator=generator).mul_(5e-4)
-            expert[name] = tuned.add_(base).to(torch.bfloat16)
-            del tuned
+            expert[name] = draw(sizes).mul_(5e-4).add_(base).to(torch.bfloat16)
         num_bytes += base.nbytes
         if num_bytes >= FILE_BYTES or name == names[-1]:
             file = f"model-{number:05d}.safetensors"

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 from typing_extensions import override
 
 from mmerge.manifests.errors import MmergeError, StoreError
+from mmerge.pipeline.memory import PROCESS_BYTES
 from mmerge.pipeline.threads import num_cores, run_in_threads
 from mmerge.workers.task import Task, TaskResult
 
@@ -149,10 +150,24 @@ def _fetch(reference: Any) -> TaskResult | Exception:
         return MmergeError(f"a task was lost: {str(error).strip().splitlines()[0]}. Run the same command again: finished shards are kept")
 
 
-def open_executor(name: ExecutorName, *, address: str | None = None, num_workers: int | None = None) -> Executor:
-    """Return the executor of that name; nothing is started before it has a task."""
+def open_executor(
+    name: ExecutorName, *, address: str | None = None, num_workers: int | None = None, memory_bytes: int | None = None, peak_bytes: int = 0
+) -> Executor:
+    """Return the executor of that name; nothing is started before it has a task.
+
+    Args:
+        name: where tasks run.
+        address: of a Ray cluster.
+        num_workers: tasks at once on this machine.
+        memory_bytes: what all processes of this machine together may take.
+        peak_bytes: of the plan's largest task.
+    """
+    if address and memory_bytes is not None:
+        raise MmergeError("--memory has no effect with --address: a cluster's nodes say themselves what they offer. Leave one of them out")
     if name == "serial":
         if address:
             raise MmergeError("--address has no effect with --executor serial. Leave one of them out")
-        return SerialExecutor()
+        return SerialExecutor(num_threads=num_workers, memory_bytes=None if memory_bytes is None else memory_bytes - PROCESS_BYTES)
+    if memory_bytes is not None:
+        num_workers = min(num_workers or num_cores(), max(memory_bytes // (PROCESS_BYTES + peak_bytes), 1))
     return RayExecutor(address=address, num_workers=num_workers)

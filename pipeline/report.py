@@ -95,6 +95,8 @@ def print_plan(plan: MergePlan, console: Console) -> None:
 
 
 def _group_of(name: str, role: str, row_start: int, row_stop: int) -> str:
+    if role == "adapter":
+        return f"adapter {name.split('.lora_')[1].split('.')[1]}"
     if role == "extra_rows":
         return f"{name} rows {row_start} to {row_stop - 1}"
     parts = name.split(".")

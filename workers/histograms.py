@@ -60,9 +60,10 @@ class MagnitudeCounter:
         self._ranges[:, 0], self._ranges[:, 1] = np.iinfo(np.uint32).max, 0
 
 
-def counter_bytes(num_experts: int) -> int:
-    """Return the bytes that a counter takes, with what it returns."""
-    return num_experts * (NUM_ROWS * NUM_TOPS * 4 + NUM_BINS * 12)
+def survey_bytes(num_entries: Sequence[int], *, num_experts: int) -> int:
+    """Return the bytes of a counter, and of the histograms of tensors with so many entries: all values within 16 exponents."""
+    histograms = sum(min(count, 1 << 17) * 12 for count in num_entries)
+    return num_experts * (NUM_ROWS * NUM_TOPS * 4 + histograms)
 
 
 def find_bin(histogram: Histogram, rank: int) -> tuple[int, int]:

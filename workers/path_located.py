@@ -11,6 +11,7 @@ from typing_extensions import override
 from mmerge.workers.blocks import num_columns
 from mmerge.workers.histograms import Histogram, MagnitudeCounter, count_lower, find_top
 from mmerge.workers.inputs import InputBlock
+from mmerge.workers.kernels_della import merge_by_row
 from mmerge.workers.kernels_locate import (
     DROP,
     ELECT_MAX,
@@ -20,7 +21,6 @@ from mmerge.workers.kernels_locate import (
     SUM,
     TOP,
     TRIM,
-    merge_by_row,
     merge_located,
 )
 from mmerge.workers.methods.dare import densities
@@ -101,6 +101,7 @@ class TopPath(LocatedPath):
             counter.add(block)
         if not counter.is_finite():
             return False
+        self._ties[:, :, 1] = 0
         for index, (histogram, pair) in enumerate(zip(counter.drain(), self._counts, strict=True)):
             if pair is None:
                 continue
