@@ -30,6 +30,7 @@ from mmerge.pipeline.plan import CopyShard, MergePlan, MergeShard
 from mmerge.pipeline.progress import LogProgress, Progress
 from mmerge.pipeline.stages import StageRun, to_hex
 from mmerge.pipeline.survey import InputSurvey, make_survey_tasks, read_surveys, resolve_thresholds
+from mmerge.workers.adapter import open_expert
 from mmerge.workers.checkpoint import Checkpoint
 from mmerge.workers.measure import parse_numbers
 from mmerge.workers.methods import find_method
@@ -83,7 +84,7 @@ class _Run:
         self.store = open_store(plan.recipe.output, create=True)
         self.method = find_method(plan.recipe.method)
         self.base = Checkpoint(self.recipe.base, owner="base")
-        self.experts = [Checkpoint(expert.uri, owner=f"expert {expert.name!r}") for expert in self.recipe.experts]
+        self.experts = [open_expert(expert.uri, owner=f"expert {expert.name!r}", base=self.base) for expert in self.recipe.experts]
         self.rescalers: tuple[float, ...] | None = None
         self.computed: dict[str, int] = {}
         self.reused: dict[str, int] = {}
@@ -99,7 +100,9 @@ class _Run:
         self._run_phase("survey", surveys, lambda task: self.store.exists(f"surveys/{task.key}.safetensors"))
         survey = read_surveys(self.store, self.plan, surveys)
         thresholds = resolve_thresholds(self.plan, surveys, survey, trimmings=trims or None, run_refine=self._run_refine, store=self.store)
-        stages = StageRun(self.plan, self.method, numbers, surveys, thresholds, self._run_measure, self.store, self.fresh)
+        stages = StageRun(
+            self.plan, self.method, numbers, surveys, thresholds, self._run_measure, self.store, self.base.text_config, self.fresh
+        )
         known = stages.run()
         self.rescalers = stages.rescalers()
         merge_tasks = [
@@ -163,7 +166,7 @@ class _Run:
         }
         return MergeTask(
             digest=digest_json(identity), shard=shard.name, expert_names=names, tensors=shard.tensors, thresholds=thresholds,
-            method=self.recipe.method, numbers=numbers, known=found, granularity=self.plan.granularity, dtype=self.plan.dtype,
+            method=self.recipe.method, numbers=numbers, known=found, dtype=self.plan.dtype,
             block_entries=self.plan.block_entries, num_bytes=shard.bytes_in, peak_bytes=shard.peak_bytes, fresh=self.fresh,
         )  # fmt: skip
 
@@ -244,6 +247,7 @@ class _Run:
                 placeholder=expert.placeholder,
                 template=expert.template,
                 rescaler=self.rescalers[index] if self.rescalers else None,
+                adapters=self.plan.adapters[index] if self.plan.adapters else None,
                 files=files[expert.uri],
             )
             for index, expert in enumerate(recipe.experts)

@@ -103,7 +103,14 @@ class RayExecutor(Executor):
                     ray.init(address=self.address, logging_level=logging.ERROR, log_to_driver=False)
                 else:
                     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-                    ray.init(num_cpus=self.num_workers, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+                    # "local": without it Ray would join whatever cluster was last started on this machine.
+                    ray.init(
+                        address="local",
+                        num_cpus=self.num_workers,
+                        include_dashboard=False,
+                        logging_level=logging.ERROR,
+                        log_to_driver=False,
+                    )
             except (ConnectionError, RuntimeError, ValueError, OSError) as error:
                 where = self.address or "a local Ray"
                 first = str(error).strip().splitlines()[0]

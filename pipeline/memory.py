@@ -9,9 +9,11 @@ from mmerge.manifests.errors import RecipeError
 from mmerge.manifests.header import DTYPE_BYTES
 from mmerge.manifests.store import WRITER_BUFFER_BYTES, WRITER_CONCURRENCY, is_local
 from mmerge.workers.blocks import entries_at_once, num_columns
+from mmerge.workers.checkpoint import LowRankSource
 from mmerge.workers.fast_paths import FAST_PATHS
 from mmerge.workers.histograms import survey_bytes
 from mmerge.workers.inputs import remote_bytes
+from mmerge.workers.low_rank import TILE_ROWS
 from mmerge.workers.masks import packed_bytes
 from mmerge.workers.methods.interface import Granularity, Method
 from mmerge.workers.task import TensorTask
@@ -31,15 +33,16 @@ class Working:
     """What decides the memory of a merge, beside the tensors."""
 
     method: Method
-    granularity: Granularity
     block_entries: int
     keeps_non_finite: bool
 
-    @property
-    def has_path(self) -> bool:
-        """Whether all tensors stream through a compiled path."""
-        # A path may decline a tensor that holds NaN or Inf: then the method's own code takes it, whole where it must.
-        return self.method.name in FAST_PATHS and not (self.keeps_non_finite and self.granularity == "tensor")
+    def streams(self, tensor: TensorTask) -> bool:
+        """Return whether a tensor goes through a compiled path in all passes, whatever it must see at once."""
+        if self.method.name not in FAST_PATHS:
+            return False
+        # A path may decline a tensor that holds NaN or Inf, and stages have none: the method's own code then takes it, whole.
+        has_stages = type(self.method).measure_block is not Method.measure_block
+        return tensor.granularity != "tensor" or not (self.keeps_non_finite or has_stages)
 
 
 def merge_peak_bytes(tensors: Sequence[TensorTask], working: Working) -> int:
@@ -51,26 +54,35 @@ def merge_peak_bytes(tensors: Sequence[TensorTask], working: Working) -> int:
     survey = survey_bytes([tensor.num_entries for tensor in tensors], num_experts=num_experts)
     is_remote = any(not is_local(source.uri) for tensor in tensors for source in (tensor.base, *tensor.experts))
     remote = remote_bytes(num_experts + 1) if is_remote else 0
-    return max(blocks + masks, survey) + remote + WRITER_BYTES + WORKER_BYTES
+    forming = max(_forming_bytes(tensor, min(working.block_entries, tensor.num_entries)) for tensor in tensors)
+    return max(blocks + masks, survey) + forming + remote + WRITER_BYTES + WORKER_BYTES
 
 
 def _block_bytes(tensor: TensorTask, num_experts: int, working: Working) -> int:
     shape = tensor.base.spec.shape
-    if working.has_path and not _is_measured(working):
-        granularity: Granularity = "row" if working.granularity == "row" else "entry"
+    if working.streams(tensor):
+        granularity: Granularity = "row" if tensor.granularity == "row" else "entry"
         entries = min(entries_at_once(shape, working.block_entries, granularity=granularity), tensor.num_entries)
         widest = max(DTYPE_BYTES[source.spec.dtype] for source in (tensor.base, *tensor.experts))
         # Inputs as stored (float8 beside its float32), the merged block, and rows of float32 where a method ranks rows.
         rows = num_columns(shape) * (num_experts + 7) * 4 if granularity == "row" else 0
         return entries * ((num_experts + 1) * max(widest, 5 if widest == 1 else 0) + 4) + rows
-    entries = min(entries_at_once(shape, working.block_entries, granularity=working.granularity), tensor.num_entries)
+    entries = min(entries_at_once(shape, working.block_entries, granularity=tensor.granularity), tensor.num_entries)
     # Each input as stored and widened (8 + 4 bytes at most), and what the method says that it works with.
-    return entries * (num_experts + 1) * 12 + working.method.working_bytes(entries, num_experts=num_experts, shape=shape)
+    own = working.method.working_bytes(entries, num_experts=num_experts, shape=shape)
+    return entries * (num_experts + 1) * 12 + own
 
 
-def _is_measured(working: Working) -> bool:
-    """Whether stages of the method, which have no compiled path, may run on whole tensors."""
-    return working.granularity == "tensor" and type(working.method).measure_block is not Method.measure_block
+def _forming_bytes(tensor: TensorTask, entries: int) -> int:
+    """Return what reading adapters takes beside the weights they make: their factors, and the buffers of one block.
+
+    Per entry the base once more as read, copied and widened, and the product in tiles and as one; tiles reach over the block.
+    """
+    adapters = [source for source in tensor.experts if isinstance(source, LowRankSource)]
+    if not adapters:
+        return 0
+    width = tensor.base.spec.shape[1]
+    return sum(adapter.factor_bytes for adapter in adapters) + 24 * entries + 16 * TILE_ROWS * width
 
 
 def process_bytes(peaks: Iterable[int]) -> int:

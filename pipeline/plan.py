@@ -11,9 +11,12 @@ from typing import Any, Literal
 from mmerge.manifests.entry import Role
 from mmerge.manifests.errors import CheckpointError
 from mmerge.manifests.header import DTYPE_BYTES, FLOAT_DTYPES
+from mmerge.manifests.manifest import AdapterRecord
+from mmerge.pipeline.adapters import list_adapters
 from mmerge.pipeline.layout import CarriedTensor, Layout, SharedTensor, make_layout
 from mmerge.pipeline.memory import COPY_PEAK_BYTES, MIN_BLOCK_ENTRIES, Working, merge_peak_bytes, process_bytes, too_little_memory
 from mmerge.pipeline.recipe import Recipe
+from mmerge.workers.adapter import open_expert
 from mmerge.workers.checkpoint import Checkpoint, TensorSource
 from mmerge.workers.dtypes import NAMED_DTYPES
 from mmerge.workers.masks import packed_bytes
@@ -58,7 +61,6 @@ class MergePlan:
 
     recipe: Recipe
     kind: Kind
-    granularity: Granularity
     numbers: dict[str, Numbers]
     """By merged tensor, the parameters that hold for it."""
     dtype: str
@@ -67,6 +69,8 @@ class MergePlan:
     carry_shards: tuple[CopyShard, ...]
     renames: tuple[tuple[tuple[str, str], ...], ...]
     block_entries: int
+    adapters: tuple[AdapterRecord, ...] = ()
+    """Per expert how its adapters are used; empty but in builds of kind `adapters`."""
 
     @property
     def copy_shards(self) -> tuple[CopyShard, ...]:
@@ -118,17 +122,18 @@ def make_plan(
     if block_entries is not None and (block_entries <= 0 or block_entries % (1 << 16)):
         raise ValueError(f"block_entries: expected a multiple of 65536, got {block_entries}")
     base = Checkpoint(recipe.base, owner="base" if recipe.has_base else f"expert {recipe.experts[0].name!r}")
-    experts = [Checkpoint(expert.uri, owner=f"expert {expert.name!r}") for expert in recipe.experts]
-    layout = make_layout(base, experts, merge=recipe.merge, carry=recipe.carry)
+    experts = [open_expert(expert.uri, owner=f"expert {expert.name!r}", base=base) for expert in recipe.experts]
     method = find_method(recipe.method)
+    if method.kind == "adapters":
+        return _make_adapters_plan(recipe, base, experts, block_entries or DEFAULT_BLOCK_ENTRIES, max_shard_bytes)
+    layout = make_layout(base, experts, merge=recipe.merge, carry=recipe.carry)
     dtype = NAMED_DTYPES[recipe.dtype] if recipe.dtype else _base_dtype(base)
     copied = tuple(base.tensors.values()) if method.kind == "masks" else layout.kept
     names = [expert.name for expert in recipe.experts]
-    granularity = method.granularity(recipe.parameters, [expert.parameters for expert in recipe.experts])
 
     def make_shards(entries: int) -> tuple[MergeShard, ...]:
-        working = Working(method, granularity, entries, recipe.non_finite == "keep")
-        return tuple(_make_merge_shards(layout, dtype, working, max_shard_bytes))
+        working = Working(method, entries, recipe.non_finite == "keep")
+        return tuple(_make_merge_shards(layout, recipe, dtype, working, max_shard_bytes))
 
     entries = block_entries or DEFAULT_BLOCK_ENTRIES
     merge_shards = make_shards(entries)
@@ -140,7 +145,6 @@ def make_plan(
     return MergePlan(
         recipe=recipe,
         kind=method.kind,
-        granularity=granularity,
         numbers=recipe.numbers_by_tensor([tensor.name for tensor in layout.shared]),
         dtype=dtype,
         merge_shards=merge_shards,
@@ -152,6 +156,32 @@ def make_plan(
         ),
         renames=layout.renames,
         block_entries=entries,
+    )
+
+
+def _make_adapters_plan(
+    recipe: Recipe, base: Checkpoint, experts: Sequence[Checkpoint], block_entries: int, max_shard_bytes: int
+) -> MergePlan:
+    """Return the plan of a build that merges nothing: the base, and each expert's adapters and own tensors, are copied."""
+    found = list_adapters(recipe, base, experts)
+    carry_shards: list[CopyShard] = []
+    for expert, adapters in zip(recipe.experts, found, strict=True):
+        kinds: tuple[tuple[Role, dict[str, TensorSource]], ...] = (("adapter", adapters.factors), ("carried", adapters.others))
+        tensors = [
+            copy for role, own in kinds for name, source in own.items() for copy in _make_copies(name, role, source, 0, max_shard_bytes)
+        ]
+        carry_shards += _make_copy_shards(f"carry/{expert.name}", "carry", expert.name, tensors, max_shard_bytes)
+    return MergePlan(
+        recipe=recipe,
+        kind="adapters",
+        numbers={},
+        dtype=NAMED_DTYPES[recipe.dtype] if recipe.dtype else _base_dtype(base),
+        merge_shards=(),
+        base_shards=tuple(_make_base_shards(tuple(base.tensors.values()), max_shard_bytes)),
+        carry_shards=tuple(carry_shards),
+        renames=tuple(() for _ in recipe.experts),
+        block_entries=block_entries,
+        adapters=tuple(adapters.record for adapters in found),
     )
 
 
@@ -219,14 +249,19 @@ def _number(name: str, index: int, count: int) -> str:
     return name if count == 1 else f"{name}.part{index}"
 
 
-def _make_merge_shards(layout: Layout, dtype: str, working: Working, max_bytes: int) -> Iterable[MergeShard]:
+def _make_merge_shards(layout: Layout, recipe: Recipe, dtype: str, working: Working, max_bytes: int) -> Iterable[MergeShard]:
     by_name = {tensor.name: tensor for tensor in layout.shared}
     method = working.method
-    # A method that must see a whole tensor gets it in one piece, however large it is.
-    piece_bytes = sys.maxsize if working.granularity == "tensor" else min(max_bytes, MAX_PIECE_BYTES)
+    parameters = (recipe.parameters, [expert.parameters for expert in recipe.experts])
     group_bytes = 0 if method.task_unit == "tensor" else max_bytes
     for shard, names in _group(by_name).items():
-        tasks = [task for name in names for task in _make_tensor_tasks(by_name[name], piece_bytes)]
+        tasks = [
+            task
+            for name in names
+            for task in _make_tensor_tasks(
+                by_name[name], min(max_bytes, MAX_PIECE_BYTES), method.granularity_of(name, by_name[name].base.spec.shape, *parameters)
+            )
+        ]
         # A piece of a tensor is a shard of its own: within an object each tensor has one name.
         sizes = [task.base.spec.num_bytes if task.base.spec.shape == task.shape else group_bytes + 1 for task in tasks]
         groups = _fill(tasks, sizes, group_bytes)
@@ -241,12 +276,16 @@ def _make_merge_shards(layout: Layout, dtype: str, working: Working, max_bytes: 
             )
 
 
-def _make_tensor_tasks(tensor: SharedTensor, max_bytes: int) -> list[TensorTask]:
+def _make_tensor_tasks(tensor: SharedTensor, max_bytes: int, granularity: Granularity) -> list[TensorTask]:
     spec = tensor.base.spec
+    # A method that must see a whole tensor gets it in one piece, however large it is.
+    piece_bytes = sys.maxsize if granularity == "tensor" else max_bytes
     num_rows = spec.shape[0] if spec.shape else 1
     return [
-        TensorTask(tensor.name, *rows, num_rows, _slice(tensor.base, rows), tuple(_slice(source, rows) for source in tensor.experts))
-        for rows in _make_pieces(spec.shape, spec.num_bytes, max_bytes)
+        TensorTask(
+            tensor.name, *rows, num_rows, _slice(tensor.base, rows), tuple(_slice(source, rows) for source in tensor.experts), granularity
+        )
+        for rows in _make_pieces(spec.shape, spec.num_bytes, piece_bytes)
     ]
 
 

@@ -257,7 +257,7 @@ def _pick(keys: BaseModel, model: type[Parameters]) -> dict[str, Any]:
 def _resolve(uri: str, folder: Path) -> str:
     if not is_local(uri):
         return uri
-    return str((folder / to_local_path(uri).expanduser()).absolute())
+    return str((folder / to_local_path(uri).expanduser()).resolve())
 
 
 def _check_expert_name(name: str) -> str:

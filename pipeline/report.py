@@ -16,6 +16,7 @@ from mmerge.pipeline.build import RunReport
 from mmerge.pipeline.plan import CopyShard, MergePlan, MergeShard
 from mmerge.pipeline.progress import to_size
 from mmerge.pipeline.show import BuildSummary, summarise_masks
+from mmerge.workers.export_adapter import AdapterReport
 
 
 def plan_to_json(plan: MergePlan) -> dict[str, Any]:
@@ -114,6 +115,16 @@ def print_run(report: RunReport, console: Console) -> None:
     )
     console.print(f"[green]built[/] {short} as {reference}. Shards: {done}. Read {to_size(report.bytes_read)}")
     console.print(f"  {escape(report.uri)}")
+
+
+def print_adapter(report: AdapterReport, console: Console) -> None:
+    """Print what an adapter holds of the merge that it was made from."""
+    console.print(f"wrote an adapter of rank {report.rank} for {report.num_matrices} matrices to {escape(report.folder)}")
+    console.print(f"  it lacks {report.residual:.2%} of the task vector's norm in them")
+    if report.left_out:
+        console.print(
+            f"  not in it, though the merge changed them: {escape(', '.join(report.left_out))}. Build with 'merge: linear' to avoid this"
+        )
 
 
 def print_references(references: Sequence[Reference], console: Console, *, store_uri: str) -> None:

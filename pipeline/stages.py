@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from mmerge.manifests.digest import digest_json
 from mmerge.manifests.errors import MmergeError, RecipeError
@@ -14,9 +15,9 @@ from mmerge.manifests.store import Store
 from mmerge.pipeline.plan import MergePlan
 from mmerge.pipeline.survey import Thresholds
 from mmerge.workers.measure import parse_numbers
-from mmerge.workers.methods.interface import Known, Method, Numbers, Stage, TensorKnown
+from mmerge.workers.methods.interface import Known, Method, Numbers, Stage, TensorKnown, TensorVectors
 from mmerge.workers.sums import NUM_RANK_BINS, NUM_SUM_BINS, to_ranked, to_sum
-from mmerge.workers.survey import SparseHistogram, piece_name, read_survey
+from mmerge.workers.survey import SparseHistogram, Survey, piece_name, read_survey
 from mmerge.workers.task import MeasureTask, SurveyTask, TensorTask
 from mmerge.workers.thresholds import Counts, add_sparse, find_bin
 
@@ -38,6 +39,8 @@ class StageRun:
     thresholds: Thresholds
     run_measure: RunMeasure
     store: Store
+    config: Mapping[str, Any]
+    """The base's configuration, of its language model."""
     fresh: bool
     known: dict[str, dict[str, tuple[float, ...]]] = field(default_factory=dict)
     """By tensor, what has been found so far."""
@@ -47,6 +50,10 @@ class StageRun:
         self.known = {tensor.name: {} for shard in self.plan.merge_shards for tensor in shard.tensors}
         recipe = self.plan.recipe
         for stage in self.method.stages(recipe.parameters, [expert.parameters for expert in recipe.experts]):
+            if stage.measures == "vectors":
+                for name, more in self._vectors(stage).items():
+                    self.known[name] |= more
+                continue
             first = self._measure(stage, None)
             found = self._sums(stage, first) if stage.measures == "sums" else self._ranks(stage, first)
             for name, values in self.known.items():
@@ -94,6 +101,26 @@ class StageRun:
             }
         return found
 
+    def _vectors(self, stage: Stage) -> Mapping[str, Known]:
+        """Return what follows from the vectors of all tensors; those of a tensor's pieces are added in the order of the pieces."""
+        found: dict[str, Any] = {}
+        for survey in self._look(stage, None):
+            found |= survey.vectors
+        tensors = []
+        for name in self.known:
+            total: dict[str, torch.Tensor] = {}
+            for piece in self._pieces(name):
+                prefix = f"{piece_name(piece.name, piece.row_start)}:"
+                for key, values in found.items():
+                    if key.startswith(prefix):
+                        quantity, vector = key.removeprefix(prefix), torch.from_numpy(values)
+                        total[quantity] = total[quantity] + vector if quantity in total else vector
+            parameters, _ = parse_numbers(self.method, self.numbers[name])
+            tensors.append(TensorVectors(name, self._pieces(name)[0].shape, total, parameters))
+        recipe = self.plan.recipe
+        experts = [expert.parameters for expert in recipe.experts]
+        return self.method.resolve_vectors(tensors, recipe.parameters, experts, stage=stage.name, config=self.config)
+
     def _ask_ranks(self, stage: Stage, quantity: str, tensors: Sequence[TensorTask], *, num_entries: int) -> tuple[int, ...]:
         """Return the ranks that the method wants over these tensors, whose numbers must agree on them."""
         distinct = {id(numbers): numbers for numbers in (self.numbers[tensor.name] for tensor in tensors)}
@@ -110,6 +137,13 @@ class StageRun:
 
     def _measure(self, stage: Stage, wanted: dict[str, dict[str, list[tuple[int, int]]]] | None) -> dict[str, SparseHistogram]:
         """Return the counts of one pass over all shards, by "piece:quantity"."""
+        counts: dict[str, SparseHistogram] = {}
+        for survey in self._look(stage, wanted):
+            counts |= survey.histograms
+        return counts
+
+    def _look(self, stage: Stage, wanted: dict[str, dict[str, list[tuple[int, int]]]] | None) -> list[Survey]:
+        """Return what one pass over all shards found."""
         surveys = {survey.shard: survey for survey in self.surveys}
         tasks = []
         for shard, thresholds in zip(self.plan.merge_shards, self.thresholds, strict=True):
@@ -129,18 +163,18 @@ class StageRun:
                 MeasureTask(
                     key=digest_json(identity), shard=shard.name, expert_names=tuple(expert.name for expert in self.plan.recipe.experts),
                     tensors=shard.tensors, thresholds=thresholds, numbers=numbers, known=known, method=self.method.name, stage=stage.name,
-                    measures=stage.measures, high_bins=high_bins, granularity=self.plan.granularity, dtype=self.plan.dtype,
+                    measures=stage.measures, high_bins=high_bins, dtype=self.plan.dtype,
                     block_entries=self.plan.block_entries, num_bytes=shard.bytes_in, peak_bytes=shard.peak_bytes, fresh=self.fresh,
                 )
             )  # fmt: skip
         self.run_measure(stage.name if wanted is None else f"{stage.name} (exact)", tasks)
-        counts: dict[str, SparseHistogram] = {}
+        surveyed = []
         for task in tasks:
             found = read_survey(self.store, task.key)
             if found is None:
                 raise MmergeError(f"{self.store.uri}: what {stage.name} found of {task.shard} is damaged or gone. Run again with --fresh")
-            counts |= found.histograms
-        return counts
+            surveyed.append(found)
+        return surveyed
 
 
 def to_hex(known: Known) -> dict[str, list[str]]:

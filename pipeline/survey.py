@@ -76,7 +76,7 @@ def make_survey_tasks(plan: MergePlan, identities: dict[str, dict[str, str]], *,
         )  # fmt: skip
 
     def place(source: TensorSource) -> str:
-        return identity_digest(identities[source.uri], source)
+        return identity_digest(identities, source)
 
     tasks = [make(shard.name, shard.tensors, (), "", shard.peak_bytes) for shard in plan.merge_shards]
     for copy_shard in plan.copy_shards:

@@ -35,13 +35,12 @@ def read_blocks(
     thresholds: Sequence[float],
     known: Known,
     expert_names: tuple[str, ...],
-    granularity: Granularity,
     dtype: str,
     block_entries: int,
 ) -> Iterator[Block]:
     """Yield the blocks of a piece of a tensor in order."""
     shape = tensor.base.spec.shape
-    columns = num_columns(shape)
+    columns, granularity = num_columns(shape), tensor.granularity
     at_once = entries_at_once(shape, block_entries, granularity=granularity)
     for found in reader.blocks((tensor.base, *tensor.experts), block_entries=at_once):
         base, *experts = (_to_shape(values, shape, columns, granularity) for values in to_float_tensors(found))

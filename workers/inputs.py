@@ -23,7 +23,7 @@ from typing_extensions import override
 from mmerge.manifests.errors import NotFound, StoreError
 from mmerge.manifests.header import DTYPE_BYTES
 from mmerge.manifests.store import Store, check_key, is_local, open_store, to_local_path
-from mmerge.workers.checkpoint import TensorSource
+from mmerge.workers.checkpoint import LowRankSource, OpenStores, TensorSource, read_source
 from mmerge.workers.kernels import CODES
 
 RANGE_BYTES = 8 << 20
@@ -63,7 +63,7 @@ class InputReader:
 
     def __init__(self) -> None:
         self._files: dict[tuple[str, str], int] = {}
-        self._stores: dict[str, Store] = {}
+        self._stores = OpenStores()
         self._buffer: NDArray[np.uint8] = np.empty(0, np.uint8)
         self._pool: ThreadPoolExecutor | None = None
 
@@ -113,6 +113,8 @@ class InputReader:
         return self._buffer[:num_bytes]
 
     def _open(self, source: TensorSource) -> _Stream:
+        if isinstance(source, LowRankSource):
+            return _FormedStream(self._stores, source)
         store = self._stores.get(source.uri)
         if store is None:
             store = self._stores[source.uri] = open_store(source.uri)
@@ -201,6 +203,18 @@ class _RemoteStream(_Stream):
             count = min(view.nbytes, self._current.nbytes)
             view[:count] = self._current[:count]
             view, self._current = view[count:], self._current[count:]
+
+
+class _FormedStream(_Stream):
+    """Weights that lie in no file: a base's with a LoRA adapter, formed as they are asked for."""
+
+    def __init__(self, stores: OpenStores, source: LowRankSource) -> None:
+        self._stores, self._source, self._position = stores, source, 0
+
+    @override
+    def read_into(self, view: memoryview) -> None:
+        view[:] = read_source(self._source, stores=self._stores, offset=self._position, num_bytes=view.nbytes)
+        self._position += view.nbytes
 
 
 def remote_bytes(num_sources: int) -> int:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mmerge.manifests.store import Store
 from mmerge.workers.blocks import read_blocks
 from mmerge.workers.inputs import InputReader
 from mmerge.workers.methods import find_method
-from mmerge.workers.methods.interface import Method, Numbers
+from mmerge.workers.methods.interface import Block, Method, Numbers
 from mmerge.workers.sums import count_sum, high_ranks, low_ranks
 from mmerge.workers.survey import SparseHistogram, Survey, piece_name, read_survey, survey_key
-from mmerge.workers.task import MeasureTask, TaskResult
+from mmerge.workers.task import MeasureTask, TaskResult, TensorTask
 from mmerge.workers.thresholds import Counts, to_sparse
+
+VECTOR_BLOCK_ENTRIES = 1 << 18
+"""Entries at once in a stage of vectors: fixed, since float64 sums depend on what is added first."""
 
 
 def parse_numbers(method: Method, numbers: Numbers) -> tuple[Any, list[Any]]:
@@ -46,12 +52,16 @@ def measure_shard(task: MeasureTask, store: Store) -> TaskResult:
     if not task.fresh and read_survey(store, task.key) is not None:
         return TaskResult(task.shard, 0, True, time.monotonic() - began)
     histograms: dict[str, SparseHistogram] = {}
+    vectors: dict[str, NDArray[np.float64]] = {}
     with InputReader() as reader:
         for index in range(len(task.tensors)):
             piece = piece_name(task.tensors[index].name, task.tensors[index].row_start)
+            if task.measures == "vectors":
+                vectors |= {f"{piece}:{quantity}": values for quantity, values in _measure_vectors(task, index, reader).items()}
+                continue
             for quantity, counts in _measure_tensor(task, index, reader).items():
                 histograms[f"{piece}:{quantity}"] = to_sparse(counts)
-    store.put(survey_key(task.key), Survey({}, histograms).to_bytes())
+    store.put(survey_key(task.key), Survey({}, histograms, vectors).to_bytes())
     return TaskResult(task.shard, task.num_bytes, False, time.monotonic() - began)
 
 
@@ -59,13 +69,27 @@ def _measure_tensor(task: MeasureTask, index: int, reader: InputReader) -> dict[
     method = find_method(task.method)
     parameters, experts = parse_numbers(method, task.numbers[index])
     total: dict[str, Counts] = {}
-    blocks = read_blocks(
-        task.tensors[index], reader, thresholds=task.thresholds[index], known=task.known[index], expert_names=task.expert_names,
-        granularity=task.granularity, dtype=task.dtype, block_entries=task.block_entries,
-    )  # fmt: skip
-    for block in blocks:
+    for block in _read_blocks(task, task.tensors[index], index, reader, task.block_entries):
         measured = method.measure_block(block, parameters, experts, stage=task.stage)
         high_bins = task.high_bins[index] if task.high_bins is not None else None
         for quantity, counts in count_quantities(measured, measures=task.measures, high_bins=high_bins).items():
             total[quantity] = total[quantity] + counts if quantity in total else counts
     return total
+
+
+def _measure_vectors(task: MeasureTask, index: int, reader: InputReader) -> dict[str, NDArray[np.float64]]:
+    method = find_method(task.method)
+    parameters, experts = parse_numbers(method, task.numbers[index])
+    total: dict[str, torch.Tensor] = {}
+    tensor = replace(task.tensors[index], granularity="row")
+    for block in _read_blocks(task, tensor, index, reader, VECTOR_BLOCK_ENTRIES):
+        for quantity, values in method.measure_block(block, parameters, experts, stage=task.stage).items():
+            total[quantity] = total[quantity] + values if quantity in total else values
+    return {quantity: np.asarray(values.cpu().numpy(), dtype=np.float64) for quantity, values in total.items()}
+
+
+def _read_blocks(task: MeasureTask, tensor: TensorTask, index: int, reader: InputReader, block_entries: int) -> Iterator[Block]:
+    return read_blocks(
+        tensor, reader, thresholds=task.thresholds[index], known=task.known[index], expert_names=task.expert_names,
+        dtype=task.dtype, block_entries=block_entries,
+    )  # fmt: skip

@@ -39,14 +39,15 @@ def make_model(config: Any, state: dict[str, torch.Tensor], *, dtype: torch.dtyp
     """
     name = str((config.architectures or [""])[0])
     model_class = _find_class(name, owner=owner)
-    verbosity = transformers.logging.get_verbosity()
+    verbosity, has_bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
         model, info = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
     finally:
         transformers.logging.set_verbosity(verbosity)
-        transformers.logging.enable_progress_bar()
+        if has_bars:
+            transformers.logging.enable_progress_bar()
     missing = sorted(key for key in info["missing_keys"] if not may_lack(key))
     if missing or info["unexpected_keys"] or info["mismatched_keys"]:
         first = missing[:1] or sorted(info["unexpected_keys"])[:1] or sorted(map(str, info["mismatched_keys"]))[:1]

@@ -197,7 +197,7 @@ class _TensorMerger:
     def _read_blocks(self, reader: InputReader) -> Iterator[Block]:
         return read_blocks(
             self.tensor, reader, thresholds=self.thresholds, known=self.known, expert_names=self.task.expert_names,
-            granularity=self.task.granularity, dtype=self.task.dtype, block_entries=self.task.block_entries,
+            dtype=self.task.dtype, block_entries=self.task.block_entries,
         )  # fmt: skip
 
     def _write_masks(self, out: ObjectWriter, placed: dict[str, TensorSpec], masks: NDArray[np.uint8]) -> list[TensorRow]:

@@ -15,6 +15,7 @@ from mmerge.manifests.reference import open_build
 from mmerge.manifests.store import Store
 from mmerge.manifests.table import StoredRow, read_table
 from mmerge.workers.dtypes import TORCH_DTYPES, to_tensor
+from mmerge.workers.low_rank import LowRank, add_adapters
 from mmerge.workers.masks import pack_mask, unpack_mask
 
 HEAD_NAME = "lm_head.weight"
@@ -88,28 +89,57 @@ class BuildReader:
     def rebuild(self, name: str, expert: str) -> torch.Tensor:
         """Return a language-model tensor of one expert, in the build's dtype: θ₀ + mᵢ∘τ⋆, and the vocabulary rows it added.
 
-        MMER (arXiv 2505.17110), Retention; of a plain build the merged tensor itself, of a tensor listed under `carry` the expert's.
+        MMER (arXiv 2505.17110), Retention. Of a build of adapters the weights of its text tokens; of a plain build the merged tensor
+        itself, of a tensor listed under `carry` the expert's.
         """
         own = self.manifest.rename(name, expert=expert)
         if self.has(own, "carried", expert):
             return self.read(own, "carried", expert).to(self.dtype)
-        shared = self._combine(name, [expert])
+        shared = self._combine(name, expert)
         if not self.has(name, "extra_rows", expert):
             return shared
         return torch.cat([shared, self.read(name, "extra_rows", expert).to(shared.dtype)])
 
     def text_weight(self, name: str) -> torch.Tensor:
-        """Return a language-model tensor for text tokens, in the build's dtype: θ₀ + m̄∘τ⋆, of a plain build the merged one."""
-        return self._combine(name, self.expert_names)
+        """Return a language-model tensor for text tokens, in the build's dtype: θ₀ + m̄∘τ⋆, of a plain build the merged one.
 
-    def _combine(self, name: str, experts: list[str]) -> torch.Tensor:
+        Of a build of adapters θ₀ + Σ cᵢ·s·B_dᵢ A_dᵢ.
+        """
+        return self._combine(name, None)
+
+    def read_adapter(self, name: str, expert: str, *, adapter: str) -> LowRank | None:
+        """Return an expert's adapter in a Linear, given by the name of its weight; None where it has none there."""
+        path = name.removesuffix(".weight")
+        if not self.has(f"{path}.lora_A.{adapter}.weight", "adapter", expert):
+            return None
+        record = self.manifest.to_expert(expert).adapters
+        assert record is not None
+        a, b = (self.read(f"{path}.lora_{factor}.{adapter}.weight", "adapter", expert) for factor in "AB")
+        return LowRank(a, b, record.scale_of(name, adapter))
+
+    def read_defaults(self, name: str, expert: str | None) -> list[LowRank]:
+        """Return the default adapters of experts in a Linear; of one alone as it was tuned, else with the coefficients in the scales."""
+        found = []
+        for each in [expert] if expert else self.expert_names:
+            record = self.manifest.to_expert(each).adapters
+            default = None if record is None else self.read_adapter(name, each, adapter=record.default_adapter)
+            if record is not None and default is not None:
+                coefficient = 1.0 if expert else record.coefficient
+                found.append(LowRank(default.a, default.b, default.scale * coefficient))
+        return found
+
+    def _combine(self, name: str, expert: str | None) -> torch.Tensor:
+        """Return a tensor as one expert has it, or as text tokens of all of them have it."""
         if self.has(name, "merged"):
             return self.read(name, "merged")
         base = self.read(name, "base")
+        if self.manifest.kind == "adapters" and (defaults := self.read_defaults(name, expert)):
+            return add_adapters(base, defaults, dtype=self.dtype)
         if not self.has(name, "delta"):
             return base.to(self.dtype) if base.is_floating_point() else base
-        masks = [self.read_packed_mask(name, expert) for expert in experts]
-        return combine(base, self.read(name, "delta"), masks, dtype=self.dtype, rescalers=[self.rescaler(expert) for expert in experts])
+        experts = [expert] if expert else self.expert_names
+        masks = [self.read_packed_mask(name, each) for each in experts]
+        return combine(base, self.read(name, "delta"), masks, dtype=self.dtype, rescalers=[self.rescaler(each) for each in experts])
 
     def _pieces(self, name: str, role: Role, expert: str) -> list[StoredRow]:
         rows = self._rows.get((role, expert, name))

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,10 +37,12 @@ class Survey:
     """BLAKE3 per piece ("name:row_start"): base first, then the experts; for copied tensors one."""
     histograms: dict[str, SparseHistogram]
     """By "piece:expert position": the non-empty bins of the magnitude histogram, and their counts."""
+    vectors: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    """By "piece:quantity": what a stage of vectors found."""
 
     def to_bytes(self) -> bytes:
         """Return the survey as safetensors: histograms as arrays, digests in the metadata."""
-        arrays: dict[str, NDArray[np.generic]] = {}
+        arrays: dict[str, NDArray[np.generic]] = {f"{name}.vector": values for name, values in self.vectors.items()}
         for name, (bins, counts) in self.histograms.items():
             arrays |= {f"{name}.bins": bins, f"{name}.counts": counts}
         return bytes(save_arrays(arrays, metadata={"digests": json.dumps(self.digests)}))
@@ -52,8 +54,9 @@ class Survey:
             length = int.from_bytes(data[:8], "little")
             digests = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["digests"])
             arrays = load_arrays(data)
+            vectors = {name.removesuffix(".vector"): arrays.pop(name) for name in list(arrays) if name.endswith(".vector")}
             names = {name.rpartition(".")[0] for name in arrays}
-            return cls(digests, {name: (arrays[f"{name}.bins"], arrays[f"{name}.counts"]) for name in names})
+            return cls(digests, {name: (arrays[f"{name}.bins"], arrays[f"{name}.counts"]) for name in names}, vectors)
         except Exception as error:
             raise ValueError(f"damaged survey: {error}") from error
 

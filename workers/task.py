@@ -22,6 +22,8 @@ class TensorTask:
     num_rows: int
     base: TensorSource
     experts: tuple[TensorSource, ...]
+    granularity: Granularity = "entry"
+    """What the method must see of this tensor at once."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -104,10 +106,9 @@ class MeasureTask:
     """Per tensor, what the stages before found."""
     method: str
     stage: str
-    measures: Literal["sums", "ranks"]
+    measures: Literal["sums", "ranks", "vectors"]
     high_bins: tuple[dict[str, tuple[int, ...]], ...] | None
     """None in a first pass; in the second pass of `ranks`, per tensor and quantity, the bins in which the ranks lie."""
-    granularity: Granularity
     dtype: str
     block_entries: int
     num_bytes: int
@@ -130,7 +131,6 @@ class MergeTask:
     """Per tensor, the parameters that hold for it."""
     known: tuple[Known, ...]
     """Per tensor, what the method's stages found."""
-    granularity: Granularity
     dtype: str
     block_entries: int
     num_bytes: int

@@ -52,12 +52,13 @@ class Stage:
     """One look at the inputs before shards can be merged: quantities measured on every block and reduced to numbers.
 
     `sums` adds the measured values exactly, so the result depends on no order; `ranks` finds order statistics exactly.
-    Either is taken over the whole model or per tensor. A stage sees the thresholds and the numbers of the stages before it.
+    Either is taken over the whole model or per tensor. `vectors` adds vectors of one length per tensor (a number per row or
+    column, say) and gives those of all tensors to `resolve_vectors`; its blocks are whole rows of a fixed size. A stage sees the thresholds and the numbers of the stages before it.
     """
 
     name: str
-    measures: Literal["sums", "ranks"]
-    scope: Scope
+    measures: Literal["sums", "ranks", "vectors"]
+    scope: Scope = "tensor"
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,18 @@ class TensorKnown:
     name: str
     num_entries: int
     known: Known
+
+
+@dataclass(frozen=True)
+class TensorVectors:
+    """What a stage of `vectors` found for one whole tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    vectors: Mapping[str, torch.Tensor]
+    """By quantity, float64, one dimension."""
+    parameters: Any
+    """The method's parameters that hold for this tensor."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +174,10 @@ class Method(ABC):
         """
         return "entry"
 
+    def granularity_of(self, name: str, shape: Sequence[int], parameters: Any, experts: Sequence[Any]) -> Granularity:
+        """Return the granularity of one tensor, where it differs between tensors."""
+        return self.granularity(parameters, experts)
+
     def trimming(self, parameters: Any, experts: Sequence[Any]) -> Trimming | None:
         """Return what must be known of the task vectors' magnitudes before a block can be merged, None for nothing."""
         return None
@@ -170,11 +187,17 @@ class Method(ABC):
         return ()
 
     def measure_block(self, block: Block, parameters: Any, experts: Sequence[Any], *, stage: str) -> Mapping[str, torch.Tensor]:
-        """Return the quantities of a stage on one block, float32, any shape: to be added up, or to be ranked."""
+        """Return the quantities of a stage on one block: float32, any shape, to be added up or ranked; or vectors, float64."""
         raise NotImplementedError(f"{self.name} has no stage {stage!r}")
 
     def ranks(self, parameters: Any, experts: Sequence[Any], *, stage: str, quantity: str, num_entries: int) -> tuple[int, ...]:
         """Return the ascending ranks (1-based) of a quantity that a stage of `ranks` must find among `num_entries` values."""
+        raise NotImplementedError(f"{self.name} has no stage {stage!r}")
+
+    def resolve_vectors(
+        self, tensors: Sequence[TensorVectors], parameters: Any, experts: Sequence[Any], *, stage: str, config: Mapping[str, Any]
+    ) -> Mapping[str, Known]:
+        """Return by tensor what follows from the vectors of all tensors. `config` is the base's, of its language model."""
         raise NotImplementedError(f"{self.name} has no stage {stage!r}")
 
     def rescalers(self, tensors: Sequence[TensorKnown], *, num_experts: int) -> tuple[float, ...] | None:
