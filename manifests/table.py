@@ -59,7 +59,7 @@ def make_table(entries: Iterable[ShardEntry]) -> bytes:
 def read_table_bytes(store: Store, entry: TableEntry) -> bytes:
     """Return the bytes of a build's table. Raises ManifestError when they are missing or not what the manifest says."""
     try:
-        data = store.read(entry.key)
+        data = store.read(entry.key, max_bytes=max(entry.num_bytes, 1))
     except NotFound:
         raise ManifestError(f"{store.uri}: {entry.key} is missing: the build is not whole. Run the recipe again") from None
     if digest_bytes(data) != entry.digest:

@@ -22,6 +22,7 @@ from mmerge.manifests.manifest import (
     read_manifest,
     write_manifest,
 )
+from mmerge.manifests.probe import check_store
 from mmerge.manifests.reference import Reference, write_reference
 from mmerge.manifests.store import open_store
 from mmerge.manifests.table import make_table
@@ -86,7 +87,7 @@ class _Run:
         self.bytes_read = 0
 
     def run(self) -> RunReport:
-        self.store.check_writable()
+        check_store(self.store)
         trimming = self.method.trimming(self.recipe.parameters, [expert.parameters for expert in self.recipe.experts])
         identities = {checkpoint.uri: checkpoint.identity for checkpoint in (self.base, *self.experts)}
         surveys = make_survey_tasks(self.plan, identities, magnitudes=trimming is not None, fresh=self.fresh)

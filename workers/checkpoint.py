@@ -151,7 +151,7 @@ class Checkpoint:
     def _read_json(self, name: str, *, missing: str) -> dict[str, Any]:
         where = f"{self.owner}: {self.uri}/{name}"
         try:
-            value = parse_json(self._store.read(name), what=where, max_bytes=MAX_SMALL_FILE_BYTES * 2)
+            value = parse_json(self._store.read(name, max_bytes=MAX_SMALL_FILE_BYTES), what=where, max_bytes=MAX_SMALL_FILE_BYTES)
         except NotFound as error:
             raise CheckpointError(f"{where}: no such file; {missing}") from error
         except StoreError as error:
@@ -173,4 +173,5 @@ def read_source(source: TensorSource, *, stores: dict[str, Store], offset: int, 
     store = stores.get(source.uri)
     if store is None:
         store = stores[source.uri] = open_store(source.uri)
-    return store.read_range(source.file, offset=source.spec.offset + offset, num_bytes=num_bytes)
+    begin = source.spec.offset
+    return store.read_forward(source.file, offset=begin + offset, num_bytes=num_bytes, start=begin, stop=begin + source.spec.num_bytes)
