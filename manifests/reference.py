@@ -131,6 +131,16 @@ def find_build(store: Store, fragment: str) -> str:
     raise ManifestError(f"{store.uri}: no composite {fragment!r}; names there: {known}")
 
 
+def find_reference(store: Store, fragment: str, build: str) -> Reference | None:
+    """Return the reference by which `fragment` names a build, or else the newest one that points to it, or None."""
+    references = list_references(store)
+    name, _, number = fragment.partition("@")
+    if name in references:
+        return read_reference(store, name, int(number) if number.isdigit() else references[name][-1])
+    found = [read_reference(store, name, number) for name, numbers in references.items() for number in numbers]
+    return max((one for one in found if one.build == build), key=lambda one: (one.created, one.number), default=None)
+
+
 def to_summary(reference: Reference) -> dict[str, Any]:
     """Return what `mmerge show` prints of a reference."""
     return {"name": reference.name, "number": reference.number, "build": reference.build, "created": reference.created}

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from mmerge.manifests.digest import digest_bytes
 from mmerge.manifests.entry import ShardEntry, TensorRow, TensorStatistics
-from mmerge.manifests.errors import ManifestError, NotFound
+from mmerge.manifests.errors import ManifestError, NotFound, StoreError, StoreUnavailable
 from mmerge.manifests.manifest import TableEntry
 from mmerge.manifests.store import Store
 
@@ -62,6 +62,10 @@ def read_table_bytes(store: Store, entry: TableEntry) -> bytes:
         data = store.read(entry.key, max_bytes=max(entry.num_bytes, 1))
     except NotFound:
         raise ManifestError(f"{store.uri}: {entry.key} is missing: the build is not whole. Run the recipe again") from None
+    except StoreUnavailable:
+        raise
+    except StoreError as error:
+        raise ManifestError(f"{Exception.__str__(error)}: the table is damaged. Run the recipe again") from error
     if digest_bytes(data) != entry.digest:
         raise ManifestError(f"{store.uri}: {entry.key} is damaged: its digest differs from the manifest's. Run the recipe again")
     return data

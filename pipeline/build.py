@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
+from mmerge.manifests.claim import Claim
 from mmerge.manifests.digest import digest_bytes, digest_json
 from mmerge.manifests.entry import ShardEntry, read_entry
 from mmerge.manifests.errors import TaskErrors
@@ -27,6 +28,7 @@ from mmerge.manifests.reference import Reference, write_reference
 from mmerge.manifests.store import open_store
 from mmerge.manifests.table import make_table
 from mmerge.pipeline.executor import Executor, SerialExecutor
+from mmerge.pipeline.inputs import add_inputs, describe_inputs
 from mmerge.pipeline.plan import CopyShard, MergePlan, MergeShard
 from mmerge.pipeline.progress import LogProgress, Progress
 from mmerge.pipeline.survey import InputSurvey, make_survey_tasks, read_surveys, resolve_thresholds
@@ -71,10 +73,16 @@ def run(plan: MergePlan, *, executor: Executor | None = None, progress: Progress
         NonFiniteError: an input holds NaN or Inf.
         TaskErrors: several tasks failed; all others were finished and are kept.
     """
-    return _Run(plan, executor or SerialExecutor(), progress or LogProgress(), fresh).run()
+    builder = Builder(plan, executor or SerialExecutor(), progress or LogProgress(), fresh)
+    check_store(builder.store)
+    with Claim(builder.store, "run") as claim:
+        claim.wait_for_none("collect")
+        return builder.run()
 
 
-class _Run:
+class Builder:
+    """One run of a plan: survey, thresholds, merge and copy, commit."""
+
     def __init__(self, plan: MergePlan, executor: Executor, progress: Progress, fresh: bool) -> None:
         self.plan, self.executor, self.progress, self.fresh = plan, executor, progress, fresh
         self.recipe = plan.recipe
@@ -87,7 +95,7 @@ class _Run:
         self.bytes_read = 0
 
     def run(self) -> RunReport:
-        check_store(self.store)
+        """Return the finished build. The store is known to be writable, and claimed."""
         trimming = self.method.trimming(self.recipe.parameters, [expert.parameters for expert in self.recipe.experts])
         identities = {checkpoint.uri: checkpoint.identity for checkpoint in (self.base, *self.experts)}
         surveys = make_survey_tasks(self.plan, identities, magnitudes=trimming is not None, fresh=self.fresh)
@@ -181,7 +189,7 @@ class _Run:
             manifest = read_manifest(self.store, build)
             reference, moved = self._refer(build)
             return RunReport(uri, build, reference, False, moved, self.computed, self.reused, self.bytes_read, manifest)
-        merged = self._run_tasks("merge", merge_tasks)
+        merged = add_inputs(self._run_tasks("merge", merge_tasks), describe_inputs(self.plan, survey, merge_tasks))
         copied = self._run_tasks("carry", copy_tasks)
         copied = [_label(entry, shard.name, shard.expert) for entry, shard in zip(copied, self.plan.copy_shards, strict=True)]
         for key, data in contents.items():
