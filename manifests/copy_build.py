@@ -35,7 +35,12 @@ class CopyReport:
 
 
 def copy_build(
-    uri: str, target_uri: str, *, name: str | None = None, everything: bool = False, on_bytes: Callable[[int], None] = lambda num_bytes: None
+    uri: str,
+    target_uri: str,
+    *,
+    name: str | None = None,
+    everything: bool = False,
+    on_bytes: Callable[[int], None] = lambda num_bytes: None,
 ) -> CopyReport:
     """Copy the build at `uri` into the store at `target_uri` and let a name there point to it; return what was done.
 
@@ -100,7 +105,9 @@ class _Copier:
                     out.write(data)
                     self.on_bytes(len(data))
                 if digest.hexdigest() != entry.digest:
-                    raise DamagedObject(f"{self.source.uri}: {entry.key} ({entry.shard}) is damaged. 'mmerge verify' says where; nothing was copied of it")
+                    raise DamagedObject(
+                        f"{self.source.uri}: {entry.key} ({entry.shard}) is damaged. 'mmerge verify' says where; nothing was copied of it"
+                    )
         except NotFound as error:
             raise DamagedObject(f"{self.source.uri}: {entry.key} ({entry.shard}) is missing. Run the recipe again") from error
         stem = entry.key.removeprefix("objects/").removesuffix(".safetensors")

@@ -46,6 +46,8 @@ class BaseRecord(Record):
     """The base model: the digest of its tensors and files, and its small files."""
 
     revision: str
+    source: str | None = None
+    """Of an input from the hub, `hf://ORG/REPO@COMMIT`."""
     files: tuple[FileEntry, ...]
 
 
@@ -55,6 +57,8 @@ class ExpertRecord(Record):
     name: str
     modality: str
     revision: str
+    source: str | None = None
+    """As of the base."""
     parameters: dict[str, Any]
     renames: tuple[tuple[str, str], ...]
     """(prefix in the base, prefix in the expert's files), longest first."""

@@ -59,4 +59,3 @@ def _try_create(store: Store, key: str, number: int) -> bool:
     except AlreadyExists:
         return False
     return True
-

@@ -33,6 +33,8 @@ WRITER_CONCURRENCY = 4
 """Parts that are on their way at once."""
 COALESCE_BYTES = 1 << 20
 """Ranges that are nearer than this are read in one request."""
+CHECKED_BYTES = 64 << 20
+"""Before a larger range is read, the object's size is asked for."""
 MAX_READ_BYTES = 256 << 20
 """What `read` takes into memory if it is not told otherwise."""
 READ_ATTEMPTS = 3
@@ -100,6 +102,8 @@ class Store:
         if num_bytes == 0:
             return memoryview(b"")
         if self._is_remote:
+            if num_bytes > CHECKED_BYTES:  # memory is taken only for what is there
+                self._check_length(key, memoryview(b""), offset, num_bytes, end=self.num_bytes(key))
             return read_in_parts(lambda start, size: self._read_part(key, start, size), offset, num_bytes)
         return self._read_part(key, offset, num_bytes)
 
@@ -138,9 +142,10 @@ class Store:
 
         return self._retry(key, read_once)
 
-    def _check_length(self, key: str, data: memoryview, offset: int, num_bytes: int) -> memoryview:
-        if len(data) != num_bytes:
-            raise StoreError(f"{self.uri}: {key}: asked for bytes {offset} to {offset + num_bytes}, it ends at {offset + len(data)}")
+    def _check_length(self, key: str, data: memoryview, offset: int, num_bytes: int, *, end: int | None = None) -> memoryview:
+        found = offset + len(data) if end is None else end
+        if found < offset + num_bytes:
+            raise StoreError(f"{self.uri}: {key}: asked for bytes {offset} to {offset + num_bytes}, it ends at {found}")
         return data
 
     def num_bytes(self, key: str) -> int:

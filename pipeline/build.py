@@ -229,6 +229,7 @@ class Builder:
                 revision=survey.revision(index + 1, expert.name, files[expert.uri]),
                 parameters=expert.parameters.model_dump(mode="json"),
                 renames=self.plan.renames[index],
+                source=_hub_source(expert.uri),
                 placeholder=expert.placeholder,
                 template=expert.template,
                 files=files[expert.uri],
@@ -242,7 +243,7 @@ class Builder:
             "merge": recipe.merge,
             "dtype": self.plan.dtype,
             "template": recipe.template,
-            "base": BaseRecord(revision=survey.revision(0, "", base_files), files=base_files),
+            "base": BaseRecord(revision=survey.revision(0, "", base_files), source=_hub_source(recipe.base), files=base_files),
             "experts": experts,
         }
 
@@ -261,6 +262,11 @@ class Builder:
         sources = {"base": self.recipe.base} | {expert.name: expert.uri for expert in self.recipe.experts}
         versions = {name: version(name) for name in ("mmerge", "torch", "numpy", "pyarrow")} | {"python": platform.python_version()}
         return write_reference(self.store, self.recipe.name, build, sources=sources, versions=versions)
+
+
+def _hub_source(uri: str) -> str | None:
+    """Return the pinned URI of an input from the hub; other places are no part of a manifest."""
+    return uri if uri.startswith("hf://") else None
 
 
 def _unique(tasks: Sequence[MergeTask | CopyTask]) -> list[MergeTask | CopyTask]:

@@ -19,7 +19,12 @@ def describe_inputs(plan: MergePlan, survey: InputSurvey, tasks: Sequence[MergeT
     recipe = plan.recipe
     names = [BASE, *(EXPERT_PREFIX + expert.name for expert in recipe.experts)]
     numbers = digest_json(
-        [recipe.method, recipe.parameters.model_dump(mode="json"), [e.parameters.model_dump(mode="json") for e in recipe.experts], plan.dtype]
+        [
+            recipe.method,
+            recipe.parameters.model_dump(mode="json"),
+            [e.parameters.model_dump(mode="json") for e in recipe.experts],
+            plan.dtype,
+        ]
     )
     found = {}
     for task in tasks:
@@ -45,7 +50,8 @@ def explain(old: ObjectEntry | None, new: Mapping[str, str]) -> str:
     if old.inputs.get(BASE) != new.get(BASE):
         reasons.append("the base changed")
     before, after = (
-        {key.removeprefix(EXPERT_PREFIX): value for key, value in found.items() if key.startswith(EXPERT_PREFIX)} for found in (old.inputs, new)
+        {key.removeprefix(EXPERT_PREFIX): value for key, value in found.items() if key.startswith(EXPERT_PREFIX)}
+        for found in (old.inputs, new)
     )
     for name in after:
         if name not in before:

@@ -12,7 +12,7 @@ from mmerge.manifests.errors import CheckpointError
 from mmerge.manifests.header import DTYPE_BYTES, FLOAT_DTYPES
 from mmerge.manifests.store import WRITER_BUFFER_BYTES, WRITER_CONCURRENCY
 from mmerge.pipeline.layout import CarriedTensor, Layout, SharedTensor, make_layout
-from mmerge.pipeline.recipe import Recipe
+from mmerge.pipeline.recipe import Recipe, pin_recipe
 from mmerge.workers.checkpoint import Checkpoint, TensorSource
 from mmerge.workers.dtypes import NAMED_DTYPES
 from mmerge.workers.masks import packed_bytes
@@ -105,6 +105,7 @@ def make_plan(recipe: Recipe, *, block_entries: int = DEFAULT_BLOCK_ENTRIES, max
     """
     if block_entries <= 0 or block_entries % (1 << 16):
         raise ValueError(f"block_entries: expected a multiple of 65536, got {block_entries}")
+    recipe = pin_recipe(recipe)
     base = Checkpoint(recipe.base, owner="base")
     experts = [Checkpoint(expert.uri, owner=f"expert {expert.name!r}") for expert in recipe.experts]
     layout = make_layout(base, experts, merge=recipe.merge, carry=recipe.carry)

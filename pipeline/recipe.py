@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +11,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, create_model
 
-from mmerge.manifests.errors import RecipeError
+from mmerge.manifests.errors import CheckpointError, RecipeError, StoreError
+from mmerge.manifests.hub import pin_uri
 from mmerge.manifests.reference import NAME_PATTERN
 from mmerge.manifests.store import is_local, to_local_path
 from mmerge.workers.methods import METHODS, find_method
@@ -168,6 +169,19 @@ def parse_recipe(raw: object, *, folder: Path, default_name: str = "composite") 
         output=_resolve(keys.output, folder),
         template=_check_template(keys.template, "template", "{text}"),
     )
+
+
+def pin_recipe(recipe: Recipe) -> Recipe:
+    """Return the recipe with every hf:// revision replaced by the commit that it names now. Raises CheckpointError."""
+
+    def pin(uri: str, owner: str) -> str:
+        try:
+            return pin_uri(uri)
+        except StoreError as error:
+            raise CheckpointError(f"{owner}: {Exception.__str__(error)}") from error
+
+    experts = tuple(replace(expert, uri=pin(expert.uri, f"expert {expert.name!r}")) for expert in recipe.experts)
+    return replace(recipe, base=pin(recipe.base, "base"), experts=experts)
 
 
 def _pick(keys: BaseModel, model: type[Parameters]) -> dict[str, Any]:

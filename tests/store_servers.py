@@ -146,7 +146,9 @@ def _make_container(port: int) -> None:
     signed = f"PUT\n\n\n\n\n\n\n\n\n\n\n\nx-ms-date:{date}\nx-ms-version:2023-11-03\n/{account}/{account}/bucket\nrestype:container"
     signature = base64.b64encode(hmac.new(base64.b64decode(AZURITE_KEY), signed.encode(), hashlib.sha256).digest()).decode()
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    connection.request("PUT", f"/{account}/bucket?restype=container", headers=headers | {"Authorization": f"SharedKey {account}:{signature}"})
+    connection.request(
+        "PUT", f"/{account}/bucket?restype=container", headers=headers | {"Authorization": f"SharedKey {account}:{signature}"}
+    )
     answer = connection.getresponse()
     if answer.status != 201:
         raise RuntimeError(f"container: {answer.status} {answer.read()[:300]!r}")
@@ -250,7 +252,16 @@ class FaultProxy:
     `racy_create` makes the server's create look first and write later, as some real servers do.
     """
 
-    def __init__(self, endpoint: str, *, share: float = 0.0, faults: tuple[Fault, ...] = FAULTS, stall_seconds: float = 10.0, seed: int = 0, racy_create: bool = False) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        share: float = 0.0,
+        faults: tuple[Fault, ...] = FAULTS,
+        stall_seconds: float = 10.0,
+        seed: int = 0,
+        racy_create: bool = False,
+    ) -> None:
         self.upstream = endpoint.removeprefix("http://")
         self.share, self.faults, self.stall_seconds, self.racy_create = share, faults, stall_seconds, racy_create
         self.counts: dict[str, int] = {}
@@ -260,9 +271,9 @@ class FaultProxy:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
-            do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = lambda self: proxy.handle(self)  # noqa: E731, N815
+            do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = lambda self: proxy.handle(self)  # noqa: N815
 
-            def log_message(self, format: str, *args: Any) -> None:
+            def log_message(self, *args: Any) -> None:
                 return
 
         class Server(ThreadingHTTPServer):
@@ -324,14 +335,20 @@ class FaultProxy:
             connection.request(command, path, body=body or None, headers=headers)
             answer = connection.getresponse()
             data = answer.read()
-            kept = {name: value for name, value in answer.getheaders() if name.lower() not in ("connection", "transfer-encoding", "date", "server")}
+            kept = {
+                name: value
+                for name, value in answer.getheaders()
+                if name.lower() not in ("connection", "transfer-encoding", "date", "server")
+            }
             if command != "HEAD":
                 kept.pop("Content-Length", None)
             return answer.status, kept, data
         finally:
             connection.close()
 
-    def _answer(self, request: BaseHTTPRequestHandler, status: int, headers: dict[str, str], data: bytes, *, promised: int | None = None) -> None:
+    def _answer(
+        self, request: BaseHTTPRequestHandler, status: int, headers: dict[str, str], data: bytes, *, promised: int | None = None
+    ) -> None:
         request.send_response(status)
         if request.command != "HEAD" and status != 204:
             headers = {name: value for name, value in headers.items() if name.lower() != "content-length"}
