@@ -293,6 +293,7 @@ class _Translated:
 
     def __init__(self, store: Store, key: str) -> None:
         self._where = f"{store.uri}: {key}" if key else store.uri
+        self._is_remote = store.is_remote
 
     def __enter__(self) -> None:
         return None
@@ -304,10 +305,16 @@ class _Translated:
             raise NotFound(f"{self._where}: not found") from value
         if isinstance(value, (AlreadyExistsError, FileExistsError)):
             raise AlreadyExists(f"{self._where}: already exists") from value
-        if isinstance(value, (GenericError, ConnectionError, TimeoutError)):
+        if self._is_remote and isinstance(value, (GenericError, ConnectionError, TimeoutError)) and not _is_refusal(value):
             raise StoreUnavailable(f"{self._where}: {_first_line(value)}") from value
         if isinstance(value, (BaseError, OSError, ValueError)):
             raise StoreError(f"{self._where}: {_first_line(value)}") from value
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Return whether a server understood and said no (no permission, a range behind the end): asking again changes nothing."""
+    status = re.search(r"[Ss]tatus:? (4\d\d)", str(error))
+    return "nvalid" in _first_line(error) or (status is not None and status[1] not in ("408", "429"))
 
 
 def _first_line(error: BaseException) -> str:

@@ -162,14 +162,17 @@ def _describe_damage(entry: ObjectEntry, row: StoredRow) -> str:
 def _describe_size(entry: ObjectEntry, rows: list[StoredRow], found: int) -> str:
     """Say how long an object is and should be, and which tensor is the first that is not whole."""
     lost = sorted((row for row in rows if row.offset + row.num_bytes > found), key=lambda row: row.offset)
-    tail = f"; {_describe(lost[0])} breaks off at byte {found} (of {len(lost)} tensors that are not whole)" if lost else ""
+    tail = f"; {_describe(lost[0])} breaks off at byte {found} (of {len(lost)} tensors that are not whole)" if lost else _held(rows)
     return f"{entry.key} ({entry.shard}): has {found:,} bytes, the manifest says {entry.num_bytes:,}{tail}"
 
 
 def _describe_missing(entry: ObjectEntry, rows: list[StoredRow]) -> str:
+    return f"{entry.key} ({entry.shard}): is missing{_held(rows)}"
+
+
+def _held(rows: list[StoredRow]) -> str:
     names = sorted({row.name for row in rows})
-    held = f"; it holds {names[0]}" + (f" and {len(names) - 1} more tensors" if len(names) > 1 else "") if names else ""
-    return f"{entry.key} ({entry.shard}): is missing{held}"
+    return f"; it holds {names[0]}" + (f" and {len(names) - 1} more tensors" if len(names) > 1 else "") if names else ""
 
 
 def _describe(row: StoredRow) -> str:

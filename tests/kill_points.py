@@ -21,7 +21,8 @@ def count_waits(recipe: str) -> int:
 
 def run_until(recipe: str, kill_at: int) -> int:
     """Return the exit code of a run that kills itself (SIGKILL) at its wait number `kill_at`."""
-    process = _start(recipe, kill_at, _context.Value("i", 0))
+    found = _context.Value("i", 0)  # kept until the process has opened it
+    process = _start(recipe, kill_at, found)
     process.join(120)
     assert process.exitcode is not None
     return process.exitcode

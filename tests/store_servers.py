@@ -323,7 +323,8 @@ class FaultProxy:
     def _forward(self, request: BaseHTTPRequestHandler, body: bytes) -> tuple[int, dict[str, str], bytes]:
         headers = {name: value for name, value in request.headers.items() if name.lower() != "connection"}
         if self.racy_create and request.command == "PUT" and headers.pop("if-none-match", headers.pop("If-None-Match", None)):
-            status, _, _ = self._send("HEAD", request.path, headers, b"")
+            asking = {name: value for name, value in headers.items() if name.lower() != "content-length"}
+            status, _, _ = self._send("HEAD", request.path, asking, b"")
             if status == 200:
                 return 412, {"Content-Type": "application/xml"}, b"<Error><Code>PreconditionFailed</Code></Error>"
             time.sleep(0.1)

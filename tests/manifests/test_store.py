@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mmerge.manifests.errors import AlreadyExists, NotFound, StoreError
+from mmerge.manifests.errors import AlreadyExists, NotFound, StoreError, StoreUnavailable
 from mmerge.manifests.probe import check_store
 from mmerge.manifests.store import Store, open_store
 
@@ -99,6 +99,9 @@ def test_a_missing_object_and_a_range_behind_the_end_are_errors(store: Store) ->
     store.put("short", b"123")
     with pytest.raises(StoreError, match="short"):
         store.read_range("short", offset=2, num_bytes=5)
+    with pytest.raises(StoreError, match="short") as caught:
+        store.read_range("short", offset=200, num_bytes=5)
+    assert not isinstance(caught.value, StoreUnavailable), "the server was asked again and again"
 
 
 @pytest.mark.parametrize("key", ["../x", "/x", "a//b", "a/../b", "", ".", "a\\b"])
