@@ -229,7 +229,7 @@ def test_a_file_larger_than_its_manifest_says_is_not_read(good: tuple[Store, Man
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(noise=st.binary(max_size=20), at=st.integers(0, 5000), cut=st.booleans())
 def test_any_damage_of_a_manifest_raises_only_our_errors(good: tuple[Store, Manifest], noise: bytes, at: int, cut: bool) -> None:
-    store, manifest = good
+    store, manifest = open_store("memory://fuzz"), good[1]
     data = to_manifest_bytes(manifest)
     at %= len(data)
     store.put(manifest_key(manifest.build), data[:at] + noise + (b"" if cut else data[at + len(noise) :]))
@@ -250,7 +250,7 @@ json_values = st.recursive(
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), value=json_values)
 def test_any_value_in_any_place_of_a_manifest_raises_only_our_errors(good: tuple[Store, Manifest], data: Any, value: Any) -> None:
-    store, manifest = good
+    store, manifest = open_store("memory://fuzz"), good[1]
     raw: Any = json.loads(to_manifest_bytes(manifest))
     place = raw
     while True:
