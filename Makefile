@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: help demo test check bench lab format clean
+.PHONY: help demo test test-ceph azurite check bench lab format clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 $(STAMP):
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else f"mmerge needs Python 3.10 to 3.13, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=python3.11 …")'
@@ -23,6 +23,13 @@ demo: $(STAMP)  ## merge the lab's experts on a local Ray, verify, ask, and prin
 
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest tests
+
+test-ceph: $(STAMP)  ## the store contract against a real Ceph object gateway (needs root to install it: Debian packages)
+	command -v radosgw >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends ceph-mon ceph-osd radosgw ceph-common; }
+	$(BIN)/python -m pytest tests/manifests/test_store.py -k ceph
+
+azurite: $(STAMP)  ## put the Azure emulator where the tests find it (needs npm)
+	npm install --silent --no-audit --no-fund --prefix $(VENV)/azurite azurite@3
 
 check: $(STAMP)  ## ruff, formatting, and mypy on a plain install
 	$(BIN)/ruff check .

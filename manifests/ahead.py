@@ -7,7 +7,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 
 PART_BYTES = 8 << 20
-"""Bytes of one ranged request; a larger range is read as several at once."""
+"""Bytes of one request of a reader that goes forward."""
+RANGE_PART_BYTES = 32 << 20
+"""Bytes of one request of a large range, which is read as several at once."""
 NUM_PARTS = 6
 """Ranged requests on their way at once, per process."""
 AHEAD_PARTS = 2
@@ -26,11 +28,11 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def read_in_parts(read: ReadRange, offset: int, num_bytes: int) -> memoryview:
-    """Return a range of an object, read as parts of 8 MiB in parallel."""
-    if num_bytes <= PART_BYTES * 3 // 2:
+    """Return a range of an object, read as parts of 32 MiB in parallel where it is larger than two of them."""
+    if num_bytes <= 2 * RANGE_PART_BYTES:  # putting parts together costs a copy
         return read(offset, num_bytes)
-    starts = range(offset, offset + num_bytes, PART_BYTES)
-    parts = [_pool().submit(read, start, min(PART_BYTES, offset + num_bytes - start)) for start in starts]
+    starts = range(offset, offset + num_bytes, RANGE_PART_BYTES)
+    parts = [_pool().submit(read, start, min(RANGE_PART_BYTES, offset + num_bytes - start)) for start in starts]
     whole = memoryview(bytearray(num_bytes))
     try:
         for start, part in zip(starts, parts, strict=True):
@@ -51,9 +53,9 @@ class ForwardReader:
         self._parts: dict[int, Future[memoryview]] = {}
 
     def read(self, offset: int, num_bytes: int) -> memoryview:
-        """Return bytes of the range; parts before `offset` are forgotten."""
+        """Return bytes of the range; parts before `offset`, and far behind it, are forgotten."""
         first, last = (offset - self.start) // PART_BYTES, (offset + num_bytes - 1 - self.start) // PART_BYTES
-        for index in [index for index in self._parts if index < first]:
+        for index in [index for index in self._parts if not first <= index <= last + AHEAD_PARTS]:
             self._parts.pop(index).cancel()
         for index in range(first, last + 1 + AHEAD_PARTS):
             self._fetch(index)

@@ -100,7 +100,9 @@ class _Copier:
         try:
             with self.target.open_writer(entry.key) as out:
                 for offset in range(0, entry.num_bytes, READ_BYTES):
-                    data = self.source.read_range(entry.key, offset=offset, num_bytes=min(READ_BYTES, entry.num_bytes - offset))
+                    data = self.source.read_forward(
+                        entry.key, offset=offset, num_bytes=min(READ_BYTES, entry.num_bytes - offset), start=0, stop=entry.num_bytes
+                    )
                     digest.update(data)
                     out.write(data)
                     self.on_bytes(len(data))

@@ -19,13 +19,14 @@ from typing import Any, TypeVar
 
 import obstore
 from blake3 import blake3
-from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, NotFoundError
+from obstore.exceptions import BaseError
 from obstore.store import LocalStore, MemoryStore
 
 from mmerge.manifests.ahead import ForwardReader, read_in_parts
 from mmerge.manifests.connect import make_client, read_limits, scheme_of
-from mmerge.manifests.errors import AlreadyExists, NotFound, StoreError, StoreUnavailable
+from mmerge.manifests.errors import NotFound, StoreError, StoreUnavailable
 from mmerge.manifests.folder import Folder, FolderWriter, is_partial
+from mmerge.manifests.translate import Translated, first_line
 
 WRITER_BUFFER_BYTES = 8 << 20
 """Bytes a streaming writer holds before it sends a part."""
@@ -82,6 +83,10 @@ class Store:
         """Whether each verb is a request over the network."""
         return self._is_remote
 
+    def translated(self, key: str) -> Translated:
+        """Return a context in which the library's errors become ours, with this store and `key` in the message."""
+        return Translated(self.uri, key, is_remote=self._is_remote)
+
     def read(self, key: str, *, max_bytes: int = MAX_READ_BYTES) -> bytes:
         """Return all bytes of one object. Raises NotFound, and StoreError before it reads an object of more than `max_bytes`."""
 
@@ -120,7 +125,10 @@ class Store:
                 reader.close()
             reader = ForwardReader(lambda begin, size: self._read_part(key, begin, size), start=start, stop=stop)
             self._forward[key] = reader
-        return reader.read(offset, num_bytes)
+        data = reader.read(offset, num_bytes)
+        if offset + num_bytes >= stop:
+            del self._forward[key]
+        return data
 
     def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
         """Return several ranges, (offset, bytes) each, of one object: near ones in one request, all in parallel.
@@ -212,7 +220,7 @@ class Store:
         return (listed for listed in self._iterate("") if is_partial(listed.key)) if self._folder else iter(())
 
     def _iterate(self, prefix: str) -> Iterator[Listed]:
-        with _Translated(self, prefix):
+        with self.translated(prefix):
             if self._folder:
                 for key, status in self._folder.iterate_keys(prefix):
                     yield Listed(key, status.st_size, datetime.fromtimestamp(status.st_mtime, timezone.utc))
@@ -238,7 +246,7 @@ class Store:
         began = time.monotonic()
         for attempt in range(1, READ_ATTEMPTS + 1):
             try:
-                with _Translated(self, key):
+                with self.translated(key):
                     return operation()
             except StoreUnavailable:
                 if not self._is_remote or attempt == READ_ATTEMPTS or time.monotonic() - began > read_limits().retry_seconds:
@@ -255,7 +263,7 @@ class ObjectWriter:
         self.num_bytes = 0
         self._store = store
         self._digest = blake3()
-        with _Translated(store, key):
+        with store.translated(key):
             self._writer: Any = (
                 FolderWriter(store._folder, key)
                 if store._folder
@@ -266,7 +274,7 @@ class ObjectWriter:
         """Append `data`, one byte per item."""
         self._digest.update(data)
         self.num_bytes += len(data)
-        with _Translated(self._store, self.key):
+        with self._store.translated(self.key):
             self._writer.write(data)
 
     def hexdigest(self) -> str:
@@ -282,44 +290,10 @@ class ObjectWriter:
             if isinstance(self._writer, FolderWriter):
                 self._writer.abandon()
             return
-        with _Translated(self._store, self.key):
+        with self._store.translated(self.key):
             self._writer.close()
         if self._store.is_remote and (found := self._store.num_bytes(self.key)) != self.num_bytes:
             raise StoreUnavailable(f"{self._store.uri}: {self.key}: {self.num_bytes:,} bytes were written, the server keeps {found:,}")
-
-
-class _Translated:
-    """Turns the library's errors into ours, with store and key in the message."""
-
-    def __init__(self, store: Store, key: str) -> None:
-        self._where = f"{store.uri}: {key}" if key else store.uri
-        self._is_remote = store.is_remote
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        if value is None or isinstance(value, StoreError):
-            return
-        if isinstance(value, (NotFoundError, FileNotFoundError, NotADirectoryError)):
-            raise NotFound(f"{self._where}: not found") from value
-        if isinstance(value, (AlreadyExistsError, FileExistsError)):
-            raise AlreadyExists(f"{self._where}: already exists") from value
-        if self._is_remote and isinstance(value, (GenericError, ConnectionError, TimeoutError)) and not _is_refusal(value):
-            raise StoreUnavailable(f"{self._where}: {_first_line(value)}") from value
-        if isinstance(value, (BaseError, OSError, ValueError)):
-            raise StoreError(f"{self._where}: {_first_line(value)}") from value
-
-
-def _is_refusal(error: BaseException) -> bool:
-    """Return whether a server understood and said no (no permission, a range behind the end): asking again changes nothing."""
-    status = re.search(r"[Ss]tatus:? (4\d\d)", str(error))
-    return "nvalid" in _first_line(error) or (status is not None and status[1] not in ("408", "429"))
-
-
-def _first_line(error: BaseException) -> str:
-    text = Exception.__str__(error) if isinstance(error, Exception) else str(error)
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def is_local(uri: str) -> bool:
@@ -362,4 +336,4 @@ def _open_folder(path: Path, *, create: bool) -> Store:
         path.mkdir(parents=True, exist_ok=True)
         return Store(str(path), LocalStore(path), folder=Folder(path))
     except (OSError, BaseError) as error:
-        raise StoreError(f"{path}: cannot be made ({_first_line(error)}). Choose another 'output' or grant write access") from error
+        raise StoreError(f"{path}: cannot be made ({first_line(error)}). Choose another 'output' or grant write access") from error

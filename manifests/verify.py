@@ -181,7 +181,12 @@ def _describe(row: StoredRow) -> str:
 
 def _read_pieces(store: Store, entry: ObjectEntry) -> Iterator[tuple[int, memoryview]]:
     for offset in range(0, entry.num_bytes, READ_BYTES):
-        yield offset, store.read_range(entry.key, offset=offset, num_bytes=min(READ_BYTES, entry.num_bytes - offset))
+        yield (
+            offset,
+            store.read_forward(
+                entry.key, offset=offset, num_bytes=min(READ_BYTES, entry.num_bytes - offset), start=0, stop=entry.num_bytes
+            ),
+        )
 
 
 def _update_tensors(parts: dict[int, blake3], rows: list[StoredRow], data: memoryview, offset: int) -> None:

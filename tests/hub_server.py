@@ -42,7 +42,9 @@ class HubServer:
         branches, commits = self.branches.setdefault(repo, {}), self.commits.setdefault(repo, {})
         before = commits.get(branches.get(branch, ""), {})
         after = before | files
-        name = hashlib.sha1(repr([repo, len(commits), sorted((key, hashlib.sha1(data).hexdigest()) for key, data in after.items())]).encode()).hexdigest()
+        name = hashlib.sha1(
+            repr([repo, len(commits), sorted((key, hashlib.sha1(data).hexdigest()) for key, data in after.items())]).encode()
+        ).hexdigest()
         commits[name], branches[branch] = after, name
         return name
 
@@ -82,7 +84,9 @@ class HubServer:
         if verb == "revision":
             self._json(request, {"id": repo, "modelId": repo, "sha": commit, "siblings": [{"rfilename": name} for name in files]})
         elif verb == "tree":
-            entries = [{"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()} for name, data in files.items()]
+            entries = [
+                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()} for name, data in files.items()
+            ]
             self._json(request, entries)
         elif verb == "preupload":
             names = [file["path"] for file in json.loads(body)["files"]]

@@ -13,7 +13,6 @@ from mmerge.workers.merge import merge_shard
 from mmerge.workers.survey import refine_shard, survey_shard
 from mmerge.workers.task import MergeTask, RefineTask, SurveyTask, Task, TaskResult
 
-
 log = logging.getLogger("mmerge.run")
 ATTEMPTS = 3
 """How often a task is begun when the store breaks off; a half-written object has no name, so it can simply begin again."""

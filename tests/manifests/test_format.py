@@ -57,8 +57,12 @@ def test_a_uri_holds_no_credentials_and_only_known_schemes(uri: str, match: str)
 def test_keys_region_and_endpoint_come_from_the_standard_files_of_aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
-    (tmp_path / "credentials").write_text("[default]\naws_access_key_id = A\naws_secret_access_key = S\n[role]\nrole_arn = arn:x\n[empty]\n")
-    (tmp_path / "config").write_text("[default]\nregion = eu-west-1\n[profile other]\naws_access_key_id = B\naws_secret_access_key = T\nendpoint_url = http://localhost:1\n")
+    (tmp_path / "credentials").write_text(
+        "[default]\naws_access_key_id = A\naws_secret_access_key = S\n[role]\nrole_arn = arn:x\n[empty]\n"
+    )
+    (tmp_path / "config").write_text(
+        "[default]\nregion = eu-west-1\n[profile other]\naws_access_key_id = B\naws_secret_access_key = T\nendpoint_url = http://localhost:1\n"
+    )
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     assert read_aws_profile() == {"access_key_id": "A", "secret_access_key": "S", "region": "eu-west-1"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import struct
 from collections.abc import Callable
@@ -137,7 +136,7 @@ def test_a_link_out_of_a_store_is_neither_read_nor_written_nor_deleted_through(t
     ):  # fmt: skip
         with pytest.raises(StoreError, match="leads out of the folder"):
             action()
-    assert os.listdir(outside) == ["secret"]
+    assert [path.name for path in outside.iterdir()] == ["secret"]
     assert list(store.list()) == []
 
 
@@ -187,7 +186,15 @@ def put_table(store: Store, manifest: Manifest, change: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize(
     "change",
-    [{"object": "../../etc/passwd"}, {"offset": -8}, {"num_bytes": 1 << 60}, {"num_bytes": -1}, {"dtype": "X9"}, {"role": "soup"}, {"shape": [1 << 40]}],
+    [
+        {"object": "../../etc/passwd"},
+        {"offset": -8},
+        {"num_bytes": 1 << 60},
+        {"num_bytes": -1},
+        {"dtype": "X9"},
+        {"role": "soup"},
+        {"shape": [1 << 40]},
+    ],
 )
 def test_a_table_whose_rows_have_no_sense_is_refused(good: tuple[Store, Manifest], change: dict[str, Any]) -> None:
     store, manifest = good

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from mmerge.manifests.ahead import read_in_parts
 from mmerge.manifests.errors import AlreadyExists, NotFound, StoreError, StoreUnavailable
 from mmerge.manifests.probe import check_store
 from mmerge.manifests.store import Store, open_store
@@ -52,7 +53,7 @@ def test_of_many_writers_at_once_exactly_one_creates_and_its_bytes_stay(store: S
 
 
 def test_ranges_are_read_together_forward_and_in_large_parts(store: Store) -> None:
-    data = bytes(range(256)) * (25 << 12)  # 25 MiB: several parts
+    data = bytes(range(256)) * (25 << 12)  # 25 MiB: several parts of the forward reader
     with store.open_writer("large") as out:
         for start in range(0, len(data), 3 << 20):
             out.write(data[start : start + (3 << 20)])
@@ -66,6 +67,19 @@ def test_ranges_are_read_together_forward_and_in_large_parts(store: Store) -> No
     assert store.read_forward("large", offset=begin, num_bytes=9, start=begin, stop=stop) == data[begin : begin + 9]
     with pytest.raises(StoreError, match="at most 1,000 are read"):
         store.read("large", max_bytes=1000)
+
+
+def test_a_large_range_is_put_together_from_parts_in_their_order() -> None:
+    data = bytes(range(251)) * (600 << 10)
+    asked: list[tuple[int, int]] = []
+
+    def read(offset: int, num_bytes: int) -> memoryview:
+        asked.append((offset, num_bytes))
+        return memoryview(data)[offset : offset + num_bytes]
+
+    assert read_in_parts(read, 3, len(data) - 5) == data[3:-2]
+    assert len(asked) == 5
+    assert max(num_bytes for _, num_bytes in asked) == 32 << 20
 
 
 def test_a_listing_tells_size_and_time(store: Store) -> None:

@@ -83,7 +83,9 @@ def test_a_branch_that_moved_gives_another_commit_and_only_then(hub: HubServer, 
     run(first)  # a plan keeps its commit
 
 
-def test_offline_a_build_runs_from_the_cache_and_says_what_the_cache_lacks(hub: HubServer, lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_a_build_runs_from_the_cache_and_says_what_the_cache_lacks(
+    hub: HubServer, lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = make_hub_recipe(hub, lab)
     online = run(make_plan(read_recipe(recipe)))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

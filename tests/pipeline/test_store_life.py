@@ -154,9 +154,8 @@ def test_a_collection_refuses_while_a_run_is_at_work_and_a_run_waits_for_a_colle
     grow_old(store)
     with Claim(store, "run"), pytest.raises(StoreError, match="in use by another process"):
         collect(store, delete=True)
-    with Claim(store, "collect"):
-        with Claim(store, "run") as claim, pytest.raises(StoreError, match="held by another process"):
-            claim.wait_for_none("collect", seconds=0.1, pause=0.05)
+    with Claim(store, "collect"), Claim(store, "run") as claim, pytest.raises(StoreError, match="held by another process"):
+        claim.wait_for_none("collect", seconds=0.1, pause=0.05)
     killed = Claim(store, "run")
     killed._write()
     os.utime(Path(store.uri) / killed.key, (time.time() - 3600,) * 2)
