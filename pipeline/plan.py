@@ -13,7 +13,7 @@ from mmerge.manifests.header import DTYPE_BYTES, FLOAT_DTYPES
 from mmerge.manifests.store import WRITER_BUFFER_BYTES, WRITER_CONCURRENCY
 from mmerge.pipeline.layout import CarriedTensor, Layout, SharedTensor, make_layout
 from mmerge.pipeline.recipe import Recipe, pin_recipe
-from mmerge.workers.checkpoint import Checkpoint, TensorSource
+from mmerge.workers.checkpoint import Checkpoint, TensorSource, ahead_bytes
 from mmerge.workers.dtypes import NAMED_DTYPES
 from mmerge.workers.masks import packed_bytes
 from mmerge.workers.methods import find_method
@@ -228,7 +228,8 @@ def merge_peak_bytes(tensors: Sequence[TensorTask], block_entries: int, *, num_m
     entries = min(block_entries, max(tensor.num_entries for tensor in tensors))
     per_entry = (num_experts + 1) * 12 + num_experts * 18 + 64
     waiting_masks = 2 * num_masks * max(packed_bytes(tensor.num_entries) for tensor in tensors)
-    return entries * per_entry + waiting_masks + WRITER_CONCURRENCY * WRITER_BUFFER_BYTES + WORKER_BYTES
+    ahead = max(ahead_bytes((tensor.base, *tensor.experts)) for tensor in tensors)
+    return entries * per_entry + waiting_masks + ahead + WRITER_CONCURRENCY * WRITER_BUFFER_BYTES + WORKER_BYTES
 
 
 _COPY_PEAK_BYTES = WRITER_CONCURRENCY * WRITER_BUFFER_BYTES + WORKER_BYTES
@@ -265,4 +266,6 @@ def _make_copy_shards(
     groups = _fill(tensors, [tensor.source.spec.num_bytes for tensor in tensors], max_bytes)
     for index, group in enumerate(groups):
         num_bytes = sum(tensor.source.spec.num_bytes for tensor in group)
-        yield CopyShard(_number(name, index, len(groups)), role, expert, tuple(group), num_bytes, _COPY_PEAK_BYTES)
+        yield CopyShard(
+            _number(name, index, len(groups)), role, expert, tuple(group), num_bytes, _COPY_PEAK_BYTES + ahead_bytes([group[0].source])
+        )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from mmerge.manifests.ahead import AHEAD_BYTES
+from mmerge.manifests.connect import SCHEMES, scheme_of
 from mmerge.manifests.digest import digest_json, parse_json
 from mmerge.manifests.errors import CheckpointError, NotFound, StoreError
 from mmerge.manifests.header import TensorSpec, header_length, parse_header
@@ -166,6 +169,11 @@ class Checkpoint:
 def identity_digest(identity: dict[str, str], source: TensorSource) -> str:
     """Return the digest of a tensor's place in a file that has this identity: equal while nobody replaced the file."""
     return digest_json([source.uri, source.file, identity[source.file], source.spec.offset, source.spec.num_bytes])
+
+
+def ahead_bytes(sources: Sequence[TensorSource]) -> int:
+    """Return the most that is held in memory to read these tensors ahead of a task: something only for what lies behind a network."""
+    return AHEAD_BYTES * len({source.uri for source in sources if scheme_of(source.uri) in SCHEMES})
 
 
 def read_source(source: TensorSource, *, stores: dict[str, Store], offset: int, num_bytes: int) -> memoryview:

@@ -14,6 +14,7 @@ import kill_points
 import pytest
 from store_servers import FaultProxy
 
+from mmerge.manifests.ahead import AHEAD_BYTES
 from mmerge.manifests.errors import DamagedObject, MmergeError, StoreUnavailable
 from mmerge.manifests.reference import list_references, read_reference
 from mmerge.manifests.store import Store, open_store
@@ -119,14 +120,18 @@ def test_a_store_that_always_fails_ends_with_one_error_in_bounded_time(
 def test_inputs_are_read_from_the_same_stores_as_outputs(lab: Any, places: Any) -> None:
     raw = lab.make_all(2)
     local = build(lab, raw, "local")
+    local_plan = make_plan(read_recipe(lab.write_recipe(raw)))
     place = places.make("moto")
     store = open_store(place)
     for name in ("base", "image", "audio"):
         for path in (lab.folder / name).iterdir():
             store.put(f"{name}/{path.name}", path.read_bytes())
     experts = {name: {"path": f"{place}/{name}", "modality": name} for name in ("image", "audio")}
-    remote = build(lab, raw | {"base": f"{place}/base", "experts": experts}, f"{place}/composites")
+    raw |= {"base": f"{place}/base", "experts": experts}
+    remote = build(lab, raw, f"{place}/composites")
     assert remote.manifest == local.manifest
+    remote_plan = make_plan(read_recipe(lab.write_recipe(raw)))
+    assert remote_plan.peak_bytes - local_plan.peak_bytes == 3 * AHEAD_BYTES, "what is read ahead is stated"
     assert b"AK" not in store.read(f"composites/builds/{remote.build}/manifest.json")
 
 
