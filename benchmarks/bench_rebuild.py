@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--hidden", type=int, default=1024)
     options = parser.parse_args()
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="mmerge-bench-") as name:
         folder = Path(name)
         write_checkpoints(folder, options.layers, options.hidden)
@@ -80,7 +81,7 @@ def main() -> None:
             found = [key for key in written if key.startswith(prefix)]
             print(
                 f"  {prefix}: {len(found)} written"
-                + (f": {', '.join(found)}" if prefix != "surveys" else " (the changed file is read once)")
+                + (f": {', '.join(found)}" if prefix != "surveys" else " (a replaced file is read again to find what changed in it)")
             )
 
 

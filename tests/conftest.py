@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import save_file
 from store_servers import SCHEME, SERVERS
 
+torch.set_num_threads(1)  # threads that wait for each other on a busy machine cost more than they give
 REPOSITORY = Path(__file__).resolve().parent.parent
 LAB = REPOSITORY / "examples" / "lab" / "checkpoints"
 
