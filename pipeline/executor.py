@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import deque
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any, Literal, Protocol
 
 from typing_extensions import override
 
-from mmerge.manifests.errors import MmergeError, StoreError
+from mmerge.manifests.errors import AlreadyExists, MmergeError, NotFound, StoreError
+from mmerge.pipeline.schedule import Attempt, Event, Outcome, Policy, Resources, dispatch
 from mmerge.workers.run_task import run_task
-from mmerge.workers.task import Task, TaskResult
+from mmerge.workers.task import Task
 
 ExecutorName = Literal["serial", "ray"]
-Outcome = tuple[Task, TaskResult | Exception]
+
+RESOURCES_SECONDS = 5.0
+"""How long a count of the cluster's nodes is used before it is taken again: nodes come and go while a build runs."""
 
 
 class Executor(Protocol):
@@ -48,10 +51,12 @@ class SerialExecutor(Executor):
 class RayExecutor(Executor):
     """Runs tasks on a Ray cluster: the one at `address`, or a local one that it starts and ends."""
 
-    def __init__(self, *, address: str | None = None, num_workers: int | None = None) -> None:
+    def __init__(self, *, address: str | None = None, num_workers: int | None = None, policy: Policy | None = None) -> None:
         self.address = address or os.environ.get("RAY_ADDRESS")
         self.num_workers = num_workers
+        self.policy = policy or Policy()
         self._started = False
+        self._nodes: dict[str, str] = {}
 
     @override
     def run(self, tasks: Sequence[Task], store_uri: str) -> Iterator[Outcome]:
@@ -61,33 +66,7 @@ class RayExecutor(Executor):
             raise StoreError(f"{store_uri}: other processes cannot see it. Use --executor serial, or another 'output'")
         self._start()
         self._check_memory(tasks)
-        yield from self._drain(deque(tasks), store_uri)
-
-    def _drain(self, waiting: deque[Task], store_uri: str) -> Iterator[Outcome]:
-        import ray
-
-        from mmerge.workers.ray_tasks import run_task_remote
-
-        in_flight: dict[Any, Task] = {}
-        try:
-            while waiting or in_flight:
-                while waiting and len(in_flight) < self._window():
-                    task = waiting.popleft()
-                    remote = run_task_remote.options(num_cpus=1, memory=task.peak_bytes, scheduling_strategy="SPREAD", max_retries=3)
-                    in_flight[remote.remote(task, store_uri)] = task
-                done, _ = ray.wait(list(in_flight), num_returns=1)
-                for reference in done:
-                    yield in_flight.pop(reference), _fetch(reference)
-        finally:
-            # Reached with tasks in flight only on an error or Ctrl-C: leave no orphan behind.
-            for reference in in_flight:
-                with suppress(Exception):
-                    ray.cancel(reference, force=True)
-
-    def _window(self) -> int:
-        import ray
-
-        return 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+        yield from dispatch(tasks, RayCluster(store_uri), policy=self.policy, nodes=self._nodes)
 
     def _start(self) -> None:
         if self._started:
@@ -129,23 +108,128 @@ class RayExecutor(Executor):
             self._started = False
 
 
-def _fetch(reference: Any) -> TaskResult | Exception:
-    import ray
+class RayCluster:
+    """The nodes of the Ray cluster that this process is connected to, for `dispatch`."""
 
-    try:
-        result: TaskResult = ray.get(reference)
-        return result
-    except ray.exceptions.RayTaskError as error:
+    def __init__(self, store_uri: str) -> None:
+        self.store_uri = store_uri
+        self._attempts: dict[Any, Attempt] = {}
+        self._nodes: list[dict[str, Any]] = []
+        self._counted = -RESOURCES_SECONDS
+
+    def now(self) -> float:
+        """Return seconds of a monotonic clock."""
+        return time.monotonic()
+
+    def num_slots(self, resources: Resources) -> int:
+        """Return how many attempts of this size the nodes alive can run at once."""
+        wanted = {"CPU": resources.num_cpus, "GPU": resources.num_gpus, "memory": float(resources.memory)}
+        return sum(
+            int(min(node["Resources"].get(name, 0) // amount for name, amount in wanted.items() if amount)) for node in self._alive_nodes()
+        )
+
+    def start(self, attempt: Attempt) -> None:
+        """Hand an attempt to Ray: beside warm caches if it has any, elsewhere than its predecessors, else on the emptiest node."""
+        from mmerge.workers.ray_tasks import run_task_remote
+
+        resources = attempt.resources
+        options: dict[str, Any] = {
+            "num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus, "memory": self._limit_memory(resources.memory),
+            "scheduling_strategy": "SPREAD", "name": f"{attempt.task.shard} (attempt {attempt.number})",
+        }  # fmt: skip
+        others = [node["NodeID"] for node in self._alive_nodes() if node["NodeID"] not in attempt.avoid and _fits(node, resources)]
+        if attempt.avoid and others:
+            options["label_selector"] = {"ray.io/node-id": f"!in({','.join(sorted(attempt.avoid))})"}
+        elif attempt.prefer in others:
+            from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+            # Soft, and elsewhere while that node is busy: a warm cache is worth less than a free core.
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(attempt.prefer, soft=True, _spill_on_unavailable=True)
+        self._attempts[run_task_remote.options(**options).remote(attempt.task, self.store_uri)] = attempt
+
+    def wait(self, timeout: float | None) -> list[Event]:
+        """Return what happened since the last call, at least one event unless `timeout` seconds pass."""
+        import ray
+
+        if not self._attempts:
+            time.sleep(timeout or 0)
+            return []
+        ready, _ = ray.wait(list(self._attempts), num_returns=1, timeout=timeout, fetch_local=False)
+        return [event for stream in ready if (event := self._read(stream)) is not None]
+
+    def cancel(self, attempt: Attempt) -> None:
+        """End an attempt with its process; a node that cannot be reached ends it when it hears of it, if ever."""
+        import ray
+
+        for stream, found in list(self._attempts.items()):
+            if found is attempt:
+                del self._attempts[stream]
+                with suppress(Exception):
+                    ray.cancel(stream, force=True)
+
+    def _alive_nodes(self) -> list[dict[str, Any]]:
+        import ray
+
+        if self.now() - self._counted > RESOURCES_SECONDS:
+            self._nodes = [node for node in ray.nodes() if node["Alive"]]
+            self._counted = self.now()
+        return self._nodes
+
+    def _limit_memory(self, memory: int) -> int:
+        """Return what to ask for: never more than the largest node has, or the attempt would wait for ever."""
+        return int(min(memory, max((node["Resources"].get("memory", memory) for node in self._alive_nodes()), default=memory)))
+
+    def _read(self, stream: Any) -> Event | None:
+        """Return the next event of an attempt's stream: its node, then its result or its end."""
+        import ray
+
+        attempt = self._attempts[stream]
+        try:
+            value = ray.get(next(stream))
+        except StopIteration:
+            del self._attempts[stream]
+            return Event(attempt, "lost", error=MmergeError("it ended without a result"))
+        except Exception as error:  # noqa: BLE001 - sorted out below; nothing but Ray's and the task's own errors comes here
+            del self._attempts[stream]
+            return _to_event(attempt, error, ray.exceptions)
+        if isinstance(value, str):
+            return Event(attempt, "started", node=value)
+        del self._attempts[stream]
+        return Event(attempt, "finished", result=value)
+
+
+def _fits(node: dict[str, Any], resources: Resources) -> bool:
+    found = node["Resources"]
+    return bool(found.get("CPU", 0) >= resources.num_cpus and found.get("GPU", 0) >= resources.num_gpus)
+
+
+def _to_event(attempt: Attempt, error: Exception, exceptions: Any) -> Event:
+    """Return what an attempt's error means: the task's own fault, or its process, node or memory taken away."""
+    if isinstance(error, exceptions.OutOfMemoryError):
+        return Event(attempt, "lost", error=MmergeError(_first_line(error)), out_of_memory=True)
+    if isinstance(error, exceptions.RayTaskError):
         cause = error.cause
-        return cause if isinstance(cause, MmergeError) else MmergeError(f"a task failed with {type(cause).__name__}: {cause}")
-    except ray.exceptions.RayError as error:
-        return MmergeError(f"a task was lost: {str(error).strip().splitlines()[0]}. Run the same command again: finished shards are kept")
+        if isinstance(cause, StoreError) and not isinstance(cause, (NotFound, AlreadyExists)) and attempt.number == 1:
+            return Event(attempt, "lost", error=cause)
+        if isinstance(cause, MmergeError):
+            return Event(attempt, "failed", error=cause)
+        return Event(attempt, "failed", error=MmergeError(f"shard {attempt.task.shard}: {type(cause).__name__}: {cause}"))
+    if isinstance(error, exceptions.RayError):
+        return Event(attempt, "lost", error=MmergeError(_first_line(error)))
+    return Event(attempt, "failed", error=error)
 
 
-def open_executor(name: ExecutorName, *, address: str | None = None, num_workers: int | None = None) -> Executor:
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def open_executor(
+    name: ExecutorName, *, address: str | None = None, num_workers: int | None = None, deadline_seconds: float | None = None
+) -> Executor:
     """Return the executor of that name; nothing is started before it has a task."""
     if name == "serial":
-        if address:
-            raise MmergeError("--address has no effect with --executor serial. Leave one of them out")
+        for option, value in (("--address", address), ("--task-deadline", deadline_seconds)):
+            if value is not None:
+                raise MmergeError(f"{option} has no effect with --executor serial. Leave one of them out")
         return SerialExecutor()
-    return RayExecutor(address=address, num_workers=num_workers)
+    return RayExecutor(address=address, num_workers=num_workers, policy=Policy(deadline_seconds=deadline_seconds))
