@@ -18,8 +18,8 @@ from mmerge.workers.task import Task
 
 ExecutorName = Literal["serial", "ray"]
 
-RESOURCES_SECONDS = 5.0
-"""How long a count of the cluster's nodes is used before it is taken again: nodes come and go while a build runs."""
+NODES_SECONDS = 2.0
+"""How long a list of the cluster's nodes is used before it is taken again: nodes come and go while a build runs."""
 
 
 class Executor(Protocol):
@@ -114,8 +114,9 @@ class RayCluster:
     def __init__(self, store_uri: str) -> None:
         self.store_uri = store_uri
         self._attempts: dict[Any, Attempt] = {}
+        self._places: dict[Any, str] = {}
         self._nodes: list[dict[str, Any]] = []
-        self._counted = -RESOURCES_SECONDS
+        self._counted = -NODES_SECONDS
 
     def now(self) -> float:
         """Return seconds of a monotonic clock."""
@@ -154,23 +155,37 @@ class RayCluster:
         if not self._attempts:
             time.sleep(timeout or 0)
             return []
-        ready, _ = ray.wait(list(self._attempts), num_returns=1, timeout=timeout, fetch_local=False)
-        return [event for stream in ready if (event := self._read(stream)) is not None]
+        end = None if timeout is None else self.now() + timeout
+        while True:
+            left = NODES_SECONDS if end is None else min(NODES_SECONDS, max(0.0, end - self.now()))
+            ready, _ = ray.wait(list(self._attempts), num_returns=1, timeout=left, fetch_local=False)
+            events = [self._read(stream) for stream in ready] or self._lose_dead_nodes()
+            if events or (end is not None and self.now() >= end):
+                return events
 
     def cancel(self, attempt: Attempt) -> None:
         """End an attempt with its process; a node that cannot be reached ends it when it hears of it, if ever."""
+        for stream in [stream for stream, found in self._attempts.items() if found is attempt]:
+            self._drop(stream)
+
+    def _drop(self, stream: Any) -> Attempt:
         import ray
 
-        for stream, found in list(self._attempts.items()):
-            if found is attempt:
-                del self._attempts[stream]
-                with suppress(Exception):
-                    ray.cancel(stream, force=True)
+        self._places.pop(stream, None)
+        with suppress(Exception):
+            ray.cancel(stream, force=True)
+        return self._attempts.pop(stream)
+
+    def _lose_dead_nodes(self) -> list[Event]:
+        """Return the attempts on nodes that are gone: after the end of a raylet Ray waits for its workers, which may live on and hang."""
+        alive = {node["NodeID"] for node in self._alive_nodes()}
+        lost = [(stream, node) for stream, node in self._places.items() if node not in alive]
+        return [Event(self._drop(stream), "lost", node, error=MmergeError(f"node {node[:12]} is gone")) for stream, node in lost]
 
     def _alive_nodes(self) -> list[dict[str, Any]]:
         import ray
 
-        if self.now() - self._counted > RESOURCES_SECONDS:
+        if self.now() - self._counted > NODES_SECONDS:
             self._nodes = [node for node in ray.nodes() if node["Alive"]]
             self._counted = self.now()
         return self._nodes
@@ -179,23 +194,24 @@ class RayCluster:
         """Return what to ask for: never more than the largest node has, or the attempt would wait for ever."""
         return int(min(memory, max((node["Resources"].get("memory", memory) for node in self._alive_nodes()), default=memory)))
 
-    def _read(self, stream: Any) -> Event | None:
+    def _read(self, stream: Any) -> Event:
         """Return the next event of an attempt's stream: its node, then its result or its end."""
         import ray
 
-        attempt = self._attempts[stream]
         try:
             value = ray.get(next(stream))
         except StopIteration:
-            del self._attempts[stream]
-            return Event(attempt, "lost", error=MmergeError("it ended without a result"))
+            event = Event(self._attempts[stream], "lost", error=MmergeError("it ended without a result"))
         except Exception as error:  # noqa: BLE001 - sorted out below; nothing but Ray's and the task's own errors comes here
-            del self._attempts[stream]
-            return _to_event(attempt, error, ray.exceptions)
-        if isinstance(value, str):
-            return Event(attempt, "started", node=value)
+            event = _to_event(self._attempts[stream], error, ray.exceptions)
+        else:
+            if isinstance(value, str):
+                self._places[stream] = value
+                return Event(self._attempts[stream], "started", node=value)
+            event = Event(self._attempts[stream], "finished", result=value)
         del self._attempts[stream]
-        return Event(attempt, "finished", result=value)
+        self._places.pop(stream, None)
+        return event
 
 
 def _fits(node: dict[str, Any], resources: Resources) -> bool:
