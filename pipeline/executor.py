@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -12,7 +14,8 @@ from typing import Any, Literal, Protocol
 from typing_extensions import override
 
 from mmerge.manifests.errors import AlreadyExists, MmergeError, NotFound, StoreError
-from mmerge.pipeline.schedule import Attempt, Event, Outcome, Policy, Resources, dispatch
+from mmerge.pipeline.dispatch import Attempt, Event, Policy, Resources, dispatch
+from mmerge.pipeline.dispatch import Outcome as Outcome
 from mmerge.workers.run_task import run_task
 from mmerge.workers.task import Task
 
@@ -76,6 +79,8 @@ class RayExecutor(Executor):
         import ray
 
         if not ray.is_initialized():
+            is_main = threading.current_thread() is threading.main_thread()
+            handler = signal.getsignal(signal.SIGTERM) if is_main else None
             try:
                 if self.address:
                     ray.init(address=self.address, logging_level=logging.ERROR, log_to_driver=False)
@@ -86,6 +91,8 @@ class RayExecutor(Executor):
                 where = self.address or "a local Ray"
                 first = str(error).strip().splitlines()[0]
                 raise MmergeError(f"{where}: cannot be reached ({first}). Check --address, or run with --executor serial") from error
+            if handler is not None:
+                signal.signal(signal.SIGTERM, handler)  # Ray puts one of its own there, which would skip our clean end
             self._started = True
 
     def _check_memory(self, tasks: Sequence[Task]) -> None:

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +37,10 @@ class Faults:
     def set(self, shard: str, action: str) -> None:
         """`wait` until released, `kill` the worker, `eat` memory until somebody ends it; `slow` takes a second."""
         (self.folder / "faults" / f"{shard.replace('/', '_')}@{action}").write_text("")
+
+    def await_end_of_workers(self, *, seconds: float = 30) -> None:
+        """Wait until no process that ever began a task of this script is left."""
+        until(lambda: not any(is_alive(event["pid"]) for event in self.events()), seconds=seconds)
 
     def release(self) -> None:
         (self.folder / "release").write_text("")
@@ -154,12 +160,18 @@ class RayNodes:
 
         os.environ["RAY_AUTH_MODE"] = "disabled"
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        # A job's entrypoint calls `python`: the one of these tests, as in an image.
+        os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         fast = {"health_check_period_ms": 1000, "health_check_failure_threshold": 3, "health_check_timeout_ms": 1000}
+        if dashboard:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                self.dashboard = f"http://127.0.0.1:{free.getsockname()[1]}"
         self._orphans: list[int] = []
         self.cluster = Cluster(
             initialize_head=True,
             head_node_args={
-                "num_cpus": 0, "include_dashboard": dashboard, "memory": GIB, "object_store_memory": 100 << 20,
+                "num_cpus": 0, "include_dashboard": dashboard, **({"dashboard_port": int(self.dashboard.rpartition(":")[2])} if dashboard else {}), "memory": GIB, "object_store_memory": 100 << 20,
                 "_system_config": fast | (system_config or {}),
             },
         )  # fmt: skip
@@ -203,6 +215,6 @@ def faults(script: Faults) -> Faults:
 
 @pytest.fixture(scope="module")
 def ray_nodes() -> Iterator[RayNodes]:
-    nodes = RayNodes(num_nodes=3)
+    nodes = RayNodes(num_nodes=3, dashboard=True)
     yield nodes
     nodes.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pickle
 import signal
@@ -18,8 +19,8 @@ import pytest
 
 from mmerge.manifests.errors import TaskErrors
 from mmerge.pipeline import make_plan, read_recipe, run, verify
+from mmerge.pipeline.dispatch import Policy
 from mmerge.pipeline.executor import RayExecutor, SerialExecutor
-from mmerge.pipeline.schedule import Policy
 
 pytestmark = pytest.mark.ray
 
@@ -178,17 +179,10 @@ def drive(lab: Any, nodes: Any, faults: Any, output: str, raw: dict[str, Any]) -
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def workers_in_task(faults: Any) -> set[int]:
-    ended = {event["pid"] for event in faults.events(kind="end")}
-    return {event["pid"] for event in faults.events()} - ended
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_driver_that_ends_leaves_no_orphan_and_the_next_one_continues(
     lab: Any, ray_nodes: Any, faults: Any, undisturbed: tuple[Any, dict[str, str]], number: signal.Signals
 ) -> None:
-    from conftest_helpers import is_alive, until
-
     raw, wanted = undisturbed
     for shard in ("layers.0", "layers.4"):
         faults.set(shard, "wait")
@@ -199,14 +193,18 @@ def test_a_driver_that_ends_leaves_no_orphan_and_the_next_one_continues(
         os.kill(process.pid, number)
         output, _ = process.communicate(timeout=30)
         assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[number], output
-        until(lambda: not any(is_alive(event["pid"]) for event in faults.events()), seconds=30)
+        faults.await_end_of_workers()
     finally:
-        faults.release()
         process.kill()
-    again = drive(lab, ray_nodes, faults, "store", raw)
-    output, _ = again.communicate(timeout=120)
-    assert again.returncode == 0, output
-    assert digests(lab.folder / "store") == wanted
+    (record,) = (lab.folder / "store" / "runs" / "tiny").glob("*.status.json")
+    assert json.loads(record.read_text())["state"] == ("running" if number == signal.SIGKILL else "interrupted")
+    assert not digests(lab.folder / "store")
+    if number == signal.SIGKILL:
+        again = drive(lab, ray_nodes, faults, "store", raw)
+        output, _ = again.communicate(timeout=120)
+        assert again.returncode == 0, output
+        assert "there already" in output
+        assert digests(lab.folder / "store") == wanted
 
 
 def test_only_keys_and_entries_travel_through_the_driver(lab: Any, ray_nodes: Any) -> None:
