@@ -7,6 +7,7 @@ lives; where it has not changed for `EXPIRY_SECONDS`, it is dead, and the next n
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -116,6 +117,15 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
+def _job_id() -> str | None:
+    """Return the submission id of the Ray job that this process drives, which Ray gives to it within a job's configuration."""
+    try:
+        found = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {}).get("job_submission_id")
+    except (ValueError, AttributeError):
+        return None
+    return str(found) if found else None
+
+
 def begin_run(store: Store, name: str, *, exclusive: bool, clock: Callable[[], float] = time.monotonic) -> RunStatus:
     """Return the record of a new run, numbered after the last one.
 
@@ -134,7 +144,7 @@ def begin_run(store: Store, name: str, *, exclusive: bool, clock: Callable[[], f
             _await_death(store, name, numbers[-1], clock)
         number = (numbers[-1] if numbers else 0) + 1
         status = RunStatus(
-            name=name, number=number, host=socket.gethostname(), pid=os.getpid(), job=os.environ.get("RAY_JOB_SUBMISSION_ID"),
+            name=name, number=number, host=socket.gethostname(), pid=os.getpid(), job=_job_id(),
             started=_now(), updated=_now(),
         )  # fmt: skip
         try:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,10 @@ class Faults:
     def set(self, shard: str, action: str) -> None:
         """`wait` until released, `kill` the worker, `eat` memory until somebody ends it; `slow` takes a second."""
         (self.folder / "faults" / f"{shard.replace('/', '_')}@{action}").write_text("")
+
+    def await_end_of(self, begun: dict[str, Any], *, seconds: float = 30) -> None:
+        """Wait until the attempt that began so has ended by itself."""
+        until(lambda: [event for event in self.events(kind="end", shard=begun["shard"]) if event["pid"] == begun["pid"]], seconds=seconds)
 
     def await_end_of_workers(self, *, seconds: float = 30) -> None:
         """Wait until no process that ever began a task of this script is left."""
@@ -71,8 +77,8 @@ class Faults:
             root, original = Path(folder), module.run_task
 
             def note(kind: str, shard: str) -> None:
-                node = ray.get_runtime_context().get_node_id()
-                event = {"kind": kind, "shard": shard, "pid": os.getpid(), "node": node, "time": time.time()}
+                node, address = ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
+                event = {"kind": kind, "shard": shard, "pid": os.getpid(), "node": node, "address": address, "time": time.time()}
                 path = root / "events" / f"{time.time_ns()}-{uuid.uuid4().hex[:8]}"
                 path.write_text(json.dumps(event))
                 path.rename(path.with_suffix(".json"))
@@ -152,6 +158,54 @@ def end_all(pids: list[int]) -> None:
             continue
 
 
+DRIVER = """
+import cloudpickle, ray, sys
+hook = cloudpickle.loads(bytes.fromhex(sys.argv[1]))
+ray.init(address=sys.argv[2], runtime_env={"worker_process_setup_hook": hook}, log_to_driver=False)
+from mmerge.pipeline.cli import main
+main(sys.argv[3:])
+"""
+
+
+@pytest.fixture
+def drive(lab: Any, faults: Faults) -> Callable[..., subprocess.Popen[str]]:
+    """Starts another driver: `mmerge run` in a process of its own, its workers with the test's faults."""
+    import cloudpickle
+
+    def start(
+        address: str, raw: dict[str, Any], *, output: str = "store", options: Sequence[str] = (), prefix: Sequence[str] = ()
+    ) -> subprocess.Popen[str]:
+        recipe = lab.write_recipe(raw | {"output": output}, f"{output}.yaml")
+        hook = cloudpickle.dumps(faults.make_hook()).hex()
+        command = [*prefix, sys.executable, "-c", DRIVER, hook, address, "run", str(recipe), "--address", address, *options]
+        environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+    return start
+
+
+def read_digests(folder: Path) -> dict[str, str]:
+    """Every object, file, manifest and table of a store."""
+    found = [path for part in ("objects", "files", "builds") for path in (folder / part).rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+
+
+@pytest.fixture
+def digests() -> Callable[[Path], dict[str, str]]:
+    return read_digests
+
+
+@pytest.fixture
+def undisturbed(lab: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    """A recipe, and the bytes that a serial run makes of it."""
+    from mmerge.pipeline import make_plan, read_recipe, run
+
+    lab.config |= {"num_hidden_layers": 6}
+    raw: dict[str, Any] = lab.make_all()
+    run(make_plan(read_recipe(lab.write_recipe(raw | {"output": "serial"}))))
+    return raw, read_digests(lab.folder / "serial")
+
+
 class RayNodes:
     """A head without cores and nodes with two logical cores each, all raylets on this host."""
 
@@ -200,6 +254,20 @@ class RayNodes:
         ray.shutdown()
         self.cluster.shutdown()
         end_all(self._orphans)
+
+
+@pytest.fixture
+def make_ray_nodes() -> Iterator[Callable[..., RayNodes]]:
+    """Clusters of a test's own."""
+    made: list[RayNodes] = []
+
+    def make(*, num_nodes: int, system_config: dict[str, Any]) -> RayNodes:
+        made.append(RayNodes(num_nodes=num_nodes, system_config=system_config))
+        return made[-1]
+
+    yield make
+    for nodes in made:
+        nodes.close()
 
 
 @pytest.fixture(scope="module")

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,19 +19,6 @@ from mmerge.pipeline.dispatch import Policy
 from mmerge.pipeline.executor import RayExecutor, SerialExecutor
 
 pytestmark = pytest.mark.ray
-
-DRIVER = """
-import cloudpickle, ray, sys
-hook = cloudpickle.loads(bytes.fromhex(sys.argv[1]))
-ray.init(address=sys.argv[2], runtime_env={"worker_process_setup_hook": hook}, log_to_driver=False)
-from mmerge.pipeline.cli import main
-main(sys.argv[3:])
-"""
-
-
-def digests(folder: Path) -> dict[str, str]:
-    found = [path for part in ("objects", "files", "builds") for path in (folder / part).rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
 
 
 @pytest.fixture(scope="module")
@@ -49,21 +32,12 @@ def connected(ray_nodes: Any, script: Any) -> Iterator[Any]:
     ray.shutdown()
 
 
-@pytest.fixture
-def undisturbed(lab: Any) -> tuple[Any, dict[str, str]]:
-    """A recipe, and the bytes that a serial run makes of it."""
-    lab.config |= {"num_hidden_layers": 6}
-    raw = lab.make_all()
-    run(make_plan(read_recipe(lab.write_recipe(raw | {"output": "serial"}))), executor=SerialExecutor())
-    return raw, digests(lab.folder / "serial")
-
-
 def make_tiny_plan(lab: Any, raw: dict[str, Any], output: str = "store") -> Any:
     return make_plan(read_recipe(lab.write_recipe(raw | {"output": output}, f"{output}.yaml")))
 
 
 def test_tasks_are_spread_over_nodes_and_the_bytes_are_those_of_a_serial_run(
-    lab: Any, connected: Any, faults: Any, undisturbed: tuple[Any, dict[str, str]]
+    lab: Any, connected: Any, faults: Any, undisturbed: tuple[Any, dict[str, str]], digests: Any
 ) -> None:
     raw, wanted = undisturbed
     faults.set("all", "slow")
@@ -83,7 +57,7 @@ def test_tasks_are_spread_over_nodes_and_the_bytes_are_those_of_a_serial_run(
 
 
 def test_a_merge_runs_where_its_inputs_were_surveyed(
-    lab: Any, connected: Any, faults: Any, undisturbed: tuple[Any, dict[str, str]]
+    lab: Any, connected: Any, faults: Any, undisturbed: tuple[Any, dict[str, str]], digests: Any
 ) -> None:
     raw, _ = undisturbed
     run(make_tiny_plan(lab, raw), executor=RayExecutor())
@@ -95,7 +69,7 @@ def test_a_merge_runs_where_its_inputs_were_surveyed(
 
 
 def test_a_killed_worker_costs_one_attempt_elsewhere(
-    lab: Any, connected: Any, faults: Any, undisturbed: tuple[Any, dict[str, str]]
+    lab: Any, connected: Any, faults: Any, undisturbed: tuple[Any, dict[str, str]], digests: Any
 ) -> None:
     raw, wanted = undisturbed
     faults.set("layers.2", "kill")
@@ -106,7 +80,7 @@ def test_a_killed_worker_costs_one_attempt_elsewhere(
 
 
 def test_an_attempt_over_its_deadline_gets_a_second_elsewhere(
-    lab: Any, connected: Any, faults: Any, undisturbed: tuple[Any, dict[str, str]]
+    lab: Any, connected: Any, faults: Any, undisturbed: tuple[Any, dict[str, str]], digests: Any
 ) -> None:
     raw, wanted = undisturbed
     plan = make_tiny_plan(lab, raw)
@@ -123,7 +97,7 @@ def test_an_attempt_over_its_deadline_gets_a_second_elsewhere(
 
 
 def test_sigkill_of_a_raylet_in_mid_task_ends_with_the_same_bytes(
-    lab: Any, connected: Any, faults: Any, undisturbed: tuple[Any, dict[str, str]]
+    lab: Any, connected: Any, faults: Any, undisturbed: tuple[Any, dict[str, str]], digests: Any
 ) -> None:
     import threading
 
@@ -169,24 +143,14 @@ def test_one_bad_tensor_in_each_of_two_experts_fails_the_build_at_its_end_with_b
     assert not list((lab.folder / "store").glob("builds/*/manifest.json"))
 
 
-def drive(lab: Any, nodes: Any, faults: Any, output: str, raw: dict[str, Any]) -> subprocess.Popen[str]:
-    """Another driver: `mmerge run` in a process of its own, its workers with the test's faults."""
-    import cloudpickle
-
-    recipe = lab.write_recipe(raw | {"output": output}, f"{output}.yaml")
-    hook = cloudpickle.dumps(faults.make_hook()).hex()
-    command = [sys.executable, "-c", DRIVER, hook, nodes.address, "run", str(recipe), "--address", nodes.address]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_driver_that_ends_leaves_no_orphan_and_the_next_one_continues(
-    lab: Any, ray_nodes: Any, faults: Any, undisturbed: tuple[Any, dict[str, str]], number: signal.Signals
+    lab: Any, ray_nodes: Any, faults: Any, undisturbed: tuple[Any, dict[str, str]], digests: Any, number: signal.Signals, drive: Any
 ) -> None:
     raw, wanted = undisturbed
     for shard in ("layers.0", "layers.4"):
         faults.set(shard, "wait")
-    process = drive(lab, ray_nodes, faults, "store", raw)
+    process = drive(ray_nodes.address, raw)
     try:
         for shard in ("layers.0", "layers.4"):
             faults.await_event(shard=shard)
@@ -200,7 +164,7 @@ def test_a_driver_that_ends_leaves_no_orphan_and_the_next_one_continues(
     assert json.loads(record.read_text())["state"] == ("running" if number == signal.SIGKILL else "interrupted")
     assert not digests(lab.folder / "store")
     if number == signal.SIGKILL:
-        again = drive(lab, ray_nodes, faults, "store", raw)
+        again = drive(ray_nodes.address, raw)
         output, _ = again.communicate(timeout=120)
         assert again.returncode == 0, output
         assert "there already" in output
