@@ -17,7 +17,20 @@ from rich.console import Console
 from rich.markup import escape
 
 from mmerge.manifests.errors import MmergeError, RecipeError
-from mmerge.pipeline.cli_cluster import DeadlineOption, ExclusiveOption, recorded
+from mmerge.pipeline.cli_cluster import (
+    CoresOption,
+    DeadlineOption,
+    ExclusiveOption,
+    MemoryOption,
+    NodesOption,
+    RatesOption,
+    ReadOption,
+    WriteOption,
+    print_simulation,
+    recorded,
+    simulate_plan,
+    simulation_to_json,
+)
 from mmerge.pipeline.cli_cluster import register as register_cluster_commands
 
 if TYPE_CHECKING:
@@ -101,15 +114,32 @@ def _make_plan(recipe: Path, block_entries: int | None) -> MergePlan:
 
 
 @app.command()
-def plan(recipe: RecipeArgument, as_json: JsonOption = False, block_entries: BlockOption = None) -> None:
+def plan(
+    recipe: RecipeArgument,
+    as_json: JsonOption = False,
+    block_entries: BlockOption = None,
+    nodes: NodesOption = None,
+    cores: CoresOption = 16,
+    read_gbps: ReadOption = 1.0,
+    write_gbps: WriteOption = 1.0,
+    node_memory: MemoryOption = None,
+    rates_from: RatesOption = None,
+) -> None:
     """Show what a run would read, write and hold in memory. Reads only safetensors headers."""
     from mmerge.pipeline.report import plan_to_json, print_plan
 
     made = _make_plan(recipe, block_entries)
+    simulation = None
+    if nodes is not None:
+        simulation = simulate_plan(
+            made, nodes=nodes, cores=cores, read_gbps=read_gbps, write_gbps=write_gbps, node_memory=node_memory, rates_from=rates_from
+        )
     if as_json:
-        print(json.dumps(plan_to_json(made), indent=2))
-    else:
-        print_plan(made, out)
+        print(json.dumps(plan_to_json(made) | ({"simulation": simulation_to_json(simulation)} if simulation else {}), indent=2))
+        return
+    print_plan(made, out)
+    if simulation:
+        print_simulation(simulation)
 
 
 @app.command()

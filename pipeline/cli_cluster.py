@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from mmerge.manifests.store import Store
     from mmerge.pipeline.plan import MergePlan
     from mmerge.pipeline.progress import Progress
+    from mmerge.pipeline.simulate import Simulation
     from mmerge.pipeline.status import RunStatus
     from mmerge.pipeline.submit import Job
 
@@ -48,6 +50,27 @@ AddressOption = Annotated[
         "--address",
         metavar="http://HEAD:8265",
         help="the cluster's dashboard; RAY_API_SERVER_ADDRESS or RAY_ADDRESS if absent",
+        show_default=False,
+    ),
+]
+NodesOption = Annotated[
+    int | None,
+    typer.Option("--nodes", min=1, help="simulate the run on so many nodes: time, limit, bytes and memory per node", show_default=False),
+]
+CoresOption = Annotated[int, typer.Option("--cores", min=1, help="cores per node, with --nodes")]
+ReadOption = Annotated[
+    float, typer.Option("--read-gbps", min=0.001, help="gigabytes (10⁹ bytes) per second that a node reads, with --nodes")
+]
+WriteOption = Annotated[float, typer.Option("--write-gbps", min=0.001, help="gigabytes per second that a node writes, with --nodes")]
+MemoryOption = Annotated[
+    float | None, typer.Option("--node-memory", metavar="GB", help="memory per node, with --nodes; no limit if absent", show_default=False)
+]
+RatesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--rates-from",
+        metavar="URI",
+        help="a composite whose last run measured bytes per second and core, with --nodes",
         show_default=False,
     ),
 ]
@@ -85,6 +108,49 @@ def recorded(plan: MergePlan, progress: Progress, *, exclusive: bool, metrics: b
 
             parts.append(MetricsProgress(plan.recipe.name))
         yield SeveralProgress(parts)
+
+
+def simulate_plan(
+    plan: MergePlan, *, nodes: int, cores: int, read_gbps: float, write_gbps: float, node_memory: float | None, rates_from: str | None
+) -> Simulation:
+    """Return the simulated run of a plan. Raises MmergeError where a node is too small, or no run was measured."""
+    from mmerge.manifests.reference import split_uri
+    from mmerge.manifests.store import open_store
+    from mmerge.pipeline.simulate import GB, Nodes, simulate
+    from mmerge.pipeline.status import to_rates
+
+    rates = None
+    if rates_from is not None:
+        store_uri, name = split_uri(rates_from)
+        rates = to_rates(_find_runs(open_store(store_uri), name, None)[-1])
+    memory = None if node_memory is None else round(node_memory * GB)
+    return simulate(plan, Nodes(nodes, cores, read_gbps * GB, write_gbps * GB, memory), rates=rates)
+
+
+def simulation_to_json(found: Simulation) -> dict[str, Any]:
+    """Return a simulation as JSON; seconds, bytes, bytes per second."""
+    return dataclasses.asdict(found)
+
+
+def print_simulation(found: Simulation) -> None:
+    """Print a simulation: wall time, what limits it, bytes and memory per node."""
+    from mmerge.pipeline.progress import to_size
+
+    nodes = found.nodes
+    out.print(f"\n[bold]on {nodes.num_nodes} nodes with {nodes.num_cores} cores[/] (simulated, nothing there already)", highlight=False)
+    out.print(f"  {found.seconds:.0f} s for {found.num_tasks} tasks; limited by {found.limit}", highlight=False)
+    out.print(
+        f"  a node reads at most {to_size(found.bytes_read_per_node)}, writes {to_size(found.bytes_written_per_node)}, "
+        f"needs {to_size(found.memory_per_node)} of memory",
+        highlight=False,
+    )
+    table = Table("phase", box=None, header_style="bold", pad_edge=False)
+    table.add_column("tasks", justify="right")
+    table.add_column("seconds", justify="right")
+    table.add_column("limited by")
+    for phase in found.phases:
+        table.add_row(phase.name, str(phase.num_tasks), f"{phase.seconds:.1f}", phase.limit)
+    out.print(table)
 
 
 def submit(

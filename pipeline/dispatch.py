@@ -158,9 +158,12 @@ class _Dispatch:
         # Overdue attempts do not count: those that hang must not keep the others from starting.
         return sum(not running.is_overdue for state in self.states.values() for running in state.running)
 
-    def _window(self) -> int:
+    def _num_slots(self) -> int:
         assert self.largest is not None
-        slots = max(1, self.cluster.num_slots(self.largest))
+        return max(1, self.cluster.num_slots(self.largest))
+
+    def _window(self) -> int:
+        slots = self._num_slots()
         # A few more than run at once: the next task is at its node when a core becomes free.
         return slots + max(1, slots // 8)
 
@@ -245,15 +248,16 @@ class _Dispatch:
         return max(self.policy.min_deadline_seconds, self.policy.deadline_factor * expected)
 
     def _due(self, running: _Running) -> float | None:
-        """Return when an attempt is given up; None while it waits in a queue that moves nowhere else either."""
+        """Return when an attempt is given up; None while it waits for a core that others have."""
         if running.is_overdue:
             return None
-        since = running.started
-        if since is None:
-            if self.last_start <= running.submitted:
-                return None
-            since = running.submitted
-        return since + self._deadline(running.attempt.task)
+        if running.started is not None:
+            return running.started + self._deadline(running.attempt.task)
+        is_stuck = self.last_start > running.submitted or self._num_at_work() < self._num_slots()
+        return running.submitted + self._deadline(running.attempt.task) if is_stuck else None
+
+    def _num_at_work(self) -> int:
+        return sum(running.started is not None for state in self.states.values() for running in state.running)
 
     def _seconds_to_next_deadline(self) -> float | None:
         due = [time for state in self.states.values() for running in state.running if (time := self._due(running)) is not None]
@@ -263,12 +267,16 @@ class _Dispatch:
         """Start a second attempt beside each one that is overdue: it may hang, or its node may be cut off and finish all the same."""
         now = self.cluster.now()
         for state in list(self.states.values()):
-            for running in state.running:
+            for running in list(state.running):
                 due = self._due(running)
-                if due is not None and due <= now:
-                    running.is_overdue = True
-                    if running.node:
-                        state.avoid.add(running.node)
+                if due is None or due > now:
+                    continue
+                if running.started is None:
+                    self._restart(state, running)
+                    continue
+                running.is_overdue = True
+                if running.node:
+                    state.avoid.add(running.node)
             if state.running and all(running.is_overdue for running in state.running) and state not in self.waiting:
                 if state.num_started >= self.policy.max_attempts:
                     seconds = self._deadline(state.task)
@@ -281,6 +289,14 @@ class _Dispatch:
                     )
                 else:
                     self.waiting.appendleft(state)
+
+    def _restart(self, state: _State, running: _Running) -> None:
+        """Hand a task out anew whose attempt never began though there is room: it went to a node that no longer answers."""
+        self.cluster.cancel(running.attempt)
+        state.running.remove(running)
+        state.num_started -= 1
+        if state not in self.waiting:
+            self.waiting.appendleft(state)
 
 
 def _place_of(task: Task) -> str:

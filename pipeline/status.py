@@ -25,6 +25,7 @@ from mmerge.manifests.digest import parse_json, to_canonical_json
 from mmerge.manifests.errors import AlreadyExists, ManifestError, MmergeError, NotFound, StoreError
 from mmerge.manifests.store import Store
 from mmerge.pipeline.progress import Progress
+from mmerge.pipeline.simulate import Rates
 from mmerge.workers.task import TaskResult
 
 HEARTBEAT_SECONDS = 5.0
@@ -168,6 +169,22 @@ def _await_death(store: Store, name: str, number: int, clock: Callable[[], float
             raise RunUnderWay(now)
         if now.state != "running":
             return
+
+
+def to_rates(status: RunStatus) -> Rates:
+    """Return the bytes per second and core of each phase that a run measured; the assumed ones where it computed nothing.
+
+    Raises:
+        ManifestError: the run computed nothing at all.
+    """
+    found = {name: phase.bytes_read / phase.seconds for name, phase in status.phases.items() if phase.bytes_read and phase.seconds}
+    if not found:
+        raise ManifestError(f"{status.name}: run {status.number} computed nothing, so it measured nothing. Name a run that did")
+    assumed = Rates()
+    return Rates(
+        survey=found.get("survey", assumed.survey), thresholds=found.get("thresholds"), merge=found.get("merge", assumed.merge),
+        carry=found.get("carry", assumed.carry),
+    )  # fmt: skip
 
 
 class RunRecord(Progress):

@@ -30,6 +30,7 @@ class ScriptedCluster:
     log: list[Attempt] = field(default_factory=list)
     cancelled: list[tuple[str, int]] = field(default_factory=list)
     pending: list[tuple[float, int, Event]] = field(default_factory=list)
+    swallowed: bool = False
     alive: int = 0
     most: int = 0
     _turn: Any = field(default_factory=itertools.count)
@@ -44,11 +45,15 @@ class ScriptedCluster:
         self.log.append(attempt)
         nodes = [f"n{index}" for index in range(self.num_nodes) if f"n{index}" not in attempt.avoid]
         node = attempt.prefer or nodes[next(self._turn) % len(nodes)]
+        if self.script.get((attempt.task.shard, attempt.number)) == "swallowed" and not self.swallowed:
+            self.swallowed = True
+            self.alive += 1
+            return
         self._add(0, Event(attempt, "started", node))
         self.alive += 1
         self.most = max(self.most, self.alive)
         end = self.script.get((attempt.task.shard, attempt.number), "finish")
-        if end == "finish":
+        if end in ("finish", "swallowed"):
             self._add(10, Event(attempt, "finished", node, result=TaskResult(attempt.task.shard, attempt.task.num_bytes, False, 10.0)))
         elif end == "late":
             self._add(95, Event(attempt, "finished", node, result=TaskResult(attempt.task.shard, attempt.task.num_bytes, False, 95.0)))
@@ -142,6 +147,17 @@ def test_a_task_that_always_hangs_fails_with_the_deadline_in_its_error() -> None
     found = run([make_task("a")], cluster, Policy(deadline_seconds=60))
     assert "shard a: 4 attempts took longer than the deadline of 60 s each" in str(found["a"])
     assert sorted(cluster.cancelled) == [("a", number) for number in range(1, 5)]
+
+
+def test_an_attempt_that_a_lost_node_swallowed_is_handed_out_anew_and_one_that_waits_for_a_core_is_left_alone() -> None:
+    cluster = ScriptedCluster({("a", 1): "swallowed"})
+    assert isinstance(run([make_task("a")], cluster, Policy(deadline_seconds=60))["a"], TaskResult)
+    assert cluster.clock == 70
+    assert [attempt.number for attempt in cluster.log] == [1, 1]
+    busy = ScriptedCluster({("a", 1): "swallowed", ("long", 1): "late"}, slots=1)
+    run([make_task("long", num_bytes=200), make_task("a")], busy, Policy(deadline_seconds=1000))
+    assert [attempt.task.shard for attempt in busy.log] == ["long", "a", "a"]
+    assert busy.clock >= 1000, "it was left alone while the only core was busy"
 
 
 def test_the_deadline_follows_what_the_others_took() -> None:

@@ -57,7 +57,7 @@ class Network:
 
     def start(self, number: int, temporary: str) -> None:
         where = (
-            ["--head", "--port=6379", "--num-cpus=0", f"--temp-dir={temporary}"]
+            ["--head", "--port=6379", "--num-cpus=0", "--include-dashboard=false", f"--temp-dir={temporary}"]
             if number == 1
             else ["--address=10.77.0.1:6379", "--num-cpus=2"]
         )
@@ -65,7 +65,6 @@ class Network:
             f"--node-ip-address=10.77.0.{number}",
             "--memory=4000000000",
             "--object-store-memory=100000000",
-            "--include-dashboard=false",
             "--block",
         ]
         command = [*self.enter(number), sys.executable, "-m", "ray.scripts.scripts", "start", *where, *common]
@@ -120,16 +119,17 @@ def test_a_node_cut_off_in_mid_task_costs_at_most_the_deadline_and_its_late_writ
     network: Network, lab: Any, undisturbed: tuple[Any, dict[str, str]], faults: Any, drive: Any, digests: Any
 ) -> None:
     raw, wanted = undisturbed
-    for shard in ("layers.1", "layers.4"):
-        faults.set(shard, "wait")
+    faults.set("layers.1", "wait")
     process = drive("10.77.0.1:6379", raw, options=["--task-deadline", str(DEADLINE)], prefix=network.enter(1))
     try:
         held = faults.await_event(shard="layers.1", seconds=120)
-        other = faults.await_event(shard="layers.4", seconds=120)
         number = int(held["address"].rpartition(".")[2])
         network.set_link(number, "down")
         cut = time.time()
-        output, _ = process.communicate(timeout=DEADLINE * 2 + 60)
+        try:
+            output, _ = process.communicate(timeout=DEADLINE * 2 + 20)
+        except subprocess.TimeoutExpired as error:
+            pytest.fail(f"the build hangs: {(error.output or b'')[-3000:].decode()}")
         took = time.time() - cut
     finally:
         process.kill()
@@ -140,10 +140,8 @@ def test_a_node_cut_off_in_mid_task_costs_at_most_the_deadline_and_its_late_writ
     assert second["time"] - cut <= DEADLINE + 5
     print(f"cut off at 0 s: second attempt after {second['time'] - cut:.1f} s, build ended after {took:.1f} s")  # noqa: T201
     # The lost node is still alive on its side, and ends its old attempt now: same names, same bytes.
-    lost = [event for event in (held, other) if event["address"] == held["address"]]
     faults.release()
-    for event in lost:
-        faults.await_end_of(event)
+    faults.await_end_of(held)
     assert digests(lab.folder / "store") == wanted
     network.set_link(number, "up")
     time.sleep(3)
