@@ -203,7 +203,7 @@ def jobs(address: AddressOption = None, as_json: JsonOption = False) -> None:
     """List the builds among the jobs of a Ray cluster."""
     from mmerge.pipeline.submit import Jobs
 
-    found = Jobs(address).list()
+    found = Jobs(address).list_builds()
     if as_json:
         print(json.dumps([vars(job) for job in found], indent=2))
         return

@@ -33,7 +33,8 @@ class Progress(Protocol):
         """One shard failed."""
 
     def name_build(self, build: str) -> None:
-        """The digest of the build is known from here on."""
+        """The digest of the build is known from here on; ignored unless a class says otherwise."""
+        return
 
 
 class SeveralProgress(Progress):

@@ -77,7 +77,7 @@ class Simulation:
     seconds: float
     phases: tuple[SimulatedPhase, ...]
     limit: Limit
-    """What most core-seconds are lost to."""
+    """What the nodes wait for most of the time."""
     bytes_read_per_node: int
     bytes_written_per_node: int
     memory_per_node: int
@@ -209,10 +209,14 @@ class SimulatedCluster(Cluster):
 
     def _pass_time(self, machine: _Node) -> None:
         passed = self._clock - machine.since
+        if not machine.jobs:
+            self.lost["too few shards"] += passed
+        has_idle_cores = len(machine.jobs) < self.nodes.num_cores
         for job, speed in zip(machine.jobs, machine.speeds, strict=False):
             job.left -= speed * passed
-            self.lost[self._limit_of(job, len(machine.jobs))] += passed
-        self.lost["too few shards"] += passed * (self.nodes.num_cores - len(machine.jobs))
+            limit = self._limit_of(job, len(machine.jobs))
+            # A core is no limit while others of the node have nothing to do.
+            self.lost["too few shards" if limit == "cores" and has_idle_cores else limit] += passed / len(machine.jobs)
         machine.since = self._clock
 
     def _plan(self, index: int) -> None:

@@ -100,7 +100,7 @@ class Jobs:
                 f"{self.address}: no dashboard answers ({_first_line(error)}). Give its address: --address http://HEAD:8265"
             ) from error
 
-    def list(self) -> list[Job]:
+    def list_builds(self) -> list[Job]:
         """Return all builds among the cluster's jobs, the oldest first."""
         found = [job for info in self._client.list_jobs() if (job := _to_job(info)) is not None]
         return sorted(found, key=lambda job: job.started or 0.0)
@@ -134,7 +134,7 @@ class Jobs:
         text = to_absolute(recipe_path, recipe)
         prefix = f"mmerge-{recipe.name}-{digest_json(text)[:SHOWN_DIGITS]}"
         while True:
-            earlier = [job for job in self.list() if job.id.rpartition("-")[0] == prefix]
+            earlier = [job for job in self.list_builds() if job.id.rpartition("-")[0] == prefix]
             alive = next((job for job in earlier if job.is_alive), None)
             if alive is not None:
                 if if_running == "fail":
