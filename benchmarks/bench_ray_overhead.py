@@ -98,6 +98,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=None, help="where the checkpoints go; a temporary folder if absent")
     parser.add_argument("--forecast", action="store_true")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # as in a Ray worker: one core against one core
 
     from mmerge.pipeline import make_plan, read_recipe
     from mmerge.pipeline.executor import RayExecutor, SerialExecutor
