@@ -282,7 +282,7 @@ def faults(script: Faults) -> Faults:
 
 
 @pytest.fixture(scope="module")
-def ray_nodes() -> Iterator[RayNodes]:
-    nodes = RayNodes(num_nodes=3, dashboard=True)
+def ray_nodes(request: pytest.FixtureRequest) -> Iterator[RayNodes]:
+    nodes = RayNodes(num_nodes=getattr(request.module, "NUM_NODES", 3), dashboard=True)
     yield nodes
     nodes.close()

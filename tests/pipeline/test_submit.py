@@ -19,6 +19,8 @@ from mmerge.manifests.errors import MmergeError, RecipeError
 from mmerge.pipeline import read_recipe
 from mmerge.pipeline.submit import Jobs, make_wheel, to_absolute, to_exit_code
 
+NUM_NODES = 1  # every job starts workers of its own, and each of those takes seconds to start
+
 
 def mmerge(*arguments: str, timeout: float = 180) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "mmerge.pipeline.cli", *arguments]
