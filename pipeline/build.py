@@ -208,6 +208,7 @@ class Builder:
         named = {**records, "version": VERSION, "base": records["base"].model_dump(mode="json")}
         named["experts"] = [expert.model_dump(mode="json") for expert in records["experts"]]
         build = digest_json({**named, "objects": digests})
+        self.progress.name_build(build)
         uri = f"{self.store.uri}#{self.recipe.name}"
         if not self.fresh and self.store.exists(manifest_key(build)):
             manifest = read_manifest(self.store, build)

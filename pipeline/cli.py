@@ -5,17 +5,34 @@ from __future__ import annotations
 import json
 import logging
 import re
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from mmerge.manifests.errors import MmergeError, RecipeError
+from mmerge.pipeline.cli_cluster import (
+    CoresOption,
+    DeadlineOption,
+    ExclusiveOption,
+    MemoryOption,
+    NodesOption,
+    RatesOption,
+    ReadOption,
+    WriteOption,
+    print_simulation,
+    recorded,
+    simulate_plan,
+    simulation_to_json,
+)
+from mmerge.pipeline.cli_cluster import register as register_cluster_commands
 from mmerge.pipeline.cli_store import register as register_store_commands
 
 if TYPE_CHECKING:
@@ -71,11 +88,21 @@ def _print_version(value: bool) -> None:
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error, and debug messages")] = False,
+    log_format: Annotated[
+        str, typer.Option("--log-format", metavar="text|json", help="lines for people, or JSON objects for collectors")
+    ] = "text",
     version: Annotated[bool, typer.Option("--version", help="print the version and exit", callback=_print_version, is_eager=True)] = False,
 ) -> None:
     global _debug
     _debug = debug
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    if log_format == "json":
+        from mmerge.pipeline.progress import JsonFormatter
+
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(JsonFormatter())
+    elif log_format != "text":
+        raise RecipeError(f"--log-format: expected 'text' or 'json', got {log_format!r}")
     logging.getLogger("mmerge").setLevel(logging.DEBUG if debug else logging.INFO)
     for noisy in ("httpx", "transformers", "filelock", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -106,6 +133,12 @@ def plan(
     block_entries: BlockOption = None,
     reuse: Annotated[bool, typer.Option("--reuse/--no-reuse", help="say which shards a run would compute, and why")] = True,
     survey: Annotated[bool, typer.Option("--survey", help="read inputs that changed, so that nothing stays unknown")] = False,
+    nodes: NodesOption = None,
+    cores: CoresOption = 16,
+    read_gbps: ReadOption = 1.0,
+    write_gbps: WriteOption = 1.0,
+    node_memory: MemoryOption = None,
+    rates_from: RatesOption = None,
 ) -> None:
     """Show what a run would read, write and hold in memory, and which shards it would compute. Reads headers and the store."""
     from mmerge.pipeline.cli_store import print_forecast
@@ -113,13 +146,22 @@ def plan(
     from mmerge.pipeline.report import plan_to_json, print_plan
 
     made = _make_plan(recipe, block_entries)
+    simulation = None
+    if nodes is not None:
+        simulation = simulate_plan(
+            made, nodes=nodes, cores=cores, read_gbps=read_gbps, write_gbps=write_gbps, node_memory=node_memory, rates_from=rates_from
+        )
     found = make_forecast(made, survey=survey) if reuse or survey else None
     if as_json:
-        print(json.dumps(plan_to_json(made) | ({"forecast": forecast_to_json(found)} if found else {}), indent=2))
+        more = {"forecast": forecast_to_json(found)} if found else {}
+        more |= {"simulation": simulation_to_json(simulation)} if simulation else {}
+        print(json.dumps(plan_to_json(made) | more, indent=2))
         return
     print_plan(made, out)
     if found:
         print_forecast(found)
+    if simulation:
+        print_simulation(simulation)
 
 
 @app.command()
@@ -145,22 +187,30 @@ def run(
         ),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="compute everything again, whatever the store has")] = False,
+    exclusive: ExclusiveOption = False,
+    task_deadline: DeadlineOption = None,
     block_entries: BlockOption = None,
 ) -> None:
     """Build the composite of a recipe. A killed run continues; a second run of the same recipe does nothing and says so."""
     from mmerge.pipeline.build import run as run_plan
-    from mmerge.pipeline.executor import open_executor
+    from mmerge.pipeline.executor import ExecutorName, open_executor
     from mmerge.pipeline.report import print_run
+    from mmerge.pipeline.status import RunUnderWay
 
     if executor not in ("ray", "serial"):
         raise RecipeError(f"--executor: expected 'ray' or 'serial', got {executor!r}")
     memory_bytes = _parse_size(memory) if memory is not None else None
     made = _make_plan(recipe, block_entries, memory_bytes)
-    name: Literal["serial", "ray"] = "serial" if executor == "serial" else "ray"
-    where = open_executor(name, address=address, num_workers=workers, memory_bytes=memory_bytes, peak_bytes=made.peak_bytes)
+    name: ExecutorName = "serial" if executor == "serial" else "ray"
+    where = open_executor(
+        name, address=address, num_workers=workers, memory_bytes=memory_bytes, peak_bytes=made.peak_bytes, deadline_seconds=task_deadline
+    )
     try:
-        with _progress() as progress:
+        with _progress() as shown, recorded(made, shown, exclusive=exclusive, metrics=name == "ray") as progress:
             report = run_plan(made, executor=where, progress=progress, fresh=fresh)
+    except RunUnderWay as other:
+        out.print(f"[yellow]nothing done[/]: {escape(str(other))}", highlight=False)
+        return
     finally:
         where.close()
     print_run(report, out)
@@ -354,10 +404,21 @@ def schema() -> None:
 
 
 register_store_commands(app)
+register_cluster_commands(app)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which a scheduler or `ray job stop` sends: ends like Ctrl-C, with another exit code."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise Terminated
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         result: Any = app(arguments, standalone_mode=False)
         code = result if isinstance(result, int) else 0
@@ -366,16 +427,19 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         err.print(f"[red]error:[/] {escape(str(error))}", highlight=False)
         code = 1
-    except KeyboardInterrupt:
-        err.print("[yellow]interrupted[/]: finished shards are kept; give the same command again to continue")
-        code = 130
-    except (typer.Abort, EOFError):
-        code = 130
+    except (KeyboardInterrupt, typer.Abort, EOFError) as stop:
+        code = _report_interrupt(stop)
     except typer.Exit as stop:
-        code = stop.exit_code
+        # The command line's library turns Ctrl-C into an exit.
+        code = _report_interrupt(stop.__cause__) if isinstance(stop.__cause__, KeyboardInterrupt) else stop.exit_code
     except Exception as error:  # noqa: BLE001 - the last door: one line to the user, the traceback with --debug
         code = _report_unknown(error)
     sys.exit(code)
+
+
+def _report_interrupt(error: BaseException) -> int:
+    err.print("[yellow]interrupted[/]: finished shards are kept; give the same command again to continue")
+    return 143 if isinstance(error, Terminated) or isinstance(error.__cause__, Terminated) else 130
 
 
 def _report_unknown(error: Exception) -> int:

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import deque
+import signal
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any, Literal, Protocol
 
 from typing_extensions import override
 
-from mmerge.manifests.errors import MmergeError, StoreError
+from mmerge.manifests.errors import AlreadyExists, MmergeError, NotFound, StoreError
+from mmerge.pipeline.dispatch import Attempt, Event, Policy, Resources, dispatch
+from mmerge.pipeline.dispatch import Outcome as Outcome
 from mmerge.pipeline.memory import PROCESS_BYTES
 from mmerge.pipeline.threads import num_cores, run_in_threads
-from mmerge.workers.task import Task, TaskResult
+from mmerge.workers.task import Task
 
 ExecutorName = Literal["serial", "ray"]
-Outcome = tuple[Task, TaskResult | Exception]
+
+NODES_SECONDS = 2.0
+"""How long a list of the cluster's nodes is used before it is taken again: nodes come and go while a build runs."""
 
 
 class Executor(Protocol):
@@ -49,10 +55,12 @@ class SerialExecutor(Executor):
 class RayExecutor(Executor):
     """Runs tasks on a Ray cluster: the one at `address`, or a local one that it starts and ends."""
 
-    def __init__(self, *, address: str | None = None, num_workers: int | None = None) -> None:
+    def __init__(self, *, address: str | None = None, num_workers: int | None = None, policy: Policy | None = None) -> None:
         self.address = address or os.environ.get("RAY_ADDRESS")
         self.num_workers = num_workers
+        self.policy = policy or Policy()
         self._started = False
+        self._nodes: dict[str, str] = {}
 
     @override
     def run(self, tasks: Sequence[Task], store_uri: str) -> Iterator[Outcome]:
@@ -62,33 +70,7 @@ class RayExecutor(Executor):
             raise StoreError(f"{store_uri}: other processes cannot see it. Use --executor serial, or another 'output'")
         self._start()
         self._check_memory(tasks)
-        yield from self._drain(deque(tasks), store_uri)
-
-    def _drain(self, waiting: deque[Task], store_uri: str) -> Iterator[Outcome]:
-        import ray
-
-        from mmerge.workers.ray_tasks import run_task_remote
-
-        in_flight: dict[Any, Task] = {}
-        try:
-            while waiting or in_flight:
-                while waiting and len(in_flight) < self._window():
-                    task = waiting.popleft()
-                    remote = run_task_remote.options(num_cpus=1, memory=task.peak_bytes, scheduling_strategy="SPREAD", max_retries=3)
-                    in_flight[remote.remote(task, store_uri)] = task
-                done, _ = ray.wait(list(in_flight), num_returns=1)
-                for reference in done:
-                    yield in_flight.pop(reference), _fetch(reference)
-        finally:
-            # Reached with tasks in flight only on an error or Ctrl-C: leave no orphan behind.
-            for reference in in_flight:
-                with suppress(Exception):
-                    ray.cancel(reference, force=True)
-
-    def _window(self) -> int:
-        import ray
-
-        return 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+        yield from dispatch(tasks, RayCluster(store_uri), policy=self.policy, nodes=self._nodes)
 
     def _start(self) -> None:
         if self._started:
@@ -98,6 +80,8 @@ class RayExecutor(Executor):
         import ray
 
         if not ray.is_initialized():
+            is_main = threading.current_thread() is threading.main_thread()
+            handler = signal.getsignal(signal.SIGTERM) if is_main else None
             try:
                 if self.address:
                     ray.init(address=self.address, logging_level=logging.ERROR, log_to_driver=False)
@@ -115,6 +99,8 @@ class RayExecutor(Executor):
                 where = self.address or "a local Ray"
                 first = str(error).strip().splitlines()[0]
                 raise MmergeError(f"{where}: cannot be reached ({first}). Check --address, or run with --executor serial") from error
+            if handler is not None:
+                signal.signal(signal.SIGTERM, handler)  # Ray puts one of its own there, which would skip our clean end
             self._started = True
 
     def _check_memory(self, tasks: Sequence[Task]) -> None:
@@ -137,21 +123,145 @@ class RayExecutor(Executor):
             self._started = False
 
 
-def _fetch(reference: Any) -> TaskResult | Exception:
-    import ray
+class RayCluster:
+    """The nodes of the Ray cluster that this process is connected to, for `dispatch`."""
 
-    try:
-        result: TaskResult = ray.get(reference)
-        return result
-    except ray.exceptions.RayTaskError as error:
+    def __init__(self, store_uri: str) -> None:
+        self.store_uri = store_uri
+        self._attempts: dict[Any, Attempt] = {}
+        self._places: dict[Any, str] = {}
+        self._nodes: list[dict[str, Any]] = []
+        self._counted = -NODES_SECONDS
+
+    def now(self) -> float:
+        """Return seconds of a monotonic clock."""
+        return time.monotonic()
+
+    def num_slots(self, resources: Resources) -> int:
+        """Return how many attempts of this size the nodes alive can run at once."""
+        wanted = {"CPU": resources.num_cpus, "GPU": resources.num_gpus, "memory": float(resources.memory)}
+        return sum(
+            int(min(node["Resources"].get(name, 0) // amount for name, amount in wanted.items() if amount)) for node in self._alive_nodes()
+        )
+
+    def start(self, attempt: Attempt) -> None:
+        """Hand an attempt to Ray: beside warm caches if it has any, elsewhere than its predecessors, else on the emptiest node."""
+        from mmerge.workers.ray_tasks import run_task_remote
+
+        resources = attempt.resources
+        options: dict[str, Any] = {
+            "num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus, "memory": self._limit_memory(resources.memory),
+            "scheduling_strategy": "SPREAD", "name": f"{attempt.task.shard} (attempt {attempt.number})",
+        }  # fmt: skip
+        others = [node["NodeID"] for node in self._alive_nodes() if node["NodeID"] not in attempt.avoid and _fits(node, resources)]
+        if attempt.avoid and others:
+            options["label_selector"] = {"ray.io/node-id": f"!in({','.join(sorted(attempt.avoid))})"}
+        elif attempt.prefer in others:
+            from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+            # Soft, and elsewhere while that node is busy: a warm cache is worth less than a free core.
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(attempt.prefer, soft=True, _spill_on_unavailable=True)
+        self._attempts[run_task_remote.options(**options).remote(attempt.task, self.store_uri)] = attempt
+
+    def wait(self, timeout: float | None) -> list[Event]:
+        """Return what happened since the last call, at least one event unless `timeout` seconds pass."""
+        import ray
+
+        if not self._attempts:
+            time.sleep(timeout or 0)
+            return []
+        end = None if timeout is None else self.now() + timeout
+        while True:
+            left = NODES_SECONDS if end is None else min(NODES_SECONDS, max(0.0, end - self.now()))
+            ready, _ = ray.wait(list(self._attempts), num_returns=1, timeout=left, fetch_local=False)
+            events = [self._read(stream) for stream in ready] or self._lose_dead_nodes()
+            if events or (end is not None and self.now() >= end):
+                return events
+
+    def cancel(self, attempt: Attempt) -> None:
+        """End an attempt with its process; a node that cannot be reached ends it when it hears of it, if ever."""
+        for stream in [stream for stream, found in self._attempts.items() if found is attempt]:
+            self._drop(stream)
+
+    def _drop(self, stream: Any) -> Attempt:
+        import ray
+
+        self._places.pop(stream, None)
+        with suppress(Exception):
+            ray.cancel(stream, force=True)
+        return self._attempts.pop(stream)
+
+    def _lose_dead_nodes(self) -> list[Event]:
+        """Return the attempts on nodes that are gone: after the end of a raylet Ray waits for its workers, which may live on and hang."""
+        alive = {node["NodeID"] for node in self._alive_nodes()}
+        lost = [(stream, node) for stream, node in self._places.items() if node not in alive]
+        return [Event(self._drop(stream), "lost", node, error=MmergeError(f"node {node[:12]} is gone")) for stream, node in lost]
+
+    def _alive_nodes(self) -> list[dict[str, Any]]:
+        import ray
+
+        if self.now() - self._counted > NODES_SECONDS:
+            self._nodes = [node for node in ray.nodes() if node["Alive"]]
+            self._counted = self.now()
+        return self._nodes
+
+    def _limit_memory(self, memory: int) -> int:
+        """Return what to ask for: never more than the largest node has, or the attempt would wait for ever."""
+        return int(min(memory, max((node["Resources"].get("memory", memory) for node in self._alive_nodes()), default=memory)))
+
+    def _read(self, stream: Any) -> Event:
+        """Return the next event of an attempt's stream: its node, then its result or its end."""
+        import ray
+
+        try:
+            value = ray.get(next(stream))
+        except StopIteration:
+            event = Event(self._attempts[stream], "lost", error=MmergeError("it ended without a result"))
+        except Exception as error:  # noqa: BLE001 - sorted out below; nothing but Ray's and the task's own errors comes here
+            event = _to_event(self._attempts[stream], error, ray.exceptions)
+        else:
+            if isinstance(value, str):
+                self._places[stream] = value
+                return Event(self._attempts[stream], "started", node=value)
+            event = Event(self._attempts[stream], "finished", result=value)
+        del self._attempts[stream]
+        self._places.pop(stream, None)
+        return event
+
+
+def _fits(node: dict[str, Any], resources: Resources) -> bool:
+    found = node["Resources"]
+    return bool(found.get("CPU", 0) >= resources.num_cpus and found.get("GPU", 0) >= resources.num_gpus)
+
+
+def _to_event(attempt: Attempt, error: Exception, exceptions: Any) -> Event:
+    """Return what an attempt's error means: the task's own fault, or its process, node or memory taken away."""
+    if isinstance(error, exceptions.OutOfMemoryError):
+        return Event(attempt, "lost", error=MmergeError(_first_line(error)), out_of_memory=True)
+    if isinstance(error, exceptions.RayTaskError):
         cause = error.cause
-        return cause if isinstance(cause, MmergeError) else MmergeError(f"a task failed with {type(cause).__name__}: {cause}")
-    except ray.exceptions.RayError as error:
-        return MmergeError(f"a task was lost: {str(error).strip().splitlines()[0]}. Run the same command again: finished shards are kept")
+        if isinstance(cause, StoreError) and not isinstance(cause, (NotFound, AlreadyExists)) and attempt.number == 1:
+            return Event(attempt, "lost", error=cause)
+        if isinstance(cause, MmergeError):
+            return Event(attempt, "failed", error=cause)
+        return Event(attempt, "failed", error=MmergeError(f"shard {attempt.task.shard}: {type(cause).__name__}: {cause}"))
+    if isinstance(error, exceptions.RayError):
+        return Event(attempt, "lost", error=MmergeError(_first_line(error)))
+    return Event(attempt, "failed", error=error)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def open_executor(
-    name: ExecutorName, *, address: str | None = None, num_workers: int | None = None, memory_bytes: int | None = None, peak_bytes: int = 0
+    name: ExecutorName,
+    *,
+    address: str | None = None,
+    num_workers: int | None = None,
+    memory_bytes: int | None = None,
+    peak_bytes: int = 0,
+    deadline_seconds: float | None = None,
 ) -> Executor:
     """Return the executor of that name; nothing is started before it has a task.
 
@@ -161,13 +271,15 @@ def open_executor(
         num_workers: tasks at once on this machine.
         memory_bytes: what all processes of this machine together may take.
         peak_bytes: of the plan's largest task.
+        deadline_seconds: after which an attempt on Ray is given up and made elsewhere; from the task's size if absent.
     """
     if address and memory_bytes is not None:
         raise MmergeError("--memory has no effect with --address: a cluster's nodes say themselves what they offer. Leave one of them out")
     if name == "serial":
-        if address:
-            raise MmergeError("--address has no effect with --executor serial. Leave one of them out")
+        for option, value in (("--address", address), ("--task-deadline", deadline_seconds)):
+            if value is not None:
+                raise MmergeError(f"{option} has no effect with --executor serial. Leave one of them out")
         return SerialExecutor(num_threads=num_workers, memory_bytes=None if memory_bytes is None else memory_bytes - PROCESS_BYTES)
     if memory_bytes is not None:
         num_workers = min(num_workers or num_cores(), max(memory_bytes // (PROCESS_BYTES + peak_bytes), 1))
-    return RayExecutor(address=address, num_workers=num_workers)
+    return RayExecutor(address=address, num_workers=num_workers, policy=Policy(deadline_seconds=deadline_seconds))

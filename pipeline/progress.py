@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Sequence
+from datetime import datetime, timezone
 from types import TracebackType
 from typing import Protocol
 
@@ -11,6 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRem
 from rich.progress import Progress as RichBars
 from typing_extensions import override
 
+from mmerge.manifests.digest import SHOWN_DIGITS
 from mmerge.workers.task import TaskResult
 
 log = logging.getLogger("mmerge.run")
@@ -28,25 +32,82 @@ class Progress(Protocol):
     def fail(self, phase: str, shard: str, error: Exception) -> None:
         """One shard failed."""
 
+    def name_build(self, build: str) -> None:
+        """The digest of the build is known from here on; ignored unless a class says otherwise."""
+        return
 
-class LogProgress(Progress):
-    """One event per line, for logs and files."""
+
+class SeveralProgress(Progress):
+    """Passes everything on to several others."""
+
+    def __init__(self, parts: Sequence[Progress]) -> None:
+        self._parts = tuple(parts)
 
     @override
     def begin(self, phase: str, *, num_bytes: int, num_tasks: int, num_reused: int) -> None:
-        log.info("%s: %d shards, %d there already, %s to read", phase, num_tasks + num_reused, num_reused, to_size(num_bytes))
+        for part in self._parts:
+            part.begin(phase, num_bytes=num_bytes, num_tasks=num_tasks, num_reused=num_reused)
 
     @override
     def advance(self, phase: str, result: TaskResult) -> None:
-        if result.reused:
-            log.info("%s %s: there already", phase, result.shard)
-            return
-        speed = to_size(round(result.num_bytes / max(result.seconds, 1e-6)))
-        log.info("%s %s: %s in %.2f s (%s/s)", phase, result.shard, to_size(result.num_bytes), result.seconds, speed)
+        for part in self._parts:
+            part.advance(phase, result)
 
     @override
     def fail(self, phase: str, shard: str, error: Exception) -> None:
-        log.error("%s %s: failed: %s", phase, shard, error)
+        for part in self._parts:
+            part.fail(phase, shard, error)
+
+    @override
+    def name_build(self, build: str) -> None:
+        for part in self._parts:
+            part.name_build(build)
+
+
+class JsonFormatter(logging.Formatter):
+    """A log record as one JSON object on one line: time, level, logger, message, and what `extra` holds under `fields`."""
+
+    @override
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
+        event = {"time": time, "level": record.levelname, "logger": record.name, "message": record.getMessage()}
+        event |= getattr(record, "fields", {})
+        if record.exc_info:
+            event["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(event, ensure_ascii=False, default=str)
+
+
+class LogProgress(Progress):
+    """One event per line, for logs and files; with phase, shard and build as fields for `JsonFormatter`."""
+
+    def __init__(self) -> None:
+        self._build: str | None = None
+
+    def _extra(self, phase: str, **fields: object) -> dict[str, dict[str, object]]:
+        return {"fields": {"phase": phase, "build": self._build, **fields}}
+
+    @override
+    def begin(self, phase: str, *, num_bytes: int, num_tasks: int, num_reused: int) -> None:
+        extra = self._extra(phase, num_tasks=num_tasks, num_reused=num_reused, num_bytes=num_bytes)
+        log.info("%s: %d shards, %d there already, %s to read", phase, num_tasks + num_reused, num_reused, to_size(num_bytes), extra=extra)
+
+    @override
+    def advance(self, phase: str, result: TaskResult) -> None:
+        extra = self._extra(phase, shard=result.shard, num_bytes=result.num_bytes, seconds=result.seconds, reused=result.reused)
+        if result.reused:
+            log.info("%s %s: there already", phase, result.shard, extra=extra)
+            return
+        speed = to_size(round(result.num_bytes / max(result.seconds, 1e-6)))
+        log.info("%s %s: %s in %.2f s (%s/s)", phase, result.shard, to_size(result.num_bytes), result.seconds, speed, extra=extra)
+
+    @override
+    def fail(self, phase: str, shard: str, error: Exception) -> None:
+        log.error("%s %s: failed: %s", phase, shard, error, extra=self._extra(phase, shard=shard))
+
+    @override
+    def name_build(self, build: str) -> None:
+        self._build = build
+        log.info("build %s", build[:SHOWN_DIGITS], extra={"fields": {"build": build}})
 
 
 class BarProgress(Progress):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import ray
 import torch
 
@@ -9,8 +11,12 @@ from mmerge.workers.run_task import run_task
 from mmerge.workers.task import Task, TaskResult
 
 
-@ray.remote  # type: ignore[untyped-decorator]  # ray is taken as Any
-def run_task_remote(task: Task, store_uri: str) -> TaskResult:
-    """Run one task in a Ray worker, one thread: Ray places one task per core."""
+@ray.remote(num_returns="streaming", max_retries=0)  # type: ignore[untyped-decorator]  # ray is taken as Any
+def run_task_remote(task: Task, store_uri: str) -> Iterator[str | TaskResult]:
+    """Yield the node's id when the task begins, then its result. One thread: Ray places one task per core.
+
+    Ray itself repeats nothing: the driver knows of every attempt, and decides on another one.
+    """
     torch.set_num_threads(1)
-    return run_task(task, store_uri)
+    yield ray.get_runtime_context().get_node_id()
+    yield run_task(task, store_uri)

@@ -144,6 +144,8 @@ class Method(ABC):
     kind: ClassVar[Kind]
     source: ClassVar[str]
     """The publication or program that defines the arithmetic."""
+    num_gpus: ClassVar[float] = 0
+    """The share of a GPU that a worker of this method takes."""
     parameters_model: ClassVar[type[Parameters]] = Parameters
     """Keys that a recipe may have at its top level."""
     expert_parameters_model: ClassVar[type[Parameters]] = Parameters

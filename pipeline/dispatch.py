@@ -1,0 +1,304 @@
+"""When which task is started: large ones first, a bounded number at once, a deadline each, another attempt elsewhere.
+
+Pure decisions over a `Cluster`: the Ray executor gives it a real one, the simulator one with a clock of its own.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from mmerge.manifests.errors import MmergeError
+from mmerge.workers.methods import METHODS
+from mmerge.workers.task import MergeTask, Task, TaskResult
+
+Outcome = tuple[Task, TaskResult | Exception]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one attempt takes of its node; memory in bytes."""
+
+    num_cpus: float
+    num_gpus: float
+    memory: int
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a task."""
+
+    task: Task
+    number: int
+    """1 for the first."""
+    resources: Resources
+    avoid: frozenset[str] = frozenset()
+    """Nodes where an earlier attempt hangs or was lost."""
+    prefer: str | None = None
+    """The node that read this shard before: its page cache and its downloads are warm."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something happened to an attempt.
+
+    `started` on `node`; `finished` with a result; `failed` with the task's own error; `lost` when its process, its node or its
+    memory was taken away, or the store could not be reached: another attempt may succeed.
+    """
+
+    attempt: Attempt
+    kind: Literal["started", "finished", "failed", "lost"]
+    node: str = ""
+    result: TaskResult | None = None
+    error: Exception | None = None
+    out_of_memory: bool = False
+
+
+class Cluster(Protocol):
+    """Where attempts run."""
+
+    def now(self) -> float:
+        """Return seconds on the cluster's clock."""
+
+    def num_slots(self, resources: Resources) -> int:
+        """Return how many attempts of this size the nodes alive can run at once."""
+
+    def start(self, attempt: Attempt) -> None:
+        """Start an attempt, or queue it where no node is free."""
+
+    def wait(self, timeout: float | None) -> list[Event]:
+        """Return what happened, at least one event unless `timeout` seconds pass."""
+
+    def cancel(self, attempt: Attempt) -> None:
+        """End an attempt; no further event of it is reported."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The numbers of the schedule. None of them has an effect on the result."""
+
+    deadline_seconds: float | None = None
+    """What one attempt may take; estimated from the tasks that have ended if None."""
+    min_deadline_seconds: float = 60.0
+    deadline_factor: float = 6.0
+    """How much slower than its peers an attempt may be."""
+    slowest_bytes_per_second: float = 10e6
+    """Assumed while no task has ended."""
+    max_attempts: int = 4
+
+
+def resources_of(task: Task) -> Resources:
+    """Return what a task takes: one core, its `peak_bytes`, and the share of a GPU that its method wants."""
+    num_gpus = METHODS[task.method].num_gpus if isinstance(task, MergeTask) else 0.0
+    return Resources(num_cpus=1, num_gpus=num_gpus, memory=task.peak_bytes)
+
+
+def dispatch(tasks: Sequence[Task], cluster: Cluster, *, policy: Policy, nodes: dict[str, str] | None = None) -> Iterator[Outcome]:
+    """Yield each task with its result, or the error that it ended with, as they end.
+
+    Args:
+        tasks: whose only effect is on the store, so that two attempts of one of them may run side by side.
+        cluster: where they run.
+        policy: deadlines and attempts.
+        nodes: which node read which shard; used to find warm caches, and filled for the phases that follow.
+    """
+    yield from _Dispatch(tasks, cluster, policy, nodes if nodes is not None else {}).run()
+
+
+@dataclass
+class _State:
+    """What is known of one unfinished task."""
+
+    task: Task
+    num_started: int = 0
+    memory: int = 0
+    avoid: set[str] = field(default_factory=set)
+    running: list[_Running] = field(default_factory=list)
+
+
+@dataclass
+class _Running:
+    attempt: Attempt
+    submitted: float
+    started: float | None = None
+    node: str = ""
+    is_overdue: bool = False
+
+
+class _Dispatch:
+    def __init__(self, tasks: Sequence[Task], cluster: Cluster, policy: Policy, nodes: dict[str, str]) -> None:
+        self.cluster, self.policy, self.nodes = cluster, policy, nodes
+        # Large ones first: a large task that starts last would run alone at the end.
+        ordered = sorted(tasks, key=lambda task: -task.num_bytes)
+        self.states = {id(task): _State(task, memory=task.peak_bytes) for task in ordered}
+        self.waiting: deque[_State] = deque(self.states.values())
+        self.largest = max((resources_of(task) for task in tasks), key=lambda found: (found.num_gpus, found.memory), default=None)
+        self.rates: list[float] = []
+        self.last_start = 0.0
+
+    def run(self) -> Iterator[Outcome]:
+        try:
+            while self.states:
+                self._start_waiting()
+                for event in self.cluster.wait(self._seconds_to_next_deadline()):
+                    outcome = self._take(event)
+                    if outcome is not None:
+                        yield outcome
+                yield from self._check_deadlines()
+        finally:
+            # Attempts are left only after an error, Ctrl-C, or a task that another attempt finished: leave no orphan behind.
+            for state in self.states.values():
+                for running in state.running:
+                    self.cluster.cancel(running.attempt)
+
+    def _num_running(self) -> int:
+        # Overdue attempts do not count: those that hang must not keep the others from starting.
+        return sum(not running.is_overdue for state in self.states.values() for running in state.running)
+
+    def _num_slots(self) -> int:
+        assert self.largest is not None
+        return max(1, self.cluster.num_slots(self.largest))
+
+    def _window(self) -> int:
+        slots = self._num_slots()
+        # A few more than run at once: the next task is at its node when a core becomes free.
+        return slots + max(1, slots // 8)
+
+    def _start_waiting(self) -> None:
+        if not self.waiting:
+            return
+        free = self._window() - self._num_running()
+        while self.waiting and free > 0:
+            self._start(self.waiting.popleft())
+            free -= 1
+
+    def _start(self, state: _State) -> None:
+        state.num_started += 1
+        known = self.nodes.get(_place_of(state.task))
+        resources = resources_of(state.task)
+        attempt = Attempt(
+            task=state.task,
+            number=state.num_started,
+            resources=Resources(resources.num_cpus, resources.num_gpus, state.memory),
+            avoid=frozenset(state.avoid),
+            prefer=known if known not in state.avoid else None,
+        )
+        state.running.append(_Running(attempt, submitted=self.cluster.now()))
+        self.cluster.start(attempt)
+
+    def _take(self, event: Event) -> Outcome | None:
+        state = self.states.get(id(event.attempt.task))
+        running = next((found for found in state.running if found.attempt is event.attempt), None) if state else None
+        if state is None or running is None:
+            return None  # another attempt was first: this one wrote the same bytes under the same names
+        if event.kind == "started":
+            running.started = self.last_start = self.cluster.now()
+            running.node = event.node
+            return None
+        state.running.remove(running)
+        if event.kind == "finished" and event.result is not None:
+            self._learn(running, event.result)
+            return self._finish(state, event.result)
+        if event.kind == "failed" and event.error is not None:
+            return self._finish(state, event.error)
+        return self._lose(state, running, event)
+
+    def _learn(self, running: _Running, result: TaskResult) -> None:
+        self.nodes[_place_of(running.attempt.task)] = running.node
+        if result.num_bytes and running.started is not None:
+            self.rates.append(result.num_bytes / max(self.cluster.now() - running.started, 1e-3))
+
+    def _finish(self, state: _State, outcome: TaskResult | Exception) -> Outcome:
+        for other in state.running:
+            self.cluster.cancel(other.attempt)
+        if state in self.waiting:
+            self.waiting.remove(state)
+        del self.states[id(state.task)]
+        return state.task, outcome
+
+    def _lose(self, state: _State, running: _Running, event: Event) -> Outcome | None:
+        if running.node:
+            state.avoid.add(running.node)
+        if event.out_of_memory:
+            state.memory *= 2  # what stands in the plan is a bound; a node that others use as well needs more distance
+        if state.running or state in self.waiting:
+            return None
+        if state.num_started >= self.policy.max_attempts:
+            reason = str(event.error) or "no reason given"
+            return self._finish(
+                state,
+                MmergeError(
+                    f"shard {state.task.shard}: {state.num_started} attempts were lost, the last one: {reason}. "
+                    "Run the same command again: finished shards are kept"
+                ),
+            )
+        self.waiting.appendleft(state)
+        return None
+
+    def _deadline(self, task: Task) -> float:
+        """Return the seconds that an attempt of this task may take."""
+        if self.policy.deadline_seconds is not None:
+            return self.policy.deadline_seconds
+        if not self.rates:
+            return self.policy.min_deadline_seconds + task.num_bytes / self.policy.slowest_bytes_per_second
+        expected = task.num_bytes / statistics.median(self.rates[-64:])
+        return max(self.policy.min_deadline_seconds, self.policy.deadline_factor * expected)
+
+    def _due(self, running: _Running) -> float | None:
+        """Return when an attempt is given up; None while it waits for a core that others have."""
+        if running.is_overdue:
+            return None
+        if running.started is not None:
+            return running.started + self._deadline(running.attempt.task)
+        is_stuck = self.last_start > running.submitted or self._num_at_work() < self._num_slots()
+        return running.submitted + self._deadline(running.attempt.task) if is_stuck else None
+
+    def _num_at_work(self) -> int:
+        return sum(running.started is not None for state in self.states.values() for running in state.running)
+
+    def _seconds_to_next_deadline(self) -> float | None:
+        due = [time for state in self.states.values() for running in state.running if (time := self._due(running)) is not None]
+        return max(0.0, min(due) - self.cluster.now()) if due else None
+
+    def _check_deadlines(self) -> Iterator[Outcome]:
+        """Start a second attempt beside each one that is overdue: it may hang, or its node may be cut off and finish all the same."""
+        now = self.cluster.now()
+        for state in list(self.states.values()):
+            for running in list(state.running):
+                due = self._due(running)
+                if due is None or due > now:
+                    continue
+                if running.started is None:
+                    self._restart(state, running)
+                    continue
+                running.is_overdue = True
+                if running.node:
+                    state.avoid.add(running.node)
+            if state.running and all(running.is_overdue for running in state.running) and state not in self.waiting:
+                if state.num_started >= self.policy.max_attempts:
+                    seconds = self._deadline(state.task)
+                    yield self._finish(
+                        state,
+                        MmergeError(
+                            f"shard {state.task.shard}: {state.num_started} attempts took longer than the deadline of {seconds:.0f} s each. "
+                            "Raise it with --task-deadline, or look for a node or store that hangs"
+                        ),
+                    )
+                else:
+                    self.waiting.appendleft(state)
+
+    def _restart(self, state: _State, running: _Running) -> None:
+        """Hand a task out anew whose attempt never began though there is room: it went to a node that no longer answers."""
+        self.cluster.cancel(running.attempt)
+        state.running.remove(running)
+        state.num_started -= 1
+        if state not in self.waiting:
+            self.waiting.appendleft(state)
+
+
+def _place_of(task: Task) -> str:
+    """Return what names the bytes that a task reads: the base's copy of a layer is read by the layer's merge as well."""
+    return task.shard.removeprefix("base/")

@@ -1,0 +1,109 @@
+"""A composite behind HTTP, as a Ray Serve application: what `infra/kubernetes/base/service` runs.
+
+A request is JSON: `{"question": "…", "media": [{"kind": "image", "data": "<base64 of a file>"}], "max_new_tokens": 64}`; the answer is
+`{"answer": "…", "build": "…"}`, or with status 400 `{"error": "…"}`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from ray import serve
+
+from mmerge.manifests.errors import MmergeError, PromptError
+from mmerge.workers.load import load_composite
+from mmerge.workers.prompt import Part
+
+
+class Arguments(BaseModel):
+    """What `args` of the application may hold."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    uri: str
+    """The composite: STORE#NAME, resolved once when a replica starts."""
+    device: str = "cpu"
+    expert: str | None = None
+    """Rebuild this expert alone, instead of routing by modality."""
+
+
+class Medium(BaseModel):
+    """One file of a request."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: str
+    data: str
+
+
+class Question(BaseModel):
+    """One request."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    question: str = ""
+    media: list[Medium] = Field(default_factory=list)
+    max_new_tokens: int = Field(64, ge=1, le=4096)
+
+
+class Answerer:
+    """A loaded composite that answers requests; knows nothing of Ray."""
+
+    def __init__(self, arguments: Arguments) -> None:
+        mode: Any = "retention" if arguments.expert else "expansion"
+        self._composite = load_composite(arguments.uri, mode=mode, expert=arguments.expert, device=arguments.device)
+
+    def answer(self, raw: object) -> dict[str, str]:
+        """Return the answer to a request. Raises PromptError when it cannot be understood or answered."""
+        try:
+            asked = Question.model_validate(raw)
+        except ValidationError as error:
+            raise PromptError("; ".join(f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors())) from None
+        with tempfile.TemporaryDirectory() as folder:
+            parts = [_to_part(medium, Path(folder) / str(index)) for index, medium in enumerate(asked.media)]
+            prompt = self._composite.prompt(asked.question, parts)
+            text = self._composite.generate(prompt, max_new_tokens=asked.max_new_tokens)
+        return {"answer": text, "build": self._composite.manifest.build}
+
+
+def _to_part(medium: Medium, path: Path) -> Part:
+    try:
+        path.write_bytes(base64.b64decode(medium.data, validate=True))
+    except binascii.Error as error:
+        raise PromptError(f"media: {medium.kind} is not base64 ({error})") from None
+    return Part(medium.kind, path)
+
+
+@serve.deployment
+class CompositeServer:
+    """One replica: answers one request at a time."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self._answerer = Answerer(Arguments.model_validate(arguments))
+        self._turn = asyncio.Lock()
+
+    async def __call__(self, request: Any) -> Any:
+        """Return the answer as JSON."""
+        from starlette.responses import JSONResponse
+
+        try:
+            raw = await request.json()
+        except ValueError:
+            return JSONResponse({"error": "the body is not JSON"}, status_code=400)
+        try:
+            async with self._turn:
+                return JSONResponse(await asyncio.to_thread(self._answerer.answer, raw))
+        except MmergeError as error:
+            return JSONResponse({"error": str(error)}, status_code=400)
+
+
+def make_app(args: dict[str, Any]) -> Any:
+    """Return the application. Raises ValidationError when `args` do not fit `Arguments`, before a replica starts."""
+    deployment: Any = CompositeServer  # what the decorator makes of the class
+    return deployment.bind(Arguments.model_validate(args).model_dump())

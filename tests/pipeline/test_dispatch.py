@@ -1,0 +1,258 @@
+"""The scheduler over simulated nodes: order, window, deadlines, attempts; and forecasts that follow from arithmetic."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+
+from mmerge.manifests.errors import MmergeError, NonFiniteError
+from mmerge.pipeline import make_plan, read_recipe
+from mmerge.pipeline.dispatch import Attempt, Event, Policy, Resources, dispatch, resources_of
+from mmerge.pipeline.simulate import Nodes, Rates, SimulatedCluster, SimulatedTask, simulate
+from mmerge.workers.task import TaskResult
+
+
+def make_task(shard: str, num_bytes: int = 100, peak_bytes: int = 10) -> Any:
+    return SimulatedTask(shard, num_bytes, peak_bytes, bytes_out=0, rate=10.0)
+
+
+@dataclass
+class ScriptedCluster:
+    """Every attempt takes ten seconds on the next node in turn, unless the script has another end for its shard and number."""
+
+    script: dict[tuple[str, int], str] = field(default_factory=dict)
+    slots: int = 4
+    num_nodes: int = 3
+    clock: float = 0.0
+    log: list[Attempt] = field(default_factory=list)
+    cancelled: list[tuple[str, int]] = field(default_factory=list)
+    pending: list[tuple[float, int, Event]] = field(default_factory=list)
+    swallowed: bool = False
+    alive: int = 0
+    most: int = 0
+    _turn: Any = field(default_factory=itertools.count)
+
+    def now(self) -> float:
+        return self.clock
+
+    def num_slots(self, resources: Resources) -> int:
+        return self.slots
+
+    def start(self, attempt: Attempt) -> None:
+        self.log.append(attempt)
+        nodes = [f"n{index}" for index in range(self.num_nodes) if f"n{index}" not in attempt.avoid]
+        node = attempt.prefer or nodes[next(self._turn) % len(nodes)]
+        if self.script.get((attempt.task.shard, attempt.number)) == "swallowed" and not self.swallowed:
+            self.swallowed = True
+            self.alive += 1
+            return
+        self._add(0, Event(attempt, "started", node))
+        self.alive += 1
+        self.most = max(self.most, self.alive)
+        end = self.script.get((attempt.task.shard, attempt.number), "finish")
+        if end in ("finish", "swallowed"):
+            self._add(10, Event(attempt, "finished", node, result=TaskResult(attempt.task.shard, attempt.task.num_bytes, False, 10.0)))
+        elif end == "late":
+            self._add(95, Event(attempt, "finished", node, result=TaskResult(attempt.task.shard, attempt.task.num_bytes, False, 95.0)))
+        elif end == "oom":
+            self._add(5, Event(attempt, "lost", node, error=MmergeError("memory"), out_of_memory=True))
+        elif end == "lost":
+            self._add(5, Event(attempt, "lost", node, error=MmergeError("worker died")))
+        elif end == "bad":
+            self._add(5, Event(attempt, "failed", node, error=NonFiniteError("NaN at [0]")))
+
+    def _add(self, seconds: float, event: Event) -> None:
+        self.pending.append((self.clock + seconds, next(self._turn), event))
+        self.pending.sort(key=lambda found: found[:2])
+
+    def cancel(self, attempt: Attempt) -> None:
+        self.cancelled.append((attempt.task.shard, attempt.number))
+        self.alive -= 1
+        self.pending = [found for found in self.pending if found[2].attempt is not attempt]
+
+    def wait(self, timeout: float | None) -> list[Event]:
+        if not self.pending or (timeout is not None and self.pending[0][0] > self.clock + timeout):
+            assert timeout is not None, "the scheduler waits for ever"
+            self.clock += timeout
+            return []
+        self.clock, _, event = self.pending.pop(0)
+        self.alive -= event.kind != "started"
+        return [event]
+
+
+def run(tasks: list[Any], cluster: Any, policy: Policy | None = None, nodes: dict[str, str] | None = None) -> dict[str, Any]:
+    return {task.shard: outcome for task, outcome in dispatch(tasks, cluster, policy=policy or Policy(), nodes=nodes)}
+
+
+def test_large_tasks_start_first_and_few_are_in_flight() -> None:
+    cluster = ScriptedCluster(slots=4)
+    found = run([make_task(f"s{size}", num_bytes=size) for size in range(1, 41)], cluster)
+    assert len(found) == 40
+    assert [attempt.task.num_bytes for attempt in cluster.log] == list(range(40, 0, -1))
+    assert cluster.most == 5, "as many as run at once, and one more"
+
+
+def test_a_lost_attempt_is_repeated_elsewhere_and_one_that_is_lost_each_time_fails_with_its_reason() -> None:
+    cluster = ScriptedCluster({("a", 1): "lost", **{("b", number): "lost" for number in range(1, 9)}}, num_nodes=9)
+    found = run([make_task("a"), make_task("b"), make_task("c")], cluster)
+    assert isinstance(found["a"], TaskResult)
+    assert isinstance(found["b"], MmergeError)
+    assert "shard b: 4 attempts were lost, the last one: MmergeError: worker died" in str(found["b"])
+    first, second = (attempt for attempt in cluster.log if attempt.task.shard == "a")
+    assert not first.avoid
+    assert len(second.avoid) == 1
+
+
+def test_an_attempt_that_ran_out_of_memory_gets_twice_as_much() -> None:
+    cluster = ScriptedCluster({("a", 1): "oom", ("a", 2): "oom"})
+    assert isinstance(run([make_task("a", peak_bytes=10)], cluster)["a"], TaskResult)
+    assert [attempt.resources.memory for attempt in cluster.log] == [10, 20, 40]
+
+
+def test_a_tasks_own_error_is_final_and_the_others_go_on() -> None:
+    cluster = ScriptedCluster({("a", 1): "bad"})
+    found = run([make_task("a"), make_task("b")], cluster)
+    assert isinstance(found["a"], NonFiniteError)
+    assert isinstance(found["b"], TaskResult)
+    assert [attempt.task.shard for attempt in cluster.log] == ["a", "b"]
+
+
+def test_a_hanging_attempt_gets_a_second_beside_it_and_the_first_to_end_counts() -> None:
+    cluster = ScriptedCluster({("a", 1): "hang"})
+    found = run([make_task("a")], cluster, Policy(deadline_seconds=60))
+    assert isinstance(found["a"], TaskResult)
+    assert cluster.clock == 70, "the deadline and one task"
+    assert cluster.cancelled == [("a", 1)]
+    assert cluster.log[1].avoid == {"n0"}
+
+
+def test_an_overdue_attempt_that_ends_first_after_all_counts_and_the_other_is_ended() -> None:
+    cluster = ScriptedCluster({("a", 1): "late", ("a", 2): "hang"})
+    found = run([make_task("a")], cluster, Policy(deadline_seconds=60))
+    assert found["a"].seconds == 95.0
+    assert cluster.cancelled == [("a", 2)]
+
+
+def test_hanging_attempts_do_not_hold_up_the_others() -> None:
+    cluster = ScriptedCluster({(f"h{index}", 1): "hang" for index in range(5)}, slots=4)
+    found = run([make_task(f"h{index}", num_bytes=200) for index in range(5)] + [make_task("x")], cluster, Policy(deadline_seconds=60))
+    assert all(isinstance(outcome, TaskResult) for outcome in found.values())
+
+
+def test_a_task_that_always_hangs_fails_with_the_deadline_in_its_error() -> None:
+    cluster = ScriptedCluster({("a", number): "hang" for number in range(1, 9)}, num_nodes=9)
+    found = run([make_task("a")], cluster, Policy(deadline_seconds=60))
+    assert "shard a: 4 attempts took longer than the deadline of 60 s each" in str(found["a"])
+    assert sorted(cluster.cancelled) == [("a", number) for number in range(1, 5)]
+
+
+def test_an_attempt_that_a_lost_node_swallowed_is_handed_out_anew_and_one_that_waits_for_a_core_is_left_alone() -> None:
+    cluster = ScriptedCluster({("a", 1): "swallowed"})
+    assert isinstance(run([make_task("a")], cluster, Policy(deadline_seconds=60))["a"], TaskResult)
+    assert cluster.clock == 70
+    assert [attempt.number for attempt in cluster.log] == [1, 1]
+    busy = ScriptedCluster({("a", 1): "swallowed", ("long", 1): "late"}, slots=1)
+    run([make_task("long", num_bytes=200), make_task("a")], busy, Policy(deadline_seconds=1000))
+    assert [attempt.task.shard for attempt in busy.log] == ["long", "a", "a"]
+    assert busy.clock >= 1000, "it was left alone while the only core was busy"
+
+
+def test_the_deadline_follows_what_the_others_took() -> None:
+    cluster = ScriptedCluster({("slow", 1): "hang"}, slots=8)
+    run([make_task(f"s{index}", num_bytes=300) for index in range(6)] + [make_task("slow", num_bytes=600)], cluster)
+    second = next(attempt for attempt in cluster.log if attempt.number == 2)
+    assert second.task.shard == "slow"
+    assert cluster.clock == pytest.approx(6 * 20 + 10), "six times what its bytes take elsewhere, then one task"
+
+
+def test_the_base_copy_and_the_merge_of_a_layer_prefer_the_node_that_read_it() -> None:
+    nodes: dict[str, str] = {}
+    run([make_task("layers.0"), make_task("layers.1")], ScriptedCluster(), nodes=nodes)
+    later = ScriptedCluster()
+    run([make_task("layers.0"), make_task("base/layers.1"), make_task("carry/x")], later, nodes=nodes)
+    assert [(attempt.task.shard, attempt.prefer) for attempt in later.log] == [
+        ("layers.0", nodes["layers.0"]),
+        ("base/layers.1", nodes["layers.1"]),
+        ("carry/x", None),
+    ]
+
+
+def test_leaving_early_cancels_what_runs() -> None:
+    cluster = ScriptedCluster()
+    outcomes = dispatch([make_task(f"s{index}") for index in range(10)], cluster, policy=Policy())
+    next(outcomes)
+    outcomes.close()
+    assert len(cluster.cancelled) == cluster.most - 1
+    assert cluster.alive == 0
+
+
+def test_a_task_takes_its_peak_and_the_gpu_share_that_its_method_wants(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmerge.workers.methods import METHODS
+
+    plan = make_plan(read_recipe(lab.write_recipe(lab.make_all())))
+    tasks: list[Any] = []
+
+    class Watching:
+        def run(self, given: Any, store_uri: str) -> Any:
+            from mmerge.pipeline.executor import SerialExecutor
+
+            tasks.extend(given)
+            return SerialExecutor().run(given, store_uri)
+
+        def close(self) -> None: ...
+
+    from mmerge.pipeline import run as run_plan
+
+    run_plan(plan, executor=Watching())
+    merge = next(task for task in tasks if type(task).__name__ == "MergeTask")
+    assert resources_of(merge) == Resources(num_cpus=1, num_gpus=0, memory=merge.peak_bytes)
+    monkeypatch.setattr(type(METHODS["mmer"]), "num_gpus", 0.5)
+    assert resources_of(merge).num_gpus == 0.5
+    assert resources_of(tasks[0]).num_gpus == 0
+
+
+@pytest.mark.parametrize(
+    ("nodes", "seconds", "limit"),
+    [
+        (Nodes(1, 1, 1e9, 1e9), 80.0, "cores"),
+        (Nodes(2, 2, 1e9, 1e9), 20.0, "cores"),
+        (Nodes(2, 2, 5.0, 1e9), 80.0, "reading"),
+        (Nodes(20, 1, 1e9, 1e9), 10.0, "too few shards"),
+    ],
+)
+def test_simulated_time_is_that_of_arithmetic(nodes: Nodes, seconds: float, limit: str) -> None:
+    cluster = SimulatedCluster(nodes, task_seconds=0)
+    run([make_task(f"s{index}") for index in range(8)], cluster, Policy(deadline_seconds=float("inf")))
+    cluster.settle()
+    assert cluster.now() == pytest.approx(seconds)
+    assert max(cluster.lost, key=lambda found: cluster.lost[found]) == limit  # type: ignore[call-overload]
+
+
+def test_memory_bounds_how_many_tasks_a_node_runs_at_once() -> None:
+    cluster = SimulatedCluster(Nodes(1, 8, 1e9, 1e9, memory=25), task_seconds=0)
+    run([make_task(f"s{index}", peak_bytes=10) for index in range(8)], cluster, Policy(deadline_seconds=float("inf")))
+    assert cluster.machines[0].peak_memory == 20
+    assert cluster.now() == pytest.approx(40.0)
+
+
+def test_a_forecast_counts_every_byte_that_the_plan_reads_and_writes_and_halves_with_twice_the_nodes(lab: Any) -> None:
+    lab.config |= {"num_hidden_layers": 16}
+    plan = make_plan(read_recipe(lab.write_recipe(lab.make_all())))
+    rates = Rates(survey=1e5, merge=1e5, carry=1e5, task_seconds=0, phase_seconds=0)
+    one = simulate(plan, Nodes(1, 1, 1e12, 1e12), rates=rates)
+    copied = sum(shard.num_bytes for shard in plan.copy_shards)
+    merged = sum(shard.bytes_in for shard in plan.merge_shards)
+    assert one.bytes_read_per_node == plan.bytes_in + merged + copied
+    assert one.bytes_written_per_node == plan.bytes_out
+    assert one.seconds == pytest.approx((plan.bytes_in + merged + copied) / 1e5)
+    assert one.limit == "cores"
+    assert one.memory_per_node == plan.peak_bytes
+    two = simulate(plan, Nodes(2, 1, 1e12, 1e12), rates=rates)
+    assert one.seconds / 2 <= two.seconds < one.seconds / 1.7
+    assert simulate(plan, Nodes(1, 1, 1e12, 100.0), rates=rates).limit == "writing"
+    assert simulate(plan, Nodes(256, 32, 1e12, 1e12), rates=rates).limit == "too few shards"
+    with pytest.raises(MmergeError, match="a node has"):
+        simulate(plan, replace(one.nodes, memory=1000), rates=rates)
