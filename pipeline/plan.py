@@ -259,7 +259,7 @@ def _make_merge_shards(layout: Layout, recipe: Recipe, dtype: str, working: Work
             task
             for name in names
             for task in _make_tensor_tasks(
-                by_name[name], max_bytes, method.granularity_of(name, by_name[name].base.spec.shape, *parameters)
+                by_name[name], min(max_bytes, MAX_PIECE_BYTES), method.granularity_of(name, by_name[name].base.spec.shape, *parameters)
             )
         ]
         # A piece of a tensor is a shard of its own: within an object each tensor has one name.
