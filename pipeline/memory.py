@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 from mmerge.manifests.errors import RecipeError
 from mmerge.manifests.header import DTYPE_BYTES
-from mmerge.manifests.store import WRITER_BUFFER_BYTES, WRITER_CONCURRENCY, is_local
+from mmerge.manifests.store import WRITER_BUFFER_BYTES, WRITER_CONCURRENCY
 from mmerge.workers.blocks import entries_at_once, num_columns
-from mmerge.workers.checkpoint import LowRankSource
+from mmerge.workers.checkpoint import LowRankSource, ahead_bytes
 from mmerge.workers.fast_paths import FAST_PATHS
 from mmerge.workers.histograms import survey_bytes
-from mmerge.workers.inputs import remote_bytes
 from mmerge.workers.low_rank import TILE_ROWS
 from mmerge.workers.masks import packed_bytes
 from mmerge.workers.methods.interface import Granularity, Method
@@ -52,10 +51,9 @@ def merge_peak_bytes(tensors: Sequence[TensorTask], working: Working) -> int:
     blocks = max(_block_bytes(tensor, num_experts, working) for tensor in tensors)
     masks = num_masks * max(packed_bytes(tensor.num_entries) for tensor in tensors)
     survey = survey_bytes([tensor.num_entries for tensor in tensors], num_experts=num_experts)
-    is_remote = any(not is_local(source.uri) for tensor in tensors for source in (tensor.base, *tensor.experts))
-    remote = remote_bytes(num_experts + 1) if is_remote else 0
+    ahead = max(ahead_bytes((tensor.base, *tensor.experts)) for tensor in tensors)
     forming = max(_forming_bytes(tensor, working.block_entries) for tensor in tensors)
-    return max(blocks + masks, survey) + forming + remote + WRITER_BYTES + WORKER_BYTES
+    return max(blocks + masks, survey) + forming + ahead + WRITER_BYTES + WORKER_BYTES
 
 
 def _block_bytes(tensor: TensorTask, num_experts: int, working: Working) -> int:
