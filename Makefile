@@ -37,8 +37,12 @@ check: $(STAMP)  ## ruff, formatting, and mypy on a plain install
 	$(BIN)/ruff format --check .
 	$(BIN)/python benchmarks/check_types.py
 
-bench: $(STAMP)  ## measure a build of a synthetic checkpoint: time, memory, input per second
-	$(BIN)/python benchmarks/bench_build.py
+SHAPE ?= 1.1b
+
+bench: $(STAMP) $(PEERS)/.installed  ## measure builds beside mergekit, kernels, and start-up: docs/benchmarks.md, build/bench.json
+	$(BIN)/python benchmarks/bench_start.py
+	$(BIN)/python benchmarks/bench_kernels.py
+	$(BIN)/python benchmarks/bench_build.py --shape $(SHAPE) --peers $(PEERS)
 
 bench-peers: $(STAMP) $(PEERS)/.installed  ## run the same YAML with mergekit, in an environment of its own, and compare: docs/peer-equality.md
 	$(BIN)/python benchmarks/peer_equality.py --mergekit $(PEERS)/bin/mergekit-yaml --table docs/peer-equality.md

@@ -82,14 +82,19 @@ def main() -> None:
             row["speedup"] = peer.wall_s / found.wall_s
         rows.append(row)
         _print(row, floor_s)
+        _write_report(options.out, options.shape, shape.num_bytes * 4, rows)
     if "mmer_model" in (options.methods or OURS):
         for change in ("mask_scale", "density"):
             again = run_again("mmer_model", paths, work, change)
             rows.append(_row(f"mmer_model, another {change}", again[0], shape.num_bytes * 4) | {"bytes_read": again[1]})
             _print(rows[-1], floor_s)
-    report = {"shape": options.shape, "input_bytes": shape.num_bytes * 4, "machine": _machine(), "load": os.getloadavg(), "rows": rows}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=2))
+    _write_report(options.out, options.shape, shape.num_bytes * 4, rows)
+
+
+def _write_report(path: Path, shape: str, input_bytes: int, rows: list[dict[str, Any]]) -> None:
+    report = {"shape": shape, "input_bytes": input_bytes, "machine": _machine(), "load": os.getloadavg(), "rows": rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2))
 
 
 def _parse() -> argparse.Namespace:
