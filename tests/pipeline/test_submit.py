@@ -97,7 +97,7 @@ def test_a_submitted_build_streams_its_log_and_ends_with_the_drivers_exit_code(l
 
 @pytest.mark.ray
 def test_two_submits_of_one_recipe_are_one_job_and_a_stopped_job_leaves_no_orphan(lab: Any, ray_nodes: Any) -> None:
-    lab.config |= {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 128, "num_hidden_layers": 4, "vocab_size": 2000}
+    lab.config |= {"num_hidden_layers": 6}
     recipe = lab.write_recipe(lab.make_all())
     jobs = Jobs(ray_nodes.dashboard)
     first, is_new = jobs.submit(recipe, options=["--block-entries", "65536"])
