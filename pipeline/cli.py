@@ -44,15 +44,16 @@ HELP = """Merge multimodal LLM experts into one composite model, without trainin
 You have a base LLM and several experts tuned from it, one for images, one for audio, one for video. Write a *recipe* that names
 them, then:
 
-    mmerge plan recipe.yaml          what will be read, written and held in memory
-    mmerge run recipe.yaml           merge, on this machine or on a Ray cluster
-    mmerge show build/store          what was built, and how much of each expert is kept
-    mmerge verify build/store        re-read everything and compare digests
-    mmerge diff build/store#a@1 build/store#a@2    what changed between builds ('log' lists them)
-    mmerge gc build/store            what no live build needs; --delete deletes it
-    mmerge copy build/store s3://bucket/merges     a build into another store
-    mmerge generate build/store --image a.png --audio b.wav "What do these share?"
-    mmerge export build/store --expert image --to DIR     an ordinary checkpoint for transformers
+    mmerge plan recipe.yaml       what is read, written and held in memory
+    mmerge run recipe.yaml        merge, here or on a Ray cluster
+    mmerge submit recipe.yaml     the same as a job of a Ray cluster
+    mmerge show STORE             what was built; how much each expert keeps
+    mmerge verify STORE           re-read everything and compare digests
+    mmerge generate STORE --image a.png --audio b.wav "What do they share?"
+    mmerge export STORE --expert image --to DIR     for transformers
+    mmerge diff STORE#a@1 STORE#a@2     what changed ('log' lists builds)
+    mmerge gc STORE               what no live build needs
+    mmerge copy STORE s3://bucket/merges     a build into another store
 
 A composite is addressed as STORE, or as STORE#NAME, STORE#NAME@3 or STORE#DIGEST where a store holds several.
 A run that was killed continues when the same command is given again.

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from mmerge.manifests.errors import MmergeError
-from mmerge.workers.methods import METHODS
 from mmerge.workers.task import MergeTask, Task, TaskResult
 
 Outcome = tuple[Task, TaskResult | Exception]
@@ -91,9 +90,9 @@ class Policy:
 
 
 def resources_of(task: Task) -> Resources:
-    """Return what a task takes: one core, its `peak_bytes`, and the share of a GPU that its method wants."""
-    num_gpus = METHODS[task.method].num_gpus if isinstance(task, MergeTask) else 0.0
-    return Resources(num_cpus=1, num_gpus=num_gpus, memory=task.peak_bytes)
+    """Return what a task takes: one core, its `peak_bytes`, and a GPU where the recipe says `device: cuda`."""
+    on_gpu = isinstance(task, MergeTask) and any(numbers.parameters.get("device") == "cuda" for numbers in task.numbers)
+    return Resources(num_cpus=1, num_gpus=1.0 if on_gpu else 0.0, memory=task.peak_bytes)
 
 
 def dispatch(tasks: Sequence[Task], cluster: Cluster, *, policy: Policy, nodes: dict[str, str] | None = None) -> Iterator[Outcome]:

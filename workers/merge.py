@@ -14,6 +14,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from mmerge.manifests.entry import ObjectEntry, ShardEntry, TensorRow, TensorStatistics, object_key, read_entry, write_entry
+from mmerge.manifests.errors import RecipeError
 from mmerge.manifests.header import DTYPE_BYTES, TensorSpec, make_header
 from mmerge.manifests.store import ObjectWriter, Store
 from mmerge.workers.blocks import entries_at_once, read_blocks
@@ -184,8 +185,11 @@ class _TensorMerger:
 
     def _merge_by_method(self, reader: InputReader, masks: NDArray[np.uint8]) -> Iterator[memoryview]:
         position = 0
+        device = getattr(self.parameters, "device", "cpu") if self.tensor.granularity == "tensor" else "cpu"
+        if device == "cuda" and not torch.cuda.is_available():
+            raise RecipeError("device: this machine has no CUDA device for 'cuda'. Run where there is one, or take 'device' out")
         for block in self._read_blocks(reader):
-            merged = self.method.merge_block(block, self.parameters, self.experts)
+            merged = self.method.merge_block(block if device == "cpu" else block.to_device(device), self.parameters, self.experts)
             if self.method.kind == "masks":
                 self.tally.add(block, merged)
             for row, mask in zip(masks, merged.masks, strict=True):

@@ -189,10 +189,8 @@ def test_leaving_early_cancels_what_runs() -> None:
     assert cluster.alive == 0
 
 
-def test_a_task_takes_its_peak_and_the_gpu_share_that_its_method_wants(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mmerge.workers.methods import METHODS
-
-    plan = make_plan(read_recipe(lab.write_recipe(lab.make_all())))
+def test_a_task_takes_its_peak_and_a_gpu_where_the_recipe_says_so(lab: Any) -> None:
+    plan = make_plan(read_recipe(lab.write_recipe(lab.make_all() | {"method": "tsv"})))
     tasks: list[Any] = []
 
     class Watching:
@@ -209,8 +207,8 @@ def test_a_task_takes_its_peak_and_the_gpu_share_that_its_method_wants(lab: Any,
     run_plan(plan, executor=Watching())
     merge = next(task for task in tasks if type(task).__name__ == "MergeTask")
     assert resources_of(merge) == Resources(num_cpus=1, num_gpus=0, memory=merge.peak_bytes)
-    monkeypatch.setattr(type(METHODS["mmer"]), "num_gpus", 0.5)
-    assert resources_of(merge).num_gpus == 0.5
+    numbers = tuple(replace(found, parameters=found.parameters | {"device": "cuda"}) for found in merge.numbers)
+    assert resources_of(replace(merge, numbers=numbers)).num_gpus == 1
     assert resources_of(tasks[0]).num_gpus == 0
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmerge.manifests.errors import CheckpointError, RecipeError
+from mmerge.manifests.errors import CheckpointError, MmergeError, RecipeError
 from mmerge.pipeline import make_plan, parse_recipe, read_recipe, run
 from mmerge.pipeline.executor import RayExecutor
 from mmerge.workers.reader import BuildReader
@@ -229,3 +229,21 @@ def test_only_matrices_are_held_whole_in_memory(lab: Any) -> None:
     assert held["model.embed_tokens.weight"] == "entry"
     assert held["model.layers.0.mlp.up_proj.weight"] == "tensor"
     assert all(len(shard.tensors) == 1 for shard in plan.merge_shards)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_refused(lab: Any) -> None:
+    with pytest.raises(MmergeError, match="this machine has no CUDA device for 'cuda'"):
+        run(make_plan(read_recipe(lab.write_recipe(lab.make_all() | {"method": "tsv", "device": "cuda"}))))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", ["tsv", "iso_c", "wudi", "optmerge", "swudi", "aswudi"])
+def test_a_gpu_merges_matrices_as_the_cpu_does(lab: Any, method: str) -> None:
+    raw = lab.make_all() | {"method": method, "dtype": "float32"}
+    builds = [run(make_plan(read_recipe(lab.write_recipe(raw | {"output": device, "device": device})))).build for device in ("cpu", "cuda")]
+    assert builds[0] != builds[1], "the device is part of what a build is"
+    cpu, cuda = (BuildReader(str(lab.folder / device)) for device in ("cpu", "cuda"))
+    for name in lab.base:
+        torch.testing.assert_close(cuda.read(name, "merged"), cpu.read(name, "merged"), rtol=1e-3, atol=1e-4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -114,6 +114,10 @@ class Block:
     known: Known = field(default_factory=dict)
     """What the method's stages found for this tensor."""
 
+    def to_device(self, device: str) -> Block:
+        """Return the block on a device."""
+        return replace(self, base=self.base.to(device), experts=[expert.to(device) for expert in self.experts])
+
     def task_vectors(self) -> list[torch.Tensor]:
         """Return τᵢ = θᵢ − θ₀ per expert, float32 (METHODS.md, Notation)."""
         return [expert - self.base for expert in self.experts]
@@ -144,8 +148,6 @@ class Method(ABC):
     kind: ClassVar[Kind]
     source: ClassVar[str]
     """The publication or program that defines the arithmetic."""
-    num_gpus: ClassVar[float] = 0
-    """The share of a GPU that a worker of this method takes."""
     parameters_model: ClassVar[type[Parameters]] = Parameters
     """Keys that a recipe may have at its top level."""
     expert_parameters_model: ClassVar[type[Parameters]] = Parameters

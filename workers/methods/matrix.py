@@ -17,6 +17,10 @@ class MatrixParameters(Parameters):
     """Numbers that every whole-matrix method has."""
 
     scale: float = Field(1.0, description="coefficient λ on the merged task vector")
+    device: Literal["cpu", "cuda"] = Field(
+        "cpu",
+        description="where matrices are merged: 'cuda' needs a GPU for every task, and makes another build, since its last bits differ",
+    )
     others: Literal["base", "task_arithmetic"] = Field(
         "base", description="embeddings, norms, biases and head: the base's, or θ₀ + λ·Σ τᵢ (then the published 'average' is scale 1/n)"
     )
