@@ -58,7 +58,9 @@ them, then:
 A composite is addressed as STORE, or as STORE#NAME, STORE#NAME@3 or STORE#DIGEST where a store holds several.
 A run that was killed continues when the same command is given again.
 """
-EPILOG = "Exit codes: 0 done; 1 an error, explained in one message; 2 wrong usage; 130 interrupted, finished shards are kept."
+EPILOG = (
+    "Exit codes: 0 done; 1 an error, explained in one message; 2 wrong usage; 130 interrupted (143 by SIGTERM), finished shards are kept."
+)
 
 app = typer.Typer(
     help=HELP, epilog=EPILOG, rich_markup_mode="markdown", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
@@ -408,12 +410,16 @@ register_store_commands(app)
 register_cluster_commands(app)
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which a scheduler or `ray job stop` sends: ends like Ctrl-C, with another exit code."""
+INTERRUPTED, TERMINATED = 130, 143
+"""Exit codes after Ctrl-C and after SIGTERM, as shells count them."""
+
+_terminated = threading.Event()
+"""Set by SIGTERM, which a scheduler or `ray job stop` sends. The exception itself may be made anew on its way through libraries."""
 
 
 def _terminate(number: int, frame: object) -> None:
-    raise Terminated
+    _terminated.set()
+    raise KeyboardInterrupt
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -423,24 +429,25 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         result: Any = app(arguments, standalone_mode=False)
         code = result if isinstance(result, int) else 0
+        if code == INTERRUPTED:  # what the command line's library makes of Ctrl-C
+            code = _report_interrupt()
     except MmergeError as error:
         if _debug:
             raise
         err.print(f"[red]error:[/] {escape(str(error))}", highlight=False)
         code = 1
-    except (KeyboardInterrupt, typer.Abort, EOFError) as stop:
-        code = _report_interrupt(stop)
+    except (KeyboardInterrupt, typer.Abort, EOFError):
+        code = _report_interrupt()
     except typer.Exit as stop:
-        # The command line's library turns Ctrl-C into an exit.
-        code = _report_interrupt(stop.__cause__) if isinstance(stop.__cause__, KeyboardInterrupt) else stop.exit_code
+        code = stop.exit_code
     except Exception as error:  # noqa: BLE001 - the last door: one line to the user, the traceback with --debug
         code = _report_unknown(error)
     sys.exit(code)
 
 
-def _report_interrupt(error: BaseException) -> int:
+def _report_interrupt() -> int:
     err.print("[yellow]interrupted[/]: finished shards are kept; give the same command again to continue")
-    return 143 if isinstance(error, Terminated) or isinstance(error.__cause__, Terminated) else 130
+    return TERMINATED if _terminated.is_set() else INTERRUPTED
 
 
 def _report_unknown(error: Exception) -> int:

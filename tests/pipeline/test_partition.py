@@ -30,7 +30,12 @@ def can_make_namespaces() -> bool:
     return linked
 
 
-pytestmark = [pytest.mark.ray, pytest.mark.skipif(not can_make_namespaces(), reason="needs root, iproute2 and network namespaces")]
+pytestmark = [
+    pytest.mark.ray,
+    # The build sometimes waits for minutes where a second task had been handed to the lost node (docs/cluster.md, Known limits).
+    pytest.mark.skipif(os.environ.get("MMERGE_TEST_PARTITION") != "1", reason="set MMERGE_TEST_PARTITION=1 to cut a node off"),
+    pytest.mark.skipif(not can_make_namespaces(), reason="needs root, iproute2 and network namespaces"),
+]
 
 
 class Network:
