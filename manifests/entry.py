@@ -10,9 +10,9 @@ from mmerge.manifests.digest import parse_json, to_canonical_json
 from mmerge.manifests.errors import ManifestError, NotFound, StoreError
 from mmerge.manifests.store import Store, check_key
 
-Role = Literal["base", "delta", "mask", "merged", "carried", "extra_rows"]
+Role = Literal["base", "delta", "mask", "merged", "carried", "extra_rows", "adapter"]
 """What a stored tensor is: base weights, τ⋆, one packed modality mask, a merged plain tensor, a tensor copied from an
-expert, or the vocabulary rows that an expert added."""
+expert, the vocabulary rows that an expert added, or a LoRA factor of an expert's adapter."""
 
 DIGEST_PATTERN = r"^[0-9a-f]{64}$"
 

@@ -42,6 +42,29 @@ class BaseRecord(Record):
     files: tuple[FileEntry, ...]
 
 
+class AdapterRecord(Record):
+    """How an expert's LoRA adapters are used in a build of kind `adapters` (DAMC, arXiv 2402.12750).
+
+    The factors are tensors of role `adapter`: `LINEAR.lora_A.ADAPTER.weight` [rank, in] and `LINEAR.lora_B.ADAPTER.weight`
+    [out, rank], where `LINEAR.weight` is the base's name.
+    """
+
+    modality_adapter: str
+    """The adapter of this expert's modality tokens, its learned prefix and suffix tokens included."""
+    default_adapter: str
+    """The adapter of text tokens, generated ones included."""
+    coefficient: float
+    """Parameter adjustment coefficient c on the default adapter."""
+    scale: float
+    """alpha / rank, by which B·A is multiplied."""
+    other_scales: dict[str, float] = Field(default_factory=dict)
+    """By "LINEAR.weight:ADAPTER", the scales that differ."""
+
+    def scale_of(self, linear: str, adapter: str) -> float:
+        """Return the scale of an adapter in a Linear, given by the name of its weight."""
+        return self.other_scales.get(f"{linear}:{adapter}", self.scale)
+
+
 class ExpertRecord(Record):
     """One expert: what it was, and how its files name the tensors that it shares with the base."""
 
@@ -53,6 +76,10 @@ class ExpertRecord(Record):
     """(prefix in the base, prefix in the expert's files), longest first."""
     placeholder: str | None = None
     template: str | None = None
+    rescaler: float | None = None
+    """Factor on this expert's masked τ⋆ (EMR); 1 if absent."""
+    adapters: AdapterRecord | None = None
+    """Only in builds of kind `adapters`."""
     files: tuple[FileEntry, ...]
 
 

@@ -28,10 +28,14 @@ from mmerge.manifests.table import make_table
 from mmerge.pipeline.executor import Executor, SerialExecutor
 from mmerge.pipeline.plan import CopyShard, MergePlan, MergeShard
 from mmerge.pipeline.progress import LogProgress, Progress
+from mmerge.pipeline.stages import StageRun, to_hex
 from mmerge.pipeline.survey import InputSurvey, make_survey_tasks, read_surveys, resolve_thresholds
+from mmerge.workers.adapter import open_expert
 from mmerge.workers.checkpoint import Checkpoint
+from mmerge.workers.measure import parse_numbers
 from mmerge.workers.methods import find_method
-from mmerge.workers.task import CopyTask, MergeTask, RefineTask, Task, TaskResult
+from mmerge.workers.methods.interface import Known
+from mmerge.workers.task import CopyTask, MeasureTask, MergeTask, RefineTask, Task, TaskResult
 
 ARITHMETIC_VERSION = 1
 """Raised when a change of a method or of an object's layout would change bytes: no older object is then reused."""
@@ -80,27 +84,38 @@ class _Run:
         self.store = open_store(plan.recipe.output, create=True)
         self.method = find_method(plan.recipe.method)
         self.base = Checkpoint(self.recipe.base, owner="base")
-        self.experts = [Checkpoint(expert.uri, owner=f"expert {expert.name!r}") for expert in self.recipe.experts]
+        self.experts = [open_expert(expert.uri, owner=f"expert {expert.name!r}", base=self.base) for expert in self.recipe.experts]
+        self.rescalers: tuple[float, ...] | None = None
         self.computed: dict[str, int] = {}
         self.reused: dict[str, int] = {}
         self.bytes_read = 0
 
     def run(self) -> RunReport:
         self.store.check_writable()
-        trimming = self.method.trimming(self.recipe.parameters, [expert.parameters for expert in self.recipe.experts])
+        numbers = self.plan.numbers
+        trimmings = {name: self.method.trimming(*parse_numbers(self.method, found)) for name, found in numbers.items()}
+        trims = {name: trimming for name, trimming in trimmings.items() if trimming is not None}
         identities = {checkpoint.uri: checkpoint.identity for checkpoint in (self.base, *self.experts)}
-        surveys = make_survey_tasks(self.plan, identities, magnitudes=trimming is not None, fresh=self.fresh)
+        surveys = make_survey_tasks(self.plan, identities, magnitudes=bool(trims), fresh=self.fresh)
         self._run_phase("survey", surveys, lambda task: self.store.exists(f"surveys/{task.key}.safetensors"))
         survey = read_surveys(self.store, self.plan, surveys)
-        thresholds = resolve_thresholds(self.plan, surveys, survey, trimming=trimming, run_refine=self._run_refine, store=self.store)
+        thresholds = resolve_thresholds(self.plan, surveys, survey, trimmings=trims or None, run_refine=self._run_refine, store=self.store)
+        stages = StageRun(
+            self.plan, self.method, numbers, surveys, thresholds, self._run_measure, self.store, self.base.text_config, self.fresh
+        )
+        known = stages.run()
+        self.rescalers = stages.rescalers()
         merge_tasks = [
-            self._make_merge_task(shard, survey, numbers) for shard, numbers in zip(self.plan.merge_shards, thresholds, strict=True)
+            self._make_merge_task(shard, survey, found, known) for shard, found in zip(self.plan.merge_shards, thresholds, strict=True)
         ]
         copy_tasks = [self._make_copy_task(shard, survey) for shard in self.plan.copy_shards]
         return self._commit(merge_tasks, copy_tasks, survey)
 
     def _run_refine(self, tasks: Sequence[RefineTask]) -> None:
         self._run_phase("thresholds", tasks, lambda task: self.store.exists(f"surveys/{task.key}.safetensors"))
+
+    def _run_measure(self, phase: str, tasks: Sequence[MeasureTask]) -> None:
+        self._run_phase(phase, tasks, lambda task: self.store.exists(f"surveys/{task.key}.safetensors"))
 
     def _run_phase(self, phase: str, tasks: Sequence[Any], is_done: Callable[[Any], bool]) -> dict[str, TaskResult]:
         """Run the tasks that are not done yet; raise all their failures at the end."""
@@ -125,24 +140,33 @@ class _Run:
             raise TaskErrors(sorted(str(failure) for failure in failures))
         return results
 
-    def _make_merge_task(self, shard: MergeShard, survey: InputSurvey, thresholds: tuple[tuple[float, ...], ...]) -> MergeTask:
-        parameters = self.recipe.parameters.model_dump(mode="json")
-        experts = tuple(expert.parameters.model_dump(mode="json") for expert in self.recipe.experts)
+    def _make_merge_task(
+        self, shard: MergeShard, survey: InputSurvey, thresholds: tuple[tuple[float, ...], ...], known: dict[str, Known]
+    ) -> MergeTask:
         names = tuple(expert.name for expert in self.recipe.experts)
+        numbers = tuple(self.plan.numbers[tensor.name] for tensor in shard.tensors)
+        found = tuple(known[tensor.name] for tensor in shard.tensors)
         identity = {
             "arithmetic": ARITHMETIC_VERSION,
             "method": self.recipe.method,
-            "parameters": parameters,
-            "experts": [[name, numbers] for name, numbers in zip(names, experts, strict=True)],
+            "experts": list(names),
             "dtype": self.plan.dtype,
             "tensors": [
-                [tensor.name, tensor.row_start, list(tensor.base.spec.shape), survey.describe(tensor), [value.hex() for value in numbers]]
-                for tensor, numbers in zip(shard.tensors, thresholds, strict=True)
+                {
+                    "name": tensor.name,
+                    "row_start": tensor.row_start,
+                    "shape": list(tensor.base.spec.shape),
+                    "inputs": survey.describe(tensor),
+                    "parameters": [number.parameters, list(number.experts)],
+                    "thresholds": [value.hex() for value in values],
+                    "known": to_hex(numbers_found),
+                }
+                for tensor, number, values, numbers_found in zip(shard.tensors, numbers, thresholds, found, strict=True)
             ],
         }
         return MergeTask(
             digest=digest_json(identity), shard=shard.name, expert_names=names, tensors=shard.tensors, thresholds=thresholds,
-            method=self.recipe.method, parameters=parameters, expert_parameters=experts, dtype=self.plan.dtype,
+            method=self.recipe.method, numbers=numbers, known=found, dtype=self.plan.dtype,
             block_entries=self.plan.block_entries, num_bytes=shard.bytes_in, peak_bytes=shard.peak_bytes, fresh=self.fresh,
         )  # fmt: skip
 
@@ -218,10 +242,12 @@ class _Run:
                 name=expert.name,
                 modality=expert.modality,
                 revision=survey.revision(index + 1, expert.name, files[expert.uri]),
-                parameters=expert.parameters.model_dump(mode="json"),
+                parameters=recipe.describe_parameters(expert.name),
                 renames=self.plan.renames[index],
                 placeholder=expert.placeholder,
                 template=expert.template,
+                rescaler=self.rescalers[index] if self.rescalers else None,
+                adapters=self.plan.adapters[index] if self.plan.adapters else None,
                 files=files[expert.uri],
             )
             for index, expert in enumerate(recipe.experts)
@@ -229,7 +255,7 @@ class _Run:
         return {
             "kind": self.plan.kind,
             "method": recipe.method,
-            "parameters": recipe.parameters.model_dump(mode="json"),
+            "parameters": recipe.describe_parameters(),
             "merge": recipe.merge,
             "dtype": self.plan.dtype,
             "template": recipe.template,

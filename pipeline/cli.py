@@ -224,13 +224,71 @@ def export(
         str | None,
         typer.Option("--expert", help="the expert to rebuild; without it, the language model for text alone", show_default=False),
     ] = None,
+    lora_rank: Annotated[
+        int | None,
+        typer.Option("--lora-rank", min=1, help="write a LoRA adapter (PEFT) of this rank instead of whole weights", show_default=False),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="with --lora-rank: the base's checkpoint, of a build that does not hold it", show_default=False),
+    ] = None,
 ) -> None:
-    """Write an ordinary Hugging Face checkpoint that transformers loads with from_pretrained, processor and all."""
+    """Write an ordinary Hugging Face checkpoint that transformers loads with from_pretrained, or the merge as a LoRA adapter."""
     from mmerge.pipeline import export as export_checkpoint
     from mmerge.pipeline.progress import to_size
 
+    if lora_rank is not None:
+        from mmerge.pipeline.report import print_adapter
+        from mmerge.workers.export_adapter import export_adapter
+
+        print_adapter(export_adapter(uri, to, rank=lora_rank, base=base, expert=expert), out)
+        return
+    if base is not None:
+        raise RecipeError("--base has no effect without --lora-rank. Leave it out")
     report = export_checkpoint(uri, to, expert=expert)
     out.print(f"wrote {report.num_tensors} tensors, {to_size(report.num_bytes)}, to {escape(report.folder)}: {', '.join(report.files)}")
+
+
+@app.command("average-lora")
+def average_lora(
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="folders of LoRA adapters, of equal ranks")],
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="where to write the adapter: a new or empty folder")],
+    strategy: Annotated[str, typer.Option("--strategy", help="sum, mean, ties-sum, ties-mean, ties-max, tsv, iso, wudi or wudi2")] = "mean",
+    density: Annotated[float, typer.Option("--density", min=0.0, max=1.0, help="share that the ties strategies keep")] = 0.2,
+) -> None:
+    """For comparison only: average LoRA factors A and B separately, as the official Model Composition code does.
+
+    The average of the factors is not the average of the products that a model is made of. To merge adapters, give them as
+    experts of a recipe.
+    """
+    from mmerge.workers.lora_average import write_average
+
+    written = write_average(adapters, to, strategy=strategy, density=density)
+    out.print(f"wrote {written} factors to {escape(str(to))}")
+
+
+@app.command("choose-alpha")
+def choose_alpha(
+    answers: Annotated[
+        Path,
+        typer.Argument(metavar="ANSWERS", help='JSON: {"0.0": ["answer to question 1", …], "0.1": […], …}, the same questions for each'),
+    ],
+    as_json: JsonOption = False,
+) -> None:
+    """Choose the coefficient of AdaMMS from a model's answers at each of a grid, without labels."""
+    from mmerge.pipeline.answers import read_answers
+    from mmerge.workers.methods.adamms import choose_alpha as choose
+
+    choice = choose(read_answers(answers))
+    if as_json:
+        print(json.dumps({"alphas": choice.alphas, "differences": choice.differences, "best": choice.best, "alpha": choice.alpha}))
+        return
+    for below, above, count in zip(choice.alphas, choice.alphas[1:], choice.differences, strict=False):
+        out.print(f"{below:g} to {above:g}: {count} answers change")
+    out.print(
+        f"alpha: [bold]{choice.alpha:g}[/]"
+        + (f" (as good: {', '.join(f'{alpha:g}' for alpha in choice.best[1:])})" if choice.best[1:] else "")
+    )
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,13 +11,19 @@ from typing import Any, Literal
 from mmerge.manifests.entry import Role
 from mmerge.manifests.errors import CheckpointError
 from mmerge.manifests.header import DTYPE_BYTES, FLOAT_DTYPES
+from mmerge.manifests.manifest import AdapterRecord
 from mmerge.manifests.store import WRITER_BUFFER_BYTES, WRITER_CONCURRENCY
+from mmerge.pipeline.adapters import list_adapters
 from mmerge.pipeline.layout import CarriedTensor, Layout, SharedTensor, make_layout
 from mmerge.pipeline.recipe import Recipe
-from mmerge.workers.checkpoint import Checkpoint, TensorSource
+from mmerge.workers.adapter import open_expert
+from mmerge.workers.blocks import entries_at_once
+from mmerge.workers.checkpoint import Checkpoint, LowRankSource, TensorSource
 from mmerge.workers.dtypes import NAMED_DTYPES
+from mmerge.workers.low_rank import TILE_ROWS
 from mmerge.workers.masks import packed_bytes
 from mmerge.workers.methods import find_method
+from mmerge.workers.methods.interface import Granularity, Kind, Method, Numbers
 from mmerge.workers.task import CopyTensor, TensorTask
 
 MAX_SHARD_BYTES = 2 << 30
@@ -55,13 +62,17 @@ class MergePlan:
     """All work of one build. `dtype` is the safetensors name of what is written."""
 
     recipe: Recipe
-    kind: Literal["masks", "plain"]
+    kind: Kind
+    numbers: dict[str, Numbers]
+    """By merged tensor, the parameters that hold for it."""
     dtype: str
     merge_shards: tuple[MergeShard, ...]
     base_shards: tuple[CopyShard, ...]
     carry_shards: tuple[CopyShard, ...]
     renames: tuple[tuple[tuple[str, str], ...], ...]
     block_entries: int
+    adapters: tuple[AdapterRecord, ...] = ()
+    """Per expert how its adapters are used; empty but in builds of kind `adapters`."""
 
     @property
     def copy_shards(self) -> tuple[CopyShard, ...]:
@@ -105,18 +116,21 @@ def make_plan(recipe: Recipe, *, block_entries: int = DEFAULT_BLOCK_ENTRIES, max
     """
     if block_entries <= 0 or block_entries % (1 << 16):
         raise ValueError(f"block_entries: expected a multiple of 65536, got {block_entries}")
-    base = Checkpoint(recipe.base, owner="base")
-    experts = [Checkpoint(expert.uri, owner=f"expert {expert.name!r}") for expert in recipe.experts]
-    layout = make_layout(base, experts, merge=recipe.merge, carry=recipe.carry)
+    base = Checkpoint(recipe.base, owner="base" if recipe.has_base else f"expert {recipe.experts[0].name!r}")
+    experts = [open_expert(expert.uri, owner=f"expert {expert.name!r}", base=base) for expert in recipe.experts]
     method = find_method(recipe.method)
+    if method.kind == "adapters":
+        return _make_adapters_plan(recipe, base, experts, block_entries, max_shard_bytes)
+    layout = make_layout(base, experts, merge=recipe.merge, carry=recipe.carry)
     dtype = NAMED_DTYPES[recipe.dtype] if recipe.dtype else _base_dtype(base)
     copied = tuple(base.tensors.values()) if method.kind == "masks" else layout.kept
     names = [expert.name for expert in recipe.experts]
     return MergePlan(
         recipe=recipe,
         kind=method.kind,
+        numbers=recipe.numbers_by_tensor([tensor.name for tensor in layout.shared]),
         dtype=dtype,
-        merge_shards=tuple(_make_merge_shards(layout, dtype, method.kind, block_entries, max_shard_bytes)),
+        merge_shards=tuple(_make_merge_shards(layout, recipe, dtype, block_entries, max_shard_bytes)),
         base_shards=tuple(_make_base_shards(copied, max_shard_bytes)),
         carry_shards=tuple(
             shard
@@ -125,6 +139,32 @@ def make_plan(recipe: Recipe, *, block_entries: int = DEFAULT_BLOCK_ENTRIES, max
         ),
         renames=layout.renames,
         block_entries=block_entries,
+    )
+
+
+def _make_adapters_plan(
+    recipe: Recipe, base: Checkpoint, experts: Sequence[Checkpoint], block_entries: int, max_shard_bytes: int
+) -> MergePlan:
+    """Return the plan of a build that merges nothing: the base, and each expert's adapters and own tensors, are copied."""
+    found = list_adapters(recipe, base, experts)
+    carry_shards: list[CopyShard] = []
+    for expert, adapters in zip(recipe.experts, found, strict=True):
+        kinds: tuple[tuple[Role, dict[str, TensorSource]], ...] = (("adapter", adapters.factors), ("carried", adapters.others))
+        tensors = [
+            copy for role, own in kinds for name, source in own.items() for copy in _make_copies(name, role, source, 0, max_shard_bytes)
+        ]
+        carry_shards += _make_copy_shards(f"carry/{expert.name}", "carry", expert.name, tensors, max_shard_bytes)
+    return MergePlan(
+        recipe=recipe,
+        kind="adapters",
+        numbers={},
+        dtype=NAMED_DTYPES[recipe.dtype] if recipe.dtype else _base_dtype(base),
+        merge_shards=(),
+        base_shards=tuple(_make_base_shards(tuple(base.tensors.values()), max_shard_bytes)),
+        carry_shards=tuple(carry_shards),
+        renames=tuple(() for _ in recipe.experts),
+        block_entries=block_entries,
+        adapters=tuple(adapters.record for adapters in found),
     )
 
 
@@ -192,42 +232,80 @@ def _number(name: str, index: int, count: int) -> str:
     return name if count == 1 else f"{name}.part{index}"
 
 
-def _make_merge_shards(layout: Layout, dtype: str, kind: str, block_entries: int, max_bytes: int) -> Iterable[MergeShard]:
+def _make_merge_shards(layout: Layout, recipe: Recipe, dtype: str, block_entries: int, max_bytes: int) -> Iterable[MergeShard]:
     by_name = {tensor.name: tensor for tensor in layout.shared}
+    method = find_method(recipe.method)
+    parameters = (recipe.parameters, [expert.parameters for expert in recipe.experts])
+    group_bytes = 0 if method.task_unit == "tensor" else max_bytes
     for shard, names in _group(by_name).items():
-        tasks = [task for name in names for task in _make_tensor_tasks(by_name[name], max_bytes)]
-        groups = _fill(tasks, [task.base.spec.num_bytes for task in tasks], max_bytes)
+        tasks = [
+            task
+            for name in names
+            for task in _make_tensor_tasks(
+                by_name[name], max_bytes, method.granularity_of(name, by_name[name].base.spec.shape, *parameters)
+            )
+        ]
+        groups = _fill(tasks, [task.base.spec.num_bytes for task in tasks], group_bytes)
         for index, group in enumerate(groups):
-            num_masks = len(group[0].experts) if kind == "masks" else 0
+            num_masks = len(group[0].experts) if method.kind == "masks" else 0
             yield MergeShard(
                 name=_number(shard, index, len(groups)),
                 tensors=tuple(group),
                 bytes_in=sum(task.num_bytes for task in group),
                 bytes_out=sum(task.num_entries * DTYPE_BYTES[dtype] + num_masks * packed_bytes(task.num_entries) for task in group),
-                peak_bytes=merge_peak_bytes(group, block_entries, num_masks=num_masks),
+                peak_bytes=merge_peak_bytes(group, block_entries, num_masks=num_masks, method=method),
             )
 
 
-def _make_tensor_tasks(tensor: SharedTensor, max_bytes: int) -> list[TensorTask]:
+def _make_tensor_tasks(tensor: SharedTensor, max_bytes: int, granularity: Granularity) -> list[TensorTask]:
     spec = tensor.base.spec
+    # A method that must see a whole tensor gets it in one piece, however large it is.
+    piece_bytes = sys.maxsize if granularity == "tensor" else max_bytes
     num_rows = spec.shape[0] if spec.shape else 1
     return [
-        TensorTask(tensor.name, *rows, num_rows, _slice(tensor.base, rows), tuple(_slice(source, rows) for source in tensor.experts))
-        for rows in _make_pieces(spec.shape, spec.num_bytes, max_bytes)
+        TensorTask(
+            tensor.name, *rows, num_rows, _slice(tensor.base, rows), tuple(_slice(source, rows) for source in tensor.experts), granularity
+        )
+        for rows in _make_pieces(spec.shape, spec.num_bytes, piece_bytes)
     ]
 
 
-def merge_peak_bytes(tensors: Sequence[TensorTask], block_entries: int, *, num_masks: int) -> int:
-    """Return a bound on the memory of a merge or survey task in bytes: buffers of one block, masks of one tensor, the writer.
+def merge_peak_bytes(
+    tensors: Sequence[TensorTask],
+    block_entries: int,
+    *,
+    num_masks: int,
+    method: Method,
+) -> int:
+    """Return a bound on the memory of a survey, measure or merge task in bytes: buffers of one block, masks of one tensor, the writer.
 
-    Per entry of a block: each input as read, copied and widened (8 + 4 bytes at most), and for each expert its task vector,
-    trimmed task vector, one of each again for statistics and a mask; sign, sum, count, election and histogram buffers once.
+    Per entry of a block: each input as read, copied and widened (8 + 4 bytes at most), and what the method says that it works with.
     """
     num_experts = max(len(tensor.experts) for tensor in tensors)
-    entries = min(block_entries, max(tensor.num_entries for tensor in tensors))
-    per_entry = (num_experts + 1) * 12 + num_experts * 18 + 64
+    blocks = 0
+    for tensor in tensors:
+        shape = tensor.base.spec.shape
+        entries = min(entries_at_once(shape, block_entries, granularity=tensor.granularity), tensor.num_entries)
+        blocks = max(
+            blocks,
+            entries * (num_experts + 1) * 12
+            + method.working_bytes(entries, num_experts=num_experts, shape=shape)
+            + _forming_bytes(tensor, entries),
+        )
     waiting_masks = 2 * num_masks * max(packed_bytes(tensor.num_entries) for tensor in tensors)
-    return entries * per_entry + waiting_masks + WRITER_CONCURRENCY * WRITER_BUFFER_BYTES + WORKER_BYTES
+    return blocks + waiting_masks + WRITER_CONCURRENCY * WRITER_BUFFER_BYTES + WORKER_BYTES
+
+
+def _forming_bytes(tensor: TensorTask, entries: int) -> int:
+    """Return what reading adapters takes beside the weights they make: their factors, and the buffers of one block.
+
+    Per entry the base once more as read, copied and widened, and the product in tiles and as one; tiles reach over the block.
+    """
+    adapters = [source for source in tensor.experts if isinstance(source, LowRankSource)]
+    if not adapters:
+        return 0
+    width = tensor.base.spec.shape[1]
+    return sum(adapter.factor_bytes for adapter in adapters) + 24 * entries + 16 * TILE_ROWS * width
 
 
 _COPY_PEAK_BYTES = WRITER_CONCURRENCY * WRITER_BUFFER_BYTES + WORKER_BYTES

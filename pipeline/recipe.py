@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -14,8 +15,11 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError, create_mode
 from mmerge.manifests.errors import RecipeError
 from mmerge.manifests.reference import NAME_PATTERN
 from mmerge.manifests.store import is_local, to_local_path
+from mmerge.manifests.table import layer_of
+from mmerge.pipeline.mergekit import from_mergekit, is_mergekit
+from mmerge.pipeline.schedule import Schedule, numeric_fields, resolve, schedule_schema, take_schedules
 from mmerge.workers.methods import METHODS, find_method
-from mmerge.workers.methods.interface import Method, Parameters
+from mmerge.workers.methods.interface import Method, Numbers, Parameters
 
 EXPERT_NAME_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]{0,39}$"
 MAX_RECIPE_BYTES = 1 << 20
@@ -25,7 +29,11 @@ class RecipeKeys(Parameters):
     """The keys that every recipe may have, whatever its method."""
 
     name: str | None = Field(None, pattern=NAME_PATTERN, description="the composite's name in its store; the recipe's file name if absent")
-    base: str = Field(min_length=1, description="folder or URI of the base LLM (Hugging Face layout, safetensors); relative to the recipe")
+    base: str | None = Field(
+        None,
+        min_length=1,
+        description="folder or URI of the base LLM (Hugging Face layout, safetensors); relative to the recipe. Some methods do without",
+    )
     output: str = Field(min_length=1, description="folder or URI of the store that the composite is written to; relative to the recipe")
     merge: Literal["all", "linear"] = Field(
         "all",
@@ -68,6 +76,8 @@ class Recipe:
 
     name: str
     base: str
+    """Where the base is; of a recipe without one, the first expert: it names the tensors."""
+    has_base: bool
     experts: tuple[Expert, ...]
     method: str
     parameters: Parameters
@@ -78,12 +88,51 @@ class Recipe:
     output: str
     template: str | None
 
+    schedules: dict[str, dict[str, Schedule]] = field(default_factory=dict)
+    """Numbers that differ between tensors: by expert (empty: of the recipe) and key."""
+
+    def numbers_by_tensor(self, names: Sequence[str]) -> dict[str, Numbers]:
+        """Return by tensor the parameters that hold for it, complete with defaults.
+
+        Raises:
+            RecipeError: the numbers of some tensor do not fit the method.
+        """
+        method = find_method(self.method)
+        num_layers = max((layer for name in names if (layer := layer_of(name)) is not None), default=-1) + 1
+        found: dict[str, Numbers] = {}
+        known: list[Numbers] = []
+        for name in names:
+            parameters = self._resolve("", self.parameters, method.parameters_model, name, num_layers)
+            experts = tuple(
+                self._resolve(expert.name, expert.parameters, method.expert_parameters_model, name, num_layers) for expert in self.experts
+            )
+            numbers = Numbers(parameters, experts)
+            # Tensors with equal numbers share one object: a plan of thousands of tensors stays small.
+            if numbers not in known:
+                method.check_recipe(
+                    method.parameters_model.model_validate(parameters),
+                    [method.expert_parameters_model.model_validate(expert) for expert in experts],
+                    has_base=self.has_base,
+                )
+                known.append(numbers)
+            found[name] = known[known.index(numbers)]
+        return found
+
+    def _resolve(self, owner: str, parameters: Parameters, model: type[Parameters], name: str, num_layers: int) -> dict[str, Any]:
+        return resolve(parameters.model_dump(mode="json"), self.schedules.get(owner, {}), model, name=name, num_layers=num_layers)
+
+    def describe_parameters(self, expert: str = "") -> dict[str, Any]:
+        """Return the parameters as the manifest keeps them, schedules included: of the recipe, or of one expert."""
+        parameters = next((found.parameters for found in self.experts if found.name == expert), self.parameters)
+        schedules = {key: schedule.to_json() for key, schedule in self.schedules.get(expert, {}).items()}
+        return parameters.model_dump(mode="json") | schedules
+
 
 @cache
 def make_recipe_model(method_name: str) -> type[BaseModel]:
     """Return the pydantic model of recipes with this method: the common keys and the method's own."""
     method = find_method(method_name)
-    title = "".join(word.title() for word in method_name.split("_"))
+    title = _to_title(method_name)
     expert = create_model(f"{title}Expert", __base__=(ExpertKeys, method.expert_parameters_model))
     experts: Any = dict[str, expert]
     chosen: Any = Literal[method_name]
@@ -96,6 +145,10 @@ def make_recipe_model(method_name: str) -> type[BaseModel]:
     return model
 
 
+def _to_title(method_name: str) -> str:
+    return "".join(word.title() for word in method_name.split("_"))
+
+
 def make_recipe_schema() -> dict[str, Any]:
     """Return the JSON schema of recipes: one alternative per method."""
     union: Any = None
@@ -103,11 +156,15 @@ def make_recipe_schema() -> dict[str, Any]:
         model = make_recipe_model(name)
         union = model if union is None else union | model
     schema: dict[str, Any] = TypeAdapter(union).json_schema()
+    for name, method in METHODS.items():
+        for part, owned in (("Recipe", method.parameters_model), ("Expert", method.expert_parameters_model)):
+            properties = schema["$defs"][f"{_to_title(name)}{part}"]["properties"]
+            properties |= {key: schedule_schema(dict(properties[key])) for key in numeric_fields(owned)}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "mmerge recipe", **schema}
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """Return the recipe in a YAML file.
+    """Return the recipe in a YAML file: one of this project, or one of mergekit whose method there is (docs/mergekit.md).
 
     Raises:
         RecipeError: the file is missing, no YAML, or not valid; the message begins with the key's path.
@@ -121,7 +178,11 @@ def read_recipe(path: str | Path) -> Recipe:
         raise RecipeError(f"{path}: cannot be read ({error})") from error
     if len(text) > MAX_RECIPE_BYTES:
         raise RecipeError(f"{path}: {len(text):,} characters are no recipe (at most {MAX_RECIPE_BYTES:,})")
-    return parse_recipe(_parse_yaml(text, where=str(path)), folder=path.absolute().parent, default_name=path.stem)
+    folder = path.absolute().parent
+    raw = _parse_yaml(text, where=str(path))
+    if is_mergekit(raw):
+        raw = from_mergekit(raw, folder=folder, default_name=path.stem)
+    return parse_recipe(raw, folder=folder, default_name=path.stem)
 
 
 def parse_recipe(raw: object, *, folder: Path, default_name: str = "composite") -> Recipe:
@@ -135,8 +196,9 @@ def parse_recipe(raw: object, *, folder: Path, default_name: str = "composite") 
     if "method" not in raw:
         raise RecipeError(f"method: is missing; choose one of {', '.join(METHODS)}")
     method = find_method(str(raw["method"]))
+    plain, schedules = _take_all_schedules(raw, method)
     try:
-        keys: Any = make_recipe_model(method.name).model_validate(raw)
+        keys: Any = make_recipe_model(method.name).model_validate(plain)
     except ValidationError as error:
         raise RecipeError(_describe(error, method)) from None
     experts = tuple(
@@ -150,24 +212,42 @@ def parse_recipe(raw: object, *, folder: Path, default_name: str = "composite") 
         )
         for name, expert in keys.experts.items()
     )
-    base = _resolve(keys.base, folder)
-    _refuse_repeats(base, experts)
+    parameters = method.parameters_model.model_validate(_pick(keys, method.parameters_model))
+    method.check_recipe(parameters, [expert.parameters for expert in experts], has_base=keys.base is not None)
+    base = _resolve(keys.base, folder) if keys.base is not None else experts[0].uri
+    _refuse_repeats(base if keys.base is not None else None, experts)
     name = keys.name or re.sub(r"[^A-Za-z0-9._-]", "-", default_name)
     if not re.match(NAME_PATTERN, name):
         raise RecipeError(f"name: {name!r} is no valid name: use letters, digits, '.', '_' and '-'")
     return Recipe(
         name=name,
         base=base,
+        has_base=keys.base is not None,
         experts=experts,
         method=method.name,
-        parameters=method.parameters_model.model_validate(_pick(keys, method.parameters_model)),
+        parameters=parameters,
         merge=keys.merge,
         dtype=keys.dtype,
         carry=tuple(keys.carry),
         non_finite=keys.non_finite,
         output=_resolve(keys.output, folder),
         template=_check_template(keys.template, "template", "{text}"),
+        schedules=schedules,
     )
+
+
+def _take_all_schedules(raw: dict[str, Any], method: Method) -> tuple[dict[str, Any], dict[str, dict[str, Schedule]]]:
+    """Return the recipe with plain numbers, and the schedules that stood in their place, by expert (empty: of the recipe)."""
+    plain, own = take_schedules(raw, method.parameters_model, path="")
+    schedules = {"": own} if own else {}
+    experts = plain.get("experts")
+    if isinstance(experts, dict):
+        plain["experts"] = dict(experts)
+        for name, expert in experts.items():
+            if isinstance(expert, dict):
+                plain["experts"][name], found = take_schedules(expert, method.expert_parameters_model, path=f"experts.{name}.")
+                schedules |= {name: found} if found else {}
+    return plain, schedules
 
 
 def _pick(keys: BaseModel, model: type[Parameters]) -> dict[str, Any]:
@@ -192,8 +272,8 @@ def _check_template(template: str | None, key: str, place: str) -> str | None:
     return template
 
 
-def _refuse_repeats(base: str, experts: tuple[Expert, ...]) -> None:
-    seen = {_same(base): "the base"}
+def _refuse_repeats(base: str | None, experts: tuple[Expert, ...]) -> None:
+    seen = {_same(base): "the base"} if base is not None else {}
     for expert in experts:
         place = _same(expert.uri)
         if place in seen:

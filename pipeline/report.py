@@ -17,6 +17,7 @@ from mmerge.pipeline.plan import CopyShard, MergePlan, MergeShard
 from mmerge.pipeline.progress import to_size
 from mmerge.pipeline.recipe import ExpertKeys, RecipeKeys
 from mmerge.pipeline.show import BuildSummary, summarise_masks
+from mmerge.workers.export_adapter import AdapterReport
 from mmerge.workers.methods import METHODS
 
 
@@ -26,14 +27,14 @@ def plan_to_json(plan: MergePlan) -> dict[str, Any]:
     return {
         "name": recipe.name,
         "method": recipe.method,
-        "parameters": recipe.parameters.model_dump(mode="json"),
+        "parameters": recipe.describe_parameters(),
         "kind": plan.kind,
         "merge": recipe.merge,
         "dtype": plan.dtype,
         "output": recipe.output,
-        "base": recipe.base,
+        "base": recipe.base if recipe.has_base else None,
         "experts": {
-            expert.name: {"path": expert.uri, "modality": expert.modality, "parameters": expert.parameters.model_dump(mode="json")}
+            expert.name: {"path": expert.uri, "modality": expert.modality, "parameters": recipe.describe_parameters(expert.name)}
             for expert in recipe.experts
         },
         "num_parameters": plan.num_parameters,
@@ -116,6 +117,16 @@ def print_run(report: RunReport, console: Console) -> None:
     )
     console.print(f"[green]built[/] {short} as {reference}. Shards: {done}. Read {to_size(report.bytes_read)}")
     console.print(f"  {escape(report.uri)}")
+
+
+def print_adapter(report: AdapterReport, console: Console) -> None:
+    """Print what an adapter holds of the merge that it was made from."""
+    console.print(f"wrote an adapter of rank {report.rank} for {report.num_matrices} matrices to {escape(report.folder)}")
+    console.print(f"  it lacks {report.residual:.2%} of the task vector's norm in them")
+    if report.left_out:
+        console.print(
+            f"  not in it, though the merge changed them: {escape(', '.join(report.left_out))}. Build with 'merge: linear' to avoid this"
+        )
 
 
 def print_references(references: Sequence[Reference], console: Console, *, store_uri: str) -> None:

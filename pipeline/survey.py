@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mmerge.manifests.digest import digest_json
-from mmerge.manifests.errors import MmergeError
+from mmerge.manifests.errors import MmergeError, RecipeError
 from mmerge.manifests.manifest import FileEntry
 from mmerge.manifests.store import Store
 from mmerge.pipeline.plan import CopyShard, MergePlan
@@ -75,7 +75,7 @@ def make_survey_tasks(plan: MergePlan, identities: dict[str, dict[str, str]], *,
         )  # fmt: skip
 
     def place(source: TensorSource) -> str:
-        return identity_digest(identities[source.uri], source)
+        return identity_digest(identities, source)
 
     tasks = [make(shard.name, shard.tensors, (), "", shard.peak_bytes) for shard in plan.merge_shards]
     for copy_shard in plan.copy_shards:
@@ -118,22 +118,29 @@ def resolve_thresholds(
     surveys: Sequence[SurveyTask],
     survey: InputSurvey,
     *,
-    trimming: Trimming | None,
+    trimmings: Mapping[str, Trimming] | None,
     run_refine: Callable[[Sequence[RefineTask]], None],
     store: Store,
 ) -> Thresholds:
     """Return the exact trim threshold of every piece and expert.
 
     The survey's histograms give the bin of each threshold; a second pass counts within that bin. Scope `model` adds the
-    histograms of all pieces, scope `tensor` those of one tensor's pieces.
+    histograms of all pieces, scope `tensor` those of one tensor's pieces. `trimmings` says by tensor what is kept.
+
+    Raises:
+        RecipeError: the densities differ between tensors, though the threshold is taken over the whole model.
     """
-    if trimming is None:
+    if trimmings is None:
         return tuple(tuple(() for _ in shard.tensors) for shard in plan.merge_shards)
+    trimming = next(iter(trimmings.values()))
+    if trimming.scope == "model" and any(other != trimming for other in trimmings.values()):
+        raise RecipeError("density: differs between tensors, but the threshold is taken over the whole model. Add 'scope: tensor'")
     groups = _make_groups(plan, trimming)
     bins: dict[tuple[str, int], tuple[int, int]] = {}
     for (group, position), pieces in groups.items():
         num_entries = sum(tensor.num_entries for tensor in pieces)
-        rank = trim_rank(num_entries, trimming.densities[position])
+        chosen = trimmings[pieces[0].name]
+        rank = trim_rank(num_entries, chosen.densities[position], rounding=chosen.rounding)
         if rank:
             counts = add_sparse((survey.histograms[_histogram_name(tensor, position)] for tensor in pieces), num_bins=NUM_HIGH_BINS)
             bins[(group, position)] = find_bin(counts, rank)

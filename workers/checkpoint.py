@@ -41,6 +41,50 @@ class TensorSource:
         return TensorSource(self.uri, self.file, spec)
 
 
+@dataclass(frozen=True)
+class LowRankSource(TensorSource):
+    """The weights that a LoRA adapter makes of a Linear: θ₀ + scale·B·A, float32, formed where a task reads them.
+
+    `uri` and `file` are the adapter's; `spec` describes the rows formed, as if they lay in a file as float32.
+    """
+
+    base: TensorSource
+    """The same rows of the base's weights."""
+    a: TensorSource
+    """[rank, in]."""
+    b: TensorSource
+    """[out, rank], all rows of the matrix."""
+    scale: float
+    first_row: int = 0
+    """Which row of the matrix the first one here is."""
+
+    def to_rows(self, row_start: int, row_stop: int) -> LowRankSource:
+        """Return the source of some of the rows."""
+        return LowRankSource(
+            uri=self.uri,
+            file=self.file,
+            spec=TensorSource.to_rows(self, row_start, row_stop).spec,
+            base=self.base.to_rows(row_start, row_stop),
+            a=self.a,
+            b=self.b,
+            scale=self.scale,
+            first_row=self.first_row + row_start,
+        )
+
+    @property
+    def factor_bytes(self) -> int:
+        """Bytes of both factors as read and widened to float32: what a task holds of them."""
+        return sum(factor.spec.num_bytes + 4 * factor.spec.num_entries for factor in (self.a, self.b))
+
+
+class OpenStores(dict[str, Store]):
+    """Checkpoints that a task has opened, and the adapter factors that it has read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factors: dict[TensorSource, Any] = {}
+
+
 class Checkpoint:
     """One checkpoint folder: its configuration and the headers of its safetensors files."""
 
@@ -163,13 +207,21 @@ class Checkpoint:
         return value
 
 
-def identity_digest(identity: dict[str, str], source: TensorSource) -> str:
-    """Return the digest of a tensor's place in a file that has this identity: equal while nobody replaced the file."""
+def identity_digest(identities: dict[str, dict[str, str]], source: TensorSource) -> str:
+    """Return the digest of a tensor's place in files of these identities (by URI and file): equal while none is replaced."""
+    if isinstance(source, LowRankSource):
+        parts = [identity_digest(identities, part) for part in (source.base, source.a, source.b)]
+        return digest_json([*parts, source.scale.hex(), source.first_row])
+    identity = identities[source.uri]
     return digest_json([source.uri, source.file, identity[source.file], source.spec.offset, source.spec.num_bytes])
 
 
 def read_source(source: TensorSource, *, stores: dict[str, Store], offset: int, num_bytes: int) -> memoryview:
     """Return `num_bytes` bytes of a tensor, `offset` bytes from its start. `stores` keeps opened checkpoints."""
+    if isinstance(source, LowRankSource):
+        from mmerge.workers.low_rank import read_low_rank
+
+        return read_low_rank(source, stores, start=offset // 4, stop=(offset + num_bytes) // 4)
     store = stores.get(source.uri)
     if store is None:
         store = stores[source.uri] = open_store(source.uri)

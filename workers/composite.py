@@ -11,6 +11,7 @@ from torch import nn
 
 from mmerge.manifests.errors import PromptError
 from mmerge.manifests.manifest import Manifest
+from mmerge.workers.features import FeatureEncoder
 from mmerge.workers.media import MediaEncoder
 from mmerge.workers.prompt import Part, make_prompt
 from mmerge.workers.routing import TEXT, Routing
@@ -31,7 +32,7 @@ class Composite:
         language_model: Any,
         routing: Routing,
         tokenizer: Any,
-        encoders: Mapping[str, MediaEncoder],
+        encoders: Mapping[str, MediaEncoder | FeatureEncoder],
     ) -> None:
         """Put loaded pieces together; `expert` is the one that was rebuilt, None in expansion mode."""
         self.manifest = manifest

@@ -55,6 +55,11 @@ def export(
     """
     reader = BuildReader(uri)
     record = reader.manifest.to_expert(expert) if expert else reader.manifest.base
+    if expert and reader.manifest.kind == "adapters":
+        raise ManifestError(
+            f"{uri}: an expert with decoupled adapters is no ordinary checkpoint: its tokens run through different weights. "
+            "Export without --expert for the weights of text tokens"
+        )
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise StoreError(f"{target}: is not empty. Choose a new folder for the export, or delete this one")

@@ -12,6 +12,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from mmerge.manifests.errors import CheckpointError, ManifestError
 from mmerge.manifests.manifest import FileEntry, read_file
 from mmerge.workers.composite import Composite
+from mmerge.workers.features import FeatureEncoder
+from mmerge.workers.load_adapters import load_features, route_adapters
 from mmerge.workers.media import MediaEncoder, load_tokenizer, make_config, make_model
 from mmerge.workers.reader import HEAD_NAME, BuildReader
 from mmerge.workers.routing import RoutedBias, RoutedLinear, Routing
@@ -60,6 +62,8 @@ class _Loader:
         language_model = self._load_language_model(make_config(files, owner=owner), owner)
         if not self.expert and self.manifest.kind == "masks":
             self._route_linears(language_model, routing)
+        if self.manifest.kind == "adapters":
+            route_adapters(language_model, self.reader, routing, expert=self.expert)
         names = [self.expert] if self.expert else self.reader.expert_names
         return Composite(
             manifest=self.manifest,
@@ -67,7 +71,7 @@ class _Loader:
             language_model=language_model.to(self.device),
             routing=routing,
             tokenizer=load_tokenizer(files, owner=owner),
-            encoders={name: self._load_encoder(name) for name in names},
+            encoders={name: self._load_encoder(name, language_model.config.hidden_size) for name in names},
         )
 
     def _read_files(self, entries: tuple[FileEntry, ...]) -> dict[str, bytes]:
@@ -115,21 +119,30 @@ class _Loader:
                 masks=[self.reader.read_packed_mask(f"{path}.weight", name) for name in names],
                 dtype=self.dtype,
                 bias=bias,
+                rescalers=[self.reader.rescaler(name) for name in names],
             )
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, routed)
 
-    def _load_encoder(self, name: str) -> MediaEncoder:
+    def _load_encoder(self, name: str, hidden_size: int) -> MediaEncoder | FeatureEncoder:
         record = self.manifest.to_expert(name)
+        files = self._read_files(record.files)
+        if self._has_no_encoder(files, name):
+            return load_features(self.reader, name, hidden_size=hidden_size, dtype=self.dtype, device=self.device)
         state = {key: self.reader.read(key, "carried", name) for key in self.reader.encoder_names(name)}
         embedding = next(key for key in self.reader.llm_names() if key.endswith(EMBEDDING_SUFFIX))
         return MediaEncoder(
             expert=name,
             modality=record.modality,
-            files=self._read_files(record.files),
+            files=files,
             state=state,
             embedding=(self.manifest.rename(embedding, expert=name), self.reader.rebuild(embedding, name)),
             placeholder=record.placeholder,
             dtype=self.dtype,
             device=self.device,
         )
+
+    def _has_no_encoder(self, files: dict[str, bytes], name: str) -> bool:
+        """Return whether an expert's files describe a language model alone: it takes features, or nothing but text."""
+        config = make_config(files, owner=f"expert {name!r}")
+        return config.get_text_config() is config

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,11 +15,13 @@ from blake3 import blake3
 from mmerge.manifests.entry import ObjectEntry, ShardEntry, TensorRow, TensorStatistics, object_key, read_entry, write_entry
 from mmerge.manifests.header import TensorSpec, make_header
 from mmerge.manifests.store import ObjectWriter, Store
-from mmerge.workers.dtypes import TORCH_DTYPES, to_bytes
+from mmerge.workers.blocks import read_blocks
+from mmerge.workers.checkpoint import OpenStores
+from mmerge.workers.dtypes import to_bytes
 from mmerge.workers.masks import pack_mask, packed_bytes
+from mmerge.workers.measure import parse_numbers
 from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Block, MergedBlock, Method
-from mmerge.workers.survey import iterate_blocks, read_block
 from mmerge.workers.task import MergeTask, TaskResult, TensorTask
 
 TILE_ENTRIES = 1 << 16
@@ -80,24 +82,24 @@ class _Tally:
     masked: list[int] = field(default_factory=list)
     consensus: list[int] = field(default_factory=list)
     overlaps: list[int] = field(default_factory=list)
-    squares: list[float] = field(default_factory=list)
+    squares: list[_SquareSum] = field(default_factory=list)
     """Squared norms of the task vectors, then of the stored values."""
 
     def __post_init__(self) -> None:
         n = self.num_experts
         self.kept, self.agreeing, self.masked, self.consensus = [0] * n, [0] * n, [0] * n, [0] * (n + 1)
-        self.overlaps, self.squares = [0] * (n * (n - 1) // 2), [0.0] * (n + 1)
+        self.overlaps, self.squares = [0] * (n * (n - 1) // 2), [_SquareSum() for _ in range(n + 1)]
 
     def add(self, block: Block, merged: MergedBlock) -> None:
         for index, delta in enumerate(block.task_vectors()):
-            self.squares[index] = _add_squares(self.squares[index], delta)
-        self.squares[-1] = _add_squares(self.squares[-1], merged.values.to(torch.float32))
+            self.squares[index].add(delta)
+        self.squares[-1].add(merged.values.to(torch.float32))
         for index, trimmed in enumerate(merged.trimmed):
             self.kept[index] += int(trimmed.count_nonzero())
             if merged.sign is not None:
                 self.agreeing[index] += int(((trimmed.sign() == merged.sign) & (merged.sign != 0)).count_nonzero())
         if merged.masks:
-            masks = torch.stack(list(merged.masks))
+            masks = torch.stack([mask.reshape(-1) for mask in merged.masks])
             for wanted, count in enumerate(torch.bincount(masks.sum(dim=0), minlength=self.num_experts + 1).tolist()):
                 self.consensus[wanted] += count
             for index, mask in enumerate(merged.masks):
@@ -106,11 +108,24 @@ class _Tally:
                 self.overlaps[index] += int((one & other).count_nonzero())
 
 
-def _add_squares(total: float, values: torch.Tensor) -> float:
-    flat = values.numpy()
-    for start in range(0, len(flat), TILE_ENTRIES):
-        total += float(np.square(flat[start : start + TILE_ENTRIES], dtype=np.float64).sum())
-    return total
+class _SquareSum:
+    """Σ x² over a tensor, summed tile by tile whatever the blocks are: entries of an unfinished tile wait for the next block."""
+
+    def __init__(self) -> None:
+        self._total = 0.0
+        self._waiting = np.empty(0, dtype=np.float32)
+
+    def add(self, values: torch.Tensor) -> None:
+        flat = values.reshape(-1).cpu().numpy()
+        if len(self._waiting):
+            flat = np.concatenate([self._waiting, flat])
+        whole = len(flat) - len(flat) % TILE_ENTRIES
+        for start in range(0, whole, TILE_ENTRIES):
+            self._total += float(np.square(flat[start : start + TILE_ENTRIES], dtype=np.float64).sum())
+        self._waiting = flat[whole:].copy()
+
+    def total(self) -> float:
+        return self._total + float(np.square(self._waiting, dtype=np.float64).sum())
 
 
 class _TensorMerger:
@@ -119,19 +134,14 @@ class _TensorMerger:
     def __init__(self, task: MergeTask, method: Method, index: int) -> None:
         self.task, self.method = task, method
         self.tensor: TensorTask = task.tensors[index]
-        self.thresholds = task.thresholds[index]
-        self.parameters = method.parameters_model.model_validate(task.parameters)
-        self.experts = [method.expert_parameters_model.model_validate(raw) for raw in task.expert_parameters]
+        self.thresholds, self.known = task.thresholds[index], task.known[index]
+        self.parameters, self.experts = parse_numbers(method, task.numbers[index])
         self.tally = _Tally(len(self.experts))
 
     def write(self, out: ObjectWriter, placed: dict[str, TensorSpec]) -> list[TensorRow]:
         digest = blake3()
         masks: list[list[torch.Tensor]] = [[] for _ in self.experts] if self.method.kind == "masks" else []
-        stores: dict[str, Store] = {}
-        for start, stop in iterate_blocks(self.tensor.num_entries, self.task.block_entries):
-            base = read_block(self.tensor.base, stores, start, stop)[1].to(torch.float32)
-            experts = [read_block(source, stores, start, stop)[1].to(torch.float32) for source in self.tensor.experts]
-            block = Block(base, experts, self.thresholds, TORCH_DTYPES[self.task.dtype])
+        for block in self._read_blocks():
             merged = self.method.merge_block(block, self.parameters, self.experts)
             self.tally.add(block, merged)
             data = to_bytes(merged.values)
@@ -140,6 +150,12 @@ class _TensorMerger:
             for packed, mask in zip(masks, merged.masks, strict=True):
                 packed.append(pack_mask(mask))
         return [self._make_values_row(placed, digest.hexdigest()), *self._write_masks(out, placed, masks)]
+
+    def _read_blocks(self) -> Iterator[Block]:
+        return read_blocks(
+            self.tensor, OpenStores(), thresholds=self.thresholds, known=self.known, expert_names=self.task.expert_names,
+            dtype=self.task.dtype, block_entries=self.task.block_entries,
+        )  # fmt: skip
 
     def _write_masks(self, out: ObjectWriter, placed: dict[str, TensorSpec], masks: list[list[torch.Tensor]]) -> list[TensorRow]:
         rows = []
@@ -152,7 +168,7 @@ class _TensorMerger:
                 num_kept=self.tally.kept[index],
                 num_agreeing=self.tally.agreeing[index],
                 num_masked=self.tally.masked[index],
-                task_vector_norm=_to_norm(self.tally.squares[index]),
+                task_vector_norm=_to_norm(self.tally.squares[index].total()),
             )
             spec = placed[mask_name(self.tensor.name, expert)]
             rows.append(self._make_row(spec, "mask", expert, str(blake3(data).hexdigest()), statistics))
@@ -162,7 +178,7 @@ class _TensorMerger:
         has_masks = self.method.kind == "masks"
         statistics = TensorStatistics(
             num_entries=self.tensor.num_entries,
-            delta_norm=_to_norm(self.tally.squares[-1]) if has_masks else None,
+            delta_norm=_to_norm(self.tally.squares[-1].total()) if has_masks else None,
             consensus=tuple(self.tally.consensus) if has_masks else None,
             overlaps=tuple(self.tally.overlaps) if has_masks else None,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 
@@ -14,6 +15,7 @@ from mmerge.manifests.reference import open_build
 from mmerge.manifests.store import Store
 from mmerge.manifests.table import StoredRow, read_table
 from mmerge.workers.dtypes import TORCH_DTYPES, to_tensor
+from mmerge.workers.low_rank import LowRank, add_adapters
 from mmerge.workers.masks import pack_mask, unpack_mask
 
 HEAD_NAME = "lm_head.weight"
@@ -71,6 +73,11 @@ class BuildReader:
         pieces = [to_tensor(self._read_piece(row), row.dtype).reshape(row.shape) for row in self._pieces(name, role, expert)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
+    def rescaler(self, expert: str) -> float:
+        """Return the factor on an expert's masked τ⋆; 1 for methods that have none."""
+        found = self.manifest.to_expert(expert).rescaler
+        return 1.0 if found is None else found
+
     def read_packed_mask(self, name: str, expert: str) -> torch.Tensor:
         """Return an expert's mask of one tensor, packed (uint8, see workers/masks.py)."""
         rows = self._pieces(name, "mask", expert)
@@ -82,28 +89,57 @@ class BuildReader:
     def rebuild(self, name: str, expert: str) -> torch.Tensor:
         """Return a language-model tensor of one expert, in the build's dtype: θ₀ + mᵢ∘τ⋆, and the vocabulary rows it added.
 
-        MMER (arXiv 2505.17110), Retention; of a plain build the merged tensor itself, of a tensor listed under `carry` the expert's.
+        MMER (arXiv 2505.17110), Retention. Of a build of adapters the weights of its text tokens; of a plain build the merged tensor
+        itself, of a tensor listed under `carry` the expert's.
         """
         own = self.manifest.rename(name, expert=expert)
         if self.has(own, "carried", expert):
             return self.read(own, "carried", expert).to(self.dtype)
-        shared = self._combine(name, [expert])
+        shared = self._combine(name, expert)
         if not self.has(name, "extra_rows", expert):
             return shared
         return torch.cat([shared, self.read(name, "extra_rows", expert).to(shared.dtype)])
 
     def text_weight(self, name: str) -> torch.Tensor:
-        """Return a language-model tensor for text tokens, in the build's dtype: θ₀ + m̄∘τ⋆, of a plain build the merged one."""
-        return self._combine(name, self.expert_names)
+        """Return a language-model tensor for text tokens, in the build's dtype: θ₀ + m̄∘τ⋆, of a plain build the merged one.
 
-    def _combine(self, name: str, experts: list[str]) -> torch.Tensor:
+        Of a build of adapters θ₀ + Σ cᵢ·s·B_dᵢ A_dᵢ.
+        """
+        return self._combine(name, None)
+
+    def read_adapter(self, name: str, expert: str, *, adapter: str) -> LowRank | None:
+        """Return an expert's adapter in a Linear, given by the name of its weight; None where it has none there."""
+        path = name.removesuffix(".weight")
+        if not self.has(f"{path}.lora_A.{adapter}.weight", "adapter", expert):
+            return None
+        record = self.manifest.to_expert(expert).adapters
+        assert record is not None
+        a, b = (self.read(f"{path}.lora_{factor}.{adapter}.weight", "adapter", expert) for factor in "AB")
+        return LowRank(a, b, record.scale_of(name, adapter))
+
+    def read_defaults(self, name: str, expert: str | None) -> list[LowRank]:
+        """Return the default adapters of experts in a Linear; of one alone as it was tuned, else with the coefficients in the scales."""
+        found = []
+        for each in [expert] if expert else self.expert_names:
+            record = self.manifest.to_expert(each).adapters
+            default = None if record is None else self.read_adapter(name, each, adapter=record.default_adapter)
+            if record is not None and default is not None:
+                coefficient = 1.0 if expert else record.coefficient
+                found.append(LowRank(default.a, default.b, default.scale * coefficient))
+        return found
+
+    def _combine(self, name: str, expert: str | None) -> torch.Tensor:
+        """Return a tensor as one expert has it, or as text tokens of all of them have it."""
         if self.has(name, "merged"):
             return self.read(name, "merged")
         base = self.read(name, "base")
+        if self.manifest.kind == "adapters" and (defaults := self.read_defaults(name, expert)):
+            return add_adapters(base, defaults, dtype=self.dtype)
         if not self.has(name, "delta"):
             return base.to(self.dtype) if base.is_floating_point() else base
-        masks = [self.read_packed_mask(name, expert) for expert in experts]
-        return combine(base, self.read(name, "delta"), masks, dtype=self.dtype)
+        experts = [expert] if expert else self.expert_names
+        masks = [self.read_packed_mask(name, each) for each in experts]
+        return combine(base, self.read(name, "delta"), masks, dtype=self.dtype, rescalers=[self.rescaler(each) for each in experts])
 
     def _pieces(self, name: str, role: Role, expert: str) -> list[StoredRow]:
         rows = self._rows.get((role, expert, name))
@@ -124,13 +160,18 @@ class BuildReader:
         return data
 
 
-def combine(base: torch.Tensor, delta: torch.Tensor, masks: list[torch.Tensor], *, dtype: torch.dtype) -> torch.Tensor:
+def combine(
+    base: torch.Tensor, delta: torch.Tensor, masks: list[torch.Tensor], *, dtype: torch.dtype, rescalers: Sequence[float] = ()
+) -> torch.Tensor:
     """Return θ₀ + m∘τ⋆ in `dtype`, where m is the mean of the packed masks given (of one mask: itself).
 
-    Computed in float32 and rounded once (METHODS.md sections 2 and 6).
+    With `rescalers`, one per mask, m is the mean of rᵢmᵢ (EMR-Merging, arXiv 2405.17461; the mean over experts for text tokens is
+    our choice). Computed in float32 and rounded once (METHODS.md sections 2 and 6).
     """
-    mean = unpack_mask(masks[0], delta.shape).to(torch.float32)
-    for packed in masks[1:]:
-        mean += unpack_mask(packed, delta.shape)
+    factors = list(rescalers) or [1.0] * len(masks)
+    mean = torch.zeros(delta.shape, dtype=torch.float32, device=delta.device)
+    for packed, factor in zip(masks, factors, strict=True):
+        mask = unpack_mask(packed, delta.shape)
+        mean += mask if factor == 1.0 else factor * mask.to(torch.float32)
     mean /= len(masks)
     return (base.to(torch.float32) + mean * delta.to(torch.float32)).to(dtype)

@@ -47,11 +47,13 @@ class RoutedLinear(nn.Module):
         masks: Sequence[torch.Tensor],
         dtype: torch.dtype,
         bias: RoutedBias | None = None,
+        rescalers: Sequence[float] = (),
     ) -> None:
-        """Make a layer from θ₀ and τ⋆, both [out, in], and one packed mask per expert."""
+        """Make a layer from θ₀ and τ⋆, both [out, in], one packed mask per expert, and the factors on them where there are any."""
         super().__init__()
         self._routing = routing
-        self.weight = nn.Parameter(combine(base, delta, list(masks), dtype=dtype), requires_grad=False)
+        self._rescalers = list(rescalers) or [1.0] * len(masks)
+        self.weight = nn.Parameter(combine(base, delta, list(masks), dtype=dtype, rescalers=self._rescalers), requires_grad=False)
         self.base: torch.Tensor
         self.delta: torch.Tensor
         self.register_buffer("base", base, persistent=False)
@@ -73,7 +75,8 @@ class RoutedLinear(nn.Module):
 
     def modality_weight(self, index: int) -> torch.Tensor:
         """Return θ₀ + mᵢ∘τ⋆ of expert `index`, [out, in], in the layer's dtype."""
-        return combine(self.base, self.delta, [self.get_buffer(f"mask{index}")], dtype=self.weight.dtype)
+        mask, factor = self.get_buffer(f"mask{index}"), self._rescalers[index]
+        return combine(self.base, self.delta, [mask], dtype=self.weight.dtype, rescalers=[factor])
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return [batch, tokens, out] for inputs [batch, tokens, in]."""

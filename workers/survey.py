@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from safetensors.numpy import save as save_arrays
 from mmerge.manifests.errors import NonFiniteError, NotFound
 from mmerge.manifests.header import FLOAT_DTYPES
 from mmerge.manifests.store import Store
-from mmerge.workers.checkpoint import TensorSource, read_source
+from mmerge.workers.checkpoint import OpenStores, TensorSource, read_source
 from mmerge.workers.dtypes import to_tensor
 from mmerge.workers.task import NonFinite, RefineTask, SurveyTask, TaskResult, TensorTask
 from mmerge.workers.thresholds import Counts, high_histogram, low_histogram, to_sparse
@@ -34,10 +34,12 @@ class Survey:
     """BLAKE3 per piece ("name:row_start"): base first, then the experts; for copied tensors one."""
     histograms: dict[str, SparseHistogram]
     """By "piece:expert position": the non-empty bins of the magnitude histogram, and their counts."""
+    vectors: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    """By "piece:quantity": what a stage of vectors found."""
 
     def to_bytes(self) -> bytes:
         """Return the survey as safetensors: histograms as arrays, digests in the metadata."""
-        arrays: dict[str, NDArray[np.generic]] = {}
+        arrays: dict[str, NDArray[np.generic]] = {f"{name}.vector": values for name, values in self.vectors.items()}
         for name, (bins, counts) in self.histograms.items():
             arrays |= {f"{name}.bins": bins, f"{name}.counts": counts}
         return bytes(save_arrays(arrays, metadata={"digests": json.dumps(self.digests)}))
@@ -49,8 +51,9 @@ class Survey:
             length = int.from_bytes(data[:8], "little")
             digests = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["digests"])
             arrays = load_arrays(data)
+            vectors = {name.removesuffix(".vector"): arrays.pop(name) for name in list(arrays) if name.endswith(".vector")}
             names = {name.rpartition(".")[0] for name in arrays}
-            return cls(digests, {name: (arrays[f"{name}.bins"], arrays[f"{name}.counts"]) for name in names})
+            return cls(digests, {name: (arrays[f"{name}.bins"], arrays[f"{name}.counts"]) for name in names}, vectors)
         except Exception as error:
             raise ValueError(f"damaged survey: {error}") from error
 
@@ -95,7 +98,7 @@ def survey_shard(task: SurveyTask, store: Store) -> TaskResult:
     began = time.monotonic()
     if not task.fresh and read_survey(store, task.key) is not None:
         return TaskResult(task.shard, 0, True, time.monotonic() - began)
-    stores: dict[str, Store] = {}
+    stores = OpenStores()
     digests: dict[str, list[str]] = {}
     histograms: dict[str, SparseHistogram] = {}
     for tensor in task.tensors:
@@ -141,7 +144,7 @@ def refine_shard(task: RefineTask, store: Store) -> TaskResult:
     began = time.monotonic()
     if not task.fresh and read_survey(store, task.key) is not None:
         return TaskResult(task.shard, 0, True, time.monotonic() - began)
-    stores: dict[str, Store] = {}
+    stores = OpenStores()
     histograms: dict[str, SparseHistogram] = {}
     for tensor, high_bins in zip(task.tensors, task.high_bins, strict=True):
         counts: list[Counts | None] = [None] * len(high_bins)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from mmerge.manifests.entry import Role
 from mmerge.workers.checkpoint import TensorSource
+from mmerge.workers.methods.interface import Granularity, Known, Numbers
 
 NonFinite = Literal["error", "keep"]
 
@@ -21,6 +22,19 @@ class TensorTask:
     num_rows: int
     base: TensorSource
     experts: tuple[TensorSource, ...]
+    granularity: Granularity = "entry"
+    """What the method must see of this tensor at once."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole tensor, of which this piece holds some rows."""
+        piece = self.base.spec.shape
+        return (self.num_rows, *piece[1:]) if piece else ()
+
+    @property
+    def start(self) -> int:
+        """Position of the piece's first entry within the whole tensor."""
+        return self.row_start * (self.num_entries // max(self.row_stop - self.row_start, 1))
 
     @property
     def num_entries(self) -> int:
@@ -79,6 +93,30 @@ class RefineTask:
 
 
 @dataclass(frozen=True)
+class MeasureTask:
+    """A stage of a method over the inputs of a shard: exact sums or histograms of what `measure_block` returns."""
+
+    key: str
+    shard: str
+    expert_names: tuple[str, ...]
+    tensors: tuple[TensorTask, ...]
+    thresholds: tuple[tuple[float, ...], ...]
+    numbers: tuple[Numbers, ...]
+    known: tuple[Known, ...]
+    """Per tensor, what the stages before found."""
+    method: str
+    stage: str
+    measures: Literal["sums", "ranks", "vectors"]
+    high_bins: tuple[dict[str, tuple[int, ...]], ...] | None
+    """None in a first pass; in the second pass of `ranks`, per tensor and quantity, the bins in which the ranks lie."""
+    dtype: str
+    block_entries: int
+    num_bytes: int
+    peak_bytes: int
+    fresh: bool = False
+
+
+@dataclass(frozen=True)
 class MergeTask:
     """Merge one shard into one object."""
 
@@ -89,8 +127,10 @@ class MergeTask:
     thresholds: tuple[tuple[float, ...], ...]
     """Per tensor and expert; empty per tensor for methods that do not trim."""
     method: str
-    parameters: dict[str, Any]
-    expert_parameters: tuple[dict[str, Any], ...]
+    numbers: tuple[Numbers, ...]
+    """Per tensor, the parameters that hold for it."""
+    known: tuple[Known, ...]
+    """Per tensor, what the method's stages found."""
     dtype: str
     block_entries: int
     num_bytes: int
@@ -113,7 +153,7 @@ class CopyTask:
     fresh: bool = False
 
 
-Task = SurveyTask | RefineTask | MergeTask | CopyTask
+Task = SurveyTask | RefineTask | MeasureTask | MergeTask | CopyTask
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ falls into one bin; the second counts the lower 16 bits of that bin's entries. T
 from __future__ import annotations
 
 from collections.abc import Iterable
+from decimal import Decimal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,12 +21,15 @@ NUM_LOW_BINS = 1 << LOW_BITS
 Counts = NDArray[np.int64]
 
 
-def trim_rank(num_entries: int, density: float) -> int:
+def trim_rank(num_entries: int, density: float, *, rounding: Literal["kept", "dropped"] = "kept") -> int:
     """Return the ascending rank (1-based) of the trim threshold, 0 when everything is kept.
 
-    N − int(density·N), as the official TIES code computes it (METHODS.md section 2, Trim).
+    N − int(density·N), as the official TIES code computes it (METHODS.md section 2, Trim); with rounding `dropped` it is
+    int((1 − density)·N), as the code of MLLMerging computes it. 1 − density is taken in decimal: 1 − 0.8 is 0.2.
     """
-    return num_entries - int(density * num_entries)
+    if rounding == "kept":
+        return num_entries - int(density * num_entries)
+    return int(float(1 - Decimal(repr(density))) * num_entries)
 
 
 def magnitude_bits(delta: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from typing_extensions import override
 
+from mmerge.manifests.errors import RecipeError
 from mmerge.workers.methods.interface import Block, MergedBlock, Method, Parameters
 
 
@@ -28,9 +29,18 @@ class Linear(Method):
 
     name = "linear"
     kind = "plain"
+    needs_base = False
     source = "Model soups, arXiv 2203.05482"
     parameters_model = LinearParameters
     expert_parameters_model = LinearExpertParameters
+
+    @override
+    def check_recipe(self, parameters: LinearParameters, experts: Sequence[LinearExpertParameters], *, has_base: bool) -> None:
+        super().check_recipe(parameters, experts, has_base=has_base)
+        if parameters.normalize and not sum(expert.weight for expert in experts):
+            raise RecipeError(
+                "experts: the weights sum to 0, by which 'normalize' would divide. Change a weight, or set 'normalize: false'"
+            )
 
     @override
     def merge_block(self, block: Block, parameters: LinearParameters, experts: Sequence[LinearExpertParameters]) -> MergedBlock:

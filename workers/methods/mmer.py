@@ -8,8 +8,9 @@ import torch
 from pydantic import Field
 from typing_extensions import override
 
+from mmerge.workers.methods.election import disjoint_merge, elect_sign
 from mmerge.workers.methods.interface import Block, Density, MergedBlock, Method, Parameters, Reduction, Scope, Trimming
-from mmerge.workers.methods.ties import disjoint_merge, elect_sign, trim
+from mmerge.workers.methods.ties import trim
 
 
 def decouple(trimmed: torch.Tensor, merged: torch.Tensor, *, mask_scale: float) -> torch.Tensor:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from typing_extensions import override
 
-from mmerge.workers.methods.interface import Block, Density, MergedBlock, Method, Parameters, Reduction, Scope, Trimming
+from mmerge.manifests.errors import RecipeError
+from mmerge.workers.methods.election import disjoint_merge, elect_sign
+from mmerge.workers.methods.interface import Block, Density, Granularity, Parameters, Scope, Trimming
+from mmerge.workers.methods.locate import ElectParameters, LocateThenElect, WeightParameters
+from mmerge.workers.methods.ranking import top_mask
+
+__all__ = ["Ties", "TiesExpertParameters", "TiesParameters", "TrimParameters", "disjoint_merge", "elect_sign", "trim"]
 
 
 def trim(delta: torch.Tensor, *, threshold: float) -> torch.Tensor:
@@ -19,63 +26,75 @@ def trim(delta: torch.Tensor, *, threshold: float) -> torch.Tensor:
     return torch.where(delta.abs() >= threshold, delta, torch.zeros((), dtype=delta.dtype, device=delta.device))
 
 
-def elect_sign(trimmed: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return γ = sign(Σᵢ τᵢ), float32 in {−1, 0, 1}, summed in the order given; an exact zero sum elects nothing.
-
-    TIES-Merging (arXiv 2306.01708), section 4, step 2. The official code gives zero sums the majority sign.
-    """
-    total = trimmed[0].clone()
-    for delta in trimmed[1:]:
-        total += delta
-    return total.sign()
+def trim_exactly(delta: torch.Tensor, *, density: float) -> torch.Tensor:
+    """Return `delta` with exactly its int(density·N) largest magnitudes kept; among equals the lower position stays."""
+    return torch.where(top_mask(delta.abs(), int(density * delta.numel())), delta, torch.zeros_like(delta))
 
 
-def disjoint_merge(trimmed: Sequence[torch.Tensor], sign: torch.Tensor, *, reduction: Reduction) -> torch.Tensor:
-    """Return τ⋆: per entry the sum or mean over the task vectors whose sign is the elected one, 0 where none is.
-
-    TIES-Merging (arXiv 2306.01708), section 4, step 3.
-    """
-    merged = torch.zeros_like(sign)
-    count = torch.zeros_like(sign)
-    for delta in trimmed:
-        agrees = (delta.sign() == sign) & (sign != 0)
-        merged += torch.where(agrees, delta, torch.zeros_like(delta))
-        count += agrees
-    return merged if reduction == "sum" else merged / count.clamp(min=1)
-
-
-class TiesParameters(Parameters):
-    """Numbers of TIES."""
+class TrimParameters(Parameters):
+    """Numbers of trimming."""
 
     density: Density = Field(0.2, description="share of each task vector that is kept")
     scope: Scope = Field("model", description="take the trim threshold over the whole model or per tensor")
-    reduction: Reduction = Field("mean", description="disjoint merge by mean or sum")
-    scale: float = Field(1.0, description="coefficient λ on the merged task vector")
 
 
-class TiesExpertParameters(Parameters):
+class TiesParameters(ElectParameters, TrimParameters):
+    """Numbers of TIES."""
+
+    count: Literal["threshold", "exact"] = Field(
+        "threshold", description="keep every entry at the threshold, or (scope: tensor) exactly int(density·N), lower positions first"
+    )
+    rounding: Literal["kept", "dropped"] = Field(
+        "kept", description="round down the number of kept entries (official code) or of dropped ones (MLLMerging)"
+    )
+
+
+class TiesExpertParameters(WeightParameters):
     """Numbers of TIES per expert."""
 
     density: Density | None = Field(None, description="this expert's density, instead of the recipe's")
 
 
-class Ties(Method):
+class Ties(LocateThenElect):
     """θ = θ₀ + λ·τ⋆ with τ⋆ from trim, elect and disjoint merge."""
 
     name = "ties"
-    kind = "plain"
     source = "TIES-Merging, arXiv 2306.01708"
     parameters_model = TiesParameters
     expert_parameters_model = TiesExpertParameters
 
     @override
-    def trimming(self, parameters: TiesParameters, experts: Sequence[TiesExpertParameters]) -> Trimming:
-        densities = tuple(parameters.density if expert.density is None else expert.density for expert in experts)
-        return Trimming(densities, parameters.scope)
+    def check_recipe(self, parameters: TiesParameters, experts: Sequence[Any], *, has_base: bool) -> None:
+        super().check_recipe(parameters, experts, has_base=has_base)
+        if parameters.count == "exact" and (parameters.scope != "tensor" or parameters.rounding != "kept"):
+            raise RecipeError("count: 'exact' needs 'scope: tensor' and 'rounding: kept'. Add them, or take 'count: threshold'")
 
     @override
-    def merge_block(self, block: Block, parameters: TiesParameters, experts: Sequence[TiesExpertParameters]) -> MergedBlock:
-        trimmed = [trim(delta, threshold=threshold) for delta, threshold in zip(block.task_vectors(), block.thresholds, strict=True)]
-        sign = elect_sign(trimmed)
-        merged = disjoint_merge(trimmed, sign, reduction=parameters.reduction)
-        return MergedBlock((block.base + parameters.scale * merged).to(block.dtype), trimmed=trimmed, sign=sign)
+    def granularity(self, parameters: TiesParameters, experts: Sequence[TiesExpertParameters]) -> Granularity:
+        return "tensor" if parameters.count == "exact" else "entry"
+
+    @override
+    def trimming(self, parameters: TiesParameters, experts: Sequence[TiesExpertParameters]) -> Trimming | None:
+        if parameters.count == "exact":
+            return None
+        return Trimming(_densities(parameters, experts), parameters.scope, parameters.rounding)
+
+    @override
+    def majority_scope(self, parameters: TiesParameters) -> Scope:
+        return parameters.scope
+
+    @override
+    def locate(self, block: Block, parameters: TiesParameters, experts: Sequence[TiesExpertParameters]) -> list[torch.Tensor]:
+        deltas = block.task_vectors()
+        if parameters.count == "exact":
+            return [trim_exactly(delta, density=density) for delta, density in zip(deltas, _densities(parameters, experts), strict=True)]
+        return [trim(delta, threshold=threshold) for delta, threshold in zip(deltas, block.thresholds, strict=True)]
+
+    @override
+    def working_bytes(self, num_entries: int, *, num_experts: int, shape: Sequence[int]) -> int:
+        # Beside what every method takes: ranks of one task vector as int64, twice, and its masks.
+        return super().working_bytes(num_entries, num_experts=num_experts, shape=shape) + num_entries * (16 * num_experts + 48)
+
+
+def _densities(parameters: TiesParameters, experts: Sequence[TiesExpertParameters]) -> tuple[float, ...]:
+    return tuple(parameters.density if expert.density is None else expert.density for expert in experts)

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from golden import Case, cases, check_close, expected, input_folders, merged_of, needs_golden
+
+from mmerge.manifests.errors import RecipeError
+from mmerge.pipeline import make_plan, parse_recipe, read_recipe, run
+from mmerge.pipeline.mergekit import from_mergekit, is_mergekit
+from mmerge.workers.reader import BuildReader
+
+
+def make_yaml(**changes: Any) -> dict[str, Any]:
+    models = [
+        {"model": "base"},
+        {"model": "org/one", "parameters": {"weight": 1, "density": 0.5}},
+        {"model": "org/two", "parameters": {"weight": 0.5}},
+    ]
+    return {"merge_method": "ties", "base_model": "base", "models": models, "dtype": "bfloat16"} | changes
+
+
+def translate(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+    assert is_mergekit(raw)
+    return from_mergekit(raw, folder=folder, default_name="config")
+
+
+def test_a_ties_yaml_becomes_a_recipe_with_mergekits_defaults(tmp_path: Path) -> None:
+    found = translate(make_yaml(parameters={"int8_mask": True, "lambda": 0.7, "normalize": False}), tmp_path)
+    assert found == {
+        "method": "ties", "scope": "tensor", "count": "exact", "zero_sign": "positive", "base": "base", "dtype": "bfloat16",
+        "output": "config-composite", "scale": 0.7, "reduction": "sum",
+        "experts": {
+            "one": {"path": "org/one", "modality": "text", "weight": 1, "density": 0.5},
+            "two": {"path": "org/two", "modality": "text", "weight": 0.5, "density": 1.0},
+        },
+    }  # fmt: skip
+    recipe = parse_recipe(found, folder=tmp_path)
+    assert recipe.parameters.model_dump()["reduction"] == "sum"
+    assert translate(make_yaml(), tmp_path)["reduction"] == "mean"
+
+
+def test_filters_and_gradients_of_every_level_become_rules_from_the_inside_out(tmp_path: Path) -> None:
+    models = [{"model": "a", "parameters": {"weight": [{"filter": "mlp", "value": [0, 1]}]}}, {"model": "b"}]
+    raw = {
+        "merge_method": "task_arithmetic",
+        "base_model": "base",
+        "models": models,
+        "parameters": {"weight": [{"filter": "q_proj", "value": 2}, {"value": 3}]},
+    }
+    experts = translate(raw, tmp_path)["experts"]
+    assert experts["a"]["weight"] == [{"value": [0, 1], "pattern": "*mlp*"}, {"value": 2, "pattern": "*q_proj*"}, {"value": 3}]
+    assert experts["b"]["weight"] == [{"value": 2, "pattern": "*q_proj*"}, {"value": 3}]
+    recipe = parse_recipe(translate(raw, tmp_path), folder=tmp_path)
+    names = [
+        "model.layers.0.mlp.up_proj.weight",
+        "model.layers.1.mlp.up_proj.weight",
+        "model.layers.2.self_attn.q_proj.weight",
+        "lm_head.weight",
+    ]
+    numbers = recipe.numbers_by_tensor(names)
+    assert [numbers[name].experts[0]["weight"] for name in names] == [0, 0.5, 2, 3]
+
+
+def test_two_models_of_one_name_get_two(tmp_path: Path) -> None:
+    models = [{"model": "x/model", "parameters": {"weight": 1}}, {"model": "y/model", "parameters": {"weight": 1}}]
+    assert list(translate({"merge_method": "linear", "models": models}, tmp_path)["experts"]) == ["model", "model-1"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"merge_method": "passthrough"}, r"merge_method: 'passthrough' has no counterpart here; of mergekit's there are linear"),
+        ({"modules": {}}, "modules: is not supported"),
+        ({"tokenizer_source": "union"}, "tokenizer_source: only the base's tokenizer"),
+        ({"tokenizer": {"source": "union"}}, "tokenizer: only the base's tokenizer"),
+        ({"chat_template": "chatml"}, "chat_template: is not supported"),
+        ({"slices": []}, "either 'models' or 'slices'"),
+        ({"parameters": {"rescale": True}}, r"parameters\.rescale: .*TIES here does not rescale"),
+        ({"parameters": {"densty": 0.5}}, r"parameters\.densty"),
+        ({"models": [{"model": "a"}, {"model": "b"}]}, r"a\.parameters\.weight: is missing"),
+        ({"models": [{"model": "base"}]}, "none is left beside base_model"),
+        ({"models": [{"model": "a+lora", "parameters": {"weight": 1}}]}, "LoRA adapters"),
+        ({"models": [{"model": "a", "weight": 1}]}, r"models\.0\.weight: is not supported"),
+        ({"models": "a"}, "models: expected a list"),
+        ({"parameters": {"normalize": [{"filter": "mlp", "value": True}, {"value": False}]}}, "must be true or false for all tensors"),
+        ({"parameters": {"lambda": [{"filter": "mlp"}]}}, r"expected \{filter, value\}"),
+    ],
+)
+def test_what_is_not_supported_is_said_with_its_key(changes: dict[str, Any], match: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=match):
+        translate(make_yaml(**changes), tmp_path)
+
+
+def test_a_missing_base_is_refused_where_the_method_needs_one(tmp_path: Path) -> None:
+    raw = make_yaml(models=[{"model": "a", "parameters": {"weight": 1}}])
+    del raw["base_model"]
+    with pytest.raises(RecipeError, match="base: is missing; 'ties' works on task vectors"):
+        parse_recipe(translate(raw, tmp_path), folder=tmp_path)
+
+
+def slices(*ranges: tuple[int, int], **parameters: Any) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for first, stop in ranges:
+        sources = [{"model": name, "layer_range": [first, stop]} for name in ("image", "audio")]
+        found.append({"sources": sources, "parameters": {"weight": float(first + 1)} | parameters})
+    return found
+
+
+def test_slices_of_equal_layer_ranges_keep_their_own_parameters(lab: Any) -> None:
+    lab.make_all(2)
+    raw = {"merge_method": "task_arithmetic", "base_model": "base", "slices": slices((0, 1), (1, 2)), "dtype": "float32"}
+    run(make_plan(read_recipe(lab.write_recipe(raw, "config.yml"))))
+    reader = BuildReader(str(lab.folder / "config-composite"))
+    for name, base in lab.base.items():
+        weight = 1.0 if "embed" in name or "layers.0" in name else 2.0
+        total = sum(lab.expert_tensors(seed)["language_model." + name][: base.shape[0]].float() - base.float() for seed in (0, 1))
+        torch.testing.assert_close(reader.read(name, "merged"), base.float() + weight * total)
+
+
+@pytest.mark.parametrize(
+    ("found", "match"),
+    [
+        (slices((0, 1)), "end at layer 1, the model has 2"),
+        (slices((0, 1), (0, 2)), "begins at layer 0, expected 1"),
+        ([{"sources": [{"model": "image", "layer_range": [0, 2]}, {"model": "audio", "layer_range": [0, 1]}]}], "different layer ranges"),
+        ([{"sources": [{"model": "image"}]}], r"layer_range: expected \[first, last \+ 1\]"),
+    ],
+)
+def test_slices_that_do_not_cover_the_layers_once_are_refused(found: list[dict[str, Any]], match: str, lab: Any) -> None:
+    lab.make_all(2)
+    raw = {"merge_method": "task_arithmetic", "base_model": "base", "slices": found, "parameters": {"weight": 1}}
+    with pytest.raises(RecipeError, match=match):
+        read_recipe(lab.write_recipe(raw, "config.yml"))
+
+
+MERGEKIT_CASES = ("ties_per_tensor", "breadcrumbs", "breadcrumbs_ties", "sce", "ram", "ramplus")
+
+
+@needs_golden
+@cases(*MERGEKIT_CASES)
+def test_a_yaml_gives_the_numbers_that_mergekit_gave(case: Case, tmp_path: Path) -> None:
+    base, *folders = input_folders(case)
+    numbers = case["params"]
+    per_model = [
+        {"weight": weight} | {key: numbers[key] for key in ("density", "gamma") if key in numbers} for weight in numbers.get("weights", [])
+    ]
+    models = [{"model": str(path)} | ({"parameters": per_model[index]} if per_model else {}) for index, path in enumerate(folders)]
+    shared = {key: numbers[key] for key in ("normalize", "select_topk", "epsilon", "r", "alpha") if key in numbers}
+    method = {"ties_per_tensor": "ties", "ramplus": "ramplus_tl"}.get(case["method"], case["method"])
+    raw = {"merge_method": method, "base_model": str(base), "models": models, "parameters": shared, "dtype": "float32"}
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(raw))
+    run(make_plan(read_recipe(tmp_path / "config.yml")))
+    wanted = expected(case, "merged")
+    assert wanted is not None
+    check_close(case, merged_of(BuildReader(str(tmp_path / "config-composite"))), wanted)

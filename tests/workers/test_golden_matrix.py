@@ -1,0 +1,132 @@
+"""The slerp family, whole-matrix methods, AdaMMS and Neuron-Fusion against golden data, through the whole pipeline.
+
+The folder can be changed by MMERGE_GOLDEN=DIR.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmerge.pipeline import make_plan, parse_recipe, run
+from mmerge.workers.methods.adamms import choose_alpha
+from mmerge.workers.reader import BuildReader
+
+GOLDEN = Path(os.environ.get("MMERGE_GOLDEN", Path(__file__).resolve().parents[3] / "shared" / "golden"))
+MANIFEST: dict[str, Any] = json.loads((GOLDEN / "cases.json").read_text()) if (GOLDEN / "cases.json").is_file() else {"cases": []}
+pytestmark = pytest.mark.skipif(not MANIFEST["cases"], reason=f"no golden data at {GOLDEN} (set MMERGE_GOLDEN)")
+
+
+def _slerp(params: dict[str, Any]) -> dict[str, Any]:
+    return {"method": "slerp", "t": params["t"], "experts": [params["first"], params["second"]]}
+
+
+def _nuslerp(params: dict[str, Any]) -> dict[str, Any]:
+    along = "tensor" if params["flatten"] else "columns" if params["row_wise"] else "rows"
+    return {
+        "method": "nuslerp", "along": along, "origin": "base" if params["base"] else "zero",
+        "experts": [params["first"], params["second"]], "each": [{"weight": weight} for weight in params["weights"]],
+    }  # fmt: skip
+
+
+def _multislerp(params: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "method": "multislerp", "origin": "base" if params["base"] else "zero", "normalize": params["normalize_weights"],
+        "each": [{"weight": weight} for weight in params["weights"]],
+    }  # fmt: skip
+
+
+def _optmerge(params: dict[str, Any]) -> dict[str, Any]:
+    form = "full" if "centred" in params["form"] else "lora"
+    return {"method": "optmerge", "form": form, "iterations": params["iterations"], "scale": params["scaling"]}
+
+
+def _swudi(params: dict[str, Any]) -> dict[str, Any]:
+    time = params["exp_time"] if params["filter_type"] == "exponential" else None
+    return {
+        "method": "swudi", "time": time, "rank_ratio": params["truncate_rank_ratio"], "start": params["init_mode"],
+        "min_eigenvalue": params["min_eigenvalue"], "scale": params["scaling_coefficient"],
+    }  # fmt: skip
+
+
+def _aswudi(params: dict[str, Any]) -> dict[str, Any]:
+    assert params["filter_type"] == "none"
+    return {
+        "method": "aswudi", "rank_rule": params["auto_rank_method"], "start": params["init_mode"],
+        "min_eigenvalue": params["min_eigenvalue"], "scale": params["scaling_coefficient"],
+    }  # fmt: skip
+
+
+def _adamms(params: dict[str, Any]) -> dict[str, Any]:
+    norms = "interpolate" if params["norms"] == "interpolated" else "target"
+    return {"method": "adamms", "alpha": params["alpha"], "norms": norms, "experts": [params["target"], params["source"]]}
+
+
+def _neuron_fusion(params: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "method": "neuron_fusion", "keep_ratio": params["keep_ratio"], "suppress": params["suppress"], "restore": params["restore_norm"],
+        "query_key": "neuron" if params["qk"] == "unit" else "expert", "experts": [params["tuned"]],
+    }  # fmt: skip
+
+
+RECIPES = {
+    "slerp": _slerp,
+    "nuslerp": _nuslerp,
+    "multislerp": _multislerp,
+    "karcher": lambda params: {"method": "karcher", "max_iter": params["max_iter"], "tol": params["tol"]},
+    "model_stock": lambda params: {"method": "model_stock", "filter_wise": params["filter_wise"]},
+    "arcee_fusion": lambda params: {"method": "arcee_fusion", "experts": [params["expert"]]},
+    "nearswap": lambda params: {"method": "nearswap", "t": params["t"], "experts": [params["expert"]]},
+    "tsv": lambda params: {"method": "tsv", "scale": params["scaling"]},
+    "iso_c": lambda params: {"method": "iso_c", "scale": params["scaling"]},
+    "wudi": lambda params: {"method": "wudi", "scale": params["scaling"], "iterations": params["iterations"]},
+    "optmerge": _optmerge,
+    "swudi": _swudi,
+    "aswudi": _aswudi,
+    "adamms_interpolation": _adamms,
+    "neuron_fusion_reconstruction": _neuron_fusion,
+}
+CASES = [case for case in MANIFEST["cases"] if case["method"] in RECIPES]
+SEARCHES = [case for case in MANIFEST["cases"] if case["method"] == "adamms_search"]
+
+
+@cache
+def read_expected(output: str) -> dict[str, torch.Tensor]:
+    return load_file(GOLDEN / output)
+
+
+def build(case: dict[str, Any], folder: Path) -> torch.Tensor:
+    """Run the recipe of a case; return the merged model in the golden flat order."""
+    recipe = RECIPES[case["method"]](case["params"])
+    folders = {Path(name).parent.name: str(GOLDEN / Path(name).parent) for name in case["inputs"]}
+    names = recipe.pop("experts", [name for name in folders if name != "base"])
+    each = recipe.pop("each", [{}] * len(names))
+    experts = {name: {"path": folders[name], "modality": "text", **numbers} for name, numbers in zip(names, each, strict=True)}
+    raw = recipe | {"base": folders["base"], "experts": experts, "output": str(folder), "dtype": "float32"}
+    run(make_plan(parse_recipe(raw, folder=folder)))
+    reader = BuildReader(str(folder))
+    return torch.cat([reader.text_weight(item["name"]).reshape(-1) for item in MANIFEST["flat_order"]])
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case["id"] for case in CASES])
+def test_a_build_has_the_weights_of_the_golden_case(case: dict[str, Any], tmp_path: Path) -> None:
+    expected = read_expected(case["output"])[f"{case['id'].split('/', 1)[1]}/merged"].reshape(-1)
+    tolerance = case["tolerance"]
+    torch.testing.assert_close(build(case, tmp_path), expected, rtol=tolerance["rtol"], atol=tolerance["atol"])
+
+
+@pytest.mark.parametrize("case", SEARCHES, ids=[case["id"] for case in SEARCHES])
+def test_the_alpha_chosen_from_answers_is_that_of_the_golden_case(case: dict[str, Any]) -> None:
+    searches = json.loads((GOLDEN / case["output"]).read_text())["cases"]
+    assert searches
+    for search in searches:
+        choice = choose_alpha({float(alpha): answers for alpha, answers in search["responses"].items()})
+        assert list(choice.differences) == search["differences"], search["name"]
+        assert list(choice.best) == search["chosen_alphas"], search["name"]

@@ -1,0 +1,294 @@
+"""LoRA adapter folders: PEFT's, and the official ones of Model Composition, seen as names and byte ranges.
+
+A folder holds one adapter or several by name (DAMC: `default` for text, one for the modality's tokens), in one file or, as
+PEFT saves them, one in a subfolder each.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from typing_extensions import override
+
+from mmerge.manifests.errors import CheckpointError, NotFound, ShapeMismatch, StoreError
+from mmerge.manifests.store import Store, open_store
+from mmerge.workers.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, LowRankSource, TensorSource
+from mmerge.workers.pickled import read_pickled_specs
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+OFFICIAL_FILES = ("mm_projector.bin", "non_lora_trainables.bin")
+DEFAULT_ADAPTER = "default"
+_PREFIXES = (
+    "", "model.", "language_model.", "language_model.model.", "model.language_model.", "model.text_model.", "text_model.", "thinker.model.",
+)  # fmt: skip
+_FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.weight$")
+
+
+@dataclass(frozen=True)
+class AdapterPair:
+    """The two factors of one adapter in one Linear: its task vector is scale·B·A."""
+
+    module: str
+    """The Linear's path in the adapter's files."""
+    adapter: str
+    a: TensorSource
+    """[rank, in]."""
+    b: TensorSource
+    """[out, rank]."""
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """Rows of A."""
+        return self.a.spec.shape[0]
+
+
+def is_adapter(store: Store) -> bool:
+    """Return whether a folder holds adapters rather than a model."""
+    if store.exists(SINGLE_FILE) or store.exists(INDEX_FILE):
+        return False
+    return any(store.exists(file) for file in (*WEIGHT_FILES, CONFIG_FILE, *OFFICIAL_FILES))
+
+
+class AdapterFolder:
+    """One folder of adapters: headers and configuration only, until a task asks for bytes."""
+
+    def __init__(self, uri: str, *, owner: str) -> None:
+        """Open the folder at `uri`; `owner` ("expert 'image'") begins every error. Raises CheckpointError."""
+        self.uri, self.owner = uri, owner
+        self.checkpoint = _AdapterFiles(uri, owner=owner)
+        self.config = self.checkpoint.config
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorSource]:
+        """All tensors by their name in the files, those of subfolders with their adapter's name put in."""
+        return self.checkpoint.tensors
+
+    @cached_property
+    def pairs(self) -> tuple[AdapterPair, ...]:
+        """Every adapter in every Linear. Raises CheckpointError where a factor is missing or does not fit the other."""
+        factors: dict[tuple[str, str], dict[str, TensorSource]] = {}
+        for name, source in self.tensors.items():
+            match = _FACTOR.match(_strip(name))
+            if match:
+                key = (match["module"], match["adapter"] or DEFAULT_ADAPTER)
+                factors.setdefault(key, {})[match["factor"]] = source
+            elif "lora_" in name or "vera_" in name or "hada_" in name:
+                raise CheckpointError(
+                    f"{self.owner}: {self.uri}: {name} is no LoRA factor of a Linear. Merge that adapter into its weights first"
+                )
+        return tuple(self._make_pair(*key, found) for key, found in sorted(factors.items()))
+
+    @cached_property
+    def others(self) -> dict[str, TensorSource]:
+        """Everything that is no LoRA factor (connectors, learned prefix tokens, tensors saved whole), by its stripped name."""
+        return {_strip(name): source for name, source in self.tensors.items() if not _FACTOR.match(_strip(name))}
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters, sorted."""
+        return tuple(sorted({pair.adapter for pair in self.pairs}))
+
+    def pairs_of(self, adapter: str) -> tuple[AdapterPair, ...]:
+        """Return the pairs of one adapter. Raises CheckpointError when there is none of that name."""
+        found = tuple(pair for pair in self.pairs if pair.adapter == adapter)
+        if not found:
+            raise CheckpointError(f"{self.owner}: {self.uri} has no adapter {adapter!r}; it has {', '.join(self.adapters) or 'none'}")
+        return found
+
+    def _make_pair(self, module: str, adapter: str, found: dict[str, TensorSource]) -> AdapterPair:
+        where = f"{self.owner}: {self.uri}: {module}: adapter {adapter!r}"
+        if set(found) != {"A", "B"}:
+            raise CheckpointError(f"{where} has only lora_{next(iter(found))}. Fetch the adapter again")
+        a, b = found["A"], found["B"]
+        if len(a.spec.shape) != 2 or len(b.spec.shape) != 2 or a.spec.shape[0] != b.spec.shape[1]:
+            raise ShapeMismatch(f"{where}: lora_A has {a.spec.shape} and lora_B {b.spec.shape}; they must be (rank, in) and (out, rank)")
+        return AdapterPair(module, adapter, a, b, self._scale(module, rank=a.spec.shape[0], where=where))
+
+    def _scale(self, module: str, *, rank: int, where: str) -> float:
+        config = self.config
+        alpha = _by_pattern(config.get("alpha_pattern"), module) or config.get("lora_alpha")
+        expected = _by_pattern(config.get("rank_pattern"), module) or config.get("r", config.get("lora_r"))
+        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
+            raise CheckpointError(
+                f"{where}: the configuration has no lora_alpha, so the scale alpha/rank is unknown. Add it to {CONFIG_FILE}"
+            )
+        if expected is not None and expected != rank:
+            raise CheckpointError(f"{where}: the configuration says rank {expected}, the factors have {rank}. Fetch the adapter again")
+        return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+class _AdapterFiles(Checkpoint):
+    """The files of an adapter folder, read as a checkpoint's."""
+
+    def __init__(self, uri: str, *, owner: str) -> None:
+        self._store: Store
+        self.uri, self.owner = uri, owner
+        try:
+            self._store = open_store(uri)
+        except StoreError as error:
+            raise CheckpointError(f"{owner}: {Exception.__str__(error)}") from error
+        file = CONFIG_FILE if self._store.exists(CONFIG_FILE) else "config.json"
+        self.config = self._read_json(file, missing=f"an adapter has {CONFIG_FILE}, an official one config.json")
+        self._refuse_variants()
+
+    def _refuse_variants(self) -> None:
+        kind = self.config.get("peft_type", "LORA")
+        if kind != "LORA" or self.config.get("use_dora") or self.config.get("fan_in_fan_out"):
+            raise CheckpointError(
+                f"{self.owner}: {self.uri}/{CONFIG_FILE}: only LoRA adapters of Linear layers are read, this is "
+                f"{'DoRA' if self.config.get('use_dora') else kind if kind != 'LORA' else 'LoRA with fan_in_fan_out'}. "
+                "Merge it into its weights first (merge_and_unload)"
+            )
+
+    @override
+    def _weight_files(self) -> dict[str, list[str] | None]:
+        found = [file for file in WEIGHT_FILES if self._store.exists(file)][:1]
+        found += [file for file in OFFICIAL_FILES if self._store.exists(file)]
+        found += self._subfolders
+        if not found:
+            raise CheckpointError(f"{self.owner}: {self.uri} has neither {' nor '.join(WEIGHT_FILES)}. Fetch the adapter again")
+        return dict.fromkeys(found)
+
+    @cached_property
+    def _subfolders(self) -> list[str]:
+        """Weight files of adapters that PEFT saved in a subfolder by their name."""
+        keys = sorted(key for key in self._store.list() if key.count("/") == 1 and key.rsplit("/", 1)[1] in WEIGHT_FILES)
+        chosen: dict[str, str] = {}
+        for key in keys:
+            folder = key.split("/", 1)[0]
+            if folder not in chosen or key.endswith(".safetensors"):
+                chosen[folder] = key
+        return list(chosen.values())
+
+    @override
+    def _read_header(self, file: str) -> dict[str, Any]:
+        if file.endswith(".safetensors"):
+            return super()._read_header(file)
+        return read_pickled_specs(self._store, file, where=f"{self.owner}: {self.uri}/{file}")
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorSource]:
+        found: dict[str, TensorSource] = {}
+        for file in self._weight_files():
+            folder = file.split("/", 1)[0] if "/" in file else ""
+            for name, spec in self._read_header(file).items():
+                named = _put_adapter(name, folder) if folder else name
+                found.setdefault(named, TensorSource(self.uri, file, spec))
+        return dict(sorted(found.items()))
+
+
+def _put_adapter(name: str, adapter: str) -> str:
+    match = _FACTOR.match(name)
+    if match is None:
+        return f"{adapter}.{name}"
+    return f"{match['module']}.lora_{match['factor']}.{adapter}.weight"
+
+
+def _strip(name: str) -> str:
+    """Return a name without what PEFT puts in front of it."""
+    return name.removeprefix("base_model.model.")
+
+
+def _by_pattern(patterns: object, module: str) -> Any:
+    """Return the value of the pattern that fits a module's path, as PEFT finds it: a regular expression for the path's end."""
+    if not isinstance(patterns, dict):
+        return None
+    for pattern, value in patterns.items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        except re.error:
+            continue
+    return None
+
+
+def find_linear(module: str, base: dict[str, TensorSource]) -> str | None:
+    """Return the name of the base's weight that an adapter's module is, None where it is none of the language model's."""
+    for prefix in _PREFIXES:
+        if not module.startswith(prefix):
+            continue
+        rest = module[len(prefix) :]
+        for own in ("", "model."):
+            if f"{own}{rest}.weight" in base:
+                return f"{own}{rest}.weight"
+    return None
+
+
+class AdapterCheckpoint(Checkpoint):
+    """An expert that is a LoRA adapter: the base's language model with the products added, tensor by tensor, never whole.
+
+    Of a folder with several adapters it is the one called `default`: the one of text tokens (DAMC).
+    """
+
+    def __init__(self, uri: str, *, owner: str, base: Checkpoint) -> None:
+        """Open the adapter at `uri`, made for `base`. Raises CheckpointError."""
+        self.uri, self.owner = uri, owner
+        self.folder = AdapterFolder(uri, owner=owner)
+        self._store = self.folder.checkpoint._store
+        self._base = base
+        self.config = base.config
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorSource]:
+        """The base's tensors, those of adapted Linears formed, and whatever else the adapter's files hold."""
+        found = dict(self._base.tensors)
+        placed: dict[str, TensorSource] = {}
+        names = self.folder.adapters
+        for pair in self.folder.pairs_of(names[0] if len(names) == 1 else DEFAULT_ADAPTER):
+            name = find_linear(pair.module, found)
+            if name is not None:
+                placed[name] = self._form(name, pair)
+        if not placed:
+            raise CheckpointError(
+                f"{self.owner}: {self.uri}: no adapter fits a Linear of the base; the first is of {self.folder.pairs[0].module}. "
+                "Was it trained on this base?"
+            )
+        for name, source in self.folder.others.items():
+            own = find_linear(name.removesuffix(".weight"), found) if name.endswith(".weight") else name
+            placed[own or name] = source
+        return dict(sorted((found | placed).items()))
+
+    def _form(self, name: str, pair: AdapterPair) -> LowRankSource:
+        base = self._base.tensors[name]
+        shape = (pair.b.spec.shape[0], pair.a.spec.shape[1])
+        if base.spec.shape != shape:
+            raise ShapeMismatch(
+                f"{name}: {self.owner} has an adapter for {shape}, the base has {base.spec.shape}. Was it trained on this base?"
+            )
+        return make_low_rank(base, pair)
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """For each file of the adapter a text that changes when it is replaced."""
+        return self.folder.checkpoint.identity
+
+    @override
+    def read_small_files(self) -> dict[str, bytes]:
+        """Return the base's configuration and tokenizer with the adapter's own files; its config.json becomes adapter_config.json."""
+        own = self.folder.checkpoint.read_small_files()
+        if "config.json" in own:
+            own.setdefault(CONFIG_FILE, own.pop("config.json"))
+            own.pop("config.json", None)
+        return self._base.read_small_files() | own
+
+
+def make_low_rank(base: TensorSource, pair: AdapterPair) -> LowRankSource:
+    """Return the weights of a Linear with an adapter, as a source."""
+    num_bytes = 4 * base.spec.num_entries
+    spec = type(base.spec)(base.spec.name, "F32", base.spec.shape, 0, num_bytes)
+    return LowRankSource(pair.a.uri, pair.a.file, spec, base=base, a=pair.a, b=pair.b, scale=pair.scale)
+
+
+def open_expert(uri: str, *, owner: str, base: Checkpoint) -> Checkpoint:
+    """Return the expert at `uri`: a whole checkpoint, or an adapter of the base. Raises CheckpointError."""
+    try:
+        store = open_store(uri)
+    except (NotFound, StoreError):
+        return Checkpoint(uri, owner=owner)
+    return AdapterCheckpoint(uri, owner=owner, base=base) if is_adapter(store) else Checkpoint(uri, owner=owner)

@@ -1,0 +1,59 @@
+"""Blocks of one tensor: which entries a method sees at once, read from base and experts and widened to float32."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from mmerge.manifests.store import Store
+from mmerge.workers.dtypes import TORCH_DTYPES
+from mmerge.workers.methods.interface import Block, Granularity, Known
+from mmerge.workers.survey import iterate_blocks, read_block
+from mmerge.workers.task import TensorTask
+
+
+def num_columns(shape: Sequence[int]) -> int:
+    """Return the entries of one row: a tensor of less than two dimensions is one row."""
+    return math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
+
+
+def entries_at_once(shape: Sequence[int], block_entries: int, *, granularity: Granularity) -> int:
+    """Return how many entries of a tensor of this shape are in one block."""
+    if granularity == "entry":
+        return block_entries
+    if granularity == "row":
+        columns = max(num_columns(shape), 1)
+        return max(block_entries // columns, 1) * columns
+    return max(math.prod(shape), 1)
+
+
+def read_blocks(
+    tensor: TensorTask,
+    stores: dict[str, Store],
+    *,
+    thresholds: Sequence[float],
+    known: Known,
+    expert_names: tuple[str, ...],
+    dtype: str,
+    block_entries: int,
+) -> Iterator[Block]:
+    """Yield the blocks of a piece of a tensor in order."""
+    shape = tensor.base.spec.shape
+    columns, granularity = num_columns(shape), tensor.granularity
+    for start, stop in iterate_blocks(tensor.num_entries, entries_at_once(shape, block_entries, granularity=granularity)):
+        base, *experts = (
+            _to_shape(read_block(source, stores, start, stop)[1].to(torch.float32), shape, columns, granularity)
+            for source in (tensor.base, *tensor.experts)
+        )
+        yield Block(
+            base=base, experts=experts, thresholds=thresholds, dtype=TORCH_DTYPES[dtype], name=tensor.name, start=tensor.start + start,
+            shape=tensor.shape, expert_names=expert_names, known=known,
+        )  # fmt: skip
+
+
+def _to_shape(values: torch.Tensor, shape: Sequence[int], columns: int, granularity: Granularity) -> torch.Tensor:
+    if granularity == "entry":
+        return values
+    return values.reshape(-1, columns) if granularity == "row" else values.reshape(tuple(shape))

@@ -1,0 +1,163 @@
+"""Write a merge as a LoRA adapter of the base: every matrix's task vector, truncated by SVD."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from mmerge.manifests.errors import CheckpointError, ManifestError, ShapeMismatch, StoreError
+from mmerge.workers.adapter import CONFIG_FILE, WEIGHT_FILES
+from mmerge.workers.checkpoint import Checkpoint, OpenStores, read_source
+from mmerge.workers.dtypes import to_tensor
+from mmerge.workers.methods.matrix import is_layer_matrix
+from mmerge.workers.reader import BuildReader
+from mmerge.workers.threads import one_thread
+
+
+@dataclass
+class AdapterReport:
+    """What was written, and what of the merge an adapter of that rank does not hold."""
+
+    folder: str
+    rank: int
+    num_matrices: int = 0
+    residual: float = 0.0
+    """‖τ − BA‖ / ‖τ‖ over all matrices."""
+    left_out: list[str] = field(default_factory=list)
+    """Tensors that the merge changed and that are no matrix of a layer: the base's stay."""
+
+
+def export_adapter(
+    uri: str,
+    folder: str | Path,
+    *,
+    rank: int,
+    base: str | None = None,
+    expert: str | None = None,
+    on_bytes: Callable[[int], None] = lambda num_bytes: None,
+) -> AdapterReport:
+    """Write a PEFT adapter of a merged language model, and return how much of the merge it holds.
+
+    Of each matrix of a layer the task vector τ = θ − θ₀ is truncated to its `rank` leading singular triplets (the best
+    approximation of that rank, Eckart and Young 1936): B = U√S [out, rank], A = √S·Vᵀ [rank, in], float32, scale 1. Where τ
+    has fewer ranks, the rest is zero.
+
+    Args:
+        uri: the composite; its language model for text tokens is taken.
+        folder: must be empty or not exist.
+        rank: of every pair of factors; at most what the smallest matrix has.
+        base: the base's checkpoint. Needed of plain builds, which do not hold it.
+        expert: an expert to rebuild instead.
+        on_bytes: told of every matrix.
+
+    Raises:
+        ManifestError: the base is needed, or is not this build's.
+        StoreError: the folder is not empty or cannot be written.
+    """
+    if rank < 1:
+        raise ManifestError(f"rank: expected a whole number from 1 on, got {rank}")
+    reader = BuildReader(uri)
+    if expert:
+        reader.manifest.to_expert(expert)
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise StoreError(f"{target}: is not empty. Choose a new folder for the adapter, or delete this one")
+    report = AdapterReport(str(target), rank)
+    with one_thread():
+        factors = _make_factors(reader, _BaseReader(reader, base), expert, report, on_bytes)
+    # A half adapter must not look like a whole one: it gets its name when it is complete.
+    partial = target.parent / f".{target.name}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file(factors, partial / WEIGHT_FILES[0], metadata={"format": "pt"})
+        (partial / CONFIG_FILE).write_text(json.dumps(_make_config(factors, rank, base), indent=2, sort_keys=True) + "\n")
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    except OSError as error:
+        raise StoreError(f"{target}: cannot be written ({error.strerror or error}). Choose another folder with --to") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return report
+
+
+class _BaseReader:
+    """θ₀ by name: from the build where it holds the base, else from the base's checkpoint."""
+
+    def __init__(self, reader: BuildReader, base: str | None) -> None:
+        self._reader, self._stores = reader, OpenStores()
+        self._checkpoint = Checkpoint(base, owner="base") if base is not None else None
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return one tensor, float32. Raises ManifestError where there is no base to read it from."""
+        if self._reader.has(name, "base"):
+            return self._reader.read(name, "base").to(torch.float32)
+        if self._checkpoint is None:
+            raise ManifestError(
+                f"{self._reader.uri}: a plain build does not hold its base, and an adapter is made against it. Name it with --base"
+            )
+        source = self._checkpoint.tensors.get(name)
+        if source is None:
+            raise CheckpointError(f"base: {self._checkpoint.uri} has no {name}; the build does. Name the base that it was made from")
+        data = read_source(source, stores=self._stores, offset=0, num_bytes=source.spec.num_bytes)
+        return to_tensor(data, source.spec.dtype).to(torch.float32).reshape(source.spec.shape)
+
+
+def _make_factors(
+    reader: BuildReader, base: _BaseReader, expert: str | None, report: AdapterReport, on_bytes: Callable[[int], None]
+) -> dict[str, torch.Tensor]:
+    factors: dict[str, torch.Tensor] = {}
+    whole = missed = 0.0
+    for name in reader.llm_names():
+        merged = reader.rebuild(name, expert) if expert else reader.text_weight(name)
+        original = base.read(name)
+        if expert and merged.shape != original.shape:
+            report.left_out.append(name)  # an expert's own vocabulary rows
+            continue
+        if merged.shape != original.shape:
+            raise ShapeMismatch(
+                f"{name}: the build has {tuple(merged.shape)}, the base {tuple(original.shape)}. Name the base that it was made from"
+            )
+        delta = merged.to(torch.float32) - original
+        on_bytes(merged.numel() * merged.element_size())
+        if not delta.any():
+            continue
+        if not is_layer_matrix(name, delta.shape):
+            report.left_out.append(name)
+            continue
+        a, b = truncate_to_factors(delta, rank=report.rank)
+        path = f"base_model.model.{name.removesuffix('.weight')}"
+        factors |= {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}
+        whole += float(delta.to(torch.float64).square().sum())
+        missed += float((delta - b @ a).to(torch.float64).square().sum())
+        report.num_matrices += 1
+    if not factors:
+        raise ManifestError(f"{reader.uri}: the merge changed no matrix of a layer, so there is no adapter to write")
+    report.residual = math.sqrt(missed / whole)
+    return factors
+
+
+def truncate_to_factors(delta: torch.Tensor, *, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A [rank, in] and B [out, rank], float32, with B·A the best approximation of `delta` of that rank."""
+    u, s, vt = torch.linalg.svd(delta, full_matrices=False)
+    count = min(rank, len(s))
+    root = s[:count].sqrt()
+    a, b = delta.new_zeros(rank, delta.shape[1]), delta.new_zeros(delta.shape[0], rank)
+    a[:count], b[:, :count] = root.unsqueeze(-1) * vt[:count], u[:, :count] * root
+    return a, b
+
+
+def _make_config(factors: dict[str, torch.Tensor], rank: int, base: str | None) -> dict[str, object]:
+    modules = sorted({name.split(".lora_")[0].rsplit(".", 1)[1] for name in factors})
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank, "lora_alpha": rank, "lora_dropout": 0.0,
+        "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "target_modules": modules, "modules_to_save": None,
+    }  # fmt: skip

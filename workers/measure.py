@@ -1,0 +1,94 @@
+"""A stage of a method: its quantities measured block by block, and kept as counts that add up exactly over shards."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mmerge.manifests.store import Store
+from mmerge.workers.blocks import read_blocks
+from mmerge.workers.checkpoint import OpenStores
+from mmerge.workers.methods import find_method
+from mmerge.workers.methods.interface import Block, Method, Numbers
+from mmerge.workers.sums import count_sum, high_ranks, low_ranks
+from mmerge.workers.survey import SparseHistogram, Survey, piece_name, read_survey, survey_key
+from mmerge.workers.task import MeasureTask, TaskResult, TensorTask
+from mmerge.workers.thresholds import Counts, to_sparse
+
+VECTOR_BLOCK_ENTRIES = 1 << 18
+"""Entries at once in a stage of vectors: fixed, since float64 sums depend on what is added first."""
+
+
+def parse_numbers(method: Method, numbers: Numbers) -> tuple[Any, list[Any]]:
+    """Return the parameters of the recipe and of each expert that hold for one tensor, as the method's models."""
+    experts = [method.expert_parameters_model.model_validate(raw) for raw in numbers.experts]
+    return method.parameters_model.model_validate(numbers.parameters), experts
+
+
+def count_quantities(
+    measured: Mapping[str, torch.Tensor], *, measures: str, high_bins: Mapping[str, tuple[int, ...]] | None
+) -> dict[str, Counts]:
+    """Return the counts of one block by quantity ("quantity#bin" in the second pass of ranks); they add up over blocks."""
+    if measures == "sums":
+        return {quantity: count_sum(values) for quantity, values in measured.items()}
+    if high_bins is None:
+        return {quantity: high_ranks(values) for quantity, values in measured.items()}
+    found = {}
+    for quantity, bins in high_bins.items():
+        for high_bin, counts in zip(bins, low_ranks(measured[quantity], high_bins=bins), strict=True):
+            found[f"{quantity}#{high_bin}"] = counts
+    return found
+
+
+def measure_shard(task: MeasureTask, store: Store) -> TaskResult:
+    """Measure one shard and leave the counts in the store, by "piece:quantity"."""
+    began = time.monotonic()
+    if not task.fresh and read_survey(store, task.key) is not None:
+        return TaskResult(task.shard, 0, True, time.monotonic() - began)
+    histograms: dict[str, SparseHistogram] = {}
+    vectors: dict[str, NDArray[np.float64]] = {}
+    for index in range(len(task.tensors)):
+        piece = piece_name(task.tensors[index].name, task.tensors[index].row_start)
+        if task.measures == "vectors":
+            vectors |= {f"{piece}:{quantity}": values for quantity, values in _measure_vectors(task, index).items()}
+            continue
+        for quantity, counts in _measure_tensor(task, index).items():
+            histograms[f"{piece}:{quantity}"] = to_sparse(counts)
+    store.put(survey_key(task.key), Survey({}, histograms, vectors).to_bytes())
+    return TaskResult(task.shard, task.num_bytes, False, time.monotonic() - began)
+
+
+def _measure_tensor(task: MeasureTask, index: int) -> dict[str, Counts]:
+    method = find_method(task.method)
+    parameters, experts = parse_numbers(method, task.numbers[index])
+    total: dict[str, Counts] = {}
+    for block in _read_blocks(task, task.tensors[index], index, task.block_entries):
+        measured = method.measure_block(block, parameters, experts, stage=task.stage)
+        high_bins = task.high_bins[index] if task.high_bins is not None else None
+        for quantity, counts in count_quantities(measured, measures=task.measures, high_bins=high_bins).items():
+            total[quantity] = total[quantity] + counts if quantity in total else counts
+    return total
+
+
+def _measure_vectors(task: MeasureTask, index: int) -> dict[str, NDArray[np.float64]]:
+    method = find_method(task.method)
+    parameters, experts = parse_numbers(method, task.numbers[index])
+    total: dict[str, torch.Tensor] = {}
+    tensor = replace(task.tensors[index], granularity="row")
+    for block in _read_blocks(task, tensor, index, VECTOR_BLOCK_ENTRIES):
+        for quantity, values in method.measure_block(block, parameters, experts, stage=task.stage).items():
+            total[quantity] = total[quantity] + values if quantity in total else values
+    return {quantity: np.asarray(values.cpu().numpy(), dtype=np.float64) for quantity, values in total.items()}
+
+
+def _read_blocks(task: MeasureTask, tensor: TensorTask, index: int, block_entries: int) -> Iterator[Block]:
+    return read_blocks(
+        tensor, OpenStores(), thresholds=task.thresholds[index], known=task.known[index], expert_names=task.expert_names,
+        dtype=task.dtype, block_entries=block_entries,
+    )  # fmt: skip

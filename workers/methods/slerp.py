@@ -1,0 +1,57 @@
+"""SLERP: spherical interpolation between two models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from pydantic import Field
+from typing_extensions import override
+
+from mmerge.manifests.errors import RecipeError
+from mmerge.workers.methods.interface import Block, MergedBlock, Method, Parameters, Stage
+from mmerge.workers.methods.sphere import combine, measure_products, read_gram, slerp_coefficients
+
+GRAM = Stage("gram", "sums", "tensor")
+
+
+class SlerpParameters(Parameters):
+    """Numbers of SLERP."""
+
+    t: float = Field(ge=0, le=1, description="how far to go from the first model (0) to the second (1)")
+
+
+class Slerp(Method):
+    """Interpolate along the arc, per tensor: between two experts, or from the base to a single one."""
+
+    name = "slerp"
+    kind = "plain"
+    source = "Shoemake, Animating rotation with quaternion curves, 1985; per flattened tensor as in mergekit"
+    parameters_model = SlerpParameters
+    max_experts = 2
+    needs_base = False
+
+    @override
+    def check_recipe(self, parameters: SlerpParameters, experts: Sequence[Parameters], *, has_base: bool) -> None:
+        super().check_recipe(parameters, experts, has_base=has_base)
+        if len(experts) == 1 and not has_base:
+            raise RecipeError("experts: 'slerp' takes two models: two experts, or a base and one expert. Add one of them")
+
+    @override
+    def stages(self, parameters: SlerpParameters, experts: Sequence[Parameters]) -> tuple[Stage, ...]:
+        return (GRAM,)
+
+    @override
+    def measure_block(
+        self, block: Block, parameters: SlerpParameters, experts: Sequence[Parameters], *, stage: str
+    ) -> Mapping[str, torch.Tensor]:
+        return measure_products(_models(block))
+
+    @override
+    def merge_block(self, block: Block, parameters: SlerpParameters, experts: Sequence[Parameters]) -> MergedBlock:
+        products = read_gram(block.known, count=2)
+        return MergedBlock(combine(slerp_coefficients(products, t=parameters.t), _models(block)).to(block.dtype))
+
+
+def _models(block: Block) -> list[torch.Tensor]:
+    return list(block.experts) if len(block.experts) == 2 else [block.base, *block.experts]

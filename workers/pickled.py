@@ -1,0 +1,91 @@
+"""Where the tensors of a file written by `torch.save` lie. Nothing but tensors is unpickled, and none of their bytes is read.
+
+PyTorch's own loader, restricted to weights and run without data, gives names, shapes and places; afterwards the bytes are
+read by range like those of a safetensors file.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from typing_extensions import override
+
+from mmerge.manifests.errors import CheckpointError
+from mmerge.manifests.header import TensorSpec
+from mmerge.manifests.store import Store
+from mmerge.workers.dtypes import SAFETENSORS_DTYPES
+
+_REMEDY = "Save the adapter as safetensors (safe_serialization=True)"
+
+
+def read_pickled_specs(store: Store, file: str, *, where: str) -> dict[str, TensorSpec]:
+    """Return name, dtype, shape and byte range of every tensor in a file that holds a dict of tensors.
+
+    Args:
+        store: where the file is.
+        file: its key.
+        where: names the file in errors.
+
+    Raises:
+        CheckpointError: the file holds anything but tensors by name, is in the format of before PyTorch 1.6, or a tensor in
+            it is not contiguous.
+    """
+    try:
+        opened: Any = _RangedFile(store, file)
+        with FakeTensorMode():
+            loaded = torch.load(opened, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{where}: cannot be read as a file of tensors ({reason[:200]}). {_REMEDY}") from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{where}: holds a {type(loaded).__name__}, not tensors by name. {_REMEDY}")
+    return {str(name): _to_spec(str(name), value, where=where) for name, value in loaded.items()}
+
+
+def _to_spec(name: str, value: object, *, where: str) -> TensorSpec:
+    if not isinstance(value, torch.Tensor):
+        raise CheckpointError(f"{where}: {name} is a {type(value).__name__}, not a tensor. {_REMEDY}")
+    dtype = SAFETENSORS_DTYPES.get(value.dtype)
+    start = getattr(value.untyped_storage(), "_checkpoint_offset", None)
+    if dtype is None or start is None or not value.is_contiguous():
+        raise CheckpointError(f"{where}: {name} ({value.dtype}, strides {value.stride()}) cannot be read by byte range. {_REMEDY}")
+    num_bytes = value.numel() * value.element_size()
+    return TensorSpec(name, dtype, tuple(value.shape), int(start) + int(value.storage_offset()) * value.element_size(), num_bytes)
+
+
+class _RangedFile(io.RawIOBase):
+    """A stored object as a seekable file, read by range."""
+
+    def __init__(self, store: Store, file: str) -> None:
+        self._store, self._file = store, file
+        self._length = store.num_bytes(file)
+        self._position = 0
+
+    @override
+    def readable(self) -> bool:
+        return True
+
+    @override
+    def seekable(self) -> bool:
+        return True
+
+    @override
+    def tell(self) -> int:
+        return self._position
+
+    @override
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        self._position = max(0, start + offset)
+        return self._position
+
+    @override
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        wanted = min(len(buffer), max(0, self._length - self._position))
+        buffer[:wanted] = self._store.read_range(self._file, offset=self._position, num_bytes=wanted)
+        self._position += wanted
+        return wanted
