@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from threading import Lock
 
 import torch
 
@@ -31,6 +32,7 @@ class BuildReader:
         self.store, build = open_build(uri)
         self.manifest: Manifest = read_manifest(self.store, build)
         self.bytes_read = 0
+        self._count = Lock()
         self._rows: dict[tuple[str, str, str], list[StoredRow]] = defaultdict(list)
         for row in read_table(self.store, self.manifest.table):
             self._rows[(row.role, row.expert, row.name)].append(row)
@@ -67,6 +69,19 @@ class BuildReader:
     def num_rows(self, name: str, role: Role, expert: str = "") -> int:
         """Return the first dimension of a tensor."""
         return self._pieces(name, role, expert)[-1].row_stop
+
+    def shape(self, name: str, role: Role, expert: str = "") -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        rows = self._pieces(name, role, expert)
+        return (rows[-1].row_stop, *rows[0].shape[1:]) if rows[0].shape else ()
+
+    def dtype_of(self, name: str, role: Role, expert: str = "") -> torch.dtype:
+        """Return the dtype in which a tensor is stored."""
+        return TORCH_DTYPES[self._pieces(name, role, expert)[0].dtype]
+
+    def stored_bytes(self, name: str, role: Role, expert: str = "") -> int:
+        """Return the bytes that a tensor takes in the store, 0 where there is none."""
+        return sum(row.num_bytes for row in self._rows.get((role, expert, name), ()))
 
     def read(self, name: str, role: Role, expert: str = "") -> torch.Tensor:
         """Return one stored tensor. Raises DamagedObject when its bytes are not what the manifest says."""
@@ -156,7 +171,8 @@ class BuildReader:
             ) from error
         if digest_bytes(data) != row.digest:
             raise DamagedObject(f"{self.store.uri}: {row.object}: {row.name} ({row.role}) is damaged. Run the recipe again with --fresh")
-        self.bytes_read += row.num_bytes
+        with self._count:
+            self.bytes_read += row.num_bytes
         return data
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmerge.workers.masks import mean_mask, pack_mask
-from mmerge.workers.routing import TEXT, RoutedBias, RoutedLinear, Routing
+from mmerge.workers.masks import mean_mask, pack_mask, pack_rows
+from mmerge.workers.routing import TEXT, Policy, RoutedBias, RoutedLinear, RoutedWeights, Routing, form_weight
 
 NUM_EXPERTS, OUT, IN = 3, 7, 12
 
@@ -18,18 +18,22 @@ def weights() -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     return base, delta, [torch.rand(OUT, IN, generator=generator) < share for share in (0.2, 0.5, 0.8)]
 
 
-def make_layer(weights: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]], *, bias: RoutedBias | None = None) -> RoutedLinear:
+def make_layer(
+    weights: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]], *, bias: RoutedBias | None = None, policy: Policy = "packed"
+) -> RoutedLinear:
     base, delta, masks = weights
-    return RoutedLinear(Routing(), base=base, delta=delta, masks=[pack_mask(mask) for mask in masks], dtype=torch.float32, bias=bias)
+    packed = torch.stack([pack_rows(pack_mask(mask), mask.shape) for mask in masks])
+    return RoutedLinear(Routing(), RoutedWeights.make(base, delta, packed, dtype=torch.float32, policy=policy), bias=bias)
 
 
+@pytest.mark.parametrize("policy", ["packed", "resident"])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_every_token_gets_what_a_loop_over_tokens_with_formed_weights_gives(
-    weights: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]], has_bias: bool
+    weights: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]], has_bias: bool, policy: Policy
 ) -> None:
     base, delta, masks = weights
     bias = RoutedBias(torch.randn(OUT), [torch.randn(OUT) for _ in range(NUM_EXPERTS)]) if has_bias else None
-    layer = make_layer(weights, bias=bias)
+    layer = make_layer(weights, bias=bias, policy=policy)
     inputs = torch.randn(2, 9, IN)
     ids = torch.tensor([[TEXT, 0, 0, 1, 2, TEXT, 2, 1, TEXT], [2, 2, 2, TEXT, TEXT, 1, 0, TEXT, 0]])
     with layer._routing.prefill(ids):

@@ -1,0 +1,206 @@
+"""Compiled loops of the fast path: bytes to float32 tiles, float32 tiles to bytes, sums, bits.
+
+A kernel works through a block tile by tile, 2,048 entries at once: a tile of base and experts stays in the first caches, and
+loops over plain arrays of that length are what LLVM turns into vector code. All functions are single-threaded and release the
+interpreter's lock, so tasks share a node's cores as threads or as processes. Arithmetic is float32 without contraction or
+reordering: the bits are those of the torch reference.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+TILE_ENTRIES = 2048
+"""Entries that a kernel treats at once; blocks begin at whole tiles."""
+
+CODES: Mapping[str, int] = {"F32": 0, "BF16": 1, "F16": 2}
+"""How kernels name the dtypes that they read and write as bytes."""
+
+Bytes2d = NDArray[np.uint8]
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _find_cache_folder() -> str:
+    """Return where compiled code is kept: a folder of the user, or a temporary one where there is none (containers).
+
+    Its name is the digest of the kernels' sources: numba looks only at the file of the function itself, and one kernel
+    calls another file's.
+    """
+    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("kernels*.py")))
+    name = f"kernels-{blake3(sources).hexdigest(8)}"
+    own = os.environ.get("NUMBA_CACHE_DIR")
+    if own:
+        return str(Path(own) / name)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path(os.path.expanduser("~")) / ".cache") / "mmerge"  # noqa: PTH111 - never raises
+    nearest = next((folder for folder in (cache, *cache.parents) if folder.exists()), cache)
+    if os.access(nearest, os.W_OK):
+        return str(cache / name)
+    return str(Path(tempfile.gettempdir()) / f"mmerge-{os.getuid()}" / name)
+
+
+_CACHE_FOLDER = _find_cache_folder()
+
+
+def compiled(function: _Function) -> _Function:
+    """Return the function compiled at its first call: no lock held, no fastmath, kept on disk for the next process."""
+    before = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = _CACHE_FOLDER
+    try:
+        made: _Function = numba.njit(nogil=True, cache=True, error_model="numpy")(function)
+    finally:
+        numba.config.CACHE_DIR = before
+    return made
+
+
+@compiled
+def widen(raw: Any, code: int, start: int, count: int, out: Any) -> None:
+    """Write `count` entries of a row of bytes, from entry `start`, to `out` as float32."""
+    # Slices before the loops: an index that is a plain loop variable needs no check, so that the loop becomes vector code.
+    if code == 1:
+        words = raw.view(np.uint16)[start : start + count]
+        bits = out.view(np.uint32)
+        for i in range(count):
+            bits[i] = np.uint32(words[i]) << np.uint32(16)
+    elif code == 2:
+        words = raw.view(np.uint16)[start : start + count]
+        bits = out.view(np.uint32)
+        for i in range(count):
+            bits[i] = (np.uint32(words[i]) & np.uint32(0x7FFF)) << np.uint32(13)
+        for i in range(count):
+            # The exponent is 112 too small; the multiplication also normalises what is subnormal in float16.
+            out[i] = out[i] * np.float32(2.0**112)
+        for i in range(count):
+            word = np.uint32(words[i])
+            special = np.uint32(0x7F800000) if (word & np.uint32(0x7C00)) == np.uint32(0x7C00) else np.uint32(0)
+            bits[i] = bits[i] | special | ((word & np.uint32(0x8000)) << np.uint32(16))
+    else:
+        values = raw.view(np.float32)[start : start + count]
+        for i in range(count):
+            out[i] = values[i]
+
+
+@compiled
+def narrow(values: Any, code: int, count: int, raw: Any, start: int) -> None:
+    """Write `count` float32 values to a row of bytes, from entry `start`, rounded to nearest even.
+
+    Every NaN becomes the quiet NaN without sign or payload: which one an operation returns depends on the machine.
+    """
+    bits = values.view(np.uint32)
+    if code == 1:
+        words = raw.view(np.uint16)[start : start + count]
+        for i in range(count):
+            word = np.uint32(bits[i])
+            odd = (word >> np.uint32(16)) & np.uint32(1)
+            rounded = np.uint32(word + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+            is_nan = (word & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+            words[i] = np.uint16(0x7FC0) if is_nan else np.uint16(rounded)
+    elif code == 2:
+        words = raw.view(np.uint16)[start : start + count]
+        for i in range(count):
+            words[i] = _to_half(np.uint32(bits[i]))
+    else:
+        target = raw.view(np.uint32)[start : start + count]
+        for i in range(count):
+            word = np.uint32(bits[i])
+            is_nan = (word & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+            target[i] = np.uint32(0x7FC00000) if is_nan else word
+
+
+@compiled
+def _to_half(word: Any) -> Any:
+    """Return the float16 bits of float32 bits, rounded to nearest even."""
+    sign = np.uint32((word >> np.uint32(16)) & np.uint32(0x8000))
+    magnitude = np.uint32(word & np.uint32(0x7FFFFFFF))
+    if magnitude > np.uint32(0x7F800000):
+        return np.uint16(0x7E00)
+    if magnitude >= np.uint32(0x477FF000):  # 65,520 and more round to infinity
+        return np.uint16(sign | np.uint32(0x7C00))
+    if magnitude < np.uint32(0x38800000):  # below 2^-14: a multiple of 2^-24
+        shift = np.uint32(126) - (magnitude >> np.uint32(23))
+        if shift > np.uint32(24):
+            return np.uint16(sign)
+        mantissa = (magnitude & np.uint32(0x007FFFFF)) | np.uint32(0x00800000)
+        kept = mantissa >> shift
+        rest = mantissa & ((np.uint32(1) << shift) - np.uint32(1))
+        half = np.uint32(1) << (shift - np.uint32(1))
+        if rest > half or (rest == half and (kept & np.uint32(1)) == np.uint32(1)):
+            kept = kept + np.uint32(1)
+        return np.uint16(sign | kept)
+    odd = (magnitude >> np.uint32(13)) & np.uint32(1)
+    rounded = (magnitude - np.uint32(0x38000000) + np.uint32(0x0FFF) + odd) >> np.uint32(13)
+    return np.uint16(sign | rounded)
+
+
+@compiled
+def sum_squares(values: Any, count: int, scratch: Any) -> Any:
+    """Return the float64 sum of squares of the first `count` float32 values of a tile, added in one fixed tree.
+
+    `values` and `scratch` (float64) are a tile long; what is behind `count` in `values` is cleared.
+    """
+    for i in range(count, TILE_ENTRIES):
+        values[i] = 0
+    half = TILE_ENTRIES // 2
+    ahead = values[half:]
+    for i in range(half):
+        one, other = np.float64(values[i]), np.float64(ahead[i])
+        scratch[i] = one * one + other * other
+    half = half // 2
+    while half > 0:
+        upper = scratch[half : 2 * half]
+        for i in range(half):
+            scratch[i] = scratch[i] + upper[i]
+        half = half // 2
+    return scratch[0]
+
+
+@compiled
+def pack_bits(mask: Any, count: int, out: Any, start: int) -> None:
+    """Write a tile of 0 and 1 (uint8) as bits, the first entry in the most significant bit, from byte `start` of `out`.
+
+    Entries of `mask` behind `count`, up to a whole byte, are cleared.
+    """
+    for i in range(count, (count + 7) // 8 * 8):
+        mask[i] = 0
+    words = mask.view(np.uint64)
+    packed = out[start : start + (count + 7) // 8]
+    for i in range((count + 7) // 8):
+        # Byte k of a word holds entry k; the product brings bit 0 of byte k to bit 63 − k.
+        packed[i] = np.uint8((words[i] * np.uint64(0x8040201008040201)) >> np.uint64(56))
+
+
+@compiled
+def count_ones(flags: Any, others: Any) -> Any:
+    """Return in how many places of a tile both `flags` and `others` (uint8, 0 or 1, a whole tile long) are 1."""
+    one, other = flags.view(np.uint64), others.view(np.uint64)
+    low = np.uint64(0x00FF00FF00FF00FF)
+    found = np.int64(0)
+    # Eight counters of a byte each in a word: 128 words cannot overflow them.
+    for start in range(0, TILE_ENTRIES // 8, 128):
+        part, partner = one[start : start + 128], other[start : start + 128]
+        total = np.uint64(0)
+        for i in range(128):
+            total += part[i] & partner[i]
+        pairs = (total & low) + ((total >> np.uint64(8)) & low)
+        found += np.int64((pairs * np.uint64(0x0001000100010001)) >> np.uint64(48))
+    return found
+
+
+@compiled
+def add_squares(total: float, values: Any) -> float:
+    """Return `total` plus the squares of float32 values that begin at a whole tile, added tile by tile with `sum_squares`."""
+    scratch = np.empty(TILE_ENTRIES, np.float64)
+    tile = np.empty(TILE_ENTRIES, np.float32)
+    for start in range(0, len(values), TILE_ENTRIES):
+        count = min(TILE_ENTRIES, len(values) - start)
+        tile[:count] = values[start : start + count]
+        total += sum_squares(tile, count, scratch)
+    return total
