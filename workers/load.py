@@ -147,6 +147,8 @@ class _Loader:
         if head := self.fetcher.own_head():
             names = [*names, head.name]
         wanted = {name for name, _ in model.named_parameters()}
+        if text.tie_word_embeddings and HEAD_NAME not in names:
+            wanted.discard(HEAD_NAME)
         if wanted != set(names):
             return self._load_converted(text, owner)
         division = Division.of(text, num_ranks=self.ranks.num_ranks)

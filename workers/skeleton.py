@@ -31,7 +31,8 @@ def _parameters_on_meta() -> Iterator[None]:
     register = nn.Module.register_parameter
 
     def register_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        register(module, name, param if param is None else nn.Parameter(param.to("meta"), requires_grad=False))
+        is_new = param is not None and not param.is_meta  # tied ones must stay the same object
+        register(module, name, nn.Parameter(param.to("meta"), requires_grad=False) if is_new and param is not None else param)
 
     with _meta_lock:
         nn.Module.register_parameter = register_meta  # type: ignore[method-assign, assignment]
