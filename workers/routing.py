@@ -88,8 +88,8 @@ class RoutedLinear(nn.Module):
 
     The text weights are resident, so that decoding costs what a plain Linear costs. With the policy `packed` a modality's
     weights are θ_text + (mᵢ − m̄)∘τ⋆, formed block by block when a prefill has tokens of that modality; θ₀ itself is not kept.
-    With `resident` they are kept, formed from θ₀. In bfloat16 the two differ by at most one rounding of θ_text. Tokens
-    are gathered, so each is multiplied once.
+    With `resident` they are kept, formed from θ₀. In bfloat16 the two differ by the rounding of
+    θ_text. Tokens are gathered, so each is multiplied once.
     """
 
     def __init__(self, routing: Routing, weights: RoutedWeights, *, bias: RoutedBias | None = None) -> None:
