@@ -74,7 +74,7 @@ def write_adapters(folder: Path, tensors: dict[str, torch.Tensor], *, experts: S
     """Write experts with decoupled LoRA adapters in all Linears, as PEFT saves them."""
     for number, name in enumerate(experts):
         generator = torch.Generator().manual_seed(200 + number)
-        for adapter, place in (("default", folder / name), (name, folder / name / name)):
+        for place in (folder / name, folder / name / name):  # the default adapter, and the modality's in a folder of its name
             place.mkdir()
             factors = {}
             for key, value in tensors.items():

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
-from mmerge.manifests.errors import MmergeError
+from mmerge.manifests.errors import MmergeError, PromptError
 from mmerge.pipeline import Part, load_composite
 from mmerge.workers.composite import Composite
-from mmerge.workers.ranks import open_ranks
+from mmerge.workers.ranks import Ranks, open_ranks
+
+SAMPLES = Path(__file__).resolve().parent.parent / "examples" / "lab" / "samples"
 
 
 def media(kind: str, num_tokens: int, width: int, seed: int) -> Part:
@@ -27,15 +29,21 @@ def make_prompts(width: int) -> list[list[Part]]:
     ]
 
 
+def make_lab_prompts(composite: Composite) -> list[list[Part]]:
+    image, sound = Part("image", SAMPLES / "image_seven_light.png"), Part("audio", SAMPLES / "sound_three_low.wav")
+    return [composite.prompt("which digit is in the image ?", [image, sound]), composite.prompt("which digit is in the sound ?", [sound])]
+
+
 def held_bytes(composite: Composite) -> int:
     tensors = [*composite.language_model.parameters(), *composite.language_model.buffers()]
     return sum(tensor.numel() * tensor.element_size() for tensor in {id(tensor): tensor for tensor in tensors}.values())
 
 
-def measure(uri: str, options: dict[str, Any]) -> dict[str, Any]:
-    ranks = open_ranks(timeout_s=60)
-    composite = load_composite(uri, ranks=ranks, dtype=torch.float32, **options)
-    prompts = make_prompts(composite.language_model.config.hidden_size)
+def measure(ranks: Ranks, case: dict[str, Any]) -> dict[str, Any]:
+    composite = load_composite(case["uri"], ranks=ranks, dtype=torch.float32, **case["options"])
+    is_lab = case["uri"].endswith("#mmer")
+    prompts = make_lab_prompts(composite) if is_lab else make_prompts(composite.language_model.config.hidden_size)
+    broken = Part("image", Path(__file__)) if is_lab else Part("image", torch.zeros(2, 3))
     found = {
         "logits": [composite.logits(prompt).tolist() for prompt in prompts],
         "answers": composite.generate_batch(prompts, max_new_tokens=5),
@@ -44,22 +52,26 @@ def measure(uri: str, options: dict[str, Any]) -> dict[str, Any]:
         "held_bytes": ranks.collect(held_bytes(composite)),
     }
     try:
-        composite.generate([Part("image", torch.zeros(2, 3))])
-    except MmergeError as error:
+        composite.generate([broken])
+    except PromptError as error:
         found["refused"] = ranks.collect(str(error))
     if os.environ.get("DIES") == os.environ["RANK"]:
         os._exit(7)  # as a process that is killed: no word to the others
     composite.logits(prompts[0])
-    ranks.close()
     return found
+
+
+def main(cases: list[dict[str, Any]], target: Path) -> None:
+    ranks = open_ranks(timeout_s=60)
+    found = [measure(ranks, case) for case in cases]
+    if ranks.rank == 0:
+        target.write_text(json.dumps(found))
+    ranks.close()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     try:
-        result = measure(sys.argv[1], json.loads(sys.argv[3]))
+        main(json.loads(sys.argv[1]), Path(sys.argv[2]))
     except MmergeError as error:
-        print(error, file=sys.stderr)
-        sys.exit(1)
-    if os.environ["RANK"] == "0":
-        Path(sys.argv[2]).write_text(json.dumps(result))
+        sys.exit(str(error))

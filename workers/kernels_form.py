@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -77,13 +78,13 @@ def form(
         divisor: of their sum.
         out: [rows, width], of any dtype that `can_form` takes.
     """
-    rows, width = out.shape
+    rows = out.shape[0]
     num_threads = min(torch.get_num_threads(), max(1, out.numel() // THREAD_ENTRIES), rows)
     if num_threads <= 1:
         _form(base, delta, masks, factors, divisor, out)
         return
     bounds = [rows * index // num_threads for index in range(num_threads + 1)]
-    parts = [slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+    parts = [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
     pool = _open_threads(num_threads - 1)
     waiting = [pool.submit(_form, base[part], delta[part], masks[:, part], factors, divisor, out[part]) for part in parts[1:]]
     _form(base[parts[0]], delta[parts[0]], masks[:, parts[0]], factors, divisor, out[parts[0]])

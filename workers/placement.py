@@ -265,7 +265,8 @@ class _Planner:
         per_token = (6 * config.hidden_size + (3 * config.intermediate_size + 4 * heads) // num_ranks) * size
         logits = self.batch * next(item for item in self.items if "embed_tokens" in item.name).fields[0].shape[0] * 8
         # The reference forms a block in float32: θ_text, τ⋆, the mask's share and their sum.
-        forming = FORM_ENTRIES * (size + 4 * 4) if any(item.kind == "matrix" for item in self.items) else 0
+        largest = max((prod(item.fields[0].shape) for item in self.items if item.kind == "matrix"), default=0)
+        forming = min(FORM_ENTRIES, largest) * (size + 4 * 4)
         return int(per_token * self.context * self.batch + logits + forming)
 
     def explain(self, placement: Placement, device_type: str) -> str:

@@ -163,7 +163,9 @@ def test_neuron_fusion_keeps_the_share_it_is_asked_for(lab: Any, unit: str, scop
 def test_layers_can_keep_different_shares_where_neurons_compete_in_their_layer_only(lab: Any) -> None:
     shares = [{"layers": [0, 0], "value": 0.25}, {"value": 0.5}]
     merged, base, _ = neuron_build(lab, keep_ratio=shares, restore=False)
-    kept = [int((merged[name] != base[name]).any(dim=1).sum()) for name in (f"model.layers.{layer}.mlp.gate_proj.weight" for layer in (0, 1))]
+    kept = [
+        int((merged[name] != base[name]).any(dim=1).sum()) for name in (f"model.layers.{layer}.mlp.gate_proj.weight" for layer in (0, 1))
+    ]
     assert kept == [6, 12]
     with pytest.raises(RecipeError, match="whose neurons compete"):
         neuron_build(lab, keep_ratio=shares, scope="model")

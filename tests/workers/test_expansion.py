@@ -10,7 +10,7 @@ import torch
 from architectures import ARCHITECTURES, EXPERTS, Naive, build_adapters, build_masks
 
 from mmerge.manifests.errors import PromptError
-from mmerge.pipeline import Composite, Part, load_composite
+from mmerge.pipeline import Part, load_composite
 from mmerge.workers.routing import RoutedLinear
 
 HIDDEN = 32
@@ -56,7 +56,9 @@ CASES += [(architecture, "adapters", "packed") for architecture in ARCHITECTURES
 
 
 @pytest.mark.parametrize(("architecture", "kind", "policy"), CASES)
-def test_logits_of_prefill_and_of_every_decoded_token_equal_the_naive_loop(family: Family, architecture: str, kind: str, policy: Any) -> None:
+def test_logits_of_prefill_and_of_every_decoded_token_equal_the_naive_loop(
+    family: Family, architecture: str, kind: str, policy: Any
+) -> None:
     uri, naive = family.find(architecture, kind)
     composite = load_composite(uri, policy=policy)
     for prompts in ([PROMPTS[0]], PROMPTS):  # batch 1 and, padded on the left, 4
@@ -94,7 +96,9 @@ def test_biases_of_every_modality_are_loaded(family: Family) -> None:
 def test_beams_and_several_answers_route_every_row_of_the_prompt(family: Family, options: dict[str, Any]) -> None:
     uri, naive = family.find("llama", "masks")
     composite = load_composite(uri)
-    made = composite._generate([PROMPTS[0], PROMPTS[1]], max_new_tokens=1, min_new_tokens=1, output_logits=True, return_dict_in_generate=True, **options)
+    made = composite._generate(
+        [PROMPTS[0], PROMPTS[1]], max_new_tokens=1, min_new_tokens=1, output_logits=True, return_dict_in_generate=True, **options
+    )
     count = options.get("num_beams") or options["num_return_sequences"]
     for row, prompt in enumerate((PROMPTS[0], PROMPTS[1])):
         embeds, ids = composite.embed(prompt)
