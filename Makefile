@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PEERS := .venv-peers
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: help demo test check bench lab format clean
+.PHONY: help demo test check bench bench-peers lab format clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 $(STAMP):
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else f"mmerge needs Python 3.10 to 3.13, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=python3.11 …")'
@@ -32,6 +33,15 @@ check: $(STAMP)  ## ruff, formatting, and mypy on a plain install
 bench: $(STAMP)  ## measure a build of a synthetic checkpoint: time, memory, input per second
 	$(BIN)/python benchmarks/bench_build.py
 
+bench-peers: $(STAMP) $(PEERS)/.installed  ## run the same YAML with mergekit, in an environment of its own, and compare: docs/peer-equality.md
+	$(BIN)/python benchmarks/peer_equality.py --mergekit $(PEERS)/bin/mergekit-yaml --table docs/peer-equality.md
+
+$(PEERS)/.installed:
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(shell grep -h '^torch==' constraints.txt)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt mergekit==0.1.5
+	@touch $@
+
 lab: $(STAMP)  ## train the lab's base and experts again from nothing (CPU, or a GPU if there is one)
 	$(BIN)/python examples/lab/train.py
 
@@ -40,4 +50,4 @@ format: $(STAMP)  ## format the code
 	$(BIN)/ruff format .
 
 clean:  ## remove what the targets made
-	rm -rf build $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build $(VENV) $(PEERS) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -18,6 +18,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import torch
 import transformers
 from lab import evaluate, tasks
 from rich.console import Console
@@ -177,6 +178,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=300, help="held-out examples per modality")
     num_examples: int = parser.parse_args().examples
     transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)  # the models are tiny: more threads would only wait for each other
     began = time.monotonic()
     console.rule("merge")
     merge_all()

@@ -138,11 +138,11 @@ class ObjectWriter:
             self._writer = obstore.open_writer(store._inner, key, buffer_size=WRITER_BUFFER_BYTES, max_concurrency=WRITER_CONCURRENCY)
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append `data`, one byte per item."""
+        """Append `data`, one byte per item. The caller may use its buffer again."""
         self._digest.update(data)
         self.num_bytes += len(data)
         with _Translated(self._store, self.key):
-            self._writer.write(data)
+            self._writer.write(bytes(data))  # the library keeps a reference until the part is sent
 
     def hexdigest(self) -> str:
         """Return the BLAKE3 digest of everything written so far."""

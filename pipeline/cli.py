@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -78,14 +79,22 @@ def _options(
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-def _make_plan(recipe: Path, block_entries: int | None) -> MergePlan:
-    from mmerge.pipeline.plan import DEFAULT_BLOCK_ENTRIES, make_plan
+def _make_plan(recipe: Path, block_entries: int | None, memory_bytes: int | None = None) -> MergePlan:
+    from mmerge.pipeline.plan import make_plan
     from mmerge.pipeline.recipe import read_recipe
 
     try:
-        return make_plan(read_recipe(recipe), block_entries=block_entries or DEFAULT_BLOCK_ENTRIES)
+        return make_plan(read_recipe(recipe), block_entries=block_entries, memory_bytes=memory_bytes)
     except ValueError as error:
         raise RecipeError(str(error)) from error
+
+
+def _parse_size(text: str) -> int:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(MB|GB|TB|MiB|GiB|TiB)\s*", text)
+    if not match:
+        raise RecipeError(f"--memory: expected a size such as 1.5GB or 800MB, got {text!r}")
+    base = 1024 if "i" in match[2] else 1000
+    return int(float(match[1]) * base ** {"M": 2, "G": 3, "T": 4}[match[2][0]])
 
 
 @app.command()
@@ -104,13 +113,23 @@ def plan(recipe: RecipeArgument, as_json: JsonOption = False, block_entries: Blo
 def run(
     recipe: RecipeArgument,
     executor: Annotated[
-        str, typer.Option("--executor", metavar="ray|serial", help="where tasks run: on Ray, or one after the other in this process")
+        str, typer.Option("--executor", metavar="ray|serial", help="where tasks run: on Ray, or in this process, one thread per core")
     ] = "ray",
     address: Annotated[
         str | None, typer.Option("--address", help="address of a Ray cluster; a local Ray is started without one", show_default=False)
     ] = None,
     workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="cores of the local Ray; all cores if absent", show_default=False)
+        int | None,
+        typer.Option("--workers", min=1, help="tasks at once on this machine, one core each; all cores if absent", show_default=False),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            metavar="SIZE",
+            help="what a run may take on this machine, as 1.5GB or 800MB: fewer tasks at once, smaller blocks",
+            show_default=False,
+        ),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="compute everything again, whatever the store has")] = False,
     block_entries: BlockOption = None,
@@ -122,10 +141,10 @@ def run(
 
     if executor not in ("ray", "serial"):
         raise RecipeError(f"--executor: expected 'ray' or 'serial', got {executor!r}")
-    if executor == "serial" and workers is not None:
-        raise RecipeError("--workers has no effect with --executor serial. Leave one of them out")
-    made = _make_plan(recipe, block_entries)
-    where = open_executor("serial" if executor == "serial" else "ray", address=address, num_workers=workers)
+    memory_bytes = _parse_size(memory) if memory is not None else None
+    made = _make_plan(recipe, block_entries, memory_bytes)
+    name: Literal["serial", "ray"] = "serial" if executor == "serial" else "ray"
+    where = open_executor(name, address=address, num_workers=workers, memory_bytes=memory_bytes, peak_bytes=made.peak_bytes)
     try:
         with _progress() as progress:
             report = run_plan(made, executor=where, progress=progress, fresh=fresh)
@@ -260,11 +279,16 @@ def choose_alpha(
 
 
 @app.command()
-def methods() -> None:
+def methods(
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="print the tables of docs/methods.md")] = False,
+) -> None:
     """List the merge methods with their parameters and sources."""
-    from mmerge.pipeline.report import print_methods
+    from mmerge.pipeline.catalogue import methods_to_markdown, print_methods
 
-    print_methods(out)
+    if as_markdown:
+        print(methods_to_markdown(), end="")
+    else:
+        print_methods(out)
 
 
 @app.command()

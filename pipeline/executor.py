@@ -12,7 +12,8 @@ from typing import Any, Literal, Protocol
 from typing_extensions import override
 
 from mmerge.manifests.errors import MmergeError, StoreError
-from mmerge.workers.run_task import run_task
+from mmerge.pipeline.memory import PROCESS_BYTES
+from mmerge.pipeline.threads import num_cores, run_in_threads
 from mmerge.workers.task import Task, TaskResult
 
 ExecutorName = Literal["serial", "ray"]
@@ -30,15 +31,15 @@ class Executor(Protocol):
 
 
 class SerialExecutor(Executor):
-    """Runs one task after the other in this process."""
+    """Runs tasks in this process, one thread per core."""
+
+    def __init__(self, *, num_threads: int | None = None, memory_bytes: int | None = None) -> None:
+        self.num_threads = num_threads or num_cores()
+        self.memory_bytes = memory_bytes
 
     @override
     def run(self, tasks: Sequence[Task], store_uri: str) -> Iterator[Outcome]:
-        for task in tasks:
-            try:
-                yield task, run_task(task, store_uri)
-            except MmergeError as error:
-                yield task, error
+        yield from run_in_threads(tasks, store_uri, num_threads=self.num_threads, memory_bytes=self.memory_bytes)
 
     @override
     def close(self) -> None:
@@ -102,7 +103,14 @@ class RayExecutor(Executor):
                     ray.init(address=self.address, logging_level=logging.ERROR, log_to_driver=False)
                 else:
                     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-                    ray.init(num_cpus=self.num_workers, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+                    # "local": without it Ray would join whatever cluster was last started on this machine.
+                    ray.init(
+                        address="local",
+                        num_cpus=self.num_workers,
+                        include_dashboard=False,
+                        logging_level=logging.ERROR,
+                        log_to_driver=False,
+                    )
             except (ConnectionError, RuntimeError, ValueError, OSError) as error:
                 where = self.address or "a local Ray"
                 first = str(error).strip().splitlines()[0]
@@ -142,10 +150,24 @@ def _fetch(reference: Any) -> TaskResult | Exception:
         return MmergeError(f"a task was lost: {str(error).strip().splitlines()[0]}. Run the same command again: finished shards are kept")
 
 
-def open_executor(name: ExecutorName, *, address: str | None = None, num_workers: int | None = None) -> Executor:
-    """Return the executor of that name; nothing is started before it has a task."""
+def open_executor(
+    name: ExecutorName, *, address: str | None = None, num_workers: int | None = None, memory_bytes: int | None = None, peak_bytes: int = 0
+) -> Executor:
+    """Return the executor of that name; nothing is started before it has a task.
+
+    Args:
+        name: where tasks run.
+        address: of a Ray cluster.
+        num_workers: tasks at once on this machine.
+        memory_bytes: what all processes of this machine together may take.
+        peak_bytes: of the plan's largest task.
+    """
+    if address and memory_bytes is not None:
+        raise MmergeError("--memory has no effect with --address: a cluster's nodes say themselves what they offer. Leave one of them out")
     if name == "serial":
         if address:
             raise MmergeError("--address has no effect with --executor serial. Leave one of them out")
-        return SerialExecutor()
+        return SerialExecutor(num_threads=num_workers, memory_bytes=None if memory_bytes is None else memory_bytes - PROCESS_BYTES)
+    if memory_bytes is not None:
+        num_workers = min(num_workers or num_cores(), max(memory_bytes // (PROCESS_BYTES + peak_bytes), 1))
     return RayExecutor(address=address, num_workers=num_workers)

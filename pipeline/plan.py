@@ -12,26 +12,24 @@ from mmerge.manifests.entry import Role
 from mmerge.manifests.errors import CheckpointError
 from mmerge.manifests.header import DTYPE_BYTES, FLOAT_DTYPES
 from mmerge.manifests.manifest import AdapterRecord
-from mmerge.manifests.store import WRITER_BUFFER_BYTES, WRITER_CONCURRENCY
 from mmerge.pipeline.adapters import list_adapters
 from mmerge.pipeline.layout import CarriedTensor, Layout, SharedTensor, make_layout
+from mmerge.pipeline.memory import COPY_PEAK_BYTES, MIN_BLOCK_ENTRIES, Working, merge_peak_bytes, process_bytes, too_little_memory
 from mmerge.pipeline.recipe import Recipe
 from mmerge.workers.adapter import open_expert
-from mmerge.workers.blocks import entries_at_once
-from mmerge.workers.checkpoint import Checkpoint, LowRankSource, TensorSource
+from mmerge.workers.checkpoint import Checkpoint, TensorSource
 from mmerge.workers.dtypes import NAMED_DTYPES
-from mmerge.workers.low_rank import TILE_ROWS
 from mmerge.workers.masks import packed_bytes
 from mmerge.workers.methods import find_method
-from mmerge.workers.methods.interface import Granularity, Kind, Method, Numbers
+from mmerge.workers.methods.interface import Granularity, Kind, Numbers
 from mmerge.workers.task import CopyTensor, TensorTask
 
 MAX_SHARD_BYTES = 2 << 30
 """A layer whose tensors of the base take more than this is split, and a tensor that takes more is split by rows."""
-DEFAULT_BLOCK_ENTRIES = 1 << 18
+DEFAULT_BLOCK_ENTRIES = 1 << 17
 """Entries of a tensor that are in memory at once; the result does not depend on it."""
-WORKER_BYTES = 96 << 20
-"""What a worker needs beside its blocks: allocator, readers, small objects."""
+MAX_PIECE_BYTES = 256 << 20
+"""A tensor of the base that takes more than this is merged in pieces of rows: the masks of a piece wait in memory."""
 
 
 @dataclass(frozen=True)
@@ -103,34 +101,53 @@ class MergePlan:
         return max([shard.peak_bytes for shard in self.merge_shards] + [shard.peak_bytes for shard in self.copy_shards], default=0)
 
 
-def make_plan(recipe: Recipe, *, block_entries: int = DEFAULT_BLOCK_ENTRIES, max_shard_bytes: int = MAX_SHARD_BYTES) -> MergePlan:
+def make_plan(
+    recipe: Recipe,
+    *,
+    block_entries: int | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    memory_bytes: int | None = None,
+) -> MergePlan:
     """Return the plan of a recipe. Reads only configurations and safetensors headers.
 
     Args:
         recipe: what to build.
-        block_entries: entries of a tensor in memory at once, a multiple of 65,536.
+        block_entries: entries of a tensor in memory at once, a multiple of 65,536; 131,072 if absent, less where memory is short.
         max_shard_bytes: where a layer is split, in bytes of the base.
+        memory_bytes: what a process may take with one task.
 
     Raises:
         CheckpointError, ShapeMismatch: the checkpoints cannot be read or do not fit together.
     """
-    if block_entries <= 0 or block_entries % (1 << 16):
+    if block_entries is not None and (block_entries <= 0 or block_entries % (1 << 16)):
         raise ValueError(f"block_entries: expected a multiple of 65536, got {block_entries}")
     base = Checkpoint(recipe.base, owner="base" if recipe.has_base else f"expert {recipe.experts[0].name!r}")
     experts = [open_expert(expert.uri, owner=f"expert {expert.name!r}", base=base) for expert in recipe.experts]
     method = find_method(recipe.method)
     if method.kind == "adapters":
-        return _make_adapters_plan(recipe, base, experts, block_entries, max_shard_bytes)
+        return _make_adapters_plan(recipe, base, experts, block_entries or DEFAULT_BLOCK_ENTRIES, max_shard_bytes)
     layout = make_layout(base, experts, merge=recipe.merge, carry=recipe.carry)
     dtype = NAMED_DTYPES[recipe.dtype] if recipe.dtype else _base_dtype(base)
     copied = tuple(base.tensors.values()) if method.kind == "masks" else layout.kept
     names = [expert.name for expert in recipe.experts]
+
+    def make_shards(entries: int) -> tuple[MergeShard, ...]:
+        working = Working(method, entries, recipe.non_finite == "keep")
+        return tuple(_make_merge_shards(layout, recipe, dtype, working, max_shard_bytes))
+
+    entries = block_entries or DEFAULT_BLOCK_ENTRIES
+    merge_shards = make_shards(entries)
+    while memory_bytes is not None and (needed := process_bytes(shard.peak_bytes for shard in merge_shards)) > memory_bytes:
+        if block_entries is not None or entries <= MIN_BLOCK_ENTRIES:
+            raise too_little_memory(needed, memory_bytes)
+        entries //= 2
+        merge_shards = make_shards(entries)
     return MergePlan(
         recipe=recipe,
         kind=method.kind,
         numbers=recipe.numbers_by_tensor([tensor.name for tensor in layout.shared]),
         dtype=dtype,
-        merge_shards=tuple(_make_merge_shards(layout, recipe, dtype, block_entries, max_shard_bytes)),
+        merge_shards=merge_shards,
         base_shards=tuple(_make_base_shards(copied, max_shard_bytes)),
         carry_shards=tuple(
             shard
@@ -138,7 +155,7 @@ def make_plan(recipe: Recipe, *, block_entries: int = DEFAULT_BLOCK_ENTRIES, max
             for shard in _make_carry_shards(name, carried, max_shard_bytes)
         ),
         renames=layout.renames,
-        block_entries=block_entries,
+        block_entries=entries,
     )
 
 
@@ -232,9 +249,9 @@ def _number(name: str, index: int, count: int) -> str:
     return name if count == 1 else f"{name}.part{index}"
 
 
-def _make_merge_shards(layout: Layout, recipe: Recipe, dtype: str, block_entries: int, max_bytes: int) -> Iterable[MergeShard]:
+def _make_merge_shards(layout: Layout, recipe: Recipe, dtype: str, working: Working, max_bytes: int) -> Iterable[MergeShard]:
     by_name = {tensor.name: tensor for tensor in layout.shared}
-    method = find_method(recipe.method)
+    method = working.method
     parameters = (recipe.parameters, [expert.parameters for expert in recipe.experts])
     group_bytes = 0 if method.task_unit == "tensor" else max_bytes
     for shard, names in _group(by_name).items():
@@ -245,7 +262,9 @@ def _make_merge_shards(layout: Layout, recipe: Recipe, dtype: str, block_entries
                 by_name[name], max_bytes, method.granularity_of(name, by_name[name].base.spec.shape, *parameters)
             )
         ]
-        groups = _fill(tasks, [task.base.spec.num_bytes for task in tasks], group_bytes)
+        # A piece of a tensor is a shard of its own: within an object each tensor has one name.
+        sizes = [task.base.spec.num_bytes if task.base.spec.shape == task.shape else group_bytes + 1 for task in tasks]
+        groups = _fill(tasks, sizes, group_bytes)
         for index, group in enumerate(groups):
             num_masks = len(group[0].experts) if method.kind == "masks" else 0
             yield MergeShard(
@@ -253,14 +272,14 @@ def _make_merge_shards(layout: Layout, recipe: Recipe, dtype: str, block_entries
                 tensors=tuple(group),
                 bytes_in=sum(task.num_bytes for task in group),
                 bytes_out=sum(task.num_entries * DTYPE_BYTES[dtype] + num_masks * packed_bytes(task.num_entries) for task in group),
-                peak_bytes=merge_peak_bytes(group, block_entries, num_masks=num_masks, method=method),
+                peak_bytes=merge_peak_bytes(group, working),
             )
 
 
 def _make_tensor_tasks(tensor: SharedTensor, max_bytes: int, granularity: Granularity) -> list[TensorTask]:
     spec = tensor.base.spec
     # A method that must see a whole tensor gets it in one piece, however large it is.
-    piece_bytes = sys.maxsize if granularity == "tensor" else max_bytes
+    piece_bytes = sys.maxsize if granularity == "tensor" else min(max_bytes, MAX_PIECE_BYTES)
     num_rows = spec.shape[0] if spec.shape else 1
     return [
         TensorTask(
@@ -268,47 +287,6 @@ def _make_tensor_tasks(tensor: SharedTensor, max_bytes: int, granularity: Granul
         )
         for rows in _make_pieces(spec.shape, spec.num_bytes, piece_bytes)
     ]
-
-
-def merge_peak_bytes(
-    tensors: Sequence[TensorTask],
-    block_entries: int,
-    *,
-    num_masks: int,
-    method: Method,
-) -> int:
-    """Return a bound on the memory of a survey, measure or merge task in bytes: buffers of one block, masks of one tensor, the writer.
-
-    Per entry of a block: each input as read, copied and widened (8 + 4 bytes at most), and what the method says that it works with.
-    """
-    num_experts = max(len(tensor.experts) for tensor in tensors)
-    blocks = 0
-    for tensor in tensors:
-        shape = tensor.base.spec.shape
-        entries = min(entries_at_once(shape, block_entries, granularity=tensor.granularity), tensor.num_entries)
-        blocks = max(
-            blocks,
-            entries * (num_experts + 1) * 12
-            + method.working_bytes(entries, num_experts=num_experts, shape=shape)
-            + _forming_bytes(tensor, entries),
-        )
-    waiting_masks = 2 * num_masks * max(packed_bytes(tensor.num_entries) for tensor in tensors)
-    return blocks + waiting_masks + WRITER_CONCURRENCY * WRITER_BUFFER_BYTES + WORKER_BYTES
-
-
-def _forming_bytes(tensor: TensorTask, entries: int) -> int:
-    """Return what reading adapters takes beside the weights they make: their factors, and the buffers of one block.
-
-    Per entry the base once more as read, copied and widened, and the product in tiles and as one; tiles reach over the block.
-    """
-    adapters = [source for source in tensor.experts if isinstance(source, LowRankSource)]
-    if not adapters:
-        return 0
-    width = tensor.base.spec.shape[1]
-    return sum(adapter.factor_bytes for adapter in adapters) + 24 * entries + 16 * TILE_ROWS * width
-
-
-_COPY_PEAK_BYTES = WRITER_CONCURRENCY * WRITER_BUFFER_BYTES + WORKER_BYTES
 
 
 def _make_base_shards(sources: Sequence[TensorSource], max_bytes: int) -> Iterable[CopyShard]:
@@ -342,4 +320,4 @@ def _make_copy_shards(
     groups = _fill(tensors, [tensor.source.spec.num_bytes for tensor in tensors], max_bytes)
     for index, group in enumerate(groups):
         num_bytes = sum(tensor.source.spec.num_bytes for tensor in group)
-        yield CopyShard(_number(name, index, len(groups)), role, expert, tuple(group), num_bytes, _COPY_PEAK_BYTES)
+        yield CopyShard(_number(name, index, len(groups)), role, expert, tuple(group), num_bytes, COPY_PEAK_BYTES)

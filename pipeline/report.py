@@ -15,10 +15,8 @@ from mmerge.manifests.reference import Reference
 from mmerge.pipeline.build import RunReport
 from mmerge.pipeline.plan import CopyShard, MergePlan, MergeShard
 from mmerge.pipeline.progress import to_size
-from mmerge.pipeline.recipe import ExpertKeys, RecipeKeys
 from mmerge.pipeline.show import BuildSummary, summarise_masks
 from mmerge.workers.export_adapter import AdapterReport
-from mmerge.workers.methods import METHODS
 
 
 def plan_to_json(plan: MergePlan) -> dict[str, Any]:
@@ -97,6 +95,8 @@ def print_plan(plan: MergePlan, console: Console) -> None:
 
 
 def _group_of(name: str, role: str, row_start: int, row_stop: int) -> str:
+    if role == "adapter":
+        return f"adapter {name.split('.lora_')[1].split('.')[1]}"
     if role == "extra_rows":
         return f"{name} rows {row_start} to {row_stop - 1}"
     parts = name.split(".")
@@ -180,19 +180,3 @@ def _print_layers(summary: BuildSummary, console: Console) -> None:
         table.add_row(str(number), *(f"{mask.density:.1%} ({mask.sign_agreement:.1%})" for mask in found))
     console.print()
     console.print(table)
-
-
-def print_methods(console: Console) -> None:
-    """Print every method with its parameters and its source."""
-    for method in METHODS.values():
-        doc = (type(method).__doc__ or "").strip().splitlines()[0]
-        console.print(f"[bold]{method.name}[/] ({method.kind}): {escape(doc)}")
-        console.print(f"  {escape(method.source)}")
-        for place, model, common in (
-            ("", method.parameters_model, RecipeKeys),
-            ("experts.NAME.", method.expert_parameters_model, ExpertKeys),
-        ):
-            for name, field in model.model_fields.items():
-                if name not in common.model_fields:
-                    default = "" if field.default is None else f" (default {field.default})"
-                    console.print(f"    {place}{name}{default}: {escape(field.description or '')}")

@@ -11,12 +11,13 @@ from mmerge.manifests.manifest import FileEntry
 from mmerge.manifests.store import Store
 from mmerge.pipeline.plan import CopyShard, MergePlan
 from mmerge.workers.checkpoint import TensorSource, identity_digest
+from mmerge.workers.histograms import NUM_LOWER, add_histograms, find_bin, is_exact, to_magnitude
 from mmerge.workers.methods.interface import Trimming
 from mmerge.workers.survey import SparseHistogram, Survey, piece_name, read_survey
 from mmerge.workers.task import CopyTensor, RefineTask, SurveyTask, TensorTask
-from mmerge.workers.thresholds import NUM_HIGH_BINS, NUM_LOW_BINS, add_sparse, find_bin, to_threshold, trim_rank
+from mmerge.workers.thresholds import trim_rank
 
-SURVEY_VERSION = 1
+SURVEY_VERSION = 2
 """Raised when what a survey holds changes: no older survey is then reused."""
 
 Thresholds = tuple[tuple[tuple[float, ...], ...], ...]
@@ -124,8 +125,9 @@ def resolve_thresholds(
 ) -> Thresholds:
     """Return the exact trim threshold of every piece and expert.
 
-    The survey's histograms give the bin of each threshold; a second pass counts within that bin. Scope `model` adds the
-    histograms of all pieces, scope `tensor` those of one tensor's pieces. `trimmings` says by tensor what is kept.
+    The survey's histograms give the bin of each threshold; where a bin holds several magnitudes, a second pass over that
+    expert counts within it. Scope `model` adds the histograms of all pieces, scope `tensor` those of one tensor's pieces.
+    `trimmings` says by tensor what is kept.
 
     Raises:
         RecipeError: the densities differ between tensors, though the threshold is taken over the whole model.
@@ -142,13 +144,14 @@ def resolve_thresholds(
         chosen = trimmings[pieces[0].name]
         rank = trim_rank(num_entries, chosen.densities[position], rounding=chosen.rounding)
         if rank:
-            counts = add_sparse((survey.histograms[_histogram_name(tensor, position)] for tensor in pieces), num_bins=NUM_HIGH_BINS)
-            bins[(group, position)] = find_bin(counts, rank)
-    refined = _refine(surveys, trimming, bins, run_refine, store) if bins else {}
-    values: dict[tuple[str, int], float] = {}
-    for key, (high_bin, rest) in bins.items():
-        counts = add_sparse((refined[_histogram_name(tensor, key[1])] for tensor in groups[key]), num_bins=NUM_LOW_BINS)
-        values[key] = to_threshold(high_bin, find_bin(counts, rest)[0])
+            histograms = [survey.histograms[_histogram_name(tensor, position)] for tensor in pieces]
+            bins[(group, position)] = find_bin(add_histograms(histograms), rank)
+    values = {key: to_magnitude(bin_number) for key, (bin_number, _) in bins.items() if is_exact(bin_number)}
+    open_bins = {key: found for key, found in bins.items() if key not in values}
+    refined = _refine(surveys, trimming, open_bins, run_refine, store)
+    for key, (bin_number, rest) in open_bins.items():
+        histograms = [refined[_histogram_name(tensor, key[1])] for tensor in groups[key]]
+        values[key] = to_magnitude(bin_number, find_bin(add_histograms(histograms, num_bins=NUM_LOWER), rest)[0])
     positions = range(len(trimming.densities))
     return tuple(
         tuple(tuple(values.get((_group_of(tensor, trimming), position), 0.0) for position in positions) for tensor in shard.tensors)
@@ -181,23 +184,28 @@ def _refine(
     run_refine: Callable[[Sequence[RefineTask]], None],
     store: Store,
 ) -> dict[str, SparseHistogram]:
-    """Return the histograms of the lower bits within each threshold's bin."""
+    """Return the histograms of the lower bits within these bins."""
     positions = range(len(trimming.densities))
     tasks = []
     for survey in surveys:
-        high_bins = tuple(
+        wanted = tuple(
             tuple(bins[key][0] if (key := (_group_of(tensor, trimming), position)) in bins else None for position in positions)
             for tensor in survey.tensors
         )
-        if all(high_bin is None for row in high_bins for high_bin in row):
-            continue
-        tasks.append(
-            RefineTask(
-                key=digest_json([survey.key, high_bins]), shard=survey.shard, expert_names=survey.expert_names, tensors=survey.tensors,
-                high_bins=high_bins, block_entries=survey.block_entries, num_bytes=survey.num_bytes, peak_bytes=survey.peak_bytes,
-                fresh=survey.fresh,
-            )
-        )  # fmt: skip
+        num_bytes = sum(
+            tensor.base.spec.num_bytes + tensor.experts[position].spec.num_bytes
+            for tensor, row in zip(survey.tensors, wanted, strict=True)
+            for position in positions
+            if row[position] is not None
+        )
+        if num_bytes:
+            tasks.append(
+                RefineTask(
+                    key=digest_json([survey.key, wanted]), shard=survey.shard, expert_names=survey.expert_names, tensors=survey.tensors,
+                    bins=wanted, block_entries=survey.block_entries, num_bytes=num_bytes, peak_bytes=survey.peak_bytes,
+                    fresh=survey.fresh,
+                )
+            )  # fmt: skip
     run_refine(tasks)
     histograms: dict[str, SparseHistogram] = {}
     for task in tasks:

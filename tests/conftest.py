@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from mmerge.pipeline import make_plan, parse_recipe, run
 
+torch.set_num_threads(1)  # the tensors are tiny: more threads would only wait for each other
 REPOSITORY = Path(__file__).resolve().parent.parent
 LAB = REPOSITORY / "examples" / "lab" / "checkpoints"
 

@@ -62,7 +62,6 @@ class AdapterFolder:
         """Open the folder at `uri`; `owner` ("expert 'image'") begins every error. Raises CheckpointError."""
         self.uri, self.owner = uri, owner
         self.checkpoint = _AdapterFiles(uri, owner=owner)
-        self.config = self.checkpoint.config
 
     @cached_property
     def tensors(self) -> dict[str, TensorSource]:
@@ -108,10 +107,10 @@ class AdapterFolder:
         a, b = found["A"], found["B"]
         if len(a.spec.shape) != 2 or len(b.spec.shape) != 2 or a.spec.shape[0] != b.spec.shape[1]:
             raise ShapeMismatch(f"{where}: lora_A has {a.spec.shape} and lora_B {b.spec.shape}; they must be (rank, in) and (out, rank)")
-        return AdapterPair(module, adapter, a, b, self._scale(module, rank=a.spec.shape[0], where=where))
+        return AdapterPair(module, adapter, a, b, self._scale(module, adapter, rank=a.spec.shape[0], where=where))
 
-    def _scale(self, module: str, *, rank: int, where: str) -> float:
-        config = self.config
+    def _scale(self, module: str, adapter: str, *, rank: int, where: str) -> float:
+        config = self.checkpoint.configs.get(adapter, self.checkpoint.config)
         alpha = _by_pattern(config.get("alpha_pattern"), module) or config.get("lora_alpha")
         expected = _by_pattern(config.get("rank_pattern"), module) or config.get("r", config.get("lora_r"))
         if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
@@ -135,14 +134,26 @@ class _AdapterFiles(Checkpoint):
             raise CheckpointError(f"{owner}: {Exception.__str__(error)}") from error
         file = CONFIG_FILE if self._store.exists(CONFIG_FILE) else "config.json"
         self.config = self._read_json(file, missing=f"an adapter has {CONFIG_FILE}, an official one config.json")
-        self._refuse_variants()
+        self._refuse_variants(self.config, CONFIG_FILE)
 
-    def _refuse_variants(self) -> None:
-        kind = self.config.get("peft_type", "LORA")
-        if kind != "LORA" or self.config.get("use_dora") or self.config.get("fan_in_fan_out"):
+    @cached_property
+    def configs(self) -> dict[str, dict[str, Any]]:
+        """By adapter the configuration of those that have one of their own, in a subfolder."""
+        found: dict[str, dict[str, Any]] = {}
+        for file in self._subfolders:
+            folder = file.split("/", 1)[0]
+            name = f"{folder}/{CONFIG_FILE}"
+            if self._store.exists(name):
+                found[folder] = self._read_json(name, missing="")
+                self._refuse_variants(found[folder], name)
+        return found
+
+    def _refuse_variants(self, config: dict[str, Any], file: str) -> None:
+        kind = config.get("peft_type", "LORA")
+        if kind != "LORA" or config.get("use_dora") or config.get("fan_in_fan_out"):
             raise CheckpointError(
-                f"{self.owner}: {self.uri}/{CONFIG_FILE}: only LoRA adapters of Linear layers are read, this is "
-                f"{'DoRA' if self.config.get('use_dora') else kind if kind != 'LORA' else 'LoRA with fan_in_fan_out'}. "
+                f"{self.owner}: {self.uri}/{file}: only LoRA adapters of Linear layers are read, this is "
+                f"{'DoRA' if config.get('use_dora') else kind if kind != 'LORA' else 'LoRA with fan_in_fan_out'}. "
                 "Merge it into its weights first (merge_and_unload)"
             )
 
@@ -162,6 +173,8 @@ class _AdapterFiles(Checkpoint):
         chosen: dict[str, str] = {}
         for key in keys:
             folder = key.split("/", 1)[0]
+            if re.fullmatch(r"checkpoint-\d+", folder):
+                continue  # an earlier state that a trainer left there, no adapter of that name
             if folder not in chosen or key.endswith(".safetensors"):
                 chosen[folder] = key
         return list(chosen.values())

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from mmerge.manifests.store import Store
-from mmerge.workers.dtypes import TORCH_DTYPES
+from mmerge.workers.dtypes import TORCH_DTYPES, to_float_tensors
+from mmerge.workers.inputs import InputReader
 from mmerge.workers.methods.interface import Block, Granularity, Known
-from mmerge.workers.survey import iterate_blocks, read_block
 from mmerge.workers.task import TensorTask
 
 
@@ -31,7 +30,7 @@ def entries_at_once(shape: Sequence[int], block_entries: int, *, granularity: Gr
 
 def read_blocks(
     tensor: TensorTask,
-    stores: dict[str, Store],
+    reader: InputReader,
     *,
     thresholds: Sequence[float],
     known: Known,
@@ -42,13 +41,11 @@ def read_blocks(
     """Yield the blocks of a piece of a tensor in order."""
     shape = tensor.base.spec.shape
     columns, granularity = num_columns(shape), tensor.granularity
-    for start, stop in iterate_blocks(tensor.num_entries, entries_at_once(shape, block_entries, granularity=granularity)):
-        base, *experts = (
-            _to_shape(read_block(source, stores, start, stop)[1].to(torch.float32), shape, columns, granularity)
-            for source in (tensor.base, *tensor.experts)
-        )
+    at_once = entries_at_once(shape, block_entries, granularity=granularity)
+    for found in reader.blocks((tensor.base, *tensor.experts), block_entries=at_once):
+        base, *experts = (_to_shape(values, shape, columns, granularity) for values in to_float_tensors(found))
         yield Block(
-            base=base, experts=experts, thresholds=thresholds, dtype=TORCH_DTYPES[dtype], name=tensor.name, start=tensor.start + start,
+            base=base, experts=experts, thresholds=thresholds, dtype=TORCH_DTYPES[dtype], name=tensor.name, start=tensor.start + found.start,
             shape=tensor.shape, expert_names=expert_names, known=known,
         )  # fmt: skip
 

@@ -7,13 +7,12 @@ import time
 from blake3 import blake3
 
 from mmerge.manifests.entry import ObjectEntry, ShardEntry, TensorRow, object_key, read_entry, write_entry
-from mmerge.manifests.header import make_header
+from mmerge.manifests.header import DTYPE_BYTES, make_header
 from mmerge.manifests.store import Store
-from mmerge.workers.checkpoint import read_source
-from mmerge.workers.survey import iterate_blocks
+from mmerge.workers.inputs import InputReader
 from mmerge.workers.task import CopyTask, TaskResult
 
-COPY_BYTES = 16 << 20
+COPY_BYTES = 1 << 20
 """Bytes read and written at once."""
 
 
@@ -25,16 +24,14 @@ def copy_shard(task: CopyTask, store: Store) -> TaskResult:
         return TaskResult(task.shard, 0, True, time.monotonic() - began, found)
     layout = [(tensor.name, tensor.source.spec.dtype, tensor.source.spec.shape) for tensor in task.tensors]
     header, specs = make_header(layout, metadata={"mmerge": task.digest, "role": task.role})
-    stores: dict[str, Store] = {}
     rows = []
-    with store.open_writer(object_key(task.digest)) as out:
+    with InputReader() as reader, store.open_writer(object_key(task.digest)) as out:
         out.write(header)
         for tensor, spec in zip(task.tensors, specs, strict=True):
             digest = blake3()
-            for start, stop in iterate_blocks(spec.num_bytes, COPY_BYTES):
-                data = read_source(tensor.source, stores=stores, offset=start, num_bytes=stop - start)
-                digest.update(data)
-                out.write(data)
+            for block in reader.blocks((tensor.source,), block_entries=COPY_BYTES // DTYPE_BYTES[spec.dtype]):
+                digest.update(block.raw[0])
+                out.write(block.raw[0])
             rows.append(
                 TensorRow(
                     name=tensor.name, role=tensor.role, expert=task.expert, dtype=spec.dtype, shape=spec.shape,

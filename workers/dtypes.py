@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from mmerge.workers.inputs import InputBlock
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -38,3 +42,28 @@ def to_bytes(tensor: torch.Tensor) -> memoryview:
     if not flat.numel():
         return memoryview(b"")
     return flat.view(torch.uint8).numpy().data.cast("B")
+
+
+def to_float_tensors(block: InputBlock) -> list[torch.Tensor]:
+    """Return the entries of a block of base and experts as flat float32 tensors that own their memory."""
+    names = ("F32", "BF16", "F16")
+    found = []
+    for row, code in zip(block.rows, block.codes.tolist(), strict=True):
+        dtype = TORCH_DTYPES[names[code]]
+        values = torch.from_numpy(row[: block.num_entries * dtype.itemsize]).view(dtype)
+        found.append(values.to(torch.float32, copy=True))
+    return found
+
+
+_NAN_BITS: Mapping[torch.dtype, tuple[torch.dtype, int]] = {
+    torch.bfloat16: (torch.int16, 0x7FC0), torch.float16: (torch.int16, 0x7E00), torch.float32: (torch.int32, 0x7FC00000),
+}  # fmt: skip
+
+
+def with_one_nan(values: torch.Tensor) -> torch.Tensor:
+    """Return `values` with every NaN as the quiet NaN without sign or payload: which one arises depends on the machine."""
+    is_nan = values.isnan()
+    if not bool(is_nan.any()):
+        return values
+    integers, bits = _NAN_BITS[values.dtype]
+    return values.view(integers).masked_fill(is_nan, bits).view(values.dtype)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mmerge.manifests.store import Store
 from mmerge.workers.blocks import read_blocks
-from mmerge.workers.checkpoint import OpenStores
+from mmerge.workers.inputs import InputReader
 from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Block, Method, Numbers
 from mmerge.workers.sums import count_sum, high_ranks, low_ranks
@@ -53,22 +53,23 @@ def measure_shard(task: MeasureTask, store: Store) -> TaskResult:
         return TaskResult(task.shard, 0, True, time.monotonic() - began)
     histograms: dict[str, SparseHistogram] = {}
     vectors: dict[str, NDArray[np.float64]] = {}
-    for index in range(len(task.tensors)):
-        piece = piece_name(task.tensors[index].name, task.tensors[index].row_start)
-        if task.measures == "vectors":
-            vectors |= {f"{piece}:{quantity}": values for quantity, values in _measure_vectors(task, index).items()}
-            continue
-        for quantity, counts in _measure_tensor(task, index).items():
-            histograms[f"{piece}:{quantity}"] = to_sparse(counts)
+    with InputReader() as reader:
+        for index in range(len(task.tensors)):
+            piece = piece_name(task.tensors[index].name, task.tensors[index].row_start)
+            if task.measures == "vectors":
+                vectors |= {f"{piece}:{quantity}": values for quantity, values in _measure_vectors(task, index, reader).items()}
+                continue
+            for quantity, counts in _measure_tensor(task, index, reader).items():
+                histograms[f"{piece}:{quantity}"] = to_sparse(counts)
     store.put(survey_key(task.key), Survey({}, histograms, vectors).to_bytes())
     return TaskResult(task.shard, task.num_bytes, False, time.monotonic() - began)
 
 
-def _measure_tensor(task: MeasureTask, index: int) -> dict[str, Counts]:
+def _measure_tensor(task: MeasureTask, index: int, reader: InputReader) -> dict[str, Counts]:
     method = find_method(task.method)
     parameters, experts = parse_numbers(method, task.numbers[index])
     total: dict[str, Counts] = {}
-    for block in _read_blocks(task, task.tensors[index], index, task.block_entries):
+    for block in _read_blocks(task, task.tensors[index], index, reader, task.block_entries):
         measured = method.measure_block(block, parameters, experts, stage=task.stage)
         high_bins = task.high_bins[index] if task.high_bins is not None else None
         for quantity, counts in count_quantities(measured, measures=task.measures, high_bins=high_bins).items():
@@ -76,19 +77,19 @@ def _measure_tensor(task: MeasureTask, index: int) -> dict[str, Counts]:
     return total
 
 
-def _measure_vectors(task: MeasureTask, index: int) -> dict[str, NDArray[np.float64]]:
+def _measure_vectors(task: MeasureTask, index: int, reader: InputReader) -> dict[str, NDArray[np.float64]]:
     method = find_method(task.method)
     parameters, experts = parse_numbers(method, task.numbers[index])
     total: dict[str, torch.Tensor] = {}
     tensor = replace(task.tensors[index], granularity="row")
-    for block in _read_blocks(task, tensor, index, VECTOR_BLOCK_ENTRIES):
+    for block in _read_blocks(task, tensor, index, reader, VECTOR_BLOCK_ENTRIES):
         for quantity, values in method.measure_block(block, parameters, experts, stage=task.stage).items():
             total[quantity] = total[quantity] + values if quantity in total else values
     return {quantity: np.asarray(values.cpu().numpy(), dtype=np.float64) for quantity, values in total.items()}
 
 
-def _read_blocks(task: MeasureTask, tensor: TensorTask, index: int, block_entries: int) -> Iterator[Block]:
+def _read_blocks(task: MeasureTask, tensor: TensorTask, index: int, reader: InputReader, block_entries: int) -> Iterator[Block]:
     return read_blocks(
-        tensor, OpenStores(), thresholds=task.thresholds[index], known=task.known[index], expert_names=task.expert_names,
+        tensor, reader, thresholds=task.thresholds[index], known=task.known[index], expert_names=task.expert_names,
         dtype=task.dtype, block_entries=block_entries,
     )  # fmt: skip

@@ -11,21 +11,22 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from blake3 import blake3
+from numpy.typing import NDArray
 
 from mmerge.manifests.entry import ObjectEntry, ShardEntry, TensorRow, TensorStatistics, object_key, read_entry, write_entry
-from mmerge.manifests.header import TensorSpec, make_header
+from mmerge.manifests.header import DTYPE_BYTES, TensorSpec, make_header
 from mmerge.manifests.store import ObjectWriter, Store
-from mmerge.workers.blocks import read_blocks
-from mmerge.workers.checkpoint import OpenStores
-from mmerge.workers.dtypes import to_bytes
-from mmerge.workers.masks import pack_mask, packed_bytes
+from mmerge.workers.blocks import entries_at_once, read_blocks
+from mmerge.workers.dtypes import to_bytes, with_one_nan
+from mmerge.workers.fast_paths import find_fast_path
+from mmerge.workers.inputs import InputBlock, InputReader
+from mmerge.workers.kernels import TILE_ENTRIES, add_squares
+from mmerge.workers.masks import packed_bytes
 from mmerge.workers.measure import parse_numbers
 from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Block, MergedBlock, Method
+from mmerge.workers.paths import FastPath, MaskPath, PathRequest, ReadBlocks
 from mmerge.workers.task import MergeTask, TaskResult, TensorTask
-
-TILE_ENTRIES = 1 << 16
-"""Norms are summed tile by tile, so that they do not depend on the block size; blocks are whole tiles."""
 
 
 def delta_name(name: str) -> str:
@@ -48,10 +49,10 @@ def merge_shard(task: MergeTask, store: Store) -> TaskResult:
     header, specs = make_header(_make_layout(task, method), metadata={"mmerge": task.digest, "method": task.method})
     placed = {spec.name: spec for spec in specs}
     rows: list[TensorRow] = []
-    with store.open_writer(object_key(task.digest)) as out:
+    with InputReader() as reader, store.open_writer(object_key(task.digest)) as out:
         out.write(header)
         for index in range(len(task.tensors)):
-            rows += _TensorMerger(task, method, index).write(out, placed)
+            rows += _TensorMerger(task, method, index).write(out, placed, reader)
     entry = ShardEntry(
         object=ObjectEntry(key=out.key, shard=task.shard, role="merge", num_bytes=out.num_bytes, digest=out.hexdigest()),
         tensors=tuple(rows),
@@ -90,6 +91,16 @@ class _Tally:
         self.kept, self.agreeing, self.masked, self.consensus = [0] * n, [0] * n, [0] * n, [0] * (n + 1)
         self.overlaps, self.squares = [0] * (n * (n - 1) // 2), [_SquareSum() for _ in range(n + 1)]
 
+    def take(self, path: MaskPath) -> None:
+        """Take the counts of a compiled path."""
+        n = self.num_experts
+        self.kept, self.agreeing, self.masked = path.counts[0, :n].tolist(), path.counts[1, :n].tolist(), path.counts[2, :n].tolist()
+        self.consensus, self.overlaps, self.squares = (
+            path.counts[3].tolist(),
+            path.overlaps.tolist(),
+            [_SquareSum(total) for total in path.squares.tolist()],
+        )
+
     def add(self, block: Block, merged: MergedBlock) -> None:
         for index, delta in enumerate(block.task_vectors()):
             self.squares[index].add(delta)
@@ -111,8 +122,8 @@ class _Tally:
 class _SquareSum:
     """Σ x² over a tensor, summed tile by tile whatever the blocks are: entries of an unfinished tile wait for the next block."""
 
-    def __init__(self) -> None:
-        self._total = 0.0
+    def __init__(self, total: float = 0.0) -> None:
+        self._total = total
         self._waiting = np.empty(0, dtype=np.float32)
 
     def add(self, values: torch.Tensor) -> None:
@@ -120,12 +131,11 @@ class _SquareSum:
         if len(self._waiting):
             flat = np.concatenate([self._waiting, flat])
         whole = len(flat) - len(flat) % TILE_ENTRIES
-        for start in range(0, whole, TILE_ENTRIES):
-            self._total += float(np.square(flat[start : start + TILE_ENTRIES], dtype=np.float64).sum())
+        self._total = add_squares(self._total, flat[:whole])
         self._waiting = flat[whole:].copy()
 
     def total(self) -> float:
-        return self._total + float(np.square(self._waiting, dtype=np.float64).sum())
+        return add_squares(self._total, self._waiting)
 
 
 class _TensorMerger:
@@ -138,29 +148,62 @@ class _TensorMerger:
         self.parameters, self.experts = parse_numbers(method, task.numbers[index])
         self.tally = _Tally(len(self.experts))
 
-    def write(self, out: ObjectWriter, placed: dict[str, TensorSpec]) -> list[TensorRow]:
+    def write(self, out: ObjectWriter, placed: dict[str, TensorSpec], reader: InputReader) -> list[TensorRow]:
         digest = blake3()
-        masks: list[list[torch.Tensor]] = [[] for _ in self.experts] if self.method.kind == "masks" else []
-        for block in self._read_blocks():
-            merged = self.method.merge_block(block, self.parameters, self.experts)
-            self.tally.add(block, merged)
-            data = to_bytes(merged.values)
+        num_masks = len(self.experts) if self.method.kind == "masks" else 0
+        masks = np.zeros((num_masks, packed_bytes(self.tensor.num_entries)), np.uint8)
+        for data in self._merge_by_path(reader, masks) or self._merge_by_method(reader, masks):
             digest.update(data)
             out.write(data)
-            for packed, mask in zip(masks, merged.masks, strict=True):
-                packed.append(pack_mask(mask))
         return [self._make_values_row(placed, digest.hexdigest()), *self._write_masks(out, placed, masks)]
 
-    def _read_blocks(self) -> Iterator[Block]:
+    def _merge_by_path(self, reader: InputReader, masks: NDArray[np.uint8]) -> Iterator[memoryview] | None:
+        """Return the bytes of the merged values block by block, None where the method has no compiled path."""
+        request = PathRequest(
+            self.parameters, self.experts, self.thresholds, self.known, self.tensor, self.task.expert_names, self.task.dtype
+        )
+        path = find_fast_path(self.task.method, request)
+        if path is None:
+            return None
+        shape = self.tensor.base.spec.shape
+        at_once = entries_at_once(shape, self.task.block_entries, granularity="row" if path.by_row else "entry")
+
+        def read_blocks() -> Iterator[InputBlock]:
+            return reader.blocks((self.tensor.base, *self.tensor.experts), block_entries=at_once)
+
+        return self._run_path(path, read_blocks, masks, at_once) if path.prepare(read_blocks) else None
+
+    def _run_path(self, path: FastPath, read_blocks: ReadBlocks, masks: NDArray[np.uint8], at_once: int) -> Iterator[memoryview]:
+        width = DTYPE_BYTES[self.task.dtype]
+        merged = np.empty(min(at_once, self.tensor.num_entries) * width, np.uint8)
+        for block in read_blocks():
+            path.merge(block, merged, masks)
+            yield merged.data[: block.num_entries * width]
+        if isinstance(path, MaskPath):
+            self.tally.take(path)
+
+    def _merge_by_method(self, reader: InputReader, masks: NDArray[np.uint8]) -> Iterator[memoryview]:
+        position = 0
+        for block in self._read_blocks(reader):
+            merged = self.method.merge_block(block, self.parameters, self.experts)
+            if self.method.kind == "masks":
+                self.tally.add(block, merged)
+            for row, mask in zip(masks, merged.masks, strict=True):
+                packed = np.packbits(mask.reshape(-1).cpu().numpy())
+                row[position // 8 :][: len(packed)] = packed
+            position += block.base.numel()
+            yield to_bytes(with_one_nan(merged.values))
+
+    def _read_blocks(self, reader: InputReader) -> Iterator[Block]:
         return read_blocks(
-            self.tensor, OpenStores(), thresholds=self.thresholds, known=self.known, expert_names=self.task.expert_names,
+            self.tensor, reader, thresholds=self.thresholds, known=self.known, expert_names=self.task.expert_names,
             dtype=self.task.dtype, block_entries=self.task.block_entries,
         )  # fmt: skip
 
-    def _write_masks(self, out: ObjectWriter, placed: dict[str, TensorSpec], masks: list[list[torch.Tensor]]) -> list[TensorRow]:
+    def _write_masks(self, out: ObjectWriter, placed: dict[str, TensorSpec], masks: NDArray[np.uint8]) -> list[TensorRow]:
         rows = []
-        for index, pieces in enumerate(masks):
-            data = to_bytes(torch.cat(pieces)) if pieces else memoryview(b"")
+        for index, packed in enumerate(masks):
+            data = packed.data
             out.write(data)
             expert = self.task.expert_names[index]
             statistics = TensorStatistics(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,14 +17,16 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
 from mmerge.manifests.errors import NonFiniteError, NotFound
-from mmerge.manifests.header import FLOAT_DTYPES
+from mmerge.manifests.header import DTYPE_BYTES, FLOAT_DTYPES
 from mmerge.manifests.store import Store
-from mmerge.workers.checkpoint import OpenStores, TensorSource, read_source
+from mmerge.workers.checkpoint import TensorSource
 from mmerge.workers.dtypes import to_tensor
-from mmerge.workers.task import NonFinite, RefineTask, SurveyTask, TaskResult, TensorTask
-from mmerge.workers.thresholds import Counts, high_histogram, low_histogram, to_sparse
+from mmerge.workers.histograms import MagnitudeCounter, count_lower
+from mmerge.workers.inputs import InputBlock, InputReader
+from mmerge.workers.kernels_survey import first_non_finite
+from mmerge.workers.task import CopyTensor, NonFinite, RefineTask, SurveyTask, TaskResult, TensorTask
 
-SparseHistogram = tuple[NDArray[np.uint16], Counts]
+SparseHistogram = tuple[NDArray[np.unsignedinteger[Any]], NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -76,19 +79,6 @@ def piece_name(name: str, row_start: int) -> str:
     return f"{name}:{row_start}"
 
 
-def iterate_blocks(num_entries: int, block_entries: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of successive blocks of entries."""
-    for start in range(0, num_entries, block_entries):
-        yield start, min(start + block_entries, num_entries)
-
-
-def read_block(source: TensorSource, stores: dict[str, Store], start: int, stop: int) -> tuple[memoryview, torch.Tensor]:
-    """Return the bytes of entries `start` to `stop`, and their values (flat, the stored dtype)."""
-    entry_bytes = source.spec.num_bytes // max(source.spec.num_entries, 1)
-    data = read_source(source, stores=stores, offset=start * entry_bytes, num_bytes=(stop - start) * entry_bytes)
-    return data, to_tensor(data, source.spec.dtype)
-
-
 def survey_shard(task: SurveyTask, store: Store) -> TaskResult:
     """Survey one shard and leave the result in the store.
 
@@ -98,45 +88,41 @@ def survey_shard(task: SurveyTask, store: Store) -> TaskResult:
     began = time.monotonic()
     if not task.fresh and read_survey(store, task.key) is not None:
         return TaskResult(task.shard, 0, True, time.monotonic() - began)
-    stores = OpenStores()
     digests: dict[str, list[str]] = {}
     histograms: dict[str, SparseHistogram] = {}
-    for tensor in task.tensors:
-        _survey_tensor(task, tensor, stores, digests, histograms)
-    for copy in task.copies:
-        hasher = blake3()
-        for start, stop in iterate_blocks(copy.source.spec.num_entries, task.block_entries):
-            data, values = read_block(copy.source, stores, start, stop)
-            hasher.update(data)
-            _check_finite(values, copy.source, task.copies_owner, task.non_finite, position=start, first_row=copy.row_start)
-        digests[piece_name(f"{copy.role}/{copy.name}", copy.row_start)] = [hasher.hexdigest()]
+    counter = MagnitudeCounter(len(task.expert_names)) if task.magnitudes else None
+    with InputReader() as reader:
+        for tensor in task.tensors:
+            piece = piece_name(tensor.name, tensor.row_start)
+            digests[piece] = _survey_tensor(task, tensor, reader, counter)
+            for position, histogram in enumerate(counter.drain() if counter else ()):
+                histograms[f"{piece}:{position}"] = histogram
+        for copy in task.copies:
+            digests[piece_name(f"{copy.role}/{copy.name}", copy.row_start)] = [_survey_copy(task, copy, reader)]
     store.put(survey_key(task.key), Survey(digests, histograms).to_bytes())
     return TaskResult(task.shard, task.num_bytes, False, time.monotonic() - began)
 
 
-def _survey_tensor(
-    task: SurveyTask, tensor: TensorTask, stores: dict[str, Store], digests: dict[str, list[str]], histograms: dict[str, SparseHistogram]
-) -> None:
+def _survey_tensor(task: SurveyTask, tensor: TensorTask, reader: InputReader, counter: MagnitudeCounter | None) -> list[str]:
+    """Return the digests of a piece in base and experts; `counter` takes the magnitudes of its task vectors."""
     sources = (tensor.base, *tensor.experts)
     owners = ("base", *(f"expert {name!r}" for name in task.expert_names))
     hashers = [blake3() for _ in sources]
-    counts: list[Counts | None] = [None] * len(tensor.experts)
-    for start, stop in iterate_blocks(tensor.num_entries, task.block_entries):
-        base: torch.Tensor | None = None
+    for block in reader.blocks(sources, block_entries=task.block_entries):
         for position, (source, owner) in enumerate(zip(sources, owners, strict=True)):
-            data, values = read_block(source, stores, start, stop)
-            hashers[position].update(data)
-            _check_finite(values, source, owner, task.non_finite, position=start, first_row=tensor.row_start)
-            widened = values.to(torch.float32)
-            if base is None:
-                base = widened
-            elif task.magnitudes:
-                _add_counts(counts, position - 1, high_histogram(widened - base))
-    piece = piece_name(tensor.name, tensor.row_start)
-    digests[piece] = [hasher.hexdigest() for hasher in hashers]
-    for position, total in enumerate(counts):
-        if total is not None:
-            histograms[f"{piece}:{position}"] = to_sparse(total)
+            hashers[position].update(block.raw[position])
+            _check_finite(block, position, source, owner, task.non_finite, first_row=tensor.row_start)
+        if counter:
+            counter.add(block)
+    return [hasher.hexdigest() for hasher in hashers]
+
+
+def _survey_copy(task: SurveyTask, copy: CopyTensor, reader: InputReader) -> str:
+    hasher = blake3()
+    for block in reader.blocks((copy.source,), block_entries=task.block_entries):
+        hasher.update(block.raw[0])
+        _check_finite(block, 0, copy.source, task.copies_owner, task.non_finite, first_row=copy.row_start)
+    return str(hasher.hexdigest())
 
 
 def refine_shard(task: RefineTask, store: Store) -> TaskResult:
@@ -144,42 +130,29 @@ def refine_shard(task: RefineTask, store: Store) -> TaskResult:
     began = time.monotonic()
     if not task.fresh and read_survey(store, task.key) is not None:
         return TaskResult(task.shard, 0, True, time.monotonic() - began)
-    stores = OpenStores()
     histograms: dict[str, SparseHistogram] = {}
-    for tensor, high_bins in zip(task.tensors, task.high_bins, strict=True):
-        counts: list[Counts | None] = [None] * len(high_bins)
-        for start, stop in iterate_blocks(tensor.num_entries, task.block_entries):
-            base = read_block(tensor.base, stores, start, stop)[1].to(torch.float32)
-            for position, (source, high_bin) in enumerate(zip(tensor.experts, high_bins, strict=True)):
-                if high_bin is not None:
-                    delta = read_block(source, stores, start, stop)[1].to(torch.float32) - base
-                    _add_counts(counts, position, low_histogram(delta, high_bin=high_bin))
-        for position, total in enumerate(counts):
-            if total is not None:
-                histograms[f"{piece_name(tensor.name, tensor.row_start)}:{position}"] = to_sparse(total)
+    with InputReader() as reader:
+        for tensor, bins in zip(task.tensors, task.bins, strict=True):
+            for position, (source, bin_number) in enumerate(zip(tensor.experts, bins, strict=True)):
+                if bin_number is not None:
+                    blocks = reader.blocks((tensor.base, source), block_entries=task.block_entries)
+                    histograms[f"{piece_name(tensor.name, tensor.row_start)}:{position}"] = count_lower(blocks, bin_number=bin_number)
     store.put(survey_key(task.key), Survey({}, histograms).to_bytes())
     return TaskResult(task.shard, task.num_bytes, False, time.monotonic() - began)
 
 
-def _add_counts(counts: list[Counts | None], position: int, found: Counts) -> None:
-    total = counts[position]
-    if total is None:
-        counts[position] = found
-    else:
-        total += found
-
-
-def _check_finite(values: torch.Tensor, source: TensorSource, owner: str, non_finite: NonFinite, *, position: int, first_row: int) -> None:
+def _check_finite(block: InputBlock, position: int, source: TensorSource, owner: str, non_finite: NonFinite, *, first_row: int) -> None:
     if non_finite == "keep" or source.spec.dtype not in FLOAT_DTYPES:
         return
-    finite = torch.isfinite(values.to(torch.float32))
-    if bool(finite.all()):
+    offset = first_non_finite(block.rows[position], int(block.codes[position]), block.num_entries)
+    if offset < 0:
         return
-    offset = int((~finite).nonzero()[0])
-    value = "NaN" if bool(values[offset].to(torch.float32).isnan()) else "Inf"
-    where = _to_index(position + offset, source.spec.shape, first_row)
+    width = DTYPE_BYTES[source.spec.dtype]
+    value = to_tensor(block.raw[position][offset * width : (offset + 1) * width], source.spec.dtype).to(torch.float32)
+    word = "NaN" if bool(value.isnan()) else "Inf"
+    where = _to_index(block.start + offset, source.spec.shape, first_row)
     raise NonFiniteError(
-        f"{owner}: {source.spec.name}: {value} at {where} in {source.uri}/{source.file}. "
+        f"{owner}: {source.spec.name}: {word} at {where} in {source.uri}/{source.file}. "
         "Repair the checkpoint, or accept such values with 'non_finite: keep'"
     )
 

@@ -78,14 +78,14 @@ class SurveyTask:
 
 @dataclass(frozen=True)
 class RefineTask:
-    """A second pass over the inputs of a shard: exact thresholds within the bins that the survey found."""
+    """A second pass over some inputs of a shard: the thresholds that lie in bins of several magnitudes."""
 
     key: str
     shard: str
     expert_names: tuple[str, ...]
     tensors: tuple[TensorTask, ...]
-    high_bins: tuple[tuple[int | None, ...], ...]
-    """Per tensor and expert, the bin of the first histogram in which the threshold lies; None where none is needed."""
+    bins: tuple[tuple[int | None, ...], ...]
+    """Per tensor and expert, the bin of the survey's histogram in which the threshold lies; None where no second pass is needed."""
     block_entries: int
     num_bytes: int
     peak_bytes: int

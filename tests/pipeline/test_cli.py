@@ -119,8 +119,14 @@ def test_the_schema_accepts_the_committed_recipes(call: Call, repository: Path) 
 
 def test_methods_are_listed_with_source_and_parameters(call: Call) -> None:
     _, out, _ = call("methods")
-    for word in ("mmer", "arXiv 2505.17110", "density", "experts.NAME.mask_scale", "ties"):
+    for word in ("mmer", "arXiv 2505.17110", "density", "experts.NAME.mask_scale", "ties", "[mean, sum, max]", "the base may be left out"):
         assert word in out
+
+
+def test_the_documentation_lists_every_method_as_it_is(call: Call, repository: Path) -> None:
+    _, out, _ = call("methods", "--markdown")
+    text = (repository / "docs" / "methods.md").read_text()
+    assert out.strip() in text, "docs/methods.md is behind: put the output of 'mmerge methods --markdown' at its end"
 
 
 def test_a_composite_answers_on_the_command_line(call: Call, lab_store: str) -> None:

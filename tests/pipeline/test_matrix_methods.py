@@ -9,6 +9,7 @@ import torch
 
 from mmerge.manifests.errors import CheckpointError, RecipeError
 from mmerge.pipeline import make_plan, parse_recipe, read_recipe, run
+from mmerge.pipeline.executor import RayExecutor
 from mmerge.workers.reader import BuildReader
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -102,6 +103,23 @@ def test_bytes_depend_on_no_block_size_threads_or_pieces(lab: Any, method: str) 
         found.append({name: reader.text_weight(name) for name in lab.base})
     different = [name for name in lab.base if not torch.equal(found[0][name], found[1][name])]
     assert not different
+
+
+@pytest.mark.ray
+def test_workers_of_ray_write_the_bytes_of_one_process(lab: Any) -> None:
+    lab.config |= {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+    lab.make_all()
+    executor = RayExecutor(num_workers=2)
+    try:
+        for method in ("tsv", "swudi", "optmerge", "karcher", "neuron_fusion"):
+            raw = make_raw(lab, method, 1 if method in ONE_EXPERT else 2)
+            serial = run(make_plan(read_recipe(lab.write_recipe(raw | {"output": f"{method}-serial"}))))
+            parallel = run(make_plan(read_recipe(lab.write_recipe(raw | {"output": f"{method}-ray"}))), executor=executor)
+            assert serial.manifest is not None
+            assert parallel.manifest is not None
+            assert [entry.digest for entry in serial.manifest.entries] == [entry.digest for entry in parallel.manifest.entries], method
+    finally:
+        executor.close()
 
 
 @pytest.mark.parametrize("method", ["slerp", "nuslerp", "karcher", "adamms"])

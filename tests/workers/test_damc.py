@@ -168,6 +168,20 @@ def test_adapters_can_be_experts_of_a_merge_with_masks_and_generate(lab: Any, re
     assert load_composite(uri, mode="retention", expert="image").generate(parts[:1], max_new_tokens=3)
 
 
+def test_each_adapter_has_the_scale_of_its_own_configuration_and_states_of_training_are_none(lab: Any, recipe: dict[str, Any]) -> None:
+    own = lab.folder / "audio" / "audio" / "adapter_config.json"
+    own.write_text(json.dumps({"peft_type": "LORA", "r": RANKS["audio"], "lora_alpha": 80}))
+    state = lab.folder / "audio" / "checkpoint-100"
+    state.mkdir()
+    save_file({"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": torch.zeros(1, 16)}, state / "adapter_model.safetensors")
+    plan = make_plan(read_recipe(lab.write_recipe(recipe)))
+    record = plan.adapters[1]
+    assert (record.default_adapter, record.modality_adapter) == ("default", "audio")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert record.scale_of(name, "default") == pytest.approx(8 / 3)
+    assert record.scale_of(name, "audio") == pytest.approx(80 / 3)
+
+
 def test_retention_runs_one_expert_as_it_was_tuned(lab: Any, recipe: dict[str, Any]) -> None:
     composite = load_composite(build(lab, recipe), mode="retention", expert="image")
     module = composite.language_model.get_submodule("model.layers.0.mlp.down_proj")

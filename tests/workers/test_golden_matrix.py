@@ -1,27 +1,19 @@
-"""The slerp family, whole-matrix methods, AdaMMS and Neuron-Fusion against golden data, through the whole pipeline.
-
-The folder can be changed by MMERGE_GOLDEN=DIR.
-"""
+"""The slerp family, whole-matrix methods, AdaMMS and Neuron-Fusion against golden data, through the whole pipeline."""
 
 from __future__ import annotations
 
 import json
-import os
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-from safetensors.torch import load_file
+from golden import GOLDEN, Case, cases, expected, needs_golden, to_flat
 
 from mmerge.pipeline import make_plan, parse_recipe, run
 from mmerge.workers.methods.adamms import choose_alpha
 from mmerge.workers.reader import BuildReader
 
-GOLDEN = Path(os.environ.get("MMERGE_GOLDEN", Path(__file__).resolve().parents[3] / "shared" / "golden"))
-MANIFEST: dict[str, Any] = json.loads((GOLDEN / "cases.json").read_text()) if (GOLDEN / "cases.json").is_file() else {"cases": []}
-pytestmark = pytest.mark.skipif(not MANIFEST["cases"], reason=f"no golden data at {GOLDEN} (set MMERGE_GOLDEN)")
+pytestmark = needs_golden
 
 
 def _slerp(params: dict[str, Any]) -> dict[str, Any]:
@@ -57,9 +49,9 @@ def _swudi(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def _aswudi(params: dict[str, Any]) -> dict[str, Any]:
-    assert params["filter_type"] == "none"
+    time = params["exp_time"] if params["filter_type"] == "exponential" else None
     return {
-        "method": "aswudi", "rank_rule": params["auto_rank_method"], "start": params["init_mode"],
+        "method": "aswudi", "time": time, "rank_rule": params["auto_rank_method"], "start": params["init_mode"],
         "min_eigenvalue": params["min_eigenvalue"], "scale": params["scaling_coefficient"],
     }  # fmt: skip
 
@@ -93,16 +85,9 @@ RECIPES = {
     "adamms_interpolation": _adamms,
     "neuron_fusion_reconstruction": _neuron_fusion,
 }
-CASES = [case for case in MANIFEST["cases"] if case["method"] in RECIPES]
-SEARCHES = [case for case in MANIFEST["cases"] if case["method"] == "adamms_search"]
 
 
-@cache
-def read_expected(output: str) -> dict[str, torch.Tensor]:
-    return load_file(GOLDEN / output)
-
-
-def build(case: dict[str, Any], folder: Path) -> torch.Tensor:
+def build(case: Case, folder: Path) -> torch.Tensor:
     """Run the recipe of a case; return the merged model in the golden flat order."""
     recipe = RECIPES[case["method"]](case["params"])
     folders = {Path(name).parent.name: str(GOLDEN / Path(name).parent) for name in case["inputs"]}
@@ -112,18 +97,19 @@ def build(case: dict[str, Any], folder: Path) -> torch.Tensor:
     raw = recipe | {"base": folders["base"], "experts": experts, "output": str(folder), "dtype": "float32"}
     run(make_plan(parse_recipe(raw, folder=folder)))
     reader = BuildReader(str(folder))
-    return torch.cat([reader.text_weight(item["name"]).reshape(-1) for item in MANIFEST["flat_order"]])
+    return to_flat({name: reader.text_weight(name) for name in reader.llm_names()})
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case["id"] for case in CASES])
-def test_a_build_has_the_weights_of_the_golden_case(case: dict[str, Any], tmp_path: Path) -> None:
-    expected = read_expected(case["output"])[f"{case['id'].split('/', 1)[1]}/merged"].reshape(-1)
+@cases(*RECIPES)
+def test_a_build_has_the_weights_of_the_golden_case(case: Case, tmp_path: Path) -> None:
+    merged = expected(case, "merged")
+    assert merged is not None
     tolerance = case["tolerance"]
-    torch.testing.assert_close(build(case, tmp_path), expected, rtol=tolerance["rtol"], atol=tolerance["atol"])
+    torch.testing.assert_close(build(case, tmp_path), merged.reshape(-1), rtol=tolerance["rtol"], atol=tolerance["atol"])
 
 
-@pytest.mark.parametrize("case", SEARCHES, ids=[case["id"] for case in SEARCHES])
-def test_the_alpha_chosen_from_answers_is_that_of_the_golden_case(case: dict[str, Any]) -> None:
+@cases("adamms_search")
+def test_the_alpha_chosen_from_answers_is_that_of_the_golden_case(case: Case) -> None:
     searches = json.loads((GOLDEN / case["output"]).read_text())["cases"]
     assert searches
     for search in searches:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -27,7 +31,8 @@ from mmerge.workers.methods.sphere import (
 )
 from mmerge.workers.methods.swudi import adaptive_filter, exponential_filter, spectral_merge
 from mmerge.workers.methods.tsv import tsv_merge
-from mmerge.workers.methods.wudi import optmerge_full_merge, optmerge_lora_merge, wudi_merge
+from mmerge.workers.methods.wudi import descend, optmerge_full_merge, optmerge_lora_merge, wudi_merge
+from mmerge.workers.threads import one_thread
 
 MatrixMerge = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 few = settings(max_examples=25, deadline=None)
@@ -145,6 +150,60 @@ def test_wudi_goes_down_the_loss_of_the_naive_sum(seed: int) -> None:
 
     start = deltas[0] + deltas[1] + deltas[2]
     assert loss(wudi_merge(deltas, learning_rate=1e-3, iterations=50)) < loss(start)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_the_descent_is_that_of_torch_bit_by_bit(optimizer: Literal["adam", "sgd"]) -> None:
+    start, d, root = matrices(1, 1)[0], matrices(2, 1)[0], torch.randn(9, 9, generator=torch.Generator().manual_seed(3))
+    c = root @ root.T
+    with one_thread():
+        found = descend(start, (c, d), optimizer=optimizer, learning_rate=1e-3, momentum=0.9, iterations=30)
+        parameter = torch.nn.Parameter(start.clone())
+        stepper: torch.optim.Optimizer = torch.optim.Adam([parameter], lr=1e-3)
+        if optimizer == "sgd":
+            stepper = torch.optim.SGD([parameter], lr=1e-3, momentum=0.9)
+        for _ in range(30):
+            parameter.grad = 2 * (parameter.detach() @ c - d)
+            stepper.step()
+    assert torch.equal(found, parameter.detach())
+
+
+MEASURE = """
+import sys, threading, time, torch
+from mmerge.workers.methods import find_method
+from mmerge.workers.methods.interface import Block
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+torch.set_num_threads(1)
+method, shape, num_experts = find_method(sys.argv[1]), (900, 1000), 3
+torch.linalg.svd(torch.randn(30, 20)), torch.linalg.eigh(torch.eye(20))
+numbers = method.parameters_model(**({"iterations": 3} if sys.argv[1] in ("wudi", "optmerge") else {}))
+base = torch.randn(shape)
+block = Block(base, [base + 0.01 * torch.randn(shape) for _ in range(num_experts)], (), torch.float32, "model.layers.0.mlp.up_proj.weight", 0, shape)
+before, peak, done = resident(), [0], threading.Event()
+
+def watch():
+    while not done.is_set():
+        peak[0] = max(peak[0], resident())
+        time.sleep(0.001)
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+method.merge_block(block, numbers, [method.expert_parameters_model()] * num_experts)
+done.set()
+watcher.join()
+print(peak[0] - before, method.working_bytes(base.numel(), num_experts=num_experts, shape=shape))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the resident size from /proc")
+@pytest.mark.parametrize("method", ["tsv", "optmerge", "swudi"])
+def test_a_matrix_takes_no_more_memory_than_its_method_says(method: str) -> None:
+    done = subprocess.run([sys.executable, "-c", MEASURE, method], capture_output=True, text=True, check=True, timeout=120)
+    used, bound = map(int, done.stdout.split())
+    assert bound / 8 < used <= bound
 
 
 @few

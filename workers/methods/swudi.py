@@ -64,12 +64,12 @@ def exponential_filter(*, time: float | None, rank_ratio: float | None) -> Filte
     return keep
 
 
-def adaptive_filter(*, rule: str, shape: Sequence[int]) -> Filter:
-    """Return f = 1 on as many of the largest eigenvalues as `rule` says for a matrix of this shape, 0 elsewhere."""
+def adaptive_filter(*, rule: str, shape: Sequence[int], time: float | None = None) -> Filter:
+    """Return f = 1 (with `time`: 1 − exp(−λ·time)) on as many of the largest eigenvalues as `rule` says, 0 elsewhere."""
 
     def keep(eigenvalues: torch.Tensor) -> torch.Tensor:
-        kept = torch.zeros_like(eigenvalues)
-        kept[len(kept) - adaptive_rank(eigenvalues, rule=rule, shape=shape) :] = 1
+        kept = torch.ones_like(eigenvalues) if time is None else 1 - torch.exp(-eigenvalues * time)
+        kept[: len(kept) - adaptive_rank(eigenvalues, rule=rule, shape=shape)] = 0
         return kept
 
     return keep
@@ -152,6 +152,8 @@ class AswudiParameters(SpectralParameters):
         "participation_sqrt", description=f"how many eigen-directions a matrix keeps: {', '.join(RANK_RULES)}, or cumvar_F with F in (0, 1]"
     )
 
+    time: float | None = Field(None, gt=0, description="t of the filter 1 − exp(−λt) on the directions that are kept; null for none")
+
     @field_validator("rank_rule")
     @classmethod
     def _is_known(cls, rule: str) -> str:
@@ -174,5 +176,5 @@ class Aswudi(MatrixMethod):
 
     @override
     def merge_matrix(self, deltas: Sequence[torch.Tensor], parameters: AswudiParameters) -> torch.Tensor:
-        keep = adaptive_filter(rule=parameters.rank_rule, shape=deltas[0].shape)
+        keep = adaptive_filter(rule=parameters.rank_rule, shape=deltas[0].shape, time=parameters.time)
         return spectral_merge(deltas, start=parameters.start, keep=keep, min_eigenvalue=parameters.min_eigenvalue)

@@ -1,0 +1,76 @@
+"""Run a command and measure it: wall time, CPU time and peak memory, summed over its processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+SAMPLE_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a command took."""
+
+    wall_s: float
+    cpu_s: float
+    peak_bytes: int
+    """Largest sum of the resident memory of all its processes at one moment; pages of files that are mapped count."""
+    peak_private_bytes: int
+    """The same without pages of files."""
+
+
+def measure(command: Sequence[str], *, environment: Mapping[str, str] | None = None, log: Path) -> Measured:
+    """Return what a command took. Raises RuntimeError with the end of its output when it fails."""
+    before = os.times()
+    began = time.monotonic()
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})})
+        peaks = [0, 0]
+        stop = threading.Event()
+        sampler = threading.Thread(target=_sample, args=(process.pid, peaks, stop))
+        sampler.start()
+        code = process.wait()
+        wall = time.monotonic() - began
+        stop.set()
+        sampler.join()
+    after = os.times()
+    if code:
+        raise RuntimeError(f"{' '.join(command)}: exit code {code}\n{log.read_text(errors='replace')[-3000:]}")
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return Measured(wall, cpu, peaks[0], peaks[1])
+
+
+def _sample(pid: int, peaks: list[int], stop: threading.Event) -> None:
+    while not stop.wait(SAMPLE_SECONDS):
+        resident = private = 0
+        for member in _descendants(pid):
+            sizes = _read_sizes(member)
+            resident += sizes.get("VmRSS", 0)
+            private += sizes.get("RssAnon", 0) + sizes.get("RssShmem", 0)
+        peaks[0], peaks[1] = max(peaks[0], resident), max(peaks[1], private)
+
+
+def _descendants(pid: int) -> list[int]:
+    found = [pid]
+    for parent in found:
+        try:
+            for task in Path(f"/proc/{parent}/task").iterdir():
+                found += [int(child) for child in (task / "children").read_text().split()]
+        except OSError:
+            continue
+    return found
+
+
+def _read_sizes(pid: int) -> dict[str, int]:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return {}
+    pairs = (line.split(":", 1) for line in lines if line.startswith(("VmRSS", "RssAnon", "RssShmem")))
+    return {name: int(value.split()[0]) * 1024 for name, value in pairs}

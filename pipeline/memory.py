@@ -1,0 +1,100 @@
+"""How much memory a task takes, stated before it runs: a bound that depends on blocks, not on the size of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from mmerge.manifests.errors import RecipeError
+from mmerge.manifests.header import DTYPE_BYTES
+from mmerge.manifests.store import WRITER_BUFFER_BYTES, WRITER_CONCURRENCY, is_local
+from mmerge.workers.blocks import entries_at_once, num_columns
+from mmerge.workers.checkpoint import LowRankSource
+from mmerge.workers.fast_paths import FAST_PATHS
+from mmerge.workers.histograms import survey_bytes
+from mmerge.workers.inputs import remote_bytes
+from mmerge.workers.low_rank import TILE_ROWS
+from mmerge.workers.masks import packed_bytes
+from mmerge.workers.methods.interface import Granularity, Method
+from mmerge.workers.task import TensorTask
+
+WORKER_BYTES = 96 << 20
+"""What a task needs beside its blocks: allocator, readers, small objects."""
+WRITER_BYTES = WRITER_CONCURRENCY * WRITER_BUFFER_BYTES
+COPY_PEAK_BYTES = WRITER_BYTES + WORKER_BYTES
+"""Bound on the memory of a task that copies."""
+MIN_BLOCK_ENTRIES = 1 << 16
+PROCESS_BYTES = 512 << 20
+"""What a process takes before it has a task: the interpreter, torch, compiled kernels."""
+
+
+@dataclass(frozen=True)
+class Working:
+    """What decides the memory of a merge, beside the tensors."""
+
+    method: Method
+    block_entries: int
+    keeps_non_finite: bool
+
+    def has_path(self, tensor: TensorTask) -> bool:
+        """Whether a tensor streams through a compiled path."""
+        # A path may decline a tensor that holds NaN or Inf: then the method's own code takes it, whole where it must.
+        return self.method.name in FAST_PATHS and not (self.keeps_non_finite and tensor.granularity == "tensor")
+
+
+def merge_peak_bytes(tensors: Sequence[TensorTask], working: Working) -> int:
+    """Return a bound on the memory of a survey, measure or merge task in bytes."""
+    num_experts = max(len(tensor.experts) for tensor in tensors)
+    num_masks = num_experts if working.method.kind == "masks" else 0
+    blocks = max(_block_bytes(tensor, num_experts, working) for tensor in tensors)
+    masks = num_masks * max(packed_bytes(tensor.num_entries) for tensor in tensors)
+    survey = survey_bytes([tensor.num_entries for tensor in tensors], num_experts=num_experts)
+    is_remote = any(not is_local(source.uri) for tensor in tensors for source in (tensor.base, *tensor.experts))
+    remote = remote_bytes(num_experts + 1) if is_remote else 0
+    forming = max(_forming_bytes(tensor, working) for tensor in tensors)
+    return max(blocks + masks, survey) + forming + remote + WRITER_BYTES + WORKER_BYTES
+
+
+def _block_bytes(tensor: TensorTask, num_experts: int, working: Working) -> int:
+    shape = tensor.base.spec.shape
+    if working.has_path(tensor) and not _is_measured(tensor, working):
+        granularity: Granularity = "row" if tensor.granularity == "row" else "entry"
+        entries = min(entries_at_once(shape, working.block_entries, granularity=granularity), tensor.num_entries)
+        widest = max(DTYPE_BYTES[source.spec.dtype] for source in (tensor.base, *tensor.experts))
+        # Inputs as stored (float8 beside its float32), the merged block, and rows of float32 where a method ranks rows.
+        rows = num_columns(shape) * (num_experts + 7) * 4 if granularity == "row" else 0
+        return entries * ((num_experts + 1) * max(widest, 5 if widest == 1 else 0) + 4) + rows
+    entries = min(entries_at_once(shape, working.block_entries, granularity=tensor.granularity), tensor.num_entries)
+    # Each input as stored and widened (8 + 4 bytes at most), and what the method says that it works with.
+    return entries * (num_experts + 1) * 12 + working.method.working_bytes(entries, num_experts=num_experts, shape=shape)
+
+
+def _forming_bytes(tensor: TensorTask, working: Working) -> int:
+    """Return what reading adapters takes beside the weights they make: their factors, and the buffers of one block.
+
+    Per entry the base once more as read, copied and widened, and the product in tiles and as one; tiles reach over the block.
+    """
+    adapters = [source for source in tensor.experts if isinstance(source, LowRankSource)]
+    if not adapters:
+        return 0
+    shape = tensor.base.spec.shape
+    entries = min(entries_at_once(shape, working.block_entries, granularity=tensor.granularity), tensor.num_entries)
+    return sum(adapter.factor_bytes for adapter in adapters) + 24 * entries + 16 * TILE_ROWS * shape[1]
+
+
+def _is_measured(tensor: TensorTask, working: Working) -> bool:
+    """Whether stages of the method, which have no compiled path, may run on whole tensors."""
+    return tensor.granularity == "tensor" and type(working.method).measure_block is not Method.measure_block
+
+
+def process_bytes(peaks: Iterable[int]) -> int:
+    """Return what a process takes with the largest of tasks that have these peaks."""
+    return PROCESS_BYTES + max([*peaks, COPY_PEAK_BYTES])
+
+
+def too_little_memory(needed: int, allowed: int) -> RecipeError:
+    """Return the error of a limit that no block size keeps."""
+    return RecipeError(
+        f"--memory: the largest task needs {needed / 1e9:.2f} GB with its process, {allowed / 1e9:.2f} GB are allowed. "
+        "Allow more, take a smaller --block-entries if you gave one, or a method that needs no whole tensors"
+    )

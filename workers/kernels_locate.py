@@ -1,0 +1,197 @@
+"""Locate, then merge, in one pass over a block: what of each task vector is kept, and the weighted sum or sign election of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mmerge.workers.kernels import TILE_ENTRIES, compiled, count_ones, narrow, widen
+
+KEEP_ALL, TRIM, DROP, TOP = 0, 1, 2, 3
+"""How entries are located: all; magnitudes at or above a threshold; at random; ranks between two exact counts."""
+SUM, ELECT_MEAN, ELECT_SUM, ELECT_MAX = 0, 1, 2, 3
+"""How located task vectors are put together."""
+
+
+@compiled
+def draw_tile(key: Any, position: Any, count: int, chance: Any) -> None:
+    """Write the random numbers in [0, 1) of `count` entries from flat `position` on (methods/randomness.py) to `chance`."""
+    for i in range(count):
+        mixed = key + (position + np.uint64(i) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        # The last step of the definition, an exclusive or with bits 31 and up, leaves the upper 24 bits as they are.
+        chance[i] = np.float32(np.int32(mixed >> np.uint64(40))) * np.float32(2.0**-24)
+
+
+@compiled
+def top_tile(values: Any, count: int, threshold: Any, ties: Any, flags: Any) -> None:
+    """Set `flags` (a tile of uint8) where an entry belongs to the largest: above `threshold`, or one of the first at it.
+
+    Args:
+        values: magnitudes or other float32 without sign.
+        ties: int64, (how many at the threshold belong, how many were seen in the tiles before); the second is brought up to date.
+    """
+    for i in range(count, TILE_ENTRIES):
+        flags[i] = 0
+    for i in range(count):
+        flags[i] = values[i] == threshold
+    found = count_ones(flags, flags)
+    if ties[1] >= ties[0]:
+        for i in range(count):
+            flags[i] = values[i] > threshold
+    elif ties[1] + found <= ties[0]:
+        for i in range(count):
+            flags[i] = values[i] >= threshold
+    else:
+        seen = ties[1]
+        for i in range(count):
+            if values[i] == threshold:
+                flags[i] = seen < ties[0]
+                seen += 1
+            else:
+                flags[i] = values[i] > threshold
+    ties[1] += found
+
+
+@compiled
+def locate_tile(
+    kind: int, delta: Any, count: int, numbers: Any, key: Any, position: Any, ties: Any, scratch: Any, flags: Any, others: Any
+) -> None:
+    """Set what is not located of a tile of one task vector to 0, and rescale the rest.
+
+    Args:
+        numbers: float32 of this expert: TRIM (threshold); DROP (keep probability, divisor, factor); TOP (threshold of the larger
+            count, threshold of the smaller count).
+        ties: int64 (2, 2) of TOP, see `top_tile`.
+    """
+    zero = np.float32(0)
+    if kind == TRIM:
+        threshold = numbers[0]
+        for i in range(count):
+            value = delta[i]
+            delta[i] = value if abs(value) >= threshold else zero
+    elif kind == DROP:
+        density, divisor, factor = numbers[0], numbers[1], numbers[2]
+        draw_tile(key, position, count, scratch)
+        for i in range(count):
+            value = delta[i] if scratch[i] < density else zero
+            delta[i] = value / divisor * factor
+    elif kind == TOP:
+        for i in range(count):
+            scratch[i] = abs(delta[i])
+        top_tile(scratch, count, numbers[0], ties[0], flags)
+        top_tile(scratch, count, numbers[1], ties[1], others)
+        for i in range(count):
+            delta[i] = delta[i] if flags[i] > others[i] else zero
+
+
+@compiled
+def elect_tile(deltas: Any, weights: Any, start: int, count: int, how: int, zero_sign: Any, total: Any, merged: Any, agreeing: Any) -> None:
+    """Elect the sign of weighted task vectors, from entry `start` of their rows, and write the disjoint merge to `merged`.
+
+    `total` becomes the elected sign times something positive, 0 where nothing is elected.
+    """
+    zero, one = np.float32(0), np.float32(1)
+    num_experts = deltas.shape[0]
+    first = deltas[0][start : start + count]
+    for i in range(count):
+        total[i] = first[i]
+        merged[i] = zero
+        agreeing[i] = zero
+    for expert in range(1, num_experts):
+        delta = deltas[expert][start : start + count]
+        for i in range(count):
+            total[i] = total[i] + delta[i]
+    if zero_sign != zero:
+        for i in range(count):
+            value = total[i]
+            total[i] = value if (value > zero) | (value < zero) else zero_sign
+    for expert in range(num_experts):
+        delta, weight = deltas[expert][start : start + count], weights[expert]
+        if how == ELECT_MAX:
+            for i in range(count):
+                value, elected = delta[i], total[i]
+                agrees = ((value > zero) & (elected > zero)) | ((value < zero) & (elected < zero))
+                magnitude = abs(value) if agrees else zero
+                merged[i] = magnitude if magnitude > merged[i] else merged[i]
+        else:
+            for i in range(count):
+                value, elected = delta[i], total[i]
+                agrees = ((value > zero) & (elected > zero)) | ((value < zero) & (elected < zero))
+                merged[i] = merged[i] + (value if agrees else zero)
+                agreeing[i] = agreeing[i] + (weight if agrees else zero)
+    if how == ELECT_MAX:
+        for i in range(count):
+            elected = total[i]
+            merged[i] = merged[i] * (one if elected > zero else (-one if elected < zero else zero))
+    elif how == ELECT_MEAN:
+        for i in range(count):
+            weight = agreeing[i]
+            merged[i] = merged[i] / (one if abs(weight) < np.float32(1e-8) else weight)
+
+
+@compiled
+def put_together(
+    deltas: Any, weights: Any, start: int, count: int, how: int, zero_sign: Any, divisor: Any, scale: Any, base: Any, tiles: Any
+) -> Any:
+    """Return a tile of θ₀ + scale·F(…): F sums or elects located, weighted task vectors, from entry `start` of their rows.
+
+    Args:
+        divisor: of the sum; 1 leaves it as it is.
+        base: a tile of θ₀.
+        tiles: float32 (3, TILE_ENTRIES), scratch; the result is one of them.
+    """
+    total, merged, agreeing = tiles[0], tiles[1], tiles[2]
+    if how == SUM:
+        first = deltas[0][start : start + count]
+        for i in range(count):
+            merged[i] = first[i]
+        for expert in range(1, deltas.shape[0]):
+            delta = deltas[expert][start : start + count]
+            for i in range(count):
+                merged[i] = merged[i] + delta[i]
+        if divisor != np.float32(1):
+            for i in range(count):
+                merged[i] = merged[i] / divisor
+    else:
+        elect_tile(deltas, weights, start, count, how, zero_sign, total, merged, agreeing)
+    for i in range(count):
+        merged[i] = base[i] + scale * merged[i]
+    return merged
+
+
+@compiled
+def merge_located(
+    inputs: Any, codes: Any, num_entries: int, position: Any, kinds: Any, numbers: Any, keys: Any, ties: Any, weights: Any, how: int,
+    zero_sign: Any, divisor: Any, scale: Any, out_code: int, out: Any,
+) -> None:  # fmt: skip
+    """Write θ₀ + scale·F(Sub(τ₁), …) of one block to `out` (bytes): inputs are rows of bytes, base first.
+
+    Args:
+        position: uint64, flat position of the block's first entry in the whole tensor.
+        kinds: int64 per expert, how it is located; numbers, keys (uint64), ties: see `locate_tile`.
+        weights: float32 per expert.
+    """
+    num_experts = inputs.shape[0] - 1
+    tiles = np.empty((5, TILE_ENTRIES), np.float32)
+    base, scratch, rest = tiles[0], tiles[1], tiles[2:]
+    flags = np.zeros((2, TILE_ENTRIES), np.uint8)
+    deltas = np.empty((num_experts, TILE_ENTRIES), np.float32)
+    for start in range(0, num_entries, TILE_ENTRIES):
+        count = min(TILE_ENTRIES, num_entries - start)
+        widen(inputs[0], codes[0], start, count, base)
+        for expert in range(num_experts):
+            delta, weight = deltas[expert], weights[expert]
+            widen(inputs[expert + 1], codes[expert + 1], start, count, delta)
+            for i in range(count):
+                delta[i] = delta[i] - base[i]
+            locate_tile(
+                kinds[expert], delta, count, numbers[expert], keys[expert], position + np.uint64(start), ties[expert], scratch, flags[0], flags[1]
+            )  # fmt: skip
+            if weight != np.float32(1):
+                for i in range(count):
+                    delta[i] = weight * delta[i]
+        merged = put_together(deltas, weights, 0, count, how, zero_sign, divisor, scale, base, rest)
+        narrow(merged, out_code, count, out, start)

@@ -1,0 +1,132 @@
+"""The survey's pass over a block, compiled: histograms of task-vector magnitudes, and the first entry that is not finite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mmerge.workers.kernels import TILE_ENTRIES, compiled, widen
+
+TOP_BITS = 15
+"""Upper bits of a magnitude (31 bits): all that the difference of two bfloat16 values near each other has."""
+NUM_TOPS = 1 << TOP_BITS
+NUM_LOWS = 32
+"""Classes of the lower 16 bits: twice their upper 4 bits, plus 1 where one of the other 12 is set."""
+NUM_COPIES = 4
+"""Rows that take turns for class 0: many entries have the same magnitude, and an addition must wait for the one before it."""
+NUM_ROWS = NUM_COPIES + NUM_LOWS - 1
+"""Rows of a histogram, each of NUM_TOPS counters: class 0 several times, then every other class."""
+
+
+@compiled
+def first_non_finite(raw: Any, code: int, num_entries: int) -> int:
+    """Return the position of the first NaN or Inf among the entries of a row of bytes, −1 where all are finite."""
+    tile = np.empty(TILE_ENTRIES, np.float32)
+    bits = tile.view(np.uint32)
+    infinite = np.uint32(0x7F800000)
+    for start in range(0, num_entries, TILE_ENTRIES):
+        count = min(TILE_ENTRIES, num_entries - start)
+        widen(raw, code, start, count, tile)
+        largest = np.uint32(0)
+        for i in range(count):
+            largest = max(largest, bits[i] & np.uint32(0x7FFFFFFF))
+        if largest >= infinite:
+            for i in range(count):
+                if bits[i] & np.uint32(0x7FFFFFFF) >= infinite:
+                    return start + i
+    return -1
+
+
+@compiled
+def count_magnitudes(inputs: Any, codes: Any, num_entries: int, histograms: Any, ranges: Any) -> None:
+    """Add the magnitudes of a block's task vectors to the histograms.
+
+    Args:
+        inputs: rows of bytes, base first.
+        histograms: uint32, (experts, NUM_ROWS * NUM_TOPS).
+        ranges: uint32, (experts, 2): the smallest magnitude but 0, less 1, and the largest, as bits.
+    """
+    tiles = np.empty((2, TILE_ENTRIES), np.float32)
+    base, delta = tiles[0], tiles[1]
+    bits = delta.view(np.uint32)
+    places = np.empty(TILE_ENTRIES, np.uint32)
+    for start in range(0, num_entries, TILE_ENTRIES):
+        count = min(TILE_ENTRIES, num_entries - start)
+        widen(inputs[0], codes[0], start, count, base)
+        for expert in range(inputs.shape[0] - 1):
+            widen(inputs[expert + 1], codes[expert + 1], start, count, delta)
+            for i in range(count):
+                delta[i] = delta[i] - base[i]
+            count_tile(bits, count, places, histograms[expert], ranges[expert])
+
+
+@compiled
+def count_tile(bits: Any, count: int, places: Any, histogram: Any, smallest_and_largest: Any) -> None:
+    """Add a tile of float32 values, given as bits, to one histogram; `places` is uint32, scratch."""
+    smallest, largest = np.uint32(smallest_and_largest[0]), np.uint32(smallest_and_largest[1])
+    for i in range(count):
+        word = np.uint32(bits[i] & np.uint32(0x7FFFFFFF))
+        largest = max(largest, word)
+        smallest = min(smallest, np.uint32(word - np.uint32(1)))
+    for i in range(count):
+        word = np.uint32(bits[i] & np.uint32(0x7FFFFFFF))
+        low = np.uint32((word >> np.uint32(11)) & np.uint32(0x1E)) | np.uint32((word & np.uint32(0xFFF)) != 0)
+        row = np.uint32(i & 3) if low == 0 else np.uint32(low + np.uint32(NUM_COPIES - 1))
+        places[i] = np.uint32(row << np.uint32(TOP_BITS)) | np.uint32(word >> np.uint32(16))
+    smallest_and_largest[0], smallest_and_largest[1] = smallest, largest
+    for i in range(count):
+        histogram[places[i]] += np.uint32(1)
+
+
+@compiled
+def count_lower_bits(inputs: Any, codes: Any, num_entries: int, upper: int, counts: Any) -> None:
+    """Add to `counts` (int64, 4,096) the lower 12 bits of the magnitudes of one task vector whose upper 19 bits are `upper`.
+
+    Args:
+        inputs: two rows of bytes, the base and one expert.
+    """
+    tiles = np.empty((2, TILE_ENTRIES), np.float32)
+    base, delta = tiles[0], tiles[1]
+    bits = delta.view(np.uint32)
+    wanted = np.uint32(upper)
+    for start in range(0, num_entries, TILE_ENTRIES):
+        count = min(TILE_ENTRIES, num_entries - start)
+        widen(inputs[0], codes[0], start, count, base)
+        widen(inputs[1], codes[1], start, count, delta)
+        for i in range(count):
+            delta[i] = delta[i] - base[i]
+        for i in range(count):
+            word = bits[i] & np.uint32(0x7FFFFFFF)
+            if word >> np.uint32(12) == wanted:
+                counts[word & np.uint32(0xFFF)] += 1
+
+
+@compiled
+def drain_histogram(histogram: Any, smallest: int, largest: int, bins: Any, counts: Any) -> int:
+    """Move the histogram of one expert to `bins` and `counts`, in ascending order, and clear it; return how many there are.
+
+    A bin's number is NUM_LOWS times the upper 15 bits, plus the class of the lower 16. `bins` and `counts` must have room for
+    all bins of the range and for the bin of 0.
+    """
+    found = 0
+    for step in range(2):
+        # Magnitude 0 lies outside of the range, so that the range stays narrow.
+        first, last = (0, 0) if step == 0 else (max(smallest >> 16, 1), largest >> 16)
+        for top in range(first, last + 1):
+            total = 0
+            for copy in range(NUM_COPIES):
+                total += histogram[copy * NUM_TOPS + top]
+                histogram[copy * NUM_TOPS + top] = 0
+            if total:
+                bins[found] = top * NUM_LOWS
+                counts[found] = total
+                found += 1
+            for low in range(1, NUM_LOWS):
+                place = (NUM_COPIES - 1 + low) * NUM_TOPS + top
+                if histogram[place]:
+                    bins[found] = top * NUM_LOWS + low
+                    counts[found] = histogram[place]
+                    found += 1
+                    histogram[place] = 0
+    return found

@@ -1,0 +1,63 @@
+"""The compiled path of SCE: passes over the tensor instead of the tensor in memory."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import override
+
+from mmerge.workers.histograms import NUM_LOWER, Histogram, MagnitudeCounter, find_top, to_lower
+from mmerge.workers.inputs import InputBlock
+from mmerge.workers.kernels_sce import count_variances_within, merge_sce, sum_selected
+from mmerge.workers.paths import FastPath, PathRequest, ReadBlocks
+from mmerge.workers.sums import NUM_SUM_BINS, to_sum
+
+
+class ScePath(FastPath):
+    """Select by variance, calculate weights, erase minority signs."""
+
+    def __init__(self, request: PathRequest) -> None:
+        self._num_experts, self._code = len(request.experts), request.code
+        self._select_topk, self._scale = request.parameters.select_topk, np.float32(request.parameters.scale)
+        self._threshold = np.float32(-1)
+        self._ties = np.zeros(2, np.int64)
+        self._weights = np.zeros(self._num_experts, np.float32)
+
+    @override
+    def prepare(self, read_blocks: ReadBlocks) -> bool:
+        if self._select_topk < 1 and not self._find_threshold(read_blocks):
+            return False
+        sums = np.zeros((self._num_experts, NUM_SUM_BINS), np.int64)
+        for block in read_blocks():
+            sum_selected(block.rows, block.codes, block.num_entries, self._threshold, self._ties, sums)
+        self._ties[1] = 0
+        if sums[:, 255].any():
+            return False
+        squares = [to_sum(row) for row in sums]
+        total = sum(squares)
+        self._weights[:] = [square / total if total else 1 / self._num_experts for square in squares]
+        return True
+
+    def _find_threshold(self, read_blocks: ReadBlocks) -> bool:
+        counter = MagnitudeCounter(1)
+        for block in read_blocks():
+            counter.add_variances(block)
+        if not counter.is_finite():
+            return False
+        (histogram,) = counter.drain()
+        bins, counts = histogram
+        not_zero = int(counts.sum()) - (int(counts[0]) if len(bins) and bins[0] == 0 else 0)
+
+        def refine(bin_number: int) -> Histogram:
+            lower = np.zeros(NUM_LOWER, np.int64)
+            for block in read_blocks():
+                count_variances_within(block.rows, block.codes, block.num_entries, bin_number // 2, lower)
+            return to_lower(lower)
+
+        threshold, self._ties[0] = find_top(histogram, int(not_zero * self._select_topk), refine=refine)
+        self._threshold = np.float32(threshold)
+        return True
+
+    @override
+    def merge(self, block: InputBlock, out: NDArray[np.uint8], masks: NDArray[np.uint8]) -> None:
+        merge_sce(block.rows, block.codes, block.num_entries, self._threshold, self._ties, self._weights, self._scale, self._code, out)
