@@ -176,9 +176,11 @@ def deliver(
     shapes = [part_shape(field, parts[ranks.rank], is_vector=is_vector) for field in item.fields]
     sizes = [_padded(prod(shape) * field.dtype.itemsize) for field, shape in zip(item.fields, shapes, strict=True)]
     received = ranks.scatter(given, source=owner, num_bytes=sum(sizes))
-    found = {}
-    for field, shape, raw in zip(item.fields, shapes, received.split(sizes), strict=True):
-        found[field.name] = raw[: prod(shape) * field.dtype.itemsize].clone().view(field.dtype).reshape(shape)
+    found, start = {}, 0
+    for field, shape, size in zip(item.fields, shapes, sizes, strict=True):
+        raw = received[start : start + prod(shape) * field.dtype.itemsize]
+        found[field.name] = raw.clone().view(field.dtype).reshape(shape)
+        start += size
     return found
 
 

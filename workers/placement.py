@@ -285,9 +285,10 @@ class _Planner:
     def _advise(self, placement: Placement, device_type: str) -> str:
         size = max(stage.capacity for stage in placement.stages)
         for count in range(len(placement.stages) + 1, MAX_DEVICES + 1):
-            for by in ("tensor", "layers"):
+            ways: tuple[By, ...] = ("tensor", "layers")
+            for by in ways:
                 try:
-                    tried = self.plan([size] * count, by, device_type)  # type: ignore[arg-type]
+                    tried = self.plan([size] * count, by, device_type)
                 except PlacementError:
                     continue
                 if tried.fits:

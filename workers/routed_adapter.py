@@ -74,12 +74,11 @@ class RoutedAdapterLinear(nn.Module):
         for group in groups:
             if group.modality == TEXT:
                 continue
-            tokens, correction = group.take(flat), 0.0
-            if group.modality in self.modalities:
-                correction = correction + self._low_rank(f"modality{group.modality}_", tokens)
+            tokens = group.take(flat)
             if hasattr(self, "defaulta"):
-                correction = correction - self._low_rank("default", tokens)
-            rows[group.places] += correction
+                rows[group.places] -= self._low_rank("default", tokens)
+            if group.modality in self.modalities:
+                rows[group.places] += self._low_rank(f"modality{group.modality}_", tokens)
         return outputs
 
     def _low_rank(self, prefix: str, inputs: torch.Tensor) -> torch.Tensor:

@@ -38,7 +38,7 @@ def make_groups(modality_ids: torch.Tensor) -> tuple[Group, ...]:
     """Return the tokens of each modality that occurs in `modality_ids`, int64 of any shape, text first."""
     flat = modality_ids.reshape(-1).cpu()
     groups = []
-    for modality in flat.unique().tolist():
+    for modality in sorted(set(flat.tolist())):
         places = (flat == modality).nonzero().reshape(-1)
         first, last = int(places[0]), int(places[-1])
         is_run = last - first + 1 == len(places)
@@ -99,6 +99,7 @@ class RoutedLinear(nn.Module):
         self.num_experts = weights.num_experts
         self._factors, self._divisor = weights.factors, weights.divisor
         self.weight = nn.Parameter(weights.text, requires_grad=False)
+        self.modalities: torch.Tensor | None
         self.register_buffer("delta", weights.delta, persistent=False)
         self.register_buffer("masks", weights.masks, persistent=False)
         self.register_buffer("modalities", weights.modalities, persistent=False)
@@ -120,8 +121,7 @@ class RoutedLinear(nn.Module):
         if self.num_experts == 1:
             return self.weight[rows]  # of a single expert m̄ is its mask
         if self.modalities is not None:
-            kept: torch.Tensor = self.modalities[index, rows]
-            return kept
+            return self.modalities[index, rows]
         text, delta, masks = self.weight.detach()[rows], self.get_buffer("delta")[rows], self.get_buffer("masks")[:, rows]
         return form_weight(text, delta, masks, factors=self._factors[index], divisor=self._divisor)
 
@@ -203,7 +203,8 @@ class RoutedWeights:
         text = form_weight(base, delta, masks, factors=scales, divisor=float(count), dtype=dtype)
         factors, divisor = cls.factors_of(scales)
         if policy == "packed":
-            return cls(text, *((None, None) if count == 1 else (delta, masks)), None, factors, divisor)
+            is_needed = count > 1
+            return cls(text, delta if is_needed else None, masks if is_needed else None, None, factors, divisor)
         own = [[scales[j] if i == j else 0.0 for j in range(count)] for i in range(count)]
         modalities = torch.stack([form_weight(base, delta, masks, factors=each, divisor=1.0, dtype=dtype) for each in own])
         return cls(text, None, None, modalities, factors, divisor)
