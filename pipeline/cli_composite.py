@@ -110,13 +110,12 @@ def _print_placement(placement: Placement) -> None:
 
     from mmerge.pipeline.progress import to_size
 
-    kinds = [field.name for field in fields(placement.stages[0].memory)]
-    shown = [kind for kind in kinds if any(getattr(stage.memory, kind) for stage in placement.stages)]
-    table = Table("device", "layers", *[kind.replace("_", " ") for kind in shown], "total", "of", box=None, header_style="bold")
+    table = Table("device", "layers", "total", "of", "in detail", box=None, header_style="bold", pad_edge=False)
     for stage in placement.stages:
         layers = f"{stage.first_layer}–{stage.last_layer}" + (" (cut)" if placement.by == "tensor" and placement.num_ranks > 1 else "")
-        sizes = [to_size(getattr(stage.memory, kind)) for kind in shown]
-        table.add_row(stage.device, layers, *sizes, to_size(stage.memory.total), to_size(stage.capacity))
+        sizes = {field.name.replace("_", " "): getattr(stage.memory, field.name) for field in fields(stage.memory)}
+        detail = ", ".join(f"{name} {to_size(num_bytes)}" for name, num_bytes in sizes.items() if num_bytes)
+        table.add_row(stage.device, layers, to_size(stage.memory.total), to_size(stage.capacity), detail)
     out.print(table)
     way = f"torchrun --nproc-per-node {placement.num_ranks}" if placement.num_ranks > 1 else "one process"
     out.print(f"by {placement.by}, {way}; {placement.context:,} tokens, {placement.batch} at once, policy {placement.policy}")
@@ -166,9 +165,9 @@ def generate(
     On several GPUs: --gpus spreads the layers over them; started as `torchrun --nproc-per-node N --no-python mmerge generate …`
     every matrix is cut over N processes.
     """
-    asked = _read_prompts(prompts) if prompts else [(question, _make_parts(image, audio, video, media))]
     if prompts and (question or image or audio or video or media or stream):
         raise RecipeError("--prompts: the questions and media stand in the file, and answers come together. Leave the others out")
+    asked = _read_prompts(prompts) if prompts else [(question, _make_parts(image, audio, video, media))]
     if not all(text or parts for text, parts in asked):
         raise RecipeError("generate: give a question, or an --image, --audio or --video")
     options = _sampling(temperature, top_p, top_k, seed) | {"cache": _choose(cache, ("dynamic", "static"), option="--cache")}
