@@ -78,6 +78,8 @@ def form(
         divisor: of their sum.
         out: [rows, width], of any dtype that `can_form` takes.
     """
+    if out.numel() == 0:
+        return
     rows = out.shape[0]
     num_threads = min(torch.get_num_threads(), max(1, out.numel() // THREAD_ENTRIES), rows)
     if num_threads <= 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ def test_place_shows_what_each_device_holds(lab_store: str, capsys: Any) -> None
     code, out, _ = invoke(capsys, "place", f"{lab_store}#mmer", "--gpus", "2x80", "--by", "layers", "--json")
     found = json.loads(out)
     assert code == 0
-    assert [device["first_layer"] for device in found["devices"]] == [0, 2]
+    assert [device["device"] for device in found["devices"]] == ["cuda:0", "cuda:1"]
+    assert found["devices"][0]["last_layer"] + 1 == found["devices"][1]["first_layer"]
     assert all(device["total"] == sum(device["memory"].values()) for device in found["devices"])
 
 
@@ -51,8 +53,6 @@ def test_place_refuses_with_the_reason(lab_store: str, capsys: Any, arguments: l
     code, _, err = invoke(capsys, "place", f"{lab_store}#mmer", *arguments)
     assert code == 1
     assert "Traceback" not in err
-    import re
-
     assert re.search(message, err), err
 
 
