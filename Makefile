@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 PEERS := .venv-peers
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: help demo test check bench bench-peers lab format clean
+.PHONY: help demo test test-ceph azurite check bench bench-peers lab format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -24,6 +24,13 @@ demo: $(STAMP)  ## merge the lab's experts on a local Ray, verify, ask, and prin
 
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest tests
+
+test-ceph: $(STAMP)  ## the store contract against a real Ceph object gateway (needs root to install it: Debian packages)
+	command -v radosgw >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends ceph-mon ceph-osd radosgw ceph-common; }
+	$(BIN)/python -m pytest tests/manifests/test_store.py -k ceph
+
+azurite: $(STAMP)  ## put the Azure emulator where the tests find it (needs npm)
+	npm install --silent --no-audit --no-fund --prefix $(VENV)/azurite azurite@3
 
 check: $(STAMP)  ## ruff, formatting, and mypy on a plain install
 	$(BIN)/ruff check .

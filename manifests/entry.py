@@ -14,7 +14,16 @@ Role = Literal["base", "delta", "mask", "merged", "carried", "extra_rows", "adap
 """What a stored tensor is: base weights, τ⋆, one packed modality mask, a merged plain tensor, a tensor copied from an
 expert, the vocabulary rows that an expert added, or a LoRA factor of an expert's adapter."""
 
+MAX_ENTRY_BYTES = 64 << 20
 DIGEST_PATTERN = r"^[0-9a-f]{64}$"
+
+
+def validate_key(key: str) -> str:
+    """Return `key` if it cannot leave its store; for validators. Raises ValueError."""
+    try:
+        return check_key(key)
+    except StoreError as error:
+        raise ValueError(Exception.__str__(error)) from error
 
 
 class Record(BaseModel):
@@ -71,14 +80,14 @@ class ObjectEntry(Record):
     expert: str = ""
     num_bytes: int = Field(ge=0)
     digest: str = Field(pattern=DIGEST_PATTERN)
+    inputs: dict[str, str] | None = None
+    """Of a merged object: a digest of its share of `base`, of each `expert:NAME`, of the recipe's `numbers` and of the
+    `thresholds`. They explain a rebuild; nothing is found by them."""
 
     @field_validator("key")
     @classmethod
     def _stays_inside(cls, key: str) -> str:
-        try:
-            return check_key(key)
-        except StoreError as error:
-            raise ValueError(Exception.__str__(error)) from error
+        return validate_key(key)
 
 
 class ShardEntry(Record):
@@ -106,7 +115,7 @@ def read_entry(store: Store, digest: str) -> ShardEntry | None:
     """
     key = entry_key(digest)
     try:
-        raw = store.read(key)
+        raw = store.read(key, max_bytes=MAX_ENTRY_BYTES)
     except NotFound:
         return None
     try:

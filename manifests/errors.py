@@ -32,6 +32,10 @@ class StoreError(MmergeError):
     """The object store cannot be opened, read or written."""
 
 
+class StoreUnavailable(StoreError):
+    """The store did not answer, or broke off, until the time for repeats was over."""
+
+
 class NotFound(StoreError):
     """The store has no object of that key."""
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from mmerge.manifests.digest import digest_bytes, parse_json, to_canonical_json
-from mmerge.manifests.entry import DIGEST_PATTERN, ObjectEntry, Record
-from mmerge.manifests.errors import AlreadyExists, ManifestError, NotFound
+from mmerge.manifests.entry import DIGEST_PATTERN, ObjectEntry, Record, validate_key
+from mmerge.manifests.errors import AlreadyExists, ManifestError, NotFound, StoreError, StoreUnavailable
 from mmerge.manifests.store import Store
 
 FORMAT = "mmerge-composite"
@@ -25,9 +25,16 @@ Kind = Literal["masks", "plain", "adapters"]
 class FileEntry(Record):
     """A small file copied whole (configuration, tokenizer, processor), stored under its digest."""
 
-    name: str
+    name: str = Field(pattern=r"^[^/\\\x00]{1,255}$")
     num_bytes: int = Field(ge=0)
     digest: str = Field(pattern=DIGEST_PATTERN)
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_plain_name(cls, name: str) -> str:
+        if name in (".", ".."):
+            raise ValueError(f"{name!r} is no file name")
+        return name
 
     @property
     def key(self) -> str:
@@ -39,6 +46,8 @@ class BaseRecord(Record):
     """The base model: the digest of its tensors and files, and its small files."""
 
     revision: str
+    source: str | None = None
+    """Of an input from the hub, `hf://ORG/REPO@COMMIT`."""
     files: tuple[FileEntry, ...]
 
 
@@ -71,6 +80,8 @@ class ExpertRecord(Record):
     name: str
     modality: str
     revision: str
+    source: str | None = None
+    """As of the base."""
     parameters: dict[str, Any]
     renames: tuple[tuple[str, str], ...]
     """(prefix in the base, prefix in the expert's files), longest first."""
@@ -87,8 +98,13 @@ class TableEntry(Record):
     """Where the Parquet table of tensors is."""
 
     key: str
-    num_bytes: int
+    num_bytes: int = Field(ge=0)
     digest: str = Field(pattern=DIGEST_PATTERN)
+
+    @field_validator("key")
+    @classmethod
+    def _stays_inside(cls, key: str) -> str:
+        return validate_key(key)
 
 
 class Manifest(Record):
@@ -121,6 +137,11 @@ class Manifest(Record):
             if name.startswith(base_prefix):
                 return expert_prefix + name[len(base_prefix) :]
         return name
+
+
+def make_manifest_schema() -> dict[str, Any]:
+    """Return the JSON schema of manifests, as it stands in `manifests/manifest.schema.json`."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Manifest.model_json_schema(), "title": "mmerge composite manifest"}
 
 
 def manifest_key(build: str) -> str:
@@ -162,6 +183,8 @@ def read_manifest(store: Store, build: str) -> Manifest:
     where = f"{store.uri}: {key}"
     try:
         data = store.read(key)
+    except StoreUnavailable:
+        raise
     except NotFound:
         raise ManifestError(f"{where}: no such build. 'mmerge show {store.uri}' lists what is there") from None
     try:
@@ -186,7 +209,12 @@ def read_manifest(store: Store, build: str) -> Manifest:
 
 def read_file(store: Store, entry: FileEntry) -> bytes:
     """Return the bytes of a small stored file. Raises ManifestError when they are not what the manifest says."""
-    data = store.read(entry.key)
+    try:
+        data = store.read(entry.key, max_bytes=entry.num_bytes)
+    except (NotFound, StoreUnavailable):
+        raise
+    except StoreError as error:
+        raise ManifestError(f"{Exception.__str__(error)}, the manifest says {entry.num_bytes:,}: {entry.name} is damaged") from error
     if digest_bytes(data) != entry.digest:
         raise ManifestError(f"{store.uri}: {entry.key} ({entry.name}) is damaged: its digest differs from the manifest's")
     return data

@@ -16,6 +16,7 @@ from mmerge.manifests.entry import DIGEST_PATTERN, Record
 from mmerge.manifests.errors import AlreadyExists, ManifestError, StoreError
 from mmerge.manifests.store import Store, open_store
 
+MAX_REFERENCE_BYTES = 1 << 20
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
 
@@ -49,7 +50,7 @@ def read_reference(store: Store, name: str, number: int) -> Reference:
     """Return one reference. Raises ManifestError when it is damaged."""
     key = f"refs/{name}/{number:06d}.json"
     try:
-        return Reference.model_validate(parse_json(store.read(key), what=key))
+        return Reference.model_validate(parse_json(store.read(key, max_bytes=MAX_REFERENCE_BYTES), what=key))
     except (ValueError, ValidationError) as error:
         raise ManifestError(f"{store.uri}: {key} is damaged ({str(error).splitlines()[0]})") from error
 
@@ -72,6 +73,9 @@ def write_reference(store: Store, name: str, build: str, *, sources: dict[str, s
             if other.build == build:
                 return other, False
             number += 1
+            continue
+        if not store.honours_create and read_reference(store, name, number).build != build:
+            number += 1  # another writer of the same moment replaced ours: take the next number
             continue
         return reference, True
 
@@ -125,6 +129,16 @@ def find_build(store: Store, fragment: str) -> str:
             raise ManifestError(f"{store.uri}: {len(fitting)} builds begin with {fragment}: give more digits")
     known = ", ".join(references) or "none"
     raise ManifestError(f"{store.uri}: no composite {fragment!r}; names there: {known}")
+
+
+def find_reference(store: Store, fragment: str, build: str) -> Reference | None:
+    """Return the reference by which `fragment` names a build, or else the newest one that points to it, or None."""
+    references = list_references(store)
+    name, _, number = fragment.partition("@")
+    if name in references:
+        return read_reference(store, name, int(number) if number.isdigit() else references[name][-1])
+    found = [read_reference(store, name, number) for name, numbers in references.items() for number in numbers]
+    return max((one for one in found if one.build == build), key=lambda one: (one.created, one.number), default=None)
 
 
 def to_summary(reference: Reference) -> dict[str, Any]:

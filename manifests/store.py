@@ -1,35 +1,48 @@
 """Object storage seen as names and bytes: few verbs over the obstore library.
 
 A store is opened by URI: a folder (`build/store` or `file:///data/store`), `memory://NAME` (this process only, for
-tests), or any URL that obstore knows (`s3://`, `gs://`, `az://`), with credentials from the environment.
+tests), `s3://`, `gs://` or `az://` with BUCKET/PATH, or, to read from, `hf://ORG/REPO@REVISION`.
 """
 
 from __future__ import annotations
 
+import random
 import re
+import time
 import weakref
-from collections.abc import Iterator
-from datetime import timedelta
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import obstore
 from blake3 import blake3
-from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
-from obstore.store import LocalStore, MemoryStore, from_url
+from obstore.exceptions import BaseError
+from obstore.store import LocalStore, MemoryStore
 
-from mmerge.manifests.errors import AlreadyExists, NotFound, StoreError
+from mmerge.manifests.ahead import ForwardReader, read_in_parts
+from mmerge.manifests.connect import make_client, read_limits, scheme_of
+from mmerge.manifests.errors import NotFound, StoreError, StoreUnavailable
+from mmerge.manifests.folder import Folder, FolderWriter, is_partial
+from mmerge.manifests.translate import Translated, first_line
 
 WRITER_BUFFER_BYTES = 8 << 20
 """Bytes a streaming writer holds before it sends a part."""
 WRITER_CONCURRENCY = 4
 """Parts that are on their way at once."""
+COALESCE_BYTES = 1 << 20
+"""Ranges that are nearer than this are read in one request."""
+CHECKED_BYTES = 64 << 20
+"""Before a larger range is read, the object's size is asked for."""
+MAX_READ_BYTES = 256 << 20
+"""What `read` takes into memory if it is not told otherwise."""
+READ_ATTEMPTS = 3
+"""How often a read is begun: the library repeats requests, not answers that break off."""
 
 _memory_stores: weakref.WeakValueDictionary[str, MemoryStore] = weakref.WeakValueDictionary()
-_from_url: Any = from_url  # its overloads list every vendor's options one by one
-_CLIENT_OPTIONS: dict[str, Any] = {"timeout": timedelta(seconds=120), "connect_timeout": timedelta(seconds=10)}
-_RETRY_CONFIG: dict[str, Any] = {"max_retries": 5, "retry_timeout": timedelta(seconds=60)}
+_Value = TypeVar("_Value")
 
 
 def check_key(key: str) -> str:
@@ -44,37 +57,112 @@ def check_key(key: str) -> str:
     return key
 
 
+@dataclass(frozen=True)
+class Listed:
+    """One object of a listing: its key, its size in bytes, and when it was written last (UTC)."""
+
+    key: str
+    num_bytes: int
+    modified: datetime
+
+
 class Store:
     """One folder or bucket prefix. All verbs take keys relative to it; errors name store and key."""
 
-    def __init__(self, uri: str, inner: Any) -> None:
+    def __init__(self, uri: str, inner: Any, *, folder: Folder | None = None) -> None:
         self.uri = uri
+        self.honours_create = True
+        """False where `check_store` found that a server lets several writers create one key (manifests/probe.py)."""
         self._inner = inner
+        self._folder = folder
+        self._is_remote = folder is None and not uri.startswith("memory://")
+        self._forward: dict[str, ForwardReader] = {}
 
-    def read(self, key: str) -> bytes:
-        """Return all bytes of one object. Raises NotFound."""
-        with _Translated(self, key):
-            return bytes(obstore.get(self._inner, check_key(key)).bytes())
+    @property
+    def is_remote(self) -> bool:
+        """Whether each verb is a request over the network."""
+        return self._is_remote
+
+    def translated(self, key: str) -> Translated:
+        """Return a context in which the library's errors become ours, with this store and `key` in the message."""
+        return Translated(self.uri, key, is_remote=self._is_remote)
+
+    def read(self, key: str, *, max_bytes: int = MAX_READ_BYTES) -> bytes:
+        """Return all bytes of one object. Raises NotFound, and StoreError before it reads an object of more than `max_bytes`."""
+
+        def read_whole() -> bytes:
+            result = obstore.get(self._inner, self._place(key))
+            num_bytes = int(result.meta["size"])
+            if num_bytes > max_bytes:
+                raise StoreError(f"{self.uri}: {key}: has {num_bytes:,} bytes, at most {max_bytes:,} are read")
+            data = bytes(result.bytes())
+            if len(data) != num_bytes:
+                raise StoreUnavailable(f"{self.uri}: {key}: {len(data):,} of {num_bytes:,} bytes arrived")
+            return data
+
+        return self._retry(key, read_whole)
 
     def read_range(self, key: str, *, offset: int, num_bytes: int) -> memoryview:
         """Return exactly `num_bytes` bytes from `offset` (bytes). Raises NotFound, StoreError when the object is shorter."""
         if num_bytes == 0:
             return memoryview(b"")
-        with _Translated(self, key):
-            data = memoryview(obstore.get_range(self._inner, check_key(key), start=offset, length=num_bytes))
-        if len(data) != num_bytes:
-            raise StoreError(f"{self.uri}: {key}: asked for bytes {offset} to {offset + num_bytes}, it ends at {offset + len(data)}")
+        if self._is_remote:
+            if num_bytes > CHECKED_BYTES:  # memory is taken only for what is there
+                self._check_length(key, memoryview(b""), offset, num_bytes, end=self.num_bytes(key))
+            return read_in_parts(lambda start, size: self._read_part(key, start, size), offset, num_bytes)
+        return self._read_part(key, offset, num_bytes)
+
+    def read_forward(self, key: str, *, offset: int, num_bytes: int, start: int, stop: int) -> memoryview:
+        """Like `read_range`, for a reader that goes through bytes `start` to `stop` in order: the next ones are fetched meanwhile.
+
+        One range of a key is read forward at a time; over a network at most `ahead.AHEAD_BYTES` are held for it.
+        """
+        if not self._is_remote or num_bytes == 0:
+            return self.read_range(key, offset=offset, num_bytes=num_bytes)
+        reader = self._forward.get(key)
+        if reader is None or (reader.start, reader.stop) != (start, stop):
+            if reader is not None:
+                reader.close()
+            reader = ForwardReader(lambda begin, size: self._read_part(key, begin, size), start=start, stop=stop)
+            self._forward[key] = reader
+        data = reader.read(offset, num_bytes)
+        if offset + num_bytes >= stop:
+            del self._forward[key]
+        return data
+
+    def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
+        """Return several ranges, (offset, bytes) each, of one object: near ones in one request, all in parallel.
+
+        Raises NotFound, StoreError when the object is shorter.
+        """
+        starts, lengths = [offset for offset, _ in ranges], [num_bytes for _, num_bytes in ranges]
+
+        def read_all() -> list[memoryview]:
+            found = obstore.get_ranges(self._inner, self._place(key), starts=starts, lengths=lengths, coalesce=COALESCE_BYTES)
+            return [self._check_length(key, memoryview(data), *part) for data, part in zip(found, ranges, strict=True)]
+
+        return self._retry(key, read_all) if ranges else []
+
+    def _read_part(self, key: str, offset: int, num_bytes: int) -> memoryview:
+        def read_once() -> memoryview:
+            data = memoryview(obstore.get_range(self._inner, self._place(key), start=offset, length=num_bytes))
+            return self._check_length(key, data, offset, num_bytes)
+
+        return self._retry(key, read_once)
+
+    def _check_length(self, key: str, data: memoryview, offset: int, num_bytes: int, *, end: int | None = None) -> memoryview:
+        found = offset + len(data) if end is None else end
+        if found < offset + num_bytes:
+            raise StoreError(f"{self.uri}: {key}: asked for bytes {offset} to {offset + num_bytes}, it ends at {found}")
         return data
 
     def num_bytes(self, key: str) -> int:
         """Return the size of one object in bytes. Raises NotFound."""
-        with _Translated(self, key):
-            return int(obstore.head(self._inner, check_key(key))["size"])
+        return int(self._retry(key, lambda: obstore.head(self._inner, self._place(key)))["size"])
 
     def identity(self, key: str) -> str:
         """Return a text that changes when the object is replaced: its size, entity tag and time of change. Raises NotFound."""
-        with _Translated(self, key):
-            meta = obstore.head(self._inner, check_key(key))
+        meta = self._retry(key, lambda: obstore.head(self._inner, self._place(key)))
         return f"{meta['size']}:{meta['e_tag'] or ''}:{meta['last_modified'].isoformat()}"
 
     def exists(self, key: str) -> bool:
@@ -86,14 +174,31 @@ class Store:
         return True
 
     def put_new(self, key: str, data: bytes) -> None:
-        """Create one object in a single step. Raises AlreadyExists, and then leaves the object as it was."""
-        with _Translated(self, key):
-            obstore.put(self._inner, check_key(key), data, mode="create", use_multipart=False)
+        """Create one object in a single step. Raises AlreadyExists, and then leaves the object as it was.
+
+        AlreadyExists may be this very call's doing, when the server's first answer was lost: compare what is there.
+        """
+
+        def create() -> None:
+            place = self._place(key)
+            if self._folder:
+                self._folder.put_new(key, data)
+            else:
+                obstore.put(self._inner, place, data, mode="create", use_multipart=False)
+
+        self._retry(key, create)
 
     def put(self, key: str, data: bytes) -> None:
         """Create or replace one object: only for names whose content is a function of the name, and for caches."""
-        with _Translated(self, key):
-            obstore.put(self._inner, check_key(key), data)
+
+        def replace() -> None:
+            place = self._place(key)
+            if self._folder:
+                self._folder.put(key, data)
+            else:
+                obstore.put(self._inner, place, data)
+
+        self._retry(key, replace)
 
     def open_writer(self, key: str) -> ObjectWriter:
         """Return a context manager that streams one object; nothing is visible under `key` until it closes without error."""
@@ -101,29 +206,53 @@ class Store:
 
     def list(self, prefix: str = "") -> Iterator[str]:
         """Yield the keys below the folder `prefix` (all keys when empty), in no fixed order."""
-        with _Translated(self, prefix):
+        for listed in self.list_objects(prefix):
+            yield listed.key
+
+    def list_objects(self, prefix: str = "") -> Iterator[Listed]:
+        """Yield what lies below the folder `prefix`, in no fixed order, without what is being written."""
+        for listed in self._iterate(prefix):
+            if not is_partial(listed.key):
+                yield listed
+
+    def list_partials(self) -> Iterator[Listed]:
+        """Yield the files of a local folder that were begun and not finished."""
+        return (listed for listed in self._iterate("") if is_partial(listed.key)) if self._folder else iter(())
+
+    def _iterate(self, prefix: str) -> Iterator[Listed]:
+        with self.translated(prefix):
+            if self._folder:
+                for key, status in self._folder.iterate_keys(prefix):
+                    yield Listed(key, status.st_size, datetime.fromtimestamp(status.st_mtime, timezone.utc))
+                return
             for batch in obstore.list(self._inner, prefix=prefix or None):
                 for meta in batch:
-                    yield str(meta["path"])
+                    yield Listed(str(meta["path"]), int(meta["size"]), meta["last_modified"])
 
     def delete(self, key: str) -> None:
         """Delete one object; deleting what is not there is no error."""
         try:
-            with _Translated(self, key):
-                obstore.delete(self._inner, check_key(key))
+            self._retry(key, lambda: obstore.delete(self._inner, self._place(key)))
         except NotFound:
             return
 
-    def check_writable(self) -> None:
-        """Write and delete a small object. Raises StoreError with the way out."""
-        key = "probe/writable"
-        try:
-            self.put(key, b"ok")
-        except StoreError as error:
-            raise StoreError(
-                f"{self.uri}: cannot be written ({_first_line(error)}). Choose another 'output' or grant write access"
-            ) from error
-        self.delete(key)
+    def _place(self, key: str) -> str:
+        if self._folder:
+            self._folder.place(check_key(key))
+        return check_key(key)
+
+    def _retry(self, key: str, operation: Callable[[], _Value]) -> _Value:
+        """Return what `operation` returns; over a network, begin again where a connection broke, while there is time."""
+        began = time.monotonic()
+        for attempt in range(1, READ_ATTEMPTS + 1):
+            try:
+                with self.translated(key):
+                    return operation()
+            except StoreUnavailable:
+                if not self._is_remote or attempt == READ_ATTEMPTS or time.monotonic() - began > read_limits().retry_seconds:
+                    raise
+                time.sleep(random.uniform(0.1, 0.5) * 2**attempt)
+        raise AssertionError("unreachable")
 
 
 class ObjectWriter:
@@ -134,15 +263,20 @@ class ObjectWriter:
         self.num_bytes = 0
         self._store = store
         self._digest = blake3()
-        with _Translated(store, key):
-            self._writer = obstore.open_writer(store._inner, key, buffer_size=WRITER_BUFFER_BYTES, max_concurrency=WRITER_CONCURRENCY)
+        with store.translated(key):
+            self._writer: Any = (
+                FolderWriter(store._folder, key)
+                if store._folder
+                else obstore.open_writer(store._inner, key, buffer_size=WRITER_BUFFER_BYTES, max_concurrency=WRITER_CONCURRENCY)
+            )
 
     def write(self, data: bytes | memoryview) -> None:
         """Append `data`, one byte per item. The caller may use its buffer again."""
         self._digest.update(data)
         self.num_bytes += len(data)
-        with _Translated(self._store, self.key):
-            self._writer.write(bytes(data))  # the library keeps a reference until the part is sent
+        with self._store.translated(self.key):
+            # The library keeps a reference until the part is sent; a folder has taken the bytes when it returns.
+            self._writer.write(data if self._store._folder else bytes(data))
 
     def hexdigest(self) -> str:
         """Return the BLAKE3 digest of everything written so far."""
@@ -153,34 +287,14 @@ class ObjectWriter:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         # Closing commits. After an error the writer is dropped unclosed, so that no half object gets a name.
-        if kind is None:
-            with _Translated(self._store, self.key):
-                self._writer.close()
-
-
-class _Translated:
-    """Turns the library's errors into ours, with store and key in the message."""
-
-    def __init__(self, store: Store, key: str) -> None:
-        self._where = f"{store.uri}: {key}" if key else store.uri
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        if value is None or isinstance(value, StoreError):
+        if kind is not None:
+            if isinstance(self._writer, FolderWriter):
+                self._writer.abandon()
             return
-        if isinstance(value, (NotFoundError, FileNotFoundError, NotADirectoryError)):
-            raise NotFound(f"{self._where}: not found") from value
-        if isinstance(value, (AlreadyExistsError, FileExistsError)):
-            raise AlreadyExists(f"{self._where}: already exists") from value
-        if isinstance(value, (BaseError, OSError, ValueError)):
-            raise StoreError(f"{self._where}: {_first_line(value)}") from value
-
-
-def _first_line(error: BaseException) -> str:
-    text = Exception.__str__(error) if isinstance(error, Exception) else str(error)
-    return text.splitlines()[0] if text else type(error).__name__
+        with self._store.translated(self.key):
+            self._writer.close()
+        if self._store.is_remote and (found := self._store.num_bytes(self.key)) != self.num_bytes:
+            raise StoreUnavailable(f"{self._store.uri}: {self.key}: {self.num_bytes:,} bytes were written, the server keeps {found:,}")
 
 
 def is_local(uri: str) -> bool:
@@ -197,7 +311,7 @@ def open_store(uri: str, *, create: bool = False) -> Store:
     """Return the store at `uri`; with `create` a local folder is made if it is missing.
 
     Raises:
-        NotFound: a local folder is not there.
+        NotFound: a local folder, or a repository of the hub, is not there.
         StoreError: the URI is not understood, or the folder cannot be made.
     """
     if uri.startswith("memory://"):
@@ -206,17 +320,21 @@ def open_store(uri: str, *, create: bool = False) -> Store:
             inner = _memory_stores[uri] = MemoryStore()
         return Store(uri, inner)
     if is_local(uri):
-        path = to_local_path(uri).absolute()
-        if path.exists() and not path.is_dir():
-            raise StoreError(f"{path}: is a file, a store is a folder or bucket. Choose another place")
-        if not create and not path.is_dir():
-            raise NotFound(f"{path}: no such folder")
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            return Store(str(path), LocalStore(path))
-        except (OSError, BaseError) as error:
-            raise StoreError(f"{path}: cannot be made ({_first_line(error)}). Choose another 'output' or grant write access") from error
+        return _open_folder(to_local_path(uri).absolute(), create=create)
+    if scheme_of(uri) == "hf":
+        from mmerge.manifests.hub import open_hub
+
+        return open_hub(uri)
+    return Store(uri.rstrip("/"), make_client(uri))
+
+
+def _open_folder(path: Path, *, create: bool) -> Store:
+    if path.exists() and not path.is_dir():
+        raise StoreError(f"{path}: is a file, a store is a folder or bucket. Choose another place")
+    if not create and not path.is_dir():
+        raise NotFound(f"{path}: no such folder")
     try:
-        return Store(uri, _from_url(uri, client_options=_CLIENT_OPTIONS, retry_config=_RETRY_CONFIG))
-    except (BaseError, ValueError) as error:
-        raise StoreError(f"{uri}: cannot be opened ({_first_line(error)})") from error
+        path.mkdir(parents=True, exist_ok=True)
+        return Store(str(path), LocalStore(path), folder=Folder(path))
+    except (OSError, BaseError) as error:
+        raise StoreError(f"{path}: cannot be made ({first_line(error)}). Choose another 'output' or grant write access") from error

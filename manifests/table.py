@@ -5,14 +5,16 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable
+from math import prod
 from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from mmerge.manifests.digest import digest_bytes
-from mmerge.manifests.entry import ShardEntry, TensorRow, TensorStatistics
-from mmerge.manifests.errors import ManifestError, NotFound
+from mmerge.manifests.entry import ShardEntry, TensorRow, TensorStatistics, validate_key
+from mmerge.manifests.errors import ManifestError, NotFound, StoreError, StoreUnavailable
+from mmerge.manifests.header import DTYPE_BYTES
 from mmerge.manifests.manifest import TableEntry
 from mmerge.manifests.store import Store
 
@@ -59,21 +61,34 @@ def make_table(entries: Iterable[ShardEntry]) -> bytes:
 def read_table_bytes(store: Store, entry: TableEntry) -> bytes:
     """Return the bytes of a build's table. Raises ManifestError when they are missing or not what the manifest says."""
     try:
-        data = store.read(entry.key)
+        data = store.read(entry.key, max_bytes=max(entry.num_bytes, 1))
     except NotFound:
         raise ManifestError(f"{store.uri}: {entry.key} is missing: the build is not whole. Run the recipe again") from None
+    except StoreUnavailable:
+        raise
+    except StoreError as error:
+        raise ManifestError(f"{Exception.__str__(error)}: the table is damaged. Run the recipe again") from error
     if digest_bytes(data) != entry.digest:
         raise ManifestError(f"{store.uri}: {entry.key} is damaged: its digest differs from the manifest's. Run the recipe again")
     return data
 
 
 def read_table(store: Store, entry: TableEntry) -> list[StoredRow]:
-    """Return all rows of a build's table. Raises ManifestError when it is missing or damaged."""
-    table = pq.read_table(io.BytesIO(read_table_bytes(store, entry)))
-    rows = []
-    for raw in table.to_pylist():
-        raw.pop("layer")
-        statistics = {name: raw.pop(name) for name in _STATISTICS}
-        raw["statistics"] = TensorStatistics(**statistics) if statistics["num_entries"] is not None else None
-        rows.append(StoredRow(**raw))
-    return rows
+    """Return all rows of a build's table. Raises ManifestError when it is missing, damaged, or contradicts itself."""
+    data = read_table_bytes(store, entry)
+    try:
+        return [_parse_row(raw) for raw in pq.read_table(io.BytesIO(data)).to_pylist()]
+    except (pa.ArrowException, ValueError, KeyError, TypeError, AttributeError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ManifestError(f"{store.uri}: {entry.key} is no valid table ({first}). Run the recipe again") from error
+
+
+def _parse_row(raw: dict[str, Any]) -> StoredRow:
+    raw.pop("layer")
+    statistics = {name: raw.pop(name) for name in _STATISTICS}
+    raw["statistics"] = TensorStatistics(**statistics) if statistics["num_entries"] is not None else None
+    row = StoredRow(**raw)
+    validate_key(row.object)
+    if row.role != "mask" and prod(row.shape) * DTYPE_BYTES[row.dtype] != row.num_bytes:
+        raise ValueError(f"{row.name}: {row.dtype} {row.shape} does not take {row.num_bytes:,} bytes")
+    return row

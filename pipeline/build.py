@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
+from mmerge.manifests.claim import Claim
 from mmerge.manifests.digest import digest_bytes, digest_json
 from mmerge.manifests.entry import ShardEntry, read_entry
 from mmerge.manifests.errors import TaskErrors
@@ -22,10 +23,12 @@ from mmerge.manifests.manifest import (
     read_manifest,
     write_manifest,
 )
+from mmerge.manifests.probe import check_store
 from mmerge.manifests.reference import Reference, write_reference
 from mmerge.manifests.store import open_store
 from mmerge.manifests.table import make_table
 from mmerge.pipeline.executor import Executor, SerialExecutor
+from mmerge.pipeline.inputs import add_inputs, describe_inputs
 from mmerge.pipeline.plan import CopyShard, MergePlan, MergeShard
 from mmerge.pipeline.progress import LogProgress, Progress
 from mmerge.pipeline.stages import StageRun, to_hex
@@ -74,10 +77,16 @@ def run(plan: MergePlan, *, executor: Executor | None = None, progress: Progress
         NonFiniteError: an input holds NaN or Inf.
         TaskErrors: several tasks failed; all others were finished and are kept.
     """
-    return _Run(plan, executor or SerialExecutor(), progress or LogProgress(), fresh).run()
+    builder = Builder(plan, executor or SerialExecutor(), progress or LogProgress(), fresh)
+    check_store(builder.store)
+    with Claim(builder.store, "run") as claim:
+        claim.wait_for_none("collect")
+        return builder.run()
 
 
-class _Run:
+class Builder:
+    """One run of a plan: survey, thresholds, merge and copy, commit."""
+
     def __init__(self, plan: MergePlan, executor: Executor, progress: Progress, fresh: bool) -> None:
         self.plan, self.executor, self.progress, self.fresh = plan, executor, progress, fresh
         self.recipe = plan.recipe
@@ -91,7 +100,7 @@ class _Run:
         self.bytes_read = 0
 
     def run(self) -> RunReport:
-        self.store.check_writable()
+        """Return the finished build. The store is known to be writable, and claimed."""
         numbers = self.plan.numbers
         trimmings = {name: self.method.trimming(*parse_numbers(self.method, found)) for name, found in numbers.items()}
         trims = {name: trimming for name, trimming in trimmings.items() if trimming is not None}
@@ -204,7 +213,7 @@ class _Run:
             manifest = read_manifest(self.store, build)
             reference, moved = self._refer(build)
             return RunReport(uri, build, reference, False, moved, self.computed, self.reused, self.bytes_read, manifest)
-        merged = self._run_tasks("merge", merge_tasks)
+        merged = add_inputs(self._run_tasks("merge", merge_tasks), describe_inputs(self.plan, survey, merge_tasks))
         copied = self._run_tasks("carry", copy_tasks)
         copied = [_label(entry, shard.name, shard.expert) for entry, shard in zip(copied, self.plan.copy_shards, strict=True)]
         for key, data in contents.items():
@@ -244,6 +253,7 @@ class _Run:
                 revision=survey.revision(index + 1, expert.name, files[expert.uri]),
                 parameters=recipe.describe_parameters(expert.name),
                 renames=self.plan.renames[index],
+                source=_hub_source(expert.uri),
                 placeholder=expert.placeholder,
                 template=expert.template,
                 rescaler=self.rescalers[index] if self.rescalers else None,
@@ -259,7 +269,7 @@ class _Run:
             "merge": recipe.merge,
             "dtype": self.plan.dtype,
             "template": recipe.template,
-            "base": BaseRecord(revision=survey.revision(0, "", base_files), files=base_files),
+            "base": BaseRecord(revision=survey.revision(0, "", base_files), source=_hub_source(recipe.base), files=base_files),
             "experts": experts,
         }
 
@@ -278,6 +288,11 @@ class _Run:
         sources = {"base": self.recipe.base} | {expert.name: expert.uri for expert in self.recipe.experts}
         versions = {name: version(name) for name in ("mmerge", "torch", "numpy", "pyarrow")} | {"python": platform.python_version()}
         return write_reference(self.store, self.recipe.name, build, sources=sources, versions=versions)
+
+
+def _hub_source(uri: str) -> str | None:
+    """Return the pinned URI of an input from the hub; other places are no part of a manifest."""
+    return uri if uri.startswith("hf://") else None
 
 
 def _unique(tasks: Sequence[MergeTask | CopyTask]) -> list[MergeTask | CopyTask]:

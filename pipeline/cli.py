@@ -17,6 +17,7 @@ from rich.markup import escape
 
 from mmerge.manifests.errors import MmergeError, RecipeError
 from mmerge.pipeline.cli_composite import register as register_composite_commands
+from mmerge.pipeline.cli_store import register as register_store_commands
 
 if TYPE_CHECKING:
     from mmerge.pipeline.plan import MergePlan
@@ -31,6 +32,9 @@ them, then:
     mmerge run recipe.yaml           merge, on this machine or on a Ray cluster
     mmerge show build/store          what was built, and how much of each expert is kept
     mmerge verify build/store        re-read everything and compare digests
+    mmerge diff build/store#a@1 build/store#a@2    what changed between builds ('log' lists them)
+    mmerge gc build/store            what no live build needs; --delete deletes it
+    mmerge copy build/store s3://bucket/merges     a build into another store
     mmerge place build/store --gpus 4x80         what each device would hold
     mmerge generate build/store --image a.png --audio b.wav "What do these share?"
     mmerge export build/store --expert image --to DIR     an ordinary checkpoint for transformers
@@ -98,15 +102,26 @@ def _parse_size(text: str) -> int:
 
 
 @app.command()
-def plan(recipe: RecipeArgument, as_json: JsonOption = False, block_entries: BlockOption = None) -> None:
-    """Show what a run would read, write and hold in memory. Reads only safetensors headers."""
+def plan(
+    recipe: RecipeArgument,
+    as_json: JsonOption = False,
+    block_entries: BlockOption = None,
+    reuse: Annotated[bool, typer.Option("--reuse/--no-reuse", help="say which shards a run would compute, and why")] = True,
+    survey: Annotated[bool, typer.Option("--survey", help="read inputs that changed, so that nothing stays unknown")] = False,
+) -> None:
+    """Show what a run would read, write and hold in memory, and which shards it would compute. Reads headers and the store."""
+    from mmerge.pipeline.cli_store import print_forecast
+    from mmerge.pipeline.forecast import forecast_to_json, make_forecast
     from mmerge.pipeline.report import plan_to_json, print_plan
 
     made = _make_plan(recipe, block_entries)
+    found = make_forecast(made, survey=survey) if reuse or survey else None
     if as_json:
-        print(json.dumps(plan_to_json(made), indent=2))
-    else:
-        print_plan(made, out)
+        print(json.dumps(plan_to_json(made) | ({"forecast": forecast_to_json(found)} if found else {}), indent=2))
+        return
+    print_plan(made, out)
+    if found:
+        print_forecast(found)
 
 
 @app.command()
@@ -190,14 +205,21 @@ def show(
 
 
 @app.command()
-def verify(uri: UriArgument) -> None:
+def verify(
+    uri: UriArgument,
+    sample: Annotated[float, typer.Option("--sample", help="share of the tensors to read; 1 reads everything")] = 1.0,
+    seed: Annotated[int | None, typer.Option("--seed", help="which tensors a sample takes; others each time", show_default=False)] = None,
+) -> None:
     """Re-read a composite and compare every digest with its manifest. Exit code 1 if anything is damaged, with its name."""
     from mmerge.manifests.verify import verify as verify_build
+    from mmerge.pipeline.cli_store import byte_bar
     from mmerge.pipeline.progress import to_size
 
-    report = verify_build(uri)
+    with byte_bar("verify", None) as on_bytes:
+        report = verify_build(uri, sample=sample, seed=seed, on_bytes=on_bytes)
     report.check()
-    out.print(f"[green]verified[/] build {report.build[:12]}: {report.num_objects} objects, {to_size(report.num_bytes)}, all digests equal")
+    read = "all digests equal" if sample == 1 else f"a sample of {sample:.1%} of the tensors, its digests equal"
+    out.print(f"[green]verified[/] build {report.build[:12]}: {report.num_objects} objects, {to_size(report.num_bytes)}, {read}")
 
 
 register_composite_commands(app)
@@ -297,6 +319,9 @@ def schema() -> None:
     from mmerge.pipeline.recipe import make_recipe_schema
 
     print(json.dumps(make_recipe_schema(), indent=2))
+
+
+register_store_commands(app)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 from mmerge.manifests.errors import RecipeError
 from mmerge.manifests.header import DTYPE_BYTES
-from mmerge.manifests.store import WRITER_BUFFER_BYTES, WRITER_CONCURRENCY, is_local
+from mmerge.manifests.store import WRITER_BUFFER_BYTES, WRITER_CONCURRENCY
 from mmerge.workers.blocks import entries_at_once, num_columns
-from mmerge.workers.checkpoint import LowRankSource
+from mmerge.workers.checkpoint import LowRankSource, ahead_bytes
 from mmerge.workers.fast_paths import FAST_PATHS
 from mmerge.workers.histograms import survey_bytes
-from mmerge.workers.inputs import remote_bytes
 from mmerge.workers.low_rank import TILE_ROWS
 from mmerge.workers.masks import packed_bytes
 from mmerge.workers.methods.interface import Granularity, Method
@@ -36,10 +35,13 @@ class Working:
     block_entries: int
     keeps_non_finite: bool
 
-    def has_path(self, tensor: TensorTask) -> bool:
-        """Whether a tensor streams through a compiled path."""
-        # A path may decline a tensor that holds NaN or Inf: then the method's own code takes it, whole where it must.
-        return self.method.name in FAST_PATHS and not (self.keeps_non_finite and tensor.granularity == "tensor")
+    def streams(self, tensor: TensorTask) -> bool:
+        """Return whether a tensor goes through a compiled path in all passes, whatever it must see at once."""
+        if self.method.name not in FAST_PATHS:
+            return False
+        # A path may decline a tensor that holds NaN or Inf, and stages have none: the method's own code then takes it, whole.
+        has_stages = type(self.method).measure_block is not Method.measure_block
+        return tensor.granularity != "tensor" or not (self.keeps_non_finite or has_stages)
 
 
 def merge_peak_bytes(tensors: Sequence[TensorTask], working: Working) -> int:
@@ -49,15 +51,14 @@ def merge_peak_bytes(tensors: Sequence[TensorTask], working: Working) -> int:
     blocks = max(_block_bytes(tensor, num_experts, working) for tensor in tensors)
     masks = num_masks * max(packed_bytes(tensor.num_entries) for tensor in tensors)
     survey = survey_bytes([tensor.num_entries for tensor in tensors], num_experts=num_experts)
-    is_remote = any(not is_local(source.uri) for tensor in tensors for source in (tensor.base, *tensor.experts))
-    remote = remote_bytes(num_experts + 1) if is_remote else 0
-    forming = max(_forming_bytes(tensor, working) for tensor in tensors)
-    return max(blocks + masks, survey) + forming + remote + WRITER_BYTES + WORKER_BYTES
+    ahead = max(ahead_bytes((tensor.base, *tensor.experts)) for tensor in tensors)
+    forming = max(_forming_bytes(tensor, working.block_entries) for tensor in tensors)
+    return max(blocks + masks, survey) + forming + ahead + WRITER_BYTES + WORKER_BYTES
 
 
 def _block_bytes(tensor: TensorTask, num_experts: int, working: Working) -> int:
     shape = tensor.base.spec.shape
-    if working.has_path(tensor) and not _is_measured(tensor, working):
+    if working.streams(tensor):
         granularity: Granularity = "row" if tensor.granularity == "row" else "entry"
         entries = min(entries_at_once(shape, working.block_entries, granularity=granularity), tensor.num_entries)
         widest = max(DTYPE_BYTES[source.spec.dtype] for source in (tensor.base, *tensor.experts))
@@ -66,10 +67,11 @@ def _block_bytes(tensor: TensorTask, num_experts: int, working: Working) -> int:
         return entries * ((num_experts + 1) * max(widest, 5 if widest == 1 else 0) + 4) + rows
     entries = min(entries_at_once(shape, working.block_entries, granularity=tensor.granularity), tensor.num_entries)
     # Each input as stored and widened (8 + 4 bytes at most), and what the method says that it works with.
-    return entries * (num_experts + 1) * 12 + working.method.working_bytes(entries, num_experts=num_experts, shape=shape)
+    own = working.method.working_bytes(entries, num_experts=num_experts, shape=shape)
+    return entries * (num_experts + 1) * 12 + own
 
 
-def _forming_bytes(tensor: TensorTask, working: Working) -> int:
+def _forming_bytes(tensor: TensorTask, block_entries: int) -> int:
     """Return what reading adapters takes beside the weights they make: their factors, and the buffers of one block.
 
     Per entry the base once more as read, copied and widened, and the product in tiles and as one; tiles reach over the block.
@@ -78,13 +80,8 @@ def _forming_bytes(tensor: TensorTask, working: Working) -> int:
     if not adapters:
         return 0
     shape = tensor.base.spec.shape
-    entries = min(entries_at_once(shape, working.block_entries, granularity=tensor.granularity), tensor.num_entries)
+    entries = min(entries_at_once(shape, block_entries, granularity=tensor.granularity), tensor.num_entries)
     return sum(adapter.factor_bytes for adapter in adapters) + 24 * entries + 16 * TILE_ROWS * shape[1]
-
-
-def _is_measured(tensor: TensorTask, working: Working) -> bool:
-    """Whether stages of the method, which have no compiled path, may run on whole tensors."""
-    return tensor.granularity == "tensor" and type(working.method).measure_block is not Method.measure_block
 
 
 def process_bytes(peaks: Iterable[int]) -> int:

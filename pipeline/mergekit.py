@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
 
@@ -152,6 +153,13 @@ class _Reader:
             recipe["base"] = _to_path(recipe["base"], self.folder)
         return recipe
 
+    @cached_property
+    def num_layers(self) -> int:
+        """Layers of the models, from the configuration of one of them."""
+        entries = self.raw.get("models") or self.raw["slices"][0]["sources"]
+        model = self.base or self._to_model(entries[0].get("model"), "models.0.model")
+        return int(Checkpoint(_to_path(model, self.folder), owner=f"model {model!r}").text_config.get("num_hidden_layers", 0))
+
     def _check_keys(self) -> None:
         for key in self.raw:
             if key not in KNOWN_KEYS:
@@ -196,9 +204,7 @@ class _Reader:
 
     def _stretch(self, slices: list[_Slice]) -> list[_Slice]:
         """Return the slices with inclusive layers; embeddings belong to the first, the last norm and the head to the last."""
-        model = self.base or next(iter(slices[0].models))
-        config = Checkpoint(_to_path(model, self.folder), owner="base").text_config
-        num_layers, expected = int(config.get("num_hidden_layers", 0)), 0
+        num_layers, expected = self.num_layers, 0
         stretched = []
         for index, part in enumerate(slices):
             assert part.layers is not None
@@ -260,7 +266,7 @@ class _Reader:
             own = part.models[model].get(theirs) if model is not None else None
             levels = [level for level in (own, part.parameters.get(theirs), shared) if level is not None]
             given = given or bool(levels)
-            rules += _to_rules(levels, part.layers, where=theirs)
+            rules += self._to_rules(levels, part.layers, where=theirs)
         if not given:
             if theirs in self.translation.required:
                 raise RecipeError(f"{f'{model}.' if model else ''}parameters.{theirs}: is missing; mergekit's {self.method} demands it")
@@ -275,6 +281,22 @@ class _Reader:
         rules = _cut(rules)
         single = rules[0]["value"] if len(rules) == 1 and len(rules[0]) == 1 else None
         return {ours: rules if single is None else single}
+
+    def _to_rules(self, levels: Sequence[Any], layers: tuple[int, int] | None, *, where: str) -> list[dict[str, Any]]:
+        """Return our rules for mergekit's settings of one parameter, the innermost level first."""
+        rules: list[dict[str, Any]] = []
+        for level in levels:
+            conditions = level if isinstance(level, list) and any(isinstance(item, dict) for item in level) else [{"value": level}]
+            for condition in conditions:
+                if not isinstance(condition, dict) or "value" not in condition or set(condition) - {"value", "filter"}:
+                    raise RecipeError(f"parameters.{where}: expected {{filter, value}}, got {condition!r}")
+                chosen, value = condition.get("filter"), condition["value"]
+                pattern = {} if chosen in (None, "*") else {"pattern": "*" + str(chosen).replace("[", "[[]") + "*"}
+                if isinstance(value, list) and value and (layers is None or layers[1] >= self.num_layers):
+                    # mergekit gives the last norm and the head the beginning of a gradient; here they would have its end.
+                    rules.append({"value": value[0], "layers": [self.num_layers, self.num_layers]} | pattern)
+                rules.append({"value": value} | ({} if layers is None else {"layers": list(layers)}) | pattern)
+        return rules
 
     def _special(self, slices: Sequence[_Slice]) -> dict[str, Any]:
         """Return the keys of methods whose settings are said in another way here."""
@@ -328,21 +350,6 @@ def _mapping(value: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise RecipeError(f"{where}: expected a mapping, got {value!r}")
     return value
-
-
-def _to_rules(levels: Sequence[Any], layers: tuple[int, int] | None, *, where: str) -> list[dict[str, Any]]:
-    """Return our rules for mergekit's settings of one parameter, the innermost level first."""
-    place = {} if layers is None else {"layers": list(layers)}
-    rules: list[dict[str, Any]] = []
-    for level in levels:
-        conditions = level if isinstance(level, list) and any(isinstance(item, dict) for item in level) else [{"value": level}]
-        for condition in conditions:
-            if not isinstance(condition, dict) or "value" not in condition or set(condition) - {"value", "filter"}:
-                raise RecipeError(f"parameters.{where}: expected {{filter, value}}, got {condition!r}")
-            chosen = condition.get("filter")
-            pattern = {} if chosen in (None, "*") else {"pattern": "*" + str(chosen).replace("[", "[[]") + "*"}
-            rules.append({"value": condition["value"]} | place | pattern)
-    return rules
 
 
 def _cut(rules: list[dict[str, Any]]) -> list[dict[str, Any]]:

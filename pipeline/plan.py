@@ -15,9 +15,9 @@ from mmerge.manifests.manifest import AdapterRecord
 from mmerge.pipeline.adapters import list_adapters
 from mmerge.pipeline.layout import CarriedTensor, Layout, SharedTensor, make_layout
 from mmerge.pipeline.memory import COPY_PEAK_BYTES, MIN_BLOCK_ENTRIES, Working, merge_peak_bytes, process_bytes, too_little_memory
-from mmerge.pipeline.recipe import Recipe
+from mmerge.pipeline.recipe import Recipe, pin_recipe
 from mmerge.workers.adapter import open_expert
-from mmerge.workers.checkpoint import Checkpoint, TensorSource
+from mmerge.workers.checkpoint import Checkpoint, TensorSource, ahead_bytes
 from mmerge.workers.dtypes import NAMED_DTYPES
 from mmerge.workers.masks import packed_bytes
 from mmerge.workers.methods import find_method
@@ -121,6 +121,7 @@ def make_plan(
     """
     if block_entries is not None and (block_entries <= 0 or block_entries % (1 << 16)):
         raise ValueError(f"block_entries: expected a multiple of 65536, got {block_entries}")
+    recipe = pin_recipe(recipe)
     base = Checkpoint(recipe.base, owner="base" if recipe.has_base else f"expert {recipe.experts[0].name!r}")
     experts = [open_expert(expert.uri, owner=f"expert {expert.name!r}", base=base) for expert in recipe.experts]
     method = find_method(recipe.method)
@@ -259,7 +260,7 @@ def _make_merge_shards(layout: Layout, recipe: Recipe, dtype: str, working: Work
             task
             for name in names
             for task in _make_tensor_tasks(
-                by_name[name], max_bytes, method.granularity_of(name, by_name[name].base.spec.shape, *parameters)
+                by_name[name], min(max_bytes, MAX_PIECE_BYTES), method.granularity_of(name, by_name[name].base.spec.shape, *parameters)
             )
         ]
         # A piece of a tensor is a shard of its own: within an object each tensor has one name.
@@ -320,4 +321,6 @@ def _make_copy_shards(
     groups = _fill(tensors, [tensor.source.spec.num_bytes for tensor in tensors], max_bytes)
     for index, group in enumerate(groups):
         num_bytes = sum(tensor.source.spec.num_bytes for tensor in group)
-        yield CopyShard(_number(name, index, len(groups)), role, expert, tuple(group), num_bytes, COPY_PEAK_BYTES)
+        yield CopyShard(
+            _number(name, index, len(groups)), role, expert, tuple(group), num_bytes, COPY_PEAK_BYTES + ahead_bytes([group[0].source])
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, create_model
 
-from mmerge.manifests.errors import RecipeError
+from mmerge.manifests.errors import CheckpointError, RecipeError, StoreError
+from mmerge.manifests.hub import pin_uri
 from mmerge.manifests.reference import NAME_PATTERN
 from mmerge.manifests.store import is_local, to_local_path
 from mmerge.manifests.table import layer_of
@@ -248,6 +249,19 @@ def _take_all_schedules(raw: dict[str, Any], method: Method) -> tuple[dict[str, 
                 plain["experts"][name], found = take_schedules(expert, method.expert_parameters_model, path=f"experts.{name}.")
                 schedules |= {name: found} if found else {}
     return plain, schedules
+
+
+def pin_recipe(recipe: Recipe) -> Recipe:
+    """Return the recipe with every hf:// revision replaced by the commit that it names now. Raises CheckpointError."""
+
+    def pin(uri: str, owner: str) -> str:
+        try:
+            return pin_uri(uri)
+        except StoreError as error:
+            raise CheckpointError(f"{owner}: {Exception.__str__(error)}") from error
+
+    experts = tuple(replace(expert, uri=pin(expert.uri, f"expert {expert.name!r}")) for expert in recipe.experts)
+    return replace(recipe, base=pin(recipe.base, "base"), experts=experts)
 
 
 def _pick(keys: BaseModel, model: type[Parameters]) -> dict[str, Any]:

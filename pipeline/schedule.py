@@ -49,7 +49,8 @@ class Rule(BaseModel):
             return self.value
         first, last = self.layers or (0, num_layers - 1)
         first, last = max(first, 0), min(last, num_layers - 1)
-        depth = (min(max(position, first), last) - first) / (last - first) if last > first else 1.0
+        at = min(max(position, first), last)
+        depth = 0.0 if position < first else 1.0 if last == first else (at - first) / (last - first)
         scaled = depth * (len(self.value) - 1)
         low = min(int(scaled), len(self.value) - 1)
         high, share = min(low + 1, len(self.value) - 1), scaled - low

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
+from store_servers import SCHEME, SERVERS
 
 from mmerge.pipeline import make_plan, parse_recipe, run
 
@@ -123,3 +126,59 @@ def lab_store(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return REPOSITORY
+
+
+class StoreServers:
+    """Starts each object storage server at its first use and keeps it to the end of the session."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._stack, self._running = folder, ExitStack(), dict[str, dict[str, str]]()
+
+    def environment(self, name: str) -> dict[str, str]:
+        """The variables that a client of this server needs. Skips the test where the server is not installed."""
+        start, is_there, reason = SERVERS[name]
+        if not is_there():
+            pytest.skip(reason)
+        if name not in self._running:
+            folder = self._folder / name
+            folder.mkdir()
+            self._running[name] = self._stack.enter_context(start(folder))
+        return self._running[name]
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+@pytest.fixture(scope="session")
+def store_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServers]:
+    servers = StoreServers(tmp_path_factory.mktemp("servers"))
+    yield servers
+    servers.close()
+
+
+class Places:
+    """Store URIs of any kind for one test, each new and empty."""
+
+    def __init__(self, servers: StoreServers, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self._servers, self._folder, self._patch = servers, folder, patch
+
+    def make(self, kind: str) -> str:
+        """The URI of an empty store of this kind; the environment is set so that it can be opened."""
+        if kind == "memory":
+            return f"memory://{uuid.uuid4().hex}"
+        if kind == "local":
+            return str(self._folder / f"store-{uuid.uuid4().hex[:8]}")
+        self.use(self._servers.environment(kind))
+        return f"{SCHEME[kind]}://bucket/{uuid.uuid4().hex[:12]}"
+
+    def endpoint(self, kind: str) -> str:
+        return self._servers.environment(kind)["AWS_ENDPOINT_URL"]
+
+    def use(self, environment: dict[str, str]) -> None:
+        for name, value in environment.items():
+            self._patch.setenv(name, value)
+
+
+@pytest.fixture
+def places(store_servers: StoreServers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Places:
+    return Places(store_servers, tmp_path, monkeypatch)

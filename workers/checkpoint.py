@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from mmerge.manifests.ahead import AHEAD_BYTES
+from mmerge.manifests.connect import SCHEMES, scheme_of
 from mmerge.manifests.digest import digest_json, parse_json
 from mmerge.manifests.errors import CheckpointError, NotFound, StoreError
 from mmerge.manifests.header import TensorSpec, header_length, parse_header
@@ -195,7 +198,7 @@ class Checkpoint:
     def _read_json(self, name: str, *, missing: str) -> dict[str, Any]:
         where = f"{self.owner}: {self.uri}/{name}"
         try:
-            value = parse_json(self._store.read(name), what=where, max_bytes=MAX_SMALL_FILE_BYTES * 2)
+            value = parse_json(self._store.read(name, max_bytes=MAX_SMALL_FILE_BYTES), what=where, max_bytes=MAX_SMALL_FILE_BYTES)
         except NotFound as error:
             raise CheckpointError(f"{where}: no such file; {missing}") from error
         except StoreError as error:
@@ -216,6 +219,11 @@ def identity_digest(identities: dict[str, dict[str, str]], source: TensorSource)
     return digest_json([source.uri, source.file, identity[source.file], source.spec.offset, source.spec.num_bytes])
 
 
+def ahead_bytes(sources: Sequence[TensorSource]) -> int:
+    """Return the most that is held in memory to read these tensors ahead of a task: something only for what lies behind a network."""
+    return AHEAD_BYTES * len({source.uri for source in sources if scheme_of(source.uri) in SCHEMES})
+
+
 def read_source(source: TensorSource, *, stores: dict[str, Store], offset: int, num_bytes: int) -> memoryview:
     """Return `num_bytes` bytes of a tensor, `offset` bytes from its start. `stores` keeps opened checkpoints."""
     if isinstance(source, LowRankSource):
@@ -225,4 +233,5 @@ def read_source(source: TensorSource, *, stores: dict[str, Store], offset: int, 
     store = stores.get(source.uri)
     if store is None:
         store = stores[source.uri] = open_store(source.uri)
-    return store.read_range(source.file, offset=source.spec.offset + offset, num_bytes=num_bytes)
+    begin = source.spec.offset
+    return store.read_forward(source.file, offset=begin + offset, num_bytes=num_bytes, start=begin, stop=begin + source.spec.num_bytes)

@@ -1,15 +1,13 @@
 """The bytes of base and experts, block by block, into buffers that are used again: no copy but the one from the storage.
 
 Local files are read by `preadv` straight into the rows that kernels work on; where the page cache lacks them, the system is
-told to fetch ahead. From object storage, ranges of several MB are asked for ahead of their use, by threads.
+told to fetch ahead. What lies behind a network is fetched ahead of its use (manifests/ahead.py).
 """
 
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +20,10 @@ from typing_extensions import override
 
 from mmerge.manifests.errors import NotFound, StoreError
 from mmerge.manifests.header import DTYPE_BYTES
-from mmerge.manifests.store import Store, check_key, is_local, open_store, to_local_path
+from mmerge.manifests.store import check_key, is_local, open_store, to_local_path
 from mmerge.workers.checkpoint import LowRankSource, OpenStores, TensorSource, read_source
 from mmerge.workers.kernels import CODES
 
-RANGE_BYTES = 8 << 20
-"""Bytes asked of object storage at once."""
-RANGES_AHEAD = 2
-"""Ranges per tensor that are on their way while one is in use."""
 LOCAL_AHEAD_BYTES = 16 << 20
 """Bytes that the system is told to fetch when a local read finds them missing."""
 
@@ -65,7 +59,6 @@ class InputReader:
         self._files: dict[tuple[str, str], int] = {}
         self._stores = OpenStores()
         self._buffer: NDArray[np.uint8] = np.empty(0, np.uint8)
-        self._pool: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> InputReader:
         return self
@@ -74,9 +67,6 @@ class InputReader:
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            self._pool = None
 
     def blocks(self, sources: Sequence[TensorSource], *, block_entries: int) -> Iterator[InputBlock]:
         """Yield the blocks of sources that have equally many entries, in order; `block_entries` is a multiple of whole tiles.
@@ -114,14 +104,12 @@ class InputReader:
 
     def _open(self, source: TensorSource) -> _Stream:
         if isinstance(source, LowRankSource):
-            return _FormedStream(self._stores, source)
+            return _SourceStream(self._stores, source)
         store = self._stores.get(source.uri)
         if store is None:
             store = self._stores[source.uri] = open_store(source.uri)
         if not is_local(store.uri):
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(max_workers=8, thread_name_prefix="mmerge-read")
-            return _RemoteStream(self._pool, store, source)
+            return _SourceStream(self._stores, source)
         key = (source.uri, source.file)
         if key not in self._files:
             try:
@@ -179,47 +167,16 @@ class _LocalStream(_Stream):
         return len(data)
 
 
-class _RemoteStream(_Stream):
-    def __init__(self, pool: ThreadPoolExecutor, store: Store, source: TensorSource) -> None:
-        self._pool, self._store, self._key = pool, store, source.file
-        self._next = source.spec.offset
-        self._end = source.spec.offset + source.spec.num_bytes
-        self._waiting: deque[Future[memoryview]] = deque()
-        self._current = memoryview(b"")
-        self._ask()
+class _SourceStream(_Stream):
+    """Bytes that are fetched ahead over a network, or weights that lie in no file: a base's with a LoRA adapter."""
 
-    def _ask(self) -> None:
-        while self._next < self._end and len(self._waiting) < RANGES_AHEAD:
-            count = min(RANGE_BYTES, self._end - self._next)
-            self._waiting.append(self._pool.submit(self._store.read_range, self._key, offset=self._next, num_bytes=count))
-            self._next += count
-
-    @override
-    def read_into(self, view: memoryview) -> None:
-        while view.nbytes:
-            if not self._current.nbytes:
-                self._current = self._waiting.popleft().result().cast("B")
-                self._ask()
-            count = min(view.nbytes, self._current.nbytes)
-            view[:count] = self._current[:count]
-            view, self._current = view[count:], self._current[count:]
-
-
-class _FormedStream(_Stream):
-    """Weights that lie in no file: a base's with a LoRA adapter, formed as they are asked for."""
-
-    def __init__(self, stores: OpenStores, source: LowRankSource) -> None:
+    def __init__(self, stores: OpenStores, source: TensorSource) -> None:
         self._stores, self._source, self._position = stores, source, 0
 
     @override
     def read_into(self, view: memoryview) -> None:
         view[:] = read_source(self._source, stores=self._stores, offset=self._position, num_bytes=view.nbytes)
         self._position += view.nbytes
-
-
-def remote_bytes(num_sources: int) -> int:
-    """Return the bytes that reading from object storage holds beside the block: ranges in use and ahead."""
-    return num_sources * (RANGES_AHEAD + 1) * RANGE_BYTES
 
 
 def _widen_by_torch(data: memoryview, dtype: str, row: NDArray[np.uint8]) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from mmerge.manifests.digest import digest_bytes
 from mmerge.manifests.entry import Role
-from mmerge.manifests.errors import DamagedObject, ManifestError, NotFound
+from mmerge.manifests.errors import DamagedObject, ManifestError, NotFound, StoreError, StoreUnavailable
 from mmerge.manifests.manifest import Manifest, read_manifest
 from mmerge.manifests.reference import open_build
 from mmerge.manifests.store import Store
@@ -169,6 +169,12 @@ class BuildReader:
         except NotFound as error:
             raise DamagedObject(
                 f"{self.store.uri}: {row.object} is missing; it holds {row.name}. Run the recipe again with --fresh"
+            ) from error
+        except StoreUnavailable:
+            raise
+        except StoreError as error:
+            raise DamagedObject(
+                f"{Exception.__str__(error)}; {row.name} ({row.role}) is not whole. Run the recipe again with --fresh"
             ) from error
         if digest_bytes(data) != row.digest:
             raise DamagedObject(f"{self.store.uri}: {row.object}: {row.name} ({row.role}) is damaged. Run the recipe again with --fresh")

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import random
+import time
+
+from mmerge.manifests.errors import StoreUnavailable
 from mmerge.manifests.store import Store, open_store
 from mmerge.workers.copy import copy_shard
 from mmerge.workers.measure import measure_shard
@@ -10,10 +15,20 @@ from mmerge.workers.survey import refine_shard, survey_shard
 from mmerge.workers.task import MeasureTask, MergeTask, RefineTask, SurveyTask, Task, TaskResult
 from mmerge.workers.threads import one_thread
 
+log = logging.getLogger("mmerge.run")
+ATTEMPTS = 3
+"""How often a task is begun when the store breaks off; a half-written object has no name, so it can simply begin again."""
+
 
 def run_task(task: Task, store_uri: str) -> TaskResult:
     """Return the result of one task; whatever is large lies in the store."""
     with one_thread():
+        for attempt in range(1, ATTEMPTS):
+            try:
+                return _run(task, open_store(store_uri))
+            except StoreUnavailable as error:
+                log.warning("%s: begins again: %s", task.shard, error)
+                time.sleep(random.uniform(0.2, 1.0) * 2**attempt)
         return _run(task, open_store(store_uri))
 
 

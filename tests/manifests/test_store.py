@@ -1,16 +1,23 @@
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mmerge.manifests.errors import AlreadyExists, NotFound, StoreError
+from mmerge.manifests.ahead import read_in_parts
+from mmerge.manifests.errors import AlreadyExists, NotFound, StoreError, StoreUnavailable
+from mmerge.manifests.probe import check_store
 from mmerge.manifests.store import Store, open_store
 
 
-@pytest.fixture(params=["memory", "local"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    return open_store(f"memory://{tmp_path.name}" if request.param == "memory" else str(tmp_path / "store"), create=True)
+@pytest.fixture(params=["memory", "local", "moto", "ceph", "azurite"])
+def store(request: pytest.FixtureRequest, places: Any) -> Store:
+    """One contract, every store."""
+    return open_store(places.make(request.param), create=True)
 
 
 def test_what_was_put_is_read_whole_and_in_ranges(store: Store) -> None:
@@ -27,6 +34,59 @@ def test_put_new_refuses_to_replace_and_leaves_the_first(store: Store) -> None:
     with pytest.raises(AlreadyExists, match="a: already exists"):
         store.put_new("a", b"second")
     assert store.read("a") == b"first"
+
+
+def test_of_many_writers_at_once_exactly_one_creates_and_its_bytes_stay(store: Store) -> None:
+    def create(number: int) -> bool:
+        try:
+            store.put_new("contested", b"%d" % number * 1000)
+        except AlreadyExists:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(create, range(8)))
+    assert sum(won) == 1
+    assert store.read("contested") == b"%d" % won.index(True) * 1000
+    assert check_store(store)
+    assert not list(store.list("probe"))
+
+
+def test_ranges_are_read_together_forward_and_in_large_parts(store: Store) -> None:
+    data = bytes(range(256)) * (25 << 12)  # 25 MiB: several parts of the forward reader
+    with store.open_writer("large") as out:
+        for start in range(0, len(data), 3 << 20):
+            out.write(data[start : start + (3 << 20)])
+    ranges = [(5, 10), (15, 3), (20_000_000, 7), (0, 1)]
+    assert [bytes(found) for found in store.read_ranges("large", ranges)] == [data[at : at + size] for at, size in ranges]
+    assert store.read_range("large", offset=3, num_bytes=len(data) - 5) == data[3:-2]
+    begin, stop, step = 1000, len(data) - 1000, 3_000_001
+    for offset in range(begin, stop, step):
+        size = min(step, stop - offset)
+        assert store.read_forward("large", offset=offset, num_bytes=size, start=begin, stop=stop) == data[offset : offset + size]
+    assert store.read_forward("large", offset=begin, num_bytes=9, start=begin, stop=stop) == data[begin : begin + 9]
+    with pytest.raises(StoreError, match="at most 1,000 are read"):
+        store.read("large", max_bytes=1000)
+
+
+def test_a_large_range_is_put_together_from_parts_in_their_order() -> None:
+    data = bytes(range(251)) * (600 << 10)
+    asked: list[tuple[int, int]] = []
+
+    def read(offset: int, num_bytes: int) -> memoryview:
+        asked.append((offset, num_bytes))
+        return memoryview(data)[offset : offset + num_bytes]
+
+    assert read_in_parts(read, 3, len(data) - 5) == data[3:-2]
+    assert len(asked) == 5
+    assert max(num_bytes for _, num_bytes in asked) == 32 << 20
+
+
+def test_a_listing_tells_size_and_time(store: Store) -> None:
+    store.put("refs/x", b"12345")
+    (found,) = store.list_objects("refs")
+    assert (found.key, found.num_bytes) == ("refs/x", 5)
+    assert abs((datetime.now(timezone.utc) - found.modified).total_seconds()) < 120
 
 
 def test_a_streamed_object_appears_only_when_its_writer_closes_without_error(store: Store) -> None:
@@ -53,6 +113,9 @@ def test_a_missing_object_and_a_range_behind_the_end_are_errors(store: Store) ->
     store.put("short", b"123")
     with pytest.raises(StoreError, match="short"):
         store.read_range("short", offset=2, num_bytes=5)
+    with pytest.raises(StoreError, match="short") as caught:
+        store.read_range("short", offset=200, num_bytes=5)
+    assert not isinstance(caught.value, StoreUnavailable), "the server was asked again and again"
 
 
 @pytest.mark.parametrize("key", ["../x", "/x", "a//b", "a/../b", "", ".", "a\\b"])
@@ -74,6 +137,7 @@ def test_identity_changes_when_an_object_is_replaced(store: Store) -> None:
     store.put("a", b"one")
     before = store.identity("a")
     assert store.identity("a") == before
+    time.sleep(0.01)
     store.put("a", b"three")
     assert store.identity("a") != before
 

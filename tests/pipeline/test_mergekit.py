@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import yaml
 from golden import Case, cases, check_close, expected, input_folders, merged_of, needs_golden
 
 from mmerge.manifests.errors import RecipeError
-from mmerge.pipeline import make_plan, parse_recipe, read_recipe, run
+from mmerge.pipeline import load_composite, make_plan, parse_recipe, read_recipe, run
 from mmerge.pipeline.mergekit import from_mergekit, is_mergekit
 from mmerge.workers.reader import BuildReader
 
@@ -43,26 +44,32 @@ def test_a_ties_yaml_becomes_a_recipe_with_mergekits_defaults(tmp_path: Path) ->
     assert translate(make_yaml(), tmp_path)["reduction"] == "mean"
 
 
-def test_filters_and_gradients_of_every_level_become_rules_from_the_inside_out(tmp_path: Path) -> None:
+def test_filters_and_gradients_of_every_level_become_rules_from_the_inside_out(lab: Any) -> None:
+    lab.make_base()
     models = [{"model": "a", "parameters": {"weight": [{"filter": "mlp", "value": [0, 1]}]}}, {"model": "b"}]
-    raw = {
-        "merge_method": "task_arithmetic",
-        "base_model": "base",
-        "models": models,
-        "parameters": {"weight": [{"filter": "q_proj", "value": 2}, {"value": 3}]},
-    }
-    experts = translate(raw, tmp_path)["experts"]
-    assert experts["a"]["weight"] == [{"value": [0, 1], "pattern": "*mlp*"}, {"value": 2, "pattern": "*q_proj*"}, {"value": 3}]
-    assert experts["b"]["weight"] == [{"value": 2, "pattern": "*q_proj*"}, {"value": 3}]
-    recipe = parse_recipe(translate(raw, tmp_path), folder=tmp_path)
-    names = [
-        "model.layers.0.mlp.up_proj.weight",
-        "model.layers.1.mlp.up_proj.weight",
-        "model.layers.2.self_attn.q_proj.weight",
-        "lm_head.weight",
-    ]
-    numbers = recipe.numbers_by_tensor(names)
-    assert [numbers[name].experts[0]["weight"] for name in names] == [0, 0.5, 2, 3]
+    shared = {"weight": [{"filter": "q_proj", "value": 2}, {"value": [3, 5]}]}
+    raw = {"merge_method": "task_arithmetic", "base_model": "base", "models": models, "parameters": shared}
+    experts = translate(raw, lab.folder)["experts"]
+    inner = [{"value": 0, "layers": [2, 2], "pattern": "*mlp*"}, {"value": [0, 1], "pattern": "*mlp*"}]
+    outer = [{"value": 2, "pattern": "*q_proj*"}, {"value": 3, "layers": [2, 2]}, {"value": [3, 5]}]
+    assert experts["a"]["weight"] == inner + outer
+    assert experts["b"]["weight"] == outer
+
+
+def test_embeddings_last_norm_and_head_have_the_beginning_of_a_gradient_as_in_mergekit(lab: Any) -> None:
+    # Seen in what mergekit 0.1.5 writes: the weight of each tensor of a model with one task vector.
+    lab.make_base()
+    names = ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
+
+    def weights(**config: Any) -> list[float]:
+        raw = {"merge_method": "task_arithmetic", "base_model": "base", **config}
+        numbers = parse_recipe(translate(raw, lab.folder), folder=lab.folder).numbers_by_tensor(names)
+        return [numbers[name].experts[0]["weight"] for name in names]
+
+    assert weights(models=[{"model": "a", "parameters": {"weight": [0.6, 0.9]}}]) == [0.6, 0.6, 0.9, 0.6]
+    sources = [[{"model": "base", "layer_range": [i, i + 1]}, {"model": "a", "layer_range": [i, i + 1]}] for i in (0, 1)]
+    parts = [{"sources": sources[i], "parameters": {"weight": [0.1 + i, 0.2 + i]}} for i in (0, 1)]
+    assert weights(slices=parts) == [0.1, 0.2, 1.2, 1.1]
 
 
 def test_two_models_of_one_name_get_two(tmp_path: Path) -> None:
@@ -157,3 +164,18 @@ def test_a_yaml_gives_the_numbers_that_mergekit_gave(case: Case, tmp_path: Path)
     wanted = expected(case, "merged")
     assert wanted is not None
     check_close(case, merged_of(BuildReader(str(tmp_path / "config-composite"))), wanted)
+
+
+def test_text_models_merged_by_a_yaml_answer_as_a_composite(repository: Path, tmp_path: Path) -> None:
+    lab = repository / "examples" / "lab" / "checkpoints"
+    shutil.copytree(lab / "base", tmp_path / "twin")
+    models = [
+        {"model": str(lab / "base"), "parameters": {"weight": 1}},
+        {"model": str(tmp_path / "twin"), "parameters": {"weight": [0.5, 1]}},
+    ]
+    (tmp_path / "config.yml").write_text(yaml.safe_dump({"merge_method": "linear", "models": models}))
+    run(make_plan(read_recipe(tmp_path / "config.yml")))
+    composite = load_composite(str(tmp_path / "config-composite"))
+    retained = load_composite(str(tmp_path / "config-composite"), mode="retention", expert="twin")
+    question = composite.prompt("which digit is in the image ?")
+    assert composite.logits(question).equal(retained.logits(question))

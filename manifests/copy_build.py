@@ -1,0 +1,131 @@
+"""Copy a build from one store to another, whole or only what is missing; every byte is checked on its way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from blake3 import blake3
+
+from mmerge.manifests.claim import Claim
+from mmerge.manifests.entry import ObjectEntry, read_entry, write_entry
+from mmerge.manifests.errors import DamagedObject, ManifestError, NotFound
+from mmerge.manifests.manifest import FileEntry, Manifest, manifest_key, read_file, read_manifest, write_manifest
+from mmerge.manifests.probe import check_store
+from mmerge.manifests.reference import Reference, find_build, find_reference, split_uri, write_reference
+from mmerge.manifests.store import Store, open_store
+from mmerge.manifests.table import read_table_bytes
+
+READ_BYTES = 16 << 20
+OBJECTS_AT_ONCE = 4
+"""Objects on their way at once; each holds a piece of 16 MiB and the writer's parts."""
+
+
+@dataclass(frozen=True)
+class CopyReport:
+    """What was copied."""
+
+    uri: str
+    build: str
+    reference: Reference
+    num_copied: int
+    num_there: int
+    copied_bytes: int
+
+
+def copy_build(
+    uri: str,
+    target_uri: str,
+    *,
+    name: str | None = None,
+    everything: bool = False,
+    on_bytes: Callable[[int], None] = lambda num_bytes: None,
+) -> CopyReport:
+    """Copy the build at `uri` into the store at `target_uri` and let a name there point to it; return what was done.
+
+    The manifest is written last, so that a reader of the target never sees half a build.
+
+    Args:
+        uri: the build, as STORE, STORE#NAME, STORE#NAME@N or STORE#DIGEST.
+        target_uri: the store to copy into; it is made if it is a folder and missing.
+        name: the name in the target; the one in the source if absent.
+        everything: copy objects that the target has already as well (they may be damaged); otherwise only what is missing.
+        on_bytes: told of every piece that was copied.
+
+    Raises:
+        DamagedObject, ManifestError: the source is damaged or not whole.
+        StoreError: a store cannot be read or written.
+    """
+    source_uri, fragment = split_uri(uri)
+    source, target = open_store(source_uri), open_store(target_uri, create=True)
+    build = find_build(source, fragment)
+    manifest = read_manifest(source, build)
+    origin = find_reference(source, fragment, build)
+    if name is None and origin is None:
+        raise ManifestError(f"{uri}: no name points to build {build[:12]}. Say which one it gets with --name")
+    check_store(target)
+    with Claim(target, "run") as claim:
+        claim.wait_for_none("collect")
+        copier = _Copier(source, target, everything, on_bytes)
+        with ThreadPoolExecutor(OBJECTS_AT_ONCE) as pool:
+            copied = list(pool.map(copier.copy_object, {entry.key: entry for entry in manifest.entries}.values()))
+            copied += list(pool.map(copier.copy_file, _files(manifest)))
+        if everything or not target.exists(manifest_key(build)):
+            target.put(manifest.table.key, read_table_bytes(source, manifest.table))
+        write_manifest(target, manifest)
+        reference, _ = write_reference(
+            target, name or (origin.name if origin else ""), build, sources=origin.sources if origin else {}, versions=origin.versions if origin else {}
+        )  # fmt: skip
+    return CopyReport(f"{target.uri}#{reference.name}", build, reference, sum(size > 0 for size in copied), copied.count(0), sum(copied))
+
+
+def _files(manifest: Manifest) -> list[FileEntry]:
+    found = {file.key: file for files in (manifest.base.files, *(expert.files for expert in manifest.experts)) for file in files}
+    return list(found.values())
+
+
+@dataclass
+class _Copier:
+    source: Store
+    target: Store
+    everything: bool
+    on_bytes: Callable[[int], None]
+
+    def copy_object(self, entry: ObjectEntry) -> int:
+        """Copy one object and its entry; return the bytes that were copied, 0 when it was there."""
+        if not self.everything and self._is_there(entry.key, entry.num_bytes):
+            return 0
+        digest = blake3()
+        try:
+            with self.target.open_writer(entry.key) as out:
+                for offset in range(0, entry.num_bytes, READ_BYTES):
+                    data = self.source.read_forward(
+                        entry.key, offset=offset, num_bytes=min(READ_BYTES, entry.num_bytes - offset), start=0, stop=entry.num_bytes
+                    )
+                    digest.update(data)
+                    out.write(data)
+                    self.on_bytes(len(data))
+                if digest.hexdigest() != entry.digest:
+                    raise DamagedObject(
+                        f"{self.source.uri}: {entry.key} ({entry.shard}) is damaged. 'mmerge verify' says where; nothing was copied of it"
+                    )
+        except NotFound as error:
+            raise DamagedObject(f"{self.source.uri}: {entry.key} ({entry.shard}) is missing. Run the recipe again") from error
+        stem = entry.key.removeprefix("objects/").removesuffix(".safetensors")
+        if (shard := read_entry(self.source, stem)) is not None:
+            write_entry(self.target, stem, shard)
+        return entry.num_bytes
+
+    def copy_file(self, entry: FileEntry) -> int:
+        """Copy one small file; return the bytes that were copied, 0 when it was there."""
+        if not self.everything and self._is_there(entry.key, entry.num_bytes):
+            return 0
+        self.target.put(entry.key, read_file(self.source, entry))
+        return entry.num_bytes
+
+    def _is_there(self, key: str, num_bytes: int) -> bool:
+        try:
+            return self.target.num_bytes(key) == num_bytes
+        except NotFound:
+            return False

@@ -1,0 +1,137 @@
+"""A store in a local folder: writes that survive a power failure, and names that cannot lead out of the folder.
+
+The library writes to a temporary name and renames, but does not wait for the disk; here a name appears only when the
+bytes under it are on the disk.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+from mmerge.manifests.errors import AlreadyExists, StoreError
+
+PARTIAL_SUFFIX = ".partial"
+"""Ending of a file that is being written; its name begins with a dot. No key has such a name."""
+
+
+def is_partial(name: str) -> bool:
+    """Return whether the last part of a key is the temporary name of a file being written."""
+    last = name.rpartition("/")[2]
+    return last.startswith(".") and last.endswith(PARTIAL_SUFFIX)
+
+
+class Folder:
+    """The folder of a local store."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the folder at `path`, which exists."""
+        self.path = path
+        self._roots = [path.resolve()]
+        if path.parent.name == "snapshots":
+            # The layout of the Hugging Face cache: snapshots/REVISION/file is a link to ../../blobs/DIGEST.
+            self._roots.append((path.parent.parent / "blobs").resolve())
+        self._inside: set[str] = set()
+
+    def place(self, key: str) -> Path:
+        """Return the path of a key. Raises StoreError when a link on the way leads out of the folder."""
+        path = self.path / key
+        if key not in self._inside:
+            real = Path(os.path.realpath(path))
+            if not any(real == root or root in real.parents for root in self._roots):
+                raise StoreError(f"{self.path}: {key} is a link that leads out of the folder, to {real}. Put a copy there instead")
+            self._inside.add(key)
+        return path
+
+    def put(self, key: str, data: bytes | memoryview) -> None:
+        """Create or replace a file in one step, on the disk when this returns."""
+        with FolderWriter(self, key) as out:
+            out.write(data)
+
+    def put_new(self, key: str, data: bytes | memoryview) -> None:
+        """Create a file in one step, on the disk when this returns. Raises AlreadyExists."""
+        with FolderWriter(self, key, replace=False) as out:
+            out.write(data)
+
+    def iterate_keys(self, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
+        """Yield the key and status of every file below a folder; links to folders are not followed."""
+        start = self.place(prefix) if prefix else self.path
+        for folder, _, names in os.walk(start):
+            for name in names:
+                path = Path(folder) / name
+                with suppress(FileNotFoundError):
+                    yield path.relative_to(self.path).as_posix(), path.stat()
+
+
+class FolderWriter:
+    """Streams one file under a temporary name, which becomes its name when the bytes are on the disk."""
+
+    def __init__(self, folder: Folder, key: str, *, replace: bool = True) -> None:
+        self._key, self._replace, self._root = key, replace, folder.path
+        self._target = folder.place(key)
+        self._target.parent.mkdir(parents=True, exist_ok=True)
+        self._partial = self._target.with_name(f".{self._target.name[:80]}.{secrets.token_hex(6)}{PARTIAL_SUFFIX}")
+        self._file: IO[bytes] = self._partial.open("xb", buffering=0)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append `data`."""
+        view = memoryview(data).cast("B")
+        while view:
+            view = view[self._file.write(view) :]
+
+    def close(self) -> None:
+        """Give the file its name. Raises AlreadyExists when it must not be replaced and is there."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+        try:
+            if self._replace:
+                self._partial.replace(self._target)
+            else:
+                self._link()
+        finally:
+            self._partial.unlink(missing_ok=True)
+        _sync_folders(self._target.parent, self._root)
+
+    def _link(self) -> None:
+        try:
+            os.link(self._partial, self._target)
+        except FileExistsError:
+            raise AlreadyExists(f"{self._root}: {self._key}: already exists") from None
+        except OSError:
+            # A file system without hard links: O_EXCL makes the name, the rename its content.
+            try:
+                os.close(os.open(self._target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+            except FileExistsError:
+                raise AlreadyExists(f"{self._root}: {self._key}: already exists") from None
+            self._partial.replace(self._target)
+
+    def abandon(self) -> None:
+        """Forget what was written."""
+        self._file.close()
+        self._partial.unlink(missing_ok=True)
+
+    def __enter__(self) -> FolderWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abandon()
+
+
+def _sync_folders(folder: Path, root: Path) -> None:
+    """Put the names in a folder, and the folder's own name, on the disk."""
+    for path in (folder, *folder.parents):
+        with suppress(OSError):  # some file systems cannot sync a folder
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        if path == root:
+            return

@@ -1,0 +1,194 @@
+"""The commands about stores: diff, log, gc, copy, push, and what a plan finds in the store."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from mmerge.manifests.errors import RecipeError
+
+if TYPE_CHECKING:
+    from mmerge.pipeline.compare import Difference
+    from mmerge.pipeline.forecast import Forecast
+
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True)
+
+UriArgument = Annotated[str, typer.Argument(metavar="URI", help="the composite: STORE or STORE#NAME")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file to the command line."""
+    for command, name in ((diff, "diff"), (log, "log"), (gc, "gc"), (copy, "copy"), (push, "push")):
+        app.command(name)(command)
+
+
+def parse_duration(text: str, *, option: str) -> timedelta:
+    """Return the time that a text like 7d, 36h or 90m names. Raises RecipeError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdw])", text.strip())
+    if not match:
+        raise RecipeError(f"{option}: expected a time like 7d, 36h or 90m, got {text!r}")
+    return timedelta(**{_UNITS[match[2]]: float(match[1])})
+
+
+@contextmanager
+def byte_bar(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """Show bytes and bytes per second on a terminal; elsewhere nothing. Yields what is to be told of every piece."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    if not err.is_terminal:
+        yield lambda num_bytes: None
+        return
+    with Progress(TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), console=err) as bars:
+        task = bars.add_task(label, total=total)
+        yield lambda num_bytes: bars.advance(task, num_bytes)
+
+
+def diff(
+    one: Annotated[str, typer.Argument(metavar="A", help="a composite: STORE#NAME@1")],
+    other: Annotated[str, typer.Argument(metavar="B", help="another one: STORE#NAME@2")],
+    as_json: JsonOption = False,
+) -> None:
+    """Show what changed from one build to another: inputs, numbers, objects, statistics per layer."""
+    from mmerge.pipeline.compare import compare_builds, difference_to_json
+
+    found = compare_builds(one, other)
+    if as_json:
+        print(json.dumps(difference_to_json(found), indent=2))
+    else:
+        _print_difference(found)
+
+
+def _print_difference(found: Difference) -> None:
+    from mmerge.pipeline.progress import to_size
+
+    if found.is_empty:
+        out.print(f"both are build {found.one.build[:12]}")
+        return
+    out.print(f"build [bold]{found.one.build[:12]}[/] → [bold]{found.other.build[:12]}[/]")
+    for name, before, after in found.inputs:
+        out.print(f"  input   {escape(name)}: {_short(before)} → {_short(after)}", highlight=False)
+    for name, before, after in found.numbers:
+        out.print(f"  number  {escape(name)}: {before} → {after}", highlight=False)
+    out.print(f"  objects {found.num_shared} shared ({to_size(found.shared_bytes)}), {found.num_new} new ({to_size(found.new_bytes)})")
+    if not found.layers:
+        return
+    experts = list(dict.fromkeys(name for layer in found.layers for name in layer.densities))
+    table = Table("layer", "tensors changed", "‖τ⋆‖", *experts, box=None, header_style="bold", pad_edge=False)
+    for layer in found.layers:
+        norms = " → ".join("-" if norm is None else f"{norm:.4g}" for norm in layer.norms)
+        shares = ["{:.2%} → {:.2%}".format(*layer.densities[name]) if name in layer.densities else "-" for name in experts]
+        table.add_row("other" if layer.layer is None else str(layer.layer), str(layer.num_tensors), norms, *shares)
+    out.print(table)
+
+
+def _short(value: Any) -> str:
+    return "none" if value is None else str(value)[:12]
+
+
+def log(uri: UriArgument, as_json: JsonOption = False) -> None:
+    """List the builds behind a name, newest first: when, from what, by which versions."""
+    from mmerge.manifests.reference import split_uri
+    from mmerge.manifests.store import open_store
+    from mmerge.pipeline.compare import read_log
+
+    store_uri, name = split_uri(uri)
+    lines = read_log(open_store(store_uri), name)
+    if as_json:
+        print(json.dumps([line.reference.model_dump(mode="json") | {"is_there": line.is_there} for line in lines], indent=2))
+        return
+    table = Table("composite", "build", "created", "from", "mmerge", box=None, header_style="bold", pad_edge=False)
+    for line in lines:
+        found = line.reference
+        sources = ", ".join(f"{owner} {place}" for owner, place in found.sources.items())
+        build = found.build[:12] + ("" if line.is_there else " (deleted)")
+        table.add_row(f"{found.name}@{found.number}", build, found.created, escape(sources), found.versions.get("mmerge", "?"))
+    out.print(table)
+
+
+def gc(
+    store_uri: Annotated[str, typer.Argument(metavar="STORE", help="the store")],
+    delete: Annotated[bool, typer.Option("--delete", help="delete; without it, only say what would be deleted")] = False,
+    grace: Annotated[str, typer.Option("--grace", metavar="TIME", help="nothing younger than this is deleted: 7d, 36h, …")] = "7d",
+    keep: Annotated[int, typer.Option("--keep", min=1, help="newest numbers of each name that stay whatever their age")] = 1,
+    surveys: Annotated[bool, typer.Option("--surveys", help="delete cached surveys too; the next run reads its inputs again")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete what no live build needs. A dry run unless --delete is given; refuses while a run uses the store."""
+    from mmerge.manifests.collect import collect
+    from mmerge.manifests.store import open_store
+    from mmerge.pipeline.progress import to_size
+
+    period = parse_duration(grace, option="--grace")
+    found = collect(open_store(store_uri), grace=period, keep=keep, surveys=surveys, delete=delete)
+    if as_json:
+        keys = [listed.key for listed in found.garbage]
+        print(
+            json.dumps(
+                {"deleted": found.deleted, "keys": keys, "num_bytes": found.num_bytes, "live_builds": list(found.live_builds)}, indent=2
+            )
+        )
+        return
+    for listed in found.garbage:
+        out.print(f"  {escape(listed.key)}  {to_size(listed.num_bytes)}", highlight=False)
+    word = "deleted" if found.deleted else "would delete"
+    out.print(
+        f"{word} {len(found.garbage)} objects, {to_size(found.num_bytes)}; {found.num_kept} stay, {to_size(found.kept_bytes)}, "
+        f"{len(found.live_builds)} live builds"
+    )
+    if found.garbage and not found.deleted:
+        out.print("give --delete to delete them")
+
+
+def copy(
+    uri: UriArgument,
+    target: Annotated[str, typer.Argument(metavar="STORE", help="the store to copy into")],
+    name: Annotated[str | None, typer.Option("--name", help="the composite's name there; the same if absent", show_default=False)] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="copy objects that are there already as well, in case they are damaged")
+    ] = False,
+) -> None:
+    """Copy a build into another store, only what is missing there; every byte is checked on its way."""
+    from mmerge.manifests.copy_build import copy_build
+    from mmerge.pipeline.progress import to_size
+
+    with byte_bar("copy", None) as on_bytes:
+        report = copy_build(uri, target, name=name, everything=everything, on_bytes=on_bytes)
+    out.print(f"copied {report.num_copied} objects, {to_size(report.copied_bytes)}; {report.num_there} were there already")
+    out.print(f"  {escape(report.uri)} is {report.reference.name}@{report.reference.number}, build {report.build[:12]}")
+
+
+def push(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="a composite (STORE#NAME), or a folder that 'mmerge export' wrote")],
+    target: Annotated[str, typer.Argument(metavar="hf://ORG/REPO", help="the repository, with @BRANCH if not main")],
+    private: Annotated[bool, typer.Option("--private", help="if the repository is made, make it private")] = False,
+    message: Annotated[str | None, typer.Option("--message", help="what the commit says", show_default=False)] = None,
+) -> None:
+    """Upload a composite or an exported checkpoint to the Hugging Face Hub, in one commit."""
+    from mmerge.pipeline.push import push as push_to_hub
+
+    report = push_to_hub(source, target, private=private, message=message)
+    out.print(f"pushed {report.num_files} files to {escape(report.uri)}")
+
+
+def print_forecast(found: Forecast) -> None:
+    """Print which shards a run would compute, and why."""
+    out.print("\n[bold]what a run would do[/]")
+    for shard in found.shards:
+        word = {"compute": "[yellow]compute[/]", "reuse": "[green]reuse[/]", "unknown": "unknown"}[shard.state]
+        out.print(f"  {word} {shard.task} {escape(shard.shard)}: {escape(shard.reason)}", highlight=False)
+    total = f"  {found.count('compute')} to compute, {found.count('reuse')} there already"
+    if found.count("unknown"):
+        total += f", {found.count('unknown')} known when the inputs of {len(found.to_survey)} shards are read ('mmerge plan --survey')"
+    out.print(total)

@@ -1,0 +1,110 @@
+"""Upload a composite, or an exported checkpoint, to the Hugging Face Hub: one commit, so that nobody sees half of it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmerge.manifests.collect import needed_keys
+from mmerge.manifests.copy_build import copy_build
+from mmerge.manifests.digest import to_canonical_json
+from mmerge.manifests.errors import ManifestError, NotFound, StoreError
+from mmerge.manifests.hub import hub_api, open_hub, split_hub_uri, translate_errors
+from mmerge.manifests.manifest import read_manifest
+from mmerge.manifests.reference import Reference, find_reference, list_references, open_build, read_reference, split_uri
+from mmerge.manifests.store import is_local, open_store, to_local_path
+from mmerge.manifests.verify import verify
+
+
+@dataclass(frozen=True)
+class PushReport:
+    """What was pushed; `uri` names the commit."""
+
+    uri: str
+    num_files: int
+
+
+def push(source: str, target: str, *, private: bool = False, message: str | None = None) -> PushReport:
+    """Upload `source` to the repository `target` (hf://ORG/REPO or hf://ORG/REPO@BRANCH), which is made if it is missing.
+
+    A composite is verified before it is sent; it can then be loaded from `hf://ORG/REPO#NAME`.
+
+    Args:
+        source: a composite's URI, or a folder with a config.json that `mmerge export` wrote.
+        target: the repository.
+        private: of a repository that is made.
+        message: of the commit.
+
+    Raises:
+        DamagedObject, ManifestError: the composite is damaged or missing.
+        StoreError: the hub refuses, or does not answer.
+    """
+    repo, branch = split_hub_uri(target)
+    folder = to_local_path(source)
+    if is_local(source) and (folder / "config.json").is_file() and not (folder / "refs").is_dir():
+        files: dict[str, Path | bytes] = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
+        return _commit(repo, branch, files, private=private, message=message or "Upload a checkpoint made by mmerge")
+    with _local_build(source) as (local, reference):
+        store, build = open_build(local)
+        verify(local).check()
+        keys = sorted(key for key in needed_keys(read_manifest(store, build)) if store.exists(key))
+        root = to_local_path(split_uri(local)[0])
+        files = {key: root / key for key in keys}
+        _make_repo(repo, private=private)
+        number, is_there = _next_number(f"hf://{repo}@{branch}", reference.name, build)
+        if not is_there:
+            numbered = reference.model_copy(update={"number": number})
+            files[numbered.key] = to_canonical_json(numbered.model_dump(mode="json"))
+        return _commit(repo, branch, files, private=private, message=message or f"Upload {reference.name}, build {build[:12]}")
+
+
+@contextmanager
+def _local_build(uri: str) -> Iterator[tuple[str, Reference]]:
+    """Yield the URI of a build in a folder, copied there for the time where it is not, and its reference."""
+    store_uri, fragment = split_uri(uri)
+    store, build = open_build(uri)
+    reference = find_reference(store, fragment, build)
+    if reference is None:
+        raise ManifestError(f"{uri}: no name points to build {build[:12]}. Give it one with 'mmerge copy --name'")
+    if is_local(store_uri):
+        yield f"{store_uri}#{build}", reference
+        return
+    with tempfile.TemporaryDirectory(prefix="mmerge-push-") as folder:
+        copy_build(uri, folder)
+        yield f"{folder}#{build}", reference
+
+
+def _next_number(uri: str, name: str, build: str) -> tuple[int, bool]:
+    """Return the number that a reference gets on the hub, and whether the newest one there names this build already."""
+    try:
+        hub = open_store(uri)
+        numbers = list_references(hub).get(name, [])
+    except NotFound:
+        return 1, False
+    if numbers and read_reference(hub, name, numbers[-1]).build == build:
+        return numbers[-1], True
+    return (numbers[-1] if numbers else 0) + 1, False
+
+
+def _make_repo(repo: str, *, private: bool) -> None:
+    translate_errors(repo, "create", lambda: hub_api().create_repo(repo, private=private, exist_ok=True))
+
+
+def _commit(repo: str, branch: str, files: dict[str, Path | bytes], *, private: bool, message: str) -> PushReport:
+    from huggingface_hub import CommitOperationAdd
+
+    if not files:
+        raise StoreError(f"hf://{repo}: nothing to push")
+    _make_repo(repo, private=private)
+    operations: list[Any] = [CommitOperationAdd(path_in_repo=key, path_or_fileobj=data) for key, data in files.items()]
+
+    def send() -> str:
+        found = hub_api().create_commit(repo, operations, commit_message=message, revision=branch)
+        return str(found.oid)
+
+    commit = translate_errors(repo, f"commit to {branch}", send)
+    return PushReport(open_hub(f"hf://{repo}@{commit}").uri, len(files))

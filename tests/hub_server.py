@@ -1,0 +1,126 @@
+"""A model hub of one process: what huggingface_hub asks of it to list, download and commit, over files in memory."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+
+class HubServer:
+    """Repositories by name; every commit keeps its files. `requests` counts what was asked."""
+
+    def __init__(self) -> None:
+        self.commits: dict[str, dict[str, dict[str, bytes]]] = {}
+        self.branches: dict[str, dict[str, str]] = {}
+        self.requests: list[str] = []
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            do_GET = do_HEAD = do_POST = lambda self: hub.handle(self)  # noqa: N815
+
+            def log_message(self, *args: Any) -> None:
+                return
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def commit(self, repo: str, files: dict[str, bytes], *, branch: str = "main") -> str:
+        """Add files to a branch; return the commit."""
+        branches, commits = self.branches.setdefault(repo, {}), self.commits.setdefault(repo, {})
+        before = commits.get(branches.get(branch, ""), {})
+        after = before | files
+        name = hashlib.sha1(
+            repr([repo, len(commits), sorted((key, hashlib.sha1(data).hexdigest()) for key, data in after.items())]).encode()
+        ).hexdigest()
+        commits[name], branches[branch] = after, name
+        return name
+
+    def handle(self, request: BaseHTTPRequestHandler) -> None:
+        body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
+        path = unquote(urlsplit(request.path).path)
+        asked = request.headers.get("Range")
+        self.requests.append(f"{request.command} {path}" + (f" {asked}" if asked else ""))
+        if path == "/api/repos/create":
+            wanted = json.loads(body)
+            repo = f"{wanted['organization']}/{wanted['name']}" if wanted.get("organization") else wanted["name"]
+            if repo in self.branches:
+                return self._json(request, {"url": f"{self.endpoint}/{repo}", "error": "exists"}, status=409)
+            self.commit(repo, {})
+            return self._json(request, {"url": f"{self.endpoint}/{repo}"})
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(revision|tree|preupload|commit)/([^/]+)", path):
+            return self._api(request, *match.groups(), body=body)
+        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            return self._file(request, *match.groups())
+        return self._json(request, {"error": "unknown"}, status=404)
+
+    def _find(self, request: BaseHTTPRequestHandler, repo: str, revision: str) -> str | None:
+        if repo not in self.branches:
+            self._json(request, {"error": "Repository not found"}, status=404, headers={"X-Error-Code": "RepoNotFound"})
+            return None
+        commit = self.branches[repo].get(revision, revision)
+        if commit not in self.commits[repo]:
+            self._json(request, {"error": "Revision not found"}, status=404, headers={"X-Error-Code": "RevisionNotFound"})
+            return None
+        return commit
+
+    def _api(self, request: BaseHTTPRequestHandler, repo: str, verb: str, revision: str, *, body: bytes) -> None:
+        commit = self._find(request, repo, revision)
+        if commit is None:
+            return
+        files = self.commits[repo][commit]
+        if verb == "revision":
+            self._json(request, {"id": repo, "modelId": repo, "sha": commit, "siblings": [{"rfilename": name} for name in files]})
+        elif verb == "tree":
+            entries = [
+                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()} for name, data in files.items()
+            ]
+            self._json(request, entries)
+        elif verb == "preupload":
+            names = [file["path"] for file in json.loads(body)["files"]]
+            self._json(request, {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]})
+        else:
+            lines = [json.loads(line) for line in body.splitlines()]
+            added = {line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"}
+            new = self.commit(repo, added, branch=revision)
+            self._json(request, {"commitUrl": f"{self.endpoint}/{repo}/commit/{new}", "commitOid": new, "success": True})
+
+    def _file(self, request: BaseHTTPRequestHandler, repo: str, revision: str, name: str) -> None:
+        commit = self._find(request, repo, revision)
+        if commit is None:
+            return
+        data = self.commits[repo][commit].get(name)
+        if data is None:
+            self._json(request, {"error": "Entry not found"}, status=404, headers={"X-Error-Code": "EntryNotFound"})
+            return
+        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        status, part = 200, data
+        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range") or ""):
+            start, stop = int(match[1]), min(int(match[2]) + 1 if match[2] else len(data), len(data))
+            status, part = 206, data[start:stop]
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
+        self._send(request, status, headers | {"Content-Type": "application/octet-stream"}, part)
+
+    def _json(self, request: BaseHTTPRequestHandler, value: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        self._send(request, status, {"Content-Type": "application/json"} | (headers or {}), json.dumps(value).encode())
+
+    def _send(self, request: BaseHTTPRequestHandler, status: int, headers: dict[str, str], data: bytes) -> None:
+        request.send_response(status)
+        for name, value in headers.items():
+            request.send_header(name, value)
+        request.send_header("Content-Length", str(len(data)))
+        request.end_headers()
+        if request.command != "HEAD":
+            request.wfile.write(data)

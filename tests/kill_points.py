@@ -1,0 +1,51 @@
+"""A run in a process of its own that kills itself at a given wait for the disk: exact points, and no start-up to pay."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from multiprocessing.context import ForkServerProcess
+from typing import Any
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["mmerge.pipeline.build", "mmerge.pipeline.plan", "mmerge.pipeline.recipe", "mmerge.workers.merge"])
+
+
+def count_waits(recipe: str) -> int:
+    """Return how often an undisturbed run waits for the disk."""
+    found = _context.Value("i", 0)
+    _start(recipe, 0, found).join()
+    return found.value
+
+
+def run_until(recipe: str, kill_at: int) -> int:
+    """Return the exit code of a run that kills itself (SIGKILL) at its wait number `kill_at`."""
+    found = _context.Value("i", 0)  # kept until the process has opened it
+    process = _start(recipe, kill_at, found)
+    process.join(120)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def _start(recipe: str, kill_at: int, found: Any) -> ForkServerProcess:
+    process = _context.Process(target=_run, args=(recipe, kill_at, found))
+    process.start()
+    return process
+
+
+def _run(recipe: str, kill_at: int, found: Any) -> None:
+    import mmerge.manifests.folder as folder
+    from mmerge.pipeline import make_plan, read_recipe, run
+
+    class CountingOs:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(os, name)
+
+        def fsync(self, handle: int) -> None:
+            found.value += 1
+            if found.value == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    folder.os = CountingOs()  # type: ignore[attr-defined]
+    run(make_plan(read_recipe(recipe)))

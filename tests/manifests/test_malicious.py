@@ -1,0 +1,274 @@
+"""Inputs that mean harm: refused with a clear error, without much memory, and nothing outside the folder read or written."""
+
+from __future__ import annotations
+
+import json
+import resource
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mmerge.manifests.digest import digest_bytes
+from mmerge.manifests.errors import CheckpointError, ManifestError, MmergeError, StoreError
+from mmerge.manifests.manifest import Manifest, manifest_key, read_file, read_manifest, to_manifest_bytes
+from mmerge.manifests.store import Store, open_store
+from mmerge.manifests.table import read_table
+from mmerge.manifests.verify import verify
+from mmerge.pipeline import make_plan, read_recipe, run
+from mmerge.workers.checkpoint import Checkpoint
+
+BUILD = "a" * 64
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def header(entries: dict[str, Any], *, length: int | None = None, data: bytes = b"") -> bytes:
+    text = json.dumps(entries).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def entry(begin: int, stop: int, shape: list[int] | None = None) -> dict[str, Any]:
+    return {"dtype": "U8", "shape": [stop - begin] if shape is None else shape, "data_offsets": [begin, stop]}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Callable[..., Checkpoint]:
+    def make(**files: bytes) -> Checkpoint:
+        folder = tmp_path / "model"
+        folder.mkdir()
+        for name, data in ({"config__json": b"{}"} | files).items():
+            (folder / name.replace("__", ".")).write_bytes(data)
+        return Checkpoint(str(folder), owner="expert 'image'")
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (header({}, length=1 << 60), "announces a header of 1,152,921,504,606,846,976 bytes"),
+        (header({"a": entry(0, 4), "b": entry(2, 6)}, data=b"123456"), "b: data begins at byte"),
+        (header({"a": {"dtype": "U8", "shape": [4], "data_offsets": [-4, 0]}}, data=b"1234"), "no pair of sizes"),
+        (header({"a": {"dtype": "U8", "shape": [1 << 61, 8], "data_offsets": [0, 4]}}, data=b"1234"), "its offsets span 4"),
+        (struct.pack("<Q", 9) + b'{"a":NaN}', "NaN is no JSON number"),
+        (struct.pack("<Q", 15) + b'{"a":1,"a":2}  ', "stands twice"),
+        (struct.pack("<Q", 90_000) + b"[" * 90_000, "no valid JSON"),
+    ],
+)
+def test_a_safetensors_file_that_lies_is_refused(checkpoint: Callable[..., Checkpoint], data: bytes, match: str) -> None:
+    found = checkpoint(model__safetensors=data)
+    with pytest.raises(CheckpointError, match=match) as caught:
+        _ = found.tensors
+    assert "expert 'image'" in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["../secret.safetensors", "/etc/passwd", "a/../../b", "..\\b", "", ".."])
+def test_a_weight_map_cannot_name_a_file_elsewhere(checkpoint: Callable[..., Checkpoint], place: str) -> None:
+    index = json.dumps({"weight_map": {"a": place}}).encode()
+    found = checkpoint(**{"model__safetensors__index__json": index})
+    with pytest.raises(CheckpointError, match="only files of the same folder are read"):
+        _ = found.tensors
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_a_json_of_a_gigabyte_is_refused_before_it_is_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_bytes(b"{}")
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(1 << 30)
+    before = peak_bytes()
+    with pytest.raises(CheckpointError, match="1,073,741,824 bytes, at most"):
+        _ = Checkpoint(str(tmp_path), owner="base").tensors
+    assert peak_bytes() - before < 100 << 20
+
+
+@pytest.mark.parametrize("data", [b'{"a": NaN}', b'{"a": Infinity}', b'{"a": 1, "a": 2}', b"[1]", b"\xff", b'{"a": 1' + b"0" * 5000 + b"}"])
+def test_a_configuration_that_is_no_strict_json_is_refused(checkpoint: Callable[..., Checkpoint], data: bytes) -> None:
+    with pytest.raises(CheckpointError, match="Fetch the checkpoint again"):
+        checkpoint(config__json=data)
+
+
+def test_a_link_out_of_a_checkpoint_is_refused_and_one_of_the_hubs_cache_is_not(tmp_path: Path) -> None:
+    secret = tmp_path / "secret.json"
+    secret.write_text('{"password": "x"}')
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").symlink_to(secret)
+    with pytest.raises(CheckpointError, match="is a link that leads out of the folder"):
+        Checkpoint(str(folder), owner="base")
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text("{}")
+    (folder / "tokenizer.json").symlink_to(secret)
+    with pytest.raises(MmergeError, match="leads out of the folder"):
+        Checkpoint(str(folder), owner="base").read_small_files()
+    cache = tmp_path / "models--org--x"
+    snapshot = cache / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    (cache / "blobs" / "abc").write_text('{"model_type": "llama"}')
+    (snapshot / "config.json").symlink_to("../../blobs/abc")
+    assert Checkpoint(str(snapshot), owner="base").config == {"model_type": "llama"}
+    (snapshot / "tokenizer.json").symlink_to("../../../secret.json")
+    with pytest.raises(MmergeError, match="leads out of the folder"):
+        Checkpoint(str(snapshot), owner="base").read_small_files()
+
+
+def test_a_link_out_of_a_store_is_neither_read_nor_written_nor_deleted_through(tmp_path: Path) -> None:
+    outside, inside = tmp_path / "outside", tmp_path / "store"
+    outside.mkdir()
+    inside.mkdir()
+    (outside / "secret").write_text("secret")
+    (inside / "objects").symlink_to(outside)
+    store = open_store(str(inside))
+    for action in (
+        lambda: store.read("objects/secret"), lambda: store.read_range("objects/secret", offset=0, num_bytes=1),
+        lambda: store.read_ranges("objects/secret", [(0, 1)]), lambda: store.num_bytes("objects/secret"),
+        lambda: store.put("objects/new", b""), lambda: store.put_new("objects/new", b""), lambda: store.open_writer("objects/new"),
+        lambda: store.delete("objects/secret"), lambda: list(store.list("objects")),
+    ):  # fmt: skip
+        with pytest.raises(StoreError, match="leads out of the folder"):
+            action()
+    assert [path.name for path in outside.iterdir()] == ["secret"]
+    assert list(store.list()) == []
+
+
+@pytest.fixture
+def good(lab: Any) -> tuple[Store, Manifest]:
+    report = run(make_plan(read_recipe(lab.write_recipe(lab.make_all(1)))))
+    assert report.manifest is not None
+    return open_store(str(lab.folder / "store")), report.manifest
+
+
+Edit = Callable[[dict[str, Any]], object]
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda raw: raw["entries"][0].update(key="../../../etc/passwd"), lambda raw: raw["entries"][0].update(key="/etc/passwd"),
+        lambda raw: raw["table"].update(key="../table"), lambda raw: raw["base"]["files"][0].update(name="../../.bashrc"),
+        lambda raw: raw["experts"][0]["files"][0].update(name="/etc/cron.d/x"), lambda raw: raw["base"]["files"][0].update(name=".."),
+        lambda raw: raw["base"]["files"][0].update(digest="../../x"), lambda raw: raw.update(build="../" + "a" * 61),
+        lambda raw: raw["entries"][0].update(num_bytes=-1), lambda raw: raw["table"].update(num_bytes=-5),
+        lambda raw: raw.update(entries="x"), lambda raw: raw.update(invented=1),
+    ],
+)  # fmt: skip
+def test_a_manifest_that_reaches_elsewhere_or_has_no_sense_is_refused(good: tuple[Store, Manifest], edit: Edit) -> None:
+    store, manifest = good
+    raw = json.loads(to_manifest_bytes(manifest))
+    edit(raw)
+    store.put(manifest_key(manifest.build), json.dumps(raw).encode())
+    with pytest.raises(ManifestError, match="damaged"):
+        read_manifest(store, manifest.build)
+
+
+def put_table(store: Store, manifest: Manifest, change: dict[str, Any]) -> Any:
+    """Put a table whose first row is changed, with a digest that fits: only its sense is wrong."""
+    import io
+
+    table = pq.read_table(io.BytesIO(store.read(manifest.table.key)))
+    rows = table.to_pylist()
+    rows[0] |= change
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), sink)
+    data = sink.getvalue()
+    store.put(manifest.table.key, data)
+    return manifest.table.model_copy(update={"digest": digest_bytes(data), "num_bytes": len(data)})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"object": "../../etc/passwd"},
+        {"offset": -8},
+        {"num_bytes": 1 << 60},
+        {"num_bytes": -1},
+        {"dtype": "X9"},
+        {"role": "soup"},
+        {"shape": [1 << 40]},
+    ],
+)
+def test_a_table_whose_rows_have_no_sense_is_refused(good: tuple[Store, Manifest], change: dict[str, Any]) -> None:
+    store, manifest = good
+    entry = put_table(store, manifest, change)
+    with pytest.raises(ManifestError, match="no valid table"):
+        read_table(store, entry)
+
+
+def test_bytes_that_are_no_parquet_are_refused(good: tuple[Store, Manifest]) -> None:
+    store, manifest = good
+    store.put(manifest.table.key, b"PAR1 no table")
+    entry = manifest.table.model_copy(update={"digest": digest_bytes(b"PAR1 no table"), "num_bytes": 13})
+    with pytest.raises(ManifestError, match="no valid table"):
+        read_table(store, entry)
+
+
+@pytest.mark.parametrize("kind", ["memory", "local", "moto"])
+def test_a_range_of_2_to_the_60_bytes_takes_no_memory(places: Any, kind: str) -> None:
+    store = open_store(places.make(kind), create=True)
+    store.put("a", b"123")
+    before = peak_bytes()
+    with pytest.raises(StoreError, match="a"):
+        store.read_range("a", offset=0, num_bytes=1 << 60)
+    assert peak_bytes() - before < 100 << 20
+
+
+def test_a_file_larger_than_its_manifest_says_is_not_read(good: tuple[Store, Manifest]) -> None:
+    store, manifest = good
+    file = manifest.base.files[0]
+    with (Path(store.uri) / file.key).open("ab") as handle:
+        handle.truncate(1 << 31)
+    before = peak_bytes()
+    with pytest.raises(ManifestError, match=file.name):
+        read_file(store, file)
+    assert verify(store.uri).damages
+    assert peak_bytes() - before < 100 << 20
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(noise=st.binary(max_size=20), at=st.integers(0, 5000), cut=st.booleans())
+def test_any_damage_of_a_manifest_raises_only_our_errors(good: tuple[Store, Manifest], noise: bytes, at: int, cut: bool) -> None:
+    store, manifest = open_store("memory://fuzz"), good[1]
+    data = to_manifest_bytes(manifest)
+    at %= len(data)
+    store.put(manifest_key(manifest.build), data[:at] + noise + (b"" if cut else data[at + len(noise) :]))
+    try:
+        found = read_manifest(store, manifest.build)
+    except ManifestError:
+        return
+    assert found.build == manifest.build
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=10,
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), value=json_values)
+def test_any_value_in_any_place_of_a_manifest_raises_only_our_errors(good: tuple[Store, Manifest], data: Any, value: Any) -> None:
+    store, manifest = open_store("memory://fuzz"), good[1]
+    raw: Any = json.loads(to_manifest_bytes(manifest))
+    place = raw
+    while True:
+        key: Any = data.draw(st.sampled_from(sorted(place)) if isinstance(place, dict) else st.integers(0, len(place) - 1))
+        if not isinstance(place[key], dict | list) or not place[key] or data.draw(st.booleans()):
+            break
+        place = place[key]
+    place[key] = value
+    store.put(manifest_key(manifest.build), json.dumps(raw).encode())
+    try:
+        found = read_manifest(store, manifest.build)
+    except ManifestError:
+        return
+    assert all(".." not in entry.key.split("/") and not entry.key.startswith("/") for entry in found.entries)

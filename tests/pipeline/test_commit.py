@@ -1,0 +1,213 @@
+"""What a store holds is true at every moment: runs that are killed, two builders at once, servers that fail, bytes that change."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import kill_points
+import pytest
+from store_servers import FaultProxy
+
+from mmerge.manifests.ahead import AHEAD_BYTES
+from mmerge.manifests.errors import DamagedObject, MmergeError, StoreUnavailable
+from mmerge.manifests.reference import list_references, read_reference
+from mmerge.manifests.store import Store, open_store
+from mmerge.manifests.table import StoredRow, read_table
+from mmerge.pipeline import make_plan, read_recipe, run, verify
+from mmerge.pipeline.build import RunReport
+
+
+def digests(store: Store) -> dict[str, str]:
+    """Every object, file, manifest and table (references hold times, surveys are caches of paths)."""
+    kept = ("objects/", "files/", "builds/")
+    return {key: hashlib.sha256(store.read(key)).hexdigest() for key in store.list() if key.startswith(kept)}
+
+
+def build(lab: Any, raw: dict[str, Any], output: str) -> RunReport:
+    return run(make_plan(read_recipe(lab.write_recipe(raw | {"output": output}, f"{hashlib.sha1(output.encode()).hexdigest()[:8]}.yaml"))))
+
+
+def test_a_run_killed_at_50_random_points_leaves_only_what_verifies_and_ends_with_the_same_digests(lab: Any) -> None:
+    num_points = 50
+    raw = lab.make_all()
+    undisturbed = str(lab.write_recipe(raw | {"output": "undisturbed"}, "undisturbed.yaml"))
+    num_waits = kill_points.count_waits(undisturbed)
+    assert num_waits > 40
+    wanted = digests(open_store(str(lab.folder / "undisturbed")))
+    chance = random.Random(7)
+    num_killed = num_stores = 0
+    while num_killed < num_points:
+        num_stores += 1
+        place = str(lab.folder / f"killed{num_stores}")
+        recipe = str(lab.write_recipe(raw | {"output": place}, "killed.yaml"))
+        store, left, code = open_store(place, create=True), num_waits, -9
+        while code == -9 and num_killed < num_points:
+            kill_at = chance.randint(1, max(2, left))
+            code, left = kill_points.run_until(recipe, kill_at), left - kill_at
+            num_killed += code == -9
+            for manifest in [key for key in store.list("builds") if key.endswith("/manifest.json")]:
+                verify(f"{place}#{manifest.split('/')[1]}").check()
+        assert code == 0 or kill_points.run_until(recipe, 0) == 0
+        assert digests(store) == wanted
+        verify(place).check()
+
+
+@pytest.mark.parametrize("kind", ["local", "moto", "racy"])
+def test_two_builders_at_once_both_end_well_with_one_build(
+    lab: Any, places: Any, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    raw = lab.make_all(2)
+    place = places.make("local" if kind == "local" else "moto")
+    with FaultProxy(places.endpoint("moto"), racy_create=True) if kind == "racy" else ThreadPoolExecutor() as proxy:
+        if isinstance(proxy, FaultProxy):
+            monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        plan = make_plan(read_recipe(lab.write_recipe(raw | {"output": place})))
+        with ThreadPoolExecutor(2) as pool, caplog.at_level(logging.WARNING, logger="mmerge.store"):
+            one, other = pool.map(lambda _: run(plan), range(2))
+        store = open_store(place)
+        assert one.build == other.build
+        assert one.manifest == other.manifest
+        assert {key.split("/")[1] for key in store.list("builds")} == {one.build}
+        references = list_references(store)["tiny"]
+        assert {read_reference(store, "tiny", number).build for number in references} == {one.build}
+        verify(place).check()
+        assert any("lets several writers create" in record.message for record in caplog.records) == (kind == "racy")
+    undisturbed = build(lab, raw, "undisturbed")
+    assert undisturbed.manifest == one.manifest
+
+
+def test_a_build_ends_right_though_requests_fail_break_off_and_stall(lab: Any, places: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = lab.make_all(2)
+    undisturbed = build(lab, raw, "undisturbed")
+    place = places.make("moto")
+    with FaultProxy(places.endpoint("moto"), share=0.05, stall_seconds=4, seed=3) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        monkeypatch.setenv("MMERGE_REQUEST_TIMEOUT", "2")
+        report = build(lab, raw, place)
+        verify(place).check()
+    assert sum(count for fault, count in proxy.counts.items() if fault != "none") >= 5
+    assert report.build == undisturbed.build
+    monkeypatch.setenv("AWS_ENDPOINT_URL", places.endpoint("moto"))
+    assert digests(open_store(place)) == digests(open_store(str(lab.folder / "undisturbed")))
+
+
+@pytest.mark.parametrize("fault", ["500", "reset", "stall"])
+def test_a_store_that_always_fails_ends_with_one_error_in_bounded_time(
+    lab: Any, places: Any, monkeypatch: pytest.MonkeyPatch, fault: Any
+) -> None:
+    place = places.make("moto")
+    raw = lab.make_all(2)
+    with FaultProxy(places.endpoint("moto"), share=1.0, faults=(fault,), stall_seconds=3) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        monkeypatch.setenv("MMERGE_REQUEST_TIMEOUT", "0.5")
+        monkeypatch.setenv("MMERGE_RETRY_TIMEOUT", "2")
+        began = time.monotonic()
+        with pytest.raises(StoreUnavailable) as caught:
+            build(lab, raw, place)
+        assert time.monotonic() - began < 20
+    message = str(caught.value)
+    assert "cannot be written" in message
+    assert "Choose another 'output' or grant write access" in message
+    assert "\n" not in message
+
+
+def test_inputs_are_read_from_the_same_stores_as_outputs(lab: Any, places: Any) -> None:
+    raw = lab.make_all(2)
+    local = build(lab, raw, "local")
+    local_plan = make_plan(read_recipe(lab.write_recipe(raw)))
+    place = places.make("moto")
+    store = open_store(place)
+    for name in ("base", "image", "audio"):
+        for path in (lab.folder / name).iterdir():
+            store.put(f"{name}/{path.name}", path.read_bytes())
+    experts = {name: {"path": f"{place}/{name}", "modality": name} for name in ("image", "audio")}
+    raw |= {"base": f"{place}/base", "experts": experts}
+    remote = build(lab, raw, f"{place}/composites")
+    assert remote.manifest == local.manifest
+    remote_plan = make_plan(read_recipe(lab.write_recipe(raw)))
+    assert remote_plan.peak_bytes - local_plan.peak_bytes == 3 * AHEAD_BYTES, "what is read ahead is stated"
+    assert b"AK" not in store.read(f"composites/builds/{remote.build}/manifest.json")
+
+
+@pytest.fixture
+def built(lab: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[StoredRow]]:
+    """A small build, with a loader that reads every tensor; models and tokenizers of three layers are not the matter here."""
+    import mmerge.workers.load as load
+
+    report = build(lab, lab.make_all(2), "store")
+    monkeypatch.setattr(load, "load_tokenizer", lambda files, owner: None)
+    monkeypatch.setattr(load, "MediaEncoder", lambda **parts: None)
+    assert report.manifest is not None
+    return lab.folder / "store", read_table(open_store(str(lab.folder / "store")), report.manifest.table)
+
+
+def load(folder: Path) -> None:
+    """Load the composite in every mode; each reads only what it needs, together they read every tensor."""
+    from mmerge.pipeline import load_composite
+
+    load_composite(str(folder))
+    for expert in ("image", "audio"):
+        load_composite(str(folder), mode="retention", expert=expert)
+
+
+def test_every_changed_byte_of_a_tensor_is_found_and_named_by_verify_and_by_the_loader(built: tuple[Path, list[StoredRow]]) -> None:
+    folder, rows = built
+    load(folder)
+    chance = random.Random(5)
+    tried = {row.role: row for row in chance.sample(rows, len(rows))}
+    assert set(tried) == {"base", "delta", "mask", "carried", "extra_rows"}
+    for row in [*tried.values(), *chance.sample(rows, 8)]:
+        path = folder / row.object
+        whole = path.read_bytes()
+        at = row.offset + chance.randrange(row.num_bytes)
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << chance.randrange(8))]) + whole[at + 1 :])
+        (damage,) = verify(str(folder)).damages
+        assert row.object in damage
+        assert row.name in damage
+        assert f"bytes {row.offset} to {row.offset + row.num_bytes}" in damage
+        with pytest.raises(DamagedObject) as caught:
+            load(folder)
+        assert row.object in str(caught.value)
+        assert row.name in str(caught.value)
+        path.write_bytes(whole)
+    load(folder)
+
+
+def test_every_truncation_and_swap_is_found_and_named_by_verify_and_by_the_loader(built: tuple[Path, list[StoredRow]]) -> None:
+    folder, rows = built
+    objects = sorted({row.object for row in rows})
+    chance = random.Random(6)
+    for key in chance.sample(objects, 5):
+        path = folder / key
+        whole = path.read_bytes()
+        path.write_bytes(whole[: chance.randrange(len(whole))])
+        check_damage(folder, [key], rows)
+        path.unlink()
+        check_damage(folder, [key], rows)
+        path.write_bytes(whole)
+    for one, other in (chance.sample(objects, 2) for _ in range(4)):
+        before = {key: (folder / key).read_bytes() for key in (one, other)}
+        (folder / one).write_bytes(before[other])
+        (folder / other).write_bytes(before[one])
+        check_damage(folder, [one, other], rows)
+        for key, whole in before.items():
+            (folder / key).write_bytes(whole)
+    load(folder)
+
+
+def check_damage(folder: Path, keys: list[str], rows: list[StoredRow]) -> None:
+    damages = verify(str(folder)).damages
+    for key in keys:
+        found = [damage for damage in damages if key in damage]
+        assert found
+        assert any(row.name in found[0] for row in rows if row.object == key)
+    with pytest.raises(MmergeError) as caught:
+        load(folder)
+    assert any(key in str(caught.value) for key in keys)
+    assert any(row.name in str(caught.value) for row in rows if row.object in keys)

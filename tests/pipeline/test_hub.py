@@ -1,0 +1,142 @@
+"""Inputs from a model hub, and pushing to it, against a small hub of this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants as constants
+import pytest
+from hub_server import HubServer
+
+from mmerge.manifests.errors import CheckpointError, NotFound, StoreError, StoreUnavailable
+from mmerge.manifests.hub import open_hub, pin_uri
+from mmerge.manifests.manifest import read_manifest
+from mmerge.manifests.reference import open_build
+from mmerge.manifests.store import open_store
+from mmerge.pipeline import make_plan, read_recipe, run, verify
+from mmerge.pipeline.push import push
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    server = HubServer()
+    for name, value in {
+        "ENDPOINT": server.endpoint, "HUGGINGFACE_CO_URL_TEMPLATE": server.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_HUB_DISABLE_PROGRESS_BARS": True,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(constants, name, value)
+    yield server
+    server.close()
+
+
+def upload(hub: HubServer, lab: Any, name: str) -> str:
+    files = {path.name: path.read_bytes() for path in (lab.folder / name).iterdir()}
+    return hub.commit(f"org/{name}", files | {"pytorch_model.bin": b"never fetched" * 1000})
+
+
+def make_hub_recipe(hub: HubServer, lab: Any) -> Path:
+    raw = lab.make_all()
+    for name in ("base", *raw["experts"]):
+        upload(hub, lab, name)
+    raw["base"] = "hf://org/base"
+    for name, expert in raw["experts"].items():
+        expert["path"] = f"hf://org/{name}@main"
+    return lab.write_recipe(raw)
+
+
+def test_a_revision_is_pinned_to_its_commit_and_the_manifest_records_it(hub: HubServer, lab: Any) -> None:
+    recipe = make_hub_recipe(hub, lab)
+    report = run(make_plan(read_recipe(recipe)))
+    assert report.manifest is not None
+    assert report.manifest.base.source == f"hf://org/base@{hub.branches['org/base']['main']}"
+    assert [expert.source for expert in report.manifest.experts] == [
+        f"hf://org/{name}@{hub.branches[f'org/{name}']['main']}" for name in ("image", "audio", "video")
+    ]
+    assert report.reference.sources["audio"] == report.manifest.experts[1].source
+    raw = lab.make_all()
+    local = run(make_plan(read_recipe(lab.write_recipe(raw | {"output": "local"}))))
+    assert local.manifest is not None
+    assert [entry.digest for entry in local.manifest.entries] == [entry.digest for entry in report.manifest.entries]
+
+
+def test_a_plan_reads_headers_by_range_and_a_run_fetches_only_the_files_it_needs(hub: HubServer, lab: Any) -> None:
+    recipe = make_hub_recipe(hub, lab)
+    plan = make_plan(read_recipe(recipe))
+    weights = [line for line in hub.requests if line.startswith("GET") and "model.safetensors" in line]
+    assert len(weights) == 4
+    assert all("bytes=0-" in line for line in weights)
+    run(plan)
+    assert not any("pytorch_model.bin" in line for line in hub.requests)
+    before = len(hub.requests)
+    assert not run(plan).is_new
+    assert not [line for line in hub.requests[before:] if line.startswith("GET") and "/resolve/" in line], "the node's cache was not used"
+
+
+def test_a_branch_that_moved_gives_another_commit_and_only_then(hub: HubServer, lab: Any) -> None:
+    recipe = make_hub_recipe(hub, lab)
+    first = make_plan(read_recipe(recipe))
+    assert make_plan(read_recipe(recipe)).recipe == first.recipe
+    hub.commit("org/audio", {"note.txt": b"new"})
+    assert make_plan(read_recipe(recipe)).recipe.experts[1].uri != first.recipe.experts[1].uri
+    run(first)  # a plan keeps its commit
+
+
+def test_offline_a_build_runs_from_the_cache_and_says_what_the_cache_lacks(
+    hub: HubServer, lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_hub_recipe(hub, lab)
+    online = run(make_plan(read_recipe(recipe)))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+    offline = run(make_plan(read_recipe(recipe)), fresh=True)
+    assert offline.build == online.build
+    assert hub.requests == []
+    with pytest.raises(StoreUnavailable, match=r"hf://org/other@main: offline, and the cache does not know"):
+        pin_uri("hf://org/other")
+
+
+def test_what_the_hub_does_not_have_is_named(hub: HubServer, lab: Any) -> None:
+    with pytest.raises(NotFound, match=r"hf://org/none: main: not found on the hub"):
+        pin_uri("hf://org/none")
+    commit = hub.commit("org/x", {"a.json": b"{}"})
+    with pytest.raises(NotFound, match="not found"):
+        pin_uri("hf://org/x@v9")
+    store = open_hub(f"hf://org/x@{commit}")
+    assert sorted(store.list()) == ["a.json"]
+    with pytest.raises(NotFound, match=r"b\.json: not found"):
+        store.read("b.json")
+    with pytest.raises(StoreError, match="mmerge push"):
+        store.put("b", b"")
+    for bad in ("hf://x", "hf://a/b/c", "hf://a/b@", "hf://../x/y"):
+        with pytest.raises(StoreError, match="expected hf://ORG/REPO"):
+            pin_uri(bad)
+    raw = lab.make_all()
+    raw["experts"]["audio"]["path"] = "hf://org/none"
+    with pytest.raises(CheckpointError, match=r"expert 'audio': hf://org/none"):
+        make_plan(read_recipe(lab.write_recipe(raw)))
+
+
+def test_a_pushed_composite_verifies_from_the_hub_and_is_numbered(hub: HubServer, lab: Any) -> None:
+    raw = lab.make_all()
+    first = run(make_plan(read_recipe(lab.write_recipe(raw))))
+    report = push(str(lab.folder / "store"), "hf://org/composite")
+    verify(report.uri + "#tiny").check()
+    store, build = open_build("hf://org/composite#tiny@1")
+    assert (build, read_manifest(store, build)) == (first.build, first.manifest)
+    assert not [key for key in open_store("hf://org/composite").list() if key.startswith(("surveys", "claims", "probe"))]
+    push(str(lab.folder / "store"), "hf://org/composite")
+    second = run(make_plan(read_recipe(lab.write_recipe(raw | {"mask_scale": 0.9}))))
+    push(str(lab.folder / "store"), "hf://org/composite")
+    assert open_build("hf://org/composite#tiny")[1] == second.build
+    assert open_build("hf://org/composite#tiny@1")[1] == first.build
+
+
+def test_an_export_is_pushed_as_it_is(hub: HubServer, tmp_path: Path) -> None:
+    folder = tmp_path / "export"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"x" * 1000)
+    push(str(folder), "hf://org/exported")
+    assert hub.commits["org/exported"][hub.branches["org/exported"]["main"]] == {"config.json": b"{}", "model.safetensors": b"x" * 1000}

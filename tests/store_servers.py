@@ -1,0 +1,370 @@
+"""Object storage servers for tests and benchmarks: each started with its own ports and folder, and ended by its pid."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import random
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Literal
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+Fault = Literal["500", "503", "reset", "truncated", "stall"]
+FAULTS: tuple[Fault, ...] = ("500", "503", "reset", "truncated", "stall")
+AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+"""The published key of the emulator's only account."""
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def wait_for(port: int, *, seconds: float = 90, process: subprocess.Popen[bytes] | None = None) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if process is not None and process.poll() is not None:
+            raise RuntimeError(f"the server ended with code {process.returncode}")
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        time.sleep(0.1)
+    raise RuntimeError(f"nothing listens on port {port}")
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def s3_environment(endpoint: str, *, key: str = "AK", secret: str = "SK") -> dict[str, str]:
+    return {
+        "AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret, "AWS_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }  # fmt: skip
+
+
+def make_bucket(environment: dict[str, str], name: str) -> None:
+    """Create a bucket with the one request that the library has no verb for."""
+    import obstore
+    from obstore.store import S3Store
+
+    root = S3Store(
+        name, endpoint=environment["AWS_ENDPOINT_URL"], access_key_id=environment["AWS_ACCESS_KEY_ID"],
+        secret_access_key=environment["AWS_SECRET_ACCESS_KEY"], region="us-east-1", client_options={"allow_http": True},
+    )  # fmt: skip
+    from datetime import timedelta
+
+    url = obstore.sign(root, "PUT", "x", timedelta(seconds=60)).partition("?")[0].rpartition("/")[0]
+    _put_bucket(url, environment)
+
+
+def _put_bucket(url: str, environment: dict[str, str]) -> None:
+    from botocore.auth import SigV4Auth
+    from botocore.awsrequest import AWSRequest
+    from botocore.credentials import Credentials
+
+    request = AWSRequest(method="PUT", url=url)
+    request.headers["x-amz-content-sha256"] = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    SigV4Auth(Credentials(environment["AWS_ACCESS_KEY_ID"], environment["AWS_SECRET_ACCESS_KEY"]), "s3", "us-east-1").add_auth(request)
+    host, _, path = url.removeprefix("http://").partition("/")
+    connection = http.client.HTTPConnection(host, timeout=60)
+    connection.request("PUT", "/" + path, headers=dict(request.headers))
+    answer = connection.getresponse()
+    if answer.status not in (200, 409):
+        raise RuntimeError(f"bucket {path}: {answer.status} {answer.read()[:200]!r}")
+    connection.close()
+
+
+@contextmanager
+def moto_server(folder: Path) -> Iterator[dict[str, str]]:
+    """An S3 server in memory; its create is atomic, it checks no signature."""
+    port = free_port()
+    with (folder / "moto.log").open("wb") as log:
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        wait_for(port, process=process)
+        environment = s3_environment(f"http://127.0.0.1:{port}")
+        make_bucket(environment, "bucket")
+        yield environment
+    finally:
+        end(process)
+
+
+def find_azurite() -> str | None:
+    """The Azure emulator: on PATH, or where `make azurite` puts it."""
+    local = REPOSITORY / ".venv" / "azurite" / "node_modules" / ".bin" / "azurite-blob"
+    return os.environ.get("AZURITE_BLOB") or shutil.which("azurite-blob") or (str(local) if local.exists() else None)
+
+
+@contextmanager
+def azurite_server(folder: Path) -> Iterator[dict[str, str]]:
+    port = free_port()
+    program = find_azurite()
+    assert program is not None
+    command = [program, "--blobHost", "127.0.0.1", "--blobPort", str(port), "--location", str(folder), "--silent", "--disableTelemetry"]
+    with (folder / "azurite.log").open("wb") as log:
+        process = subprocess.Popen([*command, "--skipApiVersionCheck"], stdout=log, stderr=log, start_new_session=True)
+    try:
+        wait_for(port, process=process)
+        environment = {
+            "AZURE_STORAGE_ACCOUNT_NAME": "devstoreaccount1", "AZURE_STORAGE_ACCOUNT_KEY": AZURITE_KEY,
+            "AZURE_STORAGE_ENDPOINT": f"http://127.0.0.1:{port}/devstoreaccount1",
+        }  # fmt: skip
+        _make_container(port)
+        yield environment
+    finally:
+        end(process)
+
+
+def _make_container(port: int) -> None:
+    """Create a container, signed with the account's shared key (the library has no verb for it)."""
+    import base64
+    import hashlib
+    import hmac
+    from email.utils import formatdate
+
+    date = formatdate(usegmt=True)
+    headers = {"x-ms-date": date, "x-ms-version": "2023-11-03", "Content-Length": "0"}
+    account = "devstoreaccount1"
+    signed = f"PUT\n\n\n\n\n\n\n\n\n\n\n\nx-ms-date:{date}\nx-ms-version:2023-11-03\n/{account}/{account}/bucket\nrestype:container"
+    signature = base64.b64encode(hmac.new(base64.b64decode(AZURITE_KEY), signed.encode(), hashlib.sha256).digest()).decode()
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection.request(
+        "PUT", f"/{account}/bucket?restype=container", headers=headers | {"Authorization": f"SharedKey {account}:{signature}"}
+    )
+    answer = connection.getresponse()
+    if answer.status != 201:
+        raise RuntimeError(f"container: {answer.status} {answer.read()[:300]!r}")
+    connection.close()
+
+
+def has_ceph() -> bool:
+    return all(shutil.which(name) for name in ("ceph-mon", "ceph-osd", "radosgw", "ceph-authtool", "monmaptool", "radosgw-admin"))
+
+
+_CEPH_CONF = """
+[global]
+fsid = {fsid}
+mon host = [v2:127.0.0.1:{mon2},v1:127.0.0.1:{mon1}]
+public addr = 127.0.0.1
+ms bind ipv6 = false
+auth cluster required = cephx
+auth service required = cephx
+auth client required = cephx
+auth allow insecure global id reclaim = false
+osd pool default size = 1
+osd pool default min size = 1
+mon allow pool size one = true
+osd crush chooseleaf type = 0
+osd pool default pg num = 4
+osd pool default pgp num = 4
+osd pool default pg autoscale mode = off
+mon max pg per osd = 1000
+mon data avail warn = 2
+mon data avail crit = 1
+keyring = {folder}/keyring
+run dir = {folder}
+admin socket = {folder}/$name.asok
+pid file = {folder}/$name.pid
+log file = {folder}/$name.log
+mon data = {folder}/mon
+osd data = {folder}/osd
+osd objectstore = {kind}
+bluestore block size = 17179869184
+bluestore block create = true
+memstore device bytes = 4294967296
+osd memory target = 939524096
+rgw data = {folder}/rgw
+rgw frontends = beast endpoint=127.0.0.1:{port} tcp_nodelay=1
+rgw enable apis = s3, admin
+rgw dns name = localhost
+"""
+
+
+@contextmanager
+def ceph_server(folder: Path, *, kind: Literal["memstore", "bluestore"] = "memstore") -> Iterator[dict[str, str]]:
+    """A real S3 gateway of Ceph with one monitor and one disk; its create is atomic, and it checks signatures."""
+    for name in ("mon", "osd", "rgw"):
+        (folder / name).mkdir(parents=True)
+    port, fsid = free_port(), str(uuid.uuid4())
+    conf = folder / "ceph.conf"
+    conf.write_text(_CEPH_CONF.format(fsid=fsid, folder=folder, port=port, mon1=free_port(), mon2=free_port(), kind=kind))
+    environment = os.environ | {"CEPH_CONF": str(conf)}
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def call(*command: str) -> str:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}: {done.stderr[-500:]}")
+        return done.stdout
+
+    def start(*command: str) -> None:
+        with (folder / f"{command[0]}.out").open("wb") as log:
+            processes.append(subprocess.Popen([*command, "-f"], env=environment, stdout=log, stderr=log, start_new_session=True))
+
+    try:
+        keyring = str(folder / "keyring")
+        caps = ["--cap", "mon", "allow *", "--cap", "osd", "allow *", "--cap", "mgr", "allow *"]
+        for index, name in enumerate(("client.admin", "mon.", "osd.0", "client.rgw.a")):
+            call("ceph-authtool", keyring, *(["--create-keyring"] if index == 0 else []), "--gen-key", "-n", name, *caps)
+        monmap = conf.read_text().split("mon host = ")[1].splitlines()[0]
+        call("monmaptool", "--create", "--fsid", fsid, "--addv", "a", monmap, str(folder / "monmap"))
+        call("ceph-mon", "--mkfs", "-i", "a", "--monmap", str(folder / "monmap"), "--keyring", keyring)
+        start("ceph-mon", "-i", "a")
+        disk = str(uuid.uuid4())
+        call("ceph", "osd", "new", disk)
+        call("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", disk)
+        start("ceph-osd", "-i", "0")
+        deadline = time.monotonic() + 60
+        while "1 up" not in call("ceph", "osd", "stat") and time.monotonic() < deadline:
+            time.sleep(0.3)
+        start("radosgw", "-n", "client.rgw.a")
+        wait_for(port, process=processes[-1])
+        call("radosgw-admin", "user", "create", "--uid=t", "--display-name=t", "--access-key=AK", "--secret-key=SK")
+        found = s3_environment(f"http://127.0.0.1:{port}")
+        make_bucket(found, "bucket")
+        yield found
+    finally:
+        for process in reversed(processes):
+            end(process)
+
+
+class FaultProxy:
+    """An HTTP proxy before an S3 server that breaks a share of the requests.
+
+    `racy_create` makes the server's create look first and write later, as some real servers do.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        share: float = 0.0,
+        faults: tuple[Fault, ...] = FAULTS,
+        stall_seconds: float = 10.0,
+        seed: int = 0,
+        racy_create: bool = False,
+    ) -> None:
+        self.upstream = endpoint.removeprefix("http://")
+        self.share, self.faults, self.stall_seconds, self.racy_create = share, faults, stall_seconds, racy_create
+        self.counts: dict[str, int] = {}
+        self._random = random.Random(seed)
+        self._lock = threading.Lock()
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = lambda self: proxy.handle(self)  # noqa: N815
+
+            def log_message(self, *args: Any) -> None:
+                return
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+            request_queue_size = 128
+
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                return
+
+        self.server = Server(("127.0.0.1", 0), Handler)
+        self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self._thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+
+    def __enter__(self) -> FaultProxy:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def _choose(self) -> str:
+        with self._lock:
+            fault = self._random.choice(self.faults) if self._random.random() < self.share else "none"
+            self.counts[fault] = self.counts.get(fault, 0) + 1
+        return fault
+
+    def handle(self, request: BaseHTTPRequestHandler) -> None:
+        body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
+        fault = self._choose()
+        if fault == "stall":
+            time.sleep(self.stall_seconds)
+        if fault == "reset":
+            request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            request.connection.close()
+            return
+        if fault in ("500", "503"):
+            self._answer(request, int(fault), {}, b"<Error><Code>InternalError</Code></Error>")
+            return
+        status, headers, data = self._forward(request, body)
+        if fault == "truncated" and data and request.command == "GET":
+            self._answer(request, status, headers, data[: len(data) // 2], promised=len(data))
+            request.close_connection = True
+            return
+        self._answer(request, status, headers, data)
+
+    def _forward(self, request: BaseHTTPRequestHandler, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        headers = {name: value for name, value in request.headers.items() if name.lower() != "connection"}
+        if self.racy_create and request.command == "PUT" and headers.pop("if-none-match", headers.pop("If-None-Match", None)):
+            asking = {name: value for name, value in headers.items() if name.lower() != "content-length"}
+            status, _, _ = self._send("HEAD", request.path, asking, b"")
+            if status == 200:
+                return 412, {"Content-Type": "application/xml"}, b"<Error><Code>PreconditionFailed</Code></Error>"
+            time.sleep(0.1)
+        return self._send(request.command, request.path, headers, body)
+
+    def _send(self, command: str, path: str, headers: dict[str, str], body: bytes) -> tuple[int, dict[str, str], bytes]:
+        connection = http.client.HTTPConnection(self.upstream, timeout=60)
+        try:
+            connection.request(command, path, body=body or None, headers=headers)
+            answer = connection.getresponse()
+            data = answer.read()
+            kept = {
+                name: value
+                for name, value in answer.getheaders()
+                if name.lower() not in ("connection", "transfer-encoding", "date", "server")
+            }
+            if command != "HEAD":
+                kept.pop("Content-Length", None)
+            return answer.status, kept, data
+        finally:
+            connection.close()
+
+    def _answer(
+        self, request: BaseHTTPRequestHandler, status: int, headers: dict[str, str], data: bytes, *, promised: int | None = None
+    ) -> None:
+        request.send_response(status)
+        if request.command != "HEAD" and status != 204:
+            headers = {name: value for name, value in headers.items() if name.lower() != "content-length"}
+            headers["Content-Length"] = str(len(data) if promised is None else promised)
+        for name, value in headers.items():
+            request.send_header(name, value)
+        request.end_headers()
+        if request.command != "HEAD":
+            request.wfile.write(data)
+
+
+Server = Callable[[Path], Any]
+SERVERS: dict[str, tuple[Server, Callable[[], bool], str]] = {
+    "moto": (moto_server, lambda: True, ""),
+    "ceph": (ceph_server, has_ceph, "radosgw is not installed ('make test-ceph' says how)"),
+    "azurite": (azurite_server, lambda: find_azurite() is not None, "azurite is not installed ('make azurite')"),
+}
+SCHEME = {"moto": "s3", "ceph": "s3", "azurite": "az"}
