@@ -14,6 +14,8 @@ import torch
 from mmerge.workers.dtypes import SAFETENSORS_DTYPES
 from mmerge.workers.kernels import CODES, TILE_ENTRIES, compiled, narrow, widen
 
+CHUNK_ENTRIES = 8 * TILE_ENTRIES
+"""Entries whose bits are counted at once."""
 THREAD_ENTRIES = 1 << 18
 """Below this many entries a thread costs more than it saves."""
 
@@ -27,31 +29,88 @@ def form_rows(
     `base`, `delta` and `out` are bytes [rows, …] of `width` entries a row; `masks` are packed bits [experts, rows, …], the first
     entry in the most significant bit; `factors` and `divisor` are float32. Computed in float32, rounded once.
     """
-    bits = np.empty(TILE_ENTRIES // 8, np.uint64)
-    flags = bits.view(np.uint8)
-    values = np.empty(TILE_ENTRIES, np.float32)
-    change = np.empty(TILE_ENTRIES, np.float32)
-    share = np.empty(TILE_ENTRIES, np.float32)
+    bits, sums = np.empty(CHUNK_ENTRIES // 8, np.uint64), np.empty(CHUNK_ENTRIES // 8, np.uint64)
+    counts = sums.view(np.int8)
+    values, change, share = np.empty(TILE_ENTRIES, np.float32), np.empty(TILE_ENTRIES, np.float32), np.empty(CHUNK_ENTRIES, np.float32)
+    are_small = _are_small(factors)
     for row in range(out.shape[0]):
-        for start in range(0, width, TILE_ENTRIES):
-            count = min(TILE_ENTRIES, width - start)
-            widen(base[row], base_code, start, count, values)
-            widen(delta[row], delta_code, start, count, change)
+        for begin in range(0, width, CHUNK_ENTRIES):
+            # Bits of several tiles at once: a cache fetches ahead of a reader that stays on one row for some lines.
+            length = min(CHUNK_ENTRIES, width - begin)
             for expert in range(factors.shape[0]):
-                packed = masks[expert, row, start // 8 : (start + count + 7) // 8]
-                for i in range(packed.shape[0]):
-                    # Byte k of the word becomes bit 7 − k: the product brings it to bit 7 of that byte, and nothing else there.
-                    bits[i] = ((np.uint64(packed[i]) * np.uint64(0x8040201008040201)) >> np.uint64(7)) & np.uint64(0x0101010101010101)
-                factor = factors[expert]
-                if expert == 0:
-                    for i in range(count):
-                        share[i] = factor * np.float32(flags[i])
+                packed = masks[expert, row, begin // 8 : (begin + length + 7) // 8]
+                if are_small:
+                    _count(packed, factors[expert], expert == 0, sums, bits)
                 else:
-                    for i in range(count):
-                        share[i] += factor * np.float32(flags[i])
-            for i in range(count):
-                values[i] = values[i] + (share[i] / divisor) * change[i]
-            narrow(values, out_code, count, out[row], start)
+                    _spread(packed, bits)
+                    _add(bits.view(np.uint8), factors[expert], expert == 0, length, share)
+            for start in range(0, length, TILE_ENTRIES):
+                count = min(TILE_ENTRIES, length - start)
+                widen(base[row], base_code, begin + start, count, values)
+                widen(delta[row], delta_code, begin + start, count, change)
+                if are_small:
+                    _to_share(counts[start : start + count], count, share[start : start + count])
+                _combine(values, share[start : start + count], divisor, change, count)
+                narrow(values, out_code, count, out[row], begin + start)
+
+
+@compiled
+def _to_share(counts: Any, count: int, share: Any) -> None:
+    for i in range(count):
+        share[i] = np.float32(counts[i])
+
+
+@compiled
+def _combine(values: Any, share: Any, divisor: Any, change: Any, count: int) -> None:
+    for i in range(count):
+        values[i] = values[i] + (share[i] / divisor) * change[i]
+
+
+@compiled
+def _are_small(factors: Any) -> bool:
+    """Return whether all sums of some of the factors are whole numbers of a signed byte: of masks without factors of their own."""
+    total = np.float32(0)
+    for factor in factors:
+        if factor != np.floor(factor):
+            return False
+        total += abs(factor)
+    return bool(total <= np.float32(127))
+
+
+@compiled
+def _spread(packed: Any, words: Any) -> None:
+    """Write each byte of bits as a word of eight bytes, 0 or 1."""
+    for i in range(packed.shape[0]):
+        # Byte k of the word becomes bit 7 − k: the product brings it to bit 7 of that byte, and nothing else there.
+        words[i] = ((np.uint64(packed[i]) * np.uint64(0x8040201008040201)) >> np.uint64(7)) & np.uint64(0x0101010101010101)
+
+
+@compiled
+def _count(packed: Any, factor: Any, is_first: bool, sums: Any, words: Any) -> None:
+    """Add a small factor to the bytes of `sums` where the bit is 1, eight entries a word; `words` is scratch.
+
+    A word is filled with the factor where a byte is 1; bytes are added without a carry from one into the next.
+    """
+    _spread(packed, words)
+    factor_byte = np.uint64(np.int64(factor) & 255)
+    low = np.uint64(0x7F7F7F7F7F7F7F7F)
+    for i in range(packed.shape[0]):
+        added = words[i] * factor_byte
+        if is_first:
+            sums[i] = added
+        else:
+            held = sums[i]
+            sums[i] = ((held & low) + (added & low)) ^ ((held ^ added) & ~low)
+
+
+@compiled
+def _add(flags: Any, factor: Any, is_first: bool, count: int, share: Any) -> None:
+    if is_first:
+        for i in range(count):
+            share[i] = factor * np.float32(flags[i])
+    else:
+        for i in range(count):
+            share[i] += factor * np.float32(flags[i])
 
 
 @cache

@@ -15,7 +15,7 @@ from mmerge.workers.masks import unpack_rows
 
 TEXT = -1
 """The modality id of text tokens, generated ones included. Expert i of a composite has the id i."""
-FORM_ENTRIES = 1 << 22
+FORM_ENTRIES = 1 << 20
 """Entries of a modality's weight formed at once: what was formed is multiplied while it lies in a cache."""
 
 Policy = Literal["packed", "resident"]
