@@ -133,6 +133,7 @@ class Composite:
     def logits(self, parts: Sequence[Part]) -> torch.Tensor:
         """Return the logits of every position of a prompt, [tokens, vocabulary], in the model's dtype."""
         embeds, ids = self.embed(parts)
+        self._check_length(len(ids), 0)
         with self._prefill(ids[None]):
             logits: torch.Tensor = self.language_model(inputs_embeds=embeds[None], use_cache=False).logits[0]
         return logits
@@ -193,6 +194,8 @@ class Composite:
     ) -> torch.Tensor:
         if not prompts:
             raise PromptError("no prompt was given")
+        if max_new_tokens < 1:
+            raise PromptError(f"{max_new_tokens} tokens are to be generated; ask for at least one")
         embeds, ids, mask = self._pad([self.embed(parts) for parts in prompts])
         self._check_length(ids.shape[1], max_new_tokens)
         stop = self.tokenizer.eos_token_id
@@ -230,8 +233,6 @@ class Composite:
 
     def _check_length(self, num_tokens: int, max_new_tokens: int) -> None:
         longest = getattr(self.language_model.config, "max_position_embeddings", None)
-        if max_new_tokens < 1:
-            raise PromptError(f"{max_new_tokens} tokens are to be generated; ask for at least one")
         if longest is not None and num_tokens + max_new_tokens > longest:
             raise PromptError(
                 f"the prompt has {num_tokens} tokens and {max_new_tokens} are to be generated; the model takes {longest} together. Shorten one of them"

@@ -148,3 +148,16 @@ def test_what_cannot_be_generated_is_refused(family: Family) -> None:
         composite.generate(PROMPTS[0], max_new_tokens=0)
     with pytest.raises(PromptError, match=r"embeddings have width 7, the language model's have 32"):
         composite.generate([Part("image", torch.zeros(2, 7))])
+    with pytest.raises(PromptError, match=r"the prompt has 201 tokens and 0 are to be generated; the model takes 128"):
+        composite.logits([media("image", 200, 1), Part.text("w5")])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("policy", ["packed", "resident"])
+def test_a_gpu_gives_the_logits_of_the_naive_loop(family: Family, policy: Any) -> None:
+    uri, naive = family.find("llama", "masks")
+    composite = load_composite(uri, device="cuda", policy=policy)
+    for prompt in PROMPTS:
+        embeds, ids = composite.embed(prompt)
+        torch.testing.assert_close(composite.logits(prompt).cpu(), naive.logits(embeds.cpu(), ids.tolist()), rtol=1e-4, atol=1e-4)
