@@ -71,7 +71,7 @@ def load_composite(
     try:
         return _Loader(reader, expert, device, dtype or reader.dtype, policy, placement, ranks, on_bytes).load()
     except Exception:
-        ranks.close()  # the others learn at once that this rank is gone
+        ranks.close(wait=False)  # the others learn at once that this rank is gone
         raise
 
 

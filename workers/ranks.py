@@ -47,8 +47,8 @@ class Ranks:
         """Return every rank's small Python object, by rank."""
         return [value]
 
-    def close(self) -> None:
-        """End the exchange."""
+    def close(self, *, wait: bool = True) -> None:
+        """End the exchange; `wait` for the others first, unless this rank has failed."""
 
 
 class ProcessRanks(Ranks):
@@ -100,9 +100,11 @@ class ProcessRanks(Ranks):
         self._guard(lambda: distributed.all_gather_object(found, value, group=self._group))
         return found
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = True) -> None:
         """See Ranks."""
         if distributed.is_initialized():
+            if wait:  # a rank that tears down while another still talks to it can abort at its exit
+                self._guard(lambda: distributed.barrier(group=self._group))
             distributed.destroy_process_group()
 
     def _device(self) -> torch.device:
