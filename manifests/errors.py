@@ -56,6 +56,14 @@ class PromptError(MmergeError):
     """A prompt cannot be answered by this composite."""
 
 
+class PlacementError(MmergeError):
+    """A composite does not fit the devices, or cannot be divided over so many."""
+
+
+class RankLost(MmergeError):
+    """A process that holds a part of the composite ended or does not answer."""
+
+
 class TaskErrors(MmergeError):
     """Several tasks failed; the message holds every failure, one per line."""
 

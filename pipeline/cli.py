@@ -33,6 +33,7 @@ from mmerge.pipeline.cli_cluster import (
     simulation_to_json,
 )
 from mmerge.pipeline.cli_cluster import register as register_cluster_commands
+from mmerge.pipeline.cli_composite import register as register_composite_commands
 from mmerge.pipeline.cli_store import register as register_store_commands
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ them, then:
     mmerge submit recipe.yaml     the same as a job of a Ray cluster
     mmerge show STORE             what was built; how much each expert keeps
     mmerge verify STORE           re-read everything and compare digests
+    mmerge place STORE --gpus 4x80     what each device would hold
     mmerge generate STORE --image a.png --audio b.wav "What do they share?"
     mmerge export STORE --expert image --to DIR     for transformers
     mmerge diff STORE#a@1 STORE#a@2     what changed ('log' lists builds)
@@ -273,41 +275,7 @@ def verify(
     out.print(f"[green]verified[/] build {report.build[:12]}: {report.num_objects} objects, {to_size(report.num_bytes)}, {read}")
 
 
-@app.command()
-def generate(
-    uri: UriArgument,
-    question: Annotated[
-        str, typer.Argument(metavar="QUESTION", help="what to ask; {image}, {audio}, … in it say where a medium goes")
-    ] = "",
-    image: Annotated[list[Path] | None, typer.Option("--image", help="an image file; may be repeated", show_default=False)] = None,
-    audio: Annotated[list[Path] | None, typer.Option("--audio", help="a sound file; may be repeated", show_default=False)] = None,
-    video: Annotated[
-        list[Path] | None, typer.Option("--video", help="a video file (animated GIF, WebP or PNG); may be repeated", show_default=False)
-    ] = None,
-    media: Annotated[
-        list[str] | None,
-        typer.Option("--media", metavar="KIND=FILE", help="a file for any other modality, or for an expert by name", show_default=False),
-    ] = None,
-    expert: Annotated[
-        str | None,
-        typer.Option("--expert", help="rebuild this expert alone (retention), instead of routing by modality", show_default=False),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="longest answer, in tokens")] = 64,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, …")] = "cpu",
-) -> None:
-    """Ask a composite about text, images, sounds and videos, alone or together."""
-    from mmerge.pipeline import Part, load_composite
-
-    parts = [Part(kind, path) for kind, paths in (("image", image), ("audio", audio), ("video", video)) for path in paths or []]
-    for pair in media or []:
-        kind, equals, path = pair.partition("=")
-        if not equals or not kind or not path:
-            raise RecipeError(f"--media: expected KIND=FILE, got {pair!r}")
-        parts.append(Part(kind, path))
-    if not question and not parts:
-        raise RecipeError("generate: give a question, or an --image, --audio or --video")
-    composite = load_composite(uri, mode="retention" if expert else "expansion", expert=expert, device=device)
-    print(composite.generate(composite.prompt(question, parts), max_new_tokens=max_new_tokens))
+register_composite_commands(app)
 
 
 @app.command()

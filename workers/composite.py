@@ -4,17 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from threading import Thread
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers import TextIteratorStreamer
 
 from mmerge.manifests.errors import PromptError
 from mmerge.manifests.manifest import Manifest
-from mmerge.workers.features import FeatureEncoder
-from mmerge.workers.media import MediaEncoder
+from mmerge.workers.encoders import Encoder
 from mmerge.workers.prompt import Part, make_prompt
+from mmerge.workers.ranks import Ranks
 from mmerge.workers.routing import TEXT, Routing
+
+Cache = Literal["dynamic", "static"]
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What one rank read from the store, and how long it took to load."""
+
+    rank: int
+    bytes_read: int
+    seconds: float
 
 
 class Composite:
@@ -32,7 +46,9 @@ class Composite:
         language_model: Any,
         routing: Routing,
         tokenizer: Any,
-        encoders: Mapping[str, MediaEncoder | FeatureEncoder],
+        encoders: Mapping[str, Encoder],
+        ranks: Ranks,
+        load_reports: Sequence[LoadReport] = (),
     ) -> None:
         """Put loaded pieces together; `expert` is the one that was rebuilt, None in expansion mode."""
         self.manifest = manifest
@@ -40,6 +56,9 @@ class Composite:
         self.language_model = language_model
         self.tokenizer = tokenizer
         self.encoders = dict(encoders)
+        self.ranks = ranks
+        self.load_reports = tuple(load_reports)
+        """Of every rank, by rank."""
         self._routing = routing
         self._prefill_ids: torch.Tensor | None = None
         language_model.register_forward_pre_hook(self._route, with_kwargs=True)
@@ -114,19 +133,84 @@ class Composite:
     def logits(self, parts: Sequence[Part]) -> torch.Tensor:
         """Return the logits of every position of a prompt, [tokens, vocabulary], in the model's dtype."""
         embeds, ids = self.embed(parts)
+        self._check_length(len(ids), 0)
         with self._prefill(ids[None]):
             logits: torch.Tensor = self.language_model(inputs_embeds=embeds[None], use_cache=False).logits[0]
         return logits
 
     def generate(self, parts: Sequence[Part], *, max_new_tokens: int = 64, **options: Any) -> str:
-        """Return the composite's answer to a prompt. `options` go to `generate` of transformers; greedy if none are given."""
+        """Return the composite's answer to a prompt. See `generate_batch`."""
         return self.generate_batch([parts], max_new_tokens=max_new_tokens, **options)[0]
 
     @torch.inference_mode()
-    def generate_batch(self, prompts: Sequence[Sequence[Part]], *, max_new_tokens: int = 64, **options: Any) -> list[str]:
-        """Return one answer per prompt; shorter prompts are padded on the left, padding counts as text."""
-        embedded = [self.embed(parts) for parts in prompts]
-        self._check_length(max(len(ids) for _, ids in embedded), max_new_tokens)
+    def generate_batch(
+        self,
+        prompts: Sequence[Sequence[Part]],
+        *,
+        max_new_tokens: int = 64,
+        cache: Cache = "dynamic",
+        seed: int | None = None,
+        **options: Any,
+    ) -> list[str]:
+        """Return one answer per prompt; shorter prompts are padded on the left, padding counts as text.
+
+        Args:
+            prompts: of any layouts of text and media.
+            max_new_tokens: longest answer.
+            cache: how keys and values are kept: `dynamic` grows, `static` is allocated at once.
+            seed: of sampling; the same seed gives the same answers.
+            options: of `generate` of transformers (`do_sample`, `temperature`, `top_p`, `num_beams`, …); greedy if none are given.
+
+        Raises:
+            PromptError: a prompt is empty, cannot be read, or is too long for the model with its answer.
+        """
+        tokens = self._generate(prompts, max_new_tokens=max_new_tokens, cache=cache, seed=seed, **options)
+        return [str(answer).strip() for answer in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+    def stream(self, parts: Sequence[Part], *, max_new_tokens: int = 64, **options: Any) -> Iterator[str]:
+        """Yield the answer to one prompt piece by piece, as it is generated. Options and errors as of `generate_batch`."""
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=False, skip_special_tokens=True)
+        failures: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                with torch.inference_mode():
+                    self._generate([parts], max_new_tokens=max_new_tokens, streamer=streamer, **options)
+            except BaseException as error:  # noqa: BLE001 - raised again where the pieces are asked for
+                failures.append(error)
+                streamer.end()
+
+        thread = Thread(target=run, name="mmerge-generate", daemon=True)
+        thread.start()
+        for piece in streamer:
+            if piece:
+                yield str(piece)
+        thread.join()
+        if failures:
+            raise failures[0]
+
+    def _generate(
+        self, prompts: Sequence[Sequence[Part]], *, max_new_tokens: int, cache: Cache = "dynamic", seed: int | None = None, **options: Any
+    ) -> torch.Tensor:
+        if not prompts:
+            raise PromptError("no prompt was given")
+        if max_new_tokens < 1:
+            raise PromptError(f"{max_new_tokens} tokens are to be generated; ask for at least one")
+        embeds, ids, mask = self._pad([self.embed(parts) for parts in prompts])
+        self._check_length(ids.shape[1], max_new_tokens)
+        stop = self.tokenizer.eos_token_id
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else stop
+        settings = {"do_sample": False, "eos_token_id": stop, "pad_token_id": pad} | options
+        if cache == "static":
+            settings["cache_implementation"] = "static"
+        with self._prefill(ids), self._seeded(seed, samples=bool(settings["do_sample"])):
+            tokens: torch.Tensor = self.language_model.generate(
+                inputs_embeds=embeds, attention_mask=mask, max_new_tokens=max_new_tokens, **settings
+            )
+        return tokens
+
+    def _pad(self, embedded: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return embeddings [batch, tokens, hidden], modality ids and attention mask [batch, tokens] of prompts padded on the left."""
         length = max(len(ids) for _, ids in embedded)
         embeds = embedded[0][0].new_zeros(len(embedded), length, embedded[0][0].shape[-1])
         ids = torch.full((len(embedded), length), TEXT, dtype=torch.long, device=self.device)
@@ -134,12 +218,18 @@ class Composite:
         for row, (values, modality_ids) in enumerate(embedded):
             start = length - len(modality_ids)
             embeds[row, start:], ids[row, start:], mask[row, start:] = values, modality_ids, 1
-        stop = self.tokenizer.eos_token_id
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else stop
-        settings = {"do_sample": False, "eos_token_id": stop, "pad_token_id": pad} | options
-        with self._prefill(ids):
-            tokens = self.language_model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=max_new_tokens, **settings)
-        return [str(answer).strip() for answer in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+        return embeds, ids, mask
+
+    @contextmanager
+    def _seeded(self, seed: int | None, *, samples: bool) -> Iterator[None]:
+        """Let all ranks draw the same numbers; outside, the generator's state is what it was."""
+        if seed is None and (not samples or self.ranks.num_ranks == 1):
+            yield
+            return
+        shared = self.ranks.share(int(torch.randint(2**62, ())) if seed is None else seed, source=0)
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(shared)
+            yield
 
     def _check_length(self, num_tokens: int, max_new_tokens: int) -> None:
         longest = getattr(self.language_model.config, "max_position_embeddings", None)
@@ -157,7 +247,18 @@ class Composite:
             self._prefill_ids = self._routing.modality_ids = None
 
     def _route(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Before each forward pass: the first one is the prefill, every later one decodes a text token."""
+        """Before each forward pass: tokens of the prompt have its modalities, tokens behind it are generated text.
+
+        The prompt may come in one pass or in pieces, and with beams or several answers each row of it several times.
+        """
+        given = kwargs.get("inputs_embeds")
+        given = kwargs.get("input_ids", args[0] if args else None) if given is None else given
         past = kwargs.get("past_key_values")
-        is_prefill = past is None or past.get_seq_length() == 0
-        self._routing.modality_ids = self._prefill_ids if is_prefill else None
+        start = 0 if past is None else int(past.get_seq_length())
+        if self._prefill_ids is None or given is None or start >= self._prefill_ids.shape[1]:
+            self._routing.modality_ids = None
+            return
+        rows, tokens = given.shape[:2]
+        ids = self._prefill_ids[:, start : start + tokens]
+        ids = torch.nn.functional.pad(ids, (0, tokens - ids.shape[1]), value=TEXT)
+        self._routing.modality_ids = ids.repeat_interleave(rows // len(ids), dim=0)

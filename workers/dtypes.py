@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,8 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
 }
 SAFETENSORS_DTYPES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+# Said of buffers that `view_tensor` shows. For good: filters that are put back again are not safe in threads.
+warnings.filterwarnings("ignore", message="The given buffer is not writable")
 NAMED_DTYPES: Mapping[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """The dtypes that a recipe may ask for."""
 
@@ -34,6 +37,15 @@ def to_tensor(data: bytes | memoryview, dtype: str) -> torch.Tensor:
     if not len(data):
         return torch.empty(0, dtype=TORCH_DTYPES[dtype])
     return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(TORCH_DTYPES[dtype])
+
+
+def view_tensor(data: bytes | memoryview, dtype: str) -> torch.Tensor:
+    """Return the flat tensor over these bytes without a copy; it keeps them alive, and is only to be read from."""
+    if not len(data):
+        return to_tensor(data, dtype)
+    raw = torch.frombuffer(data, dtype=torch.uint8)
+    # A part of a larger request may begin anywhere; entries must not lie across their own size.
+    return raw.view(TORCH_DTYPES[dtype]) if raw.data_ptr() % 8 == 0 else to_tensor(data, dtype)
 
 
 def to_bytes(tensor: torch.Tensor) -> memoryview:

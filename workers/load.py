@@ -1,29 +1,45 @@
-"""Load a composite from its store onto a device."""
+"""Load a composite from its store onto its devices."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 import transformers
 from torch import nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from mmerge.manifests.errors import CheckpointError, ManifestError
+from mmerge.manifests.errors import CheckpointError, ManifestError, PlacementError
 from mmerge.manifests.manifest import FileEntry, read_file
-from mmerge.workers.composite import Composite
-from mmerge.workers.features import FeatureEncoder
-from mmerge.workers.load_adapters import load_features, route_adapters
-from mmerge.workers.media import MediaEncoder, load_tokenizer, make_config, make_model
+from mmerge.workers.composite import Composite, LoadReport
+from mmerge.workers.division import Division
+from mmerge.workers.encoders import Encoder, RankEncoder, load_encoder
+from mmerge.workers.fetch import Fetcher, Item, deliver, read_ahead, share_out
+from mmerge.workers.load_adapters import route_adapters
+from mmerge.workers.media import load_tokenizer, make_config, make_model
+from mmerge.workers.parallel import join_ranks, spread_layers
+from mmerge.workers.placement import Placement
+from mmerge.workers.ranks import Ranks, in_torchrun, open_ranks
 from mmerge.workers.reader import HEAD_NAME, BuildReader
-from mmerge.workers.routing import RoutedBias, RoutedLinear, Routing
+from mmerge.workers.routing import Policy, RoutedBias, RoutedLinear, RoutedWeights, Routing
+from mmerge.workers.skeleton import find_text_class, make_skeleton, set_parameter
 
 Mode = Literal["expansion", "retention"]
 EMBEDDING_SUFFIX = "embed_tokens.weight"
 
 
 def load_composite(
-    uri: str, *, mode: Mode = "expansion", expert: str | None = None, device: str = "cpu", dtype: torch.dtype | None = None
+    uri: str,
+    *,
+    mode: Mode = "expansion",
+    expert: str | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    policy: Policy = "packed",
+    placement: Placement | None = None,
+    ranks: Ranks | None = None,
+    on_bytes: Callable[[int, int], None] = lambda num_bytes, total: None,
 ) -> Composite:
     """Return the composite at `uri`, ready for prompts.
 
@@ -31,12 +47,18 @@ def load_composite(
         uri: STORE, STORE#NAME, STORE#NAME@NUMBER or STORE#DIGEST.
         mode: `expansion` routes each token through its modality's weights; `retention` rebuilds one expert.
         expert: which one, in retention mode.
-        device: where everything is loaded.
+        device: where everything is loaded, or this rank's part of it.
         dtype: of the loaded weights; the build's if absent.
+        policy: what is kept of a build of masks, see `workers.routing.Policy`; no effect on others.
+        placement: from `plan_placement`: over layers in this process, or over the ranks that torchrun started.
+        ranks: the processes that hold the composite together, from `open_ranks`; by the placement if absent.
+        on_bytes: told of stored bytes that this rank read, and of how many it reads in all.
 
     Raises:
         ManifestError, StoreError: the build is missing or damaged, or has no such expert.
         CheckpointError: transformers does not know the models.
+        PlacementError: it cannot be divided as asked.
+        RankLost: another rank ended.
     """
     reader = BuildReader(uri)
     if mode == "retention":
@@ -45,104 +67,184 @@ def load_composite(
         reader.manifest.to_expert(expert)
     elif expert is not None:
         raise ManifestError(f"{uri}: 'expert' has no effect in expansion mode; use mode='retention', or leave it out")
-    return _Loader(reader, expert, torch.device(device), dtype or reader.dtype).load()
+    ranks = _open_ranks(placement, device, given=ranks)
+    try:
+        return _Loader(reader, expert, device, dtype or reader.dtype, policy, placement, ranks, on_bytes).load()
+    except Exception:
+        ranks.close(wait=False)  # the others learn at once that this rank is gone
+        raise
+
+
+def _open_ranks(placement: Placement | None, device: str, *, given: Ranks | None) -> Ranks:
+    wanted = placement.num_ranks if placement is not None else None
+    if given is None:
+        if wanted is not None and wanted > 1 and not in_torchrun():
+            raise PlacementError(
+                f"the placement is for {wanted} ranks, this process is alone: start it with 'torchrun --nproc-per-node {wanted}'"
+            )
+        given = open_ranks(device=device) if wanted is not None and wanted > 1 else Ranks()
+    if wanted is not None and wanted != given.num_ranks:
+        raise PlacementError(f"the placement is for {wanted} ranks, {given.num_ranks} were started")
+    return given
 
 
 class _Loader:
-    def __init__(self, reader: BuildReader, expert: str | None, device: torch.device, dtype: torch.dtype) -> None:
-        self.reader, self.expert, self.device, self.dtype = reader, expert, device, dtype
+    def __init__(
+        self,
+        reader: BuildReader,
+        expert: str | None,
+        device: str,
+        dtype: torch.dtype,
+        policy: Policy,
+        placement: Placement | None,
+        ranks: Ranks,
+        on_bytes: Callable[[int, int], None],
+    ) -> None:
+        self.reader, self.expert, self.dtype, self.ranks, self.placement = reader, expert, dtype, ranks, placement
         self.manifest = reader.manifest
+        self.fetcher = Fetcher(reader, expert=expert, dtype=dtype, policy=policy)
+        self.routing = Routing()
+        self.on_bytes = on_bytes
+        stages = placement.stages if placement is not None and placement.num_ranks == 1 else ()
+        self.devices = [torch.device(stage.device) for stage in stages] or [torch.device(device)]
+        self.stages = stages
 
     def load(self) -> Composite:
-        routing = Routing()
+        began = time.monotonic()
         owner = f"expert {self.expert!r}" if self.expert else "base"
         files = self._read_files(self.manifest.to_expert(self.expert).files if self.expert else self.manifest.base.files)
         if "config.json" not in files:
             raise CheckpointError(f"{owner}: the build has no config.json of it")
-        language_model = self._load_language_model(make_config(files, owner=owner), owner)
-        if not self.expert and self.manifest.kind == "masks":
-            self._route_linears(language_model, routing)
-        if self.manifest.kind == "adapters":
-            route_adapters(language_model, self.reader, routing, expert=self.expert)
         names = [self.expert] if self.expert else self.reader.expert_names
+        owners = share_out([self._encoder_bytes(name) for name in names], num_ranks=self.ranks.num_ranks)
+        model = self._load_language_model(make_config(files, owner=owner), owner, dict(zip(names, owners, strict=True)))
+        encoders = {name: self._load_encoder(name, model.config.hidden_size, rank) for name, rank in zip(names, owners, strict=True)}
+        report = LoadReport(self.ranks.rank, self.reader.bytes_read, time.monotonic() - began)
         return Composite(
             manifest=self.manifest,
             expert=self.expert,
-            language_model=language_model.to(self.device),
-            routing=routing,
+            language_model=model,
+            routing=self.routing,
             tokenizer=load_tokenizer(files, owner=owner),
-            encoders={name: self._load_encoder(name, language_model.config.hidden_size) for name in names},
+            encoders=encoders,
+            ranks=self.ranks,
+            load_reports=self.ranks.collect(report),
         )
 
     def _read_files(self, entries: tuple[FileEntry, ...]) -> dict[str, bytes]:
         return {entry.name: read_file(self.reader.store, entry) for entry in entries}
 
-    def _load_language_model(self, config: Any, owner: str) -> Any:
+    # The language model.
+
+    def _load_language_model(self, config: Any, owner: str, encoder_ranks: dict[str, int]) -> Any:
         text = config.get_text_config()
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
-        if model_class is None:
-            raise CheckpointError(f"{owner}: transformers {transformers.__version__} has no causal language model for {text.model_type!r}")
-        state = {name: self._llm_weight(name).to(self.dtype) for name in self.reader.llm_names()}
-        text.vocab_size = next(state[name].shape[0] for name in state if name.endswith(EMBEDDING_SUFFIX))
-        text.architectures = [model_class.__name__]
+        names = self.reader.llm_names()
+        embedding = next(name for name in names if name.endswith(EMBEDDING_SUFFIX))
+        text.vocab_size = self.fetcher.shape(embedding)[0]
+        text.architectures = [find_text_class(text, owner=owner).__name__]
         text.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", getattr(text, "tie_word_embeddings", False)))
-        if self.expert and (head := self._own_head()) is not None:
-            state[HEAD_NAME] = head.to(self.dtype)
-        tied = text.tie_word_embeddings
-        return make_model(text, state, dtype=self.dtype, owner=owner, may_lack=lambda key: tied and key == HEAD_NAME)
+        model = make_skeleton(text, dtype=self.dtype, owner=owner)
+        if head := self.fetcher.own_head():
+            names = [*names, head.name]
+        wanted = {name for name, _ in model.named_parameters()}
+        if text.tie_word_embeddings and HEAD_NAME not in names:
+            wanted.discard(HEAD_NAME)
+        if wanted != set(names):
+            return self._load_converted(text, owner)
+        division = Division.of(text, num_ranks=self.ranks.num_ranks)
+        self._fill(model, self._make_items(model, names, head), division, encoder_ranks)
+        model.tie_weights()
+        if self.manifest.kind == "adapters":
+            route_adapters(model, self.reader, self.routing, expert=self.expert, division=division, rank=self.ranks.rank)
+        join_ranks(model, self.ranks, division)
+        spread_layers(model, self.stages)
+        return model if self.stages else model.to(self.devices[0])
 
-    def _llm_weight(self, name: str) -> torch.Tensor:
-        return self.reader.rebuild(name, self.expert) if self.expert else self.reader.text_weight(name)
-
-    def _own_head(self) -> torch.Tensor | None:
-        """Return the head of an expert whose base is tied and has none, if the expert has one."""
-        assert self.expert is not None
-        own = self.manifest.rename(HEAD_NAME, expert=self.expert)
-        if HEAD_NAME in self.reader.llm_names() or not self.reader.has(own, "carried", self.expert):
-            return None
-        return self.reader.read(own, "carried", self.expert)
-
-    def _route_linears(self, model: nn.Module, routing: Routing) -> None:
-        """Put a RoutedLinear in place of every Linear of the layers whose weight or bias was merged with masks."""
-        for path, module in list(model.named_modules()):
-            if not isinstance(module, nn.Linear) or ".layers." not in f".{path}" or not self.reader.has(f"{path}.weight", "delta"):
-                continue
-            names = self.reader.expert_names
-            bias = None
-            if module.bias is not None:
-                experts = [self.reader.rebuild(f"{path}.bias", name).to(self.dtype) for name in names]
-                bias = RoutedBias(self.reader.text_weight(f"{path}.bias").to(self.dtype), experts)
-            routed = RoutedLinear(
-                routing,
-                base=self.reader.read(f"{path}.weight", "base"),
-                delta=self.reader.read(f"{path}.weight", "delta"),
-                masks=[self.reader.read_packed_mask(f"{path}.weight", name) for name in names],
-                dtype=self.dtype,
-                bias=bias,
-                rescalers=[self.reader.rescaler(name) for name in names],
+    def _load_converted(self, text: Any, owner: str) -> Any:
+        """Load a model whose tensors transformers itself renames or fuses (mixtures of experts): whole, and without routing."""
+        if self.ranks.num_ranks > 1 or self.stages or (self.expert is None and self.manifest.kind == "masks"):
+            names = {name for name, _ in make_skeleton(text, dtype=self.dtype, owner=owner).named_parameters()}
+            found = set(self.reader.llm_names())
+            first = sorted(names ^ found)[0]
+            side = "the model has no tensor of that name" if first in found else "the build has no tensor of that name"
+            raise CheckpointError(
+                f"{owner}: its tensors do not fit {text.architectures[0]} of transformers {transformers.__version__}: {first}: {side}. "
+                "Such a model loads whole, as a plain build or one expert (retention)"
             )
-            parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, routed)
+        state = {name: self.fetcher.read(self.fetcher.make_item(name, is_routed=False))["value"] for name in self.reader.llm_names()}
+        tied = text.tie_word_embeddings
+        return make_model(text, state, dtype=self.dtype, owner=owner, may_lack=lambda key: tied and key == HEAD_NAME).to(self.devices[0])
 
-    def _load_encoder(self, name: str, hidden_size: int) -> MediaEncoder | FeatureEncoder:
+    def _make_items(self, model: nn.Module, names: Sequence[str], head: Item | None) -> list[Item]:
+        items = []
+        for name in names:
+            if head is not None and name == head.name:
+                items.append(head)
+                continue
+            path = name.rpartition(".")[0]
+            is_linear = isinstance(model.get_submodule(path), nn.Linear) and ".layers." in f".{path}"
+            items.append(self.fetcher.make_item(name, is_routed=is_linear and self.fetcher.is_routed(path)))
+        # A bias is put into the RoutedLinear that its weight makes.
+        return sorted(items, key=lambda item: item.kind == "bias")
+
+    def _fill(self, model: nn.Module, items: Sequence[Item], division: Division, encoder_ranks: dict[str, int]) -> None:
+        taken = [
+            sum(self._encoder_bytes(name) for name, rank in encoder_ranks.items() if rank == each) for each in range(division.num_ranks)
+        ]
+        owners = share_out([item.num_bytes for item in items], num_ranks=self.ranks.num_ranks, taken=taken)
+        own = [item for item, owner in zip(items, owners, strict=True) if owner == self.ranks.rank]
+        total, done = sum(item.num_bytes for item in own), 0
+        ready = read_ahead(own, self._read)
+        for item, owner in zip(items, owners, strict=True):
+            whole = next(ready) if owner == self.ranks.rank else None
+            parts = deliver(item, whole, ranks=self.ranks, owner=owner, division=division)
+            device = self._device_of(item.name)
+            self._place(model, item, {name: part.to(device) for name, part in parts.items()})
+            if owner == self.ranks.rank:
+                done += item.num_bytes
+                self.on_bytes(done, total)
+
+    def _read(self, item: Item) -> dict[str, torch.Tensor]:
+        if item.name == HEAD_NAME and self.expert and not self.reader.has(HEAD_NAME, "base"):
+            own = self.manifest.rename(HEAD_NAME, expert=self.expert)
+            if self.reader.has(own, "carried", self.expert):
+                return {"value": self.reader.read(own, "carried", self.expert).to(self.dtype)}
+        return self.fetcher.read(item)
+
+    def _place(self, model: nn.Module, item: Item, parts: dict[str, torch.Tensor]) -> None:
+        path = item.name.rpartition(".")[0]
+        if item.kind == "plain":
+            set_parameter(model, item.name, parts["value"], shape=item.fields[0].shape)
+            return
+        module = model.get_submodule(path)
+        if item.kind == "bias":
+            assert isinstance(module, RoutedLinear)
+            module.bias = RoutedBias(parts["text"], list(parts["experts"]))
+            return
+        factors, divisor = RoutedWeights.factors_of([self.reader.rescaler(name) for name in self.reader.expert_names])
+        held = RoutedWeights(parts["text"], parts.get("delta"), parts.get("masks"), parts.get("modalities"), factors, divisor)
+        parent, _, child = path.rpartition(".")
+        setattr(model.get_submodule(parent), child, RoutedLinear(self.routing, held))
+
+    def _device_of(self, name: str) -> torch.device:
+        for stage in self.stages:
+            if stage.holds(name):
+                return torch.device(stage.device)
+        return self.devices[0]
+
+    # Encoders.
+
+    def _encoder_bytes(self, name: str) -> int:
+        return sum(self.reader.stored_bytes(key, "carried", name) for key in self.reader.names("carried", name))
+
+    def _load_encoder(self, name: str, hidden_size: int, rank: int) -> Encoder:
         record = self.manifest.to_expert(name)
-        files = self._read_files(record.files)
-        if self._has_no_encoder(files, name):
-            return load_features(self.reader, name, hidden_size=hidden_size, dtype=self.dtype, device=self.device)
-        state = {key: self.reader.read(key, "carried", name) for key in self.reader.encoder_names(name)}
-        embedding = next(key for key in self.reader.llm_names() if key.endswith(EMBEDDING_SUFFIX))
-        return MediaEncoder(
-            expert=name,
-            modality=record.modality,
-            files=files,
-            state=state,
-            embedding=(self.manifest.rename(embedding, expert=name), self.reader.rebuild(embedding, name)),
-            placeholder=record.placeholder,
-            dtype=self.dtype,
-            device=self.device,
-        )
-
-    def _has_no_encoder(self, files: dict[str, bytes], name: str) -> bool:
-        """Return whether an expert's files describe a language model alone: it takes features, or nothing but text."""
-        config = make_config(files, owner=f"expert {name!r}")
-        return config.get_text_config() is config
+        held = None
+        if rank == self.ranks.rank:
+            held = load_encoder(
+                self.reader, name, files=self._read_files(record.files), hidden_size=hidden_size, dtype=self.dtype, device=self.devices[0]
+            )
+        if self.ranks.num_ranks == 1:
+            assert held is not None
+            return held
+        return RankEncoder(held, modality=record.modality, ranks=self.ranks, rank=rank, dtype=self.dtype, device=self.devices[0])

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
-from mmerge.workers.features import FeatureEncoder
+from mmerge.workers.division import Division, Part
 from mmerge.workers.low_rank import LowRank
 from mmerge.workers.reader import BuildReader
 from mmerge.workers.routed_adapter import RoutedAdapterLinear
 from mmerge.workers.routing import Routing
 
 
-def route_adapters(model: nn.Module, reader: BuildReader, routing: Routing, *, expert: str | None) -> None:
+def route_adapters(
+    model: nn.Module, reader: BuildReader, routing: Routing, *, expert: str | None, division: Division, rank: int = 0
+) -> None:
     """Put a RoutedAdapterLinear in place of every Linear that an adapter of the build belongs to.
 
     Args:
@@ -20,6 +21,8 @@ def route_adapters(model: nn.Module, reader: BuildReader, routing: Routing, *, e
         reader: the build, of kind `adapters`.
         routing: says which token has which modality.
         expert: the one that is loaded alone; all if None.
+        division: how the model is divided over ranks; each reads all factors, which are small, and keeps its part.
+        rank: whose part `model` holds.
     """
     experts = [expert] if expert else reader.expert_names
     for path, module in list(model.named_modules()):
@@ -35,13 +38,22 @@ def route_adapters(model: nn.Module, reader: BuildReader, routing: Routing, *, e
         defaults = reader.read_defaults(name, expert)
         if not modalities and not defaults:
             continue
-        routed = RoutedAdapterLinear(routing, weight=module.weight.detach(), defaults=defaults, modalities=modalities, bias=module.bias)
+        part = division.part_of(name, (module.out_features, module.in_features), rank=rank)
+        routed = RoutedAdapterLinear(
+            routing,
+            weight=module.weight.detach(),
+            defaults=[_cut(adapter, part) for adapter in defaults],
+            modalities={index: _cut(adapter, part) for index, adapter in modalities.items()},
+            bias=module.bias,
+        )
         parent, _, child = path.rpartition(".")
         setattr(model.get_submodule(parent), child, routed)
 
 
-def load_features(reader: BuildReader, expert: str, *, hidden_size: int, dtype: torch.dtype, device: torch.device) -> FeatureEncoder:
-    """Return the connector and learned tokens of an expert whose files hold adapters only."""
-    state = {key: reader.read(key, "carried", expert) for key in reader.names("carried", expert)}
-    modality = reader.manifest.to_expert(expert).modality
-    return FeatureEncoder(expert=expert, modality=modality, state=state, hidden_size=hidden_size, dtype=dtype, device=device)
+def _cut(adapter: LowRank, part: Part) -> LowRank:
+    """Return the adapter of a part of a weight: its rows of B, or its columns of A."""
+    if part.along == "rows":
+        return LowRank(adapter.a, adapter.b[part.start : part.stop], adapter.scale)
+    if part.along == "columns":
+        return LowRank(adapter.a[:, part.start : part.stop], adapter.b, adapter.scale)
+    return adapter

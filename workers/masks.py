@@ -36,3 +36,18 @@ def mean_mask(masks: Sequence[torch.Tensor]) -> torch.Tensor:
     for mask in masks:
         count += mask
     return count / len(masks)
+
+
+def pack_rows(packed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Return a packed mask of a matrix [rows, width] with each row on whole bytes, uint8 [rows, ⌈width/8⌉]."""
+    rows, width = shape
+    if width % 8 == 0:
+        return packed[: rows * width // 8].reshape(rows, width // 8)
+    mask = torch.nn.functional.pad(unpack_mask(packed, shape), (0, -width % 8))
+    return pack_mask(mask)[: rows * ((width + 7) // 8)].reshape(rows, -1)
+
+
+def unpack_rows(packed: torch.Tensor, width: int) -> torch.Tensor:
+    """Return the boolean mask [..., width] of rows packed by `pack_rows`, uint8 [..., ⌈width/8⌉]."""
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
+    return ((packed.unsqueeze(-1) >> shifts) & 1).bool().flatten(-2)[..., :width]

@@ -139,7 +139,12 @@ class MediaEncoder:
     @torch.inference_mode()
     def encode(self, part: Part) -> torch.Tensor:
         """Return the embeddings of one medium, [tokens, hidden]. Raises PromptError when it cannot be read."""
-        inputs = self.inputs.make(self.placeholder, self.modality, part)
+        try:
+            inputs = self.inputs.make(self.placeholder, self.modality, part)
+        except (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError) as error:
+            name = part.value if isinstance(part.value, (str, Path)) else f"the {part.kind}"
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise PromptError(f"{name}: the processor of expert {self.expert!r} does not take it ({first})") from error
         moved = {
             name: value.to(self.device, self.dtype if value.is_floating_point() else None)
             for name, value in inputs.items()

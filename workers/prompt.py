@@ -93,7 +93,9 @@ def read_image(value: Any) -> Any:
             return image.convert("RGB")
     except FileNotFoundError:
         raise PromptError(f"{value}: no such image file") from None
-    except (OSError, ValueError, SyntaxError) as error:
+    except (AttributeError, TypeError) as error:
+        raise PromptError(f"an image was given as {type(value).__name__}; give a path or a PIL image") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise PromptError(f"{value}: cannot be read as an image ({error}). Give a PNG, JPEG, WebP, GIF or BMP file") from error
 
 
@@ -110,11 +112,16 @@ def read_sound(value: Any, *, sampling_rate: int, given_rate: int | None = None)
             raise PromptError(f"{value}: cannot be read as a sound ({error}). Give a WAV, FLAC, OGG or MP3 file") from error
         samples = samples.mean(axis=1)
     else:
-        samples = np.asarray(value, dtype=np.float32)
+        try:
+            samples = np.asarray(value, dtype=np.float32)
+        except (TypeError, ValueError) as error:
+            raise PromptError(f"a sound was given as {type(value).__name__}; give a path or a float array (samples,)") from error
         if samples.ndim != 1:
             raise PromptError(f"a sound has shape {samples.shape}; give one channel, shape (samples,)")
     if not len(samples):
         raise PromptError(f"{value if isinstance(value, (str, Path)) else 'a sound'}: has no samples")
+    if not np.isfinite(samples).all():
+        raise PromptError(f"{value if isinstance(value, (str, Path)) else 'a sound'}: has samples that are NaN or infinite")
     if given_rate not in (None, sampling_rate):
         import soxr  # type: ignore[import-untyped]
 
@@ -131,6 +138,8 @@ def read_video(value: Any) -> NDArray[np.uint8]:
         return frames
     from PIL import Image, ImageSequence
 
+    if Path(value).is_dir():
+        raise PromptError(f"{value}: is a folder, expected a video file")
     try:
         with Image.open(value) as image:
             return np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from threading import Lock
 
 import torch
 
@@ -14,9 +15,10 @@ from mmerge.manifests.manifest import Manifest, read_manifest
 from mmerge.manifests.reference import open_build
 from mmerge.manifests.store import Store
 from mmerge.manifests.table import StoredRow, read_table
-from mmerge.workers.dtypes import TORCH_DTYPES, to_tensor
+from mmerge.workers.dtypes import TORCH_DTYPES, view_tensor
+from mmerge.workers.kernels_form import can_form, form
 from mmerge.workers.low_rank import LowRank, add_adapters
-from mmerge.workers.masks import pack_mask, unpack_mask
+from mmerge.workers.masks import pack_mask, pack_rows, unpack_mask
 
 HEAD_NAME = "lm_head.weight"
 
@@ -31,6 +33,7 @@ class BuildReader:
         self.store, build = open_build(uri)
         self.manifest: Manifest = read_manifest(self.store, build)
         self.bytes_read = 0
+        self._count = Lock()
         self._rows: dict[tuple[str, str, str], list[StoredRow]] = defaultdict(list)
         for row in read_table(self.store, self.manifest.table):
             self._rows[(row.role, row.expert, row.name)].append(row)
@@ -68,9 +71,22 @@ class BuildReader:
         """Return the first dimension of a tensor."""
         return self._pieces(name, role, expert)[-1].row_stop
 
+    def shape(self, name: str, role: Role, expert: str = "") -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        rows = self._pieces(name, role, expert)
+        return (rows[-1].row_stop, *rows[0].shape[1:]) if rows[0].shape else ()
+
+    def dtype_of(self, name: str, role: Role, expert: str = "") -> torch.dtype:
+        """Return the dtype in which a tensor is stored."""
+        return TORCH_DTYPES[self._pieces(name, role, expert)[0].dtype]
+
+    def stored_bytes(self, name: str, role: Role, expert: str = "") -> int:
+        """Return the bytes that a tensor takes in the store, 0 where there is none."""
+        return sum(row.num_bytes for row in self._rows.get((role, expert, name), ()))
+
     def read(self, name: str, role: Role, expert: str = "") -> torch.Tensor:
         """Return one stored tensor. Raises DamagedObject when its bytes are not what the manifest says."""
-        pieces = [to_tensor(self._read_piece(row), row.dtype).reshape(row.shape) for row in self._pieces(name, role, expert)]
+        pieces = [view_tensor(self._read_piece(row), row.dtype).reshape(row.shape) for row in self._pieces(name, role, expert)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def rescaler(self, expert: str) -> float:
@@ -81,7 +97,7 @@ class BuildReader:
     def read_packed_mask(self, name: str, expert: str) -> torch.Tensor:
         """Return an expert's mask of one tensor, packed (uint8, see workers/masks.py)."""
         rows = self._pieces(name, "mask", expert)
-        packed = [to_tensor(self._read_piece(row), "U8") for row in rows]
+        packed = [view_tensor(self._read_piece(row), "U8") for row in rows]
         if len(rows) == 1:
             return packed[0]
         return pack_mask(torch.cat([unpack_mask(bits, row.shape) for bits, row in zip(packed, rows, strict=True)]))
@@ -162,7 +178,8 @@ class BuildReader:
             ) from error
         if digest_bytes(data) != row.digest:
             raise DamagedObject(f"{self.store.uri}: {row.object}: {row.name} ({row.role}) is damaged. Run the recipe again with --fresh")
-        self.bytes_read += row.num_bytes
+        with self._count:
+            self.bytes_read += row.num_bytes
         return data
 
 
@@ -175,6 +192,12 @@ def combine(
     our choice). Computed in float32 and rounded once (METHODS.md sections 2 and 6).
     """
     factors = list(rescalers) or [1.0] * len(masks)
+    out = torch.empty(base.shape, dtype=dtype, device=base.device)
+    if can_form(base, delta, out):
+        flat = (1, base.numel())
+        packed = torch.stack([pack_rows(mask, flat) for mask in masks])
+        form(base.view(flat), delta.view(flat), packed, factors=factors, divisor=float(len(masks)), out=out.view(flat))
+        return out
     mean = torch.zeros(delta.shape, dtype=torch.float32, device=delta.device)
     for packed, factor in zip(masks, factors, strict=True):
         mask = unpack_mask(packed, delta.shape)

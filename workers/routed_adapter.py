@@ -66,18 +66,19 @@ class RoutedAdapterLinear(nn.Module):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return [batch, tokens, out] for inputs [batch, tokens, in]."""
         outputs = nn.functional.linear(inputs, self.weight, self.bias)
-        ids = self._routing.modality_ids
-        if ids is None or bool((ids == TEXT).all()):
+        groups = self._routing.groups
+        if groups is None:
             return outputs
-        if ids.shape != inputs.shape[:-1]:
-            raise ValueError(f"routing is for tokens {tuple(ids.shape)}, the layer got {tuple(inputs.shape[:-1])}")
-        other = ids != TEXT
-        if hasattr(self, "defaulta"):
-            outputs[other] -= self._low_rank("default", inputs[other])
-        for index in self.modalities:
-            chosen = ids == index
-            if bool(chosen.any()):
-                outputs[chosen] += self._low_rank(f"modality{index}_", inputs[chosen])
+        self._routing.check(inputs)
+        flat, rows = inputs.reshape(-1, inputs.shape[-1]), outputs.view(-1, self.out_features)
+        for group in groups:
+            if group.modality == TEXT:
+                continue
+            tokens = group.take(flat)
+            if hasattr(self, "defaulta"):
+                rows[group.places] -= self._low_rank("default", tokens)
+            if group.modality in self.modalities:
+                rows[group.places] += self._low_rank(f"modality{group.modality}_", tokens)
         return outputs
 
     def _low_rank(self, prefix: str, inputs: torch.Tensor) -> torch.Tensor:

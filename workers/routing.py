@@ -4,21 +4,74 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 
-from mmerge.workers.reader import combine
+from mmerge.workers.kernels_form import can_form, form
+from mmerge.workers.masks import unpack_rows
 
 TEXT = -1
 """The modality id of text tokens, generated ones included. Expert i of a composite has the id i."""
+FORM_ENTRIES = 1 << 20
+"""Entries of a modality's weight formed at once: what was formed is multiplied while it lies in a cache."""
+
+Policy = Literal["packed", "resident"]
+"""`packed` keeps τ⋆ and bits, and forms a modality's weights per layer at prefill; `resident` keeps every modality's weights."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The tokens of one modality in a forward pass: positions in the flattened batch, a slice where they are one run."""
+
+    modality: int
+    places: slice | torch.Tensor
+
+    def take(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the rows of this group, [tokens, …], of values of all tokens."""
+        return values[self.places] if isinstance(self.places, slice) else values.index_select(0, self.places.to(values.device))
+
+
+def make_groups(modality_ids: torch.Tensor) -> tuple[Group, ...]:
+    """Return the tokens of each modality that occurs in `modality_ids`, int64 of any shape, text first."""
+    flat = modality_ids.reshape(-1).cpu()
+    groups = []
+    for modality in sorted(set(flat.tolist())):
+        places = (flat == modality).nonzero().reshape(-1)
+        first, last = int(places[0]), int(places[-1])
+        is_run = last - first + 1 == len(places)
+        groups.append(Group(modality, slice(first, last + 1) if is_run else places.to(modality_ids.device)))
+    return tuple(groups)
 
 
 class Routing:
-    """Which modality each position of the running forward pass has; shared by all layers of a model."""
+    """Which modality each position of the running forward pass has; shared by all layers of a model.
+
+    Groups are found once per pass, not once per layer: on a GPU each search is a wait for the device.
+    """
 
     def __init__(self) -> None:
-        self.modality_ids: torch.Tensor | None = None
+        self._modality_ids: torch.Tensor | None = None
+        self.groups: tuple[Group, ...] | None = None
+        """The tokens of each modality; None where all are text."""
+
+    @property
+    def modality_ids(self) -> torch.Tensor | None:
+        """The modality of each token, int64 [batch, tokens]; None outside of a prefill."""
+        return self._modality_ids
+
+    @modality_ids.setter
+    def modality_ids(self, modality_ids: torch.Tensor | None) -> None:
+        self._modality_ids = modality_ids
+        groups = () if modality_ids is None else make_groups(modality_ids)
+        self.groups = groups if any(group.modality != TEXT for group in groups) else None
+
+    def check(self, inputs: torch.Tensor) -> None:
+        """Raise ValueError when the routing is for other tokens than `inputs` [batch, tokens, width] has."""
+        if self._modality_ids is not None and self._modality_ids.shape != inputs.shape[:-1]:
+            raise ValueError(f"routing is for tokens {tuple(self._modality_ids.shape)}, the layer got {tuple(inputs.shape[:-1])}")
 
     @contextmanager
     def prefill(self, modality_ids: torch.Tensor) -> Iterator[None]:
@@ -33,34 +86,23 @@ class Routing:
 class RoutedLinear(nn.Module):
     """A Linear whose weights are θ₀ + mᵢ∘τ⋆ for tokens of modality i and θ₀ + m̄∘τ⋆ for text (MMER, Expansion).
 
-    The text weights are resident, so that decoding costs what a plain Linear costs. A modality's weights are formed from
-    base, merged task vector and packed mask when a prefill has tokens of that modality; tokens are gathered, so each is
-    multiplied once.
+    The text weights are resident, so that decoding costs what a plain Linear costs. With the policy `packed` a modality's
+    weights are θ_text + (mᵢ − m̄)∘τ⋆, formed block by block when a prefill has tokens of that modality; θ₀ itself is not kept.
+    With `resident` they are kept, formed from θ₀. In bfloat16 the two differ by the rounding of
+    θ_text. Tokens are gathered, so each is multiplied once.
     """
 
-    def __init__(
-        self,
-        routing: Routing,
-        *,
-        base: torch.Tensor,
-        delta: torch.Tensor,
-        masks: Sequence[torch.Tensor],
-        dtype: torch.dtype,
-        bias: RoutedBias | None = None,
-        rescalers: Sequence[float] = (),
-    ) -> None:
-        """Make a layer from θ₀ and τ⋆, both [out, in], one packed mask per expert, and the factors on them where there are any."""
+    def __init__(self, routing: Routing, weights: RoutedWeights, *, bias: RoutedBias | None = None) -> None:
+        """Make a layer over `weights`, on their device."""
         super().__init__()
         self._routing = routing
-        self._rescalers = list(rescalers) or [1.0] * len(masks)
-        self.weight = nn.Parameter(combine(base, delta, list(masks), dtype=dtype, rescalers=self._rescalers), requires_grad=False)
-        self.base: torch.Tensor
-        self.delta: torch.Tensor
-        self.register_buffer("base", base, persistent=False)
-        self.register_buffer("delta", delta, persistent=False)
-        for index, mask in enumerate(masks):
-            self.register_buffer(f"mask{index}", mask, persistent=False)
-        self.num_experts = len(masks)
+        self.num_experts = weights.num_experts
+        self._factors, self._divisor = weights.factors, weights.divisor
+        self.weight = nn.Parameter(weights.text, requires_grad=False)
+        self.modalities: torch.Tensor | None
+        self.register_buffer("delta", weights.delta, persistent=False)
+        self.register_buffer("masks", weights.masks, persistent=False)
+        self.register_buffer("modalities", weights.modalities, persistent=False)
         self.bias = bias
 
     @property
@@ -73,25 +115,40 @@ class RoutedLinear(nn.Module):
         """Columns of the weight."""
         return int(self.weight.shape[1])
 
-    def modality_weight(self, index: int) -> torch.Tensor:
-        """Return θ₀ + mᵢ∘τ⋆ of expert `index`, [out, in], in the layer's dtype."""
-        mask, factor = self.get_buffer(f"mask{index}"), self._rescalers[index]
-        return combine(self.base, self.delta, [mask], dtype=self.weight.dtype, rescalers=[factor])
+    def modality_weight(self, index: int, *, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Return rows `start` to `stop` of the weights of expert `index`, [rows, in], in the layer's dtype."""
+        rows = slice(start, self.out_features if stop is None else stop)
+        if self.num_experts == 1:
+            return self.weight[rows]  # of a single expert m̄ is its mask
+        if self.modalities is not None:
+            return self.modalities[index, rows]
+        text, delta, masks = self.weight.detach()[rows], self.get_buffer("delta")[rows], self.get_buffer("masks")[:, rows]
+        return form_weight(text, delta, masks, factors=self._factors[index], divisor=self._divisor)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return [batch, tokens, out] for inputs [batch, tokens, in]."""
-        ids = self._routing.modality_ids
-        if ids is None or bool((ids == TEXT).all()):
-            return nn.functional.linear(inputs, self.weight, self.bias.text if self.bias else None)
-        if ids.shape != inputs.shape[:-1]:
-            raise ValueError(f"routing is for tokens {tuple(ids.shape)}, the layer got {tuple(inputs.shape[:-1])}")
-        outputs = inputs.new_empty(*inputs.shape[:-1], self.out_features)
-        for index in range(TEXT, self.num_experts):
-            chosen = ids == index
-            if bool(chosen.any()):
-                weight = self.weight if index == TEXT else self.modality_weight(index)
-                outputs[chosen] = nn.functional.linear(inputs[chosen], weight, self.bias.of(index) if self.bias else None)
-        return outputs
+        groups = self._routing.groups
+        if groups is None:
+            return nn.functional.linear(inputs, self.weight, self.bias.text if self.bias is not None else None)
+        self._routing.check(inputs)
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        outputs = flat.new_empty(flat.shape[0], self.out_features)
+        taken = [(group, group.take(flat)) for group in groups]
+        for group, tokens in taken:
+            if group.modality == TEXT:
+                outputs[group.places] = nn.functional.linear(tokens, self.weight, self._bias_of(TEXT, slice(None)))
+        # Blocks outside, modalities inside: all modalities read the same rows of θ_text and τ⋆, the second time from a cache.
+        step = max(1, FORM_ENTRIES // self.in_features) if self.modalities is None else self.out_features
+        for start in range(0, self.out_features, step):
+            rows = slice(start, min(start + step, self.out_features))
+            for group, tokens in taken:
+                if group.modality != TEXT:
+                    weight = self.modality_weight(group.modality, start=rows.start, stop=rows.stop)
+                    outputs[group.places, rows] = nn.functional.linear(tokens, weight, self._bias_of(group.modality, rows))
+        return outputs.reshape(*inputs.shape[:-1], self.out_features)
+
+    def _bias_of(self, modality: int, rows: slice) -> torch.Tensor | None:
+        return None if self.bias is None else self.bias.of(modality)[rows]
 
 
 class RoutedBias(nn.Module):
@@ -107,3 +164,76 @@ class RoutedBias(nn.Module):
     def of(self, index: int) -> torch.Tensor:
         """Return the bias of a modality id."""
         return self.text if index == TEXT else self.get_buffer(f"expert{index}")
+
+
+@dataclass(frozen=True)
+class RoutedWeights:
+    """What a RoutedLinear holds: θ_text, and either τ⋆ with the packed masks, or the weights of every modality.
+
+    `text` is [out, in] in the layer's dtype, `delta` [out, in] in any, `masks` uint8 [experts, out, ⌈in/8⌉] packed by rows,
+    `modalities` [experts, out, in]. θᵢ = θ_text + (Σ factorsᵢⱼ·mⱼ / divisor)∘τ⋆.
+    """
+
+    text: torch.Tensor
+    delta: torch.Tensor | None
+    masks: torch.Tensor | None
+    modalities: torch.Tensor | None
+    factors: list[list[float]]
+    divisor: float
+
+    @property
+    def num_experts(self) -> int:
+        """Experts with a mask."""
+        return len(self.factors)
+
+    @classmethod
+    def make(
+        cls,
+        base: torch.Tensor,
+        delta: torch.Tensor,
+        masks: torch.Tensor,
+        *,
+        dtype: torch.dtype,
+        policy: Policy = "packed",
+        rescalers: Sequence[float] = (),
+    ) -> RoutedWeights:
+        """Return what a layer holds, from θ₀ and τ⋆ [out, in], masks packed by rows, and the factors on the masks (EMR) if any."""
+        count = len(masks)
+        scales = list(rescalers) or [1.0] * count
+        text = form_weight(base, delta, masks, factors=scales, divisor=float(count), dtype=dtype)
+        factors, divisor = cls.factors_of(scales)
+        if policy == "packed":
+            is_needed = count > 1
+            return cls(text, delta if is_needed else None, masks if is_needed else None, None, factors, divisor)
+        own = [[scales[j] if i == j else 0.0 for j in range(count)] for i in range(count)]
+        modalities = torch.stack([form_weight(base, delta, masks, factors=each, divisor=1.0, dtype=dtype) for each in own])
+        return cls(text, None, None, modalities, factors, divisor)
+
+    @staticmethod
+    def factors_of(rescalers: Sequence[float]) -> tuple[list[list[float]], float]:
+        """Return the factors of each expert on all masks, and their divisor: mᵢ − m̄ = (n·mᵢ − Σ mⱼ) / n, with rⱼ on each mⱼ."""
+        count = len(rescalers)
+        return [[rescalers[j] * ((count if i == j else 0) - 1) for j in range(count)] for i in range(count)], float(count)
+
+
+def form_weight(
+    base: torch.Tensor,
+    delta: torch.Tensor,
+    masks: torch.Tensor,
+    *,
+    factors: Sequence[float],
+    divisor: float,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Return base + (Σ factorsⱼ·mⱼ / divisor)∘τ⋆, [rows, width], in `dtype` (the base's if absent).
+
+    Computed in float32 and rounded once; masks packed by rows, uint8 [experts, rows, ⌈width/8⌉].
+    """
+    out = torch.empty(base.shape, dtype=dtype or base.dtype, device=base.device)
+    if can_form(base, delta, out):
+        form(base, delta, masks, factors=factors, divisor=divisor, out=out)
+        return out
+    share = torch.zeros(delta.shape, dtype=torch.float32, device=delta.device)
+    for mask, factor in zip(masks, factors, strict=True):
+        share += factor * unpack_rows(mask, delta.shape[1]).to(torch.float32)
+    return out.copy_(base.to(torch.float32) + share / divisor * delta.to(torch.float32))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmerge.workers.masks import mean_mask, pack_mask
-from mmerge.workers.routing import TEXT, RoutedBias, RoutedLinear, Routing
+from mmerge.workers.masks import mean_mask, pack_mask, pack_rows
+from mmerge.workers.routing import TEXT, Policy, RoutedBias, RoutedLinear, RoutedWeights, Routing, form_weight, make_groups
 
 NUM_EXPERTS, OUT, IN = 3, 7, 12
 
@@ -18,18 +18,22 @@ def weights() -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     return base, delta, [torch.rand(OUT, IN, generator=generator) < share for share in (0.2, 0.5, 0.8)]
 
 
-def make_layer(weights: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]], *, bias: RoutedBias | None = None) -> RoutedLinear:
+def make_layer(
+    weights: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]], *, bias: RoutedBias | None = None, policy: Policy = "packed"
+) -> RoutedLinear:
     base, delta, masks = weights
-    return RoutedLinear(Routing(), base=base, delta=delta, masks=[pack_mask(mask) for mask in masks], dtype=torch.float32, bias=bias)
+    packed = torch.stack([pack_rows(pack_mask(mask), mask.shape) for mask in masks])
+    return RoutedLinear(Routing(), RoutedWeights.make(base, delta, packed, dtype=torch.float32, policy=policy), bias=bias)
 
 
+@pytest.mark.parametrize("policy", ["packed", "resident"])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_every_token_gets_what_a_loop_over_tokens_with_formed_weights_gives(
-    weights: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]], has_bias: bool
+    weights: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]], has_bias: bool, policy: Policy
 ) -> None:
     base, delta, masks = weights
     bias = RoutedBias(torch.randn(OUT), [torch.randn(OUT) for _ in range(NUM_EXPERTS)]) if has_bias else None
-    layer = make_layer(weights, bias=bias)
+    layer = make_layer(weights, bias=bias, policy=policy)
     inputs = torch.randn(2, 9, IN)
     ids = torch.tensor([[TEXT, 0, 0, 1, 2, TEXT, 2, 1, TEXT], [2, 2, 2, TEXT, TEXT, 1, 0, TEXT, 0]])
     with layer._routing.prefill(ids):
@@ -58,3 +62,73 @@ def test_a_routing_of_another_length_is_refused(weights: tuple[torch.Tensor, tor
     layer = make_layer(weights)
     with layer._routing.prefill(torch.zeros(1, 3, dtype=torch.long)), pytest.raises(ValueError, match=r"routing is for tokens \(1, 3\)"):
         layer(torch.randn(1, 4, IN))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(7, 12), (3, 2049), (130, 4104)])
+def test_the_compiled_loop_gives_the_bits_of_the_torch_reference(
+    shape: tuple[int, int], dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    base, delta = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    masks = [torch.rand(shape, generator=generator) < share for share in (0.2, 0.5, 0.8)]
+    packed = torch.stack([pack_rows(pack_mask(mask), shape) for mask in masks])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = form_weight(base, delta, packed, factors=[2.0, -1.0, 0.7], divisor=3.0)
+    finally:
+        torch.set_num_threads(before)
+    monkeypatch.setattr("mmerge.workers.routing.can_form", lambda *tensors: False)
+    assert found.equal(form_weight(base, delta, packed, factors=[2.0, -1.0, 0.7], divisor=3.0))
+    share = (2.0 * masks[0].float() - masks[1].float() + torch.tensor(0.7) * masks[2].float()) / 3
+    assert found.equal((base.float() + share * delta.float()).to(dtype))
+
+
+def test_packed_and_resident_weights_differ_by_roundings_alone() -> None:
+    generator = torch.Generator().manual_seed(2)
+    base, delta = (torch.randn(64, 64, generator=generator).bfloat16() for _ in range(2))
+    masks = [torch.rand(64, 64, generator=generator) < 0.5 for _ in range(NUM_EXPERTS)]
+    packed = torch.stack([pack_rows(pack_mask(mask), mask.shape) for mask in masks])
+    layers = {
+        policy: RoutedLinear(Routing(), RoutedWeights.make(base, delta, packed, dtype=torch.bfloat16, policy=policy))
+        for policy in ("packed", "resident")
+    }
+    for index, mask in enumerate(masks):
+        exact = (base.float() + mask * delta.float()).bfloat16()
+        assert layers["resident"].modality_weight(index).equal(exact)
+        text = layers["packed"].weight.float().abs()
+        error = (layers["packed"].modality_weight(index).float() - exact.float()).abs()
+        assert bool((error <= 2**-8 * 1.01 * (text + 2 * exact.float().abs())).all())  # of θ_text, and of both results
+
+
+def test_the_factors_of_masks_scale_what_a_modality_takes() -> None:
+    generator = torch.Generator().manual_seed(3)
+    base, delta = (torch.randn(OUT, IN, generator=generator) for _ in range(2))
+    masks = [torch.rand(OUT, IN, generator=generator) < 0.5 for _ in range(2)]
+    packed = torch.stack([pack_rows(pack_mask(mask), mask.shape) for mask in masks])
+    for policy in ("packed", "resident"):
+        weights = RoutedWeights.make(base, delta, packed, dtype=torch.float32, policy=policy, rescalers=[1.5, 0.5])
+        layer = RoutedLinear(Routing(), weights)
+        torch.testing.assert_close(layer.weight.detach(), base + (1.5 * masks[0].float() + 0.5 * masks[1].float()) / 2 * delta)
+        torch.testing.assert_close(layer.modality_weight(0), base + 1.5 * masks[0] * delta)
+        torch.testing.assert_close(layer.modality_weight(1), base + 0.5 * masks[1] * delta)
+
+
+def test_a_single_expert_keeps_no_more_than_a_plain_linear() -> None:
+    base, delta, mask = torch.randn(8, 8), torch.randn(8, 8), torch.rand(8, 8) < 0.5
+    weights = RoutedWeights.make(base, delta, pack_rows(pack_mask(mask), mask.shape)[None], dtype=torch.float32)
+    assert weights.delta is None
+    assert weights.masks is None
+    assert RoutedLinear(Routing(), weights).modality_weight(0).equal(weights.text)
+
+
+def test_tokens_in_runs_are_not_copied_and_scattered_ones_are_gathered() -> None:
+    ids = torch.tensor([[TEXT, 0, 0, 1], [1, TEXT, 1, TEXT]])
+    groups = {group.modality: group for group in make_groups(ids)}
+    assert groups[0].places == slice(1, 3)
+    values = torch.arange(16.0).reshape(8, 2)
+    assert groups[0].take(values).data_ptr() == values[1:].data_ptr()
+    assert groups[1].take(values).equal(values[[3, 4, 6]])
+    assert groups[TEXT].take(values).equal(values[[0, 5, 7]])

@@ -1,0 +1,217 @@
+"""Measure a composite at work: loading, prefill and decoding beside the dense base model, memory beside separate models.
+
+    python benchmarks/bench_composite.py --shape 300m
+    python benchmarks/bench_composite.py --shape 300m --dtype float32 --out build/composite.json
+
+Inputs are synthetic (benchmarks/checkpoints.py). Pairs that are compared run in turn, and the least time of each counts, so that
+both see the same machine at its quietest. Ratios are of CPU time (`cpu`), which other work on the machine changes little, and of
+time on the clock (`wall`). Loading is measured with files in the page cache (`warm`) and dropped from it (`cold`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from blake3 import blake3
+from checkpoints import SHAPES as BUILD_SHAPES
+from checkpoints import Shape, make_checkpoints
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from mmerge.pipeline import Composite, load_composite, make_plan, read_recipe, run
+from mmerge.workers.fetch import READ_THREADS
+from mmerge.workers.reader import BuildReader
+
+ROOT = Path(__file__).resolve().parent.parent
+NUM_EXPERTS = 3
+SHAPES = {**BUILD_SHAPES, "1.1b-2layers": Shape(2048, 5632, 2, 32, 4, vocabulary=2000)}
+"""Two layers are enough for ratios of prefill and decoding: they are the same in each."""
+
+
+def main() -> None:
+    """Build what is missing, measure, print one line per comparison."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="300m")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the loaded weights")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens per modality, and of text")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "bench")
+    parser.add_argument("--only", nargs="*", default=["load", "speed", "memory"])
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    stores = build(options.folder, options.shape)
+    dtype = getattr(torch, options.dtype)
+    found: dict[str, Any] = {"shape": options.shape, "dtype": options.dtype, "threads": options.threads, "machine": platform.processor()}
+    if "load" in options.only:
+        found |= measure_loading(stores, options.folder / options.shape, options.rounds)
+    if "speed" in options.only:
+        found |= measure_speed(stores["mmer"], options.folder / options.shape / "base", dtype, options.tokens, options.rounds)
+    if "memory" in options.only:
+        found |= measure_memory(stores["mmer"], dtype)
+    for name, value in found.items():
+        print(f"{name:<52} {value:.4g}" if isinstance(value, float) else f"{name:<52} {value}")
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(found, indent=2))
+
+
+def build(folder: Path, shape: str) -> dict[str, str]:
+    """Return the stores of a composite of masks and of a plain merge, built if they are not there."""
+    paths = make_checkpoints(folder / shape, SHAPES[shape], num_experts=NUM_EXPERTS)
+    for path in paths:
+        if not (path / "tokenizer.json").exists():
+            tokenizer = Tokenizer(WordLevel({"w0": 0, "w1": 1, "w2": 2}, unk_token="w0"))
+            PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="w1", eos_token="w2", unk_token="w0").save_pretrained(path)
+    stores = {}
+    for method in ("mmer", "linear"):
+        store = folder / shape / f"store-{method}"
+        stores[method] = str(store)
+        if not list(store.glob("refs/*/*.json")):
+            shutil.rmtree(store, ignore_errors=True)
+            experts = {path.name: {"path": str(path), "modality": path.name} for path in paths[1:]}
+            recipe = {"name": "bench", "base": str(paths[0]), "method": method, "output": str(store), "experts": experts}
+            (folder / shape / f"{method}.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+            run(make_plan(read_recipe(folder / shape / f"{method}.yaml")))
+    return stores
+
+
+@dataclass
+class Least:
+    """The least seconds that something took."""
+
+    wall: float = float("inf")
+    cpu: float = float("inf")
+
+
+def least(rounds: int, *actions: Callable[[], Any], before: Callable[[], None] = lambda: None) -> list[Least]:
+    """Return the least time of each action; they run in turn, `before` ahead of each."""
+    best = [Least() for _ in actions]
+    for _ in range(rounds):
+        for found, action in zip(best, actions, strict=True):
+            before()
+            wall, cpu = time.perf_counter(), time.process_time()
+            action()
+            found.wall = min(found.wall, time.perf_counter() - wall)
+            found.cpu = min(found.cpu, time.process_time() - cpu)
+    return best
+
+
+def compare(name: str, ours: Least, other: Least) -> dict[str, float]:
+    """Return the seconds of both and their ratios."""
+    return {
+        f"{name}.wall_s": ours.wall,
+        f"{name}.other_wall_s": other.wall,
+        f"{name}.wall_ratio": ours.wall / other.wall,
+        f"{name}.cpu_s": ours.cpu,
+        f"{name}.other_cpu_s": other.cpu,
+        f"{name}.cpu_ratio": ours.cpu / other.cpu,
+    }
+
+
+def drop_from_cache(folder: Path) -> None:
+    """Let the system forget what it holds of a folder's files."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure_loading(stores: dict[str, str], folder: Path, rounds: int) -> dict[str, float]:
+    """Loading against reading the same ranges, alone and with their digests, and against transformers for a plain checkpoint."""
+    found: dict[str, float] = {}
+    for method, uri in stores.items():
+        reader = BuildReader(uri)
+        rows = [row for rows in reader._rows.values() for row in rows]
+
+        def read(row: Any, reader: BuildReader = reader) -> int:
+            return len(reader.store.read_range(row.object, offset=row.offset, num_bytes=row.num_bytes))
+
+        def read_and_digest(row: Any, reader: BuildReader = reader) -> str:
+            return str(blake3(reader.store.read_range(row.object, offset=row.offset, num_bytes=row.num_bytes)).hexdigest())
+
+        def read_all(action: Callable[[Any], Any], rows: list[Any] = rows) -> None:
+            with ThreadPoolExecutor(READ_THREADS) as pool:
+                for _ in pool.map(action, rows):
+                    pass
+
+        actions: list[Callable[[], Any]] = [
+            lambda read_all=read_all, read=read: read_all(read),
+            lambda read_all=read_all, digest=read_and_digest: read_all(digest),
+            lambda uri=uri: load_composite(uri),
+        ]
+        if method == "linear":
+            actions.append(lambda: AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16))
+        for state in ("warm", "cold"):
+            folders = [Path(uri), folder / "base"] if state == "cold" else []
+            times = least(rounds, *actions, before=lambda folders=folders: [drop_from_cache(each) for each in folders] and None)
+            found[f"load.{method}.bytes"] = float(sum(row.num_bytes for row in rows))
+            found |= compare(f"load.{method}.{state}.to_raw", times[2], times[0])
+            found |= compare(f"load.{method}.{state}.to_raw_with_digests", times[2], times[1])
+            if method == "linear":
+                found |= compare(f"load.{method}.{state}.to_transformers", times[2], times[3])
+    return found
+
+
+@torch.inference_mode()
+def measure_speed(uri: str, base: Path, dtype: torch.dtype, num_tokens: int, rounds: int) -> dict[str, float]:
+    """Prefill of text and every modality, and one decoded token behind it, against the dense base model."""
+    dense = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
+    ids = torch.arange(-1, NUM_EXPERTS).repeat_interleave(num_tokens)[None]
+    embeds = 0.1 * torch.randn(1, ids.shape[1], dense.config.hidden_size).to(dtype)
+    found: dict[str, float] = {"speed.tokens": float(ids.shape[1])}
+    for policy in ("packed", "resident"):
+        composite = load_composite(uri, dtype=dtype, policy=policy)  # type: ignore[arg-type]
+        routed = composite.language_model
+
+        def prefill(composite: Composite = composite, routed: Any = routed) -> Any:
+            with composite._prefill(ids):
+                return routed(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
+
+        plain, mixed = least(rounds, lambda: dense(inputs_embeds=embeds, use_cache=True, logits_to_keep=1), prefill)
+        caches = dense(inputs_embeds=embeds, use_cache=True, logits_to_keep=1).past_key_values, prefill().past_key_values
+        token = torch.tensor([[5]])
+
+        def decode(model: Any, cache: Any, token: torch.Tensor = token) -> None:
+            for _ in range(8):
+                model(input_ids=token, past_key_values=cache, use_cache=True)
+                cache.crop(-1)
+
+        one, other = least(
+            4 * rounds,
+            lambda decode=decode, caches=caches: decode(dense, caches[0]),
+            lambda decode=decode, routed=routed, caches=caches: decode(routed, caches[1]),
+        )
+        found |= compare(f"speed.{policy}.prefill", mixed, plain) | compare(f"speed.{policy}.decode", other, one)
+    return found
+
+
+def measure_memory(uri: str, dtype: torch.dtype) -> dict[str, float]:
+    """Bytes of the language model's tensors, against as many separate models as there are experts."""
+    found = {}
+    for policy in ("packed", "resident"):
+        model = load_composite(uri, dtype=dtype, policy=policy).language_model  # type: ignore[arg-type]
+        tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+        found[policy] = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        separate = NUM_EXPERTS * sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+    sizes = {f"memory.{policy}_bytes": float(num_bytes) for policy, num_bytes in found.items()}
+    ratios = {f"memory.{policy}_ratio_to_separate": num_bytes / separate for policy, num_bytes in found.items()}
+    return sizes | {"memory.separate_bytes": float(separate)} | ratios
+
+
+if __name__ == "__main__":
+    main()

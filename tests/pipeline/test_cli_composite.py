@@ -1,0 +1,105 @@
+"""The commands place and generate, as they are typed."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmerge.pipeline.cli import main
+
+SAMPLES = Path(__file__).resolve().parent.parent.parent / "examples" / "lab" / "samples"
+IMAGE, SOUND = str(SAMPLES / "image_seven_light.png"), str(SAMPLES / "sound_three_low.wav")
+ASK = "which digit is in the image ?"
+
+
+def invoke(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    printed = capsys.readouterr()
+    code = stop.value.code
+    return (code if isinstance(code, int) else 1), printed.out, printed.err
+
+
+def test_place_shows_what_each_device_holds(lab_store: str, capsys: Any) -> None:
+    code, out, _ = invoke(capsys, "place", f"{lab_store}#mmer", "--gpus", "4x80")
+    assert code == 0
+    assert "cuda:3" in out
+    assert "by tensor, torchrun --nproc-per-node 4; 512 tokens, 1 at once, policy packed" in out
+    code, out, _ = invoke(capsys, "place", f"{lab_store}#mmer", "--gpus", "2x80", "--by", "layers", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert [device["device"] for device in found["devices"]] == ["cuda:0", "cuda:1"]
+    assert found["devices"][0]["last_layer"] + 1 == found["devices"][1]["first_layer"]
+    assert all(device["total"] == sum(device["memory"].values()) for device in found["devices"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "1x1"], "PlacementError: .*does not fit .*\n.*cuda:0: 1.0 GB of 1.0 GB, does not fit"),
+        (["--gpus", "eight"], "'eight': expected devices as COUNTxGB, such as 4x80"),
+        (["--gpus", "3x80", "--by", "tensor"], "cannot be divided over 3 ranks; possible are 1, 2, 4"),
+        (["--gpus", "80", "--by", "magic"], "--by: expected 'tensor' or 'layers', got 'magic'"),
+        (["--gpus", "80", "--policy", "magic"], "--policy: expected 'packed' or 'resident'"),
+        (["--gpus", "80", "--dtype", "int4"], "--dtype: expected 'bfloat16' or 'float16' or 'float32'"),
+    ],
+)
+def test_place_refuses_with_the_reason(lab_store: str, capsys: Any, arguments: list[str], message: str) -> None:
+    code, _, err = invoke(capsys, "place", f"{lab_store}#mmer", *arguments)
+    assert code == 1
+    assert "Traceback" not in err
+    assert re.search(message, err), err
+
+
+def test_generate_streams_samples_and_spreads(lab_store: str, capsys: Any) -> None:
+    uri = f"{lab_store}#mmer"
+    wanted = invoke(capsys, "generate", uri, ASK, "--image", IMAGE, "--max-new-tokens", "3")
+    assert wanted[:2] == (0, "seven\n")
+    assert invoke(capsys, "generate", uri, ASK, "--image", IMAGE, "--max-new-tokens", "3", "--stream")[1].strip() == "seven"
+    drawn = ("--temperature", "3", "--seed", "4", "--max-new-tokens", "6")
+    assert invoke(capsys, "generate", uri, ASK, "--image", IMAGE, *drawn) == invoke(capsys, "generate", uri, ASK, "--image", IMAGE, *drawn)
+    for options in (["--cache", "static"], ["--policy", "resident"], ["--gpus", "2x1"], ["--dtype", "float32"]):
+        assert invoke(capsys, "generate", uri, ASK, "--image", IMAGE, "--max-new-tokens", "3", *options)[:2] == (0, "seven\n")
+
+
+def test_generate_answers_a_file_of_prompts_of_different_layouts(lab_store: str, tmp_path: Path, capsys: Any) -> None:
+    prompts = [{"question": ASK, "image": [IMAGE]}, {"question": "which digit is in the sound ?", "audio": SOUND, "image": [IMAGE]}]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)) + "\n\n")
+    code, out, _ = invoke(capsys, "generate", f"{lab_store}#mmer", "--prompts", str(tmp_path / "prompts.jsonl"), "--max-new-tokens", "3")
+    assert code == 0
+    assert out.splitlines() == ["seven", "three"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["x ?", "--media", "smell=a.txt"],
+            "no expert for modality 'smell'; this composite has image (image), audio (audio), video (video)",
+        ),
+        (["x ?", "--image", __file__], "cannot be read as an image"),
+        (["x ?", "--image", "missing.png"], "missing.png: no such image file"),
+        (["x ?", "--audio", __file__], "cannot be read as a sound"),
+        (["x ?", "--video", __file__], "cannot be read as a video"),
+        (["x " * 600], "the model takes 512 together"),
+        (["x ?", "--gpus", "1x0.001"], "does not fit"),
+        (["x ?", "--seed", "3"], "--seed has no effect on greedy answers"),
+        (["x ?", "--temperature", "0"], "--temperature 0 is greedy"),
+        (["x ?", "--cache", "paged"], "--cache: expected 'dynamic' or 'static', got 'paged'"),
+        ([], "give a question, or an --image"),
+        (["x ?", "--prompts", __file__], "the questions and media stand in the file"),
+        (["--prompts", __file__], "line 1"),
+    ],
+)
+def test_generate_refuses_with_one_clear_error(lab_store: str, capsys: Any, arguments: list[str], message: str) -> None:
+    code, out, err = invoke(capsys, "generate", f"{lab_store}#mmer", *arguments)
+    assert code == 1
+    assert message in err.replace("\n", " ")
+    assert err.count("error:") == 1
+    assert "Traceback" not in err
+    assert not out

@@ -1,0 +1,163 @@
+"""Expansion equals a naive loop over tokens, for every architecture, policy, batch, padding, prefill and decode."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, EXPERTS, Naive, build_adapters, build_masks
+
+from mmerge.manifests.errors import PromptError
+from mmerge.pipeline import Part, load_composite
+from mmerge.workers.routing import RoutedLinear
+
+HIDDEN = 32
+KINDS = {"masks": build_masks, "adapters": build_adapters}
+
+
+def media(kind: str, num_tokens: int, seed: int) -> Part:
+    return Part(kind, torch.randn(num_tokens, HIDDEN, generator=torch.Generator().manual_seed(seed)))
+
+
+PROMPTS = [
+    [Part.text("w5 w6"), media("image", 5, 1), Part.text("w7"), media("audio", 3, 2), Part.text("w8 w9"), media("image", 2, 3), Part.text("w10")],
+    [media("video", 4, 4), Part.text("w11 w12 w13")],
+    [Part.text("w14 w15 w16 w17")],
+    [media("audio", 6, 5), media("video", 1, 6), media("image", 1, 7)],
+]  # fmt: skip
+
+
+class Family:
+    """Composites and naive models of each architecture and kind, made once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.made: dict[tuple[str, str], tuple[str, Naive]] = {}
+
+    def find(self, architecture: str, kind: str) -> tuple[str, Naive]:
+        key = (architecture, kind)
+        if key not in self.made:
+            place = self.folder / f"{architecture}-{kind}"
+            place.mkdir()
+            uri = KINDS[kind](place, architecture)
+            self.made[key] = uri, Naive(uri, architecture)
+        return self.made[key]
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return Family(tmp_path_factory.mktemp("family"))
+
+
+CASES = [(architecture, "masks", policy) for architecture in ARCHITECTURES for policy in ("packed", "resident")]
+CASES += [(architecture, "adapters", "packed") for architecture in ARCHITECTURES]
+
+
+@pytest.mark.parametrize(("architecture", "kind", "policy"), CASES)
+def test_logits_of_prefill_and_of_every_decoded_token_equal_the_naive_loop(
+    family: Family, architecture: str, kind: str, policy: Any
+) -> None:
+    uri, naive = family.find(architecture, kind)
+    composite = load_composite(uri, policy=policy)
+    for prompts in ([PROMPTS[0]], PROMPTS):  # batch 1 and, padded on the left, 4
+        for cache in ("dynamic", "static"):
+            made = composite._generate(
+                prompts, max_new_tokens=4, min_new_tokens=4, cache=cache, output_logits=True, return_dict_in_generate=True
+            )
+            for row, prompt in enumerate(prompts):
+                embeds, ids = composite.embed(prompt)
+                answer = made.sequences[row].tolist()
+                wanted = naive.logits(embeds, ids.tolist(), answer)
+                found = torch.stack([step[row] for step in made.logits])
+                torch.testing.assert_close(found, wanted[len(ids) - 1 : -1], rtol=1e-5, atol=1e-5)
+                if cache == "dynamic":
+                    torch.testing.assert_close(composite.logits(prompt), wanted[: len(ids)], rtol=1e-5, atol=1e-5)
+
+
+def test_routing_matters_in_these_models(family: Family) -> None:
+    uri, naive = family.find("qwen3", "masks")
+    embeds, ids = load_composite(uri).embed(PROMPTS[0])
+    routed = naive.logits(embeds, ids.tolist())
+    assert (routed - naive.logits(embeds, [-1] * len(ids))).abs().max() > 0.01
+
+
+def test_biases_of_every_modality_are_loaded(family: Family) -> None:
+    composite = load_composite(family.find("qwen2", "masks")[0])
+    module = composite.language_model.get_submodule("model.layers.0.self_attn.q_proj")
+    assert isinstance(module, RoutedLinear)
+    assert module.bias is not None
+    values = [module.bias.of(index) for index in range(-1, len(EXPERTS))]
+    assert not any(values[0].equal(other) for other in values[1:])
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True, "seed": 5, "num_return_sequences": 2}])
+def test_beams_and_several_answers_route_every_row_of_the_prompt(family: Family, options: dict[str, Any]) -> None:
+    uri, naive = family.find("llama", "masks")
+    composite = load_composite(uri)
+    made = composite._generate(
+        [PROMPTS[0], PROMPTS[1]], max_new_tokens=1, min_new_tokens=1, output_logits=True, return_dict_in_generate=True, **options
+    )
+    count = options.get("num_beams") or options["num_return_sequences"]
+    for row, prompt in enumerate((PROMPTS[0], PROMPTS[1])):
+        embeds, ids = composite.embed(prompt)
+        for each in range(count):
+            torch.testing.assert_close(made.logits[0][row * count + each], naive.logits(embeds, ids.tolist())[-1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_prompt_in_pieces_is_routed_as_in_one_pass(family: Family) -> None:
+    uri, naive = family.find("mistral", "masks")
+    composite = load_composite(uri)
+    embeds, ids = composite.embed(PROMPTS[0])
+    wanted = naive.logits(embeds, ids.tolist())
+    model = composite.language_model
+    with torch.inference_mode(), composite._prefill(ids[None]):
+        first = model(inputs_embeds=embeds[None, :6], use_cache=True)
+        second = model(inputs_embeds=embeds[None, 6:], past_key_values=first.past_key_values)
+    torch.testing.assert_close(torch.cat([first.logits[0], second.logits[0]]), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_sampling_repeats_with_a_seed_and_leaves_the_generator_alone(family: Family) -> None:
+    composite = load_composite(family.find("llama", "masks")[0])
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": True, "temperature": 2.0}
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    answers = [composite.generate(PROMPTS[0], seed=seed, **options) for seed in (1, 1, 2)]
+    assert answers[0] == answers[1] != answers[2]
+    assert torch.get_rng_state().equal(before)
+
+
+def test_a_stream_gives_the_answer_in_pieces_and_its_errors_to_the_reader(family: Family) -> None:
+    composite = load_composite(family.find("llama", "masks")[0])
+    options: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6}
+    pieces = list(composite.stream(PROMPTS[0], **options))
+    assert len(pieces) > 1
+    assert "".join(pieces).strip() == composite.generate(PROMPTS[0], **options)
+    with pytest.raises(PromptError, match="no expert for modality 'smell'"):
+        list(composite.stream([Part("smell", "x")]))
+    with pytest.raises(PromptError, match="the model takes 128 together"):
+        list(composite.stream(PROMPTS[0], max_new_tokens=600))
+
+
+def test_what_cannot_be_generated_is_refused(family: Family) -> None:
+    composite = load_composite(family.find("llama", "masks")[0])
+    with pytest.raises(PromptError, match="no prompt was given"):
+        composite.generate_batch([])
+    with pytest.raises(PromptError, match="ask for at least one"):
+        composite.generate(PROMPTS[0], max_new_tokens=0)
+    with pytest.raises(PromptError, match=r"embeddings have width 7, the language model's have 32"):
+        composite.generate([Part("image", torch.zeros(2, 7))])
+    with pytest.raises(PromptError, match=r"the prompt has 201 tokens and 0 are to be generated; the model takes 128"):
+        composite.logits([media("image", 200, 1), Part.text("w5")])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("policy", ["packed", "resident"])
+def test_a_gpu_gives_the_logits_of_the_naive_loop(family: Family, policy: Any) -> None:
+    uri, naive = family.find("llama", "masks")
+    composite = load_composite(uri, device="cuda", policy=policy)
+    for prompt in PROMPTS:
+        embeds, ids = composite.embed(prompt)
+        torch.testing.assert_close(composite.logits(prompt).cpu(), naive.logits(embeds.cpu(), ids.tolist()), rtol=1e-4, atol=1e-4)

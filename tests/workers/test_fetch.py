@@ -1,0 +1,96 @@
+"""What is read ahead stays within its window, shares are even, and parts put together are the whole."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from mmerge.manifests.errors import DamagedObject
+from mmerge.workers.division import Division
+from mmerge.workers.fetch import Field, Item, cut, part_shape, read_ahead, share_out
+from mmerge.workers.masks import pack_mask, pack_rows, unpack_rows
+
+
+def make_items(*sizes: int) -> list[Item]:
+    return [Item(f"t{index}", "plain", (), size) for index, size in enumerate(sizes)]
+
+
+def test_reading_ahead_holds_no_more_than_its_window_or_one_item() -> None:
+    items = make_items(10, 10, 10, 50, 10, 10, 10, 10)
+    lock, held, most = threading.Lock(), [0], [0]
+
+    def read(item: Item) -> Item:
+        with lock:
+            held[0] += item.num_bytes
+            most[0] = max(most[0], held[0])
+        time.sleep(0.002)
+        return item
+
+    found = []
+    for item in read_ahead(items, read, window_bytes=30, num_threads=4):
+        found.append(item)
+        time.sleep(0.002)
+        with lock:
+            held[0] -= item.num_bytes
+    assert found == items
+    assert most[0] <= 50
+
+
+def test_an_error_of_a_reading_thread_reaches_the_caller_and_ends_the_rest() -> None:
+    seen = []
+
+    def read(item: Item) -> str:
+        seen.append(item.name)
+        if item.name == "t1":
+            raise DamagedObject("t1 is damaged")
+        return item.name
+
+    ready = read_ahead(make_items(*[10] * 50), read, window_bytes=20, num_threads=2)
+    assert next(ready) == "t0"
+    with pytest.raises(DamagedObject, match="t1 is damaged"):
+        next(ready)
+    assert len(seen) < 10
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
+def test_shares_are_even_within_the_largest_item(num_ranks: int) -> None:
+    sizes = [(index * 7919) % 1000 + 1 for index in range(60)]
+    owners = share_out(sizes, num_ranks=num_ranks)
+    loads = [sum(size for size, owner in zip(sizes, owners, strict=True) if owner == rank) for rank in range(num_ranks)]
+    assert max(loads) - min(loads) <= max(sizes)
+    assert owners == share_out(sizes, num_ranks=num_ranks)
+    taken = [500 * rank for rank in range(num_ranks)]
+    more = share_out(sizes, num_ranks=num_ranks, taken=taken)
+    assert num_ranks == 1 or sum(owner == 0 for owner in more) >= sum(owner == num_ranks - 1 for owner in more)
+
+
+@pytest.mark.parametrize(("module", "width"), [("o_proj", 64), ("o_proj", 24), ("q_proj", 24), ("lm_head", 24), ("embed_tokens", 20)])
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_parts_of_weights_and_masks_put_together_are_the_whole(module: str, width: int, num_ranks: int) -> None:
+    division = Division(num_ranks, 4, 4, 6, 48)
+    rows = 41 if module in ("lm_head", "embed_tokens") else 24
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, width, generator=generator)
+    masks = torch.rand(3, rows, width, generator=generator) < 0.4
+    packed = torch.stack([pack_rows(pack_mask(mask), mask.shape) for mask in masks])
+    fields: dict[str, tuple[Field, torch.Tensor]] = {
+        "text": (Field("text", weight.dtype, tuple(weight.shape)), weight),
+        "masks": (Field("masks", torch.uint8, tuple(packed.shape)), packed),
+    }
+    found: dict[str, list[Any]] = {"text": [], "masks": []}
+    along = ""
+    for rank in range(num_ranks):
+        part = division.part_of(f"model.layers.0.{module}.weight", tuple(weight.shape), rank=rank)
+        along = part.along
+        for name, (field, value) in fields.items():
+            piece = cut(value, field, part, is_vector=False)
+            assert tuple(piece.shape) == part_shape(field, part, is_vector=False)
+            own_width = part.size if along == "columns" else width
+            found[name].append(unpack_rows(piece, own_width) if name == "masks" else piece)
+    dim = -1 if along == "columns" else -2
+    assert torch.cat(found["text"], dim=dim)[:rows].equal(weight)
+    assert torch.cat(found["masks"], dim=dim)[:, :rows].equal(masks)

@@ -1,0 +1,140 @@
+"""Several gloo ranks hold one composite and give what one process gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import build_adapters, build_masks
+from rank_script import held_bytes, make_lab_prompts, make_prompts
+
+from mmerge.manifests.errors import PlacementError
+from mmerge.pipeline import load_composite
+from mmerge.workers.division import Division
+from mmerge.workers.placement import plan_placement
+from mmerge.workers.reader import BuildReader
+
+SCRIPT = Path(__file__).resolve().parent.parent / "rank_script.py"
+
+
+def start(cases: list[dict[str, Any]], folder: Path, num_ranks: int) -> tuple[int, str]:
+    """Start ranks with torchrun; return the exit code and what they printed."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), str(SCRIPT),
+        json.dumps(cases), str(folder / "found.json"),
+    ]  # fmt: skip
+    variables = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=variables)
+    return done.returncode, done.stderr
+
+
+def case(uri: str, **options: Any) -> dict[str, Any]:
+    return {"uri": uri, "options": options}
+
+
+def check(found: dict[str, Any], each: dict[str, Any], num_ranks: int) -> None:
+    composite = load_composite(each["uri"], dtype=torch.float32, **each["options"])
+    is_lab = each["uri"].endswith("#mmer")
+    prompts = make_lab_prompts(composite) if is_lab else make_prompts(composite.language_model.config.hidden_size)
+    for logits, prompt in zip(found["logits"], prompts, strict=True):
+        # Sums over ranks are added in another order than within one matrix: float32, for logits of about 1.
+        torch.testing.assert_close(
+            torch.tensor(logits), composite.logits(prompt), rtol=1e-4 if is_lab else 1e-5, atol=1e-4 if is_lab else 1e-5
+        )
+    assert found["answers"] == composite.generate_batch(prompts, max_new_tokens=5)
+    assert len(set(found["sampled"])) == 1, "ranks drew different tokens"
+    assert len(found["refused"]) == num_ranks
+    assert len(set(found["refused"])) == 1
+    assert ("cannot be read as an image" if is_lab else "width 3") in found["refused"][0]
+    alone = composite.load_reports[0].bytes_read
+    if composite.manifest.kind == "masks":
+        assert sum(found["bytes_read"]) == alone, "a byte was read twice, or not at all"
+        assert max(found["bytes_read"]) < 1.15 * alone / num_ranks
+    # Norms are whole on every rank, and with more ranks than key-value heads each head is held twice.
+    assert max(found["held_bytes"]) < 1.25 * held_bytes(composite) / num_ranks
+
+
+def run_and_check(cases: list[dict[str, Any]], folder: Path, num_ranks: int) -> None:
+    code, printed = start(cases, folder, num_ranks)
+    assert code == 0, printed
+    for found, each in zip(json.loads((folder / "found.json").read_text()), cases, strict=True):
+        check(found, each, num_ranks)
+
+
+SIZES = {"hidden_size": 64, "intermediate_size": 128}
+
+
+def test_two_ranks_give_what_one_process_gives_and_share_bytes_and_memory(tmp_path: Path, lab_store: str) -> None:
+    places = {name: tmp_path / name for name in ("llama", "qwen3", "damc")}
+    for place in places.values():
+        place.mkdir()
+    cases = [
+        case(build_masks(places["llama"], "llama", **SIZES)),
+        case(build_masks(places["qwen3"], "qwen3", **SIZES), policy="resident"),
+        case(build_adapters(places["damc"], "llama")),
+        case(f"{lab_store}#mmer"),
+    ]
+    run_and_check(cases, tmp_path, 2)
+
+
+def test_four_ranks_give_what_one_process_gives(tmp_path: Path) -> None:
+    run_and_check([case(build_masks(tmp_path, "qwen2", **SIZES))], tmp_path, 4)
+
+
+def start_alone(cases: list[dict[str, Any]], folder: Path, num_ranks: int, **environment: str) -> list[tuple[int, str]]:
+    """Start ranks with nobody who ends them when one fails; return each one's exit code and what it printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(SCRIPT), json.dumps(cases), str(folder / "found.json")]
+    shared = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [
+        subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, env=shared | environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        )
+        for rank in range(num_ranks)
+    ]
+    return [(rank.returncode, printed) for rank in ranks for printed in [rank.communicate(timeout=120)[1]]]
+
+
+def test_a_rank_that_dies_is_one_clear_error_on_the_others_and_no_hang(tmp_path: Path) -> None:
+    uri = build_masks(tmp_path, "llama")
+    (code, printed), (dead, _) = start_alone([case(uri)], tmp_path, 2, DIES="1")
+    assert (code, dead) == (1, 7)
+    message = printed.strip().splitlines()[-1]
+    assert message.startswith("RankLost: rank 0 of 2: another rank of this composite ended or did not answer (")
+    assert message.endswith("Its own message says why; start all ranks again")
+    assert "Traceback" not in printed
+    assert not (tmp_path / "found.json").exists()
+
+
+def test_a_damaged_object_ends_all_ranks_and_one_names_it(tmp_path: Path) -> None:
+    uri = build_masks(tmp_path, "llama")
+    entry = next(entry for entry in BuildReader(uri).manifest.entries if entry.role == "merge" and entry.shard == "layers.1")
+    path = tmp_path / "store" / entry.key
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+    ended = start_alone([case(uri)], tmp_path, 2)
+    assert [code for code, _ in ended] == [1, 1]
+    kinds = sorted(printed.strip().splitlines()[-1].partition(":")[0] for _, printed in ended)
+    assert kinds == ["DamagedObject", "RankLost"]
+    assert any(f"{entry.key}: model.layers.1." in printed for _, printed in ended)
+
+
+def test_a_number_of_ranks_that_does_not_divide_the_heads_is_refused_with_those_that_do(lab_store: str) -> None:
+    config = load_composite(f"{lab_store}#mmer").language_model.config
+    with pytest.raises(
+        PlacementError, match=r"4 heads, 2 key-value heads and an MLP of 256 cannot be divided over 3 ranks; possible are 1, 2, 4"
+    ):
+        Division.of(config, num_ranks=3)
+    placement = plan_placement(f"{lab_store}#mmer", devices=[10**9] * 2, by="tensor", device_type="cpu")
+    with pytest.raises(PlacementError, match="this process is alone: start it with 'torchrun --nproc-per-node 2'"):
+        load_composite(f"{lab_store}#mmer", placement=placement)

@@ -1,0 +1,225 @@
+"""Tensors of a build brought to the ranks that need them: each byte is read once, checked once, and cut for every rank."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from typing import Literal, TypeVar
+
+import torch
+
+from mmerge.workers.division import Division, Part
+from mmerge.workers.masks import pack_mask, pack_rows, unpack_rows
+from mmerge.workers.ranks import Ranks
+from mmerge.workers.reader import HEAD_NAME, BuildReader
+from mmerge.workers.routing import Policy, RoutedWeights
+
+WINDOW_BYTES = 256 << 20
+"""Stored bytes that are read ahead of what is being placed: host memory beside the model, or one tensor if that is larger."""
+READ_THREADS = 4
+
+_Result = TypeVar("_Result")
+Kind = Literal["plain", "matrix", "bias"]
+
+
+@dataclass(frozen=True)
+class Field:
+    """One tensor of several that belong to a name; `shape` is that of the whole."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Item:
+    """A language-model tensor to load: a plain one, or the matrix or bias of a routed Linear."""
+
+    name: str
+    kind: Kind
+    fields: tuple[Field, ...]
+    num_bytes: int
+    """Bytes that its owner reads from the store."""
+
+
+class Fetcher:
+    """Reads a build's language model: of text and all modalities, or of one expert."""
+
+    def __init__(self, reader: BuildReader, *, expert: str | None, dtype: torch.dtype, policy: Policy) -> None:
+        self.reader, self.expert, self.dtype, self.policy = reader, expert, dtype, policy
+        self._is_routed = expert is None and reader.manifest.kind == "masks"
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a language-model tensor as it is loaded."""
+        reader = self.reader
+        if self.expert and reader.has(own := reader.manifest.rename(name, expert=self.expert), "carried", self.expert):
+            return reader.shape(own, "carried", self.expert)
+        shape = reader.shape(name, "merged" if reader.has(name, "merged") else "base")
+        if self.expert and reader.has(name, "extra_rows", self.expert):
+            return (shape[0] + reader.shape(name, "extra_rows", self.expert)[0], *shape[1:])
+        return shape
+
+    def is_routed(self, linear: str) -> bool:
+        """Return whether the Linear of this path has weights per modality."""
+        return self._is_routed and self.reader.has(f"{linear}.weight", "delta")
+
+    def make_item(self, name: str, *, is_routed: bool) -> Item:
+        """Return what is loaded under a name; `is_routed` says that it belongs to a Linear with weights per modality."""
+        shape, num_bytes = self.shape(name), self._stored_bytes(name)
+        if not is_routed:
+            dtype = self.dtype if self._dtype_of(name).is_floating_point else self._dtype_of(name)
+            return Item(name, "plain", (Field("value", dtype, shape),), num_bytes)
+        count = len(self.reader.expert_names)
+        if len(shape) == 1:
+            return Item(name, "bias", (Field("text", self.dtype, shape), Field("experts", self.dtype, (count, *shape))), num_bytes)
+        fields = [Field("text", self.dtype, shape)]
+        if self.policy == "resident":
+            fields.append(Field("modalities", self.dtype, (count, *shape)))
+        elif count > 1:
+            fields.append(Field("delta", self.reader.dtype_of(name, "delta"), shape))
+            fields.append(Field("masks", torch.uint8, (count, shape[0], -(-shape[1] // 8))))
+        return Item(name, "matrix", tuple(fields), num_bytes)
+
+    def read(self, item: Item) -> dict[str, torch.Tensor]:
+        """Return the whole tensors of an item. Raises DamagedObject when their bytes are not what the manifest says."""
+        reader, name = self.reader, item.name
+        if item.kind == "plain":
+            value = reader.rebuild(name, self.expert) if self.expert else reader.text_weight(name)
+            return {"value": value.to(item.fields[0].dtype)}
+        if item.kind == "bias":
+            experts = [reader.rebuild(name, expert).to(self.dtype) for expert in reader.expert_names]
+            return {"text": reader.text_weight(name).to(self.dtype), "experts": torch.stack(experts)}
+        weights = self.read_routed(name)
+        found = {"text": weights.text, "delta": weights.delta, "masks": weights.masks, "modalities": weights.modalities}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def read_routed(self, name: str) -> RoutedWeights:
+        """Return what the RoutedLinear of a matrix holds, on one rank."""
+        reader = self.reader
+        base = reader.read(name, "base")
+        masks = torch.stack([pack_rows(reader.read_packed_mask(name, expert), base.shape) for expert in reader.expert_names])
+        rescalers = [reader.rescaler(expert) for expert in reader.expert_names]
+        return RoutedWeights.make(base, reader.read(name, "delta"), masks, dtype=self.dtype, policy=self.policy, rescalers=rescalers)
+
+    def own_head(self) -> Item | None:
+        """Return the head of an expert whose base is tied and has none, if the expert has one."""
+        if not self.expert or HEAD_NAME in self.reader.llm_names():
+            return None
+        own = self.reader.manifest.rename(HEAD_NAME, expert=self.expert)
+        if not self.reader.has(own, "carried", self.expert):
+            return None
+        shape = self.reader.shape(own, "carried", self.expert)
+        num_bytes = self.reader.stored_bytes(own, "carried", self.expert)
+        return Item(HEAD_NAME, "plain", (Field("value", self.dtype, shape),), num_bytes)
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        role: Literal["merged", "base"] = "merged" if self.reader.has(name, "merged") else "base"
+        return self.reader.dtype_of(name, role)
+
+    def _stored_bytes(self, name: str) -> int:
+        reader = self.reader
+        experts = [self.expert] if self.expert else reader.expert_names
+        if self.expert and (carried := reader.stored_bytes(reader.manifest.rename(name, expert=self.expert), "carried", self.expert)):
+            return carried
+        if reader.has(name, "merged"):
+            return reader.stored_bytes(name, "merged")
+        masks = sum(reader.stored_bytes(name, "mask", expert) for expert in experts)
+        extra = sum(reader.stored_bytes(name, "extra_rows", expert) for expert in experts) if self.expert else 0
+        return reader.stored_bytes(name, "base") + reader.stored_bytes(name, "delta") + masks + extra
+
+
+def cut(value: torch.Tensor, field: Field, part: Part, *, is_vector: bool) -> torch.Tensor:
+    """Return a rank's part of a field, contiguous, padded with zeros where the part is longer than what there is."""
+    if part.along == "whole":
+        return value.contiguous()
+    if field.name == "masks" and part.along == "columns":
+        if part.start % 8 == 0 and part.size % 8 == 0:
+            return value[..., part.start // 8 : part.stop // 8].contiguous()
+        width = value.shape[-1] * 8
+        masks = [unpack_rows(mask, width)[:, part.start : part.stop] for mask in value]
+        return torch.stack([pack_rows(pack_mask(mask), mask.shape) for mask in masks])
+    dim = -1 if is_vector or part.along == "columns" else -2
+    piece = value.narrow(dim, part.start, part.stop - part.start)
+    if piece.shape[dim] < part.size:
+        missing = [*piece.shape]
+        missing[dim] = part.size - piece.shape[dim]
+        piece = torch.cat([piece, piece.new_zeros(missing)], dim=dim)
+    return piece.contiguous()
+
+
+def part_shape(field: Field, part: Part, *, is_vector: bool) -> tuple[int, ...]:
+    """Return the shape of what `cut` returns."""
+    if part.along == "whole":
+        return field.shape
+    shape = list(field.shape)
+    dim = -1 if is_vector or part.along == "columns" else -2
+    shape[dim] = -(-part.size // 8) if field.name == "masks" and part.along == "columns" else part.size
+    return tuple(shape)
+
+
+def deliver(
+    item: Item, whole: Mapping[str, torch.Tensor] | None, *, ranks: Ranks, owner: int, division: Division
+) -> dict[str, torch.Tensor]:
+    """Return this rank's part of each field of an item; `whole` is given by the rank that read it."""
+    if ranks.num_ranks == 1:
+        assert whole is not None
+        return dict(whole)
+    full = item.fields[0].shape
+    is_vector = len(full) == 1
+    parts = [division.part_of(item.name, full, rank=rank) for rank in range(ranks.num_ranks)]
+    given = None
+    if whole is not None:
+        given = [torch.cat([_to_raw(cut(whole[f.name], f, part, is_vector=is_vector)) for f in item.fields]) for part in parts]
+    shapes = [part_shape(field, parts[ranks.rank], is_vector=is_vector) for field in item.fields]
+    sizes = [_padded(prod(shape) * field.dtype.itemsize) for field, shape in zip(item.fields, shapes, strict=True)]
+    received = ranks.scatter(given, source=owner, num_bytes=sum(sizes))
+    found, start = {}, 0
+    for field, shape, size in zip(item.fields, shapes, sizes, strict=True):
+        raw = received[start : start + prod(shape) * field.dtype.itemsize]
+        found[field.name] = raw.clone().view(field.dtype).reshape(shape)
+        start += size
+    return found
+
+
+def _padded(num_bytes: int) -> int:
+    return -(-num_bytes // 8) * 8
+
+
+def _to_raw(value: torch.Tensor) -> torch.Tensor:
+    raw = value.reshape(-1).view(torch.uint8)
+    return torch.nn.functional.pad(raw, (0, _padded(len(raw)) - len(raw)))
+
+
+def share_out(sizes: Sequence[int], *, num_ranks: int, taken: Sequence[int] = ()) -> list[int]:
+    """Return for each size a rank, so that every rank gets near the same sum: the largest first, each to who has least."""
+    loads = list(taken) or [0] * num_ranks
+    owners = [0] * len(sizes)
+    for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
+        owner = min(range(num_ranks), key=lambda rank: (loads[rank], rank))
+        owners[index] = owner
+        loads[owner] += sizes[index]
+    return owners
+
+
+def read_ahead(
+    items: Sequence[Item], read: Callable[[Item], _Result], *, window_bytes: int = WINDOW_BYTES, num_threads: int = READ_THREADS
+) -> Iterator[_Result]:
+    """Yield `read(item)` in order; threads read ahead, at most `window_bytes` of stored bytes, or one item."""
+    waiting: deque[tuple[Item, Future[_Result]]] = deque()
+    held = position = 0
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="mmerge-read") as pool:
+        try:
+            while waiting or position < len(items):
+                while position < len(items) and (not waiting or held + items[position].num_bytes <= window_bytes):
+                    waiting.append((items[position], pool.submit(read, items[position])))
+                    held += items[position].num_bytes
+                    position += 1
+                item, future = waiting.popleft()
+                yield future.result()
+                held -= item.num_bytes
+        finally:
+            for _, future in waiting:
+                future.cancel()

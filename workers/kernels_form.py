@@ -1,0 +1,175 @@
+"""A modality's weights formed straight from packed bits: base + (Σ cⱼmⱼ / d)∘τ⋆, in one pass over the bytes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmerge.workers.dtypes import SAFETENSORS_DTYPES
+from mmerge.workers.kernels import CODES, TILE_ENTRIES, compiled, narrow, widen
+
+CHUNK_ENTRIES = 8 * TILE_ENTRIES
+"""Entries whose bits are counted at once."""
+THREAD_ENTRIES = 1 << 18
+"""Below this many entries a thread costs more than it saves."""
+
+
+@compiled
+def form_rows(
+    base: Any, base_code: int, delta: Any, delta_code: int, masks: Any, factors: Any, divisor: Any, out: Any, out_code: int, width: int
+) -> None:
+    """Write base + (Σ factorsⱼ·masksⱼ / divisor)·delta, row by row.
+
+    `base`, `delta` and `out` are bytes [rows, …] of `width` entries a row; `masks` are packed bits [experts, rows, …], the first
+    entry in the most significant bit; `factors` and `divisor` are float32. Computed in float32, rounded once.
+    """
+    bits, sums = np.empty(CHUNK_ENTRIES // 8, np.uint64), np.empty(CHUNK_ENTRIES // 8, np.uint64)
+    counts = sums.view(np.int8)
+    values, change, share = np.empty(TILE_ENTRIES, np.float32), np.empty(TILE_ENTRIES, np.float32), np.empty(CHUNK_ENTRIES, np.float32)
+    are_small = _are_small(factors)
+    for row in range(out.shape[0]):
+        for begin in range(0, width, CHUNK_ENTRIES):
+            # Bits of several tiles at once: a cache fetches ahead of a reader that stays on one row for some lines.
+            length = min(CHUNK_ENTRIES, width - begin)
+            for expert in range(factors.shape[0]):
+                packed = masks[expert, row, begin // 8 : (begin + length + 7) // 8]
+                if are_small:
+                    _count(packed, factors[expert], expert == 0, sums, bits)
+                else:
+                    _spread(packed, bits)
+                    _add(bits.view(np.uint8), factors[expert], expert == 0, length, share)
+            for start in range(0, length, TILE_ENTRIES):
+                count = min(TILE_ENTRIES, length - start)
+                widen(base[row], base_code, begin + start, count, values)
+                widen(delta[row], delta_code, begin + start, count, change)
+                if are_small:
+                    _to_share(counts[start : start + count], count, share[start : start + count])
+                _combine(values, share[start : start + count], divisor, change, count)
+                narrow(values, out_code, count, out[row], begin + start)
+
+
+@compiled
+def _to_share(counts: Any, count: int, share: Any) -> None:
+    for i in range(count):
+        share[i] = np.float32(counts[i])
+
+
+@compiled
+def _combine(values: Any, share: Any, divisor: Any, change: Any, count: int) -> None:
+    for i in range(count):
+        values[i] = values[i] + (share[i] / divisor) * change[i]
+
+
+@compiled
+def _are_small(factors: Any) -> bool:
+    """Return whether all sums of some of the factors are whole numbers of a signed byte: of masks without factors of their own."""
+    total = np.float32(0)
+    for factor in factors:
+        if factor != np.floor(factor):
+            return False
+        total += abs(factor)
+    return bool(total <= np.float32(127))
+
+
+@compiled
+def _spread(packed: Any, words: Any) -> None:
+    """Write each byte of bits as a word of eight bytes, 0 or 1."""
+    for i in range(packed.shape[0]):
+        # Byte k of the word becomes bit 7 − k: the product brings it to bit 7 of that byte, and nothing else there.
+        words[i] = ((np.uint64(packed[i]) * np.uint64(0x8040201008040201)) >> np.uint64(7)) & np.uint64(0x0101010101010101)
+
+
+@compiled
+def _count(packed: Any, factor: Any, is_first: bool, sums: Any, words: Any) -> None:
+    """Add a small factor to the bytes of `sums` where the bit is 1, eight entries a word; `words` is scratch.
+
+    A word is filled with the factor where a byte is 1; bytes are added without a carry from one into the next.
+    """
+    _spread(packed, words)
+    factor_byte = np.uint64(np.int64(factor) & 255)
+    low = np.uint64(0x7F7F7F7F7F7F7F7F)
+    for i in range(packed.shape[0]):
+        added = words[i] * factor_byte
+        if is_first:
+            sums[i] = added
+        else:
+            held = sums[i]
+            sums[i] = ((held & low) + (added & low)) ^ ((held ^ added) & ~low)
+
+
+@compiled
+def _add(flags: Any, factor: Any, is_first: bool, count: int, share: Any) -> None:
+    if is_first:
+        for i in range(count):
+            share[i] = factor * np.float32(flags[i])
+    else:
+        for i in range(count):
+            share[i] += factor * np.float32(flags[i])
+
+
+@cache
+def _open_threads(num_threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(num_threads, thread_name_prefix="mmerge-form")
+
+
+def can_form(*tensors: torch.Tensor) -> bool:
+    """Return whether the compiled loop takes these tensors: contiguous, on the CPU, float32, bfloat16 or float16."""
+    return all(
+        tensor.device.type == "cpu" and tensor.is_contiguous() and SAFETENSORS_DTYPES.get(tensor.dtype) in CODES for tensor in tensors
+    )
+
+
+def form(
+    base: torch.Tensor, delta: torch.Tensor, masks: torch.Tensor, *, factors: Sequence[float], divisor: float, out: torch.Tensor
+) -> None:
+    """Write base + (Σ factorsⱼ·masksⱼ / divisor)∘delta to `out`, with as many threads as torch uses.
+
+    Args:
+        base, delta: [rows, width]; see `can_form`.
+        masks: packed by rows (`masks.pack_rows`), uint8 [experts, rows, ⌈width/8⌉].
+        factors: one per expert.
+        divisor: of their sum.
+        out: [rows, width], of any dtype that `can_form` takes.
+    """
+    if out.numel() == 0:
+        return
+    rows = out.shape[0]
+    num_threads = min(torch.get_num_threads(), max(1, out.numel() // THREAD_ENTRIES), rows)
+    if num_threads <= 1:
+        _form(base, delta, masks, factors, divisor, out)
+        return
+    bounds = [rows * index // num_threads for index in range(num_threads + 1)]
+    parts = [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
+    pool = _open_threads(num_threads - 1)
+    waiting = [pool.submit(_form, base[part], delta[part], masks[:, part], factors, divisor, out[part]) for part in parts[1:]]
+    _form(base[parts[0]], delta[parts[0]], masks[:, parts[0]], factors, divisor, out[parts[0]])
+    for future in waiting:
+        future.result()
+
+
+def _form(
+    base: torch.Tensor, delta: torch.Tensor, masks: torch.Tensor, factors: Sequence[float], divisor: float, out: torch.Tensor
+) -> None:
+    rows, width = out.shape
+    # Rows that end on whole bytes of bits are one long row: fewer, fuller tiles.
+    joined = (1, rows * width) if width % 8 == 0 else (rows, width)
+    arrays = [tensor.reshape(joined).view(torch.uint8).numpy() for tensor in (base, delta, out)]
+    codes = [CODES[SAFETENSORS_DTYPES[tensor.dtype]] for tensor in (base, delta, out)]
+    packed = masks.reshape(masks.shape[0], joined[0], -1).numpy() if masks.is_contiguous() else _rows_of(masks, joined[0])
+    form_rows(
+        arrays[0], codes[0], arrays[1], codes[1], packed,
+        np.asarray(factors, dtype=np.float32), np.float32(divisor), arrays[2], codes[2], joined[1],
+    )  # fmt: skip
+
+
+def _rows_of(masks: torch.Tensor, rows: int) -> Any:
+    """Return masks of some rows of each expert, without a copy: the rows of one expert lie behind each other."""
+    experts, own_rows, num_bytes = masks.shape
+    shape = (experts, rows, own_rows * num_bytes // rows)
+    return torch.as_strided(masks, shape, (masks.stride(0), shape[2], 1)).numpy()

@@ -1,0 +1,63 @@
+"""A transformers model without weights: parameters on the meta device, buffers as the model computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from mmerge.manifests.errors import CheckpointError
+
+_meta_lock = Lock()
+
+
+def find_text_class(text: Any, *, owner: str) -> Any:
+    """Return the causal language model of a text configuration. Raises CheckpointError for those that transformers lacks."""
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
+    if model_class is None:
+        raise CheckpointError(f"{owner}: transformers {transformers.__version__} has no causal language model for {text.model_type!r}")
+    return model_class
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Make parameters without memory inside; buffers (the rotary frequencies, which no checkpoint holds) are computed."""
+    register = nn.Module.register_parameter
+
+    def register_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        is_new = param is not None and not param.is_meta  # tied ones must stay the same object
+        register(module, name, nn.Parameter(param.to("meta"), requires_grad=False) if is_new and param is not None else param)
+
+    with _meta_lock:
+        nn.Module.register_parameter = register_meta  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def make_skeleton(text: Any, *, dtype: torch.dtype, owner: str) -> Any:
+    """Return the causal language model of a text configuration, its parameters on the meta device."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with _parameters_on_meta():
+            return find_text_class(text, owner=owner)(text).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def set_parameter(model: nn.Module, name: str, value: torch.Tensor, *, shape: tuple[int, ...]) -> None:
+    """Put a tensor, or a part of it, in the place of a parameter. Raises CheckpointError when the whole's `shape` is not the parameter's."""
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    wanted = tuple(module.get_parameter(last).shape)
+    if wanted != shape:
+        raise CheckpointError(f"{name}: has shape {shape}, the model of transformers {transformers.__version__} has {wanted}")
+    setattr(module, last, nn.Parameter(value, requires_grad=False))
