@@ -75,3 +75,6 @@ if __name__ == "__main__":
         main(json.loads(sys.argv[1]), Path(sys.argv[2]))
     except MmergeError as error:
         sys.exit(str(error))
+    # The work is done and written. Threads of gloo now and then abort a process ("terminate called …") that ends in the ordinary way.
+    sys.stdout.flush()
+    os._exit(0)
