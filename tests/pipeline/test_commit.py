@@ -138,11 +138,11 @@ def test_inputs_are_read_from_the_same_stores_as_outputs(lab: Any, places: Any) 
 @pytest.fixture
 def built(lab: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[StoredRow]]:
     """A small build, with a loader that reads every tensor; models and tokenizers of three layers are not the matter here."""
-    import mmerge.workers.load as load
+    from mmerge.workers import encoders, load
 
     report = build(lab, lab.make_all(2), "store")
     monkeypatch.setattr(load, "load_tokenizer", lambda files, owner: None)
-    monkeypatch.setattr(load, "MediaEncoder", lambda **parts: None)
+    monkeypatch.setattr(encoders, "MediaEncoder", lambda **parts: "an encoder")
     assert report.manifest is not None
     return lab.folder / "store", read_table(open_store(str(lab.folder / "store")), report.manifest.table)
 

@@ -117,7 +117,7 @@ def test_a_composite_of_masks_rebuilds_routes_answers_and_is_exported(method: st
     exported = load_file(tmp_path / "image" / "model.safetensors")
     assert exported[reader.manifest.rename(name, expert="image")].equal(reader.rebuild(name, "image"))
 
-    composite = load_composite(uri)
+    composite = load_composite(uri, policy="resident")
     linear = composite.language_model.get_submodule(name.removesuffix(".weight"))
     assert isinstance(linear, RoutedLinear)
     for index, expert in enumerate(reader.expert_names):

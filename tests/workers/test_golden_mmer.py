@@ -19,8 +19,9 @@ from golden import (
     needs_golden,
 )
 
+from mmerge.workers.masks import pack_rows
 from mmerge.workers.reader import BuildReader
-from mmerge.workers.routing import RoutedLinear, Routing
+from mmerge.workers.routing import RoutedLinear, RoutedWeights, Routing
 
 pytestmark = needs_golden
 SCOPES = {"global": "model", "per_tensor": "tensor"}
@@ -57,9 +58,9 @@ def test_a_routed_linear_gives_each_token_the_golden_result_of_its_modality(case
     for layer in layers:
         name = f"{layer}.weight"
         routing = Routing()
-        masks = [reader.read_packed_mask(name, expert) for expert in reader.expert_names]
         base, delta = reader.read(name, "base").float(), reader.read(name, "delta")
-        linear = RoutedLinear(routing, base=base, delta=delta, masks=masks, dtype=torch.float32)
+        masks = torch.stack([pack_rows(reader.read_packed_mask(name, expert), base.shape) for expert in reader.expert_names])
+        linear = RoutedLinear(routing, RoutedWeights.make(base, delta, masks, dtype=torch.float32))
         inputs, outputs = expected(case, f"x.{layer}"), expected(case, f"y.{layer}")
         assert inputs is not None
         assert outputs is not None
