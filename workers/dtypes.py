@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -11,9 +10,6 @@ import torch
 
 if TYPE_CHECKING:
     from mmerge.workers.inputs import InputBlock
-
-# `view_tensor` looks at read-only bytes on purpose; the filter stands here because setting it around each call is not safe with threads.
-warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
