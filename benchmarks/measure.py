@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import threading
@@ -9,6 +10,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 SAMPLE_SECONDS = 0.02
 
@@ -23,6 +26,18 @@ class Measured:
     """Largest sum of the resident memory of all its processes at one moment; pages of files that are mapped count."""
     peak_private_bytes: int
     """The same without pages of files."""
+
+
+def touch_free_memory(num_bytes: int) -> None:
+    """Write to so many bytes of memory and give them back: what runs next then gets pages that the machine really has.
+
+    A virtual machine hands memory that is free for some seconds back to its host; the first write to it afterwards was seen
+    to take ten times as long, and would be counted as the writing of the output.
+    """
+    with mmap.mmap(-1, num_bytes) as memory:
+        view = np.frombuffer(memory, np.uint8)
+        view[:: mmap.PAGESIZE] = 1
+        del view
 
 
 def measure(command: Sequence[str], *, environment: Mapping[str, str] | None = None, log: Path) -> Measured:
