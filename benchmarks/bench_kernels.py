@@ -39,7 +39,7 @@ def make_block(rows: list[torch.Tensor]) -> InputBlock:
     """Return them as a reader would."""
     array = np.stack([row.view(torch.uint8).reshape(-1).numpy() for row in rows])
     codes = np.full(len(rows), CODES["BF16"], np.int64)
-    return InputBlock(0, ROWS * COLUMNS, array, codes, tuple(row.data for row in array))
+    return InputBlock(0, ROWS * COLUMNS, list(array), codes, tuple(row.data for row in array))
 
 
 def fastest(run: Any, repeat: int = REPEAT) -> float:
@@ -58,17 +58,21 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = make_rows()
     block = make_block(rows)
-    num_bytes = block.rows.nbytes
-    target = np.empty_like(block.rows)
+    inputs = np.stack(block.rows)
+    num_bytes = inputs.nbytes
+    target = np.empty_like(inputs)
 
     def show(name: str, seconds: float, reference: float | None = None) -> None:
         ratio = f"   {reference / seconds:6.1f} x the method's own code" if reference else ""
         print(f"{name:<34} {num_bytes / seconds / 1e9:7.2f} GB/s{ratio}", flush=True)
 
-    show("memcpy", fastest(lambda: np.copyto(target, block.rows)))
+    show("memcpy", fastest(lambda: np.copyto(target, inputs)))
     counter = MagnitudeCounter(NUM_EXPERTS)
     show("survey: magnitudes", fastest(lambda: counter.add(block)))
-    show("survey: non-finite check", fastest(lambda: [first_non_finite(row, 1, block.num_entries) for row in block.rows]))
+    show(
+        "survey: non-finite check",
+        fastest(lambda: [first_non_finite(address, 1, block.num_entries) for address in block.addresses.tolist()]),
+    )
     for name in FAST_PATHS:
         show_path(name, rows, block, show)
 

@@ -6,17 +6,23 @@ bytes under it are on the disk.
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 import secrets
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
-from typing import IO
 
 from mmerge.manifests.errors import AlreadyExists, StoreError
 
 PARTIAL_SUFFIX = ".partial"
 """Ending of a file that is being written; its name begins with a dot. No key has such a name."""
+BUFFER_BYTES = 4 << 20
+"""Bytes that go to the disk at once; a writer has two such buffers."""
+WRITING_THREADS = 4
 
 
 def is_partial(name: str) -> bool:
@@ -68,25 +74,50 @@ class Folder:
 
 
 class FolderWriter:
-    """Streams one file under a temporary name, which becomes its name when the bytes are on the disk."""
+    """Streams one file under a temporary name, which becomes its name when the bytes are on the disk.
+
+    Whole buffers go to the disk past the page cache, behind the caller's back, where the file system allows that: a composite is
+    written once and read elsewhere, and its pages would only push out those of the inputs.
+    """
 
     def __init__(self, folder: Folder, key: str, *, replace: bool = True) -> None:
         self._key, self._replace, self._root = key, replace, folder.path
         self._target = folder.place(key)
         self._target.parent.mkdir(parents=True, exist_ok=True)
         self._partial = self._target.with_name(f".{self._target.name[:80]}.{secrets.token_hex(6)}{PARTIAL_SUFFIX}")
-        self._file: IO[bytes] = self._partial.open("xb", buffering=0)
+        self._descriptor = os.open(self._partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+        self._direct: int | None = None
+        self._buffers: list[mmap.mmap] = []
+        self._filled = 0
+        self._position = 0
+        """Where in the file the current buffer begins."""
+        self._flushing: Future[None] | None = None
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append `data`."""
+        """Append `data`; its memory may be used again when this returns."""
         view = memoryview(data).cast("B")
+        if not self._buffers:
+            self._buffers.append(mmap.mmap(-1, BUFFER_BYTES))
         while view:
-            view = view[self._file.write(view) :]
+            count = min(len(view), BUFFER_BYTES - self._filled)
+            self._buffers[0][self._filled : self._filled + count] = view[:count]
+            self._filled += count
+            view = view[count:]
+            if self._filled == BUFFER_BYTES:
+                self._flush()
 
     def close(self) -> None:
         """Give the file its name. Raises AlreadyExists when it must not be replaced and is there."""
-        os.fsync(self._file.fileno())
-        self._file.close()
+        try:
+            self._wait()
+            if self._filled:
+                with memoryview(self._buffers[0]) as view:
+                    _write_all(self._descriptor, view[: self._filled], self._position)
+            os.fsync(self._descriptor)
+        except OSError:
+            self.abandon()
+            raise
+        self._close_files()
         try:
             if self._replace:
                 self._partial.replace(self._target)
@@ -95,6 +126,41 @@ class FolderWriter:
         finally:
             self._partial.unlink(missing_ok=True)
         _sync_folders(self._target.parent, self._root)
+
+    def _flush(self) -> None:
+        """Hand the full buffer to the thread that writes, and go on with the other one."""
+        self._wait()
+        if self._position == 0:
+            self._direct = _open_direct(self._partial)
+            self._buffers.append(mmap.mmap(-1, BUFFER_BYTES))
+        self._flushing = _writing_threads().submit(self._write_buffer, self._buffers[0], self._position)
+        self._buffers.reverse()
+        self._position += BUFFER_BYTES
+        self._filled = 0
+
+    def _write_buffer(self, buffer: mmap.mmap, position: int) -> None:
+        with memoryview(buffer) as view:
+            if self._direct is not None:
+                try:
+                    _write_all(self._direct, view, position)
+                    return
+                except OSError as error:
+                    if error.errno != errno.EINVAL:
+                        raise
+            # The file system opens files so, but does not write them so.
+            _write_all(self._descriptor, view, position)
+
+    def _wait(self) -> None:
+        flushing, self._flushing = self._flushing, None
+        if flushing is not None:
+            flushing.result()
+
+    def _close_files(self) -> None:
+        os.close(self._descriptor)
+        if self._direct is not None:
+            os.close(self._direct)
+        for buffer in self._buffers:
+            buffer.close()
 
     def _link(self) -> None:
         try:
@@ -111,7 +177,9 @@ class FolderWriter:
 
     def abandon(self) -> None:
         """Forget what was written."""
-        self._file.close()
+        with suppress(OSError):
+            self._wait()
+        self._close_files()
         self._partial.unlink(missing_ok=True)
 
     def __enter__(self) -> FolderWriter:
@@ -122,6 +190,27 @@ class FolderWriter:
             self.close()
         else:
             self.abandon()
+
+
+@cache
+def _writing_threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(WRITING_THREADS, thread_name_prefix="write")
+
+
+def _open_direct(path: Path) -> int | None:
+    """Return a descriptor that writes past the page cache, None where the system or the file system has none."""
+    if not hasattr(os, "O_DIRECT"):
+        return None
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_DIRECT)
+    except OSError:
+        return None
+
+
+def _write_all(descriptor: int, view: memoryview, position: int) -> None:
+    while view:
+        count = os.pwrite(descriptor, view, position)
+        view, position = view[count:], position + count
 
 
 def _sync_folders(folder: Path, root: Path) -> None:

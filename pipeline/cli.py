@@ -35,6 +35,7 @@ from mmerge.pipeline.cli_cluster import (
 from mmerge.pipeline.cli_cluster import register as register_cluster_commands
 from mmerge.pipeline.cli_composite import register as register_composite_commands
 from mmerge.pipeline.cli_store import register as register_store_commands
+from mmerge.workers.lazy_torch import postpone_torch
 
 if TYPE_CHECKING:
     from mmerge.pipeline.plan import MergePlan
@@ -146,6 +147,7 @@ def plan(
     rates_from: RatesOption = None,
 ) -> None:
     """Show what a run would read, write and hold in memory, and which shards it would compute. Reads headers and the store."""
+    postpone_torch(num_threads=1)
     from mmerge.pipeline.cli_store import print_forecast
     from mmerge.pipeline.forecast import forecast_to_json, make_forecast
     from mmerge.pipeline.report import plan_to_json, print_plan
@@ -197,6 +199,7 @@ def run(
     block_entries: BlockOption = None,
 ) -> None:
     """Build the composite of a recipe. A killed run continues; a second run of the same recipe does nothing and says so."""
+    postpone_torch(num_threads=1)
     from mmerge.pipeline.build import run as run_plan
     from mmerge.pipeline.executor import ExecutorName, open_executor
     from mmerge.pipeline.report import print_run

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from mmerge.manifests.errors import MmergeError
+from mmerge.workers.lazy_torch import torch_is_loaded
 from mmerge.workers.run_task import run_task
 from mmerge.workers.task import Task, TaskResult
 
@@ -28,14 +29,11 @@ def run_in_threads(
         num_threads: tasks at once.
         memory_bytes: the sum of the `peak_bytes` of the tasks at once; a single task may take more.
     """
-    import torch
-
-    before = torch.get_num_threads()
+    before = _set_torch_threads(1)
     waiting = deque(tasks)
     running: dict[Future[TaskResult], Task] = {}
     # One core per task, as on a cluster; more would only get in each other's way.
-    torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="mmerge-task", initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="mmerge-task", initializer=_set_torch_threads, initargs=(1,))
     try:
         while waiting or running:
             while waiting and _fits(waiting[0], running.values(), num_threads, memory_bytes):
@@ -47,7 +45,19 @@ def run_in_threads(
     finally:
         # On Ctrl-C what runs is finished, so that its shards are kept; nothing more is begun.
         pool.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(before)
+        if before is not None:
+            _set_torch_threads(before)
+
+
+def _set_torch_threads(number: int) -> int | None:
+    """Let torch use so many threads, and return how many it used before; None where it is not loaded."""
+    if not torch_is_loaded():
+        return None
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    return before
 
 
 def _fits(task: Task, running: Collection[Task], num_threads: int, memory_bytes: int | None) -> bool:

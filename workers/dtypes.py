@@ -3,29 +3,65 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from typing_extensions import override
 
 if TYPE_CHECKING:
     from mmerge.workers.inputs import InputBlock
 
-TORCH_DTYPES: Mapping[str, torch.dtype] = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
+_NAMES: Mapping[str, str] = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "I16": "int16",
+    "I32": "int32",
+    "I64": "int64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
 }
-SAFETENSORS_DTYPES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+class _TorchDtypes(Mapping[str, "torch.dtype"]):
+    """Looks torch's dtypes up when they are asked for: reading this file does not import torch."""
+
+    @override
+    def __getitem__(self, name: str) -> torch.dtype:
+        found: torch.dtype = getattr(torch, _NAMES[name])
+        return found
+
+    @override
+    def __iter__(self) -> Iterator[str]:
+        return iter(_NAMES)
+
+    @override
+    def __len__(self) -> int:
+        return len(_NAMES)
+
+
+class _SafetensorsDtypes(Mapping["torch.dtype", str]):
+    @override
+    def __getitem__(self, dtype: torch.dtype) -> str:
+        return _SAFETENSORS_NAMES[str(dtype).removeprefix("torch.")]
+
+    @override
+    def __iter__(self) -> Iterator[torch.dtype]:
+        return iter(TORCH_DTYPES.values())
+
+    @override
+    def __len__(self) -> int:
+        return len(_NAMES)
+
+
+_SAFETENSORS_NAMES = {torch_name: name for name, torch_name in _NAMES.items()}
+TORCH_DTYPES: Mapping[str, torch.dtype] = _TorchDtypes()
+SAFETENSORS_DTYPES: Mapping[torch.dtype, str] = _SafetensorsDtypes()
 # Said of buffers that `view_tensor` shows. For good: filters that are put back again are not safe in threads.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 NAMED_DTYPES: Mapping[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -62,14 +98,12 @@ def to_float_tensors(block: InputBlock) -> list[torch.Tensor]:
     found = []
     for row, code in zip(block.rows, block.codes.tolist(), strict=True):
         dtype = TORCH_DTYPES[names[code]]
-        values = torch.from_numpy(row[: block.num_entries * dtype.itemsize]).view(dtype)
+        values = torch.frombuffer(row.data, dtype=dtype, count=block.num_entries) if block.num_entries else torch.empty(0)
         found.append(values.to(torch.float32, copy=True))
     return found
 
 
-_NAN_BITS: Mapping[torch.dtype, tuple[torch.dtype, int]] = {
-    torch.bfloat16: (torch.int16, 0x7FC0), torch.float16: (torch.int16, 0x7E00), torch.float32: (torch.int32, 0x7FC00000),
-}  # fmt: skip
+_NAN_BITS: Mapping[str, tuple[str, int]] = {"BF16": ("I16", 0x7FC0), "F16": ("I16", 0x7E00), "F32": ("I32", 0x7FC00000)}
 
 
 def with_one_nan(values: torch.Tensor) -> torch.Tensor:
@@ -77,5 +111,5 @@ def with_one_nan(values: torch.Tensor) -> torch.Tensor:
     is_nan = values.isnan()
     if not bool(is_nan.any()):
         return values
-    integers, bits = _NAN_BITS[values.dtype]
-    return values.view(integers).masked_fill(is_nan, bits).view(values.dtype)
+    integers, bits = _NAN_BITS[SAFETENSORS_DTYPES[values.dtype]]
+    return values.view(TORCH_DTYPES[integers]).masked_fill(is_nan, bits).view(values.dtype)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from mmerge.manifests.errors import CheckpointError, ManifestError, ShapeMismatch, StoreError
 from mmerge.workers.adapter import CONFIG_FILE, WEIGHT_FILES
@@ -77,6 +76,8 @@ def export_adapter(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+        from safetensors.torch import save_file  # it imports torch, which printing a report does not need
+
         save_file(factors, partial / WEIGHT_FILES[0], metadata={"format": "pt"})
         (partial / CONFIG_FILE).write_text(json.dumps(_make_config(factors, rank, base), indent=2, sort_keys=True) + "\n")
         if target.exists():

@@ -34,7 +34,7 @@ class MmerPath(MaskPath):
     @override
     def merge(self, block: InputBlock, out: NDArray[np.uint8], masks: NDArray[np.uint8]) -> None:
         merge_mmer(
-            block.rows, block.codes, block.num_entries, self._thresholds, self._how, self._half_scales, self._code, out, masks,
+            block.addresses, block.codes, block.num_entries, self._thresholds, self._how, self._half_scales, self._code, out, masks,
             block.start // 8, self.counts, self.overlaps, self.squares,
         )  # fmt: skip
 
@@ -48,7 +48,7 @@ class LinearPath(FastPath):
 
     @override
     def merge(self, block: InputBlock, out: NDArray[np.uint8], masks: NDArray[np.uint8]) -> None:
-        merge_linear(block.rows, block.codes, block.num_entries, self._weights, self._divisor, self._code, out)
+        merge_linear(block.addresses, block.codes, block.num_entries, self._weights, self._divisor, self._code, out)
 
 
 class NaiveMcPath(FastPath):
@@ -59,7 +59,7 @@ class NaiveMcPath(FastPath):
 
     @override
     def merge(self, block: InputBlock, out: NDArray[np.uint8], masks: NDArray[np.uint8]) -> None:
-        merge_mean(block.rows, block.codes, block.num_entries, self._code, out)
+        merge_mean(block.addresses, block.codes, block.num_entries, self._code, out)
 
 
 def _make_linear(request: PathRequest) -> FastPath | None:

@@ -35,11 +35,11 @@ class MagnitudeCounter:
 
     def add(self, block: InputBlock) -> None:
         """Count one block of base and experts."""
-        count_magnitudes(block.rows, block.codes, block.num_entries, self._tables, self._ranges)
+        count_magnitudes(block.addresses, block.codes, block.num_entries, self._tables, self._ranges)
 
     def add_variances(self, block: InputBlock) -> None:
         """Count, in a counter of one histogram, the variances of the task vectors across experts."""
-        count_variances(block.rows, block.codes, block.num_entries, self._tables[0], self._ranges[0])
+        count_variances(block.addresses, block.codes, block.num_entries, self._tables[0], self._ranges[0])
 
     def is_finite(self) -> bool:
         """Return whether everything that was counted is finite."""
@@ -129,7 +129,7 @@ def count_lower(blocks: Iterable[InputBlock], *, bin_number: int) -> Histogram:
     """Return the histogram of the lower 12 bits of the magnitudes of one bin; the blocks are of base and one expert."""
     counts = np.zeros(NUM_LOWER, np.int64)
     for block in blocks:
-        count_lower_bits(block.rows, block.codes, block.num_entries, bin_number // 2, counts)
+        count_lower_bits(block.addresses, block.codes, block.num_entries, bin_number // 2, counts)
     return to_lower(counts)
 
 

@@ -1,7 +1,8 @@
-"""The bytes of base and experts, block by block, into buffers that are used again: no copy but the one from the storage.
+"""The bytes of base and experts, block by block: no copy on the way but the one from the page cache.
 
-Local files are read by `preadv` straight into the rows that kernels work on; where the page cache lacks them, the system is
-told to fetch ahead. What lies behind a network is fetched ahead of its use (manifests/ahead.py).
+Local files are read by `preadv` into buffers that stay in the caches, a megabyte at a time; the system is told to fetch ahead.
+(Mapped files were tried: bringing pages into a map and out of it costs as much as the copy, and digests read a buffer that is in
+the caches sooner.) What lies behind a network is fetched ahead of its use (manifests/ahead.py).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -25,17 +27,19 @@ from mmerge.workers.checkpoint import LowRankSource, OpenStores, TensorSource, r
 from mmerge.workers.kernels import CODES
 
 LOCAL_AHEAD_BYTES = 16 << 20
-"""Bytes that the system is told to fetch when a local read finds them missing."""
+"""Bytes of a local file that the system is told to fetch before they are used."""
+
+Bytes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class InputBlock:
-    """The same entries of several sources. The arrays are used again for the next block."""
+    """The same entries of several sources. Their memory is used again for the next block."""
 
     start: int
     stop: int
-    rows: NDArray[np.uint8]
-    """One row of bytes per source, in dtypes that kernels know; longer than needed."""
+    rows: Sequence[Bytes]
+    """The bytes of each source, in dtypes that kernels know; at least as many as the entries need."""
     codes: NDArray[np.int64]
     """The dtype of each row, as kernels name it."""
     raw: tuple[memoryview, ...]
@@ -46,26 +50,32 @@ class InputBlock:
         """Entries of the block."""
         return self.stop - self.start
 
+    @cached_property
+    def addresses(self) -> NDArray[np.int64]:
+        """Where each row begins in memory: what kernels read."""
+        return np.array([row.__array_interface__["data"][0] for row in self.rows], np.int64)
+
     def of_expert(self, index: int) -> InputBlock:
         """Return the block of the base, the first source, and of one expert alone."""
         which = [0, index + 1]
-        return InputBlock(self.start, self.stop, self.rows[which], self.codes[which], (self.raw[0], self.raw[index + 1]))
+        rows, raw = (self.rows[0], self.rows[index + 1]), (self.raw[0], self.raw[index + 1])
+        return InputBlock(self.start, self.stop, rows, self.codes[which], raw)
 
 
 class InputReader:
     """Reads tensors of several checkpoints; files stay open until it closes. One per task: it is not for several threads."""
 
     def __init__(self) -> None:
-        self._files: dict[tuple[str, str], int] = {}
+        self._files: dict[tuple[str, str], _File] = {}
         self._stores = OpenStores()
-        self._buffer: NDArray[np.uint8] = np.empty(0, np.uint8)
+        self._rooms: dict[str, Bytes] = {}
 
     def __enter__(self) -> InputReader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        for descriptor in self._files.values():
-            os.close(descriptor)
+        for file in self._files.values():
+            file.close()
         self._files.clear()
 
     def blocks(self, sources: Sequence[TensorSource], *, block_entries: int) -> Iterator[InputBlock]:
@@ -76,31 +86,42 @@ class InputReader:
         """
         num_entries = sources[0].spec.num_entries
         at_once = max(min(block_entries, num_entries), 1)
-        widths = [DTYPE_BYTES[source.spec.dtype] for source in sources]
-        is_known = [source.spec.dtype in CODES for source in sources]
-        # Rows begin at whole cache lines; a dtype that kernels do not know is widened to float32 by torch.
-        stride = -(-at_once * max([*widths, *(4 for known in is_known if not known)]) // 64) * 64
-        rows = self._take(len(sources) * stride).reshape(len(sources), stride)
-        codes = np.array([CODES.get(source.spec.dtype, 0) for source in sources], np.int64)
+        dtypes = [source.spec.dtype for source in sources]
+        codes = np.array([CODES.get(dtype, 0) for dtype in dtypes], np.int64)
         streams = [self._open(source) for source in sources]
-        spare = [None if known else np.empty(at_once * width, np.uint8) for known, width in zip(is_known, widths, strict=True)]
-        targets = [rows[index] if target is None else target for index, target in enumerate(spare)]
         for start in range(0, num_entries, at_once):
             stop = min(start + at_once, num_entries)
-            raw = []
-            for index, (stream, width) in enumerate(zip(streams, widths, strict=True)):
-                view = targets[index].data[: (stop - start) * width]
-                stream.read_into(view)
-                raw.append(view)
-                if spare[index] is not None:
-                    _widen_by_torch(view, sources[index].spec.dtype, rows[index])
-            yield InputBlock(start, stop, rows, codes, tuple(raw))
+            found = []
+            for index, (stream, dtype) in enumerate(zip(streams, dtypes, strict=True)):
+                num_bytes = (stop - start) * DTYPE_BYTES[dtype]
+                found.append(self._align(stream.read(num_bytes, self._room(f"read {index}", num_bytes, stream)), dtype, index))
+            rows = [self._widen(data, dtype, index) for index, (data, dtype) in enumerate(zip(found, dtypes, strict=True))]
+            yield InputBlock(start, stop, rows, codes, tuple(data.data for data in found))
 
-    def _take(self, num_bytes: int) -> NDArray[np.uint8]:
-        if len(self._buffer) < num_bytes:
-            self._buffer = np.empty(num_bytes + 64, np.uint8)
-            self._buffer = self._buffer[-self._buffer.ctypes.data % 64 :]
-        return self._buffer[:num_bytes]
+    def _room(self, name: str, num_bytes: int, stream: _Stream | None = None) -> Bytes:
+        """Return memory of a name that is used again and begins at a whole cache line; none for a stream that has its own."""
+        if stream is not None and not stream.needs_room:
+            return _NO_ROOM
+        if len(self._rooms.get(name, _NO_ROOM)) < num_bytes:
+            self._rooms.pop(name, None)
+            room = np.empty(num_bytes + 64, np.uint8)
+            self._rooms[name] = room[-room.ctypes.data % 64 :]
+        return self._rooms[name][:num_bytes]
+
+    def _align(self, data: Bytes, dtype: str, index: int) -> Bytes:
+        """Return bytes that begin at a whole entry: a header may leave the data of a file anywhere."""
+        if data.__array_interface__["data"][0] % DTYPE_BYTES[dtype] == 0:
+            return data
+        room = self._room(f"aligned {index}", len(data))
+        room[:] = data
+        return room
+
+    def _widen(self, data: Bytes, dtype: str, index: int) -> Bytes:
+        if dtype in CODES:
+            return data
+        room = self._room(f"widened {index}", len(data) // DTYPE_BYTES[dtype] * 4)
+        _widen_by_torch(data.data, dtype, room)
+        return room
 
     def _open(self, source: TensorSource) -> _Stream:
         if isinstance(source, LowRankSource):
@@ -113,70 +134,95 @@ class InputReader:
         key = (source.uri, source.file)
         if key not in self._files:
             try:
-                self._files[key] = os.open(to_local_path(store.uri) / check_key(source.file), os.O_RDONLY | os.O_CLOEXEC)
+                self._files[key] = _File(to_local_path(store.uri) / check_key(source.file))
             except FileNotFoundError as error:
                 raise NotFound(f"{store.uri}: {source.file}: not found") from error
             except OSError as error:
                 raise StoreError(f"{store.uri}: {source.file}: {error.strerror}") from error
-        return _LocalStream(self._files[key], Path(store.uri) / source.file, source)
+        return _LocalStream(self._files[key], source)
+
+
+_NO_ROOM: Bytes = np.empty(0, np.uint8)
 
 
 class _Stream(Protocol):
     """The bytes of one tensor, from its first to its last."""
 
-    def read_into(self, view: memoryview) -> None:
-        """Fill `view` with the next bytes."""
+    needs_room: bool
+    """Whether `read` fills the memory that it is given."""
+
+    def read(self, num_bytes: int, room: Bytes) -> Bytes:
+        """Return the next bytes, which are valid until the next call."""
+
+
+class _File:
+    """A local file that is open."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+    def fetch(self, start: int, stop: int) -> None:
+        """Tell the system to fetch bytes that it lacks; returns at once."""
+        if hasattr(os, "posix_fadvise"):
+            with suppress(OSError):
+                os.posix_fadvise(self.descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
 
 
 class _LocalStream(_Stream):
-    def __init__(self, descriptor: int, path: Path, source: TensorSource) -> None:
-        self._descriptor, self._path = descriptor, path
+    needs_room = True
+
+    def __init__(self, file: _File, source: TensorSource) -> None:
+        self._file = file
         self._position = source.spec.offset
         self._end = source.spec.offset + source.spec.num_bytes
-        self._advised = 0
+        self._fetched = self._position
 
     @override
-    def read_into(self, view: memoryview) -> None:
-        start = self._position
+    def read(self, num_bytes: int, room: Bytes) -> Bytes:
+        start, view = self._position, room.data
+        self._fetch_ahead(num_bytes)
         while view.nbytes:
             try:
                 count = self._read(view)
             except OSError as error:
-                raise StoreError(f"{self._path}: {error.strerror}") from error
+                raise StoreError(f"{self._file.path}: {error.strerror}") from error
             if count == 0:
-                raise StoreError(f"{self._path}: asked for bytes {start} to {self._position + view.nbytes}, it ends at {self._position}")
+                raise StoreError(f"{self._file.path}: asked for bytes {start} to {start + num_bytes}, it ends at {self._position}")
             view = view[count:]
             self._position += count
+        return room
 
     def _read(self, view: memoryview) -> int:
-        # What the page cache has comes without waiting; where it lacks something, all that follows is asked for at once.
-        if hasattr(os, "RWF_NOWAIT"):
-            with suppress(BlockingIOError, OSError):
-                count = os.preadv(self._descriptor, [view], self._position, os.RWF_NOWAIT)
-                if count:
-                    return count
-            if self._position + view.nbytes > self._advised:
-                self._advised = min(self._position + LOCAL_AHEAD_BYTES, self._end)
-                with suppress(OSError):
-                    os.posix_fadvise(self._descriptor, self._position, self._advised - self._position, os.POSIX_FADV_WILLNEED)
-        return os.preadv(self._descriptor, [view], self._position) if hasattr(os, "preadv") else self._read_plain(view)
-
-    def _read_plain(self, view: memoryview) -> int:
-        data = os.pread(self._descriptor, view.nbytes, self._position)
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.descriptor, [view], self._position)
+        data = os.pread(self._file.descriptor, view.nbytes, self._position)
         view[: len(data)] = data
         return len(data)
+
+    def _fetch_ahead(self, num_bytes: int) -> None:
+        if self._position + num_bytes + LOCAL_AHEAD_BYTES // 2 > self._fetched < self._end:
+            stop = min(max(self._fetched, self._position + num_bytes) + LOCAL_AHEAD_BYTES, self._end)
+            self._file.fetch(self._fetched, stop)
+            self._fetched = stop
 
 
 class _SourceStream(_Stream):
     """Bytes that are fetched ahead over a network, or weights that lie in no file: a base's with a LoRA adapter."""
 
+    needs_room = False
+
     def __init__(self, stores: OpenStores, source: TensorSource) -> None:
         self._stores, self._source, self._position = stores, source, 0
 
     @override
-    def read_into(self, view: memoryview) -> None:
-        view[:] = read_source(self._source, stores=self._stores, offset=self._position, num_bytes=view.nbytes)
-        self._position += view.nbytes
+    def read(self, num_bytes: int, room: Bytes) -> Bytes:
+        data = read_source(self._source, stores=self._stores, offset=self._position, num_bytes=num_bytes)
+        self._position += num_bytes
+        return np.frombuffer(data, np.uint8)
 
 
 def _widen_by_torch(data: memoryview, dtype: str, row: NDArray[np.uint8]) -> None:

@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import numba
 import numpy as np
 from blake3 import blake3
+from numba import carray, types
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 TILE_ENTRIES = 2048
@@ -59,6 +61,29 @@ def compiled(function: _Function) -> _Function:
     finally:
         numba.config.CACHE_DIR = before
     return made
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _pointer(_: Any, address: Any) -> Any:
+    """Return the pointer that an int64 is."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.uint8)(types.int64), generate
+
+
+@compiled
+def bytes_at(address: int, count: int) -> Any:
+    """Return the array of `count` bytes in memory from `address` on; whoever calls holds that memory."""
+    return carray(_pointer(address), count, np.uint8)
+
+
+@compiled
+def widen_at(address: int, code: int, start: int, count: int, out: Any) -> None:
+    """Write `count` entries of the bytes at `address`, from entry `start`, to `out` as float32."""
+    width = 4 if code == 0 else 2
+    widen(bytes_at(address + start * width, count * width), code, 0, count, out)
 
 
 @compiled

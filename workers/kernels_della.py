@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mmerge.workers.kernels import TILE_ENTRIES, compiled, narrow, widen
+from mmerge.workers.kernels import TILE_ENTRIES, compiled, narrow, widen_at
 from mmerge.workers.kernels_locate import draw_tile, put_together
 
 NUM_BUCKETS = 1 << 15
@@ -157,10 +157,10 @@ def merge_by_row(
     zero, one = np.float32(0), np.float32(1)
     last = np.float32(max(columns - 1, 1))
     for row_start in range(0, num_entries, columns):
-        widen(inputs[0], codes[0], row_start, columns, base)
+        widen_at(inputs[0], codes[0], row_start, columns, base)
         for expert in range(num_experts):
             delta, weight = deltas[expert], weights[expert]
-            widen(inputs[expert + 1], codes[expert + 1], row_start, columns, delta)
+            widen_at(inputs[expert + 1], codes[expert + 1], row_start, columns, delta)
             for i in range(columns):
                 delta[i] = delta[i] - base[i]
             if drops[expert] == 1:

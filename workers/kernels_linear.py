@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mmerge.workers.kernels import TILE_ENTRIES, compiled, narrow, widen
+from mmerge.workers.kernels import TILE_ENTRIES, compiled, narrow, widen_at
 
 
 @compiled
@@ -20,7 +20,7 @@ def merge_linear(inputs: Any, codes: Any, num_entries: int, weights: Any, diviso
             total[i] = np.float32(0)
         for row in range(1, inputs.shape[0]):
             weight = weights[row - 1]
-            widen(inputs[row], codes[row], start, count, expert)
+            widen_at(inputs[row], codes[row], start, count, expert)
             for i in range(count):
                 total[i] = total[i] + weight * expert[i]
         if divisor != np.float32(0):
@@ -37,12 +37,12 @@ def merge_mean(inputs: Any, codes: Any, num_entries: int, out_code: int, out: An
     number = np.float32(inputs.shape[0] - 1)
     for start in range(0, num_entries, TILE_ENTRIES):
         count = min(TILE_ENTRIES, num_entries - start)
-        widen(inputs[0], codes[0], start, count, base)
-        widen(inputs[1], codes[1], start, count, total)
+        widen_at(inputs[0], codes[0], start, count, base)
+        widen_at(inputs[1], codes[1], start, count, total)
         for i in range(count):
             total[i] = total[i] - base[i]
         for row in range(2, inputs.shape[0]):
-            widen(inputs[row], codes[row], start, count, expert)
+            widen_at(inputs[row], codes[row], start, count, expert)
             for i in range(count):
                 total[i] = total[i] + (expert[i] - base[i])
         for i in range(count):

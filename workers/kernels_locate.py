@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mmerge.workers.kernels import TILE_ENTRIES, compiled, count_ones, narrow, widen
+from mmerge.workers.kernels import TILE_ENTRIES, compiled, count_ones, narrow, widen_at
 
 KEEP_ALL, TRIM, DROP, TOP = 0, 1, 2, 3
 """How entries are located: all; magnitudes at or above a threshold; at random; ranks between two exact counts."""
@@ -167,7 +167,7 @@ def merge_located(
     inputs: Any, codes: Any, num_entries: int, position: Any, kinds: Any, numbers: Any, keys: Any, ties: Any, weights: Any, how: int,
     zero_sign: Any, divisor: Any, scale: Any, out_code: int, out: Any,
 ) -> None:  # fmt: skip
-    """Write θ₀ + scale·F(Sub(τ₁), …) of one block to `out` (bytes): inputs are rows of bytes, base first.
+    """Write θ₀ + scale·F(Sub(τ₁), …) of one block to `out` (bytes): inputs say where rows of bytes begin, base first.
 
     Args:
         position: uint64, flat position of the block's first entry in the whole tensor.
@@ -181,10 +181,10 @@ def merge_located(
     deltas = np.empty((num_experts, TILE_ENTRIES), np.float32)
     for start in range(0, num_entries, TILE_ENTRIES):
         count = min(TILE_ENTRIES, num_entries - start)
-        widen(inputs[0], codes[0], start, count, base)
+        widen_at(inputs[0], codes[0], start, count, base)
         for expert in range(num_experts):
             delta, weight = deltas[expert], weights[expert]
-            widen(inputs[expert + 1], codes[expert + 1], start, count, delta)
+            widen_at(inputs[expert + 1], codes[expert + 1], start, count, delta)
             for i in range(count):
                 delta[i] = delta[i] - base[i]
             locate_tile(

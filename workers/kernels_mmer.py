@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mmerge.workers.kernels import TILE_ENTRIES, compiled, count_ones, narrow, pack_bits, sum_squares, widen
+from mmerge.workers.kernels import TILE_ENTRIES, compiled, count_ones, narrow, pack_bits, sum_squares, widen, widen_at
 from mmerge.workers.kernels_locate import elect_tile
 
 
@@ -36,10 +36,10 @@ def merge_mmer(
     flags = np.empty(TILE_ENTRIES, np.uint8)
     for start in range(0, num_entries, TILE_ENTRIES):
         count = min(TILE_ENTRIES, num_entries - start)
-        widen(inputs[0], codes[0], start, count, base)
+        widen_at(inputs[0], codes[0], start, count, base)
         for expert in range(num_experts):
             delta, threshold = deltas[expert], thresholds[expert]
-            widen(inputs[expert + 1], codes[expert + 1], start, count, delta)
+            widen_at(inputs[expert + 1], codes[expert + 1], start, count, delta)
             for i in range(count):
                 delta[i] = delta[i] - base[i]
             squares[expert] += sum_squares(delta, count, scratch)

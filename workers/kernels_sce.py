@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mmerge.workers.kernels import TILE_ENTRIES, compiled, narrow, widen
+from mmerge.workers.kernels import TILE_ENTRIES, compiled, narrow, widen_at
 from mmerge.workers.kernels_locate import top_tile
 from mmerge.workers.kernels_survey import count_tile
 
@@ -16,10 +16,10 @@ def variance_tile(inputs: Any, codes: Any, start: int, count: int, base: Any, de
     """Write the task vectors of a tile to `deltas` and their variance across experts to `variance`."""
     num_experts = deltas.shape[0]
     number = np.float32(num_experts)
-    widen(inputs[0], codes[0], start, count, base)
+    widen_at(inputs[0], codes[0], start, count, base)
     for expert in range(num_experts):
         delta = deltas[expert]
-        widen(inputs[expert + 1], codes[expert + 1], start, count, delta)
+        widen_at(inputs[expert + 1], codes[expert + 1], start, count, delta)
         for i in range(count):
             delta[i] = delta[i] - base[i]
     first = deltas[0]

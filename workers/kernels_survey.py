@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mmerge.workers.kernels import TILE_ENTRIES, compiled, widen
+from mmerge.workers.kernels import TILE_ENTRIES, bytes_at, compiled, widen_at
 
 TOP_BITS = 15
 """Upper bits of a magnitude (31 bits): all that the difference of two bfloat16 values near each other has."""
@@ -20,21 +20,31 @@ NUM_ROWS = NUM_COPIES + NUM_LOWS - 1
 
 
 @compiled
-def first_non_finite(raw: Any, code: int, num_entries: int) -> int:
-    """Return the position of the first NaN or Inf among the entries of a row of bytes, −1 where all are finite."""
-    tile = np.empty(TILE_ENTRIES, np.float32)
-    bits = tile.view(np.uint32)
-    infinite = np.uint32(0x7F800000)
-    for start in range(0, num_entries, TILE_ENTRIES):
-        count = min(TILE_ENTRIES, num_entries - start)
-        widen(raw, code, start, count, tile)
-        largest = np.uint32(0)
-        for i in range(count):
-            largest = max(largest, bits[i] & np.uint32(0x7FFFFFFF))
-        if largest >= infinite:
-            for i in range(count):
-                if bits[i] & np.uint32(0x7FFFFFFF) >= infinite:
-                    return start + i
+def first_non_finite(address: int, code: int, num_entries: int) -> int:
+    """Return the position of the first NaN or Inf among the entries of the bytes at `address`, −1 where all are finite."""
+    if code == 0:
+        words = bytes_at(address, num_entries * 4).view(np.uint32)
+        for start in range(0, num_entries, TILE_ENTRIES):
+            part = words[start : min(start + TILE_ENTRIES, num_entries)]
+            largest = np.uint32(0)
+            for i in range(len(part)):
+                largest = max(largest, np.uint32(part[i] & np.uint32(0x7FFFFFFF)))
+            if largest >= np.uint32(0x7F800000):
+                for i in range(len(part)):
+                    if part[i] & np.uint32(0x7FFFFFFF) >= np.uint32(0x7F800000):
+                        return start + i
+    else:
+        infinite = np.uint16(0x7F80 if code == 1 else 0x7C00)
+        halves = bytes_at(address, num_entries * 2).view(np.uint16)
+        for start in range(0, num_entries, TILE_ENTRIES):
+            short = halves[start : min(start + TILE_ENTRIES, num_entries)]
+            most = np.uint16(0)
+            for i in range(len(short)):
+                most = max(most, np.uint16(short[i] & np.uint16(0x7FFF)))
+            if most >= infinite:
+                for i in range(len(short)):
+                    if np.uint16(short[i] & np.uint16(0x7FFF)) >= infinite:
+                        return start + i
     return -1
 
 
@@ -43,7 +53,7 @@ def count_magnitudes(inputs: Any, codes: Any, num_entries: int, histograms: Any,
     """Add the magnitudes of a block's task vectors to the histograms.
 
     Args:
-        inputs: rows of bytes, base first.
+        inputs: int64, where the rows of bytes begin, base first.
         histograms: uint32, (experts, NUM_ROWS * NUM_TOPS).
         ranges: uint32, (experts, 2): the smallest magnitude but 0, less 1, and the largest, as bits.
     """
@@ -53,9 +63,9 @@ def count_magnitudes(inputs: Any, codes: Any, num_entries: int, histograms: Any,
     places = np.empty(TILE_ENTRIES, np.uint32)
     for start in range(0, num_entries, TILE_ENTRIES):
         count = min(TILE_ENTRIES, num_entries - start)
-        widen(inputs[0], codes[0], start, count, base)
+        widen_at(inputs[0], codes[0], start, count, base)
         for expert in range(inputs.shape[0] - 1):
-            widen(inputs[expert + 1], codes[expert + 1], start, count, delta)
+            widen_at(inputs[expert + 1], codes[expert + 1], start, count, delta)
             for i in range(count):
                 delta[i] = delta[i] - base[i]
             count_tile(bits, count, places, histograms[expert], ranges[expert])
@@ -84,7 +94,7 @@ def count_lower_bits(inputs: Any, codes: Any, num_entries: int, upper: int, coun
     """Add to `counts` (int64, 4,096) the lower 12 bits of the magnitudes of one task vector whose upper 19 bits are `upper`.
 
     Args:
-        inputs: two rows of bytes, the base and one expert.
+        inputs: int64, where two rows of bytes begin, the base and one expert.
     """
     tiles = np.empty((2, TILE_ENTRIES), np.float32)
     base, delta = tiles[0], tiles[1]
@@ -92,8 +102,8 @@ def count_lower_bits(inputs: Any, codes: Any, num_entries: int, upper: int, coun
     wanted = np.uint32(upper)
     for start in range(0, num_entries, TILE_ENTRIES):
         count = min(TILE_ENTRIES, num_entries - start)
-        widen(inputs[0], codes[0], start, count, base)
-        widen(inputs[1], codes[1], start, count, delta)
+        widen_at(inputs[0], codes[0], start, count, base)
+        widen_at(inputs[1], codes[1], start, count, delta)
         for i in range(count):
             delta[i] = delta[i] - base[i]
         for i in range(count):

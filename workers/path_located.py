@@ -68,7 +68,7 @@ class LocatedPath(FastPath):
     def merge(self, block: InputBlock, out: NDArray[np.uint8], masks: NDArray[np.uint8]) -> None:
         how = self._merging
         merge_located(
-            block.rows, block.codes, block.num_entries, np.uint64(self._start + block.start), self._kinds, self._numbers, self._keys,
+            block.addresses, block.codes, block.num_entries, np.uint64(self._start + block.start), self._kinds, self._numbers, self._keys,
             self._ties, how.weights, how.how, how.zero_sign, how.divisor, how.scale, how.code, out,
         )  # fmt: skip
 
@@ -136,7 +136,7 @@ class RowPath(FastPath):
     def merge(self, block: InputBlock, out: NDArray[np.uint8], masks: NDArray[np.uint8]) -> None:
         how = self._merging
         merge_by_row(
-            block.rows, block.codes, block.num_entries, np.uint64(self._start + block.start), self._columns, self._drops, self._numbers,
+            block.addresses, block.codes, block.num_entries, np.uint64(self._start + block.start), self._columns, self._drops, self._numbers,
             self._keys, how.weights, how.how, how.zero_sign, how.divisor, how.scale, how.code, out,
         )  # fmt: skip
 

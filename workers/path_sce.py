@@ -29,7 +29,7 @@ class ScePath(FastPath):
             return False
         sums = np.zeros((self._num_experts, NUM_SUM_BINS), np.int64)
         for block in read_blocks():
-            sum_selected(block.rows, block.codes, block.num_entries, self._threshold, self._ties, sums)
+            sum_selected(block.addresses, block.codes, block.num_entries, self._threshold, self._ties, sums)
         self._ties[1] = 0
         if sums[:, 255].any():
             return False
@@ -51,7 +51,7 @@ class ScePath(FastPath):
         def refine(bin_number: int) -> Histogram:
             lower = np.zeros(NUM_LOWER, np.int64)
             for block in read_blocks():
-                count_variances_within(block.rows, block.codes, block.num_entries, bin_number // 2, lower)
+                count_variances_within(block.addresses, block.codes, block.num_entries, bin_number // 2, lower)
             return to_lower(lower)
 
         threshold, self._ties[0] = find_top(histogram, int(not_zero * self._select_topk), refine=refine)
@@ -60,4 +60,4 @@ class ScePath(FastPath):
 
     @override
     def merge(self, block: InputBlock, out: NDArray[np.uint8], masks: NDArray[np.uint8]) -> None:
-        merge_sce(block.rows, block.codes, block.num_entries, self._threshold, self._ties, self._weights, self._scale, self._code, out)
+        merge_sce(block.addresses, block.codes, block.num_entries, self._threshold, self._ties, self._weights, self._scale, self._code, out)

@@ -11,7 +11,6 @@ import pickle
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from typing_extensions import override
 
 from mmerge.manifests.errors import CheckpointError
@@ -34,6 +33,8 @@ def read_pickled_specs(store: Store, file: str, *, where: str) -> dict[str, Tens
         CheckpointError: the file holds anything but tensors by name, is in the format of before PyTorch 1.6, or a tensor in
             it is not contiguous.
     """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes longer to import than torch itself
+
     try:
         opened: Any = _RangedFile(store, file)
         with FakeTensorMode():

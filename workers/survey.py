@@ -109,11 +109,14 @@ def _survey_tensor(task: SurveyTask, tensor: TensorTask, reader: InputReader, co
     owners = ("base", *(f"expert {name!r}" for name in task.expert_names))
     hashers = [blake3() for _ in sources]
     for block in reader.blocks(sources, block_entries=task.block_entries):
-        for position, (source, owner) in enumerate(zip(sources, owners, strict=True)):
-            hashers[position].update(block.raw[position])
-            _check_finite(block, position, source, owner, task.non_finite, first_row=tensor.row_start)
         if counter:
             counter.add(block)
+        # Where base or expert is NaN or Inf, so is their difference.
+        is_finite = counter is not None and counter.is_finite()
+        for position, (source, owner) in enumerate(zip(sources, owners, strict=True)):
+            hashers[position].update(block.raw[position])
+            if not is_finite:
+                _check_finite(block, position, source, owner, task.non_finite, first_row=tensor.row_start)
     return [hasher.hexdigest() for hasher in hashers]
 
 
@@ -144,7 +147,7 @@ def refine_shard(task: RefineTask, store: Store) -> TaskResult:
 def _check_finite(block: InputBlock, position: int, source: TensorSource, owner: str, non_finite: NonFinite, *, first_row: int) -> None:
     if non_finite == "keep" or source.spec.dtype not in FLOAT_DTYPES:
         return
-    offset = first_non_finite(block.rows[position], int(block.codes[position]), block.num_entries)
+    offset = first_non_finite(int(block.addresses[position]), int(block.codes[position]), block.num_entries)
     if offset < 0:
         return
     width = DTYPE_BYTES[source.spec.dtype]

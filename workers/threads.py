@@ -7,10 +7,15 @@ from contextlib import contextmanager
 
 import torch
 
+from mmerge.workers.lazy_torch import torch_is_loaded
+
 
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Run inside with one thread of torch: how a sum is split over threads decides its last bits."""
+    if not torch_is_loaded():
+        yield  # it will begin with one thread
+        return
     before = torch.get_num_threads()
     if before == 1:
         yield  # nothing to undo: tasks beside this one may run in threads of the same process

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from pydantic import Field, field_validator
@@ -13,7 +14,7 @@ from mmerge.workers.methods.matrix import MatrixMethod, MatrixParameters
 from mmerge.workers.methods.spectral import Start, squared_norms, total_of
 from mmerge.workers.methods.wudi import wudi_quadratic
 
-Filter = Callable[[torch.Tensor], torch.Tensor]
+Filter: TypeAlias = "Callable[[torch.Tensor], torch.Tensor]"
 """From the eigenvalues of C, ascending, to a factor in [0, 1] for each."""
 RANK_RULES = ("none", "stable_rank", "entropy", "participation", "participation_sqrt", "gavish_donoho")
 _SMALL = 1e-30
