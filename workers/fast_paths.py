@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
+from mmerge.workers.fast_measures import slerp_rows
 from mmerge.workers.inputs import InputBlock
 from mmerge.workers.kernels import CODES
 from mmerge.workers.kernels_linear import merge_linear, merge_mean
 from mmerge.workers.kernels_mmer import merge_mmer
+from mmerge.workers.methods.sphere import slerp_pair
 from mmerge.workers.path_located import HOW, RowPath, keep_all, make_breadcrumbs, make_dare, make_ties
 from mmerge.workers.path_sce import ScePath
 from mmerge.workers.paths import FastPath, MaskPath, PathRequest
@@ -62,6 +64,21 @@ class NaiveMcPath(FastPath):
         merge_mean(block.addresses, block.codes, block.num_entries, self._code, out)
 
 
+class SlerpPath(FastPath):
+    """Two coefficients that follow from the tensor's inner products."""
+
+    def __init__(self, request: PathRequest) -> None:
+        self._code = request.code
+        self._weights = np.array(slerp_pair(request.known, t=request.parameters.t), np.float32)
+        first, _ = slerp_rows(request.parameters, len(request.experts))
+        self._chosen = [0, first, first + 1]
+
+    @override
+    def merge(self, block: InputBlock, out: NDArray[np.uint8], masks: NDArray[np.uint8]) -> None:
+        addresses, codes = block.addresses[self._chosen], block.codes[self._chosen]
+        merge_linear(addresses, codes, block.num_entries, self._weights, np.float32(0), self._code, out)
+
+
 def _make_linear(request: PathRequest) -> FastPath | None:
     # Where the weights cancel, the reference divides by zero; a divisor of 0 means no division to the kernel.
     if request.parameters.normalize and np.float32(sum(request.weights)) == 0:
@@ -73,6 +90,7 @@ FAST_PATHS: Mapping[str, Callable[[PathRequest], FastPath | None]] = {
     "mmer": MmerPath,
     "linear": _make_linear,
     "naive_mc": NaiveMcPath,
+    "slerp": SlerpPath,
     "task_arithmetic": keep_all,
     "ties": make_ties,
     "dare_linear": make_dare,

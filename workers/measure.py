@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mmerge.manifests.store import Store
 from mmerge.workers.blocks import read_blocks
+from mmerge.workers.fast_measures import VECTORS, measure_gram
 from mmerge.workers.inputs import InputReader
 from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Block, Method, Numbers
@@ -68,8 +69,12 @@ def measure_shard(task: MeasureTask, store: Store) -> TaskResult:
 def _measure_tensor(task: MeasureTask, index: int, reader: InputReader) -> dict[str, Counts]:
     method = find_method(task.method)
     parameters, experts = parse_numbers(method, task.numbers[index])
+    tensor, vectors = task.tensors[index], VECTORS.get((task.method, task.stage))
+    if vectors is not None:
+        blocks = reader.blocks((tensor.base, *tensor.experts), block_entries=task.block_entries)
+        return measure_gram(vectors(parameters, len(experts)), blocks)
     total: dict[str, Counts] = {}
-    for block in _read_blocks(task, task.tensors[index], index, reader, task.block_entries):
+    for block in _read_blocks(task, tensor, index, reader, task.block_entries):
         measured = method.measure_block(block, parameters, experts, stage=task.stage)
         high_bins = task.high_bins[index] if task.high_bins is not None else None
         for quantity, counts in count_quantities(measured, measures=task.measures, high_bins=high_bins).items():

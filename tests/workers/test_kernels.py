@@ -18,6 +18,7 @@ from mmerge.workers import kernels
 from mmerge.workers.blocks import num_columns
 from mmerge.workers.checkpoint import TensorSource
 from mmerge.workers.dtypes import SAFETENSORS_DTYPES, TORCH_DTYPES, to_bytes, with_one_nan
+from mmerge.workers.fast_measures import VECTORS, measure_gram
 from mmerge.workers.fast_paths import FAST_PATHS, find_fast_path
 from mmerge.workers.inputs import InputBlock
 from mmerge.workers.kernels_survey import first_non_finite
@@ -25,7 +26,7 @@ from mmerge.workers.masks import pack_mask, packed_bytes
 from mmerge.workers.methods import METHODS
 from mmerge.workers.methods.interface import Block, Known, MergedBlock, Method
 from mmerge.workers.paths import FastPath, MaskPath, PathRequest
-from mmerge.workers.sums import exact_sum
+from mmerge.workers.sums import exact_sum, to_sum
 from mmerge.workers.task import TensorTask
 
 DTYPES = ("BF16", "F16", "F32")
@@ -49,6 +50,7 @@ PARAMETERS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "della": [({"density": 0.4, "epsilon": 0.3}, {"weight": 0.3}), ({"rescale": "none", "zero_sign": "positive"}, {"density": 1.0})],
     "sce": [({"select_topk": 0.3}, {}), ({"select_topk": 1.0, "scale": 0.4}, {}), ({"select_topk": 0.001}, {})],
     "naive_mc": [({}, {})],
+    "slerp": [({"t": 0.3}, {}), ({"t": 1.0}, {})],
 }
 """Per method, numbers of the recipe and of each expert."""
 
@@ -146,6 +148,7 @@ def test_a_path_gives_the_bytes_of_the_method(
 ) -> None:
     name, index = chosen
     method, numbers = METHODS[name], PARAMETERS[name][index]
+    dtypes = dtypes[: (method.max_experts or len(dtypes)) + 1]
     rows = make_rows(dtypes, size if columns is None else max(size // columns, 1) * columns, seed, special=special)
     if columns is not None:
         rows = [row.reshape(-1, columns) for row in rows]
@@ -175,6 +178,32 @@ def test_a_path_gives_the_bytes_of_the_method(
     assert path.overlaps.tolist() == [int((one & other).sum()) for one, other in itertools.combinations(wanted.masks, 2)]
     squares = [kernels.add_squares(0.0, values.float().numpy()) for values in [*deltas, wanted.values]]
     np.testing.assert_array_equal(path.squares, squares)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(
+        [("slerp", {"t": 0.3}), ("nuslerp", {"origin": "base"}), ("multislerp", {"origin": "zero"}), ("karcher", {}), ("model_stock", {})]
+    ),
+    st.lists(st.sampled_from(DTYPES), min_size=3, max_size=5),
+    st.one_of(st.integers(1, 70), st.integers(2040, 4100)),
+    st.integers(0, 2**31),
+    st.booleans(),
+)
+def test_a_compiled_stage_finds_the_sums_of_the_methods_own_quantities(
+    chosen: tuple[str, dict[str, Any]], dtypes: list[str], size: int, seed: int, special: bool
+) -> None:
+    name, numbers = chosen
+    method = METHODS[name]
+    rows = make_rows(dtypes[: (method.max_experts or len(dtypes)) + 1], size, seed, special=special)
+    parameters = method.parameters_model.model_validate(numbers)
+    experts = [method.expert_parameters_model() for _ in rows[1:]]
+    wanted, _ = make_reference(method, rows, "BF16", parameters, experts)
+    vectors = VECTORS[name, "gram"](parameters, len(experts))
+    found = measure_gram(vectors, [cut(make_block(rows), *span) for span in ((0, size // 2), (size // 2, size)) if span[0] < span[1]])
+    assert found.keys() == wanted.known.keys()
+    for quantity, counts in found.items():
+        np.testing.assert_equal(to_sum(counts), wanted.known[quantity][0])
 
 
 def test_every_path_has_numbers_to_be_tried_with_and_belongs_to_a_method() -> None:

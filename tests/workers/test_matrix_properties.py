@@ -27,7 +27,7 @@ from mmerge.workers.methods.sphere import (
     model_stock_ratio,
     multislerp_coefficients,
     nuslerp_coefficients,
-    slerp_coefficients,
+    slerp_pair,
 )
 from mmerge.workers.methods.swudi import adaptive_filter, exponential_filter, spectral_merge
 from mmerge.workers.methods.tsv import tsv_merge
@@ -37,6 +37,11 @@ from mmerge.workers.threads import one_thread
 MatrixMerge = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 few = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 10_000)
+
+
+def slerp_coefficients(products: torch.Tensor, *, t: float) -> torch.Tensor:
+    known = {f"{one}.{other}": (float(products[one, other]),) for one, other in ((0, 0), (0, 1), (1, 1))}
+    return torch.tensor(slerp_pair(known, t=t), dtype=torch.float64)
 
 
 def vectors(seed: int, count: int, length: int = 30) -> list[torch.Tensor]:

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from mmerge.manifests.errors import RecipeError
 from mmerge.workers.methods.interface import Block, MergedBlock, Method, Parameters, Stage
-from mmerge.workers.methods.sphere import combine, measure_products, read_gram, slerp_coefficients
+from mmerge.workers.methods.sphere import combine, measure_products, slerp_pair
 
 GRAM = Stage("gram", "sums", "tensor")
 
@@ -49,8 +49,8 @@ class Slerp(Method):
 
     @override
     def merge_block(self, block: Block, parameters: SlerpParameters, experts: Sequence[Parameters]) -> MergedBlock:
-        products = read_gram(block.known, count=2)
-        return MergedBlock(combine(slerp_coefficients(products, t=parameters.t), _models(block)).to(block.dtype))
+        coefficients = torch.tensor(slerp_pair(block.known, t=parameters.t), dtype=torch.float64, device=block.base.device)
+        return MergedBlock(combine(coefficients, _models(block)).to(block.dtype))
 
 
 def _models(block: Block) -> list[torch.Tensor]:

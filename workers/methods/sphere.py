@@ -6,6 +6,7 @@ independent problems (one per row of a matrix, say). So a tensor needs two passe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -47,18 +48,24 @@ def norms_of(products: torch.Tensor) -> torch.Tensor:
     return products.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
 
 
-def slerp_coefficients(products: torch.Tensor, *, t: float) -> torch.Tensor:
+def slerp_pair(known: Mapping[str, Sequence[float]], *, t: float) -> tuple[float, float]:
     """Return the two coefficients of spherical interpolation from the first vector (t = 0) to the second (t = 1).
 
     Nearly colinear vectors, and vectors of norm 0, are interpolated linearly. Shoemake 1985; thresholds as in mergekit.
+
+    Args:
+        known: the sums of `measure_products`, float64. NaN where a vector holds NaN or Inf, and so are the coefficients.
     """
-    norms = norms_of(products)
-    scale = torch.where(norms > _MIN_NORM, norms, torch.ones_like(norms))
-    cosine = (products[..., 0, 1] / (scale[..., 0] * scale[..., 1])).clamp(-1, 1)
-    angle = torch.arccos(cosine)
-    curved = torch.stack([torch.sin(angle * (1 - t)), torch.sin(angle * t)], dim=-1) / torch.sin(angle).unsqueeze(-1)
-    straight = torch.tensor([1 - t, t], dtype=products.dtype, device=products.device).expand_as(curved)
-    return torch.where((cosine.abs() > COLINEAR_COSINE).unsqueeze(-1), straight, curved)
+    first, product, second = (known[name][0] for name in ("0.0", "0.1", "1.1"))
+    if math.isnan(first + product + second):
+        return math.nan, math.nan
+    norms = [math.sqrt(max(square, 0.0)) for square in (first, second)]
+    scales = [norm if norm > _MIN_NORM else 1.0 for norm in norms]
+    cosine = max(-1.0, min(product / (scales[0] * scales[1]), 1.0))
+    if abs(cosine) > COLINEAR_COSINE:
+        return 1 - t, t
+    angle = math.acos(cosine)
+    return math.sin(angle * (1 - t)) / math.sin(angle), math.sin(angle * t) / math.sin(angle)
 
 
 def nuslerp_coefficients(products: torch.Tensor, *, t: float) -> torch.Tensor:

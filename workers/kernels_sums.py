@@ -1,0 +1,56 @@
+"""Exact sums of products of rows, compiled: what the slerp family needs to know of a tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mmerge.workers.kernels import TILE_ENTRIES, compiled, widen_at
+
+NUM_SUM_BINS = 512
+NUM_COPIES = 4
+"""Tables that take turns: products near each other have the same exponent, and an addition must wait for the one before it."""
+
+
+@compiled
+def sum_products(inputs: Any, codes: Any, num_entries: int, from_base: bool, sums: Any) -> None:
+    """Add the entrywise products of every pair of rows, each with itself too, to `sums`, per sign and exponent.
+
+    Args:
+        inputs: int64, where the rows of bytes begin: the vectors, behind the base.
+        from_base: whether the vectors are what the rows differ by from the base.
+        sums: int64 (pairs, NUM_COPIES * NUM_SUM_BINS): integer significands, see workers/sums.py. Pairs in the order 0.0, 0.1, …, 1.1, …
+    """
+    num_vectors = inputs.shape[0] - 1
+    vectors = np.empty((num_vectors, TILE_ENTRIES), np.float32)
+    base = np.empty(TILE_ENTRIES, np.float32)
+    product = np.empty(TILE_ENTRIES, np.float32)
+    bits = product.view(np.uint32)
+    places = np.empty(TILE_ENTRIES, np.uint32)
+    significands = np.empty(TILE_ENTRIES, np.uint32)
+    for start in range(0, num_entries, TILE_ENTRIES):
+        count = min(TILE_ENTRIES, num_entries - start)
+        if from_base:
+            widen_at(inputs[0], codes[0], start, count, base)
+        for index in range(num_vectors):
+            vector = vectors[index]
+            widen_at(inputs[index + 1], codes[index + 1], start, count, vector)
+            if from_base:
+                for i in range(count):
+                    vector[i] = vector[i] - base[i]
+        pair = 0
+        for index in range(num_vectors):
+            one = vectors[index]
+            for partner in range(index, num_vectors):
+                other, total = vectors[partner], sums[pair]
+                for i in range(count):
+                    product[i] = one[i] * other[i]
+                for i in range(count):
+                    word = np.uint32(bits[i])
+                    normal = np.uint32((word & np.uint32(0x7F800000)) != 0)
+                    significands[i] = (word & np.uint32(0x7FFFFF)) | (normal << np.uint32(23))
+                    places[i] = np.uint32(np.uint32(i & 3) << np.uint32(9)) | (word >> np.uint32(23))
+                for i in range(count):
+                    total[places[i]] += np.int64(significands[i])
+                pair += 1
