@@ -24,6 +24,9 @@ from numpy.typing import NDArray
 TILE_ENTRIES = 2048
 """Entries that a kernel treats at once; blocks begin at whole tiles."""
 
+NUM_LANES = 64
+"""Sums that a tile's squares are added to in turn."""
+
 CODES: Mapping[str, int] = {"F32": 0, "BF16": 1, "F16": 2}
 """How kernels name the dtypes that they read and write as bytes."""
 
@@ -167,18 +170,21 @@ def _to_half(word: Any) -> Any:
 
 @compiled
 def sum_squares(values: Any, count: int, scratch: Any) -> Any:
-    """Return the float64 sum of squares of the first `count` float32 values of a tile, added in one fixed tree.
+    """Return the float64 sum of squares of the first `count` float32 values of a tile: NUM_LANES sums, then a fixed tree of them.
 
-    `values` and `scratch` (float64) are a tile long; what is behind `count` in `values` is cleared.
+    `values` is a tile long, what is behind `count` in it is cleared; `scratch` is float64, NUM_LANES long at least.
     """
     for i in range(count, TILE_ENTRIES):
         values[i] = 0
-    half = TILE_ENTRIES // 2
-    ahead = values[half:]
-    for i in range(half):
-        one, other = np.float64(values[i]), np.float64(ahead[i])
-        scratch[i] = one * one + other * other
-    half = half // 2
+    lanes = scratch[:NUM_LANES]
+    for i in range(NUM_LANES):
+        lanes[i] = 0
+    for start in range(0, count, NUM_LANES):
+        part = values[start : start + NUM_LANES]
+        for i in range(NUM_LANES):
+            one = np.float64(part[i])
+            lanes[i] = lanes[i] + one * one
+    half = NUM_LANES // 2
     while half > 0:
         upper = scratch[half : 2 * half]
         for i in range(half):
@@ -203,20 +209,16 @@ def pack_bits(mask: Any, count: int, out: Any, start: int) -> None:
 
 
 @compiled
-def count_ones(flags: Any, others: Any) -> Any:
-    """Return in how many places of a tile both `flags` and `others` (uint8, 0 or 1, a whole tile long) are 1."""
-    one, other = flags.view(np.uint64), others.view(np.uint64)
-    low = np.uint64(0x00FF00FF00FF00FF)
-    found = np.int64(0)
-    # Eight counters of a byte each in a word: 128 words cannot overflow them.
-    for start in range(0, TILE_ENTRIES // 8, 128):
-        part, partner = one[start : start + 128], other[start : start + 128]
-        total = np.uint64(0)
-        for i in range(128):
-            total += part[i] & partner[i]
-        pairs = (total & low) + ((total >> np.uint64(8)) & low)
-        found += np.int64((pairs * np.uint64(0x0001000100010001)) >> np.uint64(48))
-    return found
+def count_bits(words: Any) -> Any:
+    """Return how many bits of uint64 words are set."""
+    found = np.uint64(0)
+    for i in range(len(words)):
+        word = words[i]
+        word = word - ((word >> np.uint64(1)) & np.uint64(0x5555555555555555))
+        word = (word & np.uint64(0x3333333333333333)) + ((word >> np.uint64(2)) & np.uint64(0x3333333333333333))
+        word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+        found += (word * np.uint64(0x0101010101010101)) >> np.uint64(56)
+    return np.int64(found)
 
 
 @compiled

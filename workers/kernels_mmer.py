@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from mmerge.workers.kernels import TILE_ENTRIES, compiled, count_ones, narrow, pack_bits, sum_squares, widen, widen_at
-from mmerge.workers.kernels_locate import elect_tile
+from mmerge.workers.kernels import TILE_ENTRIES, compiled, count_bits, narrow, pack_bits, sum_squares, widen, widen_at
+from mmerge.workers.kernels_locate import ELECT_MAX, elect_three, elect_tile
 
 
 @compiled
@@ -25,86 +25,125 @@ def merge_mmer(
         squares: float64, squared norm per task vector before trimming, then of τ⋆ as stored.
     """
     num_experts = inputs.shape[0] - 1
-    zero = np.float32(0)
     tiles = np.empty((4, TILE_ENTRIES), np.float32)
     base, total, merged, agreeing = tiles[0], tiles[1], tiles[2], tiles[3]
     deltas = np.empty((num_experts, TILE_ENTRIES), np.float32)
     weights = np.ones(num_experts, np.float32)
     scratch = np.empty(TILE_ENTRIES, np.float64)
-    wanted = np.zeros((num_experts, TILE_ENTRIES), np.uint8)
-    votes = np.empty(TILE_ENTRIES, np.uint8)
-    flags = np.empty(TILE_ENTRIES, np.uint8)
+    wanted = np.zeros((num_experts, TILE_ENTRIES // 64), np.uint64)
+    votes = np.empty((4, TILE_ENTRIES // 64), np.uint64)
+    mask = np.zeros(TILE_ENTRIES, np.uint8)
     for start in range(0, num_entries, TILE_ENTRIES):
         count = min(TILE_ENTRIES, num_entries - start)
         widen_at(inputs[0], codes[0], start, count, base)
         for expert in range(num_experts):
-            delta, threshold = deltas[expert], thresholds[expert]
+            delta = deltas[expert]
             widen_at(inputs[expert + 1], codes[expert + 1], start, count, delta)
             for i in range(count):
                 delta[i] = delta[i] - base[i]
             squares[expert] += sum_squares(delta, count, scratch)
-            for i in range(count):
-                value = delta[i]
-                delta[i] = value if abs(value) >= threshold else zero
-        elect_tile(deltas, weights, 0, count, how, zero, total, merged, agreeing)
+            counts[0, expert] += trim_tile(delta, count, thresholds[expert])
+        if num_experts == 3 and how != ELECT_MAX:
+            elect_three(deltas, weights, 0, count, how, np.float32(0), total, merged, counts[1])
+        else:
+            elect_tile(deltas, weights, 0, count, how, np.float32(0), total, merged, agreeing)
+            for expert in range(num_experts):
+                counts[1, expert] += count_agreeing(deltas[expert], total, count)
         narrow(merged, out_code, count, out, start)
         widen(out, out_code, start, count, merged)
-        for i in range(TILE_ENTRIES):
-            votes[i] = 0
-        for expert in range(num_experts):
-            delta, half_scale, mask = deltas[expert], half_scales[expert], wanted[expert]
-            for i in range(count):
-                value, star = delta[i], merged[i]
-                congruent = ((value > zero) & (star > zero)) | ((value < zero) & (star < zero))
-                mask[i] = congruent & (abs(value) >= half_scale * abs(star))
-            for i in range(count, TILE_ENTRIES):
-                mask[i] = 0
-            for i in range(TILE_ENTRIES):
-                votes[i] = votes[i] + mask[i]
-            pack_bits(mask, count, masks[expert], mask_start + start // 8)
-            counts[2, expert] += count_ones(mask, mask)
-            counts[0, expert] += count_kept(delta, count, flags)
-            counts[1, expert] += count_agreeing(delta, total, count, flags)
         squares[num_experts] += sum_squares(merged, count, scratch)
-        count_votes(votes, wanted, count, flags, counts[3], overlaps)
+        for expert in range(num_experts):
+            mask_tile(deltas[expert], merged, count, half_scales[expert], mask)
+            bits = wanted[expert].view(np.uint8)
+            if count < TILE_ENTRIES:
+                bits[:] = 0
+            pack_bits(mask, count, bits, 0)
+            target, first = masks[expert], mask_start + start // 8
+            target[first : first + (count + 7) // 8] = bits[: (count + 7) // 8]
+            counts[2, expert] += count_bits(wanted[expert])
+        count_votes(wanted, count, votes, counts[3], overlaps)
 
 
 @compiled
-def count_kept(delta: Any, count: int, flags: Any) -> Any:
-    """Return how many entries of a tile are not zero."""
+def trim_tile(delta: Any, count: int, threshold: Any) -> Any:
+    """Set what is below the threshold in magnitude to 0, and return how many entries are not 0."""
+    zero = np.float32(0)
+    kept = np.int32(0)
     for i in range(count):
-        flags[i] = delta[i] != np.float32(0)
-    for i in range(count, TILE_ENTRIES):
-        flags[i] = 0
-    return count_ones(flags, flags)
+        value = delta[i] if abs(delta[i]) >= threshold else zero
+        delta[i] = value
+        kept = np.int32(kept + np.int32(value != zero))
+    return np.int64(kept)
 
 
 @compiled
-def count_agreeing(delta: Any, total: Any, count: int, flags: Any) -> Any:
-    """Return how many entries of a tile have the sign of `total`."""
+def mask_tile(delta: Any, merged: Any, count: int, half_scale: Any, mask: Any) -> None:
+    """Set `mask` (uint8) where a trimmed task vector has the sign of τ⋆ and at least `half_scale` times its magnitude."""
     zero = np.float32(0)
     for i in range(count):
-        value, elected = delta[i], total[i]
-        flags[i] = ((value > zero) & (elected > zero)) | ((value < zero) & (elected < zero))
-    for i in range(count, TILE_ENTRIES):
-        flags[i] = 0
-    return count_ones(flags, flags)
+        value, star = delta[i], merged[i]
+        congruent = ((value > zero) & (star > zero)) | ((value < zero) & (star < zero))
+        mask[i] = congruent & (abs(value) >= half_scale * abs(star))
 
 
 @compiled
-def count_votes(votes: Any, wanted: Any, count: int, flags: Any, consensus: Any, overlaps: Any) -> None:
-    """Add how many of the first `count` entries are wanted by 0, 1, …, n experts, and by both experts of each pair."""
+def count_agreeing(delta: Any, total: Any, count: int) -> Any:
+    """Return how many entries of a tile have the sign of `total`."""
+    zero = np.float32(0)
+    found = np.int32(0)
+    for i in range(count):
+        value, elected = delta[i], total[i]
+        found = np.int32(found + np.int32(((value > zero) & (elected > zero)) | ((value < zero) & (elected < zero))))
+    return np.int64(found)
+
+
+@compiled
+def count_votes(wanted: Any, count: int, votes: Any, consensus: Any, overlaps: Any) -> None:
+    """Add how many of the first `count` entries are wanted by 0, 1, …, n experts, and by both experts of each pair.
+
+    Args:
+        wanted: uint64 (experts, a bit per entry of a tile).
+        votes: uint64 (4, as long), scratch: three binary digits of the number of experts per entry, and what is counted.
+    """
     num_experts = wanted.shape[0]
+    digits, chosen = votes[:3], votes[3]
     left = count
-    for number in range(1, num_experts + 1):
-        for i in range(TILE_ENTRIES):
-            flags[i] = votes[i] == number
-        found = count_ones(flags, flags)
-        consensus[number] += found
-        left -= found
+    if num_experts < 8:
+        for digit in range(3):
+            for i in range(wanted.shape[1]):
+                digits[digit, i] = np.uint64(0)
+        for expert in range(num_experts):
+            row = wanted[expert]
+            for i in range(wanted.shape[1]):
+                carry = row[i] & digits[0, i]
+                digits[0, i] = digits[0, i] ^ row[i]
+                more = carry & digits[1, i]
+                digits[1, i] = digits[1, i] ^ carry
+                digits[2, i] = digits[2, i] ^ more
+        for number in range(1, num_experts + 1):
+            for i in range(wanted.shape[1]):
+                low = digits[0, i] if number & 1 else ~digits[0, i]
+                middle = digits[1, i] if number & 2 else ~digits[1, i]
+                high = digits[2, i] if number & 4 else ~digits[2, i]
+                chosen[i] = low & middle & high
+            found = count_bits(chosen)
+            consensus[number] += found
+            left -= found
+    else:
+        for word in range(wanted.shape[1]):
+            for bit in range(64):
+                number = 0
+                for expert in range(num_experts):
+                    number += np.int64((wanted[expert, word] >> np.uint64(bit)) & np.uint64(1))
+                if number:
+                    consensus[number] += 1
+                    left -= 1
     consensus[0] += left
     pair = 0
     for expert in range(num_experts):
         for partner in range(expert + 1, num_experts):
-            overlaps[pair] += count_ones(wanted[expert], wanted[partner])
+            one, other = wanted[expert], wanted[partner]
+            for i in range(wanted.shape[1]):
+                chosen[i] = one[i] & other[i]
+            overlaps[pair] += count_bits(chosen)
             pair += 1
