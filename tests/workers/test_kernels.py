@@ -180,6 +180,22 @@ def test_a_path_gives_the_bytes_of_the_method(
     np.testing.assert_array_equal(path.squares, squares)
 
 
+def test_ties_are_taken_by_position_where_both_counts_end_within_tiles() -> None:
+    size = 5 * kernels.TILE_ENTRIES
+    rows = [torch.zeros(size, dtype=torch.bfloat16), *(torch.ones(size, dtype=torch.bfloat16) for _ in range(2))]
+    method = METHODS["breadcrumbs"]
+    # Of equal magnitudes the first tenth ends in the first tile, the 45 % behind it in the third.
+    parameters = method.parameters_model.model_validate({"density": 0.45, "gamma": 0.1})
+    experts = [method.expert_parameters_model() for _ in rows[1:]]
+    block, wanted = make_reference(method, rows, "BF16", parameters, experts)
+    path = find_fast_path("breadcrumbs", make_request(parameters, experts, (), "BF16", rows[0], block.known))
+    assert path is not None
+    found = run_path(path, make_block(rows), 2, 0, size)
+    assert found is not None
+    assert found[0] == bytes(to_bytes(wanted.values))
+    assert int((wanted.values != 0).sum()) == int(0.45 * size)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.sampled_from(
