@@ -66,7 +66,6 @@ def main() -> None:
     shape = SHAPES[options.shape]
     work = ROOT / "build" / "bench" / options.shape
     paths = make_checkpoints(work / "inputs", shape, num_experts=3)
-    _read_all(paths)
     rows: list[dict[str, Any]] = []
     floor_s, floor_cpu = measure_floor(paths, shape.num_bytes, work)
     rows.append(_row("floor", Measured(floor_s, floor_cpu, 0, 0), shape.num_bytes * 4))
@@ -109,6 +108,12 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _prepare(paths: list[Path]) -> None:
+    """Bring memory and inputs to the state in which every run begins: the first touch after a pause was seen to take many times as long."""
+    touch_free_memory(TOUCHED_BYTES)
+    _read_all(paths)
+
+
 def _read_all(paths: list[Path]) -> None:
     """Bring the inputs into the page cache."""
     for path in paths:
@@ -140,7 +145,7 @@ def measure_floor(paths: list[Path], output_bytes: int, work: Path) -> tuple[flo
                 written += os.pwrite(descriptor, buffer.data, part * (output_bytes // num_threads) + written)
 
     best = (float("inf"), 0.0)
-    touch_free_memory(TOUCHED_BYTES)
+    _prepare(paths)
     for _ in range(2):
         os.ftruncate(descriptor, 0)
         before, began = time.process_time(), time.monotonic()
@@ -160,11 +165,11 @@ def _recipe(name: str, paths: list[Path], output: Path, changes: Mapping[str, An
     return {**OURS[name], **changes, "name": "bench", "base": str(paths[0]), "experts": experts, "output": str(output)}
 
 
-def _run_recipe(recipe: dict[str, Any], work: Path) -> Measured:
+def _run_recipe(recipe: dict[str, Any], work: Path, paths: list[Path]) -> Measured:
     file = work / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe))
     command = [sys.executable, "-m", "mmerge.pipeline.cli", "run", str(file), "--executor", "serial"]
-    touch_free_memory(TOUCHED_BYTES)
+    _prepare(paths)
     return measure(command, log=work / "ours.log")
 
 
@@ -173,7 +178,7 @@ def run_ours(name: str, paths: list[Path], work: Path) -> Measured:
     work.mkdir(parents=True, exist_ok=True)
     output = Path(tempfile.mkdtemp(dir=work))
     try:
-        return _run_recipe(_recipe(name, paths, output, {}), work)
+        return _run_recipe(_recipe(name, paths, output, {}), work, paths)
     finally:
         shutil.rmtree(output)
 
@@ -182,8 +187,8 @@ def run_again(name: str, paths: list[Path], work: Path, change: str) -> tuple[Me
     """Return what a second build with another number takes, and what it says about the bytes it read."""
     output = Path(tempfile.mkdtemp(dir=work))
     try:
-        _run_recipe(_recipe(name, paths, output, {}), work)
-        found = _run_recipe(_recipe(name, paths, output, {change: 0.6}), work)
+        _run_recipe(_recipe(name, paths, output, {}), work, paths)
+        found = _run_recipe(_recipe(name, paths, output, {change: 0.6}), work, paths)
         read = (work / "ours.log").read_text().rpartition("Read ")[2].split("\n")[0]
         return found, read
     finally:
@@ -203,7 +208,7 @@ def run_peer(name: str, paths: list[Path], work: Path, peers: Path) -> Measured:
     file.write_text(yaml.safe_dump(config))
     try:
         command = [str(peers / "bin" / "mergekit-yaml"), str(file), str(output / "model"), "--no-copy-tokenizer"]
-        touch_free_memory(TOUCHED_BYTES)
+        _prepare(paths)
         return measure(command, environment={"HF_HUB_OFFLINE": "1"}, log=work / "peer.log")
     finally:
         shutil.rmtree(output)

@@ -27,58 +27,61 @@ def rank_row(bits: Any, count: int, sorting: Any, buckets: Any, ranks: Any) -> N
         sorting: uint32 (4, at least the row's length), scratch.
         buckets: int64 (NUM_BUCKETS), scratch.
     """
-    keys, late = sorting[0], sorting[1]
+    keys, late, places = sorting[0], sorting[1], sorting[2]
     smallest, largest = np.uint32(0xFFFFFFFF), np.uint32(0)
+    with_lower = np.int32(0)
     for i in range(count):
         # All NaN are equal, above Inf.
         key = min(np.uint32(bits[i] & np.uint32(0x7FFFFFFF)), np.uint32(0x7F800001))
         keys[i] = key
-        # Less 1, so that 0, far below all others, does not widen the range of buckets; it is counted by itself.
+        places[i] = key >> np.uint32(16)
+        with_lower = np.int32(with_lower + np.int32((key & np.uint32(0xFFFF)) != 0))
+        # Less 1, so that 0, far below all others, does not widen the range of buckets; its bucket is the first.
         smallest, largest = min(smallest, np.uint32(key - np.uint32(1))), max(largest, key)
-    first, last = np.int64(smallest >> np.uint32(16)), np.int64(largest >> np.uint32(16))
-    used = buckets[min(first, last) : last + 1]
-    for i in range(len(used)):
-        used[i] = 0
-    num_late = num_zero = np.int64(0)
-    for i in range(count):
-        key = keys[i]
-        if key == 0:
-            num_zero += 1
-            continue
-        buckets[np.uint64(key >> np.uint32(16))] += 1
-        if key & np.uint32(0xFFFF) != 0:
-            num_late += 1
-    if num_late > MAX_LATE:
+    if with_lower > MAX_LATE:
         sort_row(bits, count, sorting[0], sorting[1], sorting[2], sorting[3], buckets, ranks)
         return
-    total = num_zero
+    first, last = max(np.int64(smallest >> np.uint32(16)), 1), np.int64(largest >> np.uint32(16))
+    used = buckets[first : last + 1]
+    buckets[0] = 0
+    for i in range(len(used)):
+        used[i] = 0
+    for i in range(count):
+        buckets[np.uint64(places[i])] += 1
+    total = buckets[0]
+    buckets[0] = 0
     for i in range(len(used)):
         found = used[i]
         used[i] = total
         total += found
-    num_late = num_zero = np.int64(0)
+    if with_lower == 0:
+        for i in range(count):
+            place = np.uint64(places[i])
+            rank = buckets[place]
+            ranks[i] = np.float32(rank)
+            buckets[place] = rank + 1
+        return
+    num_late = np.int64(0)
     for i in range(count):
         key = keys[i]
-        if key == 0:
-            ranks[i] = np.float32(num_zero)
-            num_zero += 1
-        elif key & np.uint32(0xFFFF) == 0:
-            bucket = np.uint64(key >> np.uint32(16))
-            ranks[i] = np.float32(buckets[bucket])
-            buckets[bucket] += 1
+        if key & np.uint32(0xFFFF) == 0:
+            place = np.uint64(places[i])
+            rank = buckets[place]
+            ranks[i] = np.float32(rank)
+            buckets[place] = rank + 1
         else:
             # Insertion by key; positions come in order, so equal keys stay in order.
-            place = num_late
-            while place > 0 and keys[np.uint64(late[place - 1])] > key:
-                late[place] = late[place - 1]
-                place -= 1
-            late[place] = np.uint32(i)
+            where = num_late
+            while where > 0 and keys[np.uint64(late[where - 1])] > key:
+                late[where] = late[where - 1]
+                where -= 1
+            late[where] = np.uint32(i)
             num_late += 1
     for i in range(num_late):
         position = np.uint64(late[i])
-        bucket = np.uint64(keys[position] >> np.uint32(16))
-        ranks[position] = np.float32(buckets[bucket])
-        buckets[bucket] += 1
+        place = np.uint64(places[position])
+        ranks[position] = np.float32(buckets[place])
+        buckets[place] += 1
 
 
 @compiled
