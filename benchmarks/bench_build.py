@@ -4,7 +4,7 @@
     python benchmarks/bench_build.py --shape 1.1b --peers build/peers-venv --out build/bench.json
 
 Every run is a process of its own into an empty folder; inputs are in the page cache. Each method is run in turn with its peer,
-so that both see the same machine. The floor is the time to read the inputs and write the output with nothing computed.
+so that both see the same machine. The floor is the time to read the inputs and write as much as the build does with nothing computed.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from measure import Measured, measure, touch_free_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK_BYTES = 1 << 19
+COMPUTE_BOUND = ("mmer_model", "della", "sce")
+"""Rows that are measured with one worker and with two."""
 TOUCHED_BYTES = 5 << 30
 """More than any run allocates: its processes and the pages of its output."""
 
@@ -66,15 +68,24 @@ def main() -> None:
     shape = SHAPES[options.shape]
     work = ROOT / "build" / "bench" / options.shape
     paths = make_checkpoints(work / "inputs", shape, num_experts=3)
+    small = make_checkpoints(ROOT / "build" / "bench" / "60m" / "inputs", SHAPES["60m"], num_experts=3)
     rows: list[dict[str, Any]] = []
-    floor_s, floor_cpu = measure_floor(paths, shape.num_bytes, work)
-    rows.append(_row("floor", Measured(floor_s, floor_cpu, 0, 0), shape.num_bytes * 4))
-    _print(rows[-1], None)
-    run_ours(
-        "linear", make_checkpoints(ROOT / "build" / "bench" / "60m" / "inputs", SHAPES["60m"], num_experts=3), work
-    )  # warms the caches
-    for name in options.methods or OURS:
+    floors: dict[tuple[int, int], float] = {}
+
+    def find_floor(num_inputs: int, output_bytes: int) -> float:
+        key = (num_inputs, output_bytes)
+        if key not in floors:
+            floors[key], cpu = measure_floor(paths[:num_inputs], output_bytes, work)
+            name = f"floor, {num_inputs} read, {output_bytes / 1e9:.1f} GB written"
+            rows.append(_row(name, Measured(floors[key], cpu, 0, 0), shape.num_bytes * num_inputs))
+            _print(rows[-1], None)
+        return floors[key]
+
+    names = options.methods or list(OURS)
+    for name in names:
         num_inputs = 2 if name == "slerp" else 4
+        floor_s = find_floor(num_inputs, _output_bytes(name, shape.num_bytes))
+        run_ours(name, small[:num_inputs], work)  # compiles its kernels, once on a machine
         found = min((run_ours(name, paths[:num_inputs], work) for _ in range(options.repeat)), key=lambda run: run.wall_s)
         row = _row(name, found, shape.num_bytes * num_inputs) | {"over_floor": found.wall_s / floor_s}
         if options.peers and name in PEERS:
@@ -84,12 +95,27 @@ def main() -> None:
         rows.append(row)
         _print(row, floor_s)
         _write_report(options.out, options.shape, shape.num_bytes * 4, rows)
-    if "mmer_model" in (options.methods or OURS):
-        for change in ("mask_scale", "density"):
-            again = run_again("mmer_model", paths, work, change)
-            rows.append(_row(f"mmer_model, another {change}", again[0], shape.num_bytes * 4) | {"bytes_read": again[1]})
+    for name, change in (("ties", "density"), ("mmer_model", "mask_scale"), ("mmer_model", "density")):
+        if name in names:
+            again = run_again(name, paths, work, change)
+            floor_s = find_floor(4, _output_bytes(name, shape.num_bytes, again=True))
+            row = _row(f"{name}, another {change}", again[0], shape.num_bytes * 4)
+            rows.append(row | {"bytes_read": again[1], "over_floor": again[0].wall_s / floor_s})
             _print(rows[-1], floor_s)
+    for name in COMPUTE_BOUND:
+        if name in names and len(os.sched_getaffinity(0)) > 1:
+            one, two = (run_ours(name, paths, work, "--workers", str(number)) for number in (1, 2))
+            row = _row(f"{name}, one worker", one, shape.num_bytes * 4) | {"two_workers": one.wall_s / two.wall_s}
+            rows.append(row)
+            _print(row, None)
     _write_report(options.out, options.shape, shape.num_bytes * 4, rows)
+
+
+def _output_bytes(name: str, model_bytes: int, *, again: bool = False) -> int:
+    """Return what a build writes: a model, or for MMER τ⋆, three masks of a bit per entry, and the base, which is shared by builds."""
+    if not name.startswith("mmer"):
+        return model_bytes
+    return model_bytes + 3 * model_bytes // 16 + (0 if again else model_bytes)
 
 
 def _write_report(path: Path, shape: str, input_bytes: int, rows: list[dict[str, Any]]) -> None:
@@ -165,20 +191,20 @@ def _recipe(name: str, paths: list[Path], output: Path, changes: Mapping[str, An
     return {**OURS[name], **changes, "name": "bench", "base": str(paths[0]), "experts": experts, "output": str(output)}
 
 
-def _run_recipe(recipe: dict[str, Any], work: Path, paths: list[Path]) -> Measured:
+def _run_recipe(recipe: dict[str, Any], work: Path, paths: list[Path], *more: str) -> Measured:
     file = work / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe))
-    command = [sys.executable, "-m", "mmerge.pipeline.cli", "run", str(file), "--executor", "serial"]
+    command = [sys.executable, "-m", "mmerge.pipeline.cli", "run", str(file), "--executor", "serial", *more]
     _prepare(paths)
     return measure(command, log=work / "ours.log")
 
 
-def run_ours(name: str, paths: list[Path], work: Path) -> Measured:
+def run_ours(name: str, paths: list[Path], work: Path, *more: str) -> Measured:
     """Return what a first build takes, into a new store: survey, thresholds, merge, manifest."""
     work.mkdir(parents=True, exist_ok=True)
     output = Path(tempfile.mkdtemp(dir=work))
     try:
-        return _run_recipe(_recipe(name, paths, output, {}), work, paths)
+        return _run_recipe(_recipe(name, paths, output, {}), work, paths, *more)
     finally:
         shutil.rmtree(output)
 
@@ -222,12 +248,14 @@ def _row(name: str, found: Measured, input_bytes: int) -> dict[str, Any]:
 
 
 def _print(row: dict[str, Any], floor_s: float | None) -> None:
-    text = f"{row['method']:<32} {row['wall_s']:8.2f} s  CPU {row['cpu_s']:8.2f} s  {row['peak_bytes'] / 1e6:7.0f} MB"
+    text = f"{row['method']:<34} {row['wall_s']:8.2f} s  CPU {row['cpu_s']:8.2f} s  {row['peak_bytes'] / 1e6:7.0f} MB"
     text += f"  ({row['peak_private_bytes'] / 1e6:5.0f} private)  {row['input_gb_s']:6.2f} GB/s"
     if floor_s:
         text += f"  {row['wall_s'] / floor_s:6.1f} x floor"
     if row["speedup"]:
         text += f"   peer {row['peer_wall_s']:7.1f} s, {row['peer_peak_bytes'] / 1e6:6.0f} MB: {row['speedup']:.1f} x"
+    if "two_workers" in row:
+        text += f"   two workers: {row['two_workers']:.2f} x"
     if "bytes_read" in row:
         text += f"   read {row['bytes_read']}"
     print(text, flush=True)

@@ -26,6 +26,7 @@ class Shape:
     heads: int
     kv_heads: int
     vocabulary: int = 32_000
+    tied: bool = False
 
     @property
     def config(self) -> dict[str, Any]:
@@ -34,7 +35,7 @@ class Shape:
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": self.hidden, "intermediate_size": self.ffn,
             "num_hidden_layers": self.layers, "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads,
             "head_dim": self.hidden // self.heads, "vocab_size": self.vocabulary, "max_position_embeddings": 2048, "rms_norm_eps": 1e-05,
-            "hidden_act": "silu", "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16",
+            "hidden_act": "silu", "tie_word_embeddings": self.tied, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16",
         }  # fmt: skip
 
     @property
@@ -51,7 +52,8 @@ class Shape:
                 p + "mlp.gate_proj.weight": (self.ffn, self.hidden), p + "mlp.up_proj.weight": (self.ffn, self.hidden),
                 p + "mlp.down_proj.weight": (self.hidden, self.ffn),
             }  # fmt: skip
-        return found | {"model.norm.weight": (self.hidden,), "lm_head.weight": (self.vocabulary, self.hidden)}
+        found["model.norm.weight"] = (self.hidden,)
+        return found if self.tied else found | {"lm_head.weight": (self.vocabulary, self.hidden)}
 
     @property
     def num_bytes(self) -> int:
@@ -64,9 +66,9 @@ SHAPES = {
     "300m": Shape(1024, 2816, 22, 16, 4),
     "1.1b": Shape(2048, 5632, 22, 32, 4),
     "4.1b": Shape(2048, 5632, 88, 32, 4),
-    "one-tensor": Shape(2048, 256, 1, 32, 4, vocabulary=1_000_000),
+    "one-tensor": Shape(2048, 256, 1, 32, 4, vocabulary=1_000_000, tied=True),
 }
-"""By name; `4.1b` is `1.1b` with four times the layers, `one-tensor` has tensors of 4 GB."""
+"""By name; `4.1b` is `1.1b` with four times the layers, `one-tensor` has a tensor of 4 GB."""
 
 
 def make_checkpoints(folder: Path, shape: Shape, *, num_experts: int) -> list[Path]:

@@ -1,0 +1,59 @@
+"""Measure the peak memory of builds, all processes together: of a model, of one with four times the layers, of one tensor of 4 GB.
+
+    python benchmarks/bench_memory.py
+    python benchmarks/bench_memory.py --shapes one-tensor --methods mmer_model
+
+Three experts; of the larger shapes one is written and stands for all three, to save the disk. Their files are removed afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from bench_build import OURS, ROOT, run_ours
+from checkpoints import SHAPES, make_checkpoints
+
+REFERENCE = "1.1b"
+NUM_EXPERTS = 3
+
+
+def main() -> None:
+    """Run the benchmark and print a row per shape and method."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=[REFERENCE, "4.1b", "one-tensor"])
+    parser.add_argument("--methods", nargs="*", choices=OURS, default=["ties", "mmer_model", "sce"])
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench-memory.json")
+    options = parser.parse_args()
+    rows, first = [], {}
+    for name in options.shapes:
+        folder = ROOT / "build" / "bench" / name
+        paths = _make_inputs(folder / "inputs", name)
+        for method in options.methods:
+            found = run_ours(method, paths, folder)
+            first.setdefault(method, found.peak_bytes)
+            rows.append({"shape": name, "method": method, "peak_bytes": found.peak_bytes, "peak_private_bytes": found.peak_private_bytes})
+            share = found.peak_bytes / first[method]
+            sizes = f"{found.peak_bytes / 1e6:6.0f} MB  ({found.peak_private_bytes / 1e6:5.0f} private)"
+            print(f"{name:<12} {method:<12} {sizes}  {share:5.2f} x the first shape  {found.wall_s:7.1f} s", flush=True)
+        if name != REFERENCE:
+            shutil.rmtree(folder)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(rows, indent=2))
+
+
+def _make_inputs(folder: Path, name: str) -> list[Path]:
+    if name == REFERENCE:
+        return make_checkpoints(folder, SHAPES[name], num_experts=NUM_EXPERTS)
+    base, expert = make_checkpoints(folder, SHAPES[name], num_experts=1)
+    links = [folder / f"expert{index}" for index in range(1, NUM_EXPERTS)]
+    for link in links:
+        if not link.exists():
+            link.symlink_to(expert, target_is_directory=True)
+    return [base, expert, *links]
+
+
+if __name__ == "__main__":
+    main()
