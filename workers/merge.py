@@ -27,6 +27,7 @@ from mmerge.workers.measure import parse_numbers
 from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Block, MergedBlock, Method
 from mmerge.workers.paths import FastPath, MaskPath, PathRequest, ReadBlocks
+from mmerge.workers.pulse import Pulse
 from mmerge.workers.task import MergeTask, TaskResult, TensorTask
 
 
@@ -50,9 +51,11 @@ def merge_shard(task: MergeTask, store: Store) -> TaskResult:
     header, specs = make_header(_make_layout(task, method), metadata={"mmerge": task.digest, "method": task.method})
     placed = {spec.name: spec for spec in specs}
     rows: list[TensorRow] = []
-    with InputReader() as reader, store.open_writer(object_key(task.digest)) as out:
+    pulse = Pulse(f"{task.shard}: {task.method}", num_steps=len(task.tensors))
+    with pulse, InputReader() as reader, store.open_writer(object_key(task.digest)) as out:
         out.write(header)
-        for index in range(len(task.tensors)):
+        for index, tensor in enumerate(task.tensors):
+            pulse.begin(f"{tensor.name} {list(tensor.base.spec.shape)}")
             rows += _TensorMerger(task, method, index).write(out, placed, reader)
     entry = ShardEntry(
         object=ObjectEntry(key=out.key, shard=task.shard, role="merge", num_bytes=out.num_bytes, digest=out.hexdigest()),
