@@ -14,7 +14,7 @@ from mmerge.manifests.probe import check_store
 from mmerge.manifests.store import Store, open_store
 
 
-@pytest.fixture(params=["memory", "local", "moto", "ceph", "azurite"])
+@pytest.fixture(params=["memory", "local", "moto", "ceph", "swift", "azurite"])
 def store(request: pytest.FixtureRequest, places: Any) -> Store:
     """One contract, every store."""
     return open_store(places.make(request.param), create=True)
@@ -36,7 +36,7 @@ def test_put_new_refuses_to_replace_and_leaves_the_first(store: Store) -> None:
     assert store.read("a") == b"first"
 
 
-def test_of_many_writers_at_once_exactly_one_creates_and_its_bytes_stay(store: Store) -> None:
+def test_of_many_writers_at_once_exactly_one_creates_and_its_bytes_stay(store: Store, request: pytest.FixtureRequest) -> None:
     def create(number: int) -> bool:
         try:
             store.put_new("contested", b"%d" % number * 1000)
@@ -46,9 +46,11 @@ def test_of_many_writers_at_once_exactly_one_creates_and_its_bytes_stay(store: S
 
     with ThreadPoolExecutor(8) as pool:
         won = list(pool.map(create, range(8)))
-    assert sum(won) == 1
-    assert store.read("contested") == b"%d" % won.index(True) * 1000
-    assert check_store(store)
+    is_racy = request.node.callspec.params["store"] == "swift"  # it looks first and writes later
+    assert sum(won) >= 1 if is_racy else sum(won) == 1
+    assert store.read("contested") in {b"%d" % number * 1000 for number, has_won in enumerate(won) if has_won}
+    assert check_store(store) != is_racy
+    assert store.honours_create != is_racy
     assert not list(store.list("probe"))
 
 
