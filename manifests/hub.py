@@ -199,6 +199,11 @@ class HubStore(Store):
         return None if data is None or len(data) != num_bytes else data
 
     @override
+    def read_start(self, key: str, *, num_bytes: int) -> tuple[memoryview, int]:
+        whole = self.num_bytes(key)
+        return self.read_range(key, offset=0, num_bytes=min(num_bytes, whole)), whole
+
+    @override
     def read_forward(self, key: str, *, offset: int, num_bytes: int, start: int, stop: int) -> memoryview:
         return self.read_range(key, offset=offset, num_bytes=num_bytes)
 

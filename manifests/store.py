@@ -112,6 +112,21 @@ class Store:
             return read_in_parts(lambda start, size: self._read_part(key, start, size), offset, num_bytes)
         return self._read_part(key, offset, num_bytes)
 
+    def read_start(self, key: str, *, num_bytes: int) -> tuple[memoryview, int]:
+        """Return the first `num_bytes` bytes of an object, fewer if it is shorter, and the size of the whole, in one request.
+
+        Raises NotFound; StoreError for an object without any byte.
+        """
+
+        def read_once() -> tuple[memoryview, int]:
+            result = obstore.get(self._inner, self._place(key), options={"range": (0, num_bytes)})
+            whole, data = int(result.meta["size"]), memoryview(result.bytes())
+            if len(data) != min(num_bytes, whole):
+                raise StoreUnavailable(f"{self.uri}: {key}: {len(data):,} of {min(num_bytes, whole):,} bytes arrived")
+            return data, whole
+
+        return self._retry(key, read_once)
+
     def read_forward(self, key: str, *, offset: int, num_bytes: int, start: int, stop: int) -> memoryview:
         """Like `read_range`, for a reader that goes through bytes `start` to `stop` in order: the next ones are fetched meanwhile.
 

@@ -24,6 +24,10 @@ def test_what_was_put_is_read_whole_and_in_ranges(store: Store) -> None:
     store.put("a/b.bin", bytes(range(100)))
     assert store.read("a/b.bin") == bytes(range(100))
     assert bytes(store.read_range("a/b.bin", offset=10, num_bytes=5)) == bytes(range(10, 15))
+    assert store.read_start("a/b.bin", num_bytes=7) == (bytes(range(7)), 100)
+    assert store.read_start("a/b.bin", num_bytes=700) == (bytes(range(100)), 100)
+    with pytest.raises(NotFound):
+        store.read_start("a/c.bin", num_bytes=7)
     assert store.num_bytes("a/b.bin") == 100
     assert store.exists("a/b.bin")
     assert not store.exists("a/c.bin")

@@ -16,6 +16,7 @@ from store_servers import FaultProxy
 
 from mmerge.manifests.ahead import AHEAD_BYTES
 from mmerge.manifests.copy_build import copy_build
+from mmerge.manifests.digest import digest_bytes
 from mmerge.manifests.errors import DamagedObject, MmergeError, StoreUnavailable
 from mmerge.manifests.manifest import manifest_key, read_manifest, write_manifest
 from mmerge.manifests.reference import Reference, list_references, read_reference, write_reference
@@ -207,6 +208,44 @@ def test_every_changed_byte_of_a_tensor_is_found_and_named_by_verify_and_by_the_
         assert row.name in str(caught.value)
         path.write_bytes(whole)
     load(folder)
+
+
+def test_every_changed_byte_of_a_header_is_found_and_named_by_verify_and_by_the_loader(built: tuple[Path, list[StoredRow]]) -> None:
+    """Length, JSON, metadata and padding: in each object at its first and last bytes and at random ones, one bit each."""
+    folder, rows = built
+    chance = random.Random(8)
+    tried = 0
+    for key in sorted({row.object for row in rows}):
+        path = folder / key
+        whole = path.read_bytes()
+        num_bytes = min(row.offset for row in rows if row.object == key)
+        assert num_bytes == 8 + int.from_bytes(whole[:8], "little")
+        named_by = {whole.index(f'"{row.name}'.encode()): row.name for row in rows if row.object == key and row.role != "mask"}
+        padding = [at for at in range(8, num_bytes) if not whole[at:num_bytes].strip(b" ")]
+        for at in {0, 7, 8, num_bytes - 1, *padding[:1], *named_by, chance.randrange(8, num_bytes)}:
+            changed = bytearray(whole)
+            changed[at] ^= 1 << chance.randrange(8)
+            path.write_bytes(changed)
+            check_damage(folder, [key], rows)
+            if at in named_by:
+                assert named_by[at] in verify(str(folder)).damages[0]
+                assert any(key in damage for damage in verify(str(folder), sample=0.01).damages), "a sample compares headers"
+            tried += 1
+        path.write_bytes(whole)
+    assert tried > 60
+    load(folder)
+
+
+def test_objects_with_equal_bytes_but_for_their_headers_cannot_be_swapped(built: tuple[Path, list[StoredRow]]) -> None:
+    folder, rows = built
+    row = next(row for row in rows if row.role == "carried")
+    path = folder / row.object
+    whole = path.read_bytes()
+    other = digest_bytes(b"another object").encode()
+    path.write_bytes(whole.replace(Path(row.object).stem.encode(), other, 1))
+    check_damage(folder, [row.object], rows)
+    path.write_bytes(whole + b"?")
+    check_damage(folder, [row.object], rows)
 
 
 def test_every_truncation_and_swap_is_found_and_named_by_verify_and_by_the_loader(built: tuple[Path, list[StoredRow]]) -> None:
