@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from threading import Lock
 
 import torch
+from blake3 import blake3
 
-from mmerge.manifests.digest import digest_bytes
 from mmerge.manifests.entry import Role
 from mmerge.manifests.errors import DamagedObject, ManifestError, NotFound, StoreError, StoreUnavailable
 from mmerge.manifests.manifest import Manifest, read_manifest
@@ -170,9 +170,10 @@ class BuildReader:
         return rows
 
     def _read_piece(self, row: StoredRow) -> memoryview:
+        digest = blake3()
         try:
             self._check_object(row.object)
-            data = self.store.read_range(row.object, offset=row.offset, num_bytes=row.num_bytes)
+            data = self.store.read_range(row.object, offset=row.offset, num_bytes=row.num_bytes, on_part=digest.update)
         except NotFound as error:
             raise DamagedObject(
                 f"{self.store.uri}: {row.object} is missing; it holds {row.name}. Run the recipe again with --fresh"
@@ -183,7 +184,7 @@ class BuildReader:
             raise DamagedObject(
                 f"{Exception.__str__(error)}; {row.name} ({row.role}) is not whole. Run the recipe again with --fresh"
             ) from error
-        if digest_bytes(data) != row.digest:
+        if digest.hexdigest() != row.digest:
             raise DamagedObject(f"{self.store.uri}: {row.object}: {row.name} ({row.role}) is damaged. Run the recipe again with --fresh")
         with self._count:
             self.bytes_read += row.num_bytes

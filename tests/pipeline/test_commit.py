@@ -12,7 +12,7 @@ from typing import Any
 
 import kill_points
 import pytest
-from store_servers import FaultProxy
+from store_servers import FAULTS, FaultProxy
 
 from mmerge.manifests.ahead import AHEAD_BYTES
 from mmerge.manifests.copy_build import copy_build
@@ -117,7 +117,7 @@ def test_a_build_ends_right_though_requests_fail_break_off_and_stall(lab: Any, p
     raw = lab.make_all(2)
     undisturbed = build(lab, raw, "undisturbed")
     place = places.make("moto")
-    with FaultProxy(places.endpoint("moto"), share=0.05, stall_seconds=4, seed=3) as proxy:
+    with FaultProxy(places.endpoint("moto"), share=0.05, stall_seconds=10, seed=3) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         monkeypatch.setenv("MMERGE_REQUEST_TIMEOUT", "2")
         report = build(lab, raw, place)
@@ -128,13 +128,29 @@ def test_a_build_ends_right_though_requests_fail_break_off_and_stall(lab: Any, p
     assert digests(open_store(place)) == digests(open_store(str(lab.folder / "undisturbed")))
 
 
+def test_a_large_range_arrives_whole_though_its_parts_fail_break_off_and_stall(places: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = random.Random(1).randbytes(40 << 20)
+    place = places.make("moto")
+    open_store(place).put("large", data)
+    seen: set[str] = set()
+    monkeypatch.setenv("MMERGE_REQUEST_TIMEOUT", "2")
+    for fault in FAULTS:
+        with FaultProxy(places.endpoint("moto"), share=0.3, faults=(fault,), stall_seconds=10, seed=2) as proxy:
+            monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+            told: list[memoryview] = []
+            assert open_store(place).read_range("large", offset=7, num_bytes=len(data) - 9, on_part=told.append) == data[7:-2]
+            assert b"".join(told) == data[7:-2]
+        seen |= set(proxy.counts)
+    assert seen == {"none", *FAULTS}, "a fault was not met"
+
+
 @pytest.mark.parametrize("fault", ["500", "reset", "stall"])
 def test_a_store_that_always_fails_ends_with_one_error_in_bounded_time(
     lab: Any, places: Any, monkeypatch: pytest.MonkeyPatch, fault: Any
 ) -> None:
     place = places.make("moto")
     raw = lab.make_all(2)
-    with FaultProxy(places.endpoint("moto"), share=1.0, faults=(fault,), stall_seconds=3) as proxy:
+    with FaultProxy(places.endpoint("moto"), share=1.0, faults=(fault,), stall_seconds=10) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         monkeypatch.setenv("MMERGE_REQUEST_TIMEOUT", "0.5")
         monkeypatch.setenv("MMERGE_RETRY_TIMEOUT", "2")
