@@ -145,7 +145,7 @@ class Store:
         if reader is None or (reader.start, reader.stop) != (start, stop):
             if reader is not None:
                 reader.close()
-            reader = ForwardReader(lambda begin, size: self._read_part(key, begin, size), start=start, stop=stop)
+            reader = ForwardReader(lambda begin, size: self._read_large_part(key, begin, size), start=start, stop=stop)
             self._forward[key] = reader
         data = reader.read(offset, num_bytes)
         if offset + num_bytes >= stop:
@@ -175,6 +175,11 @@ class Store:
             return data
 
         return self._retry(key, read_once)
+
+    def _read_large_part(self, key: str, offset: int, num_bytes: int) -> memoryview:
+        part = np.empty(num_bytes, np.uint8)
+        self._read_into(key, offset, part)
+        return part.data.toreadonly()
 
     def _read_into(self, key: str, offset: int, part: NDArray[np.uint8]) -> None:
         def read_once() -> None:
