@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 PEERS := .venv-peers
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: help demo test test-ceph azurite check bench bench-peers lab format clean
+.PHONY: help demo test test-ceph azurite swift check bench bench-peers lab format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -31,6 +31,10 @@ test-ceph: $(STAMP)  ## the store contract against a real Ceph object gateway (n
 
 azurite: $(STAMP)  ## put the Azure emulator where the tests find it (needs npm)
 	npm install --silent --no-audit --no-fund --prefix $(VENV)/azurite azurite@3
+
+swift: $(STAMP)  ## put OpenStack Swift, with its S3 face, where the tests find it (an environment of its own)
+	$(PYTHON) -m venv $(VENV)/swift
+	$(VENV)/swift/bin/python -m pip install --quiet --disable-pip-version-check swift==2.38.3
 
 check: $(STAMP)  ## ruff, formatting, and mypy on a plain install
 	$(BIN)/ruff check .

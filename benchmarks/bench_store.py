@@ -1,8 +1,9 @@
 """Throughput to a real S3 server and back, ours beside the library alone: python benchmarks/bench_store.py [--mib 512] [--server ceph|moto|URI].
 
 With `ceph` (the default) a Ceph object gateway on this machine is started and stopped (Debian: radosgw, ceph-mon, ceph-osd,
-ceph-common). A URI measures the store that it names, with credentials from the environment. Both sides use the same client,
-take turns, and the median of the rounds counts. Ours also computes and checks BLAKE3 digests.
+ceph-common). A URI measures the store that it names, with credentials from the environment. Both sides use the same client and
+take turns, in another order each round; speeds are medians of the rounds, ratios the median of the ratios of one round. Ours also
+computes and checks BLAKE3 digests. CPU seconds are those of this process alone.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def read_ours(store: Store, data: memoryview) -> None:
     """Ranges of 64 MiB, as a loader reads tensors, with their digest."""
     digest = blake3()
     for start in range(0, len(data), 64 << 20):
-        digest.update(store.read_range("ours", offset=start, num_bytes=min(64 << 20, len(data) - start)))
+        store.read_range("ours", offset=start, num_bytes=min(64 << 20, len(data) - start), on_part=digest.update)
     assert digest.hexdigest() == wanted(data)
 
 
@@ -102,32 +103,48 @@ STEPS: dict[str, Callable[[Store, memoryview], None]] = {
 }
 
 
+PAIRS = {
+    "write": ("write, mmerge", "write, library alone"),
+    "read, tensors of 64 MiB": ("read, mmerge, tensors of 64 MiB", "read, library alone, 64 MiB ranges"),
+    "read, forward in blocks": ("read, mmerge, forward in blocks", "read, library alone, one stream"),
+}
+
+
+def measure(step: Callable[[Store, memoryview], None], store: Store, data: memoryview) -> tuple[float, float]:
+    """Return seconds on the clock and of this process's CPU."""
+    began, spent = time.perf_counter(), time.process_time()
+    step(store, data)
+    return time.perf_counter() - began, time.process_time() - spent
+
+
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mib", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--server", default="ceph")
     options = parser.parse_args()
     data = memoryview(np.random.default_rng(0).integers(0, 256, options.mib << 20, dtype=np.uint8)).cast("B")
     wanted(data)
     with open_place(options.server) as uri:
         store = open_store(uri)
-        seconds: dict[str, list[float]] = {name: [] for name in STEPS}
-        for _ in range(options.rounds):
-            for name, step in STEPS.items():
-                began = time.perf_counter()
-                step(store, data)
-                seconds[name].append(time.perf_counter() - began)
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in STEPS}
+        for write in (write_alone, write_ours):  # the first write of each makes connections, and is not counted
+            write(store, data)
+        for number in range(options.rounds):
+            names = list(STEPS)
+            for name in names if number % 2 else reversed(names):
+                found[name].append(measure(STEPS[name], store, data))
         for key in ("alone", "ours"):
             store.delete(key)
-    speed = {name: options.mib / statistics.median(found) for name, found in seconds.items()}
-    for name, found in speed.items():
-        print(f"{name:34s} {found:8.0f} MiB/s   ({', '.join(f'{options.mib / one:.0f}' for one in seconds[name])})")
-    print(f"write: {speed['write, mmerge'] / speed['write, library alone']:.0%} of the library alone")
-    alone, tensors = speed["read, library alone, one stream"], speed["read, library alone, 64 MiB ranges"]
-    print(f"read, tensors: {speed['read, mmerge, tensors of 64 MiB'] / tensors:.0%} of the library's ranges of the same size")
-    print(f"read, forward: {speed['read, mmerge, forward in blocks'] / alone:.0%} of the library's one stream")
+    for name, times in found.items():
+        rates = [options.mib / seconds for seconds, _ in times]
+        cpu = statistics.median(spent for _, spent in times)
+        print(f"{name:34s} {statistics.median(rates):8.0f} MiB/s   ({', '.join(f'{rate:.0f}' for rate in rates)}; {cpu:.2f} s of CPU)")
+    for name, (ours, alone) in PAIRS.items():
+        ratios = [theirs / mine for (mine, _), (theirs, _) in zip(found[ours], found[alone], strict=True)]
+        print(f"{name}: {statistics.median(ratios):.0%} of the library alone ({', '.join(f'{ratio:.0%}' for ratio in ratios)})")
+    print(f"load of the machine: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,22 @@
-"""Reading over a network: large ranges in parallel parts, and ahead of a reader that goes on."""
+"""Reading over a network: ranges in parallel parts, and ahead of a reader that goes on."""
 
 from __future__ import annotations
 
+import itertools
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 
+import numpy as np
+from numpy.typing import NDArray
+
 PART_BYTES = 8 << 20
-"""Bytes of one request of a reader that goes forward."""
-RANGE_PART_BYTES = 32 << 20
-"""Bytes of one request of a large range, which is read as several at once."""
+"""Bytes of one request; a range of more is read as several at once."""
+CHUNK_BYTES = 1 << 20
+"""Bytes of a part that are taken over at once, as they arrive: the library would hold the part, and then copy it together."""
+RANGE_PARTS = 4
+"""Parts of one range that are on their way at once. More, and all would arrive at the end, with nothing to digest meanwhile."""
 NUM_PARTS = 6
 """Ranged requests on their way at once, per process."""
 AHEAD_PARTS = 2
@@ -19,6 +26,10 @@ AHEAD_BYTES = (AHEAD_PARTS + 1) * PART_BYTES
 
 ReadRange = Callable[[int, int], memoryview]
 """Reads (offset, num_bytes) of one object in one request."""
+ReadInto = Callable[[int, NDArray[np.uint8]], None]
+"""Reads from an offset of one object, in one request, as many bytes as the array takes."""
+OnPart = Callable[[memoryview], object]
+"""Told of the bytes of a range in their order; for example the `update` of a digest."""
 
 
 @cache
@@ -27,21 +38,24 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(NUM_PARTS, thread_name_prefix="mmerge-read")
 
 
-def read_in_parts(read: ReadRange, offset: int, num_bytes: int) -> memoryview:
-    """Return a range of an object, read as parts of 32 MiB in parallel where it is larger than two of them."""
-    if num_bytes <= 2 * RANGE_PART_BYTES:  # putting parts together costs a copy
-        return read(offset, num_bytes)
-    starts = range(offset, offset + num_bytes, RANGE_PART_BYTES)
-    parts = [_pool().submit(read, start, min(RANGE_PART_BYTES, offset + num_bytes - start)) for start in starts]
-    whole = memoryview(bytearray(num_bytes))
+def read_in_parts(read: ReadInto, offset: int, num_bytes: int, *, on_part: OnPart) -> memoryview:
+    """Return a range of an object, read in parts of 8 MiB, several at once; `on_part` is told of each while the next are on their way."""
+    whole = np.empty(num_bytes, np.uint8)
+    view = whole.data.toreadonly()
+    waiting: deque[tuple[int, Future[None]]] = deque()
+    starts = iter(range(0, num_bytes, PART_BYTES))
     try:
-        for start, part in zip(starts, parts, strict=True):
-            data = part.result()
-            whole[start - offset : start - offset + len(data)] = data
+        while True:
+            for start in itertools.islice(starts, RANGE_PARTS - len(waiting)):
+                waiting.append((start, _pool().submit(read, offset + start, whole[start : start + PART_BYTES])))
+            if not waiting:
+                return view
+            start, part = waiting.popleft()
+            part.result()
+            on_part(view[start : start + PART_BYTES])
     finally:
-        for part in parts:
+        for _, part in waiting:
             part.cancel()
-    return whole.toreadonly()
 
 
 class ForwardReader:

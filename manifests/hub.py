@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from typing_extensions import override
 
+from mmerge.manifests.ahead import OnPart
 from mmerge.manifests.errors import NotFound, StoreError, StoreUnavailable
 from mmerge.manifests.header import MAX_HEADER_BYTES
 from mmerge.manifests.store import MAX_READ_BYTES, Listed, ObjectWriter, Store, check_key
@@ -171,9 +172,12 @@ class HubStore(Store):
         return self.fetch(key).read_bytes()
 
     @override
-    def read_range(self, key: str, *, offset: int, num_bytes: int) -> memoryview:
-        if num_bytes == 0:
-            return memoryview(b"")
+    def read_range(self, key: str, *, offset: int, num_bytes: int, on_part: OnPart = len) -> memoryview:
+        data = self._read_range(key, offset, num_bytes) if num_bytes else memoryview(b"")
+        on_part(data)
+        return data
+
+    def _read_range(self, key: str, offset: int, num_bytes: int) -> memoryview:
         cached = self._cached(key)
         if cached is None and offset == 0 and num_bytes <= MAX_HEADER_BYTES + 8 and not _is_offline():
             head = self._read_head(key, num_bytes)
@@ -181,7 +185,8 @@ class HubStore(Store):
                 return head
         with (cached or self.fetch(key)).open("rb", buffering=0) as file:
             data = os.pread(file.fileno(), num_bytes, offset)
-        return self._check_length(key, memoryview(data), offset, num_bytes)
+        self._check_length(key, len(data), offset, num_bytes)
+        return memoryview(data)
 
     def _read_head(self, key: str, num_bytes: int) -> memoryview | None:
         """Return the first bytes of a file without the rest; None where the server gives no ranges."""
@@ -197,6 +202,11 @@ class HubStore(Store):
 
         data = translate_errors(self.repo, key, request)
         return None if data is None or len(data) != num_bytes else data
+
+    @override
+    def read_start(self, key: str, *, num_bytes: int) -> tuple[memoryview, int]:
+        whole = self.num_bytes(key)
+        return self.read_range(key, offset=0, num_bytes=min(num_bytes, whole)), whole
 
     @override
     def read_forward(self, key: str, *, offset: int, num_bytes: int, start: int, stop: int) -> memoryview:

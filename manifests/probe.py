@@ -14,8 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from mmerge.manifests.errors import AlreadyExists, StoreError
 from mmerge.manifests.store import Store
 
-NUM_WRITERS = 4
-NUM_ROUNDS = 3
+NUM_WRITERS = 8
+NUM_ROUNDS = 8
+"""OpenStack Swift, whose create looks first and writes later, showed one winner in 26 of 30 rounds of four writers, in 11 of 30 of
+eight: eight rounds of eight find it out in more than 999 of 1,000 runs."""
 
 log = logging.getLogger("mmerge.store")
 
@@ -34,7 +36,7 @@ def check_store(store: Store) -> bool:
         raise type(error)(f"{store.uri}: cannot be written ({first}). Choose another 'output' or grant write access") from error
     store.delete(f"{prefix}/writable")
     if store.is_remote:  # a local file system links a name once, by its own promise
-        store.honours_create = all(_count_winners(store, f"{prefix}/create-{number}") == 1 for number in range(NUM_ROUNDS))
+        store.honours_create = _lets_one_writer_create(store, prefix)
     if not store.honours_create:
         log.warning(
             "%s: this store lets several writers create one object. Builds stay right: manifests are equal byte for byte and "
@@ -44,13 +46,18 @@ def check_store(store: Store) -> bool:
     return store.honours_create
 
 
-def _count_winners(store: Store, key: str) -> int:
-    """Return how many of several writers at once, and of one more after them, created the key."""
+def _lets_one_writer_create(store: Store, prefix: str) -> bool:
+    """Return whether of several writers at once, and of one more after them, exactly one created a key, round by round."""
+    keys: list[str] = []
     with ThreadPoolExecutor(NUM_WRITERS) as pool:
-        winners = sum(pool.map(lambda number: _try_create(store, key, number), range(NUM_WRITERS)))
-    winners += _try_create(store, key, NUM_WRITERS)
-    store.delete(key)
-    return winners
+        try:
+            for number in range(NUM_ROUNDS):
+                keys.append(f"{prefix}/create-{number}")
+                if sum(pool.map(lambda writer: _try_create(store, keys[-1], writer), range(NUM_WRITERS))) != 1:
+                    return False
+            return not any(pool.map(lambda key: _try_create(store, key, NUM_WRITERS), keys))
+        finally:
+            list(pool.map(store.delete, keys))
 
 
 def _try_create(store: Store, key: str, number: int) -> bool:

@@ -74,8 +74,8 @@ def write_reference(store: Store, name: str, build: str, *, sources: dict[str, s
                 return other, False
             number += 1
             continue
-        if not store.honours_create and read_reference(store, name, number).build != build:
-            number += 1  # another writer of the same moment replaced ours: take the next number
+        if store.is_remote and read_reference(store, name, number).build != build:
+            number += 1  # a server that lets several writers create: one of the same moment replaced ours, take the next number
             continue
         return reference, True
 

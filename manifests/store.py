@@ -17,12 +17,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+import numpy as np
 import obstore
 from blake3 import blake3
+from numpy.typing import NDArray
 from obstore.exceptions import BaseError
 from obstore.store import LocalStore, MemoryStore
 
-from mmerge.manifests.ahead import ForwardReader, read_in_parts
+from mmerge.manifests.ahead import CHUNK_BYTES, PART_BYTES, ForwardReader, OnPart, read_in_parts
 from mmerge.manifests.connect import make_client, read_limits, scheme_of
 from mmerge.manifests.errors import NotFound, StoreError, StoreUnavailable
 from mmerge.manifests.folder import Folder, FolderWriter, is_partial
@@ -102,15 +104,35 @@ class Store:
 
         return self._retry(key, read_whole)
 
-    def read_range(self, key: str, *, offset: int, num_bytes: int) -> memoryview:
-        """Return exactly `num_bytes` bytes from `offset` (bytes). Raises NotFound, StoreError when the object is shorter."""
+    def read_range(self, key: str, *, offset: int, num_bytes: int, on_part: OnPart = len) -> memoryview:
+        """Return exactly `num_bytes` bytes from `offset` (bytes). Raises NotFound, StoreError when the object is shorter.
+
+        `on_part` is told of them in their order, of a large range over a network piece by piece while the next are on their way.
+        """
         if num_bytes == 0:
             return memoryview(b"")
-        if self._is_remote:
+        if self._is_remote and num_bytes > PART_BYTES:
             if num_bytes > CHECKED_BYTES:  # memory is taken only for what is there
-                self._check_length(key, memoryview(b""), offset, num_bytes, end=self.num_bytes(key))
-            return read_in_parts(lambda start, size: self._read_part(key, start, size), offset, num_bytes)
-        return self._read_part(key, offset, num_bytes)
+                self._check_length(key, 0, offset, num_bytes, end=self.num_bytes(key))
+            return read_in_parts(lambda start, part: self._read_into(key, start, part), offset, num_bytes, on_part=on_part)
+        data = self._read_part(key, offset, num_bytes)
+        on_part(data)
+        return data
+
+    def read_start(self, key: str, *, num_bytes: int) -> tuple[memoryview, int]:
+        """Return the first `num_bytes` bytes of an object, fewer if it is shorter, and the size of the whole, in one request.
+
+        Raises NotFound; StoreError for an object without any byte.
+        """
+
+        def read_once() -> tuple[memoryview, int]:
+            result = obstore.get(self._inner, self._place(key), options={"range": (0, num_bytes)})
+            whole, data = int(result.meta["size"]), memoryview(result.bytes())
+            if len(data) != min(num_bytes, whole):
+                raise StoreUnavailable(f"{self.uri}: {key}: {len(data):,} of {min(num_bytes, whole):,} bytes arrived")
+            return data, whole
+
+        return self._retry(key, read_once)
 
     def read_forward(self, key: str, *, offset: int, num_bytes: int, start: int, stop: int) -> memoryview:
         """Like `read_range`, for a reader that goes through bytes `start` to `stop` in order: the next ones are fetched meanwhile.
@@ -123,7 +145,7 @@ class Store:
         if reader is None or (reader.start, reader.stop) != (start, stop):
             if reader is not None:
                 reader.close()
-            reader = ForwardReader(lambda begin, size: self._read_part(key, begin, size), start=start, stop=stop)
+            reader = ForwardReader(lambda begin, size: self._read_large_part(key, begin, size), start=start, stop=stop)
             self._forward[key] = reader
         data = reader.read(offset, num_bytes)
         if offset + num_bytes >= stop:
@@ -139,22 +161,42 @@ class Store:
 
         def read_all() -> list[memoryview]:
             found = obstore.get_ranges(self._inner, self._place(key), starts=starts, lengths=lengths, coalesce=COALESCE_BYTES)
-            return [self._check_length(key, memoryview(data), *part) for data, part in zip(found, ranges, strict=True)]
+            data = [memoryview(one) for one in found]
+            for one, (offset, num_bytes) in zip(data, ranges, strict=True):
+                self._check_length(key, len(one), offset, num_bytes)
+            return data
 
         return self._retry(key, read_all) if ranges else []
 
     def _read_part(self, key: str, offset: int, num_bytes: int) -> memoryview:
         def read_once() -> memoryview:
             data = memoryview(obstore.get_range(self._inner, self._place(key), start=offset, length=num_bytes))
-            return self._check_length(key, data, offset, num_bytes)
+            self._check_length(key, len(data), offset, num_bytes)
+            return data
 
         return self._retry(key, read_once)
 
-    def _check_length(self, key: str, data: memoryview, offset: int, num_bytes: int, *, end: int | None = None) -> memoryview:
-        found = offset + len(data) if end is None else end
+    def _read_large_part(self, key: str, offset: int, num_bytes: int) -> memoryview:
+        part = np.empty(num_bytes, np.uint8)
+        self._read_into(key, offset, part)
+        return part.data.toreadonly()
+
+    def _read_into(self, key: str, offset: int, part: NDArray[np.uint8]) -> None:
+        def read_once() -> None:
+            result = obstore.get(self._inner, self._place(key), options={"range": (offset, offset + len(part))})
+            arrived = 0
+            for chunk in result.stream(min_chunk_size=CHUNK_BYTES):
+                data = np.frombuffer(chunk, np.uint8)
+                part[arrived : arrived + len(data)] = data
+                arrived += len(data)
+            self._check_length(key, arrived, offset, len(part))
+
+        self._retry(key, read_once)
+
+    def _check_length(self, key: str, arrived: int, offset: int, num_bytes: int, *, end: int | None = None) -> None:
+        found = offset + arrived if end is None else end
         if found < offset + num_bytes:
             raise StoreError(f"{self.uri}: {key}: asked for bytes {offset} to {offset + num_bytes}, it ends at {found}")
-        return data
 
     def num_bytes(self, key: str) -> int:
         """Return the size of one object in bytes. Raises NotFound."""

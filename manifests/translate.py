@@ -9,6 +9,9 @@ from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, NotF
 
 from mmerge.manifests.errors import AlreadyExists, NotFound, StoreError, StoreUnavailable
 
+METADATA_SERVERS = ("169.254.169.254", "metadata.google.internal", "fd00:ec2::254")
+"""Where a machine of a cloud asks for credentials, after the environment and the vendor's files: here as elsewhere the last resort."""
+
 
 class Translated:
     """Turns the library's errors into ours, with store and key in the message."""
@@ -27,10 +30,22 @@ class Translated:
             raise NotFound(f"{self._where}: not found") from value
         if isinstance(value, (AlreadyExistsError, FileExistsError)):
             raise AlreadyExists(f"{self._where}: already exists") from value
+        if self._is_remote and any(server in str(value) for server in METADATA_SERVERS):
+            raise StoreError(f"{self._where}: the environment holds no credentials. {_remedy(self._where)}") from value
         if self._is_remote and isinstance(value, (GenericError, ConnectionError, TimeoutError)) and not _is_refusal(value):
             raise StoreUnavailable(f"{self._where}: {first_line(value)}") from value
         if isinstance(value, (BaseError, OSError, ValueError)):
             raise StoreError(f"{self._where}: {first_line(value)}") from value
+
+
+def _remedy(where: str) -> str:
+    scheme = where.partition("://")[0].lower()
+    names = {
+        "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+        "gs": "GOOGLE_APPLICATION_CREDENTIALS to a file of credentials",
+        "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+    }
+    return f"Set {names.get(scheme, 'them')} (docs/storage.md)"
 
 
 def _is_refusal(error: BaseException) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -13,6 +13,7 @@ from blake3 import blake3
 from mmerge.manifests.entry import ObjectEntry
 from mmerge.manifests.errors import DamagedObject, ManifestError, NotFound, StoreError
 from mmerge.manifests.manifest import FileEntry, Manifest, read_file, read_manifest
+from mmerge.manifests.object_header import describe_held, describe_row, describe_size, find_header_damage
 from mmerge.manifests.reference import open_build
 from mmerge.manifests.store import Store
 from mmerge.manifests.table import StoredRow, read_table
@@ -20,6 +21,9 @@ from mmerge.manifests.table import StoredRow, read_table
 READ_BYTES = 16 << 20
 """Bytes read at once, of each object."""
 OBJECTS_AT_ONCE = 4
+
+Group = tuple[str, str]
+"""Key of an object, and the shard that it is in this build."""
 
 
 @dataclass
@@ -49,8 +53,8 @@ def verify(
 
     Args:
         uri: the build.
-        sample: share of the tensors that is read, in (0, 1]; of 1 everything is read, headers of objects and all. The size of
-            every object is compared in any case.
+        sample: share of the tensors that is read, in (0, 1]; of 1 everything is read. Size and header of every object are
+            compared in any case.
         seed: which tensors a sample takes; other ones each time if absent.
         on_bytes: told of every piece read.
 
@@ -62,23 +66,21 @@ def verify(
         raise ManifestError(f"--sample: expected a share in (0, 1], got {sample:g}")
     store, build = open_build(uri)
     manifest = read_manifest(store, build)
-    rows: dict[str, list[StoredRow]] = defaultdict(list)
-    for row in read_table(store, manifest.table):
-        rows[row.object].append(row)
+    rows = group_rows(read_table(store, manifest.table))
     report = VerifyReport(uri=uri, build=build)
     objects = list({entry.key: entry for entry in manifest.entries}.values())
-    chosen = _choose(rows, sample, random.Random(seed)) if sample < 1 else None
+    chosen = _choose([rows[_group(entry)] for entry in objects], sample, random.Random(seed)) if sample < 1 else None
 
     def check(entry: ObjectEntry) -> list[str]:
         if chosen is None:
-            return verify_object(store, entry, rows.get(entry.key, []), on_bytes=on_bytes)
-        return verify_tensors(store, entry, chosen.get(entry.key, []), on_bytes=on_bytes)
+            return verify_object(store, entry, rows[_group(entry)], method=manifest.method, on_bytes=on_bytes)
+        return verify_tensors(store, entry, rows[_group(entry)], chosen[_group(entry)], method=manifest.method, on_bytes=on_bytes)
 
     with ThreadPoolExecutor(OBJECTS_AT_ONCE) as pool:
         for entry, damages in zip(objects, pool.map(check, objects), strict=True):
             report.damages += damages
             report.num_objects += 1
-            report.num_bytes += entry.num_bytes if chosen is None else sum(row.num_bytes for row in chosen.get(entry.key, []))
+            report.num_bytes += entry.num_bytes if chosen is None else sum(row.num_bytes for row in chosen[_group(entry)])
     for file in _files(manifest):
         try:
             read_file(store, file)
@@ -96,25 +98,38 @@ def _files(manifest: Manifest) -> list[FileEntry]:
     return list(unique.values())
 
 
-def _choose(rows: dict[str, list[StoredRow]], sample: float, chance: random.Random) -> dict[str, list[StoredRow]]:
-    """Return a share of all tensors, at least one, by object."""
-    every = [row for found in rows.values() for row in found]
-    chosen: dict[str, list[StoredRow]] = defaultdict(list)
-    for row in chance.sample(every, min(len(every), max(1, round(sample * len(every))))):
-        chosen[row.object].append(row)
-    return chosen
+def _group(entry: ObjectEntry) -> Group:
+    return entry.key, entry.shard
+
+
+def group_rows(rows: Iterable[StoredRow]) -> defaultdict[Group, list[StoredRow]]:
+    """Return a table's rows by object and shard: one object may be two shards of a build, as where two experts carry one encoder."""
+    groups: defaultdict[Group, list[StoredRow]] = defaultdict(list)
+    for row in rows:
+        groups[row.object, row.shard].append(row)
+    return groups
+
+
+def _choose(rows: Sequence[Sequence[StoredRow]], sample: float, chance: random.Random) -> defaultdict[Group, list[StoredRow]]:
+    """Return a share of all tensors, at least one, by object and shard."""
+    every = [row for found in rows for row in found]
+    return group_rows(chance.sample(every, min(len(every), max(1, round(sample * len(every))))))
 
 
 def verify_tensors(
-    store: Store, entry: ObjectEntry, rows: list[StoredRow], *, on_bytes: Callable[[int], None] = lambda num_bytes: None
+    store: Store,
+    entry: ObjectEntry,
+    rows: list[StoredRow],
+    chosen: list[StoredRow],
+    *,
+    method: str,
+    on_bytes: Callable[[int], None] = lambda num_bytes: None,
 ) -> list[str]:
-    """Return the damages of some tensors of one object, and of its size."""
+    """Return the damages of the chosen tensors of one object, and of its size and header."""
     try:
-        found = store.num_bytes(entry.key)
-        if found != entry.num_bytes:
-            return [_describe_size(entry, rows, found)]
-        damages = []
-        for row in rows:
+        header = find_header_damage(store, entry, rows, method=method)
+        damages = [header] if header else []
+        for row in chosen if not damages else ():
             digest = blake3()
             for offset in range(0, row.num_bytes, READ_BYTES):
                 data = store.read_range(entry.key, offset=row.offset + offset, num_bytes=min(READ_BYTES, row.num_bytes - offset))
@@ -130,53 +145,43 @@ def verify_tensors(
 
 
 def verify_object(
-    store: Store, entry: ObjectEntry, rows: list[StoredRow], *, on_bytes: Callable[[int], None] = lambda num_bytes: None
+    store: Store,
+    entry: ObjectEntry,
+    rows: list[StoredRow],
+    *,
+    method: str,
+    on_bytes: Callable[[int], None] = lambda num_bytes: None,
 ) -> list[str]:
     """Return the damages of one object: none, or one sentence per damaged tensor (or for the whole object)."""
     try:
         found = store.num_bytes(entry.key)
         if found != entry.num_bytes:
-            return [_describe_size(entry, rows, found)]
+            return [describe_size(entry, rows, found)]
         whole = blake3()
         parts = {id(row): blake3() for row in rows}
         for offset, data in _read_pieces(store, entry):
             whole.update(data)
             _update_tensors(parts, rows, data, offset)
             on_bytes(len(data))
+        if whole.hexdigest() == entry.digest:
+            return []
+        header = find_header_damage(store, entry, rows, method=method)
     except NotFound:
         return [_describe_missing(entry, rows)]
     except StoreError as error:
         return [Exception.__str__(error)]
-    if whole.hexdigest() == entry.digest:
-        return []
-    damaged = [row for row in rows if parts[id(row)].hexdigest() != row.digest]
-    if not damaged:
-        return [f"{entry.key} ({entry.shard}): damaged outside of its tensors, in the header"]
-    return [_describe_damage(entry, row) for row in damaged]
+    damages = [_describe_damage(entry, row) for row in rows if parts[id(row)].hexdigest() != row.digest]
+    if header:
+        damages.insert(0, header)
+    return damages or [f"{entry.key} ({entry.shard}): its digest is not that of the manifest, though all of its tensors' are"]
 
 
 def _describe_damage(entry: ObjectEntry, row: StoredRow) -> str:
-    return f"{entry.key}: {_describe(row)}: damaged within bytes {row.offset} to {row.offset + row.num_bytes}"
-
-
-def _describe_size(entry: ObjectEntry, rows: list[StoredRow], found: int) -> str:
-    """Say how long an object is and should be, and which tensor is the first that is not whole."""
-    lost = sorted((row for row in rows if row.offset + row.num_bytes > found), key=lambda row: row.offset)
-    tail = f"; {_describe(lost[0])} breaks off at byte {found} (of {len(lost)} tensors that are not whole)" if lost else _held(rows)
-    return f"{entry.key} ({entry.shard}): has {found:,} bytes, the manifest says {entry.num_bytes:,}{tail}"
+    return f"{entry.key}: {describe_row(row)}: damaged within bytes {row.offset} to {row.offset + row.num_bytes}"
 
 
 def _describe_missing(entry: ObjectEntry, rows: list[StoredRow]) -> str:
-    return f"{entry.key} ({entry.shard}): is missing{_held(rows)}"
-
-
-def _held(rows: list[StoredRow]) -> str:
-    names = sorted({row.name for row in rows})
-    return f"; it holds {names[0]}" + (f" and {len(names) - 1} more tensors" if len(names) > 1 else "") if names else ""
-
-
-def _describe(row: StoredRow) -> str:
-    return f"{row.name} ({row.role}{' of ' + row.expert if row.expert else ''})"
+    return f"{entry.key} ({entry.shard}): is missing{describe_held(rows)}"
 
 
 def _read_pieces(store: Store, entry: ObjectEntry) -> Iterator[tuple[int, memoryview]]:

@@ -13,17 +13,22 @@ from urllib.parse import unquote, urlsplit
 
 
 class HubServer:
-    """Repositories by name; every commit keeps its files. `requests` counts what was asked."""
+    """Repositories by name; every commit keeps its files. `requests` counts what was asked.
+
+    As on the real hub, weights are sent as large files (Git LFS): asked for in a batch, put by their digest, named in the commit.
+    """
 
     def __init__(self) -> None:
         self.commits: dict[str, dict[str, dict[str, bytes]]] = {}
         self.branches: dict[str, dict[str, str]] = {}
         self.requests: list[str] = []
+        self.large: dict[str, bytes] = {}
+        """Large files by SHA-256."""
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
-            do_GET = do_HEAD = do_POST = lambda self: hub.handle(self)  # noqa: N815
+            do_GET = do_HEAD = do_POST = do_PUT = lambda self: hub.handle(self)  # noqa: N815
 
             def log_message(self, *args: Any) -> None:
                 return
@@ -60,6 +65,10 @@ class HubServer:
                 return self._json(request, {"url": f"{self.endpoint}/{repo}", "error": "exists"}, status=409)
             self.commit(repo, {})
             return self._json(request, {"url": f"{self.endpoint}/{repo}"})
+        if path.startswith("/lfs/"):
+            return self._large_file(request, path.rpartition("/")[2], body)
+        if path.endswith(".git/info/lfs/objects/batch"):
+            return self._batch(request, json.loads(body)["objects"])
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(revision|tree|preupload|commit)/([^/]+)", path):
             return self._api(request, *match.groups(), body=body)
         if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
@@ -90,12 +99,30 @@ class HubServer:
             self._json(request, entries)
         elif verb == "preupload":
             names = [file["path"] for file in json.loads(body)["files"]]
-            self._json(request, {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]})
+            modes = ["lfs" if name.endswith((".safetensors", ".parquet")) else "regular" for name in names]
+            found = [{"path": name, "uploadMode": mode, "shouldIgnore": False} for name, mode in zip(names, modes, strict=True)]
+            self._json(request, {"files": found})
         else:
             lines = [json.loads(line) for line in body.splitlines()]
             added = {line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"}
+            added |= {line["value"]["path"]: self.large[line["value"]["oid"]] for line in lines if line["key"] == "lfsFile"}
             new = self.commit(repo, added, branch=revision)
             self._json(request, {"commitUrl": f"{self.endpoint}/{repo}/commit/{new}", "commitOid": new, "success": True})
+
+    def _batch(self, request: BaseHTTPRequestHandler, wanted: list[dict[str, Any]]) -> None:
+        """Say where each large file is to be put; nothing of what is there already."""
+        objects = [
+            {"oid": one["oid"], "size": one["size"]}
+            | ({} if one["oid"] in self.large else {"actions": {"upload": {"href": f"{self.endpoint}/lfs/{one['oid']}"}}})
+            for one in wanted
+        ]
+        self._json(request, {"transfer": "basic", "objects": objects})
+
+    def _large_file(self, request: BaseHTTPRequestHandler, name: str, body: bytes) -> None:
+        if hashlib.sha256(body).hexdigest() != name:
+            return self._json(request, {"error": "digest"}, status=400)
+        self.large[name] = body
+        return self._json(request, {})
 
     def _file(self, request: BaseHTTPRequestHandler, repo: str, revision: str, name: str) -> None:
         commit = self._find(request, repo, revision)

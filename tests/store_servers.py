@@ -14,81 +14,19 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal
+
+from server_process import end, free_port, make_bucket, s3_environment, wait_for
+from swift_server import find_swift, keeps_attributes, swift_server
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 Fault = Literal["500", "503", "reset", "truncated", "stall"]
 FAULTS: tuple[Fault, ...] = ("500", "503", "reset", "truncated", "stall")
 AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 """The published key of the emulator's only account."""
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-def wait_for(port: int, *, seconds: float = 90, process: subprocess.Popen[bytes] | None = None) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if process is not None and process.poll() is not None:
-            raise RuntimeError(f"the server ended with code {process.returncode}")
-        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-            return
-        time.sleep(0.1)
-    raise RuntimeError(f"nothing listens on port {port}")
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(10)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def s3_environment(endpoint: str, *, key: str = "AK", secret: str = "SK") -> dict[str, str]:
-    return {
-        "AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret, "AWS_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }  # fmt: skip
-
-
-def make_bucket(environment: dict[str, str], name: str) -> None:
-    """Create a bucket with the one request that the library has no verb for."""
-    import obstore
-    from obstore.store import S3Store
-
-    root = S3Store(
-        name, endpoint=environment["AWS_ENDPOINT_URL"], access_key_id=environment["AWS_ACCESS_KEY_ID"],
-        secret_access_key=environment["AWS_SECRET_ACCESS_KEY"], region="us-east-1", client_options={"allow_http": True},
-    )  # fmt: skip
-    from datetime import timedelta
-
-    url = obstore.sign(root, "PUT", "x", timedelta(seconds=60)).partition("?")[0].rpartition("/")[0]
-    _put_bucket(url, environment)
-
-
-def _put_bucket(url: str, environment: dict[str, str]) -> None:
-    from botocore.auth import SigV4Auth
-    from botocore.awsrequest import AWSRequest
-    from botocore.credentials import Credentials
-
-    request = AWSRequest(method="PUT", url=url)
-    request.headers["x-amz-content-sha256"] = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
-    SigV4Auth(Credentials(environment["AWS_ACCESS_KEY_ID"], environment["AWS_SECRET_ACCESS_KEY"]), "s3", "us-east-1").add_auth(request)
-    host, _, path = url.removeprefix("http://").partition("/")
-    connection = http.client.HTTPConnection(host, timeout=60)
-    connection.request("PUT", "/" + path, headers=dict(request.headers))
-    answer = connection.getresponse()
-    if answer.status not in (200, 409):
-        raise RuntimeError(f"bucket {path}: {answer.status} {answer.read()[:200]!r}")
-    connection.close()
 
 
 @contextmanager
@@ -365,6 +303,11 @@ Server = Callable[[Path], Any]
 SERVERS: dict[str, tuple[Server, Callable[[], bool], str]] = {
     "moto": (moto_server, lambda: True, ""),
     "ceph": (ceph_server, has_ceph, "radosgw is not installed ('make test-ceph' says how)"),
+    "swift": (
+        swift_server,
+        lambda: find_swift() is not None and keeps_attributes(),
+        "swift is not installed ('make swift'), or its disk keeps no attributes",
+    ),
     "azurite": (azurite_server, lambda: find_azurite() is not None, "azurite is not installed ('make azurite')"),
 }
-SCHEME = {"moto": "s3", "ceph": "s3", "azurite": "az"}
+SCHEME = {"moto": "s3", "ceph": "s3", "swift": "s3", "azurite": "az"}

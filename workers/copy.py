@@ -8,6 +8,7 @@ from blake3 import blake3
 
 from mmerge.manifests.entry import ObjectEntry, ShardEntry, TensorRow, object_key, read_entry, write_entry
 from mmerge.manifests.header import DTYPE_BYTES, make_header
+from mmerge.manifests.object_header import make_metadata
 from mmerge.manifests.store import Store
 from mmerge.workers.inputs import InputReader
 from mmerge.workers.task import CopyTask, TaskResult
@@ -23,7 +24,7 @@ def copy_shard(task: CopyTask, store: Store) -> TaskResult:
     if found is not None:
         return TaskResult(task.shard, 0, True, time.monotonic() - began, found)
     layout = [(tensor.name, tensor.source.spec.dtype, tensor.source.spec.shape) for tensor in task.tensors]
-    header, specs = make_header(layout, metadata={"mmerge": task.digest, "role": task.role})
+    header, specs = make_header(layout, metadata=make_metadata(task.digest, role=task.role, method=""))
     rows = []
     with InputReader() as reader, store.open_writer(object_key(task.digest)) as out:
         out.write(header)

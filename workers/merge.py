@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from mmerge.manifests.entry import ObjectEntry, ShardEntry, TensorRow, TensorStatistics, object_key, read_entry, write_entry
 from mmerge.manifests.errors import RecipeError
 from mmerge.manifests.header import DTYPE_BYTES, TensorSpec, make_header
+from mmerge.manifests.object_header import delta_name, make_metadata, mask_name
 from mmerge.manifests.store import ObjectWriter, Store
 from mmerge.workers.blocks import entries_at_once, read_blocks
 from mmerge.workers.dtypes import to_bytes, with_one_nan
@@ -31,16 +32,6 @@ from mmerge.workers.pulse import Pulse
 from mmerge.workers.task import MergeTask, TaskResult, TensorTask
 
 
-def delta_name(name: str) -> str:
-    """Return the name of τ⋆ of a tensor within its object."""
-    return f"{name}.delta"
-
-
-def mask_name(name: str, expert: str) -> str:
-    """Return the name of an expert's packed mask of a tensor within its object."""
-    return f"{name}.mask.{expert}"
-
-
 def merge_shard(task: MergeTask, store: Store) -> TaskResult:
     """Merge one shard into the store; a shard that a previous run finished is left as it is."""
     began = time.monotonic()
@@ -48,7 +39,7 @@ def merge_shard(task: MergeTask, store: Store) -> TaskResult:
     if found is not None:
         return TaskResult(task.shard, 0, True, time.monotonic() - began, found)
     method = find_method(task.method)
-    header, specs = make_header(_make_layout(task, method), metadata={"mmerge": task.digest, "method": task.method})
+    header, specs = make_header(_make_layout(task, method), metadata=make_metadata(task.digest, role="merge", method=task.method))
     placed = {spec.name: spec for spec in specs}
     rows: list[TensorRow] = []
     pulse = Pulse(f"{task.shard}: {task.method}", num_steps=len(task.tensors))

@@ -1,4 +1,4 @@
-"""Tensors of a build by name: the byte ranges that the table names, with their digests checked."""
+"""Tensors of a build by name: the byte ranges that the table names, with their digests and the headers of their objects checked."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from threading import Lock
 
 import torch
+from blake3 import blake3
 
-from mmerge.manifests.digest import digest_bytes
 from mmerge.manifests.entry import Role
 from mmerge.manifests.errors import DamagedObject, ManifestError, NotFound, StoreError, StoreUnavailable
 from mmerge.manifests.manifest import Manifest, read_manifest
+from mmerge.manifests.object_header import find_header_damage
 from mmerge.manifests.reference import open_build
 from mmerge.manifests.store import Store
 from mmerge.manifests.table import StoredRow, read_table
+from mmerge.manifests.verify import group_rows
 from mmerge.workers.dtypes import TORCH_DTYPES, view_tensor
 from mmerge.workers.kernels_form import can_form, form
 from mmerge.workers.low_rank import LowRank, add_adapters
@@ -24,7 +26,7 @@ HEAD_NAME = "lm_head.weight"
 
 
 class BuildReader:
-    """One build: its manifest, and its tensors read on demand. `bytes_read` counts what was fetched."""
+    """One build: its manifest, and its tensors read on demand. `bytes_read` counts the bytes of tensors that were fetched."""
 
     def __init__(self, uri: str) -> None:
         """Open the build at `uri`. Raises StoreError, ManifestError."""
@@ -35,7 +37,11 @@ class BuildReader:
         self.bytes_read = 0
         self._count = Lock()
         self._rows: dict[tuple[str, str, str], list[StoredRow]] = defaultdict(list)
-        for row in read_table(self.store, self.manifest.table):
+        table = read_table(self.store, self.manifest.table)
+        self._groups = group_rows(table)
+        self._entries = {entry.key: entry for entry in self.manifest.entries}
+        self._checked: set[str] = set()
+        for row in table:
             self._rows[(row.role, row.expert, row.name)].append(row)
         for rows in self._rows.values():
             rows.sort(key=lambda row: row.row_start)
@@ -164,8 +170,10 @@ class BuildReader:
         return rows
 
     def _read_piece(self, row: StoredRow) -> memoryview:
+        digest = blake3()
         try:
-            data = self.store.read_range(row.object, offset=row.offset, num_bytes=row.num_bytes)
+            self._check_object(row.object)
+            data = self.store.read_range(row.object, offset=row.offset, num_bytes=row.num_bytes, on_part=digest.update)
         except NotFound as error:
             raise DamagedObject(
                 f"{self.store.uri}: {row.object} is missing; it holds {row.name}. Run the recipe again with --fresh"
@@ -176,11 +184,29 @@ class BuildReader:
             raise DamagedObject(
                 f"{Exception.__str__(error)}; {row.name} ({row.role}) is not whole. Run the recipe again with --fresh"
             ) from error
-        if digest_bytes(data) != row.digest:
+        if digest.hexdigest() != row.digest:
             raise DamagedObject(f"{self.store.uri}: {row.object}: {row.name} ({row.role}) is damaged. Run the recipe again with --fresh")
         with self._count:
             self.bytes_read += row.num_bytes
         return data
+
+    def _check_object(self, key: str) -> None:
+        """Compare size and header of an object with manifest and table before its first tensor is read."""
+        with self._count:
+            if key in self._checked:
+                return
+            self._checked.add(key)  # other threads go on with its tensors meanwhile: whoever is told first ends the load
+        try:
+            entry = self._entries.get(key)
+            if entry is None:
+                raise ManifestError(f"{self.uri}: the table names {key}, the manifest does not. The build is damaged: run the recipe again")
+            damage = find_header_damage(self.store, entry, self._groups[key, entry.shard], method=self.manifest.method)
+            if damage:
+                raise DamagedObject(f"{self.store.uri}: {damage}. Run the recipe again with --fresh")
+        except BaseException:
+            with self._count:
+                self._checked.discard(key)
+            raise
 
 
 def combine(

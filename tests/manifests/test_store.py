@@ -6,7 +6,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from mmerge.manifests.ahead import read_in_parts
 from mmerge.manifests.errors import AlreadyExists, NotFound, StoreError, StoreUnavailable
@@ -14,7 +16,7 @@ from mmerge.manifests.probe import check_store
 from mmerge.manifests.store import Store, open_store
 
 
-@pytest.fixture(params=["memory", "local", "moto", "ceph", "azurite"])
+@pytest.fixture(params=["memory", "local", "moto", "ceph", "swift", "azurite"])
 def store(request: pytest.FixtureRequest, places: Any) -> Store:
     """One contract, every store."""
     return open_store(places.make(request.param), create=True)
@@ -24,6 +26,10 @@ def test_what_was_put_is_read_whole_and_in_ranges(store: Store) -> None:
     store.put("a/b.bin", bytes(range(100)))
     assert store.read("a/b.bin") == bytes(range(100))
     assert bytes(store.read_range("a/b.bin", offset=10, num_bytes=5)) == bytes(range(10, 15))
+    assert store.read_start("a/b.bin", num_bytes=7) == (bytes(range(7)), 100)
+    assert store.read_start("a/b.bin", num_bytes=700) == (bytes(range(100)), 100)
+    with pytest.raises(NotFound):
+        store.read_start("a/c.bin", num_bytes=7)
     assert store.num_bytes("a/b.bin") == 100
     assert store.exists("a/b.bin")
     assert not store.exists("a/c.bin")
@@ -36,7 +42,7 @@ def test_put_new_refuses_to_replace_and_leaves_the_first(store: Store) -> None:
     assert store.read("a") == b"first"
 
 
-def test_of_many_writers_at_once_exactly_one_creates_and_its_bytes_stay(store: Store) -> None:
+def test_of_many_writers_at_once_exactly_one_creates_and_its_bytes_stay(store: Store, request: pytest.FixtureRequest) -> None:
     def create(number: int) -> bool:
         try:
             store.put_new("contested", b"%d" % number * 1000)
@@ -46,9 +52,11 @@ def test_of_many_writers_at_once_exactly_one_creates_and_its_bytes_stay(store: S
 
     with ThreadPoolExecutor(8) as pool:
         won = list(pool.map(create, range(8)))
-    assert sum(won) == 1
-    assert store.read("contested") == b"%d" % won.index(True) * 1000
-    assert check_store(store)
+    is_racy = request.node.callspec.params["store"] == "swift"  # it looks first and writes later
+    assert sum(won) >= 1 if is_racy else sum(won) == 1
+    assert store.read("contested") in {b"%d" % number * 1000 for number, has_won in enumerate(won) if has_won}
+    assert check_store(store) != is_racy
+    assert store.honours_create != is_racy
     assert not list(store.list("probe"))
 
 
@@ -59,7 +67,13 @@ def test_ranges_are_read_together_forward_and_in_large_parts(store: Store) -> No
             out.write(data[start : start + (3 << 20)])
     ranges = [(5, 10), (15, 3), (20_000_000, 7), (0, 1)]
     assert [bytes(found) for found in store.read_ranges("large", ranges)] == [data[at : at + size] for at, size in ranges]
-    assert store.read_range("large", offset=3, num_bytes=len(data) - 5) == data[3:-2]
+    told: list[memoryview] = []
+    assert store.read_range("large", offset=3, num_bytes=len(data) - 5, on_part=told.append) == data[3:-2]
+    assert b"".join(told) == data[3:-2]
+    with pytest.raises(StoreError, match="it ends at 26214400"):
+        store.read_range("large", offset=5 << 20, num_bytes=len(data))
+    with pytest.raises(NotFound):
+        store.read_range("larger", offset=5 << 20, num_bytes=len(data))
     begin, stop, step = 1000, len(data) - 1000, 3_000_001
     for offset in range(begin, stop, step):
         size = min(step, stop - offset)
@@ -73,13 +87,25 @@ def test_a_large_range_is_put_together_from_parts_in_their_order() -> None:
     data = bytes(range(251)) * (600 << 10)
     asked: list[tuple[int, int]] = []
 
-    def read(offset: int, num_bytes: int) -> memoryview:
-        asked.append((offset, num_bytes))
-        return memoryview(data)[offset : offset + num_bytes]
+    def read(offset: int, part: NDArray[np.uint8]) -> None:
+        asked.append((offset, len(part)))
+        time.sleep(0.02 if len(asked) % 3 == 0 else 0)
+        part[:] = np.frombuffer(data, np.uint8)[offset : offset + len(part)]
 
-    assert read_in_parts(read, 3, len(data) - 5) == data[3:-2]
-    assert len(asked) == 5
-    assert max(num_bytes for _, num_bytes in asked) == 32 << 20
+    told: list[memoryview] = []
+    assert read_in_parts(read, 3, len(data) - 5, on_part=told.append) == data[3:-2]
+    assert b"".join(told) == data[3:-2]
+    assert len(asked) == len(told) == 19
+    assert max(num_bytes for _, num_bytes in asked) == 8 << 20
+
+
+def test_a_part_that_fails_ends_a_large_range_with_its_error() -> None:
+    def read(offset: int, part: NDArray[np.uint8]) -> None:
+        if offset > 30 << 20:
+            raise StoreError("broke off")
+
+    with pytest.raises(StoreError, match="broke off"):
+        read_in_parts(read, 0, 100 << 20, on_part=len)
 
 
 def test_a_listing_tells_size_and_time(store: Store) -> None:

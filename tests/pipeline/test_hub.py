@@ -123,10 +123,14 @@ def test_a_pushed_composite_verifies_from_the_hub_and_is_numbered(hub: HubServer
     first = run(make_plan(read_recipe(lab.write_recipe(raw))))
     report = push(str(lab.folder / "store"), "hf://org/composite")
     verify(report.uri + "#tiny").check()
+    assert first.manifest is not None
+    sent = [line for line in hub.requests if line.startswith("PUT /lfs/")]
+    assert len(sent) == len({entry.key for entry in first.manifest.entries}) + 1, "objects and the table go as large files"
     store, build = open_build("hf://org/composite#tiny@1")
     assert (build, read_manifest(store, build)) == (first.build, first.manifest)
     assert not [key for key in open_store("hf://org/composite").list() if key.startswith(("surveys", "claims", "probe"))]
     push(str(lab.folder / "store"), "hf://org/composite")
+    assert [line for line in hub.requests if line.startswith("PUT /lfs/")] == sent, "what the hub has is not sent again"
     second = run(make_plan(read_recipe(lab.write_recipe(raw | {"mask_scale": 0.9}))))
     push(str(lab.folder / "store"), "hf://org/composite")
     assert open_build("hf://org/composite#tiny")[1] == second.build
