@@ -5,12 +5,9 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,28 +16,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from mmerge.manifests.errors import MmergeError, RecipeError
-from mmerge.pipeline.cli_cluster import (
-    CoresOption,
-    DeadlineOption,
-    ExclusiveOption,
-    MemoryOption,
-    NodesOption,
-    RatesOption,
-    ReadOption,
-    WriteOption,
-    print_simulation,
-    recorded,
-    simulate_plan,
-    simulation_to_json,
-)
 from mmerge.pipeline.cli_cluster import register as register_cluster_commands
 from mmerge.pipeline.cli_composite import register as register_composite_commands
+from mmerge.pipeline.cli_run import register as register_run_commands
 from mmerge.pipeline.cli_store import register as register_store_commands
-from mmerge.workers.lazy_torch import postpone_torch
 
 if TYPE_CHECKING:
-    from mmerge.pipeline.plan import MergePlan
-    from mmerge.pipeline.progress import Progress
+    pass
 
 HELP = """Merge multimodal LLM experts into one composite model, without training.
 
@@ -73,15 +55,8 @@ out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
 _debug = False
 
-RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="the recipe, a YAML file ('mmerge schema' describes it)")]
 UriArgument = Annotated[str, typer.Argument(metavar="URI", help="the composite: STORE or STORE#NAME")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
-BlockOption = Annotated[
-    int | None,
-    typer.Option(
-        "--block-entries", help="entries of a tensor in memory at once, a multiple of 65536; no effect on the result", show_default=False
-    ),
-]
 
 
 def _print_version(value: bool) -> None:
@@ -115,125 +90,7 @@ def _options(
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-def _make_plan(recipe: Path, block_entries: int | None, memory_bytes: int | None = None) -> MergePlan:
-    from mmerge.pipeline.plan import make_plan
-    from mmerge.pipeline.recipe import read_recipe
-
-    try:
-        return make_plan(read_recipe(recipe), block_entries=block_entries, memory_bytes=memory_bytes)
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
-
-
-def _parse_size(text: str) -> int:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(MB|GB|TB|MiB|GiB|TiB)\s*", text)
-    if not match:
-        raise RecipeError(f"--memory: expected a size such as 1.5GB or 800MB, got {text!r}")
-    base = 1024 if "i" in match[2] else 1000
-    return int(float(match[1]) * base ** {"M": 2, "G": 3, "T": 4}[match[2][0]])
-
-
-@app.command()
-def plan(
-    recipe: RecipeArgument,
-    as_json: JsonOption = False,
-    block_entries: BlockOption = None,
-    reuse: Annotated[bool, typer.Option("--reuse/--no-reuse", help="say which shards a run would compute, and why")] = True,
-    survey: Annotated[bool, typer.Option("--survey", help="read inputs that changed, so that nothing stays unknown")] = False,
-    nodes: NodesOption = None,
-    cores: CoresOption = 16,
-    read_gbps: ReadOption = 1.0,
-    write_gbps: WriteOption = 1.0,
-    node_memory: MemoryOption = None,
-    rates_from: RatesOption = None,
-) -> None:
-    """Show what a run would read, write and hold in memory, and which shards it would compute. Reads headers and the store."""
-    postpone_torch(num_threads=1)
-    from mmerge.pipeline.cli_store import print_forecast
-    from mmerge.pipeline.forecast import forecast_to_json, make_forecast
-    from mmerge.pipeline.report import plan_to_json, print_plan
-
-    made = _make_plan(recipe, block_entries)
-    simulation = None
-    if nodes is not None:
-        simulation = simulate_plan(
-            made, nodes=nodes, cores=cores, read_gbps=read_gbps, write_gbps=write_gbps, node_memory=node_memory, rates_from=rates_from
-        )
-    found = make_forecast(made, survey=survey) if reuse or survey else None
-    if as_json:
-        more = {"forecast": forecast_to_json(found)} if found else {}
-        more |= {"simulation": simulation_to_json(simulation)} if simulation else {}
-        print(json.dumps(plan_to_json(made) | more, indent=2))
-        return
-    print_plan(made, out)
-    if found:
-        print_forecast(found)
-    if simulation:
-        print_simulation(simulation)
-
-
-@app.command()
-def run(
-    recipe: RecipeArgument,
-    executor: Annotated[
-        str, typer.Option("--executor", metavar="ray|serial", help="where tasks run: on Ray, or in this process, one thread per core")
-    ] = "ray",
-    address: Annotated[
-        str | None, typer.Option("--address", help="address of a Ray cluster; a local Ray is started without one", show_default=False)
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option("--workers", min=1, help="tasks at once on this machine, one core each; all cores if absent", show_default=False),
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            "--memory",
-            metavar="SIZE",
-            help="what a run may take on this machine, as 1.5GB or 800MB: fewer tasks at once, smaller blocks",
-            show_default=False,
-        ),
-    ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="compute everything again, whatever the store has")] = False,
-    exclusive: ExclusiveOption = False,
-    task_deadline: DeadlineOption = None,
-    block_entries: BlockOption = None,
-) -> None:
-    """Build the composite of a recipe. A killed run continues; a second run of the same recipe does nothing and says so."""
-    postpone_torch(num_threads=1)
-    from mmerge.pipeline.build import run as run_plan
-    from mmerge.pipeline.executor import ExecutorName, open_executor
-    from mmerge.pipeline.report import print_run
-    from mmerge.pipeline.status import RunUnderWay
-
-    if executor not in ("ray", "serial"):
-        raise RecipeError(f"--executor: expected 'ray' or 'serial', got {executor!r}")
-    memory_bytes = _parse_size(memory) if memory is not None else None
-    made = _make_plan(recipe, block_entries, memory_bytes)
-    name: ExecutorName = "serial" if executor == "serial" else "ray"
-    where = open_executor(
-        name, address=address, num_workers=workers, memory_bytes=memory_bytes, peak_bytes=made.peak_bytes, deadline_seconds=task_deadline
-    )
-    try:
-        with _progress() as shown, recorded(made, shown, exclusive=exclusive, metrics=name == "ray") as progress:
-            report = run_plan(made, executor=where, progress=progress, fresh=fresh)
-    except RunUnderWay as other:
-        out.print(f"[yellow]nothing done[/]: {escape(str(other))}", highlight=False)
-        return
-    finally:
-        where.close()
-    print_run(report, out)
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    from mmerge.pipeline.progress import BarProgress, LogProgress
-
-    if err.is_terminal:
-        with BarProgress(err) as bars:
-            yield bars
-    else:
-        yield LogProgress()
+register_run_commands(app)
 
 
 @app.command()
