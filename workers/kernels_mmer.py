@@ -134,7 +134,7 @@ def count_votes(wanted: Any, count: int, votes: Any, consensus: Any, overlaps: A
             for bit in range(64):
                 number = 0
                 for expert in range(num_experts):
-                    number += np.int64((wanted[expert, word] >> np.uint64(bit)) & np.uint64(1))
+                    number += int((wanted[expert, word] >> np.uint64(bit)) & np.uint64(1))
                 if number:
                     consensus[number] += 1
                     left -= 1

@@ -180,6 +180,26 @@ def test_a_path_gives_the_bytes_of_the_method(
     np.testing.assert_array_equal(path.squares, squares)
 
 
+@pytest.mark.parametrize("num_experts", [1, 3, 7, 9])
+def test_votes_of_any_number_of_experts_are_counted(num_experts: int) -> None:
+    size = 2 * kernels.TILE_ENTRIES + 77
+    rows = make_rows(["BF16"] * (num_experts + 1), size, seed=3, special=False)
+    method = METHODS["mmer"]
+    parameters = method.parameters_model.model_validate({"mask_scale": 0.3})
+    experts = [method.expert_parameters_model() for _ in rows[1:]]
+    block, _ = make_reference(method, rows, "BF16", parameters, experts)
+    block = replace(block, thresholds=[0.0078125] * num_experts)
+    wanted = method.merge_block(block, parameters, experts)
+    path = find_fast_path("mmer", make_request(parameters, experts, block.thresholds, "BF16", rows[0], {}))
+    assert isinstance(path, MaskPath)
+    found = run_path(path, make_block(rows), 2, num_experts, size)
+    assert found is not None
+    assert found[0] == bytes(to_bytes(wanted.values))
+    votes = torch.stack(list(wanted.masks)).sum(dim=0)
+    assert path.counts[3].tolist() == torch.bincount(votes, minlength=num_experts + 1).tolist()
+    assert path.overlaps.tolist() == [int((one & other).sum()) for one, other in itertools.combinations(wanted.masks, 2)]
+
+
 def test_ties_are_taken_by_position_where_both_counts_end_within_tiles() -> None:
     size = 5 * kernels.TILE_ENTRIES
     rows = [torch.zeros(size, dtype=torch.bfloat16), *(torch.ones(size, dtype=torch.bfloat16) for _ in range(2))]
