@@ -1,0 +1,26 @@
+"""Memory of the host for weights: in large pages, which cost a fraction of small ones at their first touch."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from contextlib import suppress
+from math import prod
+
+import torch
+
+LARGE_PAGE_BYTES = 2 << 20
+
+
+def empty_host(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor of this shape whose values are not set, aligned to cache lines; of some megabytes or more in large pages."""
+    num_bytes = prod(shape) * dtype.itemsize
+    if num_bytes < 2 * LARGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(tuple(shape), dtype=dtype)
+    # Only whole large pages inside of the mapping can be such: one more than needed, and the start moved to the first.
+    mapped = mmap.mmap(-1, num_bytes + LARGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):
+        mapped.madvise(mmap.MADV_HUGEPAGE)
+    raw = torch.frombuffer(mapped, dtype=torch.uint8)
+    start = -raw.data_ptr() % LARGE_PAGE_BYTES
+    return raw[start : start + num_bytes].view(dtype).reshape(tuple(shape))
