@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -144,6 +145,18 @@ def can_form(*tensors: torch.Tensor) -> bool:
     return all(
         tensor.device.type == "cpu" and tensor.is_contiguous() and SAFETENSORS_DTYPES.get(tensor.dtype) in CODES for tensor in tensors
     )
+
+
+def can_form_on_device(*tensors: torch.Tensor) -> bool:
+    """Return whether the Triton kernel takes these tensors: contiguous, on one CUDA device, float32, bfloat16 or float16."""
+    return _has_triton() and all(
+        tensor.device.type == "cuda" and tensor.is_contiguous() and SAFETENSORS_DTYPES.get(tensor.dtype) in CODES for tensor in tensors
+    )
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def form(
