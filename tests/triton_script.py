@@ -40,4 +40,4 @@ def compare(device: str) -> int:
 
 
 if __name__ == "__main__":
-    print(compare(sys.argv[1]))
+    sys.stdout.write(str(compare(sys.argv[1])))
