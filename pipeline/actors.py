@@ -143,17 +143,17 @@ class ActorComposite:
                     until = until or time.monotonic() + GRACE_S
         if not failures:
             return list(ray.get(list(waiting)))
-        rank, error = _choose(failures)
-        cause = _cause(error)
+        rank, failure = _choose(failures)
+        cause = _cause(failure)
         if not isinstance(cause, MmergeError) or isinstance(cause, RankLost) or len(failures) < len(waiting):
             actors, self._actors = self._actors, []
             self._end(actors)
-        if isinstance(error, (ActorDiedError, ActorUnavailableError)):
-            first = str(error).strip().splitlines()[0]
+        if isinstance(failure, (ActorDiedError, ActorUnavailableError)):
+            first = str(failure).strip().splitlines()[0]
             raise RankLost(
                 f"rank {rank} of {len(waiting)}: its Ray actor ended ({first}). The others were ended too; load again"
-            ) from error
-        raise cause from error
+            ) from failure
+        raise cause from failure
 
 
 def _choose(failures: dict[int, BaseException]) -> tuple[int, BaseException]:

@@ -6,6 +6,8 @@ import mmap
 from collections.abc import Sequence
 from contextlib import suppress
 from math import prod
+from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -24,3 +26,12 @@ def empty_host(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     raw = torch.frombuffer(mapped, dtype=torch.uint8)
     start = -raw.data_ptr() % LARGE_PAGE_BYTES
     return raw[start : start + num_bytes].view(dtype).reshape(tuple(shape))
+
+
+def resident_bytes(which: Literal["VmRSS", "VmHWM"]) -> int:
+    """Return the memory of this process that is resident, or was at most (VmHWM), in bytes; 0 where the system does not say."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{which}:"):
+                return int(line.split()[1]) * 1024
+    return 0
