@@ -27,6 +27,7 @@ import yaml
 from blake3 import blake3
 from checkpoints import SHAPES as BUILD_SHAPES
 from checkpoints import Shape, make_checkpoints
+from measure import touch_free_memory
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -65,9 +66,29 @@ def main() -> None:
         found |= measure_memory(stores["mmer"], dtype)
     for name, value in found.items():
         print(f"{name:<52} {value:.4g}" if isinstance(value, float) else f"{name:<52} {value}")
+    print_limits(found)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(found, indent=2))
+
+
+LIMITS = {
+    "load.mmer.cold.to_raw.wall_ratio": 1.25,
+    "load.mmer.warm.to_raw.wall_ratio": 1.25,
+    "load.linear.cold.to_raw.wall_ratio": 1.25,
+    "load.linear.warm.to_raw.wall_ratio": 1.25,
+    "speed.packed.prefill.wall_ratio": 1.3,
+    "speed.packed.decode.wall_ratio": 1.05,
+}
+"""What the project promises on a CPU; for CPU time too, which other work on the machine changes less."""
+
+
+def print_limits(found: dict[str, Any]) -> None:
+    """Print every promised ratio that was measured, of time on the clock and of CPU time, and whether it is kept."""
+    for name, limit in LIMITS.items():
+        for key in (name, name.replace("wall_ratio", "cpu_ratio")):
+            if key in found:
+                print(f"{key:<52} {found[key]:.3f}  limit {limit}  {'kept' if found[key] <= limit else 'NOT KEPT'}")
 
 
 def build(folder: Path, shape: str) -> dict[str, str]:
@@ -105,9 +126,10 @@ def least(rounds: int, *actions: Callable[[], Any], before: Callable[[], None] =
         for found, action in zip(best, actions, strict=True):
             before()
             wall, cpu = time.perf_counter(), time.process_time()
-            action()
+            kept = action()  # what is read or loaded is given back outside of the time
             found.wall = min(found.wall, time.perf_counter() - wall)
             found.cpu = min(found.cpu, time.process_time() - cpu)
+            del kept
     return best
 
 
@@ -138,16 +160,22 @@ def measure_loading(stores: dict[str, str], folder: Path, rounds: int) -> dict[s
         reader = BuildReader(uri)
         rows = [row for rows in reader._rows.values() for row in rows]
 
-        def read(row: Any, reader: BuildReader = reader) -> int:
-            return len(reader.store.read_range(row.object, offset=row.offset, num_bytes=row.num_bytes))
+        def read(row: Any, uri: str = uri) -> torch.Tensor:
+            # Into memory of the destination, which must be faulted in as the model's must: not into a buffer that is used again.
+            target = torch.empty(row.num_bytes, dtype=torch.uint8)
+            with (Path(uri) / row.object).open("rb", buffering=0) as file:
+                file.seek(row.offset)
+                file.readinto(target.numpy())  # type: ignore[attr-defined]
+            return target
 
-        def read_and_digest(row: Any, reader: BuildReader = reader) -> str:
-            return str(blake3(reader.store.read_range(row.object, offset=row.offset, num_bytes=row.num_bytes)).hexdigest())
+        def read_and_digest(row: Any, read: Callable[[Any], torch.Tensor] = read) -> torch.Tensor:
+            target = read(row)
+            blake3(target.numpy()).hexdigest()
+            return target
 
-        def read_all(action: Callable[[Any], Any], rows: list[Any] = rows) -> None:
+        def read_all(action: Callable[[Any], Any], rows: list[Any] = rows) -> list[Any]:
             with ThreadPoolExecutor(READ_THREADS) as pool:
-                for _ in pool.map(action, rows):
-                    pass
+                return list(pool.map(action, rows))
 
         actions: list[Callable[[], Any]] = [
             lambda read_all=read_all, read=read: read_all(read),
@@ -158,8 +186,15 @@ def measure_loading(stores: dict[str, str], folder: Path, rounds: int) -> dict[s
             actions.append(lambda: AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16))
         for state in ("warm", "cold"):
             folders = [Path(uri), folder / "base"] if state == "cold" else []
-            times = least(rounds, *actions, before=lambda folders=folders: [drop_from_cache(each) for each in folders] and None)
-            found[f"load.{method}.bytes"] = float(sum(row.num_bytes for row in rows))
+            num_bytes = sum(row.num_bytes for row in rows)
+
+            def prepare(folders: list[Path] = folders, num_bytes: int = num_bytes) -> None:
+                for each in folders:
+                    drop_from_cache(each)
+                touch_free_memory(2 * num_bytes)  # for each side alike
+
+            times = least(rounds, *actions, before=prepare)
+            found[f"load.{method}.bytes"] = float(num_bytes)
             found |= compare(f"load.{method}.{state}.to_raw", times[2], times[0])
             found |= compare(f"load.{method}.{state}.to_raw_with_digests", times[2], times[1])
             if method == "linear":

@@ -28,6 +28,7 @@ from mmerge.manifests.ahead import CHUNK_BYTES, PART_BYTES, ForwardReader, OnPar
 from mmerge.manifests.connect import make_client, read_limits, scheme_of
 from mmerge.manifests.errors import NotFound, StoreError, StoreUnavailable
 from mmerge.manifests.folder import Folder, FolderWriter, is_partial
+from mmerge.manifests.mapped import read_mapped
 from mmerge.manifests.translate import Translated, first_line
 
 WRITER_BUFFER_BYTES = 8 << 20
@@ -133,6 +134,28 @@ class Store:
             return data, whole
 
         return self._retry(key, read_once)
+
+    def read_blocks(self, key: str, *, offset: int, num_bytes: int, block_bytes: int) -> Iterator[memoryview]:
+        """Yield the bytes of `read_range` in blocks, to be read from while each is the current one: of a local file without a copy.
+
+        Raises NotFound, StoreError when the object is shorter or cannot be read.
+        """
+        if self._folder is None:
+            data = self.read_range(key, offset=offset, num_bytes=num_bytes)
+            yield from (data[start : start + block_bytes] for start in range(0, num_bytes, block_bytes))
+            return
+        with self.translated(key):
+            path = self._folder.place(check_key(key))
+            blocks = read_mapped(path, offset=offset, num_bytes=num_bytes, block_bytes=block_bytes) if num_bytes else iter(())
+        while True:
+            try:
+                with self.translated(key):
+                    block = next(blocks, None)
+            except EOFError as end:
+                raise StoreError(f"{self.uri}: {key}: asked for bytes {offset} to {offset + num_bytes}, it ends at {end}") from None
+            if block is None:
+                return
+            yield block
 
     def read_forward(self, key: str, *, offset: int, num_bytes: int, start: int, stop: int) -> memoryview:
         """Like `read_range`, for a reader that goes through bytes `start` to `stop` in order: the next ones are fetched meanwhile.

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mmerge.manifests.errors import MmergeError
     from mmerge.manifests.manifest import Manifest
     from mmerge.manifests.verify import VerifyReport, verify
+    from mmerge.pipeline.actors import ActorComposite, load_on_actors
     from mmerge.pipeline.build import RunReport, run
     from mmerge.pipeline.executor import open_executor
     from mmerge.pipeline.plan import MergePlan, make_plan
@@ -41,9 +42,12 @@ _PLACES = {
     "load_composite": "mmerge.workers.load",
     "Part": "mmerge.workers.prompt",
     "export": "mmerge.workers.export",
+    "ActorComposite": "mmerge.pipeline.actors",
+    "load_on_actors": "mmerge.pipeline.actors",
 }
 
 __all__ = [
+    "ActorComposite",
     "Composite",
     "Manifest",
     "MergePlan",
@@ -54,6 +58,7 @@ __all__ = [
     "VerifyReport",
     "export",
     "load_composite",
+    "load_on_actors",
     "make_plan",
     "make_recipe_schema",
     "open_executor",

@@ -174,8 +174,8 @@ def generate(
     from mmerge.workers.ranks import open_ranks
 
     ranks = open_ranks(device=device)
-    composite = _load(uri, ranks, expert, device, policy, dtype, gpus)
-    with _one_voice(ranks):
+    with _closing(ranks), _one_voice(ranks):
+        composite = _load(uri, ranks, expert, device, policy, dtype, gpus)
         made = [composite.prompt(text, parts) for text, parts in asked]
         if stream:
             for piece in composite.stream(made[0], max_new_tokens=max_new_tokens, **options):
@@ -184,6 +184,16 @@ def generate(
         else:
             for answer in composite.generate_batch(made, max_new_tokens=max_new_tokens, **options):
                 _say(ranks, answer)
+
+
+@contextmanager
+def _closing(ranks: Ranks) -> Iterator[None]:
+    """End the exchange with the other ranks whatever happens: its threads must not outlive the work."""
+    try:
+        yield
+    except BaseException:
+        ranks.close(wait=False)
+        raise
     ranks.close()
 
 

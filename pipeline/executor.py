@@ -68,11 +68,12 @@ class RayExecutor(Executor):
             return
         if store_uri.startswith("memory://"):
             raise StoreError(f"{store_uri}: other processes cannot see it. Use --executor serial, or another 'output'")
-        self._start()
+        self.connect()
         self._check_memory(tasks)
         yield from dispatch(tasks, RayCluster(store_uri), policy=self.policy, nodes=self._nodes)
 
-    def _start(self) -> None:
+    def connect(self) -> None:
+        """Connect this process to the cluster, unless it is connected. Raises MmergeError when it cannot be reached."""
         if self._started:
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

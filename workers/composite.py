@@ -24,11 +24,15 @@ Cache = Literal["dynamic", "static"]
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What one rank read from the store, and how long it took to load."""
+    """What one rank read from the store, how long it took to load, and how much memory its process had."""
 
     rank: int
     bytes_read: int
     seconds: float
+    start_bytes: int = 0
+    """Resident memory of the process before it loaded (Python, torch, transformers); 0 where the system does not say."""
+    peak_bytes: int = 0
+    """Most that was resident until it was loaded (VmHWM): pages of mapped files count while they are being read."""
 
 
 class Composite:

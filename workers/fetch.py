@@ -15,7 +15,8 @@ from mmerge.workers.division import Division, Part
 from mmerge.workers.masks import pack_mask, pack_rows, unpack_rows
 from mmerge.workers.ranks import Ranks
 from mmerge.workers.reader import HEAD_NAME, BuildReader
-from mmerge.workers.routing import Policy, RoutedWeights
+from mmerge.workers.routed_read import read_routed
+from mmerge.workers.routing import Policy
 
 WINDOW_BYTES = 256 << 20
 """Stored bytes that are read ahead of what is being placed: host memory beside the model, or one tensor if that is larger."""
@@ -92,17 +93,9 @@ class Fetcher:
         if item.kind == "bias":
             experts = [reader.rebuild(name, expert).to(self.dtype) for expert in reader.expert_names]
             return {"text": reader.text_weight(name).to(self.dtype), "experts": torch.stack(experts)}
-        weights = self.read_routed(name)
+        weights = read_routed(reader, name, dtype=self.dtype, policy=self.policy)
         found = {"text": weights.text, "delta": weights.delta, "masks": weights.masks, "modalities": weights.modalities}
         return {name: value for name, value in found.items() if value is not None}
-
-    def read_routed(self, name: str) -> RoutedWeights:
-        """Return what the RoutedLinear of a matrix holds, on one rank."""
-        reader = self.reader
-        base = reader.read(name, "base")
-        masks = torch.stack([pack_rows(reader.read_packed_mask(name, expert), base.shape) for expert in reader.expert_names])
-        rescalers = [reader.rescaler(expert) for expert in reader.expert_names]
-        return RoutedWeights.make(base, reader.read(name, "delta"), masks, dtype=self.dtype, policy=self.policy, rescalers=rescalers)
 
     def own_head(self) -> Item | None:
         """Return the head of an expert whose base is tied and has none, if the expert has one."""

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,12 @@ def form_rows(
                 else:
                     _spread(packed, bits)
                     _add(bits.view(np.uint8), factors[expert], expert == 0, length, share)
+            if are_small and base_code == 1 and delta_code == 1 and out_code == 1:
+                where = slice(begin, begin + length)
+                _combine_bfloat16(
+                    base[row].view(np.uint16)[where], delta[row].view(np.uint16)[where], counts, divisor, out[row].view(np.uint16)[where]
+                )
+                continue
             for start in range(0, length, TILE_ENTRIES):
                 count = min(TILE_ENTRIES, length - start)
                 widen(base[row], base_code, begin + start, count, values)
@@ -52,6 +59,21 @@ def form_rows(
                     _to_share(counts[start : start + count], count, share[start : start + count])
                 _combine(values, share[start : start + count], divisor, change, count)
                 narrow(values, out_code, count, out[row], begin + start)
+
+
+@compiled
+def _combine_bfloat16(base: Any, delta: Any, counts: Any, divisor: Any, out: Any) -> None:
+    """Widen, combine and narrow as the tiles do, in one loop whose values stay in registers; all three are bfloat16 as uint16."""
+    counts = counts[: out.shape[0]]
+    for i in range(out.shape[0]):
+        # Each step is cast: integers of 32 bits that meet become 64 wide, and halve the vectors.
+        value = np.uint32(np.uint32(base[i]) << np.uint32(16)).view(np.float32)
+        change = np.uint32(np.uint32(delta[i]) << np.uint32(16)).view(np.float32)
+        word = np.float32(value + (np.float32(counts[i]) / divisor) * change).view(np.uint32)
+        odd = np.uint32(np.uint32(word >> np.uint32(16)) & np.uint32(1))
+        rounded = np.uint32(np.uint32(word + np.uint32(np.uint32(0x7FFF) + odd)) >> np.uint32(16))
+        is_nan = np.uint32(word & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+        out[i] = np.uint16(0x7FC0) if is_nan else np.uint16(rounded)
 
 
 @compiled
@@ -123,6 +145,18 @@ def can_form(*tensors: torch.Tensor) -> bool:
     return all(
         tensor.device.type == "cpu" and tensor.is_contiguous() and SAFETENSORS_DTYPES.get(tensor.dtype) in CODES for tensor in tensors
     )
+
+
+def can_form_on_device(*tensors: torch.Tensor) -> bool:
+    """Return whether the Triton kernel takes these tensors: contiguous, on one CUDA device, float32, bfloat16 or float16."""
+    return _has_triton() and all(
+        tensor.device.type == "cuda" and tensor.is_contiguous() and SAFETENSORS_DTYPES.get(tensor.dtype) in CODES for tensor in tensors
+    )
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def form(

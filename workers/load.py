@@ -16,6 +16,7 @@ from mmerge.workers.composite import Composite, LoadReport
 from mmerge.workers.division import Division
 from mmerge.workers.encoders import Encoder, RankEncoder, load_encoder
 from mmerge.workers.fetch import Fetcher, Item, deliver, read_ahead, share_out
+from mmerge.workers.host_memory import resident_bytes
 from mmerge.workers.load_adapters import route_adapters
 from mmerge.workers.media import load_tokenizer, make_config, make_model
 from mmerge.workers.parallel import join_ranks, spread_layers
@@ -110,7 +111,7 @@ class _Loader:
         self.stages = stages
 
     def load(self) -> Composite:
-        began = time.monotonic()
+        began, start_bytes = time.monotonic(), resident_bytes("VmRSS")
         owner = f"expert {self.expert!r}" if self.expert else "base"
         files = self._read_files(self.manifest.to_expert(self.expert).files if self.expert else self.manifest.base.files)
         if "config.json" not in files:
@@ -119,7 +120,7 @@ class _Loader:
         owners = share_out([self._encoder_bytes(name) for name in names], num_ranks=self.ranks.num_ranks)
         model = self._load_language_model(make_config(files, owner=owner), owner, dict(zip(names, owners, strict=True)))
         encoders = {name: self._load_encoder(name, model.config.hidden_size, rank) for name, rank in zip(names, owners, strict=True)}
-        report = LoadReport(self.ranks.rank, self.reader.bytes_read, time.monotonic() - began)
+        report = LoadReport(self.ranks.rank, self.reader.bytes_read, time.monotonic() - began, start_bytes, resident_bytes("VmHWM"))
         return Composite(
             manifest=self.manifest,
             expert=self.expert,

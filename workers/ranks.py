@@ -140,6 +140,10 @@ def open_ranks(*, device: str = "cpu", timeout_s: float = DEFAULT_TIMEOUT_S) -> 
         return ProcessRanks()
     if not in_torchrun():
         return Ranks()
+    # This module's functions have the default group, as it is when they are imported (models of transformers do that), as a default:
+    # a group made before would live on in them behind its end, and its threads abort a process at its exit now and then.
+    import torch.distributed.nn
+
     is_cuda = device.startswith("cuda")
     if is_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from threading import Lock
 
+import numpy as np
 import torch
 from blake3 import blake3
 
@@ -17,12 +18,15 @@ from mmerge.manifests.reference import open_build
 from mmerge.manifests.store import Store
 from mmerge.manifests.table import StoredRow, read_table
 from mmerge.manifests.verify import group_rows
-from mmerge.workers.dtypes import TORCH_DTYPES, view_tensor
+from mmerge.workers.dtypes import TORCH_DTYPES
+from mmerge.workers.host_memory import empty_host
 from mmerge.workers.kernels_form import can_form, form
 from mmerge.workers.low_rank import LowRank, add_adapters
 from mmerge.workers.masks import pack_mask, pack_rows, unpack_mask
 
 HEAD_NAME = "lm_head.weight"
+BLOCK_BYTES = 1 << 20
+"""Bytes that are digested and copied at once: the copy finds them in a cache."""
 
 
 class BuildReader:
@@ -80,7 +84,7 @@ class BuildReader:
     def shape(self, name: str, role: Role, expert: str = "") -> tuple[int, ...]:
         """Return the shape of a tensor."""
         rows = self._pieces(name, role, expert)
-        return (rows[-1].row_stop, *rows[0].shape[1:]) if rows[0].shape else ()
+        return (rows[-1].row_stop - rows[0].row_start, *rows[0].shape[1:]) if rows[0].shape else ()  # rows that were added begin later
 
     def dtype_of(self, name: str, role: Role, expert: str = "") -> torch.dtype:
         """Return the dtype in which a tensor is stored."""
@@ -92,8 +96,15 @@ class BuildReader:
 
     def read(self, name: str, role: Role, expert: str = "") -> torch.Tensor:
         """Return one stored tensor. Raises DamagedObject when its bytes are not what the manifest says."""
-        pieces = [view_tensor(self._read_piece(row), row.dtype).reshape(row.shape) for row in self._pieces(name, role, expert)]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        rows = self._pieces(name, role, expert)
+        out = empty_host(self.shape(name, role, expert), TORCH_DTYPES[rows[0].dtype])
+        raw, start = out.reshape(-1).view(torch.uint8).numpy() if out.numel() else None, 0
+        for row in rows:
+            for block in self.read_blocks(row, block_bytes=BLOCK_BYTES):
+                assert raw is not None
+                np.copyto(raw[start : start + len(block)], np.frombuffer(block, np.uint8))  # memoryviews would hold the lock
+                start += len(block)
+        return out
 
     def rescaler(self, expert: str) -> float:
         """Return the factor on an expert's masked τ⋆; 1 for methods that have none."""
@@ -103,7 +114,7 @@ class BuildReader:
     def read_packed_mask(self, name: str, expert: str) -> torch.Tensor:
         """Return an expert's mask of one tensor, packed (uint8, see workers/masks.py)."""
         rows = self._pieces(name, "mask", expert)
-        packed = [view_tensor(self._read_piece(row), "U8") for row in rows]
+        packed = [self._read_packed(row) for row in rows]
         if len(rows) == 1:
             return packed[0]
         return pack_mask(torch.cat([unpack_mask(bits, row.shape) for bits, row in zip(packed, rows, strict=True)]))
@@ -169,11 +180,28 @@ class BuildReader:
             raise ManifestError(f"{self.uri}: the build has no {role} tensor {name}" + (f" of expert {expert!r}" if expert else ""))
         return rows
 
-    def _read_piece(self, row: StoredRow) -> memoryview:
+    def _read_packed(self, row: StoredRow) -> torch.Tensor:
+        out, start = torch.empty(row.num_bytes, dtype=torch.uint8), 0
+        for block in self.read_blocks(row, block_bytes=BLOCK_BYTES):
+            np.copyto(out.numpy()[start : start + len(block)], np.frombuffer(block, np.uint8))
+            start += len(block)
+        return out
+
+    def pieces(self, name: str, role: Role, expert: str = "") -> Sequence[StoredRow]:
+        """Return where the pieces of a tensor lie, in order."""
+        return self._pieces(name, role, expert)
+
+    def read_blocks(self, row: StoredRow, *, block_bytes: int) -> Iterator[memoryview]:
+        """Yield the bytes of a piece in blocks, each to be read from while it is the current one.
+
+        Raises DamagedObject, behind the last block where the digest is not the manifest's: what was made of the blocks is then void.
+        """
         digest = blake3()
         try:
             self._check_object(row.object)
-            data = self.store.read_range(row.object, offset=row.offset, num_bytes=row.num_bytes, on_part=digest.update)
+            for block in self.store.read_blocks(row.object, offset=row.offset, num_bytes=row.num_bytes, block_bytes=block_bytes):
+                digest.update(block)
+                yield block
         except NotFound as error:
             raise DamagedObject(
                 f"{self.store.uri}: {row.object} is missing; it holds {row.name}. Run the recipe again with --fresh"
@@ -188,7 +216,6 @@ class BuildReader:
             raise DamagedObject(f"{self.store.uri}: {row.object}: {row.name} ({row.role}) is damaged. Run the recipe again with --fresh")
         with self._count:
             self.bytes_read += row.num_bytes
-        return data
 
     def _check_object(self, key: str) -> None:
         """Compare size and header of an object with manifest and table before its first tensor is read."""

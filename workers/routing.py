@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from mmerge.workers.kernels_form import can_form, form
+from mmerge.workers.kernels_form import can_form, can_form_on_device, form
 from mmerge.workers.masks import unpack_rows
 
 TEXT = -1
@@ -233,6 +233,18 @@ def form_weight(
     if can_form(base, delta, out):
         form(base, delta, masks, factors=factors, divisor=divisor, out=out)
         return out
+    if can_form_on_device(base, delta, out):
+        from mmerge.workers.kernels_triton import form_on_device
+
+        form_on_device(base, delta, masks, factors=factors, divisor=divisor, out=out)
+        return out
+    return form_by_torch(base, delta, masks, factors=factors, divisor=divisor, out=out)
+
+
+def form_by_torch(
+    base: torch.Tensor, delta: torch.Tensor, masks: torch.Tensor, *, factors: Sequence[float], divisor: float, out: torch.Tensor
+) -> torch.Tensor:
+    """Write what `form_weight` returns to `out` and return it, on any device: the reference that the kernels are compared with."""
     share = torch.zeros(delta.shape, dtype=torch.float32, device=delta.device)
     for mask, factor in zip(masks, factors, strict=True):
         share += factor * unpack_rows(mask, delta.shape[1]).to(torch.float32)

@@ -1,0 +1,239 @@
+"""A composite held by several Ray actors in a placement group, one per device: tensor parallel, as with torchrun."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from mmerge.manifests.errors import MmergeError, PlacementError, RankLost
+from mmerge.pipeline.executor import RayExecutor
+from mmerge.workers.composite import Composite, LoadReport
+from mmerge.workers.load import Mode, load_composite
+from mmerge.workers.prompt import Part
+from mmerge.workers.ranks import DEFAULT_TIMEOUT_S, Ranks, open_ranks
+from mmerge.workers.routing import Policy
+
+GRACE_S = 10.0
+"""Seconds that the other ranks have to say what they saw when one has failed: the first to be heard need not be the cause."""
+START_TIMEOUT_S = 300.0
+
+
+class RankActor:
+    """One rank: a process with one device, that joins the others and makes the same calls."""
+
+    def __init__(self) -> None:
+        self._ranks = Ranks()
+        self._composite: Composite | None = None
+
+    def find_place(self) -> tuple[str, int]:
+        """Return this node's address and a port that is free on it, where the ranks meet if this is the first."""
+        with socket.socket() as free:
+            free.bind(("", 0))
+            return str(ray.util.get_node_ip_address()), int(free.getsockname()[1])
+
+    def find_pid(self) -> int:
+        """Return the process that this rank is, for those who watch it."""
+        return os.getpid()
+
+    def load(self, uri: str, *, rank: int, num_ranks: int, place: tuple[str, int], timeout_s: float, options: dict[str, Any]) -> None:
+        """Join the other ranks and load this one's part. The variables are those that torchrun sets; Ray shows each actor its own GPU as the first."""
+        address, port = place
+        names = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": num_ranks, "MASTER_ADDR": address, "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in names.items()})
+        self._ranks = open_ranks(device=options["device"], timeout_s=timeout_s)
+        self._composite = load_composite(uri, ranks=self._ranks, **options)
+
+    def reports(self) -> tuple[LoadReport, ...]:
+        """Return what each rank read."""
+        assert self._composite is not None
+        return self._composite.load_reports
+
+    def prompt(self, question: str, media: Sequence[Part]) -> list[Part]:
+        """See Composite."""
+        assert self._composite is not None
+        return self._composite.prompt(question, media)
+
+    def logits(self, parts: Sequence[Part]) -> torch.Tensor:
+        """See Composite; on the CPU, float32 for halves."""
+        assert self._composite is not None
+        return self._composite.logits(parts).cpu()
+
+    def generate_batch(self, prompts: Sequence[Sequence[Part]], options: dict[str, Any]) -> list[str]:
+        """See Composite."""
+        assert self._composite is not None
+        return self._composite.generate_batch(prompts, **options)
+
+    def close(self) -> None:
+        """End the exchange with the others."""
+        self._ranks.close()
+
+
+class ActorComposite:
+    """A composite on actors. Made by `load_on_actors`; a rank that fails to load or dies ends all of them, with one error."""
+
+    def __init__(self, actors: Sequence[Any], group: Any, executor: RayExecutor) -> None:
+        self._actors, self._group, self._executor = list(actors), group, executor
+        self.load_reports: tuple[LoadReport, ...] = ()
+        """Of every rank, by rank."""
+
+    def prompt(self, question: str, media: Sequence[Part] = ()) -> list[Part]:
+        """Return the parts of a prompt in the form that the recipe's templates give it."""
+        found: list[Part] = self._gather([self._actors[0].prompt.remote(question, list(media))])[0]
+        return found
+
+    def logits(self, parts: Sequence[Part]) -> torch.Tensor:
+        """Return the logits of every position of a prompt, [tokens, vocabulary]. Files are read by the actors, on their nodes."""
+        found: torch.Tensor = self._call("logits", list(parts))[0]
+        return found
+
+    def generate_batch(self, prompts: Sequence[Sequence[Part]], *, max_new_tokens: int = 64, **options: Any) -> list[str]:
+        """Return one answer per prompt. Options and errors as of `Composite.generate_batch`."""
+        given = {"max_new_tokens": max_new_tokens} | options
+        found: list[str] = self._call("generate_batch", [list(parts) for parts in prompts], given)[0]
+        return found
+
+    def close(self) -> None:
+        """End the actors and give their devices back."""
+        actors, self._actors = self._actors, []
+        if not actors:
+            return
+        with suppress(ray.exceptions.RayError):
+            ray.get([actor.close.remote() for actor in actors], timeout=GRACE_S)
+        self._end(actors)
+
+    def __enter__(self) -> ActorComposite:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _end(self, actors: Sequence[Any]) -> None:
+        for actor in actors:
+            ray.kill(actor)
+        remove_placement_group(self._group)
+        self._executor.close()
+
+    def _call(self, name: str, *arguments: Any) -> list[Any]:
+        return self._gather([getattr(actor, name).remote(*arguments) for actor in self._actors])
+
+    def _gather(self, waiting: Sequence[Any]) -> list[Any]:
+        """Return what every rank returns. When one is gone or out of step, all are ended and the error that says why is raised."""
+        if not waiting:
+            raise RankLost("this composite's actors have ended; load it again")
+        failures: dict[int, BaseException] = {}
+        left, until = list(waiting), None
+        while left and (until is None or time.monotonic() < until):
+            ready, left = ray.wait(left, timeout=None if until is None else max(0.0, until - time.monotonic()))
+            for each in ready:
+                try:
+                    ray.get(each)
+                except (RayTaskError, ActorDiedError, ActorUnavailableError) as error:
+                    failures[list(waiting).index(each)] = error
+                    until = until or time.monotonic() + GRACE_S
+        if not failures:
+            return list(ray.get(list(waiting)))
+        rank, failure = _choose(failures)
+        cause = _cause(failure)
+        if not isinstance(cause, MmergeError) or isinstance(cause, RankLost) or len(failures) < len(waiting):
+            actors, self._actors = self._actors, []
+            self._end(actors)
+        if isinstance(failure, (ActorDiedError, ActorUnavailableError)):
+            first = str(failure).strip().splitlines()[0]
+            raise RankLost(
+                f"rank {rank} of {len(waiting)}: its Ray actor ended ({first}). The others were ended too; load again"
+            ) from failure
+        raise cause from failure
+
+
+def _choose(failures: dict[int, BaseException]) -> tuple[int, BaseException]:
+    """Return the failure that is nearest to the cause: an actor that ended, then what is no consequence of another rank's end."""
+
+    def distance(item: tuple[int, BaseException]) -> tuple[int, int]:
+        rank, error = item
+        if isinstance(error, (ActorDiedError, ActorUnavailableError)):
+            return 0, rank
+        return (2 if isinstance(_cause(error), RankLost) else 1), rank
+
+    return min(failures.items(), key=distance)
+
+
+def _cause(error: BaseException) -> BaseException:
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    return cause if isinstance(cause, BaseException) else error
+
+
+def load_on_actors(
+    uri: str,
+    *,
+    num_ranks: int,
+    address: str | None = None,
+    mode: Mode = "expansion",
+    expert: str | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    policy: Policy = "packed",
+    cpus_per_rank: float = 1,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+) -> ActorComposite:
+    """Return the composite at `uri` on `num_ranks` Ray actors in one placement group (PACK), each with a part of every matrix.
+
+    Args:
+        uri: as of `load_composite`; every node must see it.
+        num_ranks: actors, and GPUs with `device="cuda"`.
+        address: of the Ray cluster; the one that this process is connected to or RAY_ADDRESS, else a local one, if absent.
+        mode, expert, dtype, policy: as of `load_composite`.
+        device: `cpu` (gloo) or `cuda` (nccl; one GPU per actor).
+        cpus_per_rank: cores that Ray counts for each.
+        timeout_s: seconds that a rank waits for the others before it gives up.
+
+    Raises:
+        PlacementError: the cluster has not the cores or GPUs, or the model cannot be divided over so many ranks.
+        RankLost: an actor ended.
+        ManifestError, StoreError, CheckpointError: as of `load_composite`.
+    """
+    executor = RayExecutor(address=address)
+    executor.connect()
+    bundle = {"CPU": cpus_per_rank} | ({"GPU": 1.0} if device == "cuda" else {})
+    group = placement_group([bundle] * num_ranks, strategy="PACK")
+    _await_group(group, bundle, num_ranks, executor)
+    actor_class = ray.remote(num_cpus=cpus_per_rank, num_gpus=bundle.get("GPU", 0))(RankActor)
+    actors = [
+        actor_class.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)).remote()
+        for rank in range(num_ranks)
+    ]
+    composite = ActorComposite(actors, group, executor)
+    try:
+        place = composite._gather([actors[0].find_place.remote()])[0]
+        options = {"mode": mode, "expert": expert, "device": device, "dtype": dtype, "policy": policy}
+        shared = {"num_ranks": num_ranks, "place": place, "timeout_s": timeout_s, "options": options}
+        composite._gather([actor.load.remote(uri, rank=rank, **shared) for rank, actor in enumerate(actors)])
+        composite.load_reports = composite._gather([actors[0].reports.remote()])[0]
+    except BaseException:
+        composite.close()
+        raise
+    return composite
+
+
+def _await_group(group: Any, bundle: dict[str, float], num_ranks: int, executor: RayExecutor) -> None:
+    """Wait until the placement group has its devices. Raises PlacementError at once where the cluster can never have them."""
+    total = ray.cluster_resources()
+    lacking = [name for name, amount in bundle.items() if total.get(name, 0) < amount * num_ranks]
+    if not lacking and group.wait(timeout_seconds=START_TIMEOUT_S):
+        return
+    remove_placement_group(group)
+    executor.close()
+    wanted = ", ".join(f"{amount * num_ranks:g} {name}" for name, amount in bundle.items())
+    there = ", ".join(f"{total.get(name, 0):g} {name}" for name in bundle)
+    state = "has" if lacking else f"did not have them free within {START_TIMEOUT_S:g} s; in all it has"
+    raise PlacementError(f"{num_ranks} ranks need {wanted}; the Ray cluster {state} {there}. Use fewer ranks, or a larger cluster")
