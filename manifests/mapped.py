@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+RELEASED_BYTES = 8 << 20
+"""Bytes that leave the map at once."""
 _POPULATE_READ = 22
 """MADV_POPULATE_READ of Linux 5.14, which Python does not name."""
 
@@ -38,12 +40,22 @@ def read_mapped(path: Path, *, offset: int, num_bytes: int, block_bytes: int) ->
         mapped = mmap.mmap(descriptor, offset + num_bytes - begin, prot=mmap.PROT_READ, offset=begin)
         view = memoryview(mapped)[offset - begin :]
         can_populate = True
+        released = 0
         for start in range(0, num_bytes, block_bytes):
             stop = min(start + block_bytes, num_bytes)
+            if start - released >= RELEASED_BYTES and can_populate:
+                released = _release(mapped, released, offset - begin + start)
             can_populate = can_populate and _populate(mapped, offset - begin + start, offset - begin + stop)
             yield view[start:stop] if can_populate else _pread(descriptor, offset + start, stop - start)
     finally:
         os.close(descriptor)
+
+
+def _release(mapped: mmap.mmap, first: int, last: int) -> int:
+    """Take what lies before `last` out of the map, so that pages which were read do not count as memory; return where that ends."""
+    last = last // mmap.PAGESIZE * mmap.PAGESIZE
+    mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
+    return last
 
 
 def _populate(mapped: mmap.mmap, start: int, stop: int) -> bool:

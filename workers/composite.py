@@ -30,7 +30,7 @@ class LoadReport:
     bytes_read: int
     seconds: float
     start_bytes: int = 0
-    """Resident memory of the process before it loaded (Python, torch, transformers); 0 where the system does not say."""
+    """Resident memory of the process before the first weight was read (Python, torch, transformers); 0 where the system does not say."""
     peak_bytes: int = 0
     """Most that was resident until it was loaded (VmHWM): pages of mapped files count while they are being read."""
 

@@ -106,12 +106,13 @@ class _Loader:
         self.fetcher = Fetcher(reader, expert=expert, dtype=dtype, policy=policy)
         self.routing = Routing()
         self.on_bytes = on_bytes
+        self.start_bytes = 0
         stages = placement.stages if placement is not None and placement.num_ranks == 1 else ()
         self.devices = [torch.device(stage.device) for stage in stages] or [torch.device(device)]
         self.stages = stages
 
     def load(self) -> Composite:
-        began, start_bytes = time.monotonic(), resident_bytes("VmRSS")
+        began = time.monotonic()
         owner = f"expert {self.expert!r}" if self.expert else "base"
         files = self._read_files(self.manifest.to_expert(self.expert).files if self.expert else self.manifest.base.files)
         if "config.json" not in files:
@@ -120,7 +121,7 @@ class _Loader:
         owners = share_out([self._encoder_bytes(name) for name in names], num_ranks=self.ranks.num_ranks)
         model = self._load_language_model(make_config(files, owner=owner), owner, dict(zip(names, owners, strict=True)))
         encoders = {name: self._load_encoder(name, model.config.hidden_size, rank) for name, rank in zip(names, owners, strict=True)}
-        report = LoadReport(self.ranks.rank, self.reader.bytes_read, time.monotonic() - began, start_bytes, resident_bytes("VmHWM"))
+        report = LoadReport(self.ranks.rank, self.reader.bytes_read, time.monotonic() - began, self.start_bytes, resident_bytes("VmHWM"))
         return Composite(
             manifest=self.manifest,
             expert=self.expert,
@@ -145,6 +146,7 @@ class _Loader:
         text.architectures = [find_text_class(text, owner=owner).__name__]
         text.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", getattr(text, "tie_word_embeddings", False)))
         model = make_skeleton(text, dtype=self.dtype, owner=owner)
+        self.start_bytes = resident_bytes("VmRSS")  # libraries are imported, no weight is read
         if head := self.fetcher.own_head():
             names = [*names, head.name]
         wanted = {name for name, _ in model.named_parameters()}
