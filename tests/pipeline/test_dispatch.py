@@ -43,17 +43,22 @@ class ScriptedCluster:
 
     def start(self, attempt: Attempt) -> None:
         self.log.append(attempt)
-        nodes = [f"n{index}" for index in range(self.num_nodes) if f"n{index}" not in attempt.avoid]
+        nodes = [f"n{index}" for index in range(self.num_nodes) if f"n{index}" not in attempt.avoid] or ["n0"]
         node = attempt.prefer or nodes[next(self._turn) % len(nodes)]
         if self.script.get((attempt.task.shard, attempt.number)) == "swallowed" and not self.swallowed:
             self.swallowed = True
             self.alive += 1
             return
+        if self.script.get((attempt.task.shard, attempt.number)) == "astray" and not self.swallowed:
+            self.swallowed = True
+            self.alive += 1
+            self._add(5, Event(attempt, "astray"))
+            return
         self._add(0, Event(attempt, "started", node))
         self.alive += 1
         self.most = max(self.most, self.alive)
         end = self.script.get((attempt.task.shard, attempt.number), "finish")
-        if end in ("finish", "swallowed"):
+        if end in ("finish", "swallowed", "astray"):
             self._add(10, Event(attempt, "finished", node, result=TaskResult(attempt.task.shard, attempt.task.num_bytes, False, 10.0)))
         elif end == "late":
             self._add(95, Event(attempt, "finished", node, result=TaskResult(attempt.task.shard, attempt.task.num_bytes, False, 95.0)))
@@ -79,7 +84,7 @@ class ScriptedCluster:
             self.clock += timeout
             return []
         self.clock, _, event = self.pending.pop(0)
-        self.alive -= event.kind != "started"
+        self.alive -= event.kind not in ("started", "astray")
         return [event]
 
 
@@ -158,6 +163,25 @@ def test_an_attempt_that_a_lost_node_swallowed_is_handed_out_anew_and_one_that_w
     run([make_task("long", num_bytes=200), make_task("a")], busy, Policy(deadline_seconds=1000))
     assert [attempt.task.shard for attempt in busy.log] == ["long", "a", "a"]
     assert busy.clock >= 1000, "it was left alone while the only core was busy"
+
+
+def test_what_was_on_its_way_to_a_node_that_is_gone_is_handed_out_anew_at_once_and_counts_as_no_attempt() -> None:
+    cluster = ScriptedCluster({("a", 1): "astray"})
+    assert isinstance(run([make_task("a")], cluster, Policy(deadline_seconds=60, max_attempts=1))["a"], TaskResult)
+    assert cluster.clock == 15
+    assert [attempt.number for attempt in cluster.log] == [1, 1]
+    assert cluster.cancelled == [("a", 1)]
+
+
+def test_a_node_where_an_attempt_is_overdue_gets_nothing_new_until_it_is_heard_of() -> None:
+    others = [make_task(f"s{index}") for index in range(40)]
+    cluster = ScriptedCluster({("a", 1): "late", ("a", 2): "hang", ("a", 3): "hang"}, slots=2, num_nodes=4)
+    nodes = {"a": "n0"} | {task.shard: "n1" for task in others[:20]} | {task.shard: "n0" for task in others[20:]}
+    run([make_task("a", num_bytes=200), *others], cluster, Policy(deadline_seconds=35), nodes=nodes)
+    second = next(index for index, attempt in enumerate(cluster.log) if attempt.number == 2)
+    assert not any(attempt.avoid for attempt in cluster.log[:second])
+    assert all("n0" in attempt.avoid and attempt.prefer != "n0" for attempt in cluster.log[second : second + 5])
+    assert cluster.log[-1].prefer == "n0", "it has ended its attempt after all"
 
 
 def test_the_deadline_follows_what_the_others_took() -> None:
