@@ -38,7 +38,7 @@ State = Literal["running", "finished", "failed", "interrupted"]
 
 
 class PhaseStatus(BaseModel):
-    """How far one phase is. `num_bytes` are bytes of input to read, `seconds` is summed over tasks."""
+    """How far one phase is. `num_bytes` are bytes of input to read, `seconds` is summed over tasks, `wall_seconds` on the driver's clock."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -50,6 +50,7 @@ class PhaseStatus(BaseModel):
     bytes_read: int = 0
     bytes_written: int = 0
     seconds: float = 0.0
+    wall_seconds: float = 0.0
 
 
 class RunStatus(BaseModel):
@@ -195,6 +196,7 @@ class RunRecord(Progress):
         self._store = store
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        self._began = time.monotonic()
         self._thread = threading.Thread(target=self._beat, name="mmerge-status", daemon=True)
 
     def __enter__(self) -> RunRecord:
@@ -215,6 +217,7 @@ class RunRecord(Progress):
     @override
     def begin(self, phase: str, *, num_bytes: int, num_tasks: int, num_reused: int) -> None:
         with self._lock:
+            self._began = time.monotonic()
             self.status.phases[phase] = PhaseStatus(num_tasks=num_tasks, num_reused=num_reused, num_bytes=num_bytes)
 
     @override
@@ -225,6 +228,7 @@ class RunRecord(Progress):
             found.bytes_read += result.num_bytes
             found.bytes_written += 0 if result.reused or result.entry is None else result.entry.object.num_bytes
             found.seconds += result.seconds
+            found.wall_seconds = time.monotonic() - self._began
 
     @override
     def fail(self, phase: str, shard: str, error: Exception) -> None:
