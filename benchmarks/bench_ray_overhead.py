@@ -19,7 +19,7 @@ import shutil
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from checkpoints import SHAPES, Shape, make_checkpoints
 from measure import descendants, touch_free_memory
 
 ROOT = Path(__file__).resolve().parent.parent
-WARM = Shape(hidden=256, ffn=512, layers=4, heads=4, kv_heads=4, vocabulary=64)
+WARM = Shape(hidden=256, ffn=512, layers=24, heads=4, kv_heads=4, vocabulary=64)
 TICK = os.sysconf("SC_CLK_TCK")
 
 
@@ -94,6 +94,7 @@ def main() -> int:
     parser.add_argument("--scope", choices=("model", "tensor"), default="model")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--nodes", type=int, default=1, help="raylets that share the workers")
     parser.add_argument("--forecast", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "ray-overhead.json")
     options = parser.parse_args()
@@ -105,22 +106,34 @@ def main() -> int:
     work = ROOT / "build" / "bench" / "ray-overhead"
     work.mkdir(parents=True, exist_ok=True)
     inputs = options.inputs
-    paths = sorted(inputs.iterdir()) if inputs else make_checkpoints(work.parent / options.shape / "inputs", SHAPES[options.shape], num_experts=3)
+    paths = (
+        sorted(inputs.iterdir())
+        if inputs
+        else make_checkpoints(work.parent / options.shape / "inputs", SHAPES[options.shape], num_experts=3)
+    )
     for path in paths:
         for file in path.glob("*.safetensors"):
             file.read_bytes()
     plan = make_bench_plan(paths, work / "store", options.scope)
-    print(f"{options.shape}: {plan.num_parameters / 1e9:.2f}e9 parameters, {plan.bytes_in / 1e9:.2f} GB in, {len(plan.merge_shards)} merge shards")
-    executors = {"serial": SerialExecutor(num_threads=options.workers), "ray": RayExecutor(num_workers=options.workers)}
+    print(
+        f"{options.shape}: {plan.num_parameters / 1e9:.2f}e9 parameters, {plan.bytes_in / 1e9:.2f} GB in, {len(plan.merge_shards)} merge shards"
+    )
+    cluster = start_cluster(options.nodes, options.workers) if options.nodes > 1 else None
+    ray = RayExecutor(address=cluster.address) if cluster else RayExecutor(num_workers=options.workers)
+    executors = {"serial": SerialExecutor(num_threads=options.workers), "ray": ray}
     small = make_bench_plan(make_checkpoints(work / "warm", WARM, num_experts=3), work / "warm-store", options.scope)
-    for executor in executors.values():
-        run(small, executor=executor, fresh=True)
+    run(small, executor=executors["serial"], fresh=True)
+    print(f"  start of the workers {build(small, work / 'warm-store', ray).status.start_seconds:.1f} s, the cluster's included")
+    task_seconds = min(measure_task_seconds(build(small, work / "warm-store", ray), options.workers) for _ in range(3))
+    print(f"  lost between two tasks of a core: {task_seconds * 1000:.1f} ms", flush=True)
     builds: dict[str, list[Build]] = {label: [] for label in executors}
     for _ in range(options.repeats):
         for label, executor in executors.items():
             builds[label].append(build(plan, work / "store", executor))
             print_phases(label, builds[label][-1])
-    executors["ray"].close()
+    ray.close()
+    if cluster:
+        cluster.shutdown()
     shutil.rmtree(work)
     row = make_row(builds, options)
     print(
@@ -128,11 +141,28 @@ def main() -> int:
         f"CPU {row['cpu_ratio_median'] - 1:+.1%}"
     )
     if options.forecast:
-        row |= forecast(plan, builds["ray"], options.workers)
+        row |= forecast(plan, builds["ray"], options, task_seconds)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     rows = json.loads(options.out.read_text()) if options.out.exists() else []
     options.out.write_text(json.dumps([*rows, row], indent=1) + "\n")
     return 0
+
+
+def start_cluster(num_nodes: int, num_workers: int) -> Any:
+    """Return a Ray cluster of several raylets on this machine, which share so many workers."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    for _ in range(num_nodes):
+        cluster.add_node(num_cpus=num_workers // num_nodes, object_store_memory=100 << 20)
+    return cluster
+
+
+def measure_task_seconds(found: Build, num_workers: int) -> float:
+    """Return what a core loses from one task to the next, seen on a build of many small tasks."""
+    phases = [phase for phase in found.status.phases.values() if phase.num_done]
+    lost = sum(phase.wall_seconds * num_workers - phase.seconds for phase in phases)
+    return max(lost, 0.0) / sum(phase.num_done for phase in phases)
 
 
 def make_row(builds: dict[str, list[Build]], options: argparse.Namespace) -> dict[str, Any]:
@@ -140,7 +170,7 @@ def make_row(builds: dict[str, list[Build]], options: argparse.Namespace) -> dic
     walls = {label: [found.wall_s for found in made] for label, made in builds.items()}
     cpus = {label: [found.cpu_s for found in made] for label, made in builds.items()}
     return {
-        "shape": options.shape, "scope": options.scope, "workers": options.workers, "machine": platform.machine(), "cores": os.cpu_count(),
+        "shape": options.shape, "scope": options.scope, "workers": options.workers, "nodes": options.nodes, "machine": platform.machine(), "cores": os.cpu_count(),
         "load": os.getloadavg()[0], "wall_s": walls, "cpu_s": cpus,
         "wall_ratio_best": min(walls["ray"]) / min(walls["serial"]),
         "wall_ratio_median": statistics.median(walls["ray"]) / statistics.median(walls["serial"]),
@@ -148,17 +178,21 @@ def make_row(builds: dict[str, list[Build]], options: argparse.Namespace) -> dic
     }  # fmt: skip
 
 
-def forecast(plan: Any, builds: list[Build], workers: int) -> dict[str, Any]:
-    """Return the simulated time of each run, with the rates of the run before it, beside the real one."""
+def forecast(plan: Any, builds: list[Build], options: argparse.Namespace, task_seconds: float) -> dict[str, Any]:
+    """Return how far the simulation is from each run, with the rates of that run and with those of the run before it."""
     from mmerge.pipeline.simulate import Nodes, simulate
     from mmerge.pipeline.status import to_rates
 
-    errors = []
-    for earlier, real in zip(builds, builds[1:], strict=False):
-        made = simulate(plan, Nodes(1, workers, 1e12, 1e12), rates=to_rates(earlier.status))
-        errors.append(made.seconds / real.wall_s - 1)
-        print(f"  forecast {made.seconds:.2f} s with the rates of the run before, real {real.wall_s:.2f} s ({errors[-1]:+.1%})")
-    return {"forecast_errors": errors}
+    nodes = Nodes(options.nodes, options.workers // options.nodes, 1e12, 1e12)
+    own, earlier = [], []
+    for index, real in enumerate(builds):
+        for label, errors, source in (("itself", own, real), ("the run before", earlier, builds[index - 1] if index else None)):
+            if source is not None:
+                rates = replace(to_rates(source.status), task_seconds=task_seconds)
+                seconds = simulate(plan, nodes, rates=rates).seconds
+                errors.append(seconds / real.wall_s - 1)
+                print(f"  forecast with the rates of {label}: {seconds:.2f} s, real {real.wall_s:.2f} s ({errors[-1]:+.1%})")
+    return {"task_seconds": task_seconds, "forecast_errors_own_rates": own, "forecast_errors_earlier_rates": earlier}
 
 
 if __name__ == "__main__":

@@ -72,6 +72,7 @@ def _sample(pid: int, peaks: list[int], stop: threading.Event) -> None:
 
 
 def descendants(pid: int) -> list[int]:
+    """Return this process and all below it."""
     found = [pid]
     for parent in found:
         try:

@@ -253,6 +253,13 @@ def test_simulated_time_is_that_of_arithmetic(nodes: Nodes, seconds: float, limi
     assert max(cluster.lost, key=lambda found: cluster.lost[found]) == limit  # type: ignore[call-overload]
 
 
+def test_equal_nodes_that_are_done_at_the_same_moment_get_equal_shares_of_what_is_left() -> None:
+    cluster = SimulatedCluster(Nodes(2, 8, 40.0, 1e9), task_seconds=0)
+    run([make_task(f"s{index}") for index in range(24)], cluster, Policy(deadline_seconds=float("inf")))
+    assert [machine.bytes_read for machine in cluster.machines] == [1200.0, 1200.0]
+    assert cluster.now() == pytest.approx(30.0), "three times what eight tasks take of one node's reading"
+
+
 def test_memory_bounds_how_many_tasks_a_node_runs_at_once() -> None:
     cluster = SimulatedCluster(Nodes(1, 8, 1e9, 1e9, memory=25), task_seconds=0)
     run([make_task(f"s{index}", peak_bytes=10) for index in range(8)], cluster, Policy(deadline_seconds=float("inf")))
@@ -263,7 +270,7 @@ def test_memory_bounds_how_many_tasks_a_node_runs_at_once() -> None:
 def test_a_forecast_counts_every_byte_that_the_plan_reads_and_writes_and_halves_with_twice_the_nodes(lab: Any) -> None:
     lab.config |= {"num_hidden_layers": 16}
     plan = make_plan(read_recipe(lab.write_recipe(lab.make_all())))
-    rates = Rates(survey=1e5, merge=1e5, carry=1e5, task_seconds=0, phase_seconds=0)
+    rates = Rates(survey=1e5, merge=1e5, carry=1e5, task_seconds=0, phase_seconds=0, start_seconds=0)
     one = simulate(plan, Nodes(1, 1, 1e12, 1e12), rates=rates)
     copied = sum(shard.num_bytes for shard in plan.copy_shards)
     merged = sum(shard.bytes_in for shard in plan.merge_shards)
@@ -272,6 +279,7 @@ def test_a_forecast_counts_every_byte_that_the_plan_reads_and_writes_and_halves_
     assert one.seconds == pytest.approx((plan.bytes_in + merged + copied) / 1e5)
     assert one.limit == "cores"
     assert one.memory_per_node == plan.peak_bytes
+    assert simulate(plan, one.nodes, rates=replace(rates, start_seconds=3)).seconds == pytest.approx(one.seconds + 3)
     two = simulate(plan, Nodes(2, 1, 1e12, 1e12), rates=rates)
     assert one.seconds / 2 <= two.seconds < one.seconds / 1.7
     assert simulate(plan, Nodes(1, 1, 1e12, 100.0), rates=rates).limit == "writing"
