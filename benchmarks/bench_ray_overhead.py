@@ -59,7 +59,7 @@ def build(plan: Any, store: Path, executor: Any) -> Build:
     from mmerge.pipeline.status import RunRecord, begin_run
 
     shutil.rmtree(store, ignore_errors=True)
-    touch_free_memory(4 << 30)
+    touch_free_memory(2 * plan.bytes_out)
     opened = open_store(str(store), create=True)
     before, began = read_cpu(), time.monotonic()
     with RunRecord(opened, begin_run(opened, "bench", exclusive=False)) as record:
@@ -113,7 +113,9 @@ def main() -> int:
     )
     for path in paths:
         for file in path.glob("*.safetensors"):
-            file.read_bytes()
+            with file.open("rb") as opened:  # into the page cache
+                while opened.read(64 << 20):
+                    pass
     plan = make_bench_plan(paths, work / "store", options.scope)
     print(
         f"{options.shape}: {plan.num_parameters / 1e9:.2f}e9 parameters, {plan.bytes_in / 1e9:.2f} GB in, {len(plan.merge_shards)} merge shards"

@@ -27,7 +27,7 @@ def hold(faults: Any) -> None:
 
 def await_held(faults: Any) -> None:
     for shard in HELD:
-        faults.await_event(shard=shard, seconds=120)
+        faults.await_event(shard=shard, seconds=240)
 
 
 def check_interrupted(store: Path, *, state: str, found: dict[str, str], wanted: dict[str, str]) -> None:
@@ -87,7 +87,10 @@ def test_ray_job_stop_leaves_no_orphan_and_the_next_submission_continues_at_once
     jobs._client.submit_job = submit_with_faults
     recipe = lab.write_recipe(raw)
     job, _ = jobs.submit(recipe, options=[])
-    await_held(faults)
+    try:
+        await_held(faults)
+    except pytest.fail.Exception:
+        pytest.fail(f"{jobs.find(job.id)}: {jobs._client.get_job_logs(job.id)} {faults.events()}")
     driver = int(json.loads(next((lab.folder / "store" / "runs" / "tiny").glob("*.status.json")).read_text())["pid"])
     command = [sys.executable, "-m", "ray.scripts.scripts", "job", "stop", job.id, "--address", ray_nodes.dashboard]
     environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
