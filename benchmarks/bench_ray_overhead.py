@@ -123,7 +123,7 @@ def main() -> int:
     cluster = start_cluster(options.nodes, options.workers) if options.nodes > 1 else None
     ray = RayExecutor(address=cluster.address) if cluster else RayExecutor(num_workers=options.workers)
     executors = {"serial": SerialExecutor(num_threads=options.workers), "ray": ray}
-    small = make_bench_plan(make_checkpoints(work / "warm", WARM, num_experts=3), work / "warm-store", options.scope)
+    small = make_bench_plan(make_checkpoints(work.parent / "warm" / "inputs", WARM, num_experts=3), work / "warm-store", options.scope)
     run(small, executor=executors["serial"], fresh=True)
     print(f"  start of the workers {build(small, work / 'warm-store', ray).status.start_seconds:.1f} s, the cluster's included")
     task_seconds = min(measure_task_seconds(build(small, work / "warm-store", ray), options.workers) for _ in range(3))
