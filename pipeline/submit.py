@@ -28,7 +28,7 @@ PACKAGES = ("manifests", "workers", "pipeline")
 WHEEL_TIME = (2020, 1, 1, 0, 0, 0)
 """Written into every wheel: the same code gives the same bytes, which a cluster then stores once."""
 ALIVE = ("PENDING", "RUNNING")
-READY_SECONDS = 60.0
+READY_SECONDS = 120.0
 """What a cluster that has only just been started may take until it accepts a job."""
 
 
@@ -130,7 +130,7 @@ class Jobs:
 
         Raises:
             RecipeError: the recipe is not valid.
-            MmergeError: the cluster refuses, is not ready within a minute, or `if_running` is "fail" and such a job lives.
+            MmergeError: the cluster refuses, is not ready within two minutes, or `if_running` is "fail" and such a job lives.
         """
         recipe = read_recipe(recipe_path)
         text = to_absolute(recipe_path, recipe)
