@@ -1,141 +1,200 @@
-"""Measure what Ray costs on one node: a build on a local cluster of one worker against `serial`, the cluster's start excepted.
+"""Measure what Ray costs on one node: builds on a local cluster of one node against `serial`, the cluster's start excepted.
 
-Both run in turn, from a fresh store each, over synthetic checkpoints; with --forecast the scheduler's simulation of the same runs,
-with the rates of the serial one, stands beside them.
+    python benchmarks/bench_ray_overhead.py --shape 1.1b --repeats 5 --forecast
+    python benchmarks/bench_ray_overhead.py --shape 1.1b --inputs build/bench/1.1b/inputs --out build/ray-overhead.json
+
+Both executors have the same number of cores, run in turn, from a fresh store each, in one process; workers have run a small build
+before. Wall time is what a user waits; the CPU time of all processes is told beside it, because it hardly depends on who else uses the
+machine. With --forecast the scheduler's simulation of the Ray run stands beside it, with the rates that the runs themselves measured.
+Prints a table, and writes one row of JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import shutil
 import statistics
 import sys
-import tempfile
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
+from checkpoints import SHAPES, Shape, make_checkpoints
+from measure import descendants, touch_free_memory
 
-SHAPES = {
-    "tiny": {"hidden": 512, "ffn": 1408, "layers": 8, "vocab": 4000},
-    "0.3b": {"hidden": 1024, "ffn": 2816, "layers": 22, "vocab": 16000},
-    "1.1b": {"hidden": 2048, "ffn": 5632, "layers": 22, "vocab": 32000},
-}
+ROOT = Path(__file__).resolve().parent.parent
+WARM = Shape(hidden=256, ffn=512, layers=24, heads=4, kv_heads=4, vocabulary=64)
+TICK = os.sysconf("SC_CLK_TCK")
 
 
-def write_checkpoints(folder: Path, shape: dict[str, int], num_experts: int) -> Path:
-    """Write a base and experts in bfloat16 and return the path of a recipe over them."""
-    hidden, ffn, layers, vocab = shape["hidden"], shape["ffn"], shape["layers"], shape["vocab"]
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "intermediate_size": ffn,
-        "num_hidden_layers": layers, "num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 512, "head_dim": 64,
-        "vocab_size": vocab, "tie_word_embeddings": False,
-    }  # fmt: skip
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (vocab, hidden),
-        "model.norm.weight": (hidden,),
-        "lm_head.weight": (vocab, hidden),
-    }
-    for layer in range(layers):
-        prefix = f"model.layers.{layer}."
-        shapes |= {
-            prefix + "input_layernorm.weight": (hidden,), prefix + "post_attention_layernorm.weight": (hidden,),
-            prefix + "self_attn.q_proj.weight": (hidden, hidden), prefix + "self_attn.o_proj.weight": (hidden, hidden),
-            prefix + "self_attn.k_proj.weight": (hidden // 8, hidden), prefix + "self_attn.v_proj.weight": (hidden // 8, hidden),
-            prefix + "mlp.gate_proj.weight": (ffn, hidden), prefix + "mlp.up_proj.weight": (ffn, hidden), prefix + "mlp.down_proj.weight": (hidden, ffn),
-        }  # fmt: skip
-    noise = torch.randn(1 << 22).mul_(0.02)
-    for number in range(num_experts + 1):
-        path = folder / ("base" if number == 0 else f"expert{number}")
-        path.mkdir()
-        generator = torch.Generator().manual_seed(number)
-        tensors = {}
-        for name, size in shapes.items():
-            entries = torch.Size(size).numel()
-            start = int(torch.randint(1 << 21, (1,), generator=generator))
-            tensors[name] = noise[start : start + (1 << 21)].repeat(entries // (1 << 21) + 1)[:entries].reshape(size).to(torch.bfloat16)
-        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-        (path / "config.json").write_text(json.dumps(config))
-    recipe = folder / "recipe.yaml"
-    experts = "".join(f"  e{number}: {{path: expert{number}, modality: m{number}}}\n" for number in range(1, num_experts + 1))
-    recipe.write_text(f"name: bench\nbase: base\nmethod: mmer\noutput: store\nexperts:\n{experts}")
-    return recipe
+@dataclass
+class Build:
+    """One measured build: seconds of wall, of CPU in all processes, and what its record says of each phase."""
+
+    wall_s: float
+    cpu_s: float
+    status: Any
 
 
-def measure(plan: Any, store: Path, executor: Any) -> tuple[float, Any]:
-    """Return the seconds of one build from nothing, and how each phase went."""
+def read_cpu() -> dict[int, float]:
+    """Return the seconds of CPU of this process and of all below it, by process id."""
+    found = {}
+    for pid in descendants(os.getpid()):
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        found[pid] = (int(fields[11]) + int(fields[12])) / TICK
+    return found
+
+
+def build(plan: Any, store: Path, executor: Any) -> Build:
+    """Return one build from nothing."""
     from mmerge.manifests.store import open_store
     from mmerge.pipeline import run
     from mmerge.pipeline.status import RunRecord, begin_run
 
     shutil.rmtree(store, ignore_errors=True)
+    touch_free_memory(2 * plan.bytes_out)
     opened = open_store(str(store), create=True)
+    before, began = read_cpu(), time.monotonic()
     with RunRecord(opened, begin_run(opened, "bench", exclusive=False)) as record:
-        began = time.monotonic()
         run(plan, executor=executor, progress=record)
-        return time.monotonic() - began, record.status
+    wall, after = time.monotonic() - began, read_cpu()
+    shutil.rmtree(store)
+    return Build(wall, sum(seconds - before.get(pid, 0.0) for pid, seconds in after.items()), record.status)
 
 
-def warm(executor: Any, folder: Path) -> None:
-    """Start the cluster and its worker with a build of next to nothing: their start is not what is measured."""
-    from mmerge.pipeline import make_plan, read_recipe, run
+def make_bench_plan(paths: list[Path], store: Path, scope: str) -> Any:
+    """Return the plan of an MMER merge of these checkpoints."""
+    from mmerge.pipeline import make_plan, parse_recipe
 
-    small = folder / "warm"
-    small.mkdir()
-    run(make_plan(read_recipe(write_checkpoints(small, {"hidden": 512, "ffn": 512, "layers": 1, "vocab": 64}, 2))), executor=executor)
+    experts = {path.name: {"path": str(path), "modality": path.name} for path in paths[1:]}
+    raw = {"name": "bench", "base": str(paths[0]), "method": "mmer", "output": str(store), "experts": experts, "scope": scope}
+    return make_plan(parse_recipe(raw, folder=store.parent))
+
+
+def print_phases(label: str, found: Build) -> None:
+    """Print where the wall time of a build went."""
+    phases = found.status.phases
+    told = ", ".join(f"{name} {phase.wall_seconds:.2f} s ({phase.seconds:.2f} in {phase.num_done} tasks)" for name, phase in phases.items())
+    outside = found.wall_s - sum(phase.wall_seconds for phase in phases.values())
+    print(f"  {label}: {found.wall_s:.2f} s, {found.cpu_s:.2f} s of CPU; {told}; between phases {outside:.2f} s", flush=True)
 
 
 def main() -> int:
-    """Print the measured times."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Print the measured times, and write them as a row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="1.1b")
-    parser.add_argument("--experts", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--workers", type=int, nargs="+", default=[1])
-    parser.add_argument("--folder", type=Path, default=None, help="where the checkpoints go; a temporary folder if absent")
+    parser.add_argument("--inputs", type=Path, default=None, help="a folder of base, expert0, … that exists; made if absent")
+    parser.add_argument("--scope", choices=("model", "tensor"), default="model")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--nodes", type=int, default=1, help="raylets that share the workers")
     parser.add_argument("--forecast", action="store_true")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "ray-overhead.json")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # as in a Ray worker: one core against one core
+    os.environ["RAY_AUTH_MODE"] = "disabled"
 
-    from mmerge.pipeline import make_plan, read_recipe
+    from mmerge.pipeline import run
     from mmerge.pipeline.executor import RayExecutor, SerialExecutor
+
+    work = ROOT / "build" / "bench" / "ray-overhead"
+    work.mkdir(parents=True, exist_ok=True)
+    inputs = options.inputs
+    paths = (
+        sorted(inputs.iterdir())
+        if inputs
+        else make_checkpoints(work.parent / options.shape / "inputs", SHAPES[options.shape], num_experts=3)
+    )
+    for path in paths:
+        for file in path.glob("*.safetensors"):
+            with file.open("rb") as opened:  # into the page cache
+                while opened.read(64 << 20):
+                    pass
+    plan = make_bench_plan(paths, work / "store", options.scope)
+    print(
+        f"{options.shape}: {plan.num_parameters / 1e9:.2f}e9 parameters, {plan.bytes_in / 1e9:.2f} GB in, {len(plan.merge_shards)} merge shards"
+    )
+    cluster = start_cluster(options.nodes, options.workers) if options.nodes > 1 else None
+    ray = RayExecutor(address=cluster.address) if cluster else RayExecutor(num_workers=options.workers)
+    executors = {"serial": SerialExecutor(num_threads=options.workers), "ray": ray}
+    small = make_bench_plan(make_checkpoints(work.parent / "warm" / "inputs", WARM, num_experts=3), work / "warm-store", options.scope)
+    run(small, executor=executors["serial"], fresh=True)
+    print(f"  start of the workers {build(small, work / 'warm-store', ray).status.start_seconds:.1f} s, the cluster's included")
+    task_seconds = min(measure_task_seconds(build(small, work / "warm-store", ray), options.workers) for _ in range(3))
+    print(f"  lost between two tasks of a core: {task_seconds * 1000:.1f} ms", flush=True)
+    builds: dict[str, list[Build]] = {label: [] for label in executors}
+    for _ in range(options.repeats):
+        for label, executor in executors.items():
+            builds[label].append(build(plan, work / "store", executor))
+            print_phases(label, builds[label][-1])
+    ray.close()
+    if cluster:
+        cluster.shutdown()
+    shutil.rmtree(work)
+    row = make_row(builds, options)
+    print(
+        f"Ray against serial, {options.workers} cores: best {row['wall_ratio_best'] - 1:+.1%}, median {row['wall_ratio_median'] - 1:+.1%}, "
+        f"CPU {row['cpu_ratio_median'] - 1:+.1%}"
+    )
+    if options.forecast:
+        row |= forecast(plan, builds["ray"], options, task_seconds)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    rows = json.loads(options.out.read_text()) if options.out.exists() else []
+    options.out.write_text(json.dumps([*rows, row], indent=1) + "\n")
+    return 0
+
+
+def start_cluster(num_nodes: int, num_workers: int) -> Any:
+    """Return a Ray cluster of several raylets on this machine, which share so many workers."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    for _ in range(num_nodes):
+        cluster.add_node(num_cpus=num_workers // num_nodes, object_store_memory=100 << 20)
+    return cluster
+
+
+def measure_task_seconds(found: Build, num_workers: int) -> float:
+    """Return what a core loses from one task to the next, seen on a build of many small tasks."""
+    phases = [phase for phase in found.status.phases.values() if phase.num_done]
+    lost = sum(phase.wall_seconds * num_workers - phase.seconds for phase in phases)
+    return max(lost, 0.0) / sum(phase.num_done for phase in phases)
+
+
+def make_row(builds: dict[str, list[Build]], options: argparse.Namespace) -> dict[str, Any]:
+    """Return the measured times and their ratios."""
+    walls = {label: [found.wall_s for found in made] for label, made in builds.items()}
+    cpus = {label: [found.cpu_s for found in made] for label, made in builds.items()}
+    return {
+        "shape": options.shape, "scope": options.scope, "workers": options.workers, "nodes": options.nodes, "machine": platform.machine(), "cores": os.cpu_count(),
+        "load": os.getloadavg()[0], "wall_s": walls, "cpu_s": cpus,
+        "wall_ratio_best": min(walls["ray"]) / min(walls["serial"]),
+        "wall_ratio_median": statistics.median(walls["ray"]) / statistics.median(walls["serial"]),
+        "cpu_ratio_median": statistics.median(cpus["ray"]) / statistics.median(cpus["serial"]),
+    }  # fmt: skip
+
+
+def forecast(plan: Any, builds: list[Build], options: argparse.Namespace, task_seconds: float) -> dict[str, Any]:
+    """Return how far the simulation is from each run, with the rates of that run and with those of the run before it."""
     from mmerge.pipeline.simulate import Nodes, simulate
     from mmerge.pipeline.status import to_rates
 
-    with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        folder = Path(name)
-        plan = make_plan(read_recipe(write_checkpoints(folder, SHAPES[options.shape], options.experts)))
-        print(
-            f"{options.shape}: {plan.num_parameters / 1e9:.2f}e9 parameters, {plan.bytes_in / 1e9:.2f} GB in, {len(plan.merge_shards)} merge shards"
-        )
-        rays = {workers: RayExecutor(num_workers=workers) for workers in options.workers}
-        if len(rays) > 1:
-            sys.exit("one Ray per process: give one number of workers a time")
-        times: dict[str, list[float]] = {}
-        statuses: dict[str, Any] = {}
-        for workers, executor in rays.items():
-            warm(executor, folder)
-            for _ in range(options.repeats):
-                for label, found in (("serial", SerialExecutor()), (f"ray, {workers} workers", executor)):
-                    seconds, statuses[label] = measure(plan, folder / "store", found)
-                    times.setdefault(label, []).append(seconds)
-                    print(f"  {label}: {seconds:.2f} s", flush=True)
-            executor.close()
-        best = {label: min(found) for label, found in times.items()}
-        for label, found in times.items():
-            print(f"{label}: best {best[label]:.2f} s, median {statistics.median(found):.2f} s")
-        for label in best:
-            if label != "serial":
-                print(f"{label} against serial: {best[label] / best['serial'] - 1:+.1%}")
-        if options.forecast:
-            for workers in rays:
-                made = simulate(plan, Nodes(1, workers, 1e12, 1e12), rates=to_rates(statuses["serial"]))
-                real = best[f"ray, {workers} workers"]
-                print(f"forecast for {workers} workers: {made.seconds:.2f} s, real {real:.2f} s ({made.seconds / real - 1:+.1%})")
-    return 0
+    nodes = Nodes(options.nodes, options.workers // options.nodes, 1e12, 1e12)
+    own, earlier = [], []
+    for index, real in enumerate(builds):
+        for label, errors, source in (("itself", own, real), ("the run before", earlier, builds[index - 1] if index else None)):
+            if source is not None:
+                rates = replace(to_rates(source.status), task_seconds=task_seconds)
+                seconds = simulate(plan, nodes, rates=rates).seconds
+                errors.append(seconds / real.wall_s - 1)
+                print(f"  forecast with the rates of {label}: {seconds:.2f} s, real {real.wall_s:.2f} s ({errors[-1]:+.1%})")
+    return {"task_seconds": task_seconds, "forecast_errors_own_rates": own, "forecast_errors_earlier_rates": earlier}
 
 
 if __name__ == "__main__":

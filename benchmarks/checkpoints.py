@@ -89,6 +89,8 @@ def _write(paths: list[Path], shape: Shape) -> None:
     def draw(sizes: tuple[int, ...]) -> torch.Tensor:
         start = int(torch.randint(POOL_ENTRIES, (), generator=generator))
         count = torch.Size(sizes).numel()
+        if start + count <= POOL_ENTRIES:
+            return pool[start : start + count].clone().reshape(sizes)
         return torch.cat([pool[start:], pool.repeat(-(-count // POOL_ENTRIES))])[:count].reshape(sizes)
 
     weight_maps: list[dict[str, str]] = [{} for _ in paths]

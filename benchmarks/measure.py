@@ -64,14 +64,15 @@ def measure(command: Sequence[str], *, environment: Mapping[str, str] | None = N
 def _sample(pid: int, peaks: list[int], stop: threading.Event) -> None:
     while not stop.wait(SAMPLE_SECONDS):
         resident = private = 0
-        for member in _descendants(pid):
+        for member in descendants(pid):
             sizes = _read_sizes(member)
             resident += sizes.get("VmRSS", 0)
             private += sizes.get("RssAnon", 0) + sizes.get("RssShmem", 0)
         peaks[0], peaks[1] = max(peaks[0], resident), max(peaks[1], private)
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
+    """Return this process and all below it."""
     found = [pid]
     for parent in found:
         try:

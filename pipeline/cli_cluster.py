@@ -138,7 +138,8 @@ def print_simulation(found: Simulation) -> None:
 
     nodes = found.nodes
     out.print(f"\n[bold]on {nodes.num_nodes} nodes with {nodes.num_cores} cores[/] (simulated, nothing there already)", highlight=False)
-    out.print(f"  {found.seconds:.0f} s for {found.num_tasks} tasks; limited by {found.limit}", highlight=False)
+    start = f", {found.start_seconds:.1f} s of them until workers are there" if found.start_seconds >= 0.05 else ""
+    out.print(f"  {found.seconds:.0f} s for {found.num_tasks} tasks{start}; limited by {found.limit}", highlight=False)
     out.print(
         f"  a node reads at most {to_size(found.bytes_read_per_node)}, writes {to_size(found.bytes_written_per_node)}, "
         f"needs {to_size(found.memory_per_node)} of memory",

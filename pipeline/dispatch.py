@@ -45,11 +45,12 @@ class Event:
     """Something happened to an attempt.
 
     `started` on `node`; `finished` with a result; `failed` with the task's own error; `lost` when its process, its node or its
-    memory was taken away, or the store could not be reached: another attempt may succeed.
+    memory was taken away, or the store could not be reached: another attempt may succeed; `astray` when it has not begun and may
+    be on its way to a node that is gone: it is handed out anew.
     """
 
     attempt: Attempt
-    kind: Literal["started", "finished", "failed", "lost"]
+    kind: Literal["started", "finished", "failed", "lost", "astray"]
     node: str = ""
     result: TaskResult | None = None
     error: Exception | None = None
@@ -137,6 +138,8 @@ class _Dispatch:
         self.largest = max((resources_of(task) for task in tasks), key=lambda found: (found.num_gpus, found.memory), default=None)
         self.rates: list[float] = []
         self.last_start = 0.0
+        self.silent: set[str] = set()
+        """Nodes not heard of since an attempt there was overdue: they may be cut off, and nobody may have noticed yet."""
 
     def run(self) -> Iterator[Outcome]:
         try:
@@ -177,13 +180,14 @@ class _Dispatch:
     def _start(self, state: _State) -> None:
         state.num_started += 1
         known = self.nodes.get(_place_of(state.task))
+        avoid = frozenset(state.avoid | self.silent)
         resources = resources_of(state.task)
         attempt = Attempt(
             task=state.task,
             number=state.num_started,
             resources=Resources(resources.num_cpus, resources.num_gpus, state.memory),
-            avoid=frozenset(state.avoid),
-            prefer=known if known not in state.avoid else None,
+            avoid=avoid,
+            prefer=known if known not in avoid else None,
         )
         state.running.append(_Running(attempt, submitted=self.cluster.now()))
         self.cluster.start(attempt)
@@ -196,8 +200,14 @@ class _Dispatch:
         if event.kind == "started":
             running.started = self.last_start = self.cluster.now()
             running.node = event.node
+            self.silent.discard(event.node)
+            return None
+        if event.kind == "astray":
+            self._restart(state, running)
             return None
         state.running.remove(running)
+        if event.kind != "lost":
+            self.silent.discard(running.node)
         if event.kind == "finished" and event.result is not None:
             self._learn(running, event.result)
             return self._finish(state, event.result)
@@ -276,6 +286,7 @@ class _Dispatch:
                 running.is_overdue = True
                 if running.node:
                     state.avoid.add(running.node)
+                    self.silent.add(running.node)
             if state.running and all(running.is_overdue for running in state.running) and state not in self.waiting:
                 if state.num_started >= self.policy.max_attempts:
                     seconds = self._deadline(state.task)
@@ -290,7 +301,7 @@ class _Dispatch:
                     self.waiting.appendleft(state)
 
     def _restart(self, state: _State, running: _Running) -> None:
-        """Hand a task out anew whose attempt never began though there is room: it went to a node that no longer answers."""
+        """Hand a task out anew whose attempt never began: it went to a node that no longer answers, and does not count."""
         self.cluster.cancel(running.attempt)
         state.running.remove(running)
         state.num_started -= 1

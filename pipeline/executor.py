@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import threading
@@ -24,6 +25,9 @@ ExecutorName = Literal["serial", "ray"]
 
 NODES_SECONDS = 2.0
 """How long a list of the cluster's nodes is used before it is taken again: nodes come and go while a build runs."""
+
+ANSWER_SECONDS = 60.0
+"""What it may take to read a task's small answer once it is there; its node may be cut off in between."""
 
 
 class Executor(Protocol):
@@ -132,7 +136,9 @@ class RayCluster:
         self._attempts: dict[Any, Attempt] = {}
         self._places: dict[Any, str] = {}
         self._nodes: list[dict[str, Any]] = []
-        self._counted = -NODES_SECONDS
+        self._counted = -math.inf
+        self._gone: set[str] = set()
+        self._num_astray = 0
 
     def now(self) -> float:
         """Return seconds of a monotonic clock."""
@@ -151,7 +157,7 @@ class RayCluster:
 
         resources = attempt.resources
         options: dict[str, Any] = {
-            "num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus, "memory": self._limit_memory(resources.memory),
+            "num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus, "memory": self._to_shape(resources.memory),
             "scheduling_strategy": "SPREAD", "name": f"{attempt.task.shard} (attempt {attempt.number})",
         }  # fmt: skip
         others = [node["NodeID"] for node in self._alive_nodes() if node["NodeID"] not in attempt.avoid and _fits(node, resources)]
@@ -175,13 +181,14 @@ class RayCluster:
         while True:
             left = NODES_SECONDS if end is None else min(NODES_SECONDS, max(0.0, end - self.now()))
             ready, _ = ray.wait(list(self._attempts), num_returns=1, timeout=left, fetch_local=False)
-            events = [self._read(stream) for stream in ready] or self._lose_dead_nodes()
+            events = [self._read(stream) for stream in ready] + self._lose_dead_nodes()
             if events or (end is not None and self.now() >= end):
                 return events
 
     def cancel(self, attempt: Attempt) -> None:
         """End an attempt with its process; a node that cannot be reached ends it when it hears of it, if ever."""
         for stream in [stream for stream, found in self._attempts.items() if found is attempt]:
+            self._num_astray += stream not in self._places
             self._drop(stream)
 
     def _drop(self, stream: Any) -> Attempt:
@@ -193,29 +200,45 @@ class RayCluster:
         return self._attempts.pop(stream)
 
     def _lose_dead_nodes(self) -> list[Event]:
-        """Return the attempts on nodes that are gone: after the end of a raylet Ray waits for its workers, which may live on and hang."""
+        """Return the attempts that nodes now gone have taken with them.
+
+        After the end of a raylet Ray waits for its workers, which may live on and hang; and what was on its way to a node that was
+        cut off, it waits for until the connection breaks, which takes minutes.
+        """
         alive = {node["NodeID"] for node in self._alive_nodes()}
         lost = [(stream, node) for stream, node in self._places.items() if node not in alive]
-        return [Event(self._drop(stream), "lost", node, error=MmergeError(f"node {node[:12]} is gone")) for stream, node in lost]
+        events = [Event(self._drop(stream), "lost", node, error=MmergeError(f"node {node[:12]} is gone")) for stream, node in lost]
+        if self._gone:
+            self._gone.clear()
+            self._num_astray += 1
+            events += [Event(attempt, "astray") for stream, attempt in self._attempts.items() if stream not in self._places]
+        return events
 
     def _alive_nodes(self) -> list[dict[str, Any]]:
         import ray
 
         if self.now() - self._counted > NODES_SECONDS:
+            before = {node["NodeID"] for node in self._nodes}
             self._nodes = [node for node in ray.nodes() if node["Alive"]]
+            self._gone |= before - {node["NodeID"] for node in self._nodes}
             self._counted = self.now()
         return self._nodes
 
-    def _limit_memory(self, memory: int) -> int:
-        """Return what to ask for: never more than the largest node has, or the attempt would wait for ever."""
-        return int(min(memory, max((node["Resources"].get("memory", memory) for node in self._alive_nodes()), default=memory)))
+    def _to_shape(self, memory: int) -> int:
+        """Return the memory to ask for: never more than the largest node has, or the attempt would wait for ever.
+
+        Ray asks for a worker per shape of task, not per task. Where such a request went to a node that was cut off, a new task of that
+        shape would wait for its answer as well. A byte less is another shape.
+        """
+        largest = max((node["Resources"].get("memory", memory) for node in self._alive_nodes()), default=memory)
+        return max(int(min(memory, largest)) - self._num_astray, 0)
 
     def _read(self, stream: Any) -> Event:
         """Return the next event of an attempt's stream: its node, then its result or its end."""
         import ray
 
         try:
-            value = ray.get(next(stream))
+            value = ray.get(next(stream), timeout=ANSWER_SECONDS)
         except StopIteration:
             event = Event(self._attempts[stream], "lost", error=MmergeError("it ended without a result"))
         except Exception as error:  # noqa: BLE001 - sorted out below; nothing but Ray's and the task's own errors comes here

@@ -33,7 +33,7 @@ class Nodes:
 
 @dataclass(frozen=True)
 class Rates:
-    """Bytes of input per second that one core gets through in each phase, and what is lost per task and per phase in seconds.
+    """Bytes of input per second that one core gets through in each phase, and seconds lost per run, per phase and per task.
 
     The defaults follow from what was measured on one core, one after the other: reading 5.7 GB/s, BLAKE3 5.5, exact histograms
     1.6, the fused merge 2.8, writing 4.1. A measured run knows better: `from_phases`.
@@ -45,7 +45,11 @@ class Rates:
     merge: float = 1.4 * GB
     carry: float = 1.3 * GB
     task_seconds: float = 0.01
+    """From the end of a task to the beginning of the next one on its core."""
     phase_seconds: float = 0.2
+    """Between phases, when only the driver works."""
+    start_seconds: float = 5.0
+    """Until the first worker has connected and imported what it needs; all workers start at once."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,8 @@ class Simulation:
     bytes_written_per_node: int
     memory_per_node: int
     num_tasks: int
+    start_seconds: float
+    """Of `seconds`, until the workers are there."""
 
 
 @dataclass
@@ -150,7 +156,7 @@ class SimulatedCluster(Cluster):
                 raise MmergeError(
                     "the simulated nodes are too small for the largest task. Give them more memory, or use a smaller --block-entries"
                 )
-            self._finish(heapq.heappop(self._ends))
+            self._finish_until(end)
         found, self._events = self._events, []
         return found
 
@@ -164,8 +170,14 @@ class SimulatedCluster(Cluster):
             heapq.heappop(self._ends)
         return self._ends[0][0] if self._ends else None
 
-    def _finish(self, end: tuple[float, int, int]) -> None:
-        self._clock, index = end[0], end[1]
+    def _finish_until(self, end: float) -> None:
+        """Let time pass to `end`, and end what is due on all nodes before anything else is placed: none of them is first."""
+        self._clock = end
+        while (following := self._next_end()) is not None and following <= end * (1 + 1e-9):
+            self._finish(heapq.heappop(self._ends)[1])
+        self._fill()
+
+    def _finish(self, index: int) -> None:
         machine = self.machines[index]
         self._pass_time(machine)
         # The one that was due, and whatever ends with it.
@@ -177,7 +189,6 @@ class SimulatedCluster(Cluster):
             result = TaskResult(task.shard, task.num_bytes, False, 0.0)
             self._events.append(Event(job.attempt, "finished", machine.name, result=result))
         self._plan(index)
-        self._fill()
 
     def _fill(self) -> None:
         while self._queue:
@@ -244,7 +255,7 @@ def simulate(plan: MergePlan, nodes: Nodes, *, rates: Rates | None = None) -> Si
         MmergeError: the nodes' memory does not hold the largest task.
     """
     rates = rates or Rates()
-    total, num_tasks = 0.0, 0
+    total, num_tasks = rates.start_seconds, 0
     phases: list[SimulatedPhase] = []
     lost: dict[Limit, float] = {}
     known: dict[str, str] = {}
@@ -269,6 +280,7 @@ def simulate(plan: MergePlan, nodes: Nodes, *, rates: Rates | None = None) -> Si
         bytes_read_per_node=round(max(machine.bytes_read for machine in cluster.machines)),
         bytes_written_per_node=round(max(machine.bytes_written for machine in cluster.machines)),
         memory_per_node=max(machine.peak_memory for machine in cluster.machines), num_tasks=num_tasks,
+        start_seconds=rates.start_seconds,
     )  # fmt: skip
 
 

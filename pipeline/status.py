@@ -38,7 +38,7 @@ State = Literal["running", "finished", "failed", "interrupted"]
 
 
 class PhaseStatus(BaseModel):
-    """How far one phase is. `num_bytes` are bytes of input to read, `seconds` is summed over tasks."""
+    """How far one phase is. `num_bytes` are bytes of input to read, `seconds` is summed over tasks, `wall_seconds` on the driver's clock."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -50,6 +50,7 @@ class PhaseStatus(BaseModel):
     bytes_read: int = 0
     bytes_written: int = 0
     seconds: float = 0.0
+    wall_seconds: float = 0.0
 
 
 class RunStatus(BaseModel):
@@ -69,6 +70,10 @@ class RunStatus(BaseModel):
     started: str = ""
     updated: str = ""
     heartbeat: int = 0
+    start_seconds: float = 0.0
+    """From the beginning of the first phase with work to its first result, without the seconds of that task: workers starting."""
+    wall_seconds: float = 0.0
+    """Of the whole run, once it has ended."""
     phases: dict[str, PhaseStatus] = Field(default_factory=dict)
     failures: list[str] = Field(default_factory=list)
     message: str | None = None
@@ -172,7 +177,9 @@ def _await_death(store: Store, name: str, number: int, clock: Callable[[], float
 
 
 def to_rates(status: RunStatus) -> Rates:
-    """Return the bytes per second and core of each phase that a run measured; the assumed ones where it computed nothing.
+    """Return what a run measured: bytes per second and core of each phase, seconds until workers were there, seconds between phases.
+
+    Where it computed nothing, and for the seconds lost per task, the assumed ones.
 
     Raises:
         ManifestError: the run computed nothing at all.
@@ -181,7 +188,10 @@ def to_rates(status: RunStatus) -> Rates:
     if not found:
         raise ManifestError(f"{status.name}: run {status.number} computed nothing, so it measured nothing. Name a run that did")
     assumed = Rates()
+    between = status.wall_seconds - sum(phase.wall_seconds for phase in status.phases.values())
     return Rates(
+        start_seconds=status.start_seconds,
+        phase_seconds=max(between, 0.0) / len(status.phases) if status.wall_seconds else assumed.phase_seconds,
         survey=found.get("survey", assumed.survey), thresholds=found.get("thresholds"), merge=found.get("merge", assumed.merge),
         carry=found.get("carry", assumed.carry),
     )  # fmt: skip
@@ -195,9 +205,11 @@ class RunRecord(Progress):
         self._store = store
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        self._began = self._entered = time.monotonic()
         self._thread = threading.Thread(target=self._beat, name="mmerge-status", daemon=True)
 
     def __enter__(self) -> RunRecord:
+        self._entered = time.monotonic()
         self._write()
         self._thread.start()
         return self
@@ -205,6 +217,7 @@ class RunRecord(Progress):
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self._stop.set()
         self._thread.join()
+        self.status.wall_seconds = time.monotonic() - self._entered
         if kind is None:
             self.status.state = "finished"
         else:
@@ -215,6 +228,7 @@ class RunRecord(Progress):
     @override
     def begin(self, phase: str, *, num_bytes: int, num_tasks: int, num_reused: int) -> None:
         with self._lock:
+            self._began = time.monotonic()
             self.status.phases[phase] = PhaseStatus(num_tasks=num_tasks, num_reused=num_reused, num_bytes=num_bytes)
 
     @override
@@ -225,6 +239,9 @@ class RunRecord(Progress):
             found.bytes_read += result.num_bytes
             found.bytes_written += 0 if result.reused or result.entry is None else result.entry.object.num_bytes
             found.seconds += result.seconds
+            found.wall_seconds = time.monotonic() - self._began
+            if not self.status.start_seconds:
+                self.status.start_seconds = max(found.wall_seconds - result.seconds, 1e-6)
 
     @override
     def fail(self, phase: str, shard: str, error: Exception) -> None:

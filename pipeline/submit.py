@@ -28,6 +28,8 @@ PACKAGES = ("manifests", "workers", "pipeline")
 WHEEL_TIME = (2020, 1, 1, 0, 0, 0)
 """Written into every wheel: the same code gives the same bytes, which a cluster then stores once."""
 ALIVE = ("PENDING", "RUNNING")
+READY_SECONDS = 120.0
+"""What a cluster that has only just been started may take until it accepts a job."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class Jobs:
 
         Raises:
             RecipeError: the recipe is not valid.
-            MmergeError: the cluster refuses, or `if_running` is "fail" and such a job lives.
+            MmergeError: the cluster refuses, is not ready within two minutes, or `if_running` is "fail" and such a job lives.
         """
         recipe = read_recipe(recipe_path)
         text = to_absolute(recipe_path, recipe)
@@ -154,19 +156,24 @@ class Jobs:
             data.mkdir()
             (data / "recipe.yaml").write_text(text, encoding="utf-8")
             command = ["python", "-m", "mmerge.pipeline.cli", "run", "recipe.yaml", "--address", "auto", *options]
-            try:
-                self._client.submit_job(
-                    submission_id=job_id,
-                    entrypoint=shlex.join(command),
-                    # The code comes with the wheel; the working folder holds the recipe and nothing that is imported.
-                    runtime_env={"py_modules": [str(wheel)], "working_dir": str(data), "env_vars": {"PYTHONUNBUFFERED": "1"}},
-                    metadata={"mmerge_recipe": recipe.name, "mmerge_store": recipe.output},
-                )
-            except RuntimeError as error:
-                if "already exists" in str(error):
-                    return False
-                raise MmergeError(f"{self.address}: the job was refused ({_first_line(error)})") from error
-        return True
+            end = time.monotonic() + READY_SECONDS
+            while True:
+                try:
+                    self._client.submit_job(
+                        submission_id=job_id,
+                        entrypoint=shlex.join(command),
+                        # The code comes with the wheel; the working folder holds the recipe and nothing that is imported.
+                        runtime_env={"py_modules": [str(wheel)], "working_dir": str(data), "env_vars": {"PYTHONUNBUFFERED": "1"}},
+                        metadata={"mmerge_recipe": recipe.name, "mmerge_store": recipe.output},
+                    )
+                    return True
+                except RuntimeError as error:
+                    if "already exists" in str(error):
+                        return False
+                    if "No available agent" in str(error) and time.monotonic() < end:
+                        time.sleep(1)  # the cluster has only just been started
+                        continue
+                    raise MmergeError(f"{self.address}: the job was refused ({_first_line(error)})") from error
 
     def follow(self, job_id: str, write: Callable[[str], None]) -> Job:
         """Pass the job's log on as it grows and return the ended job."""

@@ -44,9 +44,9 @@ class Faults:
         """Wait until the attempt that began so has ended by itself."""
         until(lambda: [event for event in self.events(kind="end", shard=begun["shard"]) if event["pid"] == begun["pid"]], seconds=seconds)
 
-    def await_end_of_workers(self, *, seconds: float = 30) -> None:
-        """Wait until no process that ever began a task of this script is left."""
-        until(lambda: not any(is_alive(event["pid"]) for event in self.events()), seconds=seconds)
+    def await_end_of_workers(self, *others: int, seconds: float = 30) -> None:
+        """Wait until no process that ever began a task of this script is left, nor any of the others."""
+        until(lambda: not any(map(is_alive, (*others, *(event["pid"] for event in self.events())))), seconds=seconds)
 
     def release(self) -> None:
         (self.folder / "release").write_text("")

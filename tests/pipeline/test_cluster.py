@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import pickle
-import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -141,34 +138,6 @@ def test_one_bad_tensor_in_each_of_two_experts_fails_the_build_at_its_end_with_b
     assert "linear_1" in str(caught.value)
     assert len(list((lab.folder / "store" / "surveys").iterdir())) == 6
     assert not list((lab.folder / "store").glob("builds/*/manifest.json"))
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_a_driver_that_ends_leaves_no_orphan_and_the_next_one_continues(
-    lab: Any, ray_nodes: Any, faults: Any, undisturbed: tuple[Any, dict[str, str]], digests: Any, number: signal.Signals, drive: Any
-) -> None:
-    raw, wanted = undisturbed
-    for shard in ("layers.0", "layers.4"):
-        faults.set(shard, "wait")
-    process = drive(ray_nodes.address, raw)
-    try:
-        for shard in ("layers.0", "layers.4"):
-            faults.await_event(shard=shard)
-        os.kill(process.pid, number)
-        output, _ = process.communicate(timeout=30)
-        assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[number], output
-        faults.await_end_of_workers()
-    finally:
-        process.kill()
-    (record,) = (lab.folder / "store" / "runs" / "tiny").glob("*.status.json")
-    assert json.loads(record.read_text())["state"] == ("running" if number == signal.SIGKILL else "interrupted")
-    assert not digests(lab.folder / "store")
-    if number == signal.SIGKILL:
-        again = drive(ray_nodes.address, raw)
-        output, _ = again.communicate(timeout=120)
-        assert again.returncode == 0, output
-        assert "there already" in output
-        assert digests(lab.folder / "store") == wanted
 
 
 def test_only_keys_and_entries_travel_through_the_driver(lab: Any, ray_nodes: Any) -> None:

@@ -43,17 +43,22 @@ class ScriptedCluster:
 
     def start(self, attempt: Attempt) -> None:
         self.log.append(attempt)
-        nodes = [f"n{index}" for index in range(self.num_nodes) if f"n{index}" not in attempt.avoid]
+        nodes = [f"n{index}" for index in range(self.num_nodes) if f"n{index}" not in attempt.avoid] or ["n0"]
         node = attempt.prefer or nodes[next(self._turn) % len(nodes)]
         if self.script.get((attempt.task.shard, attempt.number)) == "swallowed" and not self.swallowed:
             self.swallowed = True
             self.alive += 1
             return
+        if self.script.get((attempt.task.shard, attempt.number)) == "astray" and not self.swallowed:
+            self.swallowed = True
+            self.alive += 1
+            self._add(5, Event(attempt, "astray"))
+            return
         self._add(0, Event(attempt, "started", node))
         self.alive += 1
         self.most = max(self.most, self.alive)
         end = self.script.get((attempt.task.shard, attempt.number), "finish")
-        if end in ("finish", "swallowed"):
+        if end in ("finish", "swallowed", "astray"):
             self._add(10, Event(attempt, "finished", node, result=TaskResult(attempt.task.shard, attempt.task.num_bytes, False, 10.0)))
         elif end == "late":
             self._add(95, Event(attempt, "finished", node, result=TaskResult(attempt.task.shard, attempt.task.num_bytes, False, 95.0)))
@@ -79,7 +84,7 @@ class ScriptedCluster:
             self.clock += timeout
             return []
         self.clock, _, event = self.pending.pop(0)
-        self.alive -= event.kind != "started"
+        self.alive -= event.kind not in ("started", "astray")
         return [event]
 
 
@@ -160,6 +165,25 @@ def test_an_attempt_that_a_lost_node_swallowed_is_handed_out_anew_and_one_that_w
     assert busy.clock >= 1000, "it was left alone while the only core was busy"
 
 
+def test_what_was_on_its_way_to_a_node_that_is_gone_is_handed_out_anew_at_once_and_counts_as_no_attempt() -> None:
+    cluster = ScriptedCluster({("a", 1): "astray"})
+    assert isinstance(run([make_task("a")], cluster, Policy(deadline_seconds=60, max_attempts=1))["a"], TaskResult)
+    assert cluster.clock == 15
+    assert [attempt.number for attempt in cluster.log] == [1, 1]
+    assert cluster.cancelled == [("a", 1)]
+
+
+def test_a_node_where_an_attempt_is_overdue_gets_nothing_new_until_it_is_heard_of() -> None:
+    others = [make_task(f"s{index}") for index in range(40)]
+    cluster = ScriptedCluster({("a", 1): "late", ("a", 2): "hang", ("a", 3): "hang"}, slots=2, num_nodes=4)
+    nodes = {"a": "n0"} | {task.shard: "n1" for task in others[:20]} | {task.shard: "n0" for task in others[20:]}
+    run([make_task("a", num_bytes=200), *others], cluster, Policy(deadline_seconds=35), nodes=nodes)
+    second = next(index for index, attempt in enumerate(cluster.log) if attempt.number == 2)
+    assert not any(attempt.avoid for attempt in cluster.log[:second])
+    assert all("n0" in attempt.avoid and attempt.prefer != "n0" for attempt in cluster.log[second : second + 5])
+    assert cluster.log[-1].prefer == "n0", "it has ended its attempt after all"
+
+
 def test_the_deadline_follows_what_the_others_took() -> None:
     cluster = ScriptedCluster({("slow", 1): "hang"}, slots=8)
     run([make_task(f"s{index}", num_bytes=300) for index in range(6)] + [make_task("slow", num_bytes=600)], cluster)
@@ -229,6 +253,13 @@ def test_simulated_time_is_that_of_arithmetic(nodes: Nodes, seconds: float, limi
     assert max(cluster.lost, key=lambda found: cluster.lost[found]) == limit  # type: ignore[call-overload]
 
 
+def test_equal_nodes_that_are_done_at_the_same_moment_get_equal_shares_of_what_is_left() -> None:
+    cluster = SimulatedCluster(Nodes(2, 8, 40.0, 1e9), task_seconds=0)
+    run([make_task(f"s{index}") for index in range(24)], cluster, Policy(deadline_seconds=float("inf")))
+    assert [machine.bytes_read for machine in cluster.machines] == [1200.0, 1200.0]
+    assert cluster.now() == pytest.approx(30.0), "three times what eight tasks take of one node's reading"
+
+
 def test_memory_bounds_how_many_tasks_a_node_runs_at_once() -> None:
     cluster = SimulatedCluster(Nodes(1, 8, 1e9, 1e9, memory=25), task_seconds=0)
     run([make_task(f"s{index}", peak_bytes=10) for index in range(8)], cluster, Policy(deadline_seconds=float("inf")))
@@ -239,7 +270,7 @@ def test_memory_bounds_how_many_tasks_a_node_runs_at_once() -> None:
 def test_a_forecast_counts_every_byte_that_the_plan_reads_and_writes_and_halves_with_twice_the_nodes(lab: Any) -> None:
     lab.config |= {"num_hidden_layers": 16}
     plan = make_plan(read_recipe(lab.write_recipe(lab.make_all())))
-    rates = Rates(survey=1e5, merge=1e5, carry=1e5, task_seconds=0, phase_seconds=0)
+    rates = Rates(survey=1e5, merge=1e5, carry=1e5, task_seconds=0, phase_seconds=0, start_seconds=0)
     one = simulate(plan, Nodes(1, 1, 1e12, 1e12), rates=rates)
     copied = sum(shard.num_bytes for shard in plan.copy_shards)
     merged = sum(shard.bytes_in for shard in plan.merge_shards)
@@ -248,6 +279,7 @@ def test_a_forecast_counts_every_byte_that_the_plan_reads_and_writes_and_halves_
     assert one.seconds == pytest.approx((plan.bytes_in + merged + copied) / 1e5)
     assert one.limit == "cores"
     assert one.memory_per_node == plan.peak_bytes
+    assert simulate(plan, one.nodes, rates=replace(rates, start_seconds=3)).seconds == pytest.approx(one.seconds + 3)
     two = simulate(plan, Nodes(2, 1, 1e12, 1e12), rates=rates)
     assert one.seconds / 2 <= two.seconds < one.seconds / 1.7
     assert simulate(plan, Nodes(1, 1, 1e12, 100.0), rates=rates).limit == "writing"

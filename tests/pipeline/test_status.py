@@ -83,11 +83,15 @@ def test_the_record_tells_phases_bytes_build_and_failures(store: Store) -> None:
         fail()
     found = read_status(store, "omni", 1)
     assert (found.state, found.message, found.build) == ("failed", "broken", "ab" * 32)
-    assert found.phases == {
-        "merge": PhaseStatus(num_tasks=2, num_done=1, num_reused=1, num_failed=1, num_bytes=100, bytes_read=60, seconds=2.0)
-    }
+    (phase,) = found.phases.values()
+    assert phase == PhaseStatus(
+        num_tasks=2, num_done=1, num_reused=1, num_failed=1, num_bytes=100, bytes_read=60, seconds=2.0, wall_seconds=phase.wall_seconds
+    )
     assert found.failures == ["merge layers.1: NaN at [0]"]
-    assert to_rates(found) == Rates(merge=30.0)
+    assert 0 < phase.wall_seconds <= found.wall_seconds
+    phase.wall_seconds = 7.0
+    measured = found.model_copy(update={"start_seconds": 4.0, "wall_seconds": 10.0})
+    assert to_rates(measured) == Rates(merge=30.0, start_seconds=4.0, phase_seconds=3.0)
 
 
 def test_old_records_are_deleted(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
