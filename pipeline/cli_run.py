@@ -137,7 +137,8 @@ def run(
     block_entries: BlockOption = None,
 ) -> None:
     """Build the composite of a recipe. A killed run continues; a second run of the same recipe does nothing and says so."""
-    postpone_torch(num_threads=1)
+    if executor == "serial":
+        postpone_torch(num_threads=1)  # Ray cannot send a function that names a stand-in to its workers
     from mmerge.pipeline.build import run as run_plan
     from mmerge.pipeline.executor import ExecutorName, open_executor
     from mmerge.pipeline.report import print_run
