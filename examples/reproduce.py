@@ -1,0 +1,113 @@
+"""The papers' tables on the lab's experts: docs/reproduction.md, docs/reproduction.json and plots.
+
+    python examples/reproduce.py [--minutes 38] [--workers 2] [--checkpoints DIR] [--docs DIR]
+
+Results of finished jobs are kept below build/reproduce, so a second run continues where the first one ended. What was not measured in time is
+named on the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from evidence import calibration, page
+from evidence.measure import Place, build, measure_all
+from evidence.rows import make_rows
+from evidence.sets import VALIDATION_SEED, Sizes, encode_sets, set_names
+from evidence.tables import experts_of, make_jobs
+from lab import points, twins
+
+from mmerge.pipeline import load_composite
+
+ROOT = Path(__file__).resolve().parent.parent
+LAB = ROOT / "examples" / "lab" / "checkpoints"
+
+
+def find_available(checkpoints: Path) -> set[str]:
+    """The experts that there are, by folder."""
+    return {str(path.parent.relative_to(checkpoints)) for path in checkpoints.rglob("*.safetensors")}
+
+
+def encode_all(place: Place, available: set[str]) -> None:
+    """Encode every medium of every set once, by each expert that will read it, and keep the embeddings."""
+    if place.embeddings.exists():
+        return
+    modalities = [m for m in ("image", "audio", "video", "point") if m in available]
+    groups = set_names(modalities)
+    single = [(name, seed) for name in groups["single"] for seed in place.seeds]
+    mixed = [(name, seed) for group in ("mix", "share") for name in groups[group] for seed in place.seeds]
+    validation = [(f"validation/{m}", VALIDATION_SEED) for m in modalities]
+    new = [(name, seed) for name in groups["new"] for seed in place.seeds]
+    table: dict[tuple[str, str], torch.Tensor] = {}
+    names = tuple(modalities)
+    composite = load_composite(build({"method": "naive_mc", "experts": experts_of(names)}, place), dtype=torch.float32)
+    table |= encode_sets(composite, single + mixed + new + validation, place.sizes, owners={m: m for m in modalities})
+    for m in [m for m in ("image", "audio") if f"{m}_new" in available]:
+        composite = load_composite(
+            build({"method": "naive_mc", "experts": experts_of((f"{m}_new",))}, place),
+            mode="retention",
+            expert=f"{m}_new",
+            dtype=torch.float32,
+        )
+        own = [(f"single/{m}", seed) for seed in place.seeds] + [(f"new/{m}", seed) for seed in place.seeds]
+        table |= encode_sets(composite, own, place.sizes, owners={m: f"{m}_new"})
+    if all(f"twins/{m}" in available for m in modalities):
+        composite = load_composite(
+            build({"method": "damc", "experts": experts_of(tuple(f"twin_{m}" for m in modalities))}, place), dtype=torch.float32
+        )
+        folder = Path(place.checkpoints)
+        table |= encode_sets(
+            composite,
+            single + mixed,
+            place.sizes,
+            owners={m: f"twin_{m}" for m in modalities},
+            prepare=lambda kind, value: twins.to_features(kind, value, checkpoints=folder),
+        )
+    place.embeddings.parent.mkdir(parents=True, exist_ok=True)
+    partial = place.embeddings.with_suffix(".partial")
+    torch.save(table, partial)
+    partial.rename(place.embeddings)
+
+
+def main() -> None:
+    """Measure, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=38, help="after which no further measurement is begun")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--checkpoints", type=Path, default=LAB)
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "reproduce")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs")
+    parser.add_argument("--single", type=int, default=Sizes.single, help="prompts per modality and seed")
+    parser.add_argument("--mixed", type=int, default=Sizes.mixed, help="prompts per mix of modalities and seed")
+    parser.add_argument("--tables", nargs="*", help="of which tables jobs are run; all if absent")
+    chosen = parser.parse_args()
+    began = time.monotonic()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    points.register()
+    place = Place(str(chosen.checkpoints.resolve()), str(chosen.work.resolve()), Sizes(chosen.single, chosen.mixed))
+    available = find_available(chosen.checkpoints)
+    encode_all(place, available)
+    print(f"media encoded after {time.monotonic() - began:.0f} s", flush=True)
+    jobs = make_jobs(available)
+    wanted = [job for job in jobs if not chosen.tables or any(job.table.startswith(name) for name in chosen.tables)]
+    results = {}
+    for number, (job, counts) in enumerate(
+        measure_all(wanted, place, workers=chosen.workers, seconds=60 * chosen.minutes - (time.monotonic() - began)), start=1
+    ):
+        results[id(job)] = counts
+        print(
+            f"{time.monotonic() - began:5.0f} s  {number}/{len(wanted)}  {job.table}: {job.method} {job.expert or 'expanded'}", flush=True
+        )
+    found = calibration.measure_calibration(place, available, seconds=60 * chosen.minutes - (time.monotonic() - began))
+    rows = make_rows([(job, results[id(job)]) for job in wanted if id(job) in results]) + found.rows
+    missing = sorted({f"{job.table}: {job.method}" for job in jobs if id(job) not in results})
+    page.write_page(chosen.docs, rows, missing=missing, place=place, calibration=found, seconds=time.monotonic() - began)
+
+
+if __name__ == "__main__":
+    main()
