@@ -15,16 +15,18 @@ from pathlib import Path
 import torch
 import transformers
 from evidence import calibration, page
+from evidence.changes import find_changes
 from evidence.measure import Place, build, measure_all
 from evidence.rows import make_rows
 from evidence.sets import VALIDATION_SEED, Sizes, encode_sets, set_names
-from evidence.tables import experts_of, make_jobs
+from evidence.tables import Jobs, experts_of
 from lab import points, twins
 
 from mmerge.pipeline import load_composite
 
 ROOT = Path(__file__).resolve().parent.parent
 LAB = ROOT / "examples" / "lab" / "checkpoints"
+EXPECTED = ("image", "audio", "video", "point", "image_new", "audio_new", "twins/image", "twins/audio", "twins/video", "twins/point")
 
 
 def find_available(checkpoints: Path) -> set[str]:
@@ -93,20 +95,21 @@ def main() -> None:
     available = find_available(chosen.checkpoints)
     encode_all(place, available)
     print(f"media encoded after {time.monotonic() - began:.0f} s", flush=True)
-    jobs = make_jobs(available)
+    scales = calibration.choose_scales(place, available)
+    jobs = Jobs(available, mmer=scales.mmer, tall=scales.tall, labelled=scales.with_labels).make()
     wanted = [job for job in jobs if not chosen.tables or any(job.table.startswith(name) for name in chosen.tables)]
     results = {}
-    for number, (job, counts) in enumerate(
-        measure_all(wanted, place, workers=chosen.workers, seconds=60 * chosen.minutes - (time.monotonic() - began)), start=1
-    ):
+    left = 60 * chosen.minutes - (time.monotonic() - began)
+    for number, (job, counts) in enumerate(measure_all(wanted, place, workers=chosen.workers, seconds=left), start=1):
         results[id(job)] = counts
         print(
             f"{time.monotonic() - began:5.0f} s  {number}/{len(wanted)}  {job.table}: {job.method} {job.expert or 'expanded'}", flush=True
         )
-    found = calibration.measure_calibration(place, available, seconds=60 * chosen.minutes - (time.monotonic() - began))
-    rows = make_rows([(job, results[id(job)]) for job in wanted if id(job) in results]) + found.rows
-    missing = sorted({f"{job.table}: {job.method}" for job in jobs if id(job) not in results})
-    page.write_page(chosen.docs, rows, missing=missing, place=place, calibration=found, seconds=time.monotonic() - began)
+    rows = make_rows([(job, results[id(job)]) for job in jobs if id(job) in results])
+    missing = list(dict.fromkeys(f"{job.table}: {job.method}" for job in jobs if id(job) not in results))
+    missing += [f"everything with {name}: no such checkpoint" for name in EXPECTED if name not in available]
+    changes = find_changes(place, tuple(m for m in EXPECTED[:4] if m in available), scales.mmer)
+    page.write_page(chosen.docs, rows, missing=missing, place=place, scales=scales, changes=changes, seconds=time.monotonic() - began)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ from mmerge.workers.methods import find_method
 from mmerge.workers.prompt import Part
 from mmerge.workers.task import AnswerTask
 
-SCALES = (0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 1.0)
-"""The published usable range is 0.6 to 0.9; the grid reaches a little beyond it on both sides."""
+SCALES = {"mmer": (0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 1.0, 1.25, 1.5, 1.75, 2.0), "tall_masks": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5)}
+"""Mask scales to try, by method. Published are 0.6 to 0.9 for MMER, 0.2 to 0.6 for TALL masks; the grids reach beyond on both sides."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def calibrate(
     recipe: Recipe,
     questions: Sequence[Question],
     *,
-    scales: Sequence[float] = SCALES,
+    scales: Sequence[float] = (),
     densities: Sequence[float] = (),
     settings: Settings = Settings(),  # noqa: B008 - frozen
     executor: Executor | None = None,
@@ -88,13 +88,15 @@ def calibrate(
     Args:
         recipe: of a method with mask scales (`mmer`, `tall_masks`); sweeps are built in its store.
         questions: prompts with media of one modality each; right answers, where there are any, are not looked at.
-        scales: the grid of mask scales. densities: those to try; the recipe's own if empty.
+        scales: the grid of mask scales, SCALES of the method if empty. densities: those to try; the recipe's own if empty.
         settings: how prompts are asked. executor: where everything runs. progress: told of every task.
 
     Raises:
         RecipeError: the method has no mask scales, a modality has several experts, or an expert has no prompt.
     """
-    return _Sweep(recipe, questions, settings, executor or SerialExecutor(), progress or LogProgress()).run(scales, densities)
+    return _Sweep(recipe, questions, settings, executor or SerialExecutor(), progress or LogProgress()).run(
+        scales or SCALES[recipe.method], densities
+    )
 
 
 class _Sweep:

@@ -250,12 +250,12 @@ def calibrate(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
 ) -> None:
     """Choose mask scales (and density) from a few prompts without labels: by agreement with the experts' own answers."""
-    from mmerge.pipeline.calibrate import SCALES, write_recipe
     from mmerge.pipeline.calibrate import calibrate as sweep
+    from mmerge.pipeline.calibrate import write_recipe
     from mmerge.pipeline.recipe import read_recipe
 
     questions = _read_all(prompts, None, None, media)
-    grid = _numbers(scales, "--scales") or SCALES
+    grid = _numbers(scales, "--scales")
     wanted = _numbers(densities, "--densities")
     made = read_recipe(recipe)
     settings = _settings(max_new_tokens, batch, encoders, device)

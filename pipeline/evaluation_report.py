@@ -13,14 +13,14 @@ from mmerge.pipeline.evaluate import Row, TaskScore
 
 def write_report(folder: Path, rows: Sequence[Row], scores: Sequence[TaskScore], *, original: str | None) -> list[Path]:
     """Write answers.parquet, scores.parquet, report.md and plots into a folder; return what was written."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, records in (("answers", rows), ("scores", scores)):
         path = folder / f"{name}.parquet"
-        pq.write_table(pa.Table.from_pylist([asdict(record) for record in records]), path)  # type: ignore[no-untyped-call]
+        pq.write_table(pa.Table.from_pylist([asdict(record) for record in records]), path)
         written.append(path)
     plots = draw_scores(folder, scores, original=original) if scores else []
     (folder / "report.md").write_text(to_markdown(rows, scores, original=original, plots=[path.name for path in plots]))
@@ -74,7 +74,7 @@ def open_figure(*, width: float, height: float) -> tuple[Any, Any]:
 def draw_scores(folder: Path, scores: Sequence[TaskScore], *, original: str | None) -> list[Path]:
     """Draw the scores per task and model, and with an `original` performance retention; return the files."""
     models = list(dict.fromkeys(score.model for score in scores))
-    drawn = [("scores.png", "score", "score", "standard_error")]
+    drawn: list[tuple[str, str, str, str | None]] = [("scores.png", "score", "score", "standard_error")]
     if original is not None:
         drawn.append(("retention.png", f"score / score of {original}", "performance_retention", None))
     written = []

@@ -103,7 +103,7 @@ def _parse_line(raw: Any, *, where: str, root: Path, number: int) -> Question:
     if not isinstance(question, str) or not isinstance(task, str):
         raise RecipeError(f"{where}: question and task are texts")
     answers, options = _texts(raw.get("answer", []), f"{where}: answer"), _texts(raw.get("options") or [], f"{where}: options")
-    metric = raw.get("metric") or ("choice" if options else "rouge" if len(answers) > 1 else "exact")
+    metric: Any = raw.get("metric") or ("choice" if options else "rouge" if len(answers) > 1 else "exact")
     if metric not in get_args(Metric):
         raise RecipeError(f"{where}: metric: expected {', '.join(get_args(Metric))}, got {metric!r}")
     media = {key: value for key, value in raw.items() if key not in _KEYS}

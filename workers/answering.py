@@ -13,7 +13,7 @@ from mmerge.manifests.digest import parse_json
 from mmerge.manifests.errors import DamagedObject, NotFound, RecipeError
 from mmerge.manifests.store import Store
 from mmerge.workers.composite import Composite
-from mmerge.workers.load import load_composite
+from mmerge.workers.load import Mode, load_composite
 from mmerge.workers.prompt import Part
 from mmerge.workers.task import AnswerTask, TaskResult
 
@@ -104,7 +104,7 @@ def _held(task: AnswerTask) -> Composite:
         _loaded.clear()
         for place in task.encoders:
             register_from(place)
-        mode = "retention" if task.expert else "expansion"
+        mode: Mode = "retention" if task.expert else "expansion"
         _loaded[wanted] = load_composite(task.model, mode=mode, expert=task.expert, device=task.device)
     return _loaded[wanted]
 

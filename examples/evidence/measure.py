@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -36,7 +36,7 @@ class Place:
 
     checkpoints: str
     work: str
-    sizes: Sizes = Sizes()
+    sizes: Sizes = field(default_factory=Sizes)
     seeds: tuple[int, ...] = SEEDS
 
     @property

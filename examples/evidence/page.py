@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from evidence import papers, plots, readings
-from evidence.calibration import PROMPTS_PER_EXPERT, Found
+from evidence.calibration import PROMPTS_PER_EXPERT, Scales
+from evidence.changes import Change
 from evidence.measure import Place
 from evidence.rows import Figure, Row, summarise
 from evidence.tables import DENSITIES, MASK_SCALES
@@ -19,24 +20,27 @@ Column = tuple[str, Callable[[Row], bool], str]
 """Heading, which rows, and which of their values."""
 
 
-def write_page(docs: Path, rows: Sequence[Row], *, missing: Sequence[str], place: Place, calibration: Found, seconds: float) -> None:
+def write_page(
+    docs: Path, rows: Sequence[Row], *, missing: Sequence[str], place: Place, scales: Scales, changes: Sequence[Change], seconds: float
+) -> None:
     """Write reproduction.md, reproduction.json and the plots."""
     docs.mkdir(parents=True, exist_ok=True)
     ordered = sorted(rows, key=lambda row: (row.table, row.method, row.group, row.task, row.seed))
     lines = ",\n".join(json.dumps(asdict(row), ensure_ascii=False) for row in ordered)
     (docs / "reproduction.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-    drawn = plots.draw_all(docs / "reproduction", rows, calibration)
-    text = _Page(rows, place, calibration, drawn).write(missing, seconds)
+    drawn = plots.draw_all(docs / "reproduction", rows, scales)
+    text = _Page(rows, place, scales, changes, drawn).write(missing, seconds)
     (docs / "reproduction.md").write_text(text, encoding="utf-8")
 
 
 class _Page:
-    def __init__(self, rows: Sequence[Row], place: Place, calibration: Found, drawn: Sequence[str]) -> None:
-        self.rows, self.place, self.calibration, self.drawn = rows, place, calibration, drawn
+    def __init__(self, rows: Sequence[Row], place: Place, scales: Scales, changes: Sequence[Change], drawn: Sequence[str]) -> None:
+        self.rows, self.place, self.scales, self.changes, self.drawn = rows, place, scales, changes, drawn
         self.lines: list[str] = []
 
     def write(self, missing: Sequence[str], seconds: float) -> str:
         self._introduce(seconds)
+        self._describe_experts()
         self._retention()
         self._expansion()
         self._ablations()
@@ -73,10 +77,32 @@ class _Page:
             f"Per seed {sizes.single} prompts per modality, {sizes.mixed} per mix of modalities, {sizes.share} per mix for *share* "
             f"(what do all digits share, the lab's MCUB-like task), {sizes.new} per new task. Performance retention is the mean over tasks of "
             "accuracy / accuracy of the original expert on the same prompts. Composites are loaded in float32. "
-            "Methods have their defaults ([methods.md](methods.md)) unless a row says otherwise; no number was tuned on these prompts.",
+            "Methods have their defaults ([methods.md](methods.md)) unless a row says otherwise. The mask scales of MMER and TALL are calibrated "
+            "without labels on validation prompts (last section), as the paper calibrates them per modality; rows with a fixed λ stand beside them. "
+            "No number was chosen on the prompts that are measured here.",
             "",
             "**The papers' figures** are theirs: 7B models, other tasks, other data. They are here to compare orders and gaps, not values. "
             "Where a paper gives no figure that we know of, the cell is empty.",
+            "",
+        )  # fmt: skip
+
+    def _describe_experts(self) -> None:
+        self._say(
+            "## What the experts changed",
+            "",
+            "| expert | ‖τ‖ / ‖θ₀‖ | mean \\|τ\\| | mask density | theirs: mask density | sign agreement |",
+        )
+        self._say("|---|---|---|---|---|---|")
+        for change in self.changes:
+            theirs = papers.MASK_DENSITIES.get(change.expert, "")
+            self._say(
+                f"| {change.expert} | {change.relative_norm:.3f} | {change.mean_magnitude:.1e} | {100 * change.mask_density:.1f} | {theirs} | "
+                f"{100 * change.sign_agreement:.1f} |"
+            )
+        self._say(
+            "",
+            "Task vectors of the merged language-model tensors; masks of MMER with the calibrated scales; densities and agreement in per cent. Sign "
+            "agreement: share of the expert's trimmed entries whose sign is the elected one. Theirs, mean |τ|: " + papers.MEAN_MAGNITUDES + ".",
             "",
         )  # fmt: skip
 
@@ -116,11 +142,16 @@ class _Page:
         if not self._has("expansion", "Expansion: several modalities in one prompt"):
             return
         counts = {2: "pairs", 3: "triples", 4: "all four"}
-        columns: list[Column] = [(label, _mix(count), "value") for count, label in counts.items()]
+        columns: list[Column] = [("one medium", lambda row: row.group.startswith("single/"), "value")]
+        columns += [(label, _mix(count), "value") for count, label in counts.items()]
         columns += [(f"share, {count}", _share(count), "value") for count in (3, 4)]
         columns.append(("**mean of mixes**", lambda row: row.group.startswith("mix/"), "value"))
         self._table("expansion", columns, theirs=("theirs: average of nine columns", papers.EXPANSION))
-        self._say("A single expert sees its own modality alone, in the mixes that contain it.", "", *readings.expansion(self.rows))
+        self._say(
+            "A single expert sees its own modality alone, in the mixes that contain it. *One medium*: prompts of one modality, all experts' weights at work.",
+            "",
+            *readings.expansion(self.rows),
+        )
         self._plot("expansion")
 
     def _ablations(self) -> None:
@@ -201,8 +232,8 @@ class _Page:
     def _calibrate(self) -> None:
         if not self._has("calibration", "Calibration without labels"):
             return
-        found = self.calibration
-        assert found.without_labels is not None
+        found = self.scales
+        assert found.without_labels is not None  # the jobs of this table follow from it
         chosen = {"without labels": found.without_labels.mask_scales, "with labels": found.with_labels}
         for label, scales in chosen.items():
             self._say(f"- {label}: " + ", ".join(f"{name} {scale:g}" for name, scale in scales.items()))
@@ -217,7 +248,7 @@ class _Page:
             f"Without labels: `mmerge calibrate` on {PROMPTS_PER_EXPERT} validation prompts per expert, by the probability of the expert's own "
             f"answers. With labels: the most right answers on {found.num_labelled} validation prompts. Both then measured on the test prompts.",
             "",
-            *readings.calibration(self.rows),
+            *readings.calibration(self.rows, self.scales.mmer),
         )  # fmt: skip
         self._plot("calibration")
 

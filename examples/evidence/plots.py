@@ -5,21 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from evidence.calibration import Found
+from evidence.calibration import Scales
 from evidence.rows import Row, summarise
 from evidence.tables import DENSITIES, MASK_SCALES
 from mmerge.pipeline.evaluation_report import open_figure
 
 
-def draw_all(folder: Path, rows: Sequence[Row], calibration: Found) -> list[str]:
+def draw_all(folder: Path, rows: Sequence[Row], scales: Scales) -> list[str]:
     """Draw what was measured; return the names of the plots."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for name, made in (
-        ("retention", _bars(folder, rows, "retention", "performance_retention", lambda row: True, "performance retention, %")),
+        (
+            "retention",
+            _bars(
+                folder, rows, "retention", "performance_retention", lambda row: row.group.startswith("single/"), "performance retention, %"
+            ),
+        ),
         ("expansion", _bars(folder, rows, "expansion", "value", lambda row: row.group.startswith("mix/"), "accuracy on mixes, %")),
         ("density", _density(folder, rows)),
-        ("calibration", _curve(folder, calibration)),
+        ("calibration", _curve(folder, scales)),
     ):
         if made:
             drawn.append(name)
@@ -62,16 +67,16 @@ def _density(folder: Path, rows: Sequence[Row]) -> bool:
     return True
 
 
-def _curve(folder: Path, calibration: Found) -> bool:
-    found = calibration.without_labels
+def _curve(folder: Path, scales: Scales) -> bool:
+    found = scales.without_labels
     if found is None:
         return False
     figure, axes = open_figure(width=6, height=3.6)
     for name in found.mask_scales:
         own = sorted((point for point in found.points if point.expert == name), key=lambda point: point.mask_scale)
-        scales = [point.mask_scale for point in own]
-        (line,) = axes.plot(scales, [point.rebuilt.probability for point in own], marker="o", label=f"{name}, rebuilt")
-        axes.plot(scales, [point.expanded.probability for point in own], "--", color=line.get_color(), label=f"{name}, expanded")
+        places = [point.mask_scale for point in own]
+        (line,) = axes.plot(places, [point.rebuilt.probability for point in own], marker="o", label=f"{name}, rebuilt")
+        axes.plot(places, [point.expanded.probability for point in own], "--", color=line.get_color(), label=f"{name}, expanded")
     axes.set_xlabel("mask scale λ")
     axes.set_ylabel("probability of the expert's own answers")
     axes.legend(fontsize=7)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from evidence.rows import Figure, Row, summarise
 
@@ -73,7 +74,7 @@ def ablations(rows: Sequence[Row]) -> list[str]:
     if not all(name in found for name in order):
         return []
     values = [found[name].mean for name in order]
-    holds = all(first >= second for first, second in zip(values, values[1:], strict=False))
+    holds = all(first >= second for first, second in pairwise(values))
     lines = _verdict(holds, "the published order, " + " ≥ ".join(order), ", ".join(f"{name} {found[name]}" for name in order))
     lines += [
         "Entry by entry, (τ⋆ − τ)² ≤ τ² and |τ⋆ − τ| ≤ |τ| say the same, and with equal signs both mean |τ| ≥ 0.5·|τ⋆|: masks by Euclidean distance "
@@ -144,9 +145,18 @@ def language(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def calibration(rows: Sequence[Row]) -> list[str]:
-    """Within half a point."""
-    lines = []
+def calibration(rows: Sequence[Row], scales: Mapping[str, float]) -> list[str]:
+    """Within half a point, and within the published range."""
+    listed = ", ".join(f"{name} {scale:g}" for name, scale in scales.items())
+    inside = all(0.6 <= scale <= 0.9 for scale in scales.values())
+    lines = _verdict(inside, "the mask scales lie in the published range of 0.6 to 0.9", listed)
+    if not inside:
+        lines += [
+            "With a larger λ an entry of τ⋆ is left out sooner where other experts pushed it far beyond the expert's own value. A small model that "
+            "was tuned as a whole has larger, less alike task vectors than 7B models have (see *What the experts changed*), so what others added is "
+            "less likely to do no harm.",
+            "",
+        ]  # fmt: skip
     for group, value, words in (("single/", "performance_retention", "performance retention"), ("mix/", "value", "accuracy on mixes")):
         found = _figures(rows, "calibration", group, value)
         if "with labels" in found and "without labels" in found:

@@ -20,13 +20,15 @@ PLAIN = {
     "SWUDI": {"method": "swudi"},
 }
 """Static merges: one model for all."""
-MASKS = {"EMR": {"method": "emr"}, "TALL": {"method": "tall_masks"}, "MMER": {"method": "mmer"}}
-"""What stores base, one merged task vector and a mask per expert."""
+UNCALIBRATED = {
+    "MMER, λ = 0.75": {"method": "mmer"},
+    "TALL, λ = 0.4": {"method": "tall_masks"},
+    "task arithmetic, scale 0.4": {"method": "task_arithmetic", "scale": 0.4},
+}
 ABLATIONS = {
     "MMER": {"method": "mmer"},
     "without directional congruence": {"method": "mmer_without_congruence"},
     "without dominant significance": {"method": "mmer_without_significance"},
-    "λ = 1": {"method": "mmer", "mask_scale": 1.0},
     "Euclidean distance": {"method": "mmer_euclidean"},
 }
 VARIANTS = {
@@ -36,7 +38,7 @@ VARIANTS = {
     "merge linear": {"method": "mmer", "merge": "linear"},
 }
 DENSITIES = (0.2, 0.4, 0.6, 0.8, 1.0)
-MASK_SCALES = (0.5, 0.6, 0.75, 0.9, 1.0, 1.25)
+MASK_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 LANGUAGE = {
     "TIES": {"method": "ties"},
     "DARE": {"method": "dare_linear"},
@@ -64,99 +66,122 @@ def original(name: str) -> dict[str, Any]:
     return {"method": "linear", "experts": experts_of((name,))}
 
 
-def make_jobs(available: set[str]) -> list[Job]:
+def scaled(names: tuple[str, ...], scales: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+    """The experts of a recipe with their mask scales; one that learned a new task has its original's."""
+    return {
+        name: {**expert, **({"mask_scale": scales[expert["modality"]]} if scales else {})} for name, expert in experts_of(names).items()
+    }
+
+
+class Jobs:
     """All jobs of the experts that there are, in the order in which they matter."""
-    modalities = tuple(m for m in ("image", "audio", "video", "point") if m in available)
-    all_experts = experts_of(modalities)
-    sets = set_names(modalities)
-    mixed = (*sets["mix"], *sets["share"])
-    jobs = [Job("retention", "original", original(m), (f"single/{m}",), m) for m in modalities]
 
-    def of_experts(table: str, label: str, numbers: dict[str, Any]) -> list[Job]:
-        recipe = {**numbers, "experts": all_experts}
-        return [Job(table, label, recipe, (f"single/{m}",), m) for m in modalities]
+    def __init__(self, available: set[str], *, mmer: Mapping[str, float], tall: Mapping[str, float], labelled: Mapping[str, float]) -> None:
+        """`mmer`, `tall`, `labelled`: mask scales by expert; MMER's and TALL's chosen without labels, MMER's with labels."""
+        self.available, self.mmer, self.tall, self.labelled = available, mmer, tall, labelled
+        self.modalities = tuple(m for m in ("image", "audio", "video", "point") if m in available)
+        self.sets = set_names(self.modalities)
+        self.mixed = (*self.sets["mix"], *self.sets["share"])
+        self.largest = (self.sets["mix"][-1], *self.sets["share"][-1:])
 
-    def expanded(table: str, label: str, numbers: dict[str, Any], chosen: tuple[str, ...] = mixed) -> list[Job]:
-        return [Job(table, label, {**numbers, "experts": all_experts}, chosen)]
+    def make(self) -> list[Job]:
+        """The jobs."""
+        masks = {"EMR": self._recipe({"method": "emr"}), "TALL": self._tall(), "MMER": self._mmer({"method": "mmer"})}
+        others = {label: self._recipe(numbers) for label, numbers in (PLAIN | UNCALIBRATED).items()}
+        jobs = [Job("retention", "original", original(m), (f"single/{m}",), m) for m in self.modalities]
+        for label, recipe in (masks | others).items():
+            jobs += self._rebuilt("retention", label, recipe)
+        for label, recipe in {"MMER": masks["MMER"], **others, **masks}.items():
+            jobs += [Job("expansion", label, recipe, self.mixed), Job("expansion", label, recipe, tuple(self.sets["single"]))]
+        for m in self.modalities:
+            own = tuple(name for name in self.mixed if m in name.partition("/")[2].split("+"))
+            jobs.append(Job("expansion", f"{m} expert alone", original(m), own, m, m))
+        for label, numbers in ABLATIONS.items():
+            recipe = self._mmer(numbers)
+            jobs += [Job("ablations", label, recipe, self.mixed), *self._rebuilt("ablations", label, recipe)]
+        recipe = self._recipe({"method": "mmer", "mask_scale": 1.0})
+        jobs += [Job("ablations", "λ = 1", recipe, self.mixed), *self._rebuilt("ablations", "λ = 1", recipe)]
+        jobs += self._damc() + self._calibration() + self._forgetting() + self._numbers_of_experts()
+        for label, numbers in VARIANTS.items():
+            recipe = self._mmer(numbers)
+            jobs += [*self._rebuilt("variants", label, recipe), Job("variants", label, recipe, self.largest)]
+        return jobs + self._language() + self._density()
 
-    for label, numbers in (MASKS | PLAIN).items():
-        jobs += of_experts("retention", label, numbers)
-    for label, numbers in {"MMER": MASKS["MMER"], **PLAIN, **MASKS}.items():
-        jobs += expanded("expansion", label, numbers)
-    for m in modalities:
-        own = tuple(name for name in mixed if m in name.partition("/")[2].split("+"))
-        jobs.append(Job("expansion", f"{m} expert alone", original(m), own, m, m))
-    for label, numbers in ABLATIONS.items():
-        jobs += expanded("ablations", label, numbers) + of_experts("ablations", label, numbers)
-    jobs += _damc(available, modalities, mixed)
-    jobs += _forgetting(available, modalities)
-    jobs += _numbers_of_experts(modalities)
-    for label, numbers in VARIANTS.items():
-        jobs += of_experts("variants", label, numbers) + expanded("variants", label, numbers, tuple(sets["mix"][-1:] + sets["share"][-1:]))
-    jobs += _language(modalities)
-    for density in DENSITIES:
-        for scale in MASK_SCALES:
-            numbers = {"method": "mmer", "density": density, "mask_scale": scale}
-            label = f"density {density:g}, λ {scale:g}"
-            jobs += of_experts("density × mask scale", label, numbers) + expanded(
-                "density × mask scale", label, numbers, tuple(sets["mix"][-1:])
-            )
-    return jobs
+    def _recipe(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
+        return {**numbers, "experts": experts_of(self.modalities)}
 
+    def _mmer(self, numbers: Mapping[str, Any], names: tuple[str, ...] = ()) -> dict[str, Any]:
+        return {**numbers, "experts": scaled(names or self.modalities, self.mmer)}
 
-def _damc(available: set[str], modalities: tuple[str, ...], mixed: tuple[str, ...]) -> list[Job]:
-    if not all(f"twins/{m}" in available for m in modalities):
-        return []
-    twins = tuple(f"twin_{m}" for m in modalities)
-    recipe = {"method": "damc", "experts": experts_of(twins)}
-    jobs = [Job("retention", "original (LoRA twin)", recipe, (f"single/{m}",), f"twin_{m}") for m in modalities]
-    jobs += [Job("retention", "DAMC (all adapters at work)", recipe, (f"single/{m}",)) for m in modalities]
-    return [*jobs, Job("expansion", "DAMC", recipe, mixed)]
+    def _tall(self, names: tuple[str, ...] = ()) -> dict[str, Any]:
+        return {"method": "tall_masks", "experts": scaled(names or self.modalities, self.tall)}
 
+    def _rebuilt(self, table: str, label: str, recipe: dict[str, Any]) -> list[Job]:
+        return [Job(table, label, recipe, (f"single/{m}",), m) for m in self.modalities]
 
-def _forgetting(available: set[str], modalities: tuple[str, ...]) -> list[Job]:
-    new = [f"{m}_new" for m in ("image", "audio") if f"{m}_new" in available and m in modalities]
-    jobs = []
-    for count in range(1, len(new) + 1):
-        chosen = tuple(new[:count])
-        table = f"forgetting, {count} new"
-        for name in chosen:
-            m = name.removesuffix("_new")
-            both = (f"single/{m}", f"new/{m}")
-            jobs.append(Job(table, "before tuning on the new task", original(m), both, m))
-            jobs.append(Job(table, "tuned on the new task", original(name), both, name))
-        for label, numbers in {
-            "NaiveMC": PLAIN["NaiveMC"],
-            "task arithmetic": PLAIN["task arithmetic"],
-            "TIES": PLAIN["TIES"],
-            **MASKS,
-        }.items():
-            recipe = {**numbers, "experts": experts_of((*modalities, *chosen))}
-            for name in chosen:
-                m = name.removesuffix("_new")
-                jobs.append(Job(table, f"{label}, previous tasks", recipe, (f"single/{m}",), m))
-                jobs.append(Job(table, f"{label}, new task", recipe, (f"new/{m}",), name))
-    return jobs
+    def _damc(self) -> list[Job]:
+        if not all(f"twins/{m}" in self.available for m in self.modalities):
+            return []
+        recipe = {"method": "damc", "experts": experts_of(tuple(f"twin_{m}" for m in self.modalities))}
+        jobs = [Job("retention", "original (LoRA twin)", recipe, (f"single/{m}",), f"twin_{m}") for m in self.modalities]
+        jobs += [Job("retention", "DAMC (all adapters at work)", recipe, (f"single/{m}",)) for m in self.modalities]
+        return [*jobs, Job("expansion", "DAMC", recipe, self.mixed), Job("expansion", "DAMC", recipe, tuple(self.sets["single"]))]
 
+    def _calibration(self) -> list[Job]:
+        jobs = []
+        for label, scales in (("λ = 0.75 for all", {}), ("without labels", self.mmer), ("with labels", self.labelled)):
+            recipe = {"method": "mmer", "experts": scaled(self.modalities, scales)}
+            jobs += [*self._rebuilt("calibration", label, recipe), Job("calibration", label, recipe, self.mixed)]
+        return jobs
 
-def _numbers_of_experts(modalities: tuple[str, ...]) -> list[Job]:
-    jobs = []
-    for count in range(2, len(modalities) + 1):
-        for chosen in combinations(modalities, count):
-            recipe = {"method": "mmer", "experts": experts_of(chosen)}
-            jobs += [Job("number of experts", f"{count} experts", recipe, (f"single/{m}",), m) for m in chosen]
-    return jobs
+    def _forgetting(self) -> list[Job]:
+        new = [f"{m}_new" for m in ("image", "audio") if f"{m}_new" in self.available and m in self.modalities]
+        jobs = []
+        for count in range(1, len(new) + 1):
+            table, chosen = f"forgetting, {count} new", tuple(new[:count])
+            names = (*self.modalities, *chosen)
+            recipes = {label: {**PLAIN[label], "experts": experts_of(names)} for label in ("NaiveMC", "task arithmetic", "TIES")}
+            recipes["EMR"] = {"method": "emr", "experts": experts_of(names)}
+            recipes |= {"TALL": self._tall(names), "MMER": self._mmer({"method": "mmer"}, names)}
+            pairs = [(name, name.removesuffix("_new")) for name in chosen]
+            for name, m in pairs:
+                both = (f"single/{m}", f"new/{m}")
+                jobs.append(Job(table, "before tuning on the new task", original(m), both, m))
+                jobs.append(Job(table, "tuned on the new task", original(name), both, name))
+            for label, recipe in recipes.items():
+                for name, m in pairs:
+                    jobs.append(Job(table, f"{label}, previous tasks", recipe, (f"single/{m}",), m))
+                    jobs.append(Job(table, f"{label}, new task", recipe, (f"new/{m}",), name))
+        return jobs
 
+    def _numbers_of_experts(self) -> list[Job]:
+        jobs = []
+        for count in range(2, len(self.modalities) + 1):
+            for chosen in combinations(self.modalities, count):
+                recipe = self._mmer({"method": "mmer"}, chosen)
+                jobs += [Job("number of experts", f"{count} experts", recipe, (f"single/{m}",), m) for m in chosen]
+        return jobs
 
-def _language(modalities: tuple[str, ...]) -> list[Job]:
-    jobs = []
-    for m in [m for m in ("image", "audio") if m in modalities]:
-        sets = ("single/text", f"single/{m}")
-        jobs.append(Job("language", f"{m}: expert", original(m), sets, m))
-        for label, numbers in LANGUAGE.items():
-            jobs.append(Job("language", f"{m}: {label}", {**numbers, "experts": experts_of((m,))}, sets, m))
-    if jobs:
-        # The base itself: an expert merged with coefficient 0.
-        recipe = {"method": "task_arithmetic", "scale": 0.0, "experts": experts_of((modalities[0],))}
-        jobs.append(Job("language", "base", recipe, ("single/text",), modalities[0]))
-    return jobs
+    def _density(self) -> list[Job]:
+        jobs = []
+        for density in DENSITIES:
+            for scale in MASK_SCALES:
+                recipe = self._recipe({"method": "mmer", "density": density, "mask_scale": scale})
+                label = f"density {density:g}, λ {scale:g}"
+                jobs += [*self._rebuilt("density × mask scale", label, recipe)]
+                jobs.append(Job("density × mask scale", label, recipe, self.largest[:1]))
+        return jobs
+
+    def _language(self) -> list[Job]:
+        chosen = [m for m in ("image", "audio") if m in self.modalities]
+        jobs = []
+        if chosen:
+            # The base itself: an expert merged with coefficient 0.
+            recipe = {"method": "task_arithmetic", "scale": 0.0, "experts": experts_of((chosen[0],))}
+            jobs.append(Job("language", "base", recipe, ("single/text",), chosen[0]))
+        for m in chosen:
+            sets = ("single/text", f"single/{m}")
+            jobs.append(Job("language", f"{m}: expert", original(m), sets, m))
+            for label, numbers in LANGUAGE.items():
+                jobs.append(Job("language", f"{m}: {label}", {**numbers, "experts": experts_of((m,))}, sets, m))
+        return jobs
