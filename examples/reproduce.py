@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +24,7 @@ from evidence.sets import VALIDATION_SEED, Sizes, encode_sets, set_names
 from evidence.tables import Jobs, experts_of
 from lab import points, twins
 
-from mmerge.pipeline import load_composite
+from mmerge.pipeline import Composite, load_composite
 
 ROOT = Path(__file__).resolve().parent.parent
 LAB = ROOT / "examples" / "lab" / "checkpoints"
@@ -34,45 +36,46 @@ def find_available(checkpoints: Path) -> set[str]:
     return {str(path.parent.relative_to(checkpoints)) for path in checkpoints.rglob("*.safetensors")}
 
 
-def encode_all(place: Place, available: set[str]) -> None:
-    """Encode every medium of every set once, by each expert that will read it, and keep the embeddings."""
-    if place.embeddings.exists():
-        return
-    modalities = [m for m in ("image", "audio", "video", "point") if m in available]
+def encode_all(place: Place, available: set[str]) -> tuple[str, ...]:
+    """Encode every medium of every set once, by each expert that will read it, and keep the embeddings; return the files."""
+    modalities = tuple(m for m in EXPECTED[:4] if m in available)
     groups = set_names(modalities)
-    single = [(name, seed) for name in groups["single"] for seed in place.seeds]
-    mixed = [(name, seed) for group in ("mix", "share") for name in groups[group] for seed in place.seeds]
+    seeded = {group: [(name, seed) for name in names for seed in place.seeds] for group, names in groups.items()}
+    shared = [*seeded["single"], *seeded["mix"], *seeded["share"]]
     validation = [(f"validation/{m}", VALIDATION_SEED) for m in modalities]
-    new = [(name, seed) for name in groups["new"] for seed in place.seeds]
-    table: dict[tuple[str, str], torch.Tensor] = {}
-    names = tuple(modalities)
-    composite = load_composite(build({"method": "naive_mc", "experts": experts_of(names)}, place), dtype=torch.float32)
-    table |= encode_sets(composite, single + mixed + new + validation, place.sizes, owners={m: m for m in modalities})
-    for m in [m for m in ("image", "audio") if f"{m}_new" in available]:
-        composite = load_composite(
-            build({"method": "naive_mc", "experts": experts_of((f"{m}_new",))}, place),
-            mode="retention",
-            expert=f"{m}_new",
-            dtype=torch.float32,
-        )
-        own = [(f"single/{m}", seed) for seed in place.seeds] + [(f"new/{m}", seed) for seed in place.seeds]
-        table |= encode_sets(composite, own, place.sizes, owners={m: f"{m}_new"})
+    path = place.embeddings_of(modalities)
+    files = [path]
+    if not path.exists():
+        composite = open_experts(modalities, place)
+        sets = [*shared, *seeded["new"], *validation]
+        save(path, encode_sets(composite, sets, place.sizes, owners={m: m for m in modalities}))
+    for m in [m for m in ("image", "audio") if f"{m}_new" in available and m in modalities]:
+        path = place.embeddings_of([f"{m}_new"])
+        files.append(path)
+        if not path.exists():
+            own = [(name, seed) for name in (f"single/{m}", f"new/{m}") for seed in place.seeds]
+            save(path, encode_sets(open_experts((f"{m}_new",), place), own, place.sizes, owners={m: f"{m}_new"}))
     if all(f"twins/{m}" in available for m in modalities):
-        composite = load_composite(
-            build({"method": "damc", "experts": experts_of(tuple(f"twin_{m}" for m in modalities))}, place), dtype=torch.float32
-        )
-        folder = Path(place.checkpoints)
-        table |= encode_sets(
-            composite,
-            single + mixed,
-            place.sizes,
-            owners={m: f"twin_{m}" for m in modalities},
-            prepare=lambda kind, value: twins.to_features(kind, value, checkpoints=folder),
-        )
-    place.embeddings.parent.mkdir(parents=True, exist_ok=True)
-    partial = place.embeddings.with_suffix(".partial")
-    torch.save(table, partial)
-    partial.rename(place.embeddings)
+        path = place.embeddings_of([f"twins/{m}" for m in modalities])
+        files.append(path)
+        if not path.exists():
+            names = {m: f"twin_{m}" for m in modalities}
+            composite = open_experts(tuple(names.values()), place, method="damc")
+            prepare = partial(twins.to_features, checkpoints=Path(place.checkpoints))
+            save(path, encode_sets(composite, shared, place.sizes, owners=names, prepare=prepare))
+    return tuple(str(path) for path in files)
+
+
+def open_experts(names: tuple[str, ...], place: Place, *, method: str = "naive_mc") -> Composite:
+    """A composite that holds the experts' own encoders."""
+    return load_composite(build({"method": method, "experts": experts_of(names)}, place), dtype=torch.float32)
+
+
+def save(path: Path, table: dict[tuple[str, str], torch.Tensor]) -> None:
+    """Write embeddings, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(table, path.with_suffix(".partial"))
+    path.with_suffix(".partial").rename(path)
 
 
 def main() -> None:
@@ -93,7 +96,7 @@ def main() -> None:
     points.register()
     place = Place(str(chosen.checkpoints.resolve()), str(chosen.work.resolve()), Sizes(chosen.single, chosen.mixed))
     available = find_available(chosen.checkpoints)
-    encode_all(place, available)
+    place = replace(place, embeddings=encode_all(place, available))
     print(f"media encoded after {time.monotonic() - began:.0f} s", flush=True)
     scales = calibration.choose_scales(place, available)
     jobs = Jobs(available, mmer=scales.mmer, tall=scales.tall, labelled=scales.with_labels).make()

@@ -24,7 +24,7 @@ from mmerge.pipeline.executor import SerialExecutor
 from mmerge.pipeline.progress import SeveralProgress
 from mmerge.workers.prompt import Part
 
-VERSION = 1
+VERSION = 2
 BATCH = 64
 Counts = dict[str, dict[str, dict[str, tuple[int, int]]]]
 """By set, seed and task: right answers, and questions."""
@@ -38,16 +38,22 @@ class Place:
     work: str
     sizes: Sizes = field(default_factory=Sizes)
     seeds: tuple[int, ...] = SEEDS
+    embeddings: tuple[str, ...] = ()
+    """The files of encoded media."""
 
     @property
     def store(self) -> str:
         """The store of all composites."""
         return str(Path(self.work) / "store")
 
-    @property
-    def embeddings(self) -> Path:
-        """The file of encoded media."""
-        return Path(self.work) / "embeddings.pt"
+    def embeddings_of(self, folders: Sequence[str]) -> Path:
+        """The file of media encoded by these experts."""
+        marks = [revision(str(Path(self.checkpoints) / folder)) for folder in folders]
+        return (
+            Path(self.work)
+            / "embeddings"
+            / f"{folders[0].replace('/', '-')}-{digest_json([marks, vars(self.sizes), list(self.seeds)])[:16]}.pt"
+        )
 
 
 @dataclass(frozen=True)
@@ -68,12 +74,13 @@ class Job:
     def key(self, place: Place) -> str:
         """What the result depends on."""
         folders = [expert["path"] for expert in self.recipe["experts"].values()]
-        revisions = [_revision(str(Path(place.checkpoints) / folder)) for folder in ["base", *folders]]
+        revisions = [revision(str(Path(place.checkpoints) / folder)) for folder in ["base", *folders]]
         return digest_json([VERSION, self.recipe, revisions, list(self.sets), self.expert, self.only, list(place.seeds), vars(place.sizes)])
 
 
 @cache
-def _revision(folder: str) -> str:
+def revision(folder: str) -> str:
+    """The digest of a checkpoint's weights."""
     return digest_json([digest_bytes(path.read_bytes()) for path in sorted(Path(folder).rglob("*.safetensors"))])
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -117,9 +116,11 @@ class Lookup:
         return self._table[(self._expert, part.value)]
 
 
-def register_lookups(path: Path) -> None:
-    """Let composites loaded from now on, in this process, look media up in a file of embeddings."""
-    table = torch.load(path, weights_only=True)
+def register_lookups(paths: Sequence[str]) -> None:
+    """Let composites loaded from now on, in this process, look media up in these files of embeddings."""
+    table: dict[tuple[str, str], torch.Tensor] = {}
+    for path in paths:
+        table |= torch.load(path, weights_only=True)
 
     def make(modality: str) -> Callable[[EncoderRequest], Lookup]:
         return lambda request: Lookup(modality, request.expert, table)
