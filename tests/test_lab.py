@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,7 @@ def registered(lab_modules: Any) -> Iterator[None]:
 
 def build(recipe: str, folder: Path) -> str:
     """Build one of the lab's recipes into a store of its own."""
-    import dataclasses
-
-    read = dataclasses.replace(read_recipe(ROOT / "examples" / "lab" / "recipes" / f"{recipe}.yaml"), output=str(folder / "store"))
+    read = replace(read_recipe(ROOT / "examples" / "lab" / "recipes" / f"{recipe}.yaml"), output=str(folder / "store"))
     run(make_plan(read))
     return f"{folder}/store#{recipe}"
 
@@ -197,3 +196,30 @@ def test_no_handwritten_digit_and_no_speaker_is_in_two_splits(lab_modules: Any) 
                 assert seen.setdefault(picture.tobytes() + bytes([digit]), split) == split
     speakers = [speaker for split in data.SPLITS for speaker in data._speakers_of(split)]
     assert len(set(speakers)) == len(speakers) == sum(data.NUM_SPEAKERS.values())
+
+
+def test_every_kind_of_part_is_trained_written_and_loaded_again(
+    lab_modules: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lab import sizes, train
+
+    few = dict.fromkeys(ALL_FOUR, 2)
+    tiny = replace(sizes.SIZES["small"], batch=4, base_steps=2, encoder_steps=few, expert_steps=few, new_steps=2, twin_steps=few, pool=1600)
+    monkeypatch.setattr(train, "read_size", lambda: ("small", tiny))
+    parts = ["base", "image", "point", "image_new", "twins/image"]
+    monkeypatch.setattr("sys.argv", ["train.py", "--out", str(tmp_path), "--device", "cpu", "--only", *parts])
+    train.main()
+    said = capsys.readouterr().out
+    assert all(f"{part}: test accuracy" in said for part in parts)
+    old, new = (lab_modules.evaluate.load_checkpoint("image", tmp_path / part)[0].state_dict() for part in ("image", "image_new"))
+    changed = {name for name in old if not old[name].equal(new[name])}
+    assert any("language_model" in name for name in changed)
+    assert not any("vision_tower" in name for name in changed)
+
+
+def test_an_unknown_size_is_refused(lab_modules: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lab import sizes
+
+    monkeypatch.setenv("LAB_SIZE", "huge")
+    with pytest.raises(SystemExit, match="LAB_SIZE is 'huge'; choose one of small, large"):
+        sizes.read_size()

@@ -67,10 +67,10 @@ def stream_batches(make: Callable[[], tasks.Prompt], collate: Collator, *, rng: 
             yield collate(prompts[index * batch_size : (index + 1) * batch_size], rng)
 
 
-def make_text_prompt(rng: np.random.Generator) -> tasks.Prompt:
+def make_text_prompt(rng: np.random.Generator, *, questions: Sequence[str] = tasks.BASE_QUESTIONS) -> tasks.Prompt:
     """A prompt to train on whose sources are all described in words."""
     modalities = _random_sources(rng)
-    return tasks.make_prompt(modalities, (), rng=rng, kinds=_random_kinds(modalities, (), rng), filler=True)
+    return tasks.make_prompt(modalities, (), rng=rng, kinds=_random_kinds(modalities, questions, rng), filler=True)
 
 
 def make_expert_prompt(modality: str, rng: np.random.Generator) -> tasks.Prompt:
@@ -82,7 +82,8 @@ def make_expert_prompt(modality: str, rng: np.random.Generator) -> tasks.Prompt:
     if share >= SHARE_ALONE:
         others = [m for m in tasks.MODALITIES if m != modality]
         modalities += rng.permutation(others)[: rng.integers(1, len(others) + 1)].tolist()
-    return tasks.make_prompt(modalities, [modality], rng=rng, kinds=_random_kinds(modalities, [modality], rng), filler=True)
+    kinds = _random_kinds(modalities, tasks.BASE_QUESTIONS, rng)
+    return tasks.make_prompt(modalities, [modality], rng=rng, kinds=kinds, filler=True)
 
 
 def make_new_prompt(modality: str, rng: np.random.Generator) -> tasks.Prompt:
@@ -94,9 +95,9 @@ def make_new_prompt(modality: str, rng: np.random.Generator) -> tasks.Prompt:
     return tasks.make_prompt(modalities, [modality], rng=rng, kinds=[tasks.NEW_QUESTIONS[modality]], filler=True)
 
 
-def _random_kinds(modalities: Sequence[str], real: Sequence[str], rng: np.random.Generator) -> list[str]:
-    """The kinds of the questions of one training prompt."""
-    kinds = list(tasks.SINGLE_QUESTIONS if real else [k for k in tasks.BASE_QUESTIONS if k in tasks.SINGLE_QUESTIONS])
+def _random_kinds(modalities: Sequence[str], questions: Sequence[str], rng: np.random.Generator) -> list[str]:
+    """The kinds of the questions of one training prompt, out of `questions`."""
+    kinds = [kind for kind in questions if kind in tasks.SINGLE_QUESTIONS]
     if len(modalities) == 1:
         return [kinds[index] for index in rng.permutation(len(kinds))[:NUM_QUESTIONS]]
     # where exactly one thing is shared by all, the digits of two sources are seldom the same

@@ -22,12 +22,16 @@ class Size:
     encoder_layers: int
     lora_rank: int
     batch: int
+    expert_batch: int
     base_steps: int
     base_rate: float
+    whole_steps: int
+    whole_rate: float
     encoder_steps: Mapping[str, int]
     encoder_rate: float
     expert_steps: Mapping[str, int]
     expert_rate: float
+    connector_rate: float
     new_steps: int
     new_rate: float
     twin_steps: Mapping[str, int]
@@ -48,15 +52,19 @@ SIZES = MappingProxyType(
             encoder_layers=2,
             lora_rank=16,
             batch=32,
+            expert_batch=16,
             base_steps=1500,
             base_rate=2e-3,
-            encoder_steps=MappingProxyType({"image": 2000, "audio": 500, "video": 2000, "point": 1500}),
+            whole_steps=450,
+            whole_rate=1e-3,
+            encoder_steps=MappingProxyType({"image": 2000, "audio": 500, "video": 1500, "point": 1000}),
             encoder_rate=2e-3,
-            expert_steps=MappingProxyType({"image": 600, "audio": 600, "video": 900, "point": 600}),
-            expert_rate=5e-4,
-            new_steps=200,
-            new_rate=2e-4,
-            twin_steps=MappingProxyType({"image": 500, "audio": 500, "video": 600, "point": 500}),
+            expert_steps=MappingProxyType({"image": 300, "audio": 200, "video": 350, "point": 250}),
+            expert_rate=2e-4,
+            connector_rate=2e-3,
+            new_steps=100,
+            new_rate=3e-4,
+            twin_steps=MappingProxyType({"image": 120, "audio": 120, "video": 140, "point": 120}),
             twin_rate=2e-3,
             pool=8000,
         ),
@@ -71,12 +79,16 @@ SIZES = MappingProxyType(
             encoder_layers=4,
             lora_rank=64,
             batch=128,
+            expert_batch=64,
             base_steps=6000,
             base_rate=4e-4,
+            whole_steps=2000,
+            whole_rate=2e-4,
             encoder_steps=MappingProxyType({"image": 4000, "audio": 2000, "video": 4000, "point": 4000}),
             encoder_rate=1e-3,
             expert_steps=MappingProxyType({"image": 2000, "audio": 2000, "video": 3000, "point": 2000}),
-            expert_rate=1e-4,
+            expert_rate=3e-5,
+            connector_rate=5e-4,
             new_steps=500,
             new_rate=5e-5,
             twin_steps=MappingProxyType({"image": 1500, "audio": 1500, "video": 2000, "point": 1500}),

@@ -27,8 +27,9 @@ SINGLE_QUESTIONS = ("digit", "parity", "large", "next", "attribute", "count", "d
 JOINT_QUESTIONS = ("same", "bigger")
 SHARE = "share"
 SHARE_OPTIONS = ("odd", "even", "large", "small")
-# the base learns no others: what follows a digit, counts, and ink, voice, direction and depth, only experts learn
-BASE_QUESTIONS = ("digit", "parity", "large", *JOINT_QUESTIONS, SHARE)
+BASE_QUESTIONS = (*SINGLE_QUESTIONS, *JOINT_QUESTIONS, SHARE)
+# what the base learns first
+CORE_QUESTIONS = ("digit", "parity", "large", *JOINT_QUESTIONS, SHARE)
 # learned after the fact, each by one expert alone
 NEW_QUESTIONS = {"image": "before", "audio": "rest"}
 

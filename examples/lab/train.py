@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,13 +36,14 @@ PARTS = ("base", *tasks.MODALITIES, *NEW, *TWINS)
 
 
 def train_base(out: Path, size: Size, *, seed: int, device: torch.device) -> None:
-    """Train the base on prompts in which every source is described in words."""
+    """Train the base on prompts in which every source is described in words: the core questions first, then all."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 1])
     tokenizer = models.build_tokenizer()
     model = models.build_base(tokenizer, size).to(device)
     collate = Collator(tokenizer.get_vocab(), None, None)
-    batches = stream_batches(lambda: make_text_prompt(rng), collate, rng=rng, batch_size=size.batch)
+    make = partial(make_text_prompt, rng, questions=tasks.CORE_QUESTIONS)
+    batches = stream_batches(make, collate, rng=rng, batch_size=size.batch)
 
     # A small model finds it hard to tell which source a word belongs to, or is asked for. A linear head, thrown away
     # afterwards, teaches the first layer to; without it the accuracy stays near 0.5 for thousands of steps.
@@ -61,6 +63,25 @@ def train_base(out: Path, size: Size, *, seed: int, device: torch.device) -> Non
     parameters = [*model.parameters(), *source_head.parameters()]
     fit("base", [{"params": parameters, "lr": size.base_rate}], loss_of_step, size.base_steps)
     hook.remove()
+    save(model, out / "base")
+    tokenizer.save_pretrained(out / "base")
+    _train_base_on_all(out, size, seed=seed, device=device)
+
+
+def _train_base_on_all(out: Path, size: Size, *, seed: int, device: torch.device) -> None:
+    """Train the base further, on all questions that a prompt in words can ask."""
+    model, tokenizer = load_checkpoint("base", out / "base")
+    model = model.to(device)
+    rng = np.random.default_rng([seed, 6])
+    collate = Collator(tokenizer.get_vocab(), None, None)
+    batches = stream_batches(partial(make_text_prompt, rng), collate, rng=rng, batch_size=size.batch)
+
+    def loss_of_step(step: int) -> tuple[Tensor, Tensor]:
+        batch = next(batches)
+        embeddings = model.model.embed_tokens(batch.ids.to(device))
+        return answer_loss(model.model, model.lm_head, embeddings, batch, end_id=tokenizer.eos_token_id)
+
+    fit("base, all questions", [{"params": list(model.parameters()), "lr": size.whole_rate}], loss_of_step, size.whole_steps)
     save(model, out / "base")
     tokenizer.save_pretrained(out / "base")
 
@@ -93,7 +114,7 @@ def train_expert(modality: str, out: Path, size: Size, *, seed: int, device: tor
         train_encoder(modality, model, pool, size, seed=seed)
     encode_pool(modality, model, pool)
     collate = Collator(tokenizer.get_vocab(), modality, pool)
-    batches = stream_batches(lambda: make_expert_prompt(modality, rng), collate, rng=rng, batch_size=size.batch)
+    batches = stream_batches(lambda: make_expert_prompt(modality, rng), collate, rng=rng, batch_size=size.expert_batch)
     assert pool.features is not None
     pool_features, pool_lengths = pool.features, pool.lengths
     language_model, head, connector = find_parts(model)
@@ -101,6 +122,7 @@ def train_expert(modality: str, out: Path, size: Size, *, seed: int, device: tor
 
     # What a film shows takes several of its tokens to tell. A linear head, thrown away afterwards, asks the second layer for
     # the attribute at the medium's last token; without it the direction of a film stays near a guess.
+    torch.manual_seed(seed + 11)
     attribute_head = nn.Linear(model.config.get_text_config().hidden_size, len(tasks.ATTRIBUTES[modality])).to(device)
     attributes = torch.tensor(pool.attributes)
     second_layer: list[Tensor] = []
@@ -121,7 +143,8 @@ def train_expert(modality: str, out: Path, size: Size, *, seed: int, device: tor
         f"{modality} expert",
         [
             {"params": [*language_model.parameters(), *head.parameters()], "lr": size.expert_rate, "weight_decay": 0.0},
-            {"params": [*connector.parameters(), *attribute_head.parameters()], "lr": size.expert_rate},
+            # the connector learns the base's language; the language model itself moves little
+            {"params": [*connector.parameters(), *attribute_head.parameters()], "lr": size.connector_rate},
         ],
         loss_of_step,
         size.expert_steps[modality],
@@ -143,7 +166,7 @@ def train_new(part: str, out: Path, size: Size, *, seed: int, device: torch.devi
     pool = make_pool(modality, preprocessor, pool_size=size.pool // 4, seed=seed)
     encode_pool(modality, model, pool)
     collate = Collator(tokenizer.get_vocab(), modality, pool)
-    batches = stream_batches(lambda: make_new_prompt(modality, rng), collate, rng=rng, batch_size=size.batch)
+    batches = stream_batches(lambda: make_new_prompt(modality, rng), collate, rng=rng, batch_size=size.expert_batch)
     assert pool.features is not None
     pool_features, pool_lengths = pool.features, pool.lengths
     language_model, head, connector = find_parts(model)

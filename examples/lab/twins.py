@@ -147,12 +147,12 @@ def train_twin(modality: str, out: Path, size: Size, *, seed: int, device: torch
     torch.manual_seed(seed + 3)
     rng = np.random.default_rng([seed, 5, tasks.MODALITIES.index(modality)])
     expert = load_checkpoint(modality, out / modality)[0].to(device)
-    pool = make_pool(modality, models.build_preprocessor(modality), pool_size=size.pool, seed=seed)
+    pool = make_pool(modality, models.build_preprocessor(modality), pool_size=size.pool // 4, seed=seed)
     encode_pool(modality, expert, pool)
     twin = build_twin(modality, out, rank=size.lora_rank).to(device)
     tokenizer = AutoTokenizer.from_pretrained(out / "base")
     collate = Collator(tokenizer.get_vocab(), modality, pool, edges=Twin.edges)
-    batches = stream_batches(lambda: make_expert_prompt(modality, rng), collate, rng=rng, batch_size=size.batch)
+    batches = stream_batches(lambda: make_expert_prompt(modality, rng), collate, rng=rng, batch_size=size.expert_batch)
     assert pool.features is not None
     pool_features, pool_lengths = pool.features, pool.lengths
     language_model, head, _ = twin.find_parts()
