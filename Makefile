@@ -53,7 +53,7 @@ $(PEERS)/.installed:
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt mergekit==0.1.5
 	@touch $@
 
-lab: $(STAMP)  ## train the lab's base and experts again from nothing (CPU, or a GPU if there is one)
+lab: $(STAMP)  ## train the lab's base, experts and LoRA twins again from nothing (CPU, or a GPU if there is one; LAB_SIZE=large: larger ones, for a GPU)
 	$(BIN)/python examples/lab/train.py
 
 reproduce: $(STAMP)  ## measure the papers' tables on the lab's experts: docs/reproduction.md, docs/reproduction.json

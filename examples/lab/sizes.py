@@ -30,7 +30,7 @@ class Size:
     encoder_steps: Mapping[str, int]
     encoder_rate: float
     expert_steps: Mapping[str, int]
-    expert_rate: float
+    expert_rate: Mapping[str, float]
     connector_rate: float
     new_steps: int
     new_rate: float
@@ -59,8 +59,8 @@ SIZES = MappingProxyType(
             whole_rate=1e-3,
             encoder_steps=MappingProxyType({"image": 2000, "audio": 500, "video": 1500, "point": 1000}),
             encoder_rate=2e-3,
-            expert_steps=MappingProxyType({"image": 300, "audio": 200, "video": 350, "point": 250}),
-            expert_rate=2e-4,
+            expert_steps=MappingProxyType({"image": 300, "audio": 200, "video": 700, "point": 250}),
+            expert_rate=MappingProxyType({"image": 2e-4, "audio": 2e-4, "video": 3e-4, "point": 2e-4}),
             connector_rate=2e-3,
             new_steps=100,
             new_rate=3e-4,
@@ -87,7 +87,7 @@ SIZES = MappingProxyType(
             encoder_steps=MappingProxyType({"image": 4000, "audio": 2000, "video": 4000, "point": 4000}),
             encoder_rate=1e-3,
             expert_steps=MappingProxyType({"image": 2000, "audio": 2000, "video": 3000, "point": 2000}),
-            expert_rate=3e-5,
+            expert_rate=MappingProxyType({"image": 3e-5, "audio": 3e-5, "video": 5e-5, "point": 3e-5}),
             connector_rate=5e-4,
             new_steps=500,
             new_rate=5e-5,

@@ -142,7 +142,7 @@ def train_expert(modality: str, out: Path, size: Size, *, seed: int, device: tor
     fit(
         f"{modality} expert",
         [
-            {"params": [*language_model.parameters(), *head.parameters()], "lr": size.expert_rate, "weight_decay": 0.0},
+            {"params": [*language_model.parameters(), *head.parameters()], "lr": size.expert_rate[modality], "weight_decay": 0.0},
             # the connector learns the base's language; the language model itself moves little
             {"params": [*connector.parameters(), *attribute_head.parameters()], "lr": size.connector_rate},
         ],
