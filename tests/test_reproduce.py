@@ -58,7 +58,16 @@ def test_ablations_leave_out_one_test_each_and_euclidean_masks_are_those_of_scal
 
 
 def test_jobs_come_in_the_order_in_which_they_matter(evidence: Any) -> None:
-    available = {"base", "image", "audio", "video", "point", "image_new", "audio_new", *(f"twins/{m}" for m in ("image", "audio", "video", "point"))}
+    available = {
+        "base",
+        "image",
+        "audio",
+        "video",
+        "point",
+        "image_new",
+        "audio_new",
+        *(f"twins/{m}" for m in ("image", "audio", "video", "point")),
+    }
     jobs = evidence.tables.Jobs(available, mmer={}, tall={}, labelled={}).make()
     tables = list(dict.fromkeys(job.table for job in jobs))
     assert tables[:3] == ["retention", "expansion", "ablations"]
@@ -66,7 +75,20 @@ def test_jobs_come_in_the_order_in_which_they_matter(evidence: Any) -> None:
         "calibration", "forgetting, 1 new", "forgetting, 2 new", "number of experts", "variants", "language", "density × mask scale",
     }  # fmt: skip
     methods = {job.recipe["method"] for job in jobs}
-    named = {"naive_mc", "task_arithmetic", "ties", "dare_ties", "pcb", "consensus", "emr", "tall_masks", "optmerge", "swudi", "damc", "mmer"}
+    named = {
+        "naive_mc",
+        "task_arithmetic",
+        "ties",
+        "dare_ties",
+        "pcb",
+        "consensus",
+        "emr",
+        "tall_masks",
+        "optmerge",
+        "swudi",
+        "damc",
+        "mmer",
+    }
     assert methods >= named | {"neuron_fusion", "breadcrumbs", "della", "dare_linear"}
 
 
@@ -76,7 +98,9 @@ def test_a_small_part_of_the_page_is_measured_and_a_second_run_repeats_nothing(e
     available = {"base", "image", "audio"}
     place = evidence.reproduce.replace(place, embeddings=evidence.reproduce.encode_all(place, available))
     jobs = evidence.tables.Jobs(available, mmer={}, tall={}, labelled={}).make()
-    chosen = [job for job in jobs if job.table in ("retention", "ablations") and job.method in ("original", "MMER", "Euclidean distance", "λ = 1")]
+    chosen = [
+        job for job in jobs if job.table in ("retention", "ablations") and job.method in ("original", "MMER", "Euclidean distance", "λ = 1")
+    ]
     measured = list(evidence.measure.measure_all(chosen, place, workers=1, seconds=600))
     assert len(measured) == len(chosen) == 13
     rows = evidence.rows.make_rows(measured)
@@ -93,7 +117,9 @@ def test_a_small_part_of_the_page_is_measured_and_a_second_run_repeats_nothing(e
         tmp_path / "docs", rows, missing=["x: y"], place=place, scales=evidence.calibration.Scales(), changes=[], seconds=60
     )
     text = (tmp_path / "docs" / "reproduction.md").read_text()
-    kept = evidence.rows.summarise([row for row in rows if row.table == "retention" and row.method == "MMER"], value="performance_retention")
+    kept = evidence.rows.summarise(
+        [row for row in rows if row.table == "retention" and row.method == "MMER"], value="performance_retention"
+    )
     assert f"| {kept} | 99.8 / 99.4 |" in text
     assert "Not measured in this run." in text
     assert "- x: y" in text

@@ -10,7 +10,7 @@ from pathlib import Path
 from evidence import papers, plots, readings
 from evidence.calibration import PROMPTS_PER_EXPERT, Scales
 from evidence.changes import Change
-from evidence.measure import Place
+from evidence.measure import Place, revision
 from evidence.rows import Figure, Row, summarise
 from evidence.tables import DENSITIES, MASK_SCALES
 
@@ -80,6 +80,8 @@ class _Page:
             "Methods have their defaults ([methods.md](methods.md)) unless a row says otherwise. The mask scales of MMER and TALL are calibrated "
             "without labels on validation prompts (last section), as the paper calibrates them per modality; rows with a fixed λ stand beside them. "
             "No number was chosen on the prompts that are measured here.",
+            "",
+            "Experts measured (digest of the weights): " + ", ".join(f"{name} {digest[:12]}" for name, digest in self._revisions()) + ".",
             "",
             "**The papers' figures** are theirs: 7B models, other tasks, other data. They are here to compare orders and gaps, not values. "
             "Where a paper gives no figure that we know of, the cell is empty.",
@@ -251,6 +253,11 @@ class _Page:
             *readings.calibration(self.rows, self.scales.mmer),
         )  # fmt: skip
         self._plot("calibration")
+
+    def _revisions(self) -> list[tuple[str, str]]:
+        root = Path(self.place.checkpoints)
+        folders = sorted({str(path.parent.relative_to(root)) for path in root.rglob("*.safetensors")})
+        return [(folder, revision(str(root / folder))) for folder in folders if folder.count("/") < 2]
 
     def _modalities(self) -> list[str]:
         return [m for m in MODALITIES if any(row.group == f"single/{m}" for row in self.rows)]
