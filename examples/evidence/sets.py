@@ -35,8 +35,8 @@ class Sizes:
     """Prompts per set and seed."""
 
     single: int = 90
-    mixed: int = 45
-    share: int = 40
+    mixed: int = 27
+    share: int = 24
     new: int = 50
 
 
