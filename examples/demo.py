@@ -35,15 +35,7 @@ LAB = ROOT / "examples" / "lab"
 BUILD = ROOT / "build"
 STORE = BUILD / "demo" / "store"
 METHODS = ("naive_mc", "task_arithmetic", "ties", "mmer")
-MIXES = (
-    ("image", "audio"),
-    ("image", "video"),
-    ("audio", "video"),
-    ("image", "point"),
-    ("audio", "point"),
-    ("image", "audio", "video"),
-    ("image", "audio", "video", "point"),
-)
+MIXES = (("image", "audio"), ("image", "video"), ("audio", "video"), ("image", "audio", "video", "point"))
 SEED = 7
 console = Console(soft_wrap=True)
 
