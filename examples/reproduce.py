@@ -43,8 +43,19 @@ def encode_all(place: Place, available: set[str]) -> tuple[str, ...]:
     seeded = {group: [(name, seed) for name in names for seed in place.seeds] for group, names in groups.items()}
     shared = [*seeded["single"], *seeded["mix"], *seeded["share"]]
     validation = [(f"validation/{m}", VALIDATION_SEED) for m in modalities]
+    files: list[Path] = []
+    # Twins take features: they come before the point cloud expert's own encoder is registered.
+    if all(f"twins/{m}" in available for m in modalities):
+        path = place.embeddings_of([f"twins/{m}" for m in modalities])
+        files.append(path)
+        if not path.exists():
+            names = {m: f"twin_{m}" for m in modalities}
+            composite = open_experts(tuple(names.values()), place, method="damc")
+            prepare = partial(twins.to_features, checkpoints=Path(place.checkpoints))
+            save(path, encode_sets(composite, shared, place.sizes, owners=names, prepare=prepare))
+    points.register()
     path = place.embeddings_of(modalities)
-    files = [path]
+    files.append(path)
     if not path.exists():
         composite = open_experts(modalities, place)
         sets = [*shared, *seeded["new"], *validation]
@@ -55,14 +66,6 @@ def encode_all(place: Place, available: set[str]) -> tuple[str, ...]:
         if not path.exists():
             own = [(name, seed) for name in (f"single/{m}", f"new/{m}") for seed in place.seeds]
             save(path, encode_sets(open_experts((f"{m}_new",), place), own, place.sizes, owners={m: f"{m}_new"}))
-    if all(f"twins/{m}" in available for m in modalities):
-        path = place.embeddings_of([f"twins/{m}" for m in modalities])
-        files.append(path)
-        if not path.exists():
-            names = {m: f"twin_{m}" for m in modalities}
-            composite = open_experts(tuple(names.values()), place, method="damc")
-            prepare = partial(twins.to_features, checkpoints=Path(place.checkpoints))
-            save(path, encode_sets(composite, shared, place.sizes, owners=names, prepare=prepare))
     return tuple(str(path) for path in files)
 
 
@@ -93,7 +96,6 @@ def main() -> None:
     began = time.monotonic()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    points.register()
     place = Place(str(chosen.checkpoints.resolve()), str(chosen.work.resolve()), Sizes(chosen.single, chosen.mixed))
     available = find_available(chosen.checkpoints)
     place = replace(place, embeddings=encode_all(place, available))

@@ -177,6 +177,7 @@ class _Page:
                 if any(row.table == table and row.group == f"new/{m}" for row in self.rows):
                     columns += [(f"{m}: previous tasks", _in(f"single/{m}"), "value"), (f"{m}: new task", _in(f"new/{m}"), "value")]
             self._table(table, columns)
+            self._say("The mask scales are those of the four experts above, not calibrated again; a new expert has its original's.", "")
             self._say(f"Theirs ({papers.MMER}): {papers.FORGETTING}.", "", *readings.forgetting(self.rows, table))
 
     def _number(self) -> None:
