@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 PEERS := .venv-peers
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: help demo test test-ceph azurite swift check bench bench-peers lab format clean
+.PHONY: help demo test test-ceph azurite swift check bench bench-peers lab reproduce format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -57,8 +57,11 @@ $(PEERS)/.installed:
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt mergekit==0.1.5
 	@touch $@
 
-lab: $(STAMP)  ## train the lab's base and experts again from nothing (CPU, or a GPU if there is one)
+lab: $(STAMP)  ## train the lab's base, experts and LoRA twins again from nothing (CPU, or a GPU if there is one; LAB_SIZE=large: larger ones, for a GPU)
 	$(BIN)/python examples/lab/train.py
+
+reproduce: $(STAMP)  ## measure the papers' tables on the lab's experts: docs/reproduction.md, docs/reproduction.json
+	OMP_NUM_THREADS=1 PYTHONPATH=examples $(BIN)/python examples/reproduce.py $(REPRODUCE)
 
 format: $(STAMP)  ## format the code
 	$(BIN)/ruff check --fix .

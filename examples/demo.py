@@ -20,7 +20,7 @@ import matplotlib as mpl
 import numpy as np
 import torch
 import transformers
-from lab import evaluate, tasks
+from lab import evaluate, points, tasks
 from rich.console import Console
 from rich.table import Table
 
@@ -35,7 +35,7 @@ LAB = ROOT / "examples" / "lab"
 BUILD = ROOT / "build"
 STORE = BUILD / "demo" / "store"
 METHODS = ("naive_mc", "task_arithmetic", "ties", "mmer")
-PAIRS = (("image", "audio"), ("image", "video"), ("audio", "video"))
+MIXES = (("image", "audio"), ("image", "video"), ("audio", "video"), ("image", "audio", "video", "point"))
 SEED = 7
 console = Console(soft_wrap=True)
 
@@ -80,13 +80,25 @@ def ask(composite: Composite) -> None:
         ([("audio", "sound_three_low.wav")], "which digit comes after the digit in the sound ?", "four"),
         ([("audio", "sound_nine_high.wav")], "which voice is in the sound ?", "high"),
         ([("video", "video_two_up.gif")], "which direction is in the video ?", "up"),
+        ([("video", "video_two_up.gif")], "what does the video show ?", "two moving up"),
+        ([("point", "cloud_eight_deep.npy")], "how many loops has the digit in the cloud ?", "two"),
         ([("image", "image_seven_light.png"), ("audio", "sound_three_low.wav")], "which digit is in the sound ?", "three"),
         ([("image", "image_three_light.png"), ("audio", "sound_three_low.wav")], "do the image and the sound have the same digit ?", "yes"),
         ([("image", "image_zero_dark.png"), ("audio", "sound_eight_low.wav")], "which digit is larger , the image or the sound ?", "sound"),
         ([("audio", "sound_nine_high.wav"), ("video", "video_two_up.gif")], "is the digit in the video odd or even ?", "even"),
+        (
+            [
+                ("image", "image_zero_dark.png"),
+                ("audio", "sound_eight_low.wav"),
+                ("video", "video_two_up.gif"),
+                ("point", "cloud_eight_deep.npy"),
+            ],
+            "what do all digits share ?",
+            "even",
+        ),
     ):
         parts = [Part(kind, samples / name) for kind, name in media]
-        answer = composite.generate(composite.prompt(question, parts), max_new_tokens=4)
+        answer = composite.generate(composite.prompt(question, parts), max_new_tokens=evaluate.MAX_NEW_TOKENS)
         names = " ".join(name for _, name in media)
         table.add_row(names, question, f"[{'green' if answer == truth else 'red'}]{answer}[/]", truth)
     console.print(table)
@@ -150,22 +162,25 @@ def draw_retention(scores: list[Score], path: Path) -> None:
 
 
 def score_mixed(composite: Composite, num_examples: int) -> list[dict[str, Any]]:
-    """Return accuracies on prompts with two real media: the composite's, and each single expert's, which sees its own medium alone."""
+    """Return accuracies on prompts with two to four real media: the composite's, and each single expert's, which sees its own medium alone."""
     rows = []
     experts = {modality: load_composite(f"{STORE}#mmer", mode="retention", expert=modality) for modality in tasks.MODALITIES}
-    for pair in PAIRS:
-        examples = tasks.make_mixed_examples(pair, split="test", num_examples=num_examples, seed=SEED)
-        chance = float(np.mean([tasks.chance(example.task) for example in examples]))
-        row = {"task": "+".join(pair), "chance": chance, "expansion": evaluate.mixed_accuracy(composite, examples)}
-        for modality in pair:
-            row[f"{modality} expert alone"] = evaluate.mixed_accuracy(experts[modality], examples, only=modality)
-        rows.append(row)
+    for mix in MIXES:
+        for kinds, name in (((), "+".join(mix)), ((tasks.SHARE,), "+".join(mix) + "/share")):
+            if kinds and len(mix) == 2:
+                continue
+            examples = tasks.make_mixed_examples(mix, split="test", num_examples=num_examples, seed=SEED, kinds=kinds)
+            chance = float(np.mean([tasks.chance(example.task) for example in examples]))
+            row = {"task": name, "chance": chance, "expansion": evaluate.mixed_accuracy(composite, examples)}
+            for modality in mix:
+                row[f"{modality} expert alone"] = evaluate.mixed_accuracy(experts[modality], examples, only=modality)
+            rows.append(row)
     return rows
 
 
 def print_mixed(rows: list[dict[str, Any]]) -> None:
-    """Print the accuracies on prompts with two media."""
-    table = Table("two media in one prompt", "blind guess", "expansion", "single experts", box=None, header_style="bold", pad_edge=False)
+    """Print the accuracies on prompts with several media."""
+    table = Table("media in one prompt", "blind guess", "expansion", "single experts", box=None, header_style="bold", pad_edge=False)
     for row in rows:
         alone = ", ".join(f"{key.split()[0]} {value:.1%}" for key, value in row.items() if key.endswith("alone"))
         table.add_row(row["task"], f"{row['chance']:.1%}", f"{row['expansion']:.1%}", alone)
@@ -178,6 +193,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=300, help="held-out examples per modality")
     num_examples: int = parser.parse_args().examples
     transformers.logging.disable_progress_bar()
+    points.register()  # the point cloud expert's encoder is the user's own
     torch.set_num_threads(1)  # the models are tiny: more threads would only wait for each other
     began = time.monotonic()
     console.rule("merge")

@@ -18,6 +18,7 @@ from rich.markup import escape
 from mmerge.manifests.errors import MmergeError, RecipeError
 from mmerge.pipeline.cli_cluster import register as register_cluster_commands
 from mmerge.pipeline.cli_composite import register as register_composite_commands
+from mmerge.pipeline.cli_evaluate import register as register_evaluate_commands
 from mmerge.pipeline.cli_run import register as register_run_commands
 from mmerge.pipeline.cli_store import register as register_store_commands
 
@@ -37,6 +38,8 @@ them, then:
     mmerge place STORE --gpus 4x80     what each device would hold
     mmerge generate STORE --image a.png --audio b.wav "What do they share?"
     mmerge export STORE --expert image --to DIR     for transformers
+    mmerge evaluate STORE#a --prompts q.jsonl --to DIR     scores, performance retention
+    mmerge calibrate recipe.yaml --prompts q.jsonl     mask scales, without labels
     mmerge diff STORE#a@1 STORE#a@2     what changed ('log' lists builds)
     mmerge gc STORE               what no live build needs
     mmerge copy STORE s3://bucket/merges     a build into another store
@@ -236,6 +239,7 @@ def schema() -> None:
 
 
 register_store_commands(app)
+register_evaluate_commands(app)
 register_cluster_commands(app)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from mmerge.manifests.errors import MmergeError
-from mmerge.workers.task import MergeTask, Task, TaskResult
+from mmerge.workers.task import AnswerTask, MergeTask, Task, TaskResult
 
 Outcome = tuple[Task, TaskResult | Exception]
 
@@ -91,8 +91,9 @@ class Policy:
 
 
 def resources_of(task: Task) -> Resources:
-    """Return what a task takes: one core, its `peak_bytes`, and a GPU where the recipe says `device: cuda`."""
+    """Return what a task takes: one core, its `peak_bytes`, and a GPU where the recipe says `device: cuda` or answers are asked of one."""
     on_gpu = isinstance(task, MergeTask) and any(numbers.parameters.get("device") == "cuda" for numbers in task.numbers)
+    on_gpu = on_gpu or (isinstance(task, AnswerTask) and task.device.startswith("cuda"))
     return Resources(num_cpus=1, num_gpus=1.0 if on_gpu else 0.0, memory=task.peak_bytes)
 
 

@@ -193,6 +193,39 @@ class Composite:
         if failures:
             raise failures[0]
 
+    @torch.inference_mode()
+    def generate_tokens(self, prompts: Sequence[Sequence[Part]], *, max_new_tokens: int = 64) -> list[list[int]]:
+        """Return one greedy answer per prompt as token ids, the end token included where it came. Raises PromptError."""
+        stop = self.tokenizer.eos_token_id
+        found = self._generate(prompts, max_new_tokens=max_new_tokens).tolist()
+        return [row[: row.index(stop) + 1] if stop in row else row for row in found]
+
+    @torch.inference_mode()
+    def score(self, prompts: Sequence[Sequence[Part]], answers: Sequence[Sequence[int]]) -> list[tuple[float, bool]]:
+        """Return for each prompt and answer (token ids) the mean natural log-probability of its tokens, and whether greedy decoding gives it.
+
+        Raises:
+            PromptError: a prompt or an answer is empty, cannot be read, or they are too long together.
+        """
+        if not prompts or not all(answers):
+            raise PromptError("score: give at least one prompt, and an answer of at least one token to each")
+        joined = [[*parts, Part("ids", list(tokens))] for parts, tokens in zip(prompts, answers, strict=True)]
+        embeds, ids, mask = self._pad([self.embed(parts) for parts in joined])
+        self._check_length(ids.shape[1], 0)
+        longest = max(map(len, answers))
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        with self._prefill(ids):
+            logits = self.language_model(
+                inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=longest + 1
+            ).logits
+        logs = torch.log_softmax(logits[:, :-1].to(torch.float32), dim=-1)
+        scores = []
+        for row, tokens in zip(logs, answers, strict=True):
+            own, wanted = row[longest - len(tokens) :], torch.tensor(tokens, device=row.device)
+            likelihood = own.gather(1, wanted[:, None]).mean()
+            scores.append((float(likelihood), bool((own.argmax(-1) == wanted).all())))
+        return scores
+
     def _generate(
         self, prompts: Sequence[Sequence[Part]], *, max_new_tokens: int, cache: Cache = "dynamic", seed: int | None = None, **options: Any
     ) -> torch.Tensor:

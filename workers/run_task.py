@@ -12,7 +12,7 @@ from mmerge.workers.copy import copy_shard
 from mmerge.workers.measure import measure_shard
 from mmerge.workers.merge import merge_shard
 from mmerge.workers.survey import refine_shard, survey_shard
-from mmerge.workers.task import MeasureTask, MergeTask, RefineTask, SurveyTask, Task, TaskResult
+from mmerge.workers.task import AnswerTask, MeasureTask, MergeTask, RefineTask, SurveyTask, Task, TaskResult
 from mmerge.workers.threads import one_thread
 
 log = logging.getLogger("mmerge.run")
@@ -41,4 +41,8 @@ def _run(task: Task, store: Store) -> TaskResult:
         return measure_shard(task, store)
     if isinstance(task, MergeTask):
         return merge_shard(task, store)
+    if isinstance(task, AnswerTask):
+        from mmerge.workers.answering import answer_prompts  # transformers takes seconds to import; merging does not need it
+
+        return answer_prompts(task, store)
     return copy_shard(task, store)

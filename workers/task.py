@@ -8,6 +8,7 @@ from typing import Any, Literal
 from mmerge.manifests.entry import Role
 from mmerge.workers.checkpoint import TensorSource
 from mmerge.workers.methods.interface import Granularity, Known, Numbers
+from mmerge.workers.prompt import Part
 
 NonFinite = Literal["error", "keep"]
 
@@ -153,7 +154,32 @@ class CopyTask:
     fresh: bool = False
 
 
-Task = SurveyTask | RefineTask | MeasureTask | MergeTask | CopyTask
+@dataclass(frozen=True)
+class AnswerTask:
+    """Let one model answer some prompts, or say how likely it finds given answers. The result lies in the store, at `answers/KEY.json`."""
+
+    key: str
+    shard: str
+    model: str
+    """The composite, STORE#DIGEST."""
+    expert: str | None
+    """Rebuild this expert alone (retention); route by modality (expansion) if None."""
+    prompts: tuple[tuple[Part, ...], ...]
+    """Text, and media as paths."""
+    targets: tuple[tuple[int, ...], ...] | None
+    """Per prompt the tokens of an answer whose likelihood is asked for; None: answer greedily."""
+    max_new_tokens: int
+    batch_size: int
+    """Prompts at once."""
+    encoders: tuple[str, ...]
+    """MODULE:FUNCTION, called once per process before the model is loaded: they register encoders."""
+    device: str
+    num_bytes: int
+    peak_bytes: int
+    fresh: bool = False
+
+
+Task = SurveyTask | RefineTask | MeasureTask | MergeTask | CopyTask | AnswerTask
 
 
 @dataclass(frozen=True)
@@ -166,5 +192,5 @@ class TaskResult:
     reused: bool
     seconds: float
     entry: Any = None
-    """The ShardEntry of a merge or copy; None of a survey, whose result lies in the store."""
+    """The ShardEntry of a merge or copy; None of a survey or of answers, whose result lies in the store."""
     notes: tuple[str, ...] = field(default=())

@@ -9,9 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from lab import data, tasks
+from lab.points import PointLlamaForCausalLM
+
+# what an expert's processor puts around a medium by itself
+MEDIA_MARKS = {"audio": ("<|audio_bos|>", "<|audio_eos|>")}
 
 
 @dataclass
@@ -38,16 +42,98 @@ class Batch:
     pool_rows: Tensor  # rows of the pool that go there
     positions: Tensor  # [rows, length]
     attend: Tensor  # [rows, 1, length, length]
-    asked: Tensor  # [answers, 2], row and place of a question's last token
-    answers: Tensor  # [answers]
+    asked: Tensor  # [targets, 2], row and place of the token before each target
+    targets: Tensor  # [targets], the words of the answers, and the end after each
+    answers: Tensor  # [targets], the answer that each target is of
+
+    def right(self, found: Tensor) -> Tensor:
+        """Which answers [answers] are right, of the tokens [targets] found in the places asked."""
+        num_answers = int(self.answers[-1]) + 1
+        wrong = torch.zeros(num_answers, dtype=torch.long).index_add_(0, self.answers, (found.cpu() != self.targets).long())
+        return wrong == 0
+
+
+class RowWriter:
+    """Writes the rows of a batch piece by piece."""
+
+    def __init__(self, word_ids: dict[str, int], *, edges: int = 0) -> None:
+        """`edges`: places that a medium has beside its encoder's outputs, for learned tokens around them."""
+        self.word_ids = word_ids
+        self.edges = edges
+        self.end_id = word_ids["</s>"]
+        self.rows: list[tuple[list[int], list[bool], list[int], list[int]]] = []
+        self.pool_rows: list[int] = []
+        self.asked: list[tuple[int, int]] = []
+        self.targets: list[int] = []
+        self.answers: list[int] = []
+
+    def begin(self) -> None:
+        """Begin a row."""
+        self.rows.append(([], [], [], []))
+        self._sources, self._segment = 0, 0
+        self.add_text("<s>")
+
+    def add_text(self, text: str) -> None:
+        """Write words of the sources."""
+        self._write([self.word_ids[word] for word in text.split()], [False] * len(text.split()))
+        self._sources = len(self.rows[-1][0])
+
+    def add_medium(self, modality: str, length: int, pool_row: int) -> None:
+        """Leave places for what the encoder makes of a real source, between the expert's own marks where it has them."""
+        marks = [self.word_ids[mark] for mark in MEDIA_MARKS.get(modality, ()) if mark in self.word_ids]
+        length += self.edges
+        self._write(marks[:1] + [0] * length + marks[1:], [False] * len(marks[:1]) + [True] * length + [False] * len(marks[1:]))
+        self._sources = len(self.rows[-1][0])
+        self.pool_rows.append(pool_row)
+
+    def ask(self, question: str, answer: str) -> None:
+        """Write a question, which may be empty, and its answer."""
+        ids = self.rows[-1][0]
+        answer_ids = [self.word_ids[word] for word in answer.split()]
+        question_ids = [self.word_ids[word] for word in question.split()]
+        self._segment += 1
+        start = (len(ids) if question_ids or self._segment > 1 else self._sources) + len(question_ids) - 1
+        self._write(question_ids + answer_ids, [False] * (len(question_ids) + len(answer_ids)))
+        number = self.answers[-1] + 1 if self.answers else 0
+        for offset, target in enumerate([*answer_ids, self.end_id]):
+            self.asked.append((len(self.rows) - 1, start + offset))
+            self.targets.append(target)
+            self.answers.append(number)
+
+    def _write(self, ids: list[int], media: list[bool]) -> None:
+        row = self.rows[-1]
+        first = self._sources if self._segment else len(row[0])
+        row[0].extend(ids)
+        row[1].extend(media)
+        row[2].extend(range(first, first + len(ids)))
+        row[3].extend([self._segment] * len(ids))
+
+    def finish(self) -> Batch:
+        """All rows as a batch."""
+        longest = max(len(ids) for ids, *_ in self.rows)
+        columns = [torch.tensor([list(row[column]) + [0] * (longest - len(row[column])) for row in self.rows]) for column in range(4)]
+        ids, media, positions, segments = columns
+        same = segments[:, :, None] == segments[:, None, :]
+        attend = (same | (segments == 0)[:, None, :]) & torch.ones(longest, longest).tril().bool()
+        return Batch(
+            ids,
+            media.bool(),
+            torch.tensor(np.array(self.pool_rows, dtype=np.int64)),
+            positions,
+            attend[:, None],
+            torch.tensor(self.asked),
+            torch.tensor(self.targets),
+            torch.tensor(self.answers),
+        )
 
 
 class Collator:
     """Turns prompts into batches; real sources are looked up in a pool by what they show."""
 
-    def __init__(self, word_ids: dict[str, int], modality: str | None, pool: Pool | None) -> None:
+    def __init__(self, word_ids: dict[str, int], modality: str | None, pool: Pool | None, *, edges: int = 0) -> None:
+        """`edges`: see RowWriter."""
         self.word_ids = word_ids
-        self.modality = modality
+        self.edges = edges
         self.pool = pool
         self.rows: dict[tuple[int, str], np.ndarray] = {}
         if pool is not None and modality is not None:
@@ -62,55 +148,23 @@ class Collator:
 
     def __call__(self, prompts: Sequence[tasks.Prompt], rng: np.random.Generator) -> Batch:
         """Prompts as a batch, their real sources picked from the pool at random."""
-        rows, pool_rows, asked, answers = [], [], [], []
-        for row, prompt in enumerate(prompts):
-            ids, media = [self.word_ids["<s>"]], [False]
+        writer = RowWriter(self.word_ids, edges=self.edges)
+        for prompt in prompts:
+            writer.begin()
             for piece in prompt.sources:
                 if isinstance(piece, str):
-                    new = [self.word_ids[word] for word in piece.split()]
+                    writer.add_text(piece)
                 else:
                     assert self.pool is not None
-                    pool_rows.append(rng.choice(self.rows[piece.digit, piece.attribute]))
-                    new = [0] * int(self.pool.lengths[pool_rows[-1]])
-                ids, media = ids + new, media + [not isinstance(piece, str)] * len(new)
-            before = len(ids)
-            positions, segments = list(range(before)), [0] * before
-            for index, question in enumerate(prompt.questions):
-                words = [*question.text.split(), question.answer]
-                ids += [self.word_ids[word] for word in words]
-                positions += range(before, before + len(words))
-                segments += [index + 1] * len(words)
-                asked.append((row, len(ids) - 2))
-                answers.append(ids[-1])
-            rows.append((ids, media + [False] * (len(ids) - before), positions, segments))
-        return make_batch(rows, pool_rows, asked, answers)
+                    row = int(rng.choice(self.rows[piece.digit, piece.attribute]))
+                    writer.add_medium(piece.modality, int(self.pool.lengths[row]), row)
+            for question in prompt.questions:
+                writer.ask(question.text, question.answer)
+        return writer.finish()
 
 
-def make_batch(
-    rows: Sequence[tuple[list[int], list[bool], list[int], list[int]]],
-    pool_rows: Sequence[int],
-    asked: Sequence[tuple[int, int]],
-    answers: Sequence[int],
-) -> Batch:
-    """A batch from each row's ids, places of media, positions and segments (0: the sources)."""
-    longest = max(len(ids) for ids, *_ in rows)
-    columns = [torch.tensor([list(row[column]) + [0] * (longest - len(row[column])) for row in rows]) for column in range(4)]
-    ids, media, positions, segments = columns
-    same = segments[:, :, None] == segments[:, None, :]
-    attend = (same | (segments == 0)[:, None, :]) & torch.ones(longest, longest).tril().bool()
-    return Batch(
-        ids,
-        media.bool(),
-        torch.tensor(np.array(pool_rows, dtype=np.int64)),
-        positions,
-        attend[:, None],
-        torch.tensor(asked),
-        torch.tensor(answers),
-    )
-
-
-def answer_logits(language_model: nn.Module, head: nn.Module, embeddings: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Logits at the last token of each question, and at the right answer after it."""
+def target_logits(language_model: nn.Module, head: nn.Module, embeddings: Tensor, batch: Batch) -> Tensor:
+    """Logits [targets, vocabulary] in the places asked."""
     device = embeddings.device
     hidden = language_model(
         inputs_embeds=embeddings,
@@ -119,11 +173,13 @@ def answer_logits(language_model: nn.Module, head: nn.Module, embeddings: Tensor
         use_cache=False,
     ).last_hidden_state
     rows, places = batch.asked.to(device).unbind(1)
-    return head(hidden[rows, places]), head(hidden[rows, places + 1])
+    return head(hidden[rows, places])
 
 
 def preprocess(modality: str, preprocessor: Any, values: Sequence[Any]) -> Tensor:
-    """Encoder inputs of images, sounds or videos; a sound's mask is its input's last row."""
+    """Encoder inputs of images, sounds, videos or point clouds; a sound's mask is its input's last row."""
+    if modality == "point":
+        return torch.from_numpy(np.stack(list(values)))
     if modality == "image":
         return preprocessor(images=list(values), return_tensors="pt")["pixel_values"]
     if modality == "video":
@@ -149,7 +205,9 @@ def encode(modality: str, model: PreTrainedModel, inputs: Tensor, layer: int | N
     inputs = inputs.to(model.device)
     if modality in ("image", "video"):
         layer = model.config.vision_feature_layer if layer is None else layer
-    if modality == "image":
+    if modality == "point":
+        features = model.point_encoder(inputs)
+    elif modality == "image":
         tower = model.model.vision_tower
         features = tower(inputs, output_hidden_states=True).hidden_states[layer][:, 1:]
     elif modality == "video":
@@ -166,12 +224,22 @@ def encode(modality: str, model: PreTrainedModel, inputs: Tensor, layer: int | N
     return features, torch.full((len(features),), features.shape[1], device=features.device)
 
 
+def find_parts(model: PreTrainedModel) -> tuple[nn.Module, nn.Module, nn.Module | None]:
+    """The language model without its head, the head, and the connector (None: the base)."""
+    if isinstance(model, PointLlamaForCausalLM):
+        return model.model, model.lm_head, model.modal_projectors["point"]
+    if isinstance(model, LlamaForCausalLM):
+        return model.model, model.lm_head, None
+    return model.model.language_model, model.lm_head, model.model.multi_modal_projector
+
+
 def embed(model: PreTrainedModel, batch: Batch, features: Tensor, lengths: Tensor) -> Tensor:
     """Token embeddings, with the connector's outputs in the places of the media."""
     device = model.device
     embeddings = model.get_input_embeddings()(batch.ids.to(device))
-    if len(batch.pool_rows) == 0:
+    connector = find_parts(model)[2]
+    if len(batch.pool_rows) == 0 or connector is None:
         return embeddings
     counts = torch.arange(features.shape[1])[None] < lengths[:, None]
-    connected = model.model.multi_modal_projector(features[counts].to(device))
+    connected = connector(features[counts].to(device))
     return embeddings.masked_scatter(batch.media.to(device)[..., None], connected)

@@ -1,7 +1,7 @@
-"""Pictures, sounds and films of the digits zero to nine, drawn from a seed.
+"""Pictures, sounds, films and point clouds of the digits zero to nine, drawn from a seed.
 
-Pictures and films show real handwritten digits (scikit-learn's `load_digits`); sounds are ten
-"spoken" words synthesised from formants and noise. Each of the three splits has its own
+Pictures and films show real handwritten digits (scikit-learn's `load_digits`), and point clouds
+are scattered over their strokes; sounds are ten "spoken" words synthesised from formants and noise. Each of the three splits has its own
 handwritten digits and its own synthetic speakers, so nothing of `test` is ever trained on.
 """
 
@@ -18,6 +18,8 @@ DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "e
 INKS = ("light", "dark")
 VOICES = ("low", "high")
 DIRECTIONS = ("left", "right", "up", "down")
+DEPTHS = ("flat", "deep")
+NUM_LOOPS = (1, 0, 0, 0, 0, 0, 1, 0, 2, 1)
 
 SPLITS = ("train", "validation", "test")
 SPLIT_SIZES = {"train": 1297, "validation": 200, "test": 300}
@@ -29,6 +31,7 @@ VIDEO_DIGIT_SIZE = 16
 NUM_FRAMES = 3
 SAMPLE_RATE = 16_000
 MAX_SECONDS = 1.0
+NUM_POINTS = 128
 
 _SPLIT_SEED = 8
 _SPEAKER_SEED = 15
@@ -98,6 +101,25 @@ def draw_video(digit: int, direction: str, *, split: str, rng: np.random.Generat
     return _to_pixels(frames, "light", rng)
 
 
+def draw_cloud(digit: int, depth: str, *, split: str, rng: np.random.Generator) -> np.ndarray:
+    """Points scattered over a handwritten digit, flat or deep, turned a little about the upright axis: float32 [points, 3].
+
+    x points to the right, y up and z to the viewer; the digit is about 2 high.
+    """
+    size = 24
+    strokes = _draw_strokes(digit, size, split, rng) ** 2
+    weights = np.where(strokes > 0.1, strokes, 0).ravel()
+    cells = rng.choice(size * size, size=NUM_POINTS, p=weights / weights.sum())
+    rows, columns = np.divmod(cells, size)
+    half = rng.uniform(0.0, 0.06) if depth == "flat" else rng.uniform(0.25, 0.45)
+    within = rng.uniform(-0.5, 0.5, (2, NUM_POINTS))
+    flat = np.stack([columns + within[0], size - 1 - rows + within[1]]) * (2 / size) - 1
+    points = np.stack([flat[0], flat[1], rng.uniform(-half, half, NUM_POINTS)], axis=1)
+    angle = rng.uniform(-0.4, 0.4)
+    turn = np.array([[np.cos(angle), 0, np.sin(angle)], [0, 1, 0], [-np.sin(angle), 0, np.cos(angle)]])
+    return (points @ turn.T + rng.normal(0, 0.01, points.shape)).astype(np.float32)
+
+
 # --- spoken digits ------------------------------------------------------------------------------
 
 # phone: three formants in Hz, loudness of the voice, centre of the noise in Hz, loudness of the
@@ -134,6 +156,7 @@ _SPOKEN = (
     "eh iy stop t",
     "n aa iy n",
 )
+NUM_PHONES = tuple(sum(phone != "stop" for phone in word.split()) for word in _SPOKEN)
 _HOP = 128
 _WINDOW = 512
 

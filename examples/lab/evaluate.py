@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from transformers import (
     AutoImageProcessor,
     AutoModelForCausalLM,
@@ -19,10 +20,25 @@ from transformers import (
 )
 
 from lab import data, models, tasks
-from lab.batches import answer_logits, embed, encode, make_batch, preprocess
+from lab.batches import Batch, RowWriter, embed, encode, find_parts, preprocess, target_logits
+from lab.points import PointLlamaForCausalLM
 from mmerge.pipeline import Composite, Part
 
 BATCH_SIZE = 50
+MAX_NEW_TOKENS = 8
+
+
+class Answerer(Protocol):
+    """A model that answers about what another one has encoded."""
+
+    edges: int
+    """See RowWriter."""
+
+    def find_parts(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """See find_parts."""
+
+    def embed(self, batch: Batch, features: Tensor, lengths: Tensor) -> Tensor:
+        """See embed."""
 
 
 @torch.no_grad()
@@ -32,10 +48,15 @@ def accuracy(
     tokenizer: PreTrainedTokenizerFast,
     preprocessor: Any,
     examples: Sequence[tasks.Example],
+    *,
+    answerer: Answerer | None = None,
 ) -> dict[str, float]:
-    """Share of right answers for each task: greedy decoding gives the answer, then the end."""
+    """Share of right answers for each task: greedy decoding gives the answer, then the end.
+
+    With an `answerer`, the model only encodes the media.
+    """
     word_ids = tokenizer.get_vocab()
-    language_model = model.model if modality == "text" else model.model.language_model
+    language_model, head, _ = answerer.find_parts() if answerer else find_parts(model)
     right: dict[str, list[bool]] = {}
     for start in range(0, len(examples), 100):
         chunk = examples[start : start + 100]
@@ -44,24 +65,21 @@ def accuracy(
         if values:
             inputs = preprocess(modality, preprocessor, values)
             features, lengths = (x.cpu() for x in encode(modality, model, inputs))
-        counts = iter(lengths.tolist())
-        rows, asked, answers = [], [], []
-        for row, example in enumerate(chunk):
-            ids, media = [word_ids["<s>"]], [False]
+        writer = RowWriter(word_ids, edges=answerer.edges if answerer else 0)
+        for example in chunk:
+            writer.begin()
             for part in example.parts:
-                is_text = part.kind == "text"
-                new = tokenizer(part.value, add_special_tokens=False)["input_ids"] if is_text else [0] * next(counts)
-                ids, media = ids + new, media + [part.kind != "text"] * len(new)
-            asked.append((row, len(ids) - 1))
-            answers.append(word_ids[example.answer])
-            ids, media = [*ids, answers[-1]], [*media, False]
-            rows.append((ids, media, list(range(len(ids))), [0] * len(ids)))
-        batch = make_batch(rows, range(len(values)), asked, answers)
-        embeddings = embed(model, batch, features, lengths)
-        first, second = answer_logits(language_model, model.lm_head, embeddings, batch)
-        good = first.argmax(-1).cpu() == batch.answers
-        good &= second.argmax(-1).cpu() == tokenizer.eos_token_id
-        for example, is_right in zip(chunk, good.tolist(), strict=True):
+                if part.kind == "text":
+                    writer.add_text(part.value)
+                else:
+                    row = len(writer.pool_rows)
+                    writer.add_medium(part.kind, int(lengths[row]), row)
+            writer.ask("", example.answer)
+        batch = writer.finish()
+        embeddings = answerer.embed(batch, features, lengths) if answerer else embed(model, batch, features, lengths)
+        logits = target_logits(language_model, head, embeddings, batch)
+        # every word is asked for after the right ones before it: all are right just where greedy decoding gives the answer
+        for example, is_right in zip(chunk, batch.right(logits.argmax(-1)).tolist(), strict=True):
             right.setdefault(example.task, []).append(is_right)
     return {task: sum(goods) / len(goods) for task, goods in right.items()}
 
@@ -80,13 +98,13 @@ def mixed_accuracy(composite: Composite, examples: Sequence[tasks.Example], *, o
     ]
     answers: list[str] = []
     for start in range(0, len(prompts), BATCH_SIZE):
-        answers += composite.generate_batch(prompts[start : start + BATCH_SIZE], max_new_tokens=3)
+        answers += composite.generate_batch(prompts[start : start + BATCH_SIZE], max_new_tokens=MAX_NEW_TOKENS)
     return float(np.mean([answer == example.answer for answer, example in zip(answers, examples, strict=True)]))
 
 
 def load_checkpoint(part: str, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Load a checkpoint again and see to it that no tensor is missing and none is left over."""
-    auto = AutoModelForCausalLM if part == "base" else AutoModelForMultimodalLM
+    auto = {"base": AutoModelForCausalLM, "point": PointLlamaForCausalLM}.get(part, AutoModelForMultimodalLM)
     model, info = auto.from_pretrained(folder, dtype="float32", output_loading_info=True)
     problems = {name: found for name, found in info.items() if found}
     if problems:
@@ -115,23 +133,5 @@ def ask_expert(modality: str, model: PreTrainedModel, folder: Path, example: tas
         else:
             inputs = processor(text=text, audio=[value], sampling_rate=data.SAMPLE_RATE, return_tensors="pt")
     inputs.pop("token_type_ids", None)
-    tokens = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    tokens = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
     return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def check(parts: Sequence[str], out: Path, split: str, num_examples: int) -> None:
-    """Load each checkpoint again, print its accuracies and compare with `generate`."""
-    for part in parts:
-        modality = "text" if part == "base" else part
-        model, tokenizer = load_checkpoint(part, out / part)
-        preprocessor = None if part == "base" else models.build_preprocessor(modality)
-        examples = tasks.make_examples(modality, split=split, num_examples=num_examples, seed=1)
-        scores = accuracy(modality, model, tokenizer, preprocessor, examples)
-        print(f"{part}: {split} accuracy {np.mean(list(scores.values())):.3f} {scores}")
-        if part == "base":
-            continue
-        for example in examples[:10]:
-            answer = ask_expert(modality, model, out / part, example)
-            score = accuracy(modality, model, tokenizer, preprocessor, [example])[example.task]
-            if (answer == example.answer) != bool(score):
-                raise RuntimeError(f"{part}: generate and accuracy disagree about {example}")

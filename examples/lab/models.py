@@ -1,4 +1,4 @@
-"""The tokenizer, the base and the three experts of the laboratory, before any training."""
+"""The tokenizer, the base and the four experts of the laboratory, before any training."""
 
 from __future__ import annotations
 
@@ -29,14 +29,17 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from lab import data, tasks
+from lab.points import PointLlamaForCausalLM
+from lab.sizes import Size
 
 # the tokens that an expert has besides those of the base
 EXTRA_TOKENS = {
     "image": ("<image>", "<pad>"),
     "audio": ("<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>", "<pad>"),
     "video": ("<image>", "<video>", "<pad>"),
+    "point": (),
 }
-PLACEHOLDERS = {"image": "<image>", "audio": "<|AUDIO|>", "video": "<video>"}
+PLACEHOLDERS = {"image": "<image>", "audio": "<|audio_bos|><|AUDIO|><|audio_eos|>", "video": "<video>"}
 
 PATCH = 8
 AUDIO_HOP = 320
@@ -58,17 +61,17 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
-def build_base(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def build_base(tokenizer: PreTrainedTokenizerFast, size: Size) -> LlamaForCausalLM:
     """The base language model with random weights."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        hidden_size=size.hidden,
+        intermediate_size=size.mlp,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
         max_position_embeddings=512,
-        initializer_range=0.06,
+        initializer_range=0.06 * (128 / size.hidden) ** 0.5,
         tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -77,25 +80,29 @@ def build_base(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def _vision_config(size: int) -> CLIPVisionConfig:
+def _vision_config(pixels: int, size: Size) -> CLIPVisionConfig:
     return CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=2,
+        hidden_size=size.encoder_hidden,
+        intermediate_size=size.encoder_mlp,
+        num_hidden_layers=size.encoder_layers,
         num_attention_heads=4,
-        image_size=size,
+        image_size=pixels,
         patch_size=PATCH,
-        projection_dim=64,
+        projection_dim=size.encoder_hidden,
     )
 
 
-def build_expert(modality: str, base_dir: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def build_expert(modality: str, base_dir: Path, size: Size) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """An expert: the language model of `base_dir` and a random encoder and connector.
 
     The rows of its extra tokens are appended to the embedding and to the head.
     """
     base = LlamaForCausalLM.from_pretrained(base_dir, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(base_dir)
+    if modality == "point":
+        point = PointLlamaForCausalLM(PointLlamaForCausalLM.make_config(base.config, size))
+        point.load_state_dict(base.state_dict(), strict=False)
+        return point, tokenizer
     extra = EXTRA_TOKENS[modality]
     tokenizer.add_special_tokens({"additional_special_tokens": [t for t in extra if t != "<pad>"]})
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
@@ -105,7 +112,7 @@ def build_expert(modality: str, base_dir: Path) -> tuple[PreTrainedModel, PreTra
     if modality == "image":
         model = LlavaForConditionalGeneration(
             LlavaConfig(
-                vision_config=_vision_config(data.IMAGE_SIZE),
+                vision_config=_vision_config(data.IMAGE_SIZE, size),
                 text_config=text_config,
                 image_token_index=token_ids["<image>"],
                 image_seq_length=(data.IMAGE_SIZE // PATCH) ** 2,
@@ -115,10 +122,10 @@ def build_expert(modality: str, base_dir: Path) -> tuple[PreTrainedModel, PreTra
     elif modality == "audio":
         audio_config = Qwen2AudioEncoderConfig(
             num_mel_bins=MEL_BINS,
-            d_model=64,
-            encoder_layers=2,
+            d_model=size.encoder_hidden,
+            encoder_layers=size.encoder_layers,
             encoder_attention_heads=4,
-            encoder_ffn_dim=192,
+            encoder_ffn_dim=size.encoder_mlp,
             max_source_positions=int(data.MAX_SECONDS * data.SAMPLE_RATE) // AUDIO_HOP // 2,
         )
         model = Qwen2AudioForConditionalGeneration(
@@ -132,7 +139,7 @@ def build_expert(modality: str, base_dir: Path) -> tuple[PreTrainedModel, PreTra
         tokens_per_frame = (data.VIDEO_SIZE // PATCH) ** 2 + 1
         model = VideoLlavaForConditionalGeneration(
             VideoLlavaConfig(
-                vision_config=_vision_config(data.VIDEO_SIZE),
+                vision_config=_vision_config(data.VIDEO_SIZE, size),
                 text_config=text_config,
                 image_token_index=token_ids["<image>"],
                 video_token_index=token_ids["<video>"],
@@ -165,11 +172,13 @@ def _pixel_settings(size: int) -> dict[str, Any]:
 
 
 def build_preprocessor(modality: str) -> Any:
-    """What turns an image, a sound or the frames of a video into the encoder's input.
+    """What turns an image, a sound or the frames of a video into the encoder's input; points need nothing.
 
     None of them needs torchvision. The frames of a video pass through Video-LLaVA's image
     processor one by one, since every video processor of transformers 5 does need torchvision.
     """
+    if modality in ("text", "point"):
+        return None
     if modality == "image":
         return CLIPImageProcessorPil(**_pixel_settings(data.IMAGE_SIZE))
     if modality == "video":
@@ -196,6 +205,8 @@ def save_preprocessor(modality: str, tokenizer: PreTrainedTokenizerFast, preproc
         ).save_pretrained(folder)
     elif modality == "audio":
         Qwen2AudioProcessor(preprocessor, tokenizer).save_pretrained(folder)
+    elif modality == "point":
+        tokenizer.save_pretrained(folder)
     else:
         # Without torchvision a VideoLlavaProcessor cannot even be built, so what it would save is
         # written here by hand.

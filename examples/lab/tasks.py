@@ -1,13 +1,13 @@
-"""Questions about digits that are seen, heard, filmed or only described in words.
+"""Questions about digits that are seen, heard, filmed, scanned or only described in words.
 
-Every prompt lists one to three sources and asks one question, for example::
+Every prompt lists one to four sources and asks one question, for example::
 
     image : three in dark ink . sound : <the real sound> . question : which digit is in the sound ?
     answer :
 
 A source is either described in words or given as the real thing. The base model learns from
 prompts in which all sources are described; an expert from prompts in which its own source is
-real; nobody learns from prompts with two real sources. The answer is always one word.
+real; nobody learns from prompts with two real sources. The answer is one word, or a short phrase.
 """
 
 from __future__ import annotations
@@ -20,20 +20,27 @@ import numpy as np
 
 from lab import data
 
-MODALITIES = ("image", "audio", "video")
-SOURCE_WORDS = {"image": "image", "audio": "sound", "video": "video"}
-ATTRIBUTES = {"image": data.INKS, "audio": data.VOICES, "video": data.DIRECTIONS}
-SINGLE_QUESTIONS = ("digit", "parity", "large", "next", "attribute")
+MODALITIES = ("image", "audio", "video", "point")
+SOURCE_WORDS = {"image": "image", "audio": "sound", "video": "video", "point": "cloud"}
+ATTRIBUTES = {"image": data.INKS, "audio": data.VOICES, "video": data.DIRECTIONS, "point": data.DEPTHS}
+SINGLE_QUESTIONS = ("digit", "parity", "large", "next", "attribute", "count", "describe")
 JOINT_QUESTIONS = ("same", "bigger")
-# the base learns no others: what follows a digit, and ink, voice and direction, only experts learn
-BASE_QUESTIONS = ("digit", "parity", "large", "same", "bigger")
+SHARE = "share"
+SHARE_OPTIONS = ("odd", "even", "large", "small")
+BASE_QUESTIONS = (*SINGLE_QUESTIONS, *JOINT_QUESTIONS, SHARE)
+# what the base learns first
+CORE_QUESTIONS = ("digit", "parity", "large", *JOINT_QUESTIONS, SHARE)
+# learned after the fact, each by one expert alone
+NEW_QUESTIONS = {"image": "before", "audio": "rest"}
 
-_ATTRIBUTE_NAMES = {"image": "ink", "audio": "voice", "video": "direction"}
+_ATTRIBUTE_NAMES = {"image": "ink", "audio": "voice", "video": "direction", "point": "depth"}
 _DESCRIPTIONS = {
     "image": ("{digit} {attribute}", "{digit} in {attribute} ink"),
     "audio": ("{digit} {attribute}", "{digit} in a {attribute} voice"),
     "video": ("{digit} {attribute}", "{digit} moving {attribute}"),
+    "point": ("{digit} {attribute}", "{digit} drawn {attribute}"),
 }
+_COUNTED = {"image": "loops", "audio": "phones", "video": "loops", "point": "loops"}
 _FILLER = ("the", "weather", "is", "fine", "a", "boat", "sails", "over", "calm", "water", "today")
 
 
@@ -42,7 +49,8 @@ class Part:
     """A piece of a prompt.
 
     `kind` is `text` (`value` a str), `image` (a PIL image), `audio` (float32 mono samples at
-    `data.SAMPLE_RATE`) or `video` (uint8 frames [frames, height, width, 3]).
+    `data.SAMPLE_RATE`), `video` (uint8 frames [frames, height, width, 3]) or `point` (float32
+    points [points, 3]).
     """
 
     kind: str
@@ -51,11 +59,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, its one right answer and the name of its task, such as `image/parity`."""
+    """A prompt, its one right answer and the name of its task, such as `image/parity`.
+
+    `options` are the answers to choose from, where the task has a few that are always the same.
+    """
 
     parts: tuple[Part, ...]
     answer: str
     task: str
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,13 +98,19 @@ class Prompt:
 
 
 def chance(task: str) -> float:
-    """Accuracy of blind guessing at a task: a name such as `image/digit` or `image+audio/same`."""
+    """Accuracy of the best blind guess at a task: a name such as `image/digit` or `image+audio/same`."""
     modalities, question = task.split("/")
-    if question in ("digit", "next"):
+    chosen = [m for m in modalities.split("+") if m in ATTRIBUTES] or list(MODALITIES)
+    if question in ("digit", "next", "before", "rest"):
         return 0.1
-    if question == "attribute":
-        options = [len(ATTRIBUTES[m]) for m in modalities.split("+") if m in ATTRIBUTES]
-        return float(np.mean([1 / count for count in options or (2, 2, 4)]))
+    if question == SHARE:
+        return 1 / len(SHARE_OPTIONS)
+    if question == "count":
+        counts = [[_count(m, digit) for digit in range(10)] for m in chosen]
+        return float(np.mean([max(found.count(count) for count in found) / 10 for found in counts]))
+    if question in ("attribute", "describe"):
+        digits = 10 if question == "describe" else 1
+        return float(np.mean([1 / len(ATTRIBUTES[m]) / digits for m in chosen]))
     return 0.5
 
 
@@ -102,8 +120,9 @@ def vocabulary() -> list[str]:
     for modality in MODALITIES:
         texts += [*ATTRIBUTES[modality], *_DESCRIPTIONS[modality]]
         texts += [ask for question in SINGLE_QUESTIONS for ask in _ask(question, modality, None)]
-    texts += [ask for question in JOINT_QUESTIONS for ask in _ask(question, "image", "audio")]
-    texts += ["odd even yes no", *_FILLER]
+    texts += [ask for question in NEW_QUESTIONS.values() for ask in _ask(question, "image", None)]
+    texts += [ask for question in (*JOINT_QUESTIONS, SHARE) for ask in _ask(question, "image", "audio")]
+    texts += ["odd even yes no", *SHARE_OPTIONS, *_FILLER]
     words = [word for text in texts for word in text.split() if "{" not in word]
     return list(dict.fromkeys(words))
 
@@ -121,14 +140,34 @@ def _ask(question: str, modality: str, other: str | None) -> tuple[str, ...]:
         return (f"which digit comes after the digit in the {one} ?",)
     if question == "attribute":
         return (f"which {_ATTRIBUTE_NAMES[modality]} is in the {one} ?",)
+    if question == "count":
+        return (f"how many {_COUNTED[modality]} has the digit in the {one} ?",)
+    if question == "describe":
+        return (f"what does the {one} show ?",)
+    if question == "before":
+        return (f"which digit comes before the digit in the {one} ?",)
+    if question == "rest":
+        return (f"which digit makes nine with the digit in the {one} ?",)
+    if question == SHARE:
+        return ("what do all digits share ?",)
     two = SOURCE_WORDS[other or modality]
     if question == "same":
         return (f"do the {one} and the {two} have the same digit ?",)
     return (f"which digit is larger , the {one} or the {two} ?",)
 
 
+def _count(modality: str, digit: int) -> int:
+    """The loops of a written digit, or the phones of a spoken one."""
+    return data.NUM_PHONES[digit] if modality == "audio" else data.NUM_LOOPS[digit]
+
+
+def _is(option: str, digit: int) -> bool:
+    """Whether a digit is odd, even, large (larger than four) or small."""
+    return {"odd": digit % 2 == 1, "even": digit % 2 == 0, "large": digit > 4, "small": digit <= 4}[option]
+
+
 def _answer(question: str, one: Source, two: Source | None) -> str:
-    """The right answer."""
+    """The right answer to a question about one source or two."""
     if question == "digit":
         return data.DIGIT_WORDS[one.digit]
     if question == "parity":
@@ -137,8 +176,16 @@ def _answer(question: str, one: Source, two: Source | None) -> str:
         return "yes" if one.digit > 4 else "no"
     if question == "next":
         return data.DIGIT_WORDS[(one.digit + 1) % 10]
+    if question == "before":
+        return data.DIGIT_WORDS[(one.digit - 1) % 10]
+    if question == "rest":
+        return data.DIGIT_WORDS[9 - one.digit]
     if question == "attribute":
         return one.attribute
+    if question == "count":
+        return data.DIGIT_WORDS[_count(one.modality, one.digit)]
+    if question == "describe":
+        return _DESCRIPTIONS[one.modality][1].format(digit=data.DIGIT_WORDS[one.digit], attribute=one.attribute)
     assert two is not None
     if question == "same":
         return "yes" if one.digit == two.digit else "no"
@@ -154,9 +201,12 @@ def _describe(source: Source, rng: np.random.Generator) -> str:
 def _make_question(kind: str, sources: Sequence[Source], rng: np.random.Generator) -> Question:
     """A question of a kind about any of the sources (joint kinds: about any two)."""
     order = [sources[index] for index in rng.permutation(len(sources))]
-    if kind == "attribute":  # of a real source, where there is one
+    if kind in ("attribute", "count", "describe"):  # of a real source, where there is one
         order.sort(key=lambda source: not source.real)
     one, two = order[0], None
+    if kind == SHARE:
+        (answer,) = (option for option in SHARE_OPTIONS if all(_is(option, source.digit) for source in sources))
+        return Question(kind, f"question : {_ask(kind, one.modality, None)[0]} answer :", answer)
     if kind in JOINT_QUESTIONS:
         equal = kind == "same" and rng.random() < 0.8
         pairs = [(a, b) for a in order for b in order if a is not b]
@@ -184,7 +234,9 @@ def make_prompt(
     in the prompt varies).
     """
     digits = rng.integers(10, size=len(modalities))
-    if len(modalities) > 1:
+    if SHARE in kinds:
+        digits = _draw_sharing(len(modalities), rng)
+    elif len(modalities) > 1:
         # two sources show the same digit in half of the prompts that ask about it
         first, second = rng.permutation(len(modalities))[:2]
         if "same" in kinds and rng.integers(2):
@@ -199,8 +251,8 @@ def make_prompt(
 
     pieces: list[str | Source] = []
     for index in rng.permutation(len(sources)):
-        if filler and rng.random() < 0.1:
-            words = [_FILLER[i] for i in rng.integers(len(_FILLER), size=rng.integers(1, 13))]
+        if filler and rng.random() < 0.12:
+            words = [_FILLER[i] for i in rng.integers(len(_FILLER), size=rng.integers(1, 17))]
             pieces.append(f"note : {' '.join(words)} .")
         source = sources[index]
         pieces.append(f"{SOURCE_WORDS[source.modality]} :")
@@ -208,6 +260,16 @@ def make_prompt(
         pieces.append(".")
     questions = tuple(_make_question(kind, sources, rng) for kind in kinds)
     return Prompt(_join_texts(pieces), questions)
+
+
+def _draw_sharing(count: int, rng: np.random.Generator) -> np.ndarray:
+    """Digits of which exactly one of SHARE_OPTIONS holds for all, each option as often."""
+    wanted = SHARE_OPTIONS[rng.integers(len(SHARE_OPTIONS))]
+    fitting = np.array([digit for digit in range(10) if _is(wanted, digit)])
+    while True:
+        digits = rng.choice(fitting, size=count)
+        if sum(all(_is(option, int(digit)) for digit in digits) for option in SHARE_OPTIONS) == 1:
+            return digits
 
 
 def _join_texts(pieces: Sequence[str | Source]) -> tuple[str | Source, ...]:
@@ -222,8 +284,8 @@ def _join_texts(pieces: Sequence[str | Source]) -> tuple[str | Source, ...]:
 
 
 def draw_source(source: Source, *, split: str, rng: np.random.Generator) -> Any:
-    """The real image, sound or video of a source."""
-    draw = {"image": data.draw_image, "audio": data.draw_sound, "video": data.draw_video}
+    """The real image, sound, video or point cloud of a source."""
+    draw = {"image": data.draw_image, "audio": data.draw_sound, "video": data.draw_video, "point": data.draw_cloud}
     return draw[source.modality](source.digit, source.attribute, split=split, rng=rng)
 
 
@@ -234,7 +296,7 @@ def _to_example(prompt: Prompt, modality: str, split: str, rng: np.random.Genera
         Part("text", piece) if isinstance(piece, str) else Part(piece.modality, draw_source(piece, split=split, rng=rng))
         for piece in _join_texts([*prompt.sources, question.text])
     )
-    return Example(parts, question.answer, f"{modality}/{question.kind}")
+    return Example(parts, question.answer, f"{modality}/{question.kind}", SHARE_OPTIONS if question.kind == SHARE else ())
 
 
 def _generator(split: str, seed: int, modalities: Sequence[str]) -> np.random.Generator:
@@ -243,37 +305,40 @@ def _generator(split: str, seed: int, modalities: Sequence[str]) -> np.random.Ge
     return np.random.default_rng([data.SPLITS.index(split), seed, mark])
 
 
-def make_examples(modality: str, *, split: str, num_examples: int, seed: int) -> list[Example]:
-    """Examples of one modality, its questions in turn.
+def make_examples(modality: str, *, split: str, num_examples: int, seed: int, kinds: Sequence[str] = ()) -> list[Example]:
+    """Examples of one modality, the questions of these `kinds` in turn.
 
-    For `image`, `audio` and `video` the prompt has that one source, and it is real. For `text`
-    it has one to three sources, all described in words.
+    For `image`, `audio`, `video` and `point` the source is real, and the only one; where two are
+    compared, a source described in words stands beside it. For `text` there are one to four sources,
+    all described in words. Without `kinds` all are asked that the base (for `text`) or the experts
+    have learned from the beginning.
     """
     rng = _generator(split, seed, [modality])
+    is_text = modality == "text"
+    kinds = kinds or (BASE_QUESTIONS if is_text else SINGLE_QUESTIONS + JOINT_QUESTIONS)
     examples = []
     for index in range(num_examples):
-        if modality == "text":
-            kind = BASE_QUESTIONS[index % len(BASE_QUESTIONS)]
-            fewest = 2 if kind in JOINT_QUESTIONS else 1
-            modalities = rng.permutation(MODALITIES)[: rng.integers(fewest, 4)].tolist()
-            prompt = make_prompt(modalities, (), rng=rng, kinds=[kind])
+        kind = kinds[index % len(kinds)]
+        fewest = 2 if kind in (*JOINT_QUESTIONS, SHARE) else 1
+        if is_text:
+            modalities = rng.permutation(MODALITIES)[: rng.integers(fewest, len(MODALITIES) + 1)].tolist()
         else:
-            kind = SINGLE_QUESTIONS[index % len(SINGLE_QUESTIONS)]
-            prompt = make_prompt([modality], [modality], rng=rng, kinds=[kind])
+            modalities = [modality, *rng.permutation([m for m in MODALITIES if m != modality])[: fewest - 1].tolist()]
+        prompt = make_prompt(modalities, () if is_text else (modality,), rng=rng, kinds=[kind])
         examples.append(_to_example(prompt, modality, split, rng))
     return examples
 
 
-def make_mixed_examples(modalities: Sequence[str], *, split: str, num_examples: int, seed: int) -> list[Example]:
-    """Examples with two or three real sources, the questions in turn.
+def make_mixed_examples(modalities: Sequence[str], *, split: str, num_examples: int, seed: int, kinds: Sequence[str] = ()) -> list[Example]:
+    """Examples with two, three or four real sources, the questions of these `kinds` in turn.
 
-    Single questions ask about any one of the sources, joint questions about two of them.
+    Single questions ask about any one of the sources, joint questions about two of them, and
+    `share` about all; without `kinds` all single and joint ones are asked.
     """
     rng = _generator(split, seed, modalities)
-    questions = SINGLE_QUESTIONS + JOINT_QUESTIONS
+    kinds = kinds or SINGLE_QUESTIONS + JOINT_QUESTIONS
     examples = []
     for index in range(num_examples):
-        kind = questions[index % len(questions)]
-        prompt = make_prompt(modalities, modalities, rng=rng, kinds=[kind])
+        prompt = make_prompt(modalities, modalities, rng=rng, kinds=[kinds[index % len(kinds)]])
         examples.append(_to_example(prompt, "+".join(modalities), split, rng))
     return examples

@@ -1,0 +1,177 @@
+"""Jobs: build a composite, load it one way, and count right answers on some sets. Results are kept, so that a run continues where it was."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from evidence import ablations
+from evidence.sets import SEEDS, Prompt, Sizes, load_set, register_lookups
+from mmerge.manifests.digest import digest_bytes, digest_json
+from mmerge.pipeline import Composite, load_composite, make_plan, parse_recipe, run
+from mmerge.pipeline.executor import SerialExecutor
+from mmerge.pipeline.progress import SeveralProgress
+from mmerge.workers.prompt import Part
+
+VERSION = 2
+BATCH = 64
+Counts = dict[str, dict[str, dict[str, tuple[int, int]]]]
+"""By set, seed and task: right answers, and questions."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where checkpoints are, and where results go."""
+
+    checkpoints: str
+    work: str
+    sizes: Sizes = field(default_factory=Sizes)
+    seeds: tuple[int, ...] = SEEDS
+    embeddings: tuple[str, ...] = ()
+    """The files of encoded media."""
+
+    @property
+    def store(self) -> str:
+        """The store of all composites."""
+        return str(Path(self.work) / "store")
+
+    def embeddings_of(self, folders: Sequence[str]) -> Path:
+        """The file of media encoded by these experts."""
+        marks = [revision(str(Path(self.checkpoints) / folder)) for folder in folders]
+        return (
+            Path(self.work)
+            / "embeddings"
+            / f"{folders[0].replace('/', '-')}-{digest_json([marks, vars(self.sizes), list(self.seeds)])[:16]}.pt"
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model and the sets it is asked.
+
+    `recipe` is that of its build, without name, base and output; experts by name and folder. `expert` is rebuilt alone, or tokens are
+    routed by modality if it is None. `only`: of other modalities' media nothing is shown.
+    """
+
+    table: str
+    method: str
+    recipe: dict[str, Any]
+    sets: tuple[str, ...]
+    expert: str | None = None
+    only: str | None = None
+
+    def key(self, place: Place) -> str:
+        """What the result depends on."""
+        folders = [expert["path"] for expert in self.recipe["experts"].values()]
+        revisions = [revision(str(Path(place.checkpoints) / folder)) for folder in ["base", *folders]]
+        return digest_json([VERSION, self.recipe, revisions, list(self.sets), self.expert, self.only, list(place.seeds), vars(place.sizes)])
+
+
+@cache
+def revision(folder: str) -> str:
+    """The digest of a checkpoint's weights."""
+    return digest_json([digest_bytes(path.read_bytes()) for path in sorted(Path(folder).rglob("*.safetensors"))])
+
+
+def build(recipe: dict[str, Any], place: Place) -> str:
+    """Build a recipe of the lab's checkpoints in the place's store; return the URI of that very build."""
+    raw = {"base": "base", "output": place.store, "template": "{media}question : {text} answer :", **recipe}
+    raw["name"] = f"job-{digest_json(raw)[:16]}"
+    plan = make_plan(parse_recipe(raw, folder=Path(place.checkpoints)))
+    report = run(plan, executor=SerialExecutor(num_threads=1), progress=SeveralProgress([]))
+    return f"{place.store}#{report.build}"
+
+
+@torch.inference_mode()
+def count_right(composite: Composite, prompts: Sequence[Prompt], *, only: str | None = None) -> dict[str, tuple[int, int]]:
+    """By task, how many answers are right, of how many: greedy decoding gives the answer, and then the end."""
+    found: dict[str, tuple[int, int]] = {}
+    for start in range(0, len(prompts), BATCH):
+        chunk = prompts[start : start + BATCH]
+        shown = [[part for part in prompt.parts if only is None or part.kind in ("text", only)] for prompt in chunk]
+        answers = [to_tokens(composite, prompt.answer) for prompt in chunk]
+        for prompt, (_, is_right) in zip(chunk, composite.score([_named(p, composite) for p in shown], answers), strict=True):
+            right, total = found.get(prompt.task, (0, 0))
+            found[prompt.task] = (right + is_right, total + 1)
+    return found
+
+
+def to_tokens(composite: Composite, answer: str) -> list[int]:
+    """The tokens of an answer and the end token."""
+    return [*composite.tokenizer(answer, add_special_tokens=False)["input_ids"], composite.tokenizer.eos_token_id]
+
+
+def _named(parts: Sequence[Part], composite: Composite) -> list[Part]:
+    """The parts, each medium under the name of the first expert of its modality, for composites with several of one."""
+    first: dict[str, str] = {}
+    for record in composite.manifest.experts:
+        if record.name in composite.encoders:
+            first.setdefault(record.modality, record.name)
+    return [part if part.kind == "text" else Part(first.get(part.kind, part.kind), part.value) for part in parts]
+
+
+def open_job(job: Job, place: Place) -> Composite:
+    """The job's model, in float32, its weights resident: they are small."""
+    mode = "retention" if job.expert else "expansion"
+    return load_composite(build(job.recipe, place), mode=mode, expert=job.expert, dtype=torch.float32, policy="resident")
+
+
+def measure(job: Job, place: Place) -> Counts:
+    """The job's result, from the folder of results where it is there already."""
+    path = Path(place.work) / "jobs" / f"{job.key(place)}.json"
+    if path.exists():
+        return dict(json.loads(path.read_text())["counts"])
+    began = time.process_time()
+    composite = open_job(job, place)
+    counts: Counts = {
+        name: {str(seed): count_right(composite, load_set(name, seed, place.sizes), only=job.only) for seed in place.seeds}
+        for name in job.sets
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"counts": counts, "cpu_seconds": time.process_time() - began}))
+    partial.rename(path)
+    return dict(json.loads(path.read_text())["counts"])
+
+
+def start_worker(place: Place) -> None:
+    """Prepare a process for jobs: one thread, the ablations, and encoders that look up what was encoded before."""
+    torch.set_num_threads(1)
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("mmerge").setLevel(logging.WARNING)
+    ablations.register()
+    register_lookups(place.embeddings)
+
+
+def measure_all(jobs: Sequence[Job], place: Place, *, workers: int, seconds: float) -> Iterator[tuple[Job, Counts]]:
+    """Yield the results as they come, the first jobs first; after `seconds` no further job is begun."""
+    end = time.monotonic() + seconds
+    if workers == 1:
+        start_worker(place)
+        for job in jobs:
+            if time.monotonic() < end or (Path(place.work) / "jobs" / f"{job.key(place)}.json").exists():
+                yield job, measure(job, place)
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker, initargs=(place,)) as pool:
+        waiting = {pool.submit(_measure_before, job, place, time.time() + end - time.monotonic()): job for job in jobs}
+        for future in as_completed(waiting):
+            counts = future.result()
+            if counts is not None:
+                yield waiting[future], counts
+
+
+def _measure_before(job: Job, place: Place, deadline: float) -> Counts | None:
+    if time.time() > deadline and not (Path(place.work) / "jobs" / f"{job.key(place)}.json").exists():
+        return None
+    return measure(job, place)

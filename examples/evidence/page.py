@@ -1,0 +1,280 @@
+"""The page: tables, plots, the papers' figures beside ours, and what the numbers say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from evidence import papers, plots, readings
+from evidence.calibration import PROMPTS_PER_EXPERT, Scales
+from evidence.changes import Change
+from evidence.measure import Place, revision
+from evidence.rows import Figure, Row, summarise
+from evidence.tables import DENSITIES, MASK_SCALES
+
+MODALITIES = ("image", "audio", "video", "point")
+NOT_MEASURED = "–"
+Column = tuple[str, Callable[[Row], bool], str]
+"""Heading, which rows, and which of their values."""
+
+
+def write_page(
+    docs: Path, rows: Sequence[Row], *, missing: Sequence[str], place: Place, scales: Scales, changes: Sequence[Change], seconds: float
+) -> None:
+    """Write reproduction.md, reproduction.json and the plots."""
+    docs.mkdir(parents=True, exist_ok=True)
+    ordered = sorted(rows, key=lambda row: (row.table, row.method, row.group, row.task, row.seed))
+    lines = ",\n".join(json.dumps(asdict(row), ensure_ascii=False) for row in ordered)
+    (docs / "reproduction.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    drawn = plots.draw_all(docs / "reproduction", rows, scales)
+    text = _Page(rows, place, scales, changes, drawn).write(missing, seconds)
+    (docs / "reproduction.md").write_text(text, encoding="utf-8")
+
+
+class _Page:
+    def __init__(self, rows: Sequence[Row], place: Place, scales: Scales, changes: Sequence[Change], drawn: Sequence[str]) -> None:
+        self.rows, self.place, self.scales, self.changes, self.drawn = rows, place, scales, changes, drawn
+        self.lines: list[str] = []
+
+    def write(self, missing: Sequence[str], seconds: float) -> str:
+        self._introduce(seconds)
+        self._describe_experts()
+        self._retention()
+        self._expansion()
+        self._ablations()
+        self._forgetting()
+        self._number()
+        self._variants()
+        self._density()
+        self._language()
+        self._calibrate()
+        if missing:
+            self._say("## Not measured in this run", "", f"{len(missing)} entries, for want of time or of their checkpoints:", "")
+            self._say(*(f"- {name}" for name in missing), "")
+        return "\n".join(self.lines).rstrip() + "\n"
+
+    def _say(self, *lines: str) -> None:
+        self.lines += lines
+
+    def _plot(self, name: str) -> None:
+        if name in self.drawn:
+            self._say(f"![{name}](reproduction/{name}.png)", "")
+
+    def _introduce(self, seconds: float) -> None:
+        sizes, seeds = self.place.sizes, self.place.seeds
+        self._say(
+            "# The papers' tables, on experts that anyone can train",
+            "",
+            "Every number of this page was measured by `make reproduce` from the experts in `examples/lab/checkpoints` "
+            f"(this run took {seconds / 60:.0f} minutes of the clock on a CPU, finished jobs of earlier runs not repeated). "
+            "The same numbers are in [reproduction.json](reproduction.json).",
+            "",
+            "**How to read it.** Accuracy in per cent: greedy decoding must give the whole answer and then end. Mean ± standard deviation over "
+            f"{len(seeds)} seeds ({', '.join(map(str, seeds))}). A seed is another draw of held-out prompts, digits and voices that were never "
+            "trained on; **the experts are those of one training**, so the spread says nothing about training again. "
+            f"Per seed {sizes.single} prompts per modality, {sizes.mixed} per mix of modalities, {sizes.share} per mix for *share* "
+            f"(what do all digits share, the lab's MCUB-like task), {sizes.new} per new task. Performance retention is the mean over tasks of "
+            "accuracy / accuracy of the original expert on the same prompts. Composites are loaded in float32. "
+            "Methods have their defaults ([methods.md](methods.md)) unless a row says otherwise. The mask scales of MMER and TALL are calibrated "
+            "without labels on validation prompts (last section), as the paper calibrates them per modality; rows with a fixed λ stand beside them. "
+            "No number was chosen on the prompts that are measured here.",
+            "",
+            "Experts measured (digest of the weights): " + ", ".join(f"{name} {digest[:12]}" for name, digest in self._revisions()) + ".",
+            "",
+            "**The papers' figures** are theirs: 7B models, other tasks, other data. They are here to compare orders and gaps, not values. "
+            "Where a paper gives no figure that we know of, the cell is empty.",
+            "",
+        )  # fmt: skip
+
+    def _describe_experts(self) -> None:
+        self._say(
+            "## What the experts changed",
+            "",
+            "| expert | ‖τ‖ / ‖θ₀‖ | mean \\|τ\\| | mask density | theirs: mask density | sign agreement |",
+        )
+        self._say("|---|---|---|---|---|---|")
+        for change in self.changes:
+            theirs = papers.MASK_DENSITIES.get(change.expert, "")
+            self._say(
+                f"| {change.expert} | {change.relative_norm:.3f} | {change.mean_magnitude:.1e} | {100 * change.mask_density:.1f} | {theirs} | "
+                f"{100 * change.sign_agreement:.1f} |"
+            )
+        self._say(
+            "",
+            "Task vectors of the merged language-model tensors; masks of MMER with the calibrated scales; densities and agreement in per cent. Sign "
+            "agreement: share of the expert's trimmed entries whose sign is the elected one. Theirs, mean |τ|: " + papers.MEAN_MAGNITUDES + ".",
+            "",
+        )  # fmt: skip
+
+    def _table(self, table: str, columns: Sequence[Column], *, theirs: tuple[str, dict[str, str]] | None = None) -> None:
+        methods = list(dict.fromkeys(row.method for row in self.rows if row.table == table))
+        headings = [heading for heading, _, _ in columns] + ([theirs[0]] if theirs else [])
+        self._say(f"| method | {' | '.join(headings)} |", "|---" * (len(headings) + 1) + "|")
+        for method in methods:
+            own = [row for row in self.rows if row.table == table and row.method == method]
+            cells = [_cell(summarise(own, choose=choose, value=value)) for _, choose, value in columns]
+            cells += [theirs[1].get(method, "")] if theirs else []
+            self._say(f"| {method} | {' | '.join(cells)} |")
+        self._say("")
+
+    def _has(self, table: str, heading: str) -> bool:
+        self._say(f"## {heading}", "")
+        if any(row.table == table for row in self.rows):
+            return True
+        self._say("Not measured in this run.", "")
+        return False
+
+    def _retention(self) -> None:
+        if not self._has("retention", "Retention: what each expert keeps"):
+            return
+        columns: list[Column] = [(m, _in(f"single/{m}"), "value") for m in self._modalities()]
+        columns.append(("**performance retention**", lambda row: True, "performance_retention"))
+        self._table("retention", columns, theirs=("theirs: retention, captions / accuracy", papers.RETENTION))
+        self._say(
+            "EMR, TALL and MMER store base, one task vector and a mask per expert, and rebuild each expert; the others are one model for all. "
+            "DAMC stores adapters; its original is the LoRA twin, and all default adapters are at work on text tokens.",
+            "",
+            *readings.retention(self.rows),
+        )  # fmt: skip
+        self._plot("retention")
+
+    def _expansion(self) -> None:
+        if not self._has("expansion", "Expansion: several modalities in one prompt"):
+            return
+        counts = {2: "pairs", 3: "triples", 4: "all four"}
+        columns: list[Column] = [("one medium", lambda row: row.group.startswith("single/"), "value")]
+        columns += [(label, _mix(count), "value") for count, label in counts.items()]
+        columns += [(f"share, {count}", _share(count), "value") for count in (3, 4)]
+        columns.append(("**mean of mixes**", lambda row: row.group.startswith("mix/"), "value"))
+        self._table("expansion", columns, theirs=("theirs: average of nine columns", papers.EXPANSION))
+        self._say(
+            "A single expert sees its own modality alone, in the mixes that contain it. *One medium*: prompts of one modality, all experts' weights at work.",
+            "",
+            *readings.expansion(self.rows),
+        )
+        self._plot("expansion")
+
+    def _ablations(self) -> None:
+        if not self._has("ablations", "Ablations of MMER"):
+            return
+        columns: list[Column] = [
+            ("expansion, mixes", lambda row: row.group.startswith("mix/"), "value"),
+            ("expansion, share", lambda row: row.group.startswith("share/"), "value"),
+            ("performance retention", lambda row: row.group.startswith("single/"), "performance_retention"),
+        ]
+        self._table("ablations", columns, theirs=("theirs: expansion", papers.ABLATIONS))
+        self._say(*readings.ablations(self.rows))
+
+    def _forgetting(self) -> None:
+        for count, words in ((1, "one new task"), (2, "two new tasks")):
+            table = f"forgetting, {count} new"
+            if not self._has(table, f"Forgetting undone: {words}"):
+                continue
+            columns: list[Column] = []
+            for m in ("image", "audio"):
+                if any(row.table == table and row.group == f"new/{m}" for row in self.rows):
+                    columns += [(f"{m}: previous tasks", _in(f"single/{m}"), "value"), (f"{m}: new task", _in(f"new/{m}"), "value")]
+            self._table(table, columns)
+            self._say("The mask scales are those of the four experts above, not calibrated again; a new expert has its original's.", "")
+            self._say(f"Theirs ({papers.MMER}): {papers.FORGETTING}.", "", *readings.forgetting(self.rows, table))
+
+    def _number(self) -> None:
+        if not self._has("number of experts", "Number of experts"):
+            return
+        columns: list[Column] = [(m, _in(f"single/{m}"), "performance_retention") for m in self._modalities()]
+        columns.append(("**performance retention**", lambda row: True, "performance_retention"))
+        self._table("number of experts", columns, theirs=("theirs", papers.NUMBER))
+        self._say("Means over all composites of so many experts.", "", *readings.number(self.rows))
+
+    def _variants(self) -> None:
+        if not self._has("variants", "Sum or mean, scope, and what is merged"):
+            return
+        columns: list[Column] = [
+            ("performance retention", lambda row: row.group.startswith("single/"), "performance_retention"),
+            ("all four", lambda row: row.group.startswith("mix/"), "value"),
+            ("share, all four", lambda row: row.group.startswith("share/"), "value"),
+        ]
+        self._table("variants", columns)
+        self._say(*readings.variants(self.rows))
+
+    def _density(self) -> None:
+        table = "density × mask scale"
+        if not self._has(table, "Density × mask scale"):
+            return
+        for heading, group, value in (
+            ("Performance retention", "single/", "performance_retention"),
+            ("All four modalities", "mix/", "value"),
+        ):
+            self._say(f"{heading}:", "", f"| density | {' | '.join(f'λ {scale:g}' for scale in MASK_SCALES)} |")
+            self._say("|---" * (len(MASK_SCALES) + 1) + "|")
+            for density in DENSITIES:
+                cells = []
+                for scale in MASK_SCALES:
+                    label = f"density {density:g}, λ {scale:g}"
+                    own = [row for row in self.rows if row.table == table and row.method == label and row.group.startswith(group)]
+                    cells.append(_cell(summarise(own, value=value)))
+                self._say(f"| {density:g} | {' | '.join(cells)} |")
+            self._say("")
+        self._plot("density")
+
+    def _language(self) -> None:
+        if not self._has("language", "Language given back to one expert"):
+            return
+        columns: list[Column] = [("text tasks", _in("single/text"), "value")]
+        columns.append(("the expert's own tasks", lambda row: row.group != "single/text", "value"))
+        self._table("language", columns)
+        self._say(
+            "One expert and its base (arXiv 2505.16703). **Neuron-Fusion is a reconstruction**: the paper's formulas were not available, and these "
+            "are no figures of the paper. The paper reports that Neuron-Fusion keeps more language than the others at equal visual ability.",
+            "",
+            *readings.language(self.rows),
+        )  # fmt: skip
+
+    def _calibrate(self) -> None:
+        if not self._has("calibration", "Calibration without labels"):
+            return
+        found = self.scales
+        assert found.without_labels is not None  # the jobs of this table follow from it
+        chosen = {"without labels": found.without_labels.mask_scales, "with labels": found.with_labels}
+        for label, scales in chosen.items():
+            self._say(f"- {label}: " + ", ".join(f"{name} {scale:g}" for name, scale in scales.items()))
+        self._say("")
+        columns: list[Column] = [
+            ("performance retention", lambda row: row.group.startswith("single/"), "performance_retention"),
+            ("accuracy, one modality", lambda row: row.group.startswith("single/"), "value"),
+            ("accuracy, mixes", lambda row: row.group.startswith("mix/"), "value"),
+        ]
+        self._table("calibration", columns)
+        self._say(
+            f"Without labels: `mmerge calibrate` on {PROMPTS_PER_EXPERT} validation prompts per expert, by the probability of the expert's own "
+            f"answers. With labels: the most right answers on {found.num_labelled} validation prompts. Both then measured on the test prompts.",
+            "",
+            *readings.calibration(self.rows, self.scales.mmer),
+        )  # fmt: skip
+        self._plot("calibration")
+
+    def _revisions(self) -> list[tuple[str, str]]:
+        root = Path(self.place.checkpoints)
+        folders = sorted({str(path.parent.relative_to(root)) for path in root.rglob("*.safetensors")})
+        return [(folder, revision(str(root / folder))) for folder in folders if folder.count("/") < 2]
+
+    def _modalities(self) -> list[str]:
+        return [m for m in MODALITIES if any(row.group == f"single/{m}" for row in self.rows)]
+
+
+def _cell(figure: Figure | None) -> str:
+    return NOT_MEASURED if figure is None else str(figure)
+
+
+def _in(group: str) -> Callable[[Row], bool]:
+    return lambda row: row.group == group
+
+
+def _mix(count: int) -> Callable[[Row], bool]:
+    return lambda row: row.group.startswith("mix/") and row.group.count("+") == count - 1
+
+
+def _share(count: int) -> Callable[[Row], bool]:
+    return lambda row: row.group.startswith("share/") and row.group.count("+") == count - 1

@@ -1,0 +1,152 @@
+"""The commands evaluate and calibrate on the lab's experts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from mmerge.pipeline import parse_recipe, read_recipe
+from mmerge.pipeline.calibrate import Agreement, Point, _choose, calibrate
+from mmerge.pipeline.cli import main
+from mmerge.pipeline.evaluate import Settings
+from mmerge.pipeline.questions import Question, read_questions
+
+LAB = Path(__file__).resolve().parent.parent.parent / "examples" / "lab"
+SAMPLES = LAB / "samples"
+QUESTIONS = (
+    {"id": "1", "task": "image/digit", "question": "which digit is in the image ?", "image": "image_seven_light.png", "answer": "seven"},
+    {"id": "2", "task": "image/ink", "question": "which ink is in the image ?", "image": "image_four_dark.png", "answer": "dark"},
+)
+OTHERS = (
+    {"id": "3", "task": "audio/digit", "question": "which digit is in the sound ?", "audio": "sound_three_low.wav", "answer": "three"},
+    {"id": "4", "task": "video/way", "question": "which direction is in the video ?", "video": "video_two_up.gif", "answer": "up"},
+)
+
+
+def write(folder: Path, *rows: Any) -> str:
+    path = folder / "q.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def invoke(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    printed = capsys.readouterr()
+    code = stop.value.code
+    return (code if isinstance(code, int) else 1), printed.out, printed.err
+
+
+@pytest.mark.parametrize("executor", ["serial", pytest.param("ray", marks=pytest.mark.ray)])
+def test_evaluate_scores_an_original_and_its_rebuilt_expert(
+    lab_store: str, tmp_path: Path, capsys: Any, caplog: Any, executor: str
+) -> None:
+    arguments = [
+        "evaluate", f"image={LAB / 'checkpoints' / 'image'},modality=image", f"rebuilt={lab_store}#mmer,expert=image",
+        "--base", str(LAB / "checkpoints" / "base"), "--original", "image", "--prompts", write(tmp_path, *QUESTIONS), "--media", str(SAMPLES),
+        "--to", str(tmp_path / "out"), "--executor", executor, "--workers", "1", "--max-new-tokens", "4", "--json",
+    ]  # fmt: skip
+    code, out, err = invoke(capsys, *arguments)
+    assert code == 0, err
+    scores = {(row["model"], row["task"]): row for row in json.loads(out)}
+    assert scores[("image", "image/digit")]["score"] == 1.0
+    assert scores[("rebuilt", "image/digit")]["performance_retention"] == scores[("rebuilt", "image/digit")]["score"]
+    table = pq.read_table(tmp_path / "out" / "answers.parquet").to_pylist()
+    assert [(row["model"], row["id"]) for row in table] == [("image", "1"), ("image", "2"), ("rebuilt", "1"), ("rebuilt", "2")]
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "| image/digit | exact | 1 |" in report
+    assert "Performance retention" in report
+    assert (tmp_path / "out" / "retention.png").stat().st_size > 1000
+    if executor == "serial":
+        _, again, _ = invoke(capsys, *arguments)
+        assert "answer: 2 shards, 2 there already" in caplog.text
+        assert again == out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{store}#mmer"], "--prompts: give a file of questions, or --mcub"),
+        (["{store}#mmer", "--prompts", "{q}", "--answers", "x.json"], "--answers has no effect without --mcub"),
+        (["{store}#mmer", "--prompts", "{q}", "--original", "x"], "--original: there is no model 'x'; there are mmer"),
+        (["{store}#mmer,modality=image", "--prompts", "{q}"], "'modality' has no effect on a composite"),
+        (["{store}#mmer,colour=red", "--prompts", "{q}"], "expected expert=NAME or modality=NAME"),
+        (["{store}#mmer", "{store}#mmer", "--prompts", "{q}"], "two models are called 'mmer'"),
+        ([f"{LAB}/checkpoints/image,modality=image", "--prompts", "{q}"], "give its base LLM with --base"),
+        (["{store}#mmer", "--prompts", "{q}", "--executor", "magic"], "--executor: expected 'ray' or 'serial'"),
+    ],
+)
+def test_evaluate_refuses_with_the_reason(lab_store: str, tmp_path: Path, capsys: Any, arguments: list[str], message: str) -> None:
+    path = write(tmp_path, *QUESTIONS)
+    given = [each.format(store=lab_store, q=path) for each in arguments]
+    executor = [] if "--executor" in given else ["--executor", "serial"]
+    code, _, err = invoke(capsys, "evaluate", *given, "--media", str(SAMPLES), "--to", str(tmp_path / "out"), *executor)
+    assert code == 1
+    assert message in err
+
+
+def lab_recipe(folder: Path) -> dict[str, Any]:
+    raw: dict[str, Any] = yaml.safe_load((LAB / "recipes" / "mmer.yaml").read_text())
+    raw["experts"] = {name: raw["experts"][name] for name in ("image", "audio", "video")}
+    return raw | {"output": str(folder / "store")}
+
+
+def test_calibrate_writes_a_recipe_that_is_valid_and_finds_its_files(tmp_path: Path, capsys: Any) -> None:
+    source = tmp_path / "mine.yaml"
+    raw = lab_recipe(tmp_path)
+    for expert in raw["experts"].values():
+        expert["path"] = str((LAB / "recipes" / expert["path"]).resolve())
+    raw["base"] = str((LAB / "recipes" / raw["base"]).resolve())
+    source.write_text(yaml.safe_dump(raw | {"output": "store"}))
+    target = tmp_path / "deeper" / "calibrated.yaml"
+    arguments = [
+        "calibrate", str(source), "--prompts", write(tmp_path, *QUESTIONS, *OTHERS), "--media", str(SAMPLES), "--scales", "0.6,1.0",
+        "--executor", "serial", "--max-new-tokens", "4", "--to", str(target), "--plot", str(tmp_path / "curve.png"),
+    ]  # fmt: skip
+    code, out, err = invoke(capsys, *arguments)
+    assert code == 0, err
+    assert "from 4 prompts without labels" in out
+    made = read_recipe(target)
+    assert made.output == str(tmp_path / "store")
+    assert all(expert.parameters.mask_scale in (0.6, 1.0) for expert in made.experts)  # type: ignore[attr-defined]
+    assert (tmp_path / "curve.png").exists()
+
+
+def test_right_answers_have_no_influence_on_calibration(tmp_path: Path) -> None:
+    recipe = parse_recipe(lab_recipe(tmp_path), folder=LAB / "recipes")
+    questions = read_questions(Path(write(tmp_path, *QUESTIONS, *OTHERS)), media_root=SAMPLES)
+    blind = [Question(q.id, q.task, text=q.text, media=q.media) for q in questions]
+    settings = Settings(max_new_tokens=4)
+    found = [calibrate(recipe, asked, scales=(0.6, 1.0), settings=settings) for asked in (questions, blind)]
+    assert found[0] == found[1]
+    assert {point.expert for point in found[0].points} == {"image", "audio", "video"}
+    assert all(0 <= point.rebuilt.probability <= 1 for point in found[0].points)
+
+
+def test_calibrate_refuses_methods_without_mask_scales_and_experts_without_prompts(tmp_path: Path, capsys: Any) -> None:
+    path = write(tmp_path, *QUESTIONS)
+    for recipe, message in (("ties", "'ties' has no mask scales"), ("mmer", "alone. Give each expert some prompts")):
+        code, _, err = invoke(
+            capsys, "calibrate", str(LAB / "recipes" / f"{recipe}.yaml"), "--prompts", path, "--media", str(SAMPLES), "--executor", "serial"
+        )
+        assert code == 1
+        assert message in err
+
+
+def point(scale: float, expert: str, rebuilt: float, expanded: float, *, density: float = 0.8) -> Point:
+    return Point(density, scale, expert, Agreement(rebuilt, 1.0), Agreement(expanded, 1.0))
+
+
+def test_each_expert_gets_its_best_scale_and_the_smaller_of_equals() -> None:
+    points = [
+        point(0.6, "a", 0.9, 0.5), point(0.8, "a", 0.8, 0.6), point(0.6, "b", 0.1, 0.1), point(0.8, "b", 0.3, 0.3),
+        point(0.6, "a", 0.1, 0.1, density=0.5), point(0.8, "a", 0.1, 0.1, density=0.5), point(0.6, "b", 0.9, 0.2, density=0.5),
+        point(0.8, "b", 0.2, 0.9, density=0.5),
+    ]  # fmt: skip
+    assert _choose(points) == (0.8, {"a": 0.6, "b": 0.8}, {"a": 0.8, "b": 0.8})

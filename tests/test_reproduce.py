@@ -1,0 +1,135 @@
+"""A small part of `make reproduce`: its ablations, its jobs, its rows, and the committed page."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmerge.workers import encoders
+from mmerge.workers.methods import METHODS
+from mmerge.workers.methods.mmer import decouple
+
+ROOT = Path(__file__).resolve().parent.parent
+KEYS = {"table", "method", "task", "seed", "metric", "value", "performance_retention"}
+
+
+class Modules:
+    """The modules of the reproduction."""
+
+    def __init__(self) -> None:
+        for name in ("ablations", "calibration", "measure", "page", "rows", "sets", "tables"):
+            setattr(self, name, importlib.import_module(f"evidence.{name}"))
+        self.reproduce = importlib.import_module("reproduce")
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name)
+
+
+@pytest.fixture
+def evidence(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    before = dict(METHODS)
+    yield Modules()
+    encoders._makers.clear()
+    for name in METHODS.keys() - before.keys():
+        del METHODS[name]
+
+
+def test_ablations_leave_out_one_test_each_and_euclidean_masks_are_those_of_scale_one(evidence: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    trimmed, merged = torch.randn(2, 4000, generator=generator)
+    trimmed[:400], merged[200:600] = 0.0, 0.0
+    rules = evidence.ablations
+    both = decouple(trimmed, merged, mask_scale=0.8)
+    alone = rules.without_congruence(trimmed, merged, 0.8), rules.without_significance(trimmed, merged, 0.8)
+    assert torch.equal(both, alone[0] & alone[1])
+    assert all(int(mask.sum()) > int(both.sum()) for mask in alone)
+    nearest = rules.euclidean(trimmed, merged, 0.8)
+    for index in range(0, 4000, 7):
+        t, m = float(trimmed[index]), float(merged[index])
+        assert bool(nearest[index]) == (m != 0 and (m - t) ** 2 <= t**2)
+    assert torch.equal(nearest, decouple(trimmed, merged, mask_scale=1.0))
+
+
+def test_jobs_come_in_the_order_in_which_they_matter(evidence: Any) -> None:
+    available = {
+        "base",
+        "image",
+        "audio",
+        "video",
+        "point",
+        "image_new",
+        "audio_new",
+        *(f"twins/{m}" for m in ("image", "audio", "video", "point")),
+    }
+    jobs = evidence.tables.Jobs(available, mmer={}, tall={}, labelled={}).make()
+    tables = list(dict.fromkeys(job.table for job in jobs))
+    assert tables[:3] == ["retention", "expansion", "ablations"]
+    assert set(tables[3:]) == {
+        "calibration", "forgetting, 1 new", "forgetting, 2 new", "number of experts", "variants", "language", "density × mask scale",
+    }  # fmt: skip
+    methods = {job.recipe["method"] for job in jobs}
+    named = {
+        "naive_mc",
+        "task_arithmetic",
+        "ties",
+        "dare_ties",
+        "pcb",
+        "consensus",
+        "emr",
+        "tall_masks",
+        "optmerge",
+        "swudi",
+        "damc",
+        "mmer",
+    }
+    assert methods >= named | {"neuron_fusion", "breadcrumbs", "della", "dare_linear"}
+
+
+def test_a_small_part_of_the_page_is_measured_and_a_second_run_repeats_nothing(evidence: Any, tmp_path: Path) -> None:
+    sizes = evidence.sets.Sizes(single=9, mixed=9, share=4, new=4)
+    place = evidence.measure.Place(str(ROOT / "examples" / "lab" / "checkpoints"), str(tmp_path), sizes, seeds=(7,))
+    available = {"base", "image", "audio"}
+    place = evidence.reproduce.replace(place, embeddings=evidence.reproduce.encode_all(place, available))
+    jobs = evidence.tables.Jobs(available, mmer={}, tall={}, labelled={}).make()
+    chosen = [
+        job for job in jobs if job.table in ("retention", "ablations") and job.method in ("original", "MMER", "Euclidean distance", "λ = 1")
+    ]
+    measured = list(evidence.measure.measure_all(chosen, place, workers=1, seconds=600))
+    assert len(measured) == len(chosen) == 13
+    rows = evidence.rows.make_rows(measured)
+    originals = [row for row in rows if row.table == "retention" and row.method == "original"]
+    assert len(originals) == 18
+    assert sum(row.value for row in originals) / len(originals) > 0.8
+    by = {(row.method, row.group, row.task): row.value for row in rows if row.table == "ablations"}
+    assert all(value == by[("λ = 1", group, task)] for (method, group, task), value in by.items() if method == "Euclidean distance")
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "jobs").iterdir()}
+    again = list(evidence.measure.measure_all(chosen, place, workers=1, seconds=0))
+    assert evidence.rows.make_rows(again) == rows
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "jobs").iterdir()} == stamps
+    evidence.page.write_page(
+        tmp_path / "docs", rows, missing=["x: y"], place=place, scales=evidence.calibration.Scales(), changes=[], seconds=60
+    )
+    text = (tmp_path / "docs" / "reproduction.md").read_text()
+    kept = evidence.rows.summarise(
+        [row for row in rows if row.table == "retention" and row.method == "MMER"], value="performance_retention"
+    )
+    assert f"| {kept} | 99.8 / 99.4 |" in text
+    assert "Not measured in this run." in text
+    assert "- x: y" in text
+
+
+def test_the_committed_figures_have_all_their_fields() -> None:
+    rows = json.loads((ROOT / "docs" / "reproduction.json").read_text())
+    assert rows
+    for row in rows:
+        assert row.keys() >= KEYS
+        assert 0 <= row["value"] <= 1
+        assert row["performance_retention"] is None or row["performance_retention"] >= 0
+    assert {row["seed"] for row in rows} == {7, 8, 9}

@@ -1,0 +1,123 @@
+"""Answers of a composite to some prompts, written to a store: what `mmerge evaluate` and `mmerge calibrate` are made of."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from threading import Lock
+
+from mmerge.manifests.digest import parse_json
+from mmerge.manifests.errors import DamagedObject, NotFound, RecipeError
+from mmerge.manifests.store import Store
+from mmerge.workers.composite import Composite
+from mmerge.workers.load import Mode, load_composite
+from mmerge.workers.prompt import Part
+from mmerge.workers.task import AnswerTask, TaskResult
+
+MAX_ANSWERS_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A greedy answer: its text, and its tokens with the end token where it came."""
+
+    text: str
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """How a model finds a given answer."""
+
+    log_probability: float
+    """Mean natural logarithm over the answer's tokens."""
+    is_greedy: bool
+    """Whether greedy decoding gives just this answer."""
+
+
+def answers_key(key: str) -> str:
+    """Return where the result of an AnswerTask lies."""
+    return f"answers/{key}.json"
+
+
+def answer_prompts(task: AnswerTask, store: Store) -> TaskResult:
+    """Answer the prompts of a task, or score its targets, and write the result; nothing is done where it is there already.
+
+    Raises:
+        ManifestError, StoreError: the model cannot be read, or the result not be written.
+        PromptError: a prompt does not fit the model.
+    """
+    began = time.monotonic()
+    reused = not task.fresh and store.exists(answers_key(task.key))
+    if not reused:
+        # One task at a time in a process: they share the model, and a composite answers one call at a time.
+        with _lock:
+            rows = _answer(task, _held(task))
+        store.put(answers_key(task.key), json.dumps(rows).encode())
+    return TaskResult(task.shard, 0 if reused else task.num_bytes, reused, time.monotonic() - began)
+
+
+def read_answers(store: Store, key: str) -> list[Answer] | list[Likelihood]:
+    """Return the result of a task, one per prompt. Raises NotFound, DamagedObject."""
+    where = f"{store.uri}: {answers_key(key)}"
+    try:
+        raw = parse_json(store.read(answers_key(key)), what="answers", max_bytes=MAX_ANSWERS_BYTES)
+        if isinstance(raw, dict) and "answers" in raw:
+            return [Answer(str(text), tuple(map(int, tokens))) for text, tokens in raw["answers"]]
+        if isinstance(raw, dict):
+            return [Likelihood(float(value), bool(same)) for value, same in raw["likelihoods"]]
+    except NotFound:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedObject(f"{where}: is damaged ({error}). Delete it and run again") from error
+    raise DamagedObject(f"{where}: is damaged. Delete it and run again")
+
+
+def _answer(task: AnswerTask, composite: Composite) -> dict[str, list[tuple[object, object]]]:
+    rows: list[tuple[object, object]] = []
+    for start, prompts in _batches(task.prompts, task.batch_size):
+        if task.targets is None:
+            for tokens in composite.generate_tokens(prompts, max_new_tokens=task.max_new_tokens):
+                rows.append((composite.tokenizer.decode(tokens, skip_special_tokens=True).strip(), tokens))
+        else:
+            rows += composite.score(prompts, task.targets[start : start + len(prompts)])
+    return {"answers" if task.targets is None else "likelihoods": rows}
+
+
+def _batches(prompts: Sequence[Sequence[Part]], size: int) -> Iterator[tuple[int, Sequence[Sequence[Part]]]]:
+    for start in range(0, len(prompts), size):
+        yield start, prompts[start : start + size]
+
+
+_lock = Lock()
+_loaded: dict[tuple[object, ...], Composite] = {}
+_registered: set[str] = set()
+
+
+def _held(task: AnswerTask) -> Composite:
+    """Return the task's model; the last one that was used is kept, for the next task is likely to ask it too."""
+    wanted = (task.model, task.expert, task.device, task.encoders)
+    if wanted not in _loaded:
+        _loaded.clear()
+        for place in task.encoders:
+            register_from(place)
+        mode: Mode = "retention" if task.expert else "expansion"
+        _loaded[wanted] = load_composite(task.model, mode=mode, expert=task.expert, device=task.device)
+    return _loaded[wanted]
+
+
+def register_from(place: str) -> None:
+    """Call MODULE:FUNCTION of the user's own once in this process: it registers encoders (workers/encoders.py). Raises RecipeError."""
+    if place in _registered:
+        return
+    module, colon, function = place.partition(":")
+    if not colon or not module or not function:
+        raise RecipeError(f"--encoders: expected MODULE:FUNCTION, got {place!r}")
+    try:
+        getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError) as error:
+        raise RecipeError(f"--encoders: {place}: {error}. The module must be on PYTHONPATH, on every node") from error
+    _registered.add(place)
