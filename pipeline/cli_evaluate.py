@@ -102,10 +102,11 @@ def evaluate(
     from mmerge.pipeline.evaluate import evaluate as ask
     from mmerge.pipeline.evaluate import summarise
     from mmerge.pipeline.evaluation_report import write_report
+    from mmerge.pipeline.progress import show_progress
 
     asked = _read_all(prompts, mcub, answers, media)
     settings = _settings(max_new_tokens, batch, encoders, device)
-    with _executor(executor, address, workers) as where, _progress() as progress:
+    with _executor(executor, address, workers) as where, show_progress(err) as progress:
         store = str((to / "store").absolute())
         opened = _open_models(models, base=base, store_uri=store, where=where, progress=progress)
         if original is not None and original not in [model.name for model in opened]:
@@ -199,17 +200,6 @@ def _executor(name: str, address: str | None, workers: int | None) -> Iterator[E
         where.close()
 
 
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    from mmerge.pipeline.progress import BarProgress, LogProgress
-
-    if err.is_terminal:
-        with BarProgress(err) as bars:
-            yield bars
-    else:
-        yield LogProgress()
-
-
 def _print_scores(scores: list[TaskScore]) -> None:
     models = list(dict.fromkeys(score.model for score in scores))
     table = Table("task", "metric", box=None, header_style="bold", pad_edge=False)
@@ -252,6 +242,7 @@ def calibrate(
     """Choose mask scales (and density) from a few prompts without labels: by agreement with the experts' own answers."""
     from mmerge.pipeline.calibrate import calibrate as sweep
     from mmerge.pipeline.calibrate import write_recipe
+    from mmerge.pipeline.progress import show_progress
     from mmerge.pipeline.recipe import read_recipe
 
     questions = _read_all(prompts, None, None, media)
@@ -259,7 +250,7 @@ def calibrate(
     wanted = _numbers(densities, "--densities")
     made = read_recipe(recipe)
     settings = _settings(max_new_tokens, batch, encoders, device)
-    with _executor(executor, address, workers) as where, _progress() as progress:
+    with _executor(executor, address, workers) as where, show_progress(err) as progress:
         found = sweep(made, questions, scales=grid, densities=wanted, settings=settings, executor=where, progress=progress)
     if plot is not None:
         _draw_curve(found, plot)

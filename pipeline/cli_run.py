@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,7 +30,6 @@ from mmerge.workers.lazy_torch import postpone_torch
 
 if TYPE_CHECKING:
     from mmerge.pipeline.plan import MergePlan
-    from mmerge.pipeline.progress import Progress
 
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
@@ -141,6 +138,7 @@ def run(
         postpone_torch(num_threads=1)  # Ray cannot send a function that names a stand-in to its workers
     from mmerge.pipeline.build import run as run_plan
     from mmerge.pipeline.executor import ExecutorName, open_executor
+    from mmerge.pipeline.progress import show_progress
     from mmerge.pipeline.report import print_run
     from mmerge.pipeline.status import RunUnderWay
 
@@ -153,7 +151,7 @@ def run(
         name, address=address, num_workers=workers, memory_bytes=memory_bytes, peak_bytes=made.peak_bytes, deadline_seconds=task_deadline
     )
     try:
-        with _progress() as shown, recorded(made, shown, exclusive=exclusive, metrics=name == "ray") as progress:
+        with show_progress(err) as shown, recorded(made, shown, exclusive=exclusive, metrics=name == "ray") as progress:
             report = run_plan(made, executor=where, progress=progress, fresh=fresh)
     except RunUnderWay as other:
         out.print(f"[yellow]nothing done[/]: {escape(str(other))}", highlight=False)
@@ -161,14 +159,3 @@ def run(
     finally:
         where.close()
     print_run(report, out)
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    from mmerge.pipeline.progress import BarProgress, LogProgress
-
-    if err.is_terminal:
-        with BarProgress(err) as bars:
-            yield bars
-    else:
-        yield LogProgress()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from types import TracebackType
 from typing import Protocol
@@ -155,3 +156,13 @@ def to_size(num_bytes: float) -> str:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.2f} TB"
+
+
+@contextmanager
+def show_progress(console: Console) -> Iterator[Progress]:
+    """Yield what shows a run: bars where `console` is a terminal, log lines elsewhere."""
+    if console.is_terminal:
+        with BarProgress(console) as bars:
+            yield bars
+    else:
+        yield LogProgress()
