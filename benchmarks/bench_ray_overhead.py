@@ -105,7 +105,7 @@ def main() -> int:
 
     work = ROOT / "build" / "bench" / "ray-overhead"
     work.mkdir(parents=True, exist_ok=True)
-    inputs = options.inputs
+    inputs = options.inputs.resolve() if options.inputs else None
     paths = (
         sorted(inputs.iterdir())
         if inputs
