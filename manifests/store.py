@@ -14,12 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
 import obstore
-from blake3 import blake3
 from numpy.typing import NDArray
 from obstore.exceptions import BaseError
 from obstore.store import LocalStore, MemoryStore
@@ -27,14 +25,11 @@ from obstore.store import LocalStore, MemoryStore
 from mmerge.manifests.ahead import CHUNK_BYTES, PART_BYTES, ForwardReader, OnPart, read_in_parts
 from mmerge.manifests.connect import make_client, read_limits, scheme_of
 from mmerge.manifests.errors import NotFound, StoreError, StoreUnavailable
-from mmerge.manifests.folder import Folder, FolderWriter, is_partial
+from mmerge.manifests.folder import Folder, is_partial
 from mmerge.manifests.mapped import read_mapped
 from mmerge.manifests.translate import Translated, first_line
+from mmerge.manifests.writer import ObjectWriter
 
-WRITER_BUFFER_BYTES = 8 << 20
-"""Bytes a streaming writer holds before it sends a part."""
-WRITER_CONCURRENCY = 4
-"""Parts that are on their way at once."""
 COALESCE_BYTES = 1 << 20
 """Ranges that are nearer than this are read in one request."""
 CHECKED_BYTES = 64 << 20
@@ -267,7 +262,7 @@ class Store:
 
     def open_writer(self, key: str) -> ObjectWriter:
         """Return a context manager that streams one object; nothing is visible under `key` until it closes without error."""
-        return ObjectWriter(self, check_key(key))
+        return ObjectWriter(self, check_key(key), inner=self._inner, folder=self._folder)
 
     def list(self, prefix: str = "") -> Iterator[str]:
         """Yield the keys below the folder `prefix` (all keys when empty), in no fixed order."""
@@ -318,48 +313,6 @@ class Store:
                     raise
                 time.sleep(random.uniform(0.1, 0.5) * 2**attempt)
         raise AssertionError("unreachable")
-
-
-class ObjectWriter:
-    """Streams one object and counts and digests what passes through."""
-
-    def __init__(self, store: Store, key: str) -> None:
-        self.key = key
-        self.num_bytes = 0
-        self._store = store
-        self._digest = blake3()
-        with store.translated(key):
-            self._writer: Any = (
-                FolderWriter(store._folder, key)
-                if store._folder
-                else obstore.open_writer(store._inner, key, buffer_size=WRITER_BUFFER_BYTES, max_concurrency=WRITER_CONCURRENCY)
-            )
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Append `data`, one byte per item. The caller may use its buffer again."""
-        self._digest.update(data)
-        self.num_bytes += len(data)
-        with self._store.translated(self.key):
-            # The library keeps a reference until the part is sent; a folder has taken the bytes when it returns.
-            self._writer.write(data if self._store._folder else bytes(data))
-
-    def hexdigest(self) -> str:
-        """Return the BLAKE3 digest of everything written so far."""
-        return str(self._digest.hexdigest())
-
-    def __enter__(self) -> ObjectWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        # Closing commits. After an error the writer is dropped unclosed, so that no half object gets a name.
-        if kind is not None:
-            if isinstance(self._writer, FolderWriter):
-                self._writer.abandon()
-            return
-        with self._store.translated(self.key):
-            self._writer.close()
-        if self._store.is_remote and (found := self._store.num_bytes(self.key)) != self.num_bytes:
-            raise StoreUnavailable(f"{self._store.uri}: {self.key}: {self.num_bytes:,} bytes were written, the server keeps {found:,}")
 
 
 def is_local(uri: str) -> bool:
