@@ -9,20 +9,11 @@ from typing import Any
 
 import pytest
 
-from mmerge.pipeline.cli import main
+from tests.command_line import invoke
 
 SAMPLES = Path(__file__).resolve().parent.parent.parent / "examples" / "lab" / "samples"
 IMAGE, SOUND = str(SAMPLES / "image_seven_light.png"), str(SAMPLES / "sound_three_low.wav")
 ASK = "which digit is in the image ?"
-
-
-def invoke(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main(list(arguments))
-    printed = capsys.readouterr()
-    code = stop.value.code
-    return (code if isinstance(code, int) else 1), printed.out, printed.err
 
 
 def test_place_shows_what_each_device_holds(lab_store: str, capsys: Any) -> None:

@@ -12,9 +12,9 @@ import yaml
 
 from mmerge.pipeline import parse_recipe, read_recipe
 from mmerge.pipeline.calibrate import Agreement, Point, _choose, calibrate
-from mmerge.pipeline.cli import main
 from mmerge.pipeline.evaluate import Settings
 from mmerge.pipeline.questions import Question, read_questions
+from tests.command_line import invoke
 
 LAB = Path(__file__).resolve().parent.parent.parent / "examples" / "lab"
 SAMPLES = LAB / "samples"
@@ -32,15 +32,6 @@ def write(folder: Path, *rows: Any) -> str:
     path = folder / "q.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
-
-
-def invoke(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main(list(arguments))
-    printed = capsys.readouterr()
-    code = stop.value.code
-    return (code if isinstance(code, int) else 1), printed.out, printed.err
 
 
 @pytest.mark.parametrize("executor", ["serial", pytest.param("ray", marks=pytest.mark.ray)])
