@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from tests.command_line import invoke
+from command_line import invoke
 
 SAMPLES = Path(__file__).resolve().parent.parent.parent / "examples" / "lab" / "samples"
 IMAGE, SOUND = str(SAMPLES / "image_seven_light.png"), str(SAMPLES / "sound_three_low.wav")

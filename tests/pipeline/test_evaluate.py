@@ -9,12 +9,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from command_line import invoke
 
 from mmerge.pipeline import parse_recipe, read_recipe
 from mmerge.pipeline.calibrate import Agreement, Point, _choose, calibrate
 from mmerge.pipeline.evaluate import Settings
 from mmerge.pipeline.questions import Question, read_questions
-from tests.command_line import invoke
 
 LAB = Path(__file__).resolve().parent.parent.parent / "examples" / "lab"
 SAMPLES = LAB / "samples"
