@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from mmerge.manifests.errors import MmergeError, RecipeError
+from mmerge.pipeline.cli_calibrate import register as register_calibrate_command
 from mmerge.pipeline.cli_cluster import register as register_cluster_commands
 from mmerge.pipeline.cli_composite import register as register_composite_commands
-from mmerge.pipeline.cli_evaluate import register as register_evaluate_commands
+from mmerge.pipeline.cli_evaluate import register as register_evaluate_command
 from mmerge.pipeline.cli_run import register as register_run_commands
 from mmerge.pipeline.cli_store import register as register_store_commands
 
@@ -239,7 +240,8 @@ def schema() -> None:
 
 
 register_store_commands(app)
-register_evaluate_commands(app)
+register_evaluate_command(app)
+register_calibrate_command(app)
 register_cluster_commands(app)
 
 
