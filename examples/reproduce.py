@@ -13,12 +13,13 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from evidence import calibration, page
 from evidence.changes import find_changes
-from evidence.measure import Place, build, measure_all
+from evidence.measure import Effort, Place, build, keep, measure_all, start_worker, sum_seconds
 from evidence.rows import make_rows
 from evidence.sets import VALIDATION_SEED, Sizes, encode_sets, set_names
 from evidence.tables import Jobs, experts_of
@@ -42,30 +43,28 @@ def encode_all(place: Place, available: set[str]) -> tuple[str, ...]:
     groups = set_names(modalities)
     seeded = {group: [(name, seed) for name in names for seed in place.seeds] for group, names in groups.items()}
     shared = [*seeded["single"], *seeded["mix"], *seeded["share"]]
-    validation = [(f"validation/{m}", VALIDATION_SEED) for m in modalities]
+    validation = [(name, VALIDATION_SEED) for name in groups["validation"]]
     files: list[Path] = []
+
+    def encode(names: tuple[str, ...], sets: list[tuple[str, int]], *, method: str = "naive_mc", prepare: Any = None) -> None:
+        owners = {expert["modality"]: name for name, expert in experts_of(names).items()}
+        path = place.embeddings_of([expert["path"] for expert in experts_of(names).values()])
+        files.append(path)
+
+        def make() -> None:
+            composite = open_experts(names, place, method=method)
+            save(path, encode_sets(composite, sets, place.sizes, owners=owners, **({"prepare": prepare} if prepare else {})))
+
+        keep(path.with_suffix(".json"), make)
+
     # Twins take features: they come before the point cloud expert's own encoder is registered.
     if all(f"twins/{m}" in available for m in modalities):
-        path = place.embeddings_of([f"twins/{m}" for m in modalities])
-        files.append(path)
-        if not path.exists():
-            names = {m: f"twin_{m}" for m in modalities}
-            composite = open_experts(tuple(names.values()), place, method="damc")
-            prepare = partial(twins.to_features, checkpoints=Path(place.checkpoints))
-            save(path, encode_sets(composite, shared, place.sizes, owners=names, prepare=prepare))
+        prepare = partial(twins.to_features, checkpoints=Path(place.checkpoints))
+        encode(tuple(f"twin_{m}" for m in modalities), shared, method="damc", prepare=prepare)
     points.register()
-    path = place.embeddings_of(modalities)
-    files.append(path)
-    if not path.exists():
-        composite = open_experts(modalities, place)
-        sets = [*shared, *seeded["new"], *validation]
-        save(path, encode_sets(composite, sets, place.sizes, owners={m: m for m in modalities}))
+    encode(modalities, [*shared, *seeded["new"], *seeded["many"], *validation])
     for m in [m for m in ("image", "audio") if f"{m}_new" in available and m in modalities]:
-        path = place.embeddings_of([f"{m}_new"])
-        files.append(path)
-        if not path.exists():
-            own = [(name, seed) for name in (f"single/{m}", f"new/{m}") for seed in place.seeds]
-            save(path, encode_sets(open_experts((f"{m}_new",), place), own, place.sizes, owners={m: f"{m}_new"}))
+        encode((f"{m}_new",), [(name, seed) for name in (f"single/{m}", f"new/{m}") for seed in place.seeds])
     return tuple(str(path) for path in files)
 
 
@@ -93,28 +92,36 @@ def main() -> None:
     parser.add_argument("--mixed", type=int, default=Sizes.mixed, help="prompts per mix of modalities and seed")
     parser.add_argument("--tables", nargs="*", help="of which tables jobs are run; all if absent")
     chosen = parser.parse_args()
-    began = time.monotonic()
+    began, started = time.monotonic(), time.time()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     place = Place(str(chosen.checkpoints.resolve()), str(chosen.work.resolve()), Sizes(chosen.single, chosen.mixed))
     available = find_available(chosen.checkpoints)
     place = replace(place, embeddings=encode_all(place, available))
-    print(f"media encoded after {time.monotonic() - began:.0f} s", flush=True)
-    scales = calibration.choose_scales(place, available)
+    tell = partial(report, began)
+    tell("media encoded")
+    start_worker(place)
+    scales = calibration.choose_scales(place, available, workers=chosen.workers)
+    tell(f"calibrated: {scales.mmer}, TALL {scales.tall}, with labels {scales.with_labels}")
     jobs = Jobs(available, mmer=scales.mmer, tall=scales.tall, labelled=scales.with_labels).make()
     wanted = [job for job in jobs if not chosen.tables or any(job.table.startswith(name) for name in chosen.tables)]
     results = {}
     left = 60 * chosen.minutes - (time.monotonic() - began)
     for number, (job, counts) in enumerate(measure_all(wanted, place, workers=chosen.workers, seconds=left), start=1):
         results[id(job)] = counts
-        print(
-            f"{time.monotonic() - began:5.0f} s  {number}/{len(wanted)}  {job.table}: {job.method} {job.expert or 'expanded'}", flush=True
-        )
+        tell(f"{number}/{len(wanted)}  {job.table}: {job.method} {job.expert or 'expanded'}")
     rows = make_rows([(job, results[id(job)]) for job in jobs if id(job) in results])
     missing = list(dict.fromkeys(f"{job.table}: {job.method}" for job in jobs if id(job) not in results))
     missing += [f"everything with {name}: no such checkpoint" for name in EXPECTED if name not in available]
     changes = find_changes(place, tuple(m for m in EXPECTED[:4] if m in available), scales.mmer)
-    page.write_page(chosen.docs, rows, missing=missing, place=place, scales=scales, changes=changes, seconds=time.monotonic() - began)
+    files = [*(Path(path).with_suffix(".json") for path in place.embeddings), *scales.files, *(job.file(place) for job in jobs)]
+    effort = Effort(sum_seconds(files), sum_seconds(files, since=started), time.monotonic() - began, chosen.workers)
+    page.write_page(chosen.docs, rows, missing=missing, place=place, scales=scales, changes=changes, effort=effort)
+
+
+def report(began: float, text: str) -> None:
+    """Print what was done, and when."""
+    print(f"{time.monotonic() - began:5.0f} s  {text}", flush=True)
 
 
 if __name__ == "__main__":

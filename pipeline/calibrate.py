@@ -1,7 +1,8 @@
 """Choose mask scales and density without labels: the experts' own answers say what a composite should answer.
 
 A sweep builds the composite at every mask scale of a grid. Surveys, base and carried tensors are shared by all of these builds, so each costs
-one merge of what is already surveyed. One build serves all experts: an expert's mask depends on its own scale alone.
+one merge of what is already surveyed. One build serves all experts: an expert's mask depends on its own scale alone. (The mean mask of text tokens depends on all scales; the chosen
+ones are therefore measured together at the end.)
 """
 
 from __future__ import annotations
@@ -11,23 +12,25 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import yaml
 
-from mmerge.manifests.digest import digest_json
 from mmerge.manifests.errors import RecipeError
-from mmerge.manifests.store import Store, is_local, open_store
+from mmerge.manifests.store import is_local, open_store
 from mmerge.pipeline.build import run
-from mmerge.pipeline.evaluate import Model, Settings, make_answer_task, run_answers
+from mmerge.pipeline.evaluate import Model, Settings, make_answer_task
 from mmerge.pipeline.executor import Executor, SerialExecutor
 from mmerge.pipeline.plan import make_plan
 from mmerge.pipeline.progress import LogProgress, Progress
 from mmerge.pipeline.questions import Question
-from mmerge.pipeline.recipe import Recipe, parse_recipe
+from mmerge.pipeline.recipe import Recipe
+from mmerge.pipeline.targets import Asking, Targets, ask_experts
 from mmerge.workers.methods import find_method
-from mmerge.workers.prompt import Part
 from mmerge.workers.task import AnswerTask
+
+if TYPE_CHECKING:
+    from mmerge.workers.answering import Likelihood
 
 SCALES = {"mmer": (0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 1.0, 1.25, 1.5, 1.75, 2.0), "tall_masks": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5)}
 """Mask scales to try, by method. Published are 0.6 to 0.9 for MMER, 0.2 to 0.6 for TALL masks; the grids reach beyond on both sides."""
@@ -52,11 +55,19 @@ class Point:
     expert: str
     rebuilt: Agreement
     expanded: Agreement
+    """On prompts of the expert's own modality."""
+    mixed: Agreement | None = None
+    """On prompts of several modalities, of which the expert's is one; None where there are none."""
 
     @property
     def objective(self) -> float:
-        """What the choice makes large: the mean probability of the rebuilt and of the expanded model."""
-        return (self.rebuilt.probability + self.expanded.probability) / 2
+        """What the choice makes large: the mean of retention and expansion, and of expansion the mean of own and mixed prompts."""
+        return weigh(self.rebuilt.probability, self.expanded.probability, None if self.mixed is None else self.mixed.probability)
+
+
+def weigh(rebuilt: float, expanded: float, mixed: float | None) -> float:
+    """Return the mean of retention and expansion; expansion is the mean of own and mixed prompts, where there are mixed ones."""
+    return (rebuilt + (expanded if mixed is None else (expanded + mixed) / 2)) / 2
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,9 @@ class Calibration:
     is_shared: bool
     """Whether one scale for all experts agreed better than the best of each."""
     num_prompts: dict[str, int]
+    """Of each expert's own modality alone."""
+    num_mixed: int = 0
+    """Prompts of several modalities."""
 
 
 def calibrate(
@@ -87,77 +101,47 @@ def calibrate(
 
     Args:
         recipe: of a method with mask scales (`mmer`, `tall_masks`); sweeps are built in its store.
-        questions: prompts with media of one modality each; right answers, where there are any, are not looked at.
+        questions: some for each expert with media of its modality alone, and some of several modalities, if there are any; right answers
+            are not looked at.
         scales: the grid of mask scales, SCALES of the method if empty. densities: those to try; the recipe's own if empty.
         settings: how prompts are asked. executor: where everything runs. progress: told of every task.
 
     Raises:
-        RecipeError: the method has no mask scales, a modality has several experts, or an expert has no prompt.
+        RecipeError: the method has no mask scales, a modality has several experts, an expert has no prompt, or a prompt no expert.
     """
-    return _Sweep(recipe, questions, settings, executor or SerialExecutor(), progress or LogProgress()).run(
-        scales or SCALES[recipe.method], densities
-    )
+    asking = Asking(open_store(recipe.output, create=True), settings, executor or SerialExecutor(), progress or LogProgress())
+    return _Sweep(recipe, asking).run(questions, scales or SCALES[recipe.method], densities)
 
 
 class _Sweep:
-    def __init__(self, recipe: Recipe, questions: Sequence[Question], settings: Settings, executor: Executor, progress: Progress) -> None:
+    def __init__(self, recipe: Recipe, asking: Asking) -> None:
         method = find_method(recipe.method)
         if "mask_scale" not in method.expert_parameters_model.model_fields:
             raise RecipeError(f"method: {recipe.method!r} has no mask scales to calibrate; 'mmer' and 'tall_masks' have")
-        self.recipe, self.settings, self.executor, self.progress = recipe, settings, executor, progress
+        self.recipe, self.asking = recipe, asking
         self.has_density = "density" in method.parameters_model.model_fields
-        self.store: Store = open_store(recipe.output, create=True)
-        self.questions = _assign(recipe, questions)
-        self.prompts: dict[str, list[tuple[Part, ...]]] = {}
-        self.targets: dict[str, list[tuple[int, ...]]] = {}
+        self.own: dict[str, Targets] = {}
+        self.mixed = Targets()
 
-    def run(self, scales: Sequence[float], densities: Sequence[float]) -> Calibration:
+    def run(self, questions: Sequence[Question], scales: Sequence[float], densities: Sequence[float]) -> Calibration:
         if densities and not self.has_density:
-            raise RecipeError(f"--density: method {self.recipe.method!r} has none")
-        own = float(getattr(self.recipe.parameters, "density", 1.0))
-        self._ask_experts()
-        wanted = sorted({(density, scale) for density in densities or (own,) for scale in scales})
-        models = {place: self._build(place[0], dict.fromkeys(self.prompts, place[1])) for place in wanted}
-        points = self._measure(
-            {(density, scale): (model, density, dict.fromkeys(self.prompts, scale)) for (density, scale), model in models.items()}
-        )
-        density, best, shared = _choose(points)
-        mixed = self._measure({(density, -1.0): (self._build(density, best), density, best)}) if best != shared else ()
+            raise RecipeError(f"--densities: method {self.recipe.method!r} has none")
+        self.own, self.mixed = ask_experts(self.recipe, questions, self.asking)
+        wanted = densities or (float(getattr(self.recipe.parameters, "density", 1.0)),)
+        points = self._measure([(density, dict.fromkeys(self.own, scale)) for density in sorted({*wanted}) for scale in sorted({*scales})])
+        density, best, shared = choose(points)
+        together = self._measure([(density, best)]) if best != shared else ()
         at_shared = [point for point in points if point.density == density and point.mask_scale == shared[point.expert]]
-        is_shared = not mixed or _mean(mixed) < _mean(at_shared)
-        counts = {name: len(found) for name, found in self.prompts.items()}
-        chosen = tuple(at_shared if is_shared else mixed)
-        return Calibration(tuple(points), density, shared if is_shared else best, chosen, is_shared and best != shared, counts)
-
-    def _ask_experts(self) -> None:
-        """Let every expert, as it was tuned, answer its own prompts."""
-        tasks: dict[str, AnswerTask] = {}
-        template, media = self.recipe.template, {e.modality: e.template for e in self.recipe.experts if e.template}
-        for expert in self.recipe.experts:
-            prompts = [question.to_prompt(template=template, media_templates=media) for question in self.questions[expert.name]]
-            self.prompts[expert.name] = prompts
-            tasks[expert.name] = make_answer_task(
-                self._original(expert.name), prompts, shard=f"{expert.name} itself", settings=self.settings
-            )
-        run_answers(list(tasks.values()), self.store, executor=self.executor, progress=self.progress)
-        from mmerge.workers.answering import Answer, read_answers
-
-        for name, task in tasks.items():
-            answers = [answer for answer in read_answers(self.store, task.key) if isinstance(answer, Answer)]
-            self.targets[name] = [answer.tokens for answer in answers]
-
-    def _original(self, name: str) -> Model:
-        """Return one expert as it is: a linear merge of it alone."""
-        recipe = self.recipe
-        (expert,) = (each for each in recipe.experts if each.name == name)
-        keys = {"path": expert.uri, "modality": expert.modality, "placeholder": expert.placeholder, "template": expert.template}
-        raw: dict[str, Any] = {
-            "name": f"calibrate-expert-{digest_json([expert.uri, recipe.base])[:12]}", "method": "linear", "base": recipe.base, "output": recipe.output,
-            "dtype": recipe.dtype, "template": recipe.template, "carry": list(recipe.carry),
-            "experts": {name: {key: value for key, value in keys.items() if value is not None}},
-        }  # fmt: skip
-        made = parse_recipe({key: value for key, value in raw.items() if value is not None}, folder=Path.cwd())
-        return Model.open(name, run(make_plan(made), executor=self.executor, progress=self.progress).uri, expert=name)
+        is_shared = not together or _mean(together) < _mean(at_shared)
+        return Calibration(
+            tuple(points),
+            density,
+            shared if is_shared else best,
+            tuple(at_shared if is_shared else together),
+            is_shared and best != shared,
+            {name: len(targets.prompts) for name, targets in self.own.items()},
+            len(self.mixed.prompts),
+        )
 
     def _build(self, density: float, scales: Mapping[str, float]) -> Model:
         """Return the composite with these numbers, under a name that says what it is for."""
@@ -167,62 +151,51 @@ class _Sweep:
         )
         parameters = self.recipe.parameters.model_copy(update={"density": density} if self.has_density else {})
         made = replace(self.recipe, name=f"{self.recipe.name}-calibrate", experts=experts, parameters=parameters, schedules={})
-        report = run(make_plan(made), executor=self.executor, progress=self.progress)
-        return Model.open(report.build[:12], f"{self.store.uri}#{report.build}")
+        report = run(make_plan(made), executor=self.asking.executor, progress=self.asking.progress)
+        return Model.open(report.build[:12], f"{self.asking.store.uri}#{report.build}")
 
-    def _measure(self, places: Mapping[tuple[float, float], tuple[Model, float, Mapping[str, float]]]) -> list[Point]:
-        tasks: dict[tuple[tuple[float, float], str, bool], AnswerTask] = {}
-        for place, (model, _, _) in places.items():
-            for name, prompts in self.prompts.items():
-                for is_rebuilt in (True, False):
-                    asked = replace(model, expert=name if is_rebuilt else None)
-                    shard = f"{name} {'rebuilt' if is_rebuilt else 'expanded'} at {place[1]:g}"
-                    tasks[(place, name, is_rebuilt)] = make_answer_task(
-                        asked, prompts, shard=shard, settings=self.settings, targets=self.targets[name]
-                    )
-        ordered = sorted(tasks.items(), key=lambda item: (item[0][0], (item[0][2] and item[0][1]) or ""))
-        run_answers([task for _, task in ordered], self.store, executor=self.executor, progress=self.progress)
+    def _measure(self, places: Sequence[tuple[float, Mapping[str, float]]]) -> list[Point]:
+        """Return a point per place (density, mask scale per expert) and expert."""
+        asked = [self._tasks(self._build(density, scales), scales) for density, scales in places]
+        # Experts one after the other, expansion first: a process keeps the model that it asked last.
+        ordered = sorted((task for tasks in asked for task in tasks.values()), key=lambda task: (task.model, task.expert or ""))
+        self.asking.run(ordered)
         return [
-            Point(density, scales[name], name, self._agreement(tasks[(place, name, True)]), self._agreement(tasks[(place, name, False)]))
-            for place, (_, density, scales) in places.items()
-            for name in self.prompts
+            self._point(name, density, scales[name], tasks)
+            for (density, scales), tasks in zip(places, asked, strict=True)
+            for name in self.own
         ]
 
-    def _agreement(self, task: AnswerTask) -> Agreement:
+    def _tasks(self, model: Model, scales: Mapping[str, float]) -> dict[tuple[str, str], AnswerTask]:
+        """Return the tasks of one composite by expert and use: each expert's prompts rebuilt and expanded, and the mixed ones."""
+        asked = {(name, "rebuilt"): (replace(model, expert=name), targets) for name, targets in self.own.items()}
+        asked |= {(name, "expanded"): (model, targets) for name, targets in self.own.items()}
+        if self.mixed.prompts:
+            asked[("", "mixed")] = (model, self.mixed)
+        return {
+            (name, use): make_answer_task(
+                who, targets.prompts, shard=f"{name} {use} at {scales.get(name, 0.0):g}", settings=self.asking.settings, targets=targets.answers
+            )
+            for (name, use), (who, targets) in asked.items()
+        }  # fmt: skip
+
+    def _point(self, name: str, density: float, scale: float, tasks: Mapping[tuple[str, str], AnswerTask]) -> Point:
+        rebuilt, expanded = (_agreement(self._likelihoods(tasks[(name, use)])) for use in ("rebuilt", "expanded"))
+        found = zip(self._likelihoods(tasks[("", "mixed")]), self.mixed.experts, strict=True) if self.mixed.prompts else ()
+        mixed = [likelihood for likelihood, experts in found if name in experts]
+        return Point(density, scale, name, rebuilt, expanded, _agreement(mixed) if mixed else None)
+
+    def _likelihoods(self, task: AnswerTask) -> list[Likelihood]:
         from mmerge.workers.answering import Likelihood, read_answers
 
-        found = [each for each in read_answers(self.store, task.key) if isinstance(each, Likelihood)]
-        return Agreement(
-            math.exp(sum(each.log_probability for each in found) / len(found)), sum(each.is_greedy for each in found) / len(found)
-        )
+        return [each for each in read_answers(self.asking.store, task.key) if isinstance(each, Likelihood)]
 
 
-def _assign(recipe: Recipe, questions: Sequence[Question]) -> dict[str, list[Question]]:
-    """Return each expert's questions: those whose media are all of its modality."""
-    owners: dict[str, list[str]] = {}
-    for expert in recipe.experts:
-        owners.setdefault(expert.modality, []).append(expert.name)
-    found: dict[str, list[Question]] = {expert.name: [] for expert in recipe.experts}
-    for question in questions:
-        kinds = {part.kind for part in (*question.parts, *question.media) if part.kind != "text"}
-        if len(kinds) == 1:
-            (kind,) = kinds
-            names = [kind] if kind in found else owners.get(kind, [])
-            if len(names) > 1:
-                raise RecipeError(
-                    f"question {question.id!r}: {len(names)} experts have modality {kind!r}; name the expert instead: {', '.join(names)}"
-                )
-            for name in names:
-                found[name].append(question)
-    lacking = [name for name, own in found.items() if not own]
-    if lacking:
-        raise RecipeError(
-            f"no prompt has media of expert {lacking[0]!r} alone. Give each expert some prompts of its own modality; no labels are needed"
-        )
-    return found
+def _agreement(found: Sequence[Likelihood]) -> Agreement:
+    return Agreement(math.exp(sum(each.log_probability for each in found) / len(found)), sum(each.is_greedy for each in found) / len(found))
 
 
-def _choose(points: Sequence[Point]) -> tuple[float, dict[str, float], dict[str, float]]:
+def choose(points: Sequence[Point]) -> tuple[float, dict[str, float], dict[str, float]]:
     """Return density, the best scale of each expert, and the best scale that all share. Among equals the smaller number wins."""
     experts = list(dict.fromkeys(point.expert for point in points))
 

@@ -23,7 +23,7 @@ class Modules:
     """The modules of the reproduction."""
 
     def __init__(self) -> None:
-        for name in ("ablations", "calibration", "measure", "page", "rows", "sets", "tables"):
+        for name in ("ablations", "calibration", "changes", "measure", "page", "rows", "sets", "tables"):
             setattr(self, name, importlib.import_module(f"evidence.{name}"))
         self.reproduce = importlib.import_module("reproduce")
 
@@ -70,8 +70,8 @@ def test_jobs_come_in_the_order_in_which_they_matter(evidence: Any) -> None:
     }
     jobs = evidence.tables.Jobs(available, mmer={}, tall={}, labelled={}).make()
     tables = list(dict.fromkeys(job.table for job in jobs))
-    assert tables[:3] == ["retention", "expansion", "ablations"]
-    assert set(tables[3:]) == {
+    assert tables[:4] == ["retention", "expansion", "ablations", "text tokens"]
+    assert set(tables[4:]) == {
         "calibration", "forgetting, 1 new", "forgetting, 2 new", "number of experts", "variants", "language", "density × mask scale",
     }  # fmt: skip
     methods = {job.recipe["method"] for job in jobs}
@@ -93,7 +93,7 @@ def test_jobs_come_in_the_order_in_which_they_matter(evidence: Any) -> None:
 
 
 def test_a_small_part_of_the_page_is_measured_and_a_second_run_repeats_nothing(evidence: Any, tmp_path: Path) -> None:
-    sizes = evidence.sets.Sizes(single=9, mixed=9, share=4, new=4)
+    sizes = evidence.sets.Sizes(single=9, mixed=9, share=4, new=4, many_single=9, many_mixed=9)
     place = evidence.measure.Place(str(ROOT / "examples" / "lab" / "checkpoints"), str(tmp_path), sizes, seeds=(7,))
     available = {"base", "image", "audio"}
     place = evidence.reproduce.replace(place, embeddings=evidence.reproduce.encode_all(place, available))
@@ -114,7 +114,13 @@ def test_a_small_part_of_the_page_is_measured_and_a_second_run_repeats_nothing(e
     assert evidence.rows.make_rows(again) == rows
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "jobs").iterdir()} == stamps
     evidence.page.write_page(
-        tmp_path / "docs", rows, missing=["x: y"], place=place, scales=evidence.calibration.Scales(), changes=[], seconds=60
+        tmp_path / "docs",
+        rows,
+        missing=["x: y"],
+        place=place,
+        scales=evidence.calibration.Scales(),
+        changes=evidence.changes.Changes(),
+        effort=evidence.measure.Effort(3600, 600, 360, 2),
     )
     text = (tmp_path / "docs" / "reproduction.md").read_text()
     kept = evidence.rows.summarise(
@@ -123,6 +129,7 @@ def test_a_small_part_of_the_page_is_measured_and_a_second_run_repeats_nothing(e
     assert f"| {kept} | 99.8 / 99.4 |" in text
     assert "Not measured in this run." in text
     assert "- x: y" in text
+    assert "60 minutes of processor time in all; 10 of them in this run" in text
 
 
 def test_the_committed_figures_have_all_their_fields() -> None:

@@ -1,22 +1,31 @@
-"""Mask scales chosen without labels, by `mmerge calibrate`'s own code, beside scales chosen with labels."""
+"""Mask scales chosen without labels, by `mmerge calibrate`'s own code, beside scales chosen with labels.
+
+Both choices see the same validation prompts, the same grid, and give retention, expansion and mixed prompts the same weights. They differ in one
+thing: what is made large is the probability of the experts' own answers, or the share of right answers.
+"""
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, field, replace
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from evidence.measure import Counts, Job, Place, measure, start_worker
-from evidence.sets import VALIDATION_SEED, load_set
+from pydantic import TypeAdapter
+
+from evidence.measure import Counts, Job, Place, keep, measure_all, open_pool, revision
+from evidence.sets import VALIDATION_SEED, load_set, set_names
 from evidence.tables import experts_of
+from mmerge.manifests.digest import digest_json
 from mmerge.pipeline import parse_recipe
-from mmerge.pipeline.calibrate import SCALES, Calibration, calibrate
+from mmerge.pipeline.calibrate import SCALES, Calibration, calibrate, weigh
 from mmerge.pipeline.evaluate import Settings
 from mmerge.pipeline.executor import SerialExecutor
 from mmerge.pipeline.progress import SeveralProgress
 from mmerge.pipeline.questions import Question
 
-PROMPTS_PER_EXPERT = 24
+VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,8 @@ class Scales:
     tall: dict[str, float] = field(default_factory=dict)
     """TALL's, without labels."""
     with_labels: dict[str, float] = field(default_factory=dict)
-    num_labelled: int = 0
+    files: tuple[Path, ...] = ()
+    """Where the results lie, and how long they took."""
 
     @property
     def mmer(self) -> dict[str, float]:
@@ -35,47 +45,72 @@ class Scales:
         return self.without_labels.mask_scales if self.without_labels else {}
 
 
-def choose_scales(place: Place, available: set[str]) -> Scales:
+def choose_scales(place: Place, available: set[str], *, workers: int) -> Scales:
     """Calibrate both ways; finished parts of an earlier run are not repeated."""
-    began = time.monotonic()
-    start_worker(place)
     modalities = tuple(m for m in ("image", "audio", "video", "point") if m in available)
-    without = _without_labels(place, modalities, method="mmer")
-    tall = _without_labels(place, modalities, method="tall_masks").mask_scales
-    labels = _with_labels(place, modalities)
-    print(f"calibrated in {time.monotonic() - began:.0f} s: {without.mask_scales}, TALL {tall}, with labels {labels}", flush=True)
-    return Scales(without, tall, labels, place.sizes.single * len(modalities))
+    files = {method: _file(place, modalities, method) for method in ("mmer", "tall_masks")}
+    with open_pool(place, workers) as pool:
+        raw = dict(zip(files, pool.map(_keep, files.values(), [place] * 2, [modalities] * 2, files), strict=True))
+    found = {method: TypeAdapter(Calibration).validate_python(value) for method, value in raw.items()}
+    labels, jobs = _with_labels(place, modalities, workers=workers)
+    return Scales(found["mmer"], found["tall_masks"].mask_scales, labels, (*files.values(), *jobs))
 
 
-def _without_labels(place: Place, modalities: tuple[str, ...], *, method: str) -> Calibration:
-    raw = {"method": method, "name": "calibrated", "base": "base", "output": place.store, "experts": experts_of(modalities)}
+def _file(place: Place, modalities: tuple[str, ...], method: str) -> Path:
+    revisions = [revision(str(Path(place.checkpoints) / name)) for name in ("base", *modalities)]
+    key = digest_json([VERSION, method, revisions, list(SCALES[method]), vars(place.sizes), VALIDATION_SEED])
+    return Path(place.work) / "calibrations" / f"{key}.json"
+
+
+def _keep(path: Path, place: Place, modalities: tuple[str, ...], method: str) -> Any:
+    return keep(path, lambda: asdict(_without_labels(place, modalities, method)))
+
+
+def _without_labels(place: Place, modalities: tuple[str, ...], method: str) -> Calibration:
+    name = f"calibrated-{method.replace('_', '-')}"
+    raw = {"method": method, "name": name, "base": "base", "output": place.store, "experts": experts_of(modalities)}
     questions = [
-        Question(f"{m}-{index}", prompt.task, parts=prompt.parts)
-        for m in modalities
-        for index, prompt in enumerate(load_set(f"validation/{m}", VALIDATION_SEED, place.sizes)[:PROMPTS_PER_EXPERT])
+        Question(f"{who}-{index}", prompt.task, parts=prompt.parts)
+        for who in set_names(modalities)["validation"]
+        for index, prompt in enumerate(load_set(who, VALIDATION_SEED, place.sizes))
     ]
     return calibrate(
         parse_recipe(raw, folder=Path(place.checkpoints)),
         questions,
-        settings=Settings(max_new_tokens=8, batch_size=24),
+        settings=Settings(max_new_tokens=8, batch_size=64),
         executor=SerialExecutor(num_threads=1),
         progress=SeveralProgress([]),
     )
 
 
-def _with_labels(place: Place, modalities: tuple[str, ...]) -> dict[str, float]:
-    """The scale of each expert with the most right answers on all validation prompts, rebuilt and expanded; among equals the smallest."""
+def _with_labels(place: Place, modalities: tuple[str, ...], *, workers: int) -> tuple[dict[str, float], list[Path]]:
+    """The scale of each expert with the largest share of right answers, the smallest of equals; and the files of what was measured."""
     validation = replace(place, seeds=(VALIDATION_SEED,))
-    right: dict[tuple[str, float], float] = {}
+    sets = tuple(set_names(modalities)["validation"])
+    jobs = {}
     for scale in SCALES["mmer"]:
         recipe = {"method": "mmer", "mask_scale": scale, "experts": experts_of(modalities)}
-        for m in modalities:
-            for expert in (m, None):
-                counts = measure(Job("calibration", "", recipe, (f"validation/{m}",), expert), validation)
-                right[(m, scale)] = right.get((m, scale), 0.0) + _accuracy(counts)
-    return {m: max(SCALES["mmer"], key=lambda scale: (right[(m, scale)], -scale)) for m in modalities}
+        jobs[(None, scale)] = Job("calibration", "", recipe, sets)
+        jobs |= {(m, scale): Job("calibration", "", recipe, (f"validation/{m}",), m) for m in modalities}
+    places = {id(job): where for where, job in jobs.items()}
+    found = {places[id(job)]: counts for job, counts in measure_all([*jobs.values()], validation, workers=workers, seconds=math.inf)}
+
+    def objective(m: str, scale: float) -> float:
+        mixes = [name for name in sets if "+" in name and m in name.partition("/")[2].split("+")]
+        rebuilt, expanded = (_accuracy(found[(who, scale)], [f"validation/{m}"]) for who in (m, None))
+        return weigh(rebuilt, expanded, _accuracy(found[(None, scale)], mixes) if mixes else None)
+
+    chosen = {m: max(SCALES["mmer"], key=lambda scale: (objective(m, scale), -scale)) for m in modalities}
+    return chosen, [job.file(validation) for job in jobs.values()]
 
 
-def _accuracy(counts: Counts) -> float:
-    pairs = [pair for by_seed in counts.values() for by_task in by_seed.values() for pair in by_task.values()]
+def _accuracy(counts: Counts, names: list[str]) -> float:
+    pairs = [pair for name in names for by_task in counts[name].values() for pair in by_task.values()]
     return sum(right for right, _ in pairs) / sum(total for _, total in pairs)
+
+
+def count_prompts(place: Place, modalities: Mapping[str, object]) -> tuple[int, int]:
+    """Validation prompts of one modality, and of several."""
+    names = set_names(tuple(modalities))["validation"]
+    counts = [(len(load_set(name, VALIDATION_SEED, place.sizes)), "+" in name) for name in names]
+    return sum(count for count, mixed in counts if not mixed), sum(count for count, mixed in counts if mixed)

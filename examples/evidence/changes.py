@@ -1,16 +1,38 @@
-"""How far each expert went from the base, and what of it MMER's masks keep."""
+"""How far each expert went from the base, what of it MMER's masks keep, and what leaving out a test of the masks lets in."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
+from evidence.ablations import MaskRule, without_congruence, without_significance
 from evidence.measure import Place, build
 from evidence.tables import original, scaled
 from mmerge.pipeline import read_build
+from mmerge.workers.methods.election import disjoint_merge, elect_sign
+from mmerge.workers.methods.mmer import decouple
+from mmerge.workers.methods.ties import trim
 from mmerge.workers.reader import BuildReader
+
+DENSITY = 0.8
+RULES: dict[str, MaskRule] = {
+    "MMER": lambda trimmed, merged, scale: decouple(trimmed, merged, mask_scale=scale),
+    "without directional congruence": without_congruence,
+    "without dominant significance": without_significance,
+}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What one expert's mask makes of the merged task vector."""
+
+    density: float
+    opposite: float
+    """Share of the mask's entries at which the expert's sign is not that of τ⋆."""
+    distance: float
+    """‖m∘τ⋆ − τ‖ / ‖τ‖, over all entries of the expert's task vector."""
 
 
 @dataclass(frozen=True)
@@ -23,24 +45,83 @@ class Change:
     mean_magnitude: float
     mask_density: float
     sign_agreement: float
+    kept: dict[str, Kept] = field(default_factory=dict)
+    """By rule of the masks."""
 
 
-def find_changes(place: Place, experts: tuple[str, ...], scales: Mapping[str, float]) -> list[Change]:
+@dataclass(frozen=True)
+class Changes:
+    """All experts' changes, and what text tokens keep of the merged task vector."""
+
+    experts: tuple[Change, ...] = ()
+    text_norms: dict[str, float] = field(default_factory=dict)
+    """‖m̄∘τ⋆‖ / ‖τ⋆‖ by rule of the masks."""
+
+
+def find_changes(place: Place, experts: tuple[str, ...], scales: Mapping[str, float]) -> Changes:
     """Each expert's change, read from builds of it alone and from MMER's."""
     uri = build({"method": "mmer", "experts": scaled(experts, scales)}, place)
-    masks = {mask.expert: mask for mask in read_build(uri).masks}
+    manifest = {mask.expert: mask for mask in read_build(uri).masks}
     base = BuildReader(uri)
-    found = []
+    tensors = base.names("delta")
+    before = [base.read(name, "base").to(torch.float32) for name in tensors]
+    merged = _flat(base.read(name, "delta") for name in tensors)
+    deltas = []
     for name in experts:
         own = BuildReader(build(original(name), place))
-        squares = base_squares = total = count = 0.0
-        for tensor in base.names("delta"):
-            before = base.read(tensor, "base").to(torch.float32)
-            delta = own.read(tensor, "merged").to(torch.float32)[: len(before)] - before
-            squares += float(delta.square().sum())
-            base_squares += float(before.square().sum())
-            total += float(delta.abs().sum())
-            count += delta.numel()
-        mask = masks[name]
-        found.append(Change(name, (squares / base_squares) ** 0.5, total / count, mask.density, mask.sign_agreement))
+        deltas.append(_flat(own.read(t, "merged").to(torch.float32)[: len(b)] - b for t, b in zip(tensors, before, strict=True)))
+    kept, text_norms = find_kept(deltas, merged, [scales.get(name, 0.75) for name in experts])
+    base_norm = float(_flat(before).norm())
+    return Changes(
+        tuple(
+            Change(
+                name, float(delta.norm()) / base_norm, float(delta.abs().mean()), manifest[name].density, manifest[name].sign_agreement, own_kept
+            )
+            for name, delta, own_kept in zip(experts, deltas, kept, strict=True)
+        ),
+        text_norms,
+    )  # fmt: skip
+
+
+def find_kept(
+    deltas: Sequence[torch.Tensor], merged: torch.Tensor, scales: Sequence[float]
+) -> tuple[list[dict[str, Kept]], dict[str, float]]:
+    """What masks by each rule make of τ⋆ for each expert, and the share of its norm that text tokens keep.
+
+    `deltas`: task vectors, float32 [entries]; `merged`: τ⋆ of them; `scales`: mask scales.
+    """
+    trimmed = _trim(deltas)
+    found: list[dict[str, Kept]] = [{} for _ in deltas]
+    text_norms = {}
+    for rule, make in RULES.items():
+        mean_mask = torch.zeros_like(merged)
+        for index, (delta, own, scale) in enumerate(zip(deltas, trimmed, scales, strict=True)):
+            mask = make(own, merged, scale)
+            mean_mask += mask / len(deltas)
+            opposite = (mask & (own.sign() != merged.sign())).sum() / mask.sum()
+            distance = (mask * merged - delta).norm() / delta.norm()
+            found[index][rule] = Kept(float(mask.float().mean()), float(opposite), float(distance))
+        text_norms[rule] = float((mean_mask * merged).norm() / merged.norm())
+    return found, text_norms
+
+
+def simulate(magnitudes: Mapping[str, float], *, entries: int = 1_000_000, scale: float = 0.75) -> list[dict[str, Kept]]:
+    """What masks keep of independent normal task vectors with these mean magnitudes, merged as MMER merges."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(len(magnitudes), entries, generator=generator)
+    deltas = [row * (value / float(row.abs().mean())) for row, value in zip(noise, magnitudes.values(), strict=True)]
+    trimmed = _trim(deltas)
+    merged = disjoint_merge(trimmed, elect_sign(trimmed), reduction="sum")
+    return find_kept(deltas, merged, [scale] * len(deltas))[0]
+
+
+def _trim(deltas: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    found = []
+    for delta in deltas:
+        rank = delta.numel() - int(DENSITY * delta.numel())
+        found.append(trim(delta, threshold=float(delta.abs().kthvalue(max(rank, 1)).values)))
     return found
+
+
+def _flat(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensor.to(torch.float32).reshape(-1) for tensor in tensors])

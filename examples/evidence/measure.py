@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import cache
@@ -24,7 +24,7 @@ from mmerge.pipeline.executor import SerialExecutor
 from mmerge.pipeline.progress import SeveralProgress
 from mmerge.workers.prompt import Part
 
-VERSION = 2
+VERSION = 3
 BATCH = 64
 Counts = dict[str, dict[str, dict[str, tuple[int, int]]]]
 """By set, seed and task: right answers, and questions."""
@@ -62,6 +62,7 @@ class Job:
 
     `recipe` is that of its build, without name, base and output; experts by name and folder. `expert` is rebuilt alone, or tokens are
     routed by modality if it is None. `only`: of other modalities' media nothing is shown.
+    `text`: the recipe of another model, whose weights text tokens run through, or None.
     """
 
     table: str
@@ -70,12 +71,29 @@ class Job:
     sets: tuple[str, ...]
     expert: str | None = None
     only: str | None = None
+    text: dict[str, Any] | None = None
 
     def key(self, place: Place) -> str:
         """What the result depends on."""
         folders = [expert["path"] for expert in self.recipe["experts"].values()]
         revisions = [revision(str(Path(place.checkpoints) / folder)) for folder in ["base", *folders]]
-        return digest_json([VERSION, self.recipe, revisions, list(self.sets), self.expert, self.only, list(place.seeds), vars(place.sizes)])
+        return digest_json(
+            [VERSION, self.recipe, revisions, list(self.sets), self.expert, self.only, list(place.seeds), vars(place.sizes), self.text]
+        )
+
+    def file(self, place: Place) -> Path:
+        """Where the result lies."""
+        return Path(place.work) / "jobs" / f"{self.key(place)}.json"
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What the measurements of a page took, in seconds: of a processor in all and in this run, and of the clock in this run."""
+
+    processor: float
+    processor_now: float
+    clock: float
+    workers: int
 
 
 @cache
@@ -124,25 +142,44 @@ def _named(parts: Sequence[Part], composite: Composite) -> list[Part]:
 def open_job(job: Job, place: Place) -> Composite:
     """The job's model, in float32, its weights resident: they are small."""
     mode = "retention" if job.expert else "expansion"
-    return load_composite(build(job.recipe, place), mode=mode, expert=job.expert, dtype=torch.float32, policy="resident")
+    composite = load_composite(build(job.recipe, place), mode=mode, expert=job.expert, dtype=torch.float32, policy="resident")
+    if job.text is not None:
+        # Weights kept per modality are buffers; the parameters are those of text tokens, by the same names in every composite.
+        other = load_composite(build(job.text, place), mode=mode, dtype=torch.float32, policy="resident")
+        weights = dict(other.language_model.named_parameters())
+        for name, parameter in composite.language_model.named_parameters():
+            parameter.data.copy_(weights[name])
+    return composite
 
 
 def measure(job: Job, place: Place) -> Counts:
     """The job's result, from the folder of results where it is there already."""
-    path = Path(place.work) / "jobs" / f"{job.key(place)}.json"
-    if path.exists():
-        return dict(json.loads(path.read_text())["counts"])
-    began = time.process_time()
-    composite = open_job(job, place)
-    counts: Counts = {
-        name: {str(seed): count_right(composite, load_set(name, seed, place.sizes), only=job.only) for seed in place.seeds}
-        for name in job.sets
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"counts": counts, "cpu_seconds": time.process_time() - began}))
-    partial.rename(path)
-    return dict(json.loads(path.read_text())["counts"])
+
+    def count() -> Counts:
+        composite = open_job(job, place)
+        return {
+            name: {str(seed): count_right(composite, load_set(name, seed, place.sizes), only=job.only) for seed in place.seeds}
+            for name in job.sets
+        }
+
+    return dict(keep(job.file(place), count))
+
+
+def keep(path: Path, make: Callable[[], Any]) -> Any:
+    """A result as JSON gives it: from its file, or made now and written there with the processor time that it took."""
+    if not path.exists():
+        began = time.process_time()
+        value = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps({"value": value, "cpu_seconds": time.process_time() - began}))
+        partial.rename(path)
+    return json.loads(path.read_text())["value"]
+
+
+def sum_seconds(files: Iterable[Path], *, since: float = 0.0) -> float:
+    """Processor time of the kept results that there are, of those alone that were made since a time of the clock."""
+    return sum(json.loads(path.read_text())["cpu_seconds"] for path in set(files) if path.exists() and path.stat().st_mtime >= since)
 
 
 def start_worker(place: Place) -> None:
@@ -154,16 +191,21 @@ def start_worker(place: Place) -> None:
     register_lookups(place.embeddings)
 
 
+def open_pool(place: Place, workers: int) -> ProcessPoolExecutor:
+    """Processes that are ready for jobs."""
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker, initargs=(place,))
+
+
 def measure_all(jobs: Sequence[Job], place: Place, *, workers: int, seconds: float) -> Iterator[tuple[Job, Counts]]:
     """Yield the results as they come, the first jobs first; after `seconds` no further job is begun."""
     end = time.monotonic() + seconds
     if workers == 1:
         start_worker(place)
         for job in jobs:
-            if time.monotonic() < end or (Path(place.work) / "jobs" / f"{job.key(place)}.json").exists():
+            if time.monotonic() < end or job.file(place).exists():
                 yield job, measure(job, place)
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker, initargs=(place,)) as pool:
+    with open_pool(place, workers) as pool:
         waiting = {pool.submit(_measure_before, job, place, time.time() + end - time.monotonic()): job for job in jobs}
         for future in as_completed(waiting):
             counts = future.result()
@@ -172,6 +214,6 @@ def measure_all(jobs: Sequence[Job], place: Place, *, workers: int, seconds: flo
 
 
 def _measure_before(job: Job, place: Place, deadline: float) -> Counts | None:
-    if time.time() > deadline and not (Path(place.work) / "jobs" / f"{job.key(place)}.json").exists():
+    if time.time() > deadline and not job.file(place).exists():
         return None
     return measure(job, place)

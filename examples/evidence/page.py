@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from evidence import papers, plots, readings
-from evidence.calibration import PROMPTS_PER_EXPERT, Scales
-from evidence.changes import Change
-from evidence.measure import Place, revision
+from evidence.calibration import Scales, count_prompts
+from evidence.changes import Changes, simulate
+from evidence.measure import Effort, Place, revision
 from evidence.rows import Figure, Row, summarise
 from evidence.tables import DENSITIES, MASK_SCALES
 
@@ -21,7 +21,7 @@ Column = tuple[str, Callable[[Row], bool], str]
 
 
 def write_page(
-    docs: Path, rows: Sequence[Row], *, missing: Sequence[str], place: Place, scales: Scales, changes: Sequence[Change], seconds: float
+    docs: Path, rows: Sequence[Row], *, missing: Sequence[str], place: Place, scales: Scales, changes: Changes, effort: Effort
 ) -> None:
     """Write reproduction.md, reproduction.json and the plots."""
     docs.mkdir(parents=True, exist_ok=True)
@@ -29,17 +29,17 @@ def write_page(
     lines = ",\n".join(json.dumps(asdict(row), ensure_ascii=False) for row in ordered)
     (docs / "reproduction.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     drawn = plots.draw_all(docs / "reproduction", rows, scales)
-    text = _Page(rows, place, scales, changes, drawn).write(missing, seconds)
+    text = _Page(rows, place, scales, changes, drawn).write(missing, effort)
     (docs / "reproduction.md").write_text(text, encoding="utf-8")
 
 
 class _Page:
-    def __init__(self, rows: Sequence[Row], place: Place, scales: Scales, changes: Sequence[Change], drawn: Sequence[str]) -> None:
+    def __init__(self, rows: Sequence[Row], place: Place, scales: Scales, changes: Changes, drawn: Sequence[str]) -> None:
         self.rows, self.place, self.scales, self.changes, self.drawn = rows, place, scales, changes, drawn
         self.lines: list[str] = []
 
-    def write(self, missing: Sequence[str], seconds: float) -> str:
-        self._introduce(seconds)
+    def write(self, missing: Sequence[str], effort: Effort) -> str:
+        self._introduce(effort)
         self._describe_experts()
         self._retention()
         self._expansion()
@@ -62,13 +62,13 @@ class _Page:
         if name in self.drawn:
             self._say(f"![{name}](reproduction/{name}.png)", "")
 
-    def _introduce(self, seconds: float) -> None:
+    def _introduce(self, effort: Effort) -> None:
         sizes, seeds = self.place.sizes, self.place.seeds
         self._say(
             "# The papers' tables, on experts that anyone can train",
             "",
             "Every number of this page was measured by `make reproduce` from the experts in `examples/lab/checkpoints` "
-            f"(this run took {seconds / 60:.0f} minutes of the clock on a CPU, finished jobs of earlier runs not repeated). "
+            f"({_spent(effort)}). "
             "The same numbers are in [reproduction.json](reproduction.json).",
             "",
             "**How to read it.** Accuracy in per cent: greedy decoding must give the whole answer and then end. Mean ± standard deviation over "
@@ -95,7 +95,7 @@ class _Page:
             "| expert | ‖τ‖ / ‖θ₀‖ | mean \\|τ\\| | mask density | theirs: mask density | sign agreement |",
         )
         self._say("|---|---|---|---|---|---|")
-        for change in self.changes:
+        for change in self.changes.experts:
             theirs = papers.MASK_DENSITIES.get(change.expert, "")
             self._say(
                 f"| {change.expert} | {change.relative_norm:.3f} | {change.mean_magnitude:.1e} | {100 * change.mask_density:.1f} | {theirs} | "
@@ -104,7 +104,8 @@ class _Page:
         self._say(
             "",
             "Task vectors of the merged language-model tensors; masks of MMER with the calibrated scales; densities and agreement in per cent. Sign "
-            "agreement: share of the expert's trimmed entries whose sign is the elected one. Theirs, mean |τ|: " + papers.MEAN_MAGNITUDES + ".",
+            "agreement: share of the expert's trimmed entries whose sign is the elected one. Theirs, mean |τ|: "
+            + ", ".join(f"{name} {value:.0e}" for name, value in papers.MEAN_MAGNITUDES.items()) + ".",
             "",
         )  # fmt: skip
 
@@ -166,6 +167,40 @@ class _Page:
         ]
         self._table("ablations", columns, theirs=("theirs: expansion", papers.ABLATIONS))
         self._say(*readings.ablations(self.rows))
+        self._explain_ablations()
+
+    def _explain_ablations(self) -> None:
+        if not self.changes.experts or not self._has("text tokens", "Why: media tokens and text tokens"):
+            return
+        columns: list[Column] = [
+            ("expansion, mixes", lambda row: row.group.startswith("mix/"), "value"),
+            ("expansion, share", lambda row: row.group.startswith("share/"), "value"),
+        ]
+        self._table("text tokens", columns)
+        self._say("Media tokens run through the first model's weights, text tokens and generated ones through the second one's.", "")
+        self._say(
+            "| masks | entries | of them with the opposite sign | ‖m∘τ⋆ − τ‖ / ‖τ‖ | ‖m̄∘τ⋆‖ / ‖τ⋆‖ | theirs, simulated: opposite | distance |"
+        )
+        self._say("|---|---|---|---|---|---|---|")
+        simulated = simulate(papers.MEAN_MAGNITUDES)
+        for rule, norm in self.changes.text_norms.items():
+            ours = [change.kept[rule] for change in self.changes.experts]
+            theirs = [each[rule] for each in simulated]
+            self._say(
+                f"| {rule} | {_range([100 * k.density for k in ours])} | {_range([100 * k.opposite for k in ours])} | {_range([k.distance for k in ours], 2)} | "
+                f"{norm:.2f} | {_range([100 * k.opposite for k in theirs])} | {_range([k.distance for k in theirs], 2)} |"
+            )
+        densities = ", ".join(
+            f"{name} {100 * each['MMER'].density:.1f}" for name, each in zip(papers.MEAN_MAGNITUDES, simulated, strict=True)
+        )
+        self._say(
+            "",
+            "From the expert with the least to the one with the most; entries in per cent of all, opposite ones in per cent of the mask. *Simulated*: "
+            "independent normal task vectors with the published mean |τ|, merged and masked alike with λ = 0.75. That is no model of the paper's experts, "
+            f"but their mask densities come out near the published ones: {densities}.",
+            "",
+            *readings.text_tokens(self.rows, self.changes, simulated),
+        )
 
     def _forgetting(self) -> None:
         for count, words in ((1, "one new task"), (2, "two new tasks")):
@@ -242,14 +277,17 @@ class _Page:
             self._say(f"- {label}: " + ", ".join(f"{name} {scale:g}" for name, scale in scales.items()))
         self._say("")
         columns: list[Column] = [
-            ("performance retention", lambda row: row.group.startswith("single/"), "performance_retention"),
-            ("accuracy, one modality", lambda row: row.group.startswith("single/"), "value"),
-            ("accuracy, mixes", lambda row: row.group.startswith("mix/"), "value"),
+            ("performance retention", lambda row: row.group.startswith("many single/"), "performance_retention"),
+            ("accuracy, one modality", lambda row: row.group.startswith("many single/"), "value"),
+            ("accuracy, mixes", lambda row: row.group.startswith("many mix/"), "value"),
         ]
         self._table("calibration", columns)
+        sizes, (own, mixed) = self.place.sizes, count_prompts(self.place, found.mmer)
         self._say(
-            f"Without labels: `mmerge calibrate` on {PROMPTS_PER_EXPERT} validation prompts per expert, by the probability of the expert's own "
-            f"answers. With labels: the most right answers on {found.num_labelled} validation prompts. Both then measured on the test prompts.",
+            f"Both see the same {own} validation prompts of one modality and {mixed} of several, the same grid, and weigh retention, expansion and mixed "
+            "prompts alike. Without labels: `mmerge calibrate`, by the probability of the experts' own answers. With labels: by right answers. Both "
+            f"are then measured on test prompts, more than for the other tables: per seed {sizes.many_single} per modality, {sizes.many_mixed} per mix. "
+            "Differences are paired by task and seed, ± is their standard error.",
             "",
             *readings.calibration(self.rows, self.scales.mmer),
         )  # fmt: skip
@@ -262,6 +300,19 @@ class _Page:
 
     def _modalities(self) -> list[str]:
         return [m for m in MODALITIES if any(row.group == f"single/{m}" for row in self.rows)]
+
+
+def _range(values: Sequence[float], digits: int = 1) -> str:
+    return f"{min(values):.{digits}f} – {max(values):.{digits}f}"
+
+
+def _spent(effort: Effort) -> str:
+    """How long it took, said so that a run that continued another does not pass for a whole one."""
+    whole, now = effort.processor / 60, effort.processor_now / 60
+    clock = f"{effort.clock / 60:.0f} minutes of the clock with {effort.workers} processes of one thread each"
+    if now >= 0.99 * whole:
+        return f"{whole:.0f} minutes of processor time, all of them in this run: {clock}"
+    return f"{whole:.0f} minutes of processor time in all; {now:.0f} of them in this run, which took {clock} and found the rest done"
 
 
 def _cell(figure: Figure | None) -> str:

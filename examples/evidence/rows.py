@@ -57,6 +57,33 @@ def _cells(counts: Counts) -> list[tuple[str, str, str, float]]:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """Mean of paired differences, and its standard error."""
+
+    mean: float
+    standard_error: float
+    num_pairs: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Of 95 %, by the normal distribution."""
+        return self.mean - 1.96 * self.standard_error, self.mean + 1.96 * self.standard_error
+
+
+def compare(rows: Sequence[Row], first: str, second: str, *, value: str = "value") -> Difference | None:
+    """The first method less the second, on the same prompts: paired by set, task and seed; None with fewer than two pairs."""
+    found: dict[str, dict[tuple[str, str, int], float]] = {first: {}, second: {}}
+    for row in rows:
+        figure: Any = getattr(row, value)
+        if row.method in found and figure is not None:
+            found[row.method][(row.group, row.task, row.seed)] = figure
+    differences = [found[first][key] - found[second][key] for key in found[first].keys() & found[second].keys()]
+    if len(differences) < 2:
+        return None
+    return Difference(mean(differences), stdev(differences) / len(differences) ** 0.5, len(differences))
+
+
+@dataclass(frozen=True)
 class Figure:
     """Mean over seeds, and their standard deviation."""
 

@@ -38,6 +38,9 @@ class Sizes:
     mixed: int = 27
     share: int = 24
     new: int = 50
+    many_single: int = 300
+    """Per modality, where two choices are compared to within half a point."""
+    many_mixed: int = 100
 
 
 def mixes(modalities: Sequence[str]) -> list[tuple[str, ...]]:
@@ -53,6 +56,8 @@ def set_names(modalities: Sequence[str]) -> dict[str, list[str]]:
         "text": ["single/text"],
         "mix": ["mix/" + "+".join(mix) for mix in found],
         "share": ["share/" + "+".join(mix) for mix in found if len(mix) > 2],
+        "validation": ["validation/" + "+".join(who) for who in [*((m,) for m in modalities), *found]],
+        "many": [*(f"many single/{m}" for m in modalities), *("many mix/" + "+".join(mix) for mix in found)],
         "new": [f"new/{modality}" for modality in tasks.NEW_QUESTIONS if modality in modalities],
     }
 
@@ -61,12 +66,13 @@ def set_names(modalities: Sequence[str]) -> dict[str, list[str]]:
 def _examples(name: str, seed: int, sizes: Sizes) -> tuple[Any, ...]:
     group, _, who = name.partition("/")
     split = "validation" if group == "validation" else "test"
-    if group in ("single", "validation"):
-        return tuple(tasks.make_examples(who, split=split, num_examples=sizes.single, seed=seed))
     if group == "new":
         return tuple(tasks.make_examples(who, split=split, num_examples=sizes.new, seed=seed, kinds=(tasks.NEW_QUESTIONS[who],)))
+    if "+" not in who:
+        count = sizes.many_single if group.startswith("many") else sizes.single
+        return tuple(tasks.make_examples(who, split=split, num_examples=count, seed=seed))
     kinds = (tasks.SHARE,) if group == "share" else ()
-    count = sizes.share if group == "share" else sizes.mixed
+    count = {"share": sizes.share, "many mix": sizes.many_mixed}.get(group, sizes.mixed)
     return tuple(tasks.make_mixed_examples(who.split("+"), split=split, num_examples=count, seed=seed, kinds=kinds))
 
 

@@ -31,6 +31,16 @@ ABLATIONS = {
     "without dominant significance": {"method": "mmer_without_significance"},
     "Euclidean distance": {"method": "mmer_euclidean"},
 }
+TEXT_TOKENS = {
+    "MMER": ("MMER", "MMER"),
+    "MMER, text tokens without directional congruence": ("MMER", "without directional congruence"),
+    "MMER, text tokens without dominant significance": ("MMER", "without dominant significance"),
+    "MMER, text tokens of TIES": ("MMER", "TIES"),
+    "MMER, text tokens of SWUDI": ("MMER", "SWUDI"),
+    "without directional congruence, text tokens of MMER": ("without directional congruence", "MMER"),
+    "without dominant significance, text tokens of MMER": ("without dominant significance", "MMER"),
+}
+"""Whose weights media tokens run through, and whose text tokens run through."""
 VARIANTS = {
     "sum, scope model, merge all (default)": {"method": "mmer"},
     "mean": {"method": "mmer", "reduction": "mean"},
@@ -101,7 +111,7 @@ class Jobs:
             jobs += [Job("ablations", label, recipe, self.mixed), *self._rebuilt("ablations", label, recipe)]
         recipe = self._recipe({"method": "mmer", "mask_scale": 1.0})
         jobs += [Job("ablations", "λ = 1", recipe, self.mixed), *self._rebuilt("ablations", "λ = 1", recipe)]
-        jobs += self._damc() + self._calibration() + self._forgetting() + self._numbers_of_experts()
+        jobs += self._text_tokens() + self._damc() + self._calibration() + self._forgetting() + self._numbers_of_experts()
         for label, numbers in VARIANTS.items():
             recipe = self._mmer(numbers)
             jobs += [*self._rebuilt("variants", label, recipe), Job("variants", label, recipe, self.largest)]
@@ -119,6 +129,13 @@ class Jobs:
     def _rebuilt(self, table: str, label: str, recipe: dict[str, Any]) -> list[Job]:
         return [Job(table, label, recipe, (f"single/{m}",), m) for m in self.modalities]
 
+    def _text_tokens(self) -> list[Job]:
+        jobs = []
+        for label, (media, text) in TEXT_TOKENS.items():
+            recipes = [self._mmer(ABLATIONS[each]) if each in ABLATIONS else self._recipe(PLAIN[each]) for each in (media, text)]
+            jobs.append(Job("text tokens", label, recipes[0], self.mixed, text=None if media == text else recipes[1]))
+        return jobs
+
     def _damc(self) -> list[Job]:
         if not all(f"twins/{m}" in self.available for m in self.modalities):
             return []
@@ -128,10 +145,12 @@ class Jobs:
         return [*jobs, Job("expansion", "DAMC", recipe, self.mixed), Job("expansion", "DAMC", recipe, tuple(self.sets["single"]))]
 
     def _calibration(self) -> list[Job]:
-        jobs = []
+        mixes = tuple(name for name in self.sets["many"] if "+" in name)
+        jobs = [Job("calibration", "original", original(m), (f"many single/{m}",), m) for m in self.modalities]
         for label, scales in (("λ = 0.75 for all", {}), ("without labels", self.mmer), ("with labels", self.labelled)):
             recipe = {"method": "mmer", "experts": scaled(self.modalities, scales)}
-            jobs += [*self._rebuilt("calibration", label, recipe), Job("calibration", label, recipe, self.mixed)]
+            jobs += [Job("calibration", label, recipe, (f"many single/{m}",), m) for m in self.modalities]
+            jobs.append(Job("calibration", label, recipe, mixes))
         return jobs
 
     def _forgetting(self) -> list[Job]:

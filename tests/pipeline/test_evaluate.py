@@ -12,7 +12,7 @@ import yaml
 from command_line import invoke
 
 from mmerge.pipeline import parse_recipe, read_recipe
-from mmerge.pipeline.calibrate import Agreement, Point, _choose, calibrate
+from mmerge.pipeline.calibrate import Agreement, Point, calibrate, choose
 from mmerge.pipeline.evaluate import Settings
 from mmerge.pipeline.questions import Question, read_questions
 
@@ -140,4 +140,4 @@ def test_each_expert_gets_its_best_scale_and_the_smaller_of_equals() -> None:
         point(0.6, "a", 0.1, 0.1, density=0.5), point(0.8, "a", 0.1, 0.1, density=0.5), point(0.6, "b", 0.9, 0.2, density=0.5),
         point(0.8, "b", 0.2, 0.9, density=0.5),
     ]  # fmt: skip
-    assert _choose(points) == (0.8, {"a": 0.6, "b": 0.8}, {"a": 0.8, "b": 0.8})
+    assert choose(points) == (0.8, {"a": 0.6, "b": 0.8}, {"a": 0.8, "b": 0.8})
