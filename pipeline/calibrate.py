@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
+from pydantic import BaseModel, ValidationError
 
 from mmerge.manifests.errors import RecipeError
 from mmerge.manifests.store import is_local, open_store
@@ -109,23 +110,34 @@ def calibrate(
     Raises:
         RecipeError: the method has no mask scales, a modality has several experts, an expert has no prompt, or a prompt no expert.
     """
+    method = find_method(recipe.method)
+    if "mask_scale" not in method.expert_parameters_model.model_fields:
+        raise RecipeError(f"method: {recipe.method!r} has no mask scales to calibrate; 'mmer' and 'tall_masks' have")
+    if densities and "density" not in method.parameters_model.model_fields:
+        raise RecipeError(f"--densities: method {recipe.method!r} has none")
+    for scale in scales:
+        _check("--scales", method.expert_parameters_model, {"mask_scale": scale})
+    for density in densities:
+        _check("--densities", method.parameters_model, {"density": density})
     asking = Asking(open_store(recipe.output, create=True), settings, executor or SerialExecutor(), progress or LogProgress())
     return _Sweep(recipe, asking).run(questions, scales or SCALES[recipe.method], densities)
 
 
+def _check(option: str, model: type[BaseModel], numbers: Mapping[str, float]) -> None:
+    try:
+        model.model_validate(numbers)
+    except ValidationError as error:
+        raise RecipeError(f"{option}: {', '.join(f'{number:g}' for number in numbers.values())}: {error.errors()[0]['msg']}") from None
+
+
 class _Sweep:
     def __init__(self, recipe: Recipe, asking: Asking) -> None:
-        method = find_method(recipe.method)
-        if "mask_scale" not in method.expert_parameters_model.model_fields:
-            raise RecipeError(f"method: {recipe.method!r} has no mask scales to calibrate; 'mmer' and 'tall_masks' have")
         self.recipe, self.asking = recipe, asking
-        self.has_density = "density" in method.parameters_model.model_fields
+        self.has_density = hasattr(recipe.parameters, "density")
         self.own: dict[str, Targets] = {}
         self.mixed = Targets()
 
     def run(self, questions: Sequence[Question], scales: Sequence[float], densities: Sequence[float]) -> Calibration:
-        if densities and not self.has_density:
-            raise RecipeError(f"--densities: method {self.recipe.method!r} has none")
         self.own, self.mixed = ask_experts(self.recipe, questions, self.asking)
         wanted = densities or (float(getattr(self.recipe.parameters, "density", 1.0)),)
         points = self._measure([(density, dict.fromkeys(self.own, scale)) for density in sorted({*wanted}) for scale in sorted({*scales})])

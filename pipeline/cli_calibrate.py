@@ -65,9 +65,12 @@ def calibrate(
     """Choose mask scales (and density) from a few prompts without labels: by agreement with the experts' own answers."""
     from mmerge.pipeline.calibrate import calibrate as sweep
     from mmerge.pipeline.calibrate import write_recipe
+    from mmerge.pipeline.evaluation_report import check_plot
     from mmerge.pipeline.progress import show_progress
     from mmerge.pipeline.recipe import read_recipe
 
+    if plot is not None:
+        check_plot(plot)
     questions = read_all(prompts, media=media)
     grid = _numbers(scales, "--scales")
     wanted = _numbers(densities, "--densities")
@@ -114,7 +117,7 @@ def _print_calibration(found: Calibration) -> None:
     chosen = ", ".join(f"{name} {scale:g}" for name, scale in found.mask_scales.items())
     how = " (one for all agrees better than the best of each)" if found.is_shared else ""
     out.print(
-        f"chosen: density {found.density:g}, mask scales {chosen}{how}, from {sum(found.num_prompts.values())} prompts without labels"
+        f"chosen: density {found.density:g}, mask scales {chosen}{how}, from {sum(found.num_prompts.values()) + found.num_mixed} prompts without labels"
     )
 
 

@@ -82,10 +82,13 @@ def evaluate(
     """
     from mmerge.pipeline.evaluate import evaluate as ask
     from mmerge.pipeline.evaluate import summarise
-    from mmerge.pipeline.evaluation_report import write_report
+    from mmerge.pipeline.evaluation_report import check_matplotlib, write_report
     from mmerge.pipeline.progress import show_progress
 
-    asked = read_all(prompts, media=media, mcub=mcub, answers=answers)
+    asked = read_all(prompts, media=media, mcub=mcub or [], answers=answers)
+    check_matplotlib()
+    if to.exists() and not to.is_dir():
+        raise RecipeError(f"--to: {to} is a file; give the folder of the results")
     settings = make_settings(max_new_tokens=max_new_tokens, batch=batch, encoders=encoders, device=device)
     with open_executor(executor, address=address, workers=workers) as where, show_progress(err) as progress:
         store = str((to / "store").absolute())
@@ -98,7 +101,11 @@ def evaluate(
     if as_json:
         print(json.dumps([asdict(score) for score in scores], indent=2))
         return
-    _print_scores(scores)
+    if scores:
+        _print_scores(scores)
+    unscored = sum(not question.answers for question in asked)
+    if unscored:
+        out.print(f"{unscored} of {len(asked)} questions have no 'answer' to compare with: answered, not scored")
     out.print(f"wrote {escape(', '.join(str(path) for path in written))}")
 
 

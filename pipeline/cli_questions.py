@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,21 +51,30 @@ DeviceOption = Annotated[str, typer.Option("--device", help="cpu or cuda: each t
 def read_all(
     prompts: list[Path] | None, *, media: Path | None, mcub: list[Path] | None = None, answers: Path | None = None
 ) -> list[Question]:
-    """Return the questions of all files. Raises RecipeError: no file was given, or one cannot be read."""
+    """Return the questions of all files. Raises RecipeError: no file was given, one cannot be read, or a medium is not there."""
     from mmerge.pipeline.questions import read_mcub, read_questions
 
     if not prompts and not mcub:
-        raise RecipeError("--prompts: give a file of questions, or --mcub")
+        raise RecipeError("--prompts: give a file of questions" + ("" if mcub is None else ", or --mcub"))
     if answers and not mcub:
         raise RecipeError("--answers has no effect without --mcub: leave it out")
     found = [question for path in prompts or [] for question in read_questions(path, media_root=media)]
-    return found + [question for path in mcub or [] for question in read_mcub(path, answers=answers, media_root=media)]
+    found += [question for path in mcub or [] for question in read_mcub(path, answers=answers, media_root=media)]
+    for question in found:
+        for part in (*question.parts, *question.media):
+            if part.kind != "text" and not Path(part.value).exists():
+                raise RecipeError(
+                    f"question {question.id!r} of task {question.task!r}: {part.value}: no such file. Name the folder of the media with --media"
+                )
+    return found
 
 
 def make_settings(*, max_new_tokens: int, batch: int, encoders: list[str] | None, device: str) -> Settings:
     """Return how questions are asked. Raises RecipeError for a device that there is not."""
     from mmerge.pipeline.evaluate import Settings
 
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise RecipeError(f"--device: expected 'cpu' or 'cuda', got {device!r}")
     return Settings(max_new_tokens=max_new_tokens, batch_size=batch, encoders=tuple(encoders or ()), device=device)
 
 

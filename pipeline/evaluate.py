@@ -136,8 +136,10 @@ def evaluate(
         fresh: ask again, whatever answers there are.
 
     Raises:
-        PromptError, ManifestError, StoreError: a question does not fit a model, or a model cannot be read.
+        RecipeError: a model reads no such media as a question has.
+        PromptError, ManifestError, StoreError: a medium cannot be read, or a model cannot.
     """
+    check_media(models, questions)
     template, media_templates = find_templates(models)
     prompts = [question.to_prompt(template=template, media_templates=media_templates) for question in questions]
     store = open_store(out, create=True)
@@ -160,6 +162,21 @@ def evaluate(
             right = question.answers[0] if question.answers else ""
             rows.append(Row(model.name, question.task, question.id, question.metric, answer.text, right, score))
     return rows
+
+
+def check_media(models: Sequence[Model], questions: Sequence[Question]) -> None:
+    """Raise RecipeError for the first question with media that one of the models does not read, before any model is loaded."""
+    for model in models:
+        experts = model.manifest.experts if model.manifest else ()
+        loaded = [record for record in experts if model.expert in (None, record.name)]
+        known = {kind for record in loaded for kind in (record.name, record.modality)} | {"text"}
+        for question in questions:
+            strange = sorted({part.kind for part in (*question.parts, *question.media)} - known)
+            if strange and model.manifest:
+                readable = ", ".join(dict.fromkeys(record.modality for record in loaded)) or "text alone"
+                raise RecipeError(
+                    f"question {question.id!r} of task {question.task!r}: model {model.name!r} does not read {strange[0]!r}; it reads {readable}"
+                )
 
 
 def find_templates(models: Sequence[Model]) -> tuple[str | None, dict[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,28 @@ def _mean(values: Sequence[float]) -> str:
     return f"{100 * sum(values) / len(values):.1f}" if values else ""
 
 
+def check_matplotlib() -> None:
+    """Raise MmergeError where matplotlib is not installed: before a long run, not at its end."""
+    if find_spec("matplotlib") is None:
+        raise MmergeError("matplotlib is not installed: pip install 'mmerge[evaluate]'")
+
+
+def check_plot(path: Path) -> None:
+    """Raise MmergeError where a plot cannot be drawn to this file: no matplotlib, no such folder, or no such format."""
+    check_matplotlib()
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise MmergeError(f"--plot: {path}: no format of plots; expected .png, .svg or .pdf at its end")
+    if not path.absolute().parent.is_dir():
+        raise MmergeError(f"--plot: {path}: there is no folder {path.absolute().parent}")
+
+
 def open_figure(*, width: float, height: float) -> tuple[Any, Any]:
     """Return a figure and its axes, for files alone. Raises MmergeError where matplotlib is not installed."""
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        raise MmergeError("matplotlib is not installed: pip install 'mmerge[evaluate]'") from error
+    check_matplotlib()
+    import matplotlib as mpl
     from matplotlib.figure import Figure
 
     with mpl.rc_context({"font.size": 9}):

@@ -91,7 +91,9 @@ def _read_text(path: Path) -> str:
         if path.stat().st_size > MAX_QUESTIONS_BYTES:
             raise RecipeError(f"{path}: has more than {MAX_QUESTIONS_BYTES:,} bytes")
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: cannot be read ({error})") from error
 
 

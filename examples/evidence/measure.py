@@ -95,6 +95,14 @@ class Effort:
     clock: float
     workers: int
 
+    def describe(self) -> str:
+        """Say how long it took, so that a run that continued another does not pass for a whole one."""
+        whole, now = self.processor / 60, self.processor_now / 60
+        clock = f"{self.clock / 60:.0f} minutes of the clock with {self.workers} processes of one thread each"
+        if now >= 0.99 * whole:
+            return f"{whole:.0f} minutes of processor time, all of them in this run: {clock}"
+        return f"{whole:.0f} minutes of processor time in all; {now:.0f} of them in this run, which took {clock} and found the rest done"
+
 
 @cache
 def revision(folder: str) -> str:

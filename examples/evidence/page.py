@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from evidence import papers, plots, readings
+from evidence import papers, plots, readings, reasons
 from evidence.calibration import Scales, count_prompts
 from evidence.changes import Changes, simulate
 from evidence.measure import Effort, Place, revision
@@ -68,7 +68,7 @@ class _Page:
             "# The papers' tables, on experts that anyone can train",
             "",
             "Every number of this page was measured by `make reproduce` from the experts in `examples/lab/checkpoints` "
-            f"({_spent(effort)}). "
+            f"({effort.describe()}). "
             "The same numbers are in [reproduction.json](reproduction.json).",
             "",
             "**How to read it.** Accuracy in per cent: greedy decoding must give the whole answer and then end. Mean ± standard deviation over "
@@ -178,29 +178,8 @@ class _Page:
         ]
         self._table("text tokens", columns)
         self._say("Media tokens run through the first model's weights, text tokens and generated ones through the second one's.", "")
-        self._say(
-            "| masks | entries | of them with the opposite sign | ‖m∘τ⋆ − τ‖ / ‖τ‖ | ‖m̄∘τ⋆‖ / ‖τ⋆‖ | theirs, simulated: opposite | distance |"
-        )
-        self._say("|---|---|---|---|---|---|---|")
         simulated = simulate(papers.MEAN_MAGNITUDES)
-        for rule, norm in self.changes.text_norms.items():
-            ours = [change.kept[rule] for change in self.changes.experts]
-            theirs = [each[rule] for each in simulated]
-            self._say(
-                f"| {rule} | {_range([100 * k.density for k in ours])} | {_range([100 * k.opposite for k in ours])} | {_range([k.distance for k in ours], 2)} | "
-                f"{norm:.2f} | {_range([100 * k.opposite for k in theirs])} | {_range([k.distance for k in theirs], 2)} |"
-            )
-        densities = ", ".join(
-            f"{name} {100 * each['MMER'].density:.1f}" for name, each in zip(papers.MEAN_MAGNITUDES, simulated, strict=True)
-        )
-        self._say(
-            "",
-            "From the expert with the least to the one with the most; entries in per cent of all, opposite ones in per cent of the mask. *Simulated*: "
-            "independent normal task vectors with the published mean |τ|, merged and masked alike with λ = 0.75. That is no model of the paper's experts, "
-            f"but their mask densities come out near the published ones: {densities}.",
-            "",
-            *readings.text_tokens(self.rows, self.changes, simulated),
-        )
+        self._say(*reasons.mask_table(self.changes, simulated), *reasons.text_tokens(self.rows, self.changes, simulated))
 
     def _forgetting(self) -> None:
         for count, words in ((1, "one new task"), (2, "two new tasks")):
@@ -289,7 +268,7 @@ class _Page:
             f"are then measured on test prompts, more than for the other tables: per seed {sizes.many_single} per modality, {sizes.many_mixed} per mix. "
             "Differences are paired by task and seed, ± is their standard error.",
             "",
-            *readings.calibration(self.rows, self.scales.mmer),
+            *readings.calibration(self.rows, found.without_labels),
         )  # fmt: skip
         self._plot("calibration")
 
@@ -300,19 +279,6 @@ class _Page:
 
     def _modalities(self) -> list[str]:
         return [m for m in MODALITIES if any(row.group == f"single/{m}" for row in self.rows)]
-
-
-def _range(values: Sequence[float], digits: int = 1) -> str:
-    return f"{min(values):.{digits}f} – {max(values):.{digits}f}"
-
-
-def _spent(effort: Effort) -> str:
-    """How long it took, said so that a run that continued another does not pass for a whole one."""
-    whole, now = effort.processor / 60, effort.processor_now / 60
-    clock = f"{effort.clock / 60:.0f} minutes of the clock with {effort.workers} processes of one thread each"
-    if now >= 0.99 * whole:
-        return f"{whole:.0f} minutes of processor time, all of them in this run: {clock}"
-    return f"{whole:.0f} minutes of processor time in all; {now:.0f} of them in this run, which took {clock} and found the rest done"
 
 
 def _cell(figure: Figure | None) -> str:

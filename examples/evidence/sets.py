@@ -38,9 +38,9 @@ class Sizes:
     mixed: int = 27
     share: int = 24
     new: int = 50
-    many_single: int = 300
+    many_single: int = 600
     """Per modality, where two choices are compared to within half a point."""
-    many_mixed: int = 100
+    many_mixed: int = 250
 
 
 def mixes(modalities: Sequence[str]) -> list[tuple[str, ...]]:
@@ -126,7 +126,7 @@ def register_lookups(paths: Sequence[str]) -> None:
     """Let composites loaded from now on, in this process, look media up in these files of embeddings."""
     table: dict[tuple[str, str], torch.Tensor] = {}
     for path in paths:
-        table |= torch.load(path, weights_only=True)
+        table |= torch.load(path, weights_only=True, mmap=True)  # shared by all processes
 
     def make(modality: str) -> Callable[[EncoderRequest], Lookup]:
         return lambda request: Lookup(modality, request.expert, table)
