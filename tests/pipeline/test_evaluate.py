@@ -11,10 +11,16 @@ import pytest
 import yaml
 from command_line import invoke
 
-from mmerge.pipeline import parse_recipe, read_recipe
+from mmerge.manifests.digest import digest_json
+from mmerge.manifests.errors import RecipeError
+from mmerge.manifests.store import open_store
+from mmerge.pipeline import Recipe, load_composite, parse_recipe, read_recipe
 from mmerge.pipeline.calibrate import Agreement, Point, calibrate, choose
 from mmerge.pipeline.evaluate import Settings
+from mmerge.pipeline.executor import SerialExecutor
+from mmerge.pipeline.progress import LogProgress
 from mmerge.pipeline.questions import Question, read_questions
+from mmerge.pipeline.targets import Asking, ask_experts
 
 LAB = Path(__file__).resolve().parent.parent.parent / "examples" / "lab"
 SAMPLES = LAB / "samples"
@@ -71,15 +77,43 @@ def test_evaluate_scores_an_original_and_its_rebuilt_expert(
         (["{store}#mmer", "{store}#mmer", "--prompts", "{q}"], "two models are called 'mmer'"),
         ([f"{LAB}/checkpoints/image,modality=image", "--prompts", "{q}"], "give its base LLM with --base"),
         (["{store}#mmer", "--prompts", "{q}", "--executor", "magic"], "--executor: expected 'ray' or 'serial'"),
+        (["{store}#mmer", "--prompts", "nowhere.jsonl"], "nowhere.jsonl: cannot be read (No such file or directory)"),
+        (["{store}#mmer,expert=audio", "--prompts", "{q}"], "model 'mmer-audio' does not read 'image'; it reads audio"),
+        (["{store}#mmer", "--prompts", "{q}", "--device", "gpu"], "--device: expected 'cpu' or 'cuda', got 'gpu'"),
+        (["{store}#mmer", "--prompts", "{q}", "--media", "."], "image_seven_light.png: no such file. Name the folder of the media"),
     ],
 )
 def test_evaluate_refuses_with_the_reason(lab_store: str, tmp_path: Path, capsys: Any, arguments: list[str], message: str) -> None:
     path = write(tmp_path, *QUESTIONS)
     given = [each.format(store=lab_store, q=path) for each in arguments]
     executor = [] if "--executor" in given else ["--executor", "serial"]
-    code, _, err = invoke(capsys, "evaluate", *given, "--media", str(SAMPLES), "--to", str(tmp_path / "out"), *executor)
+    media = [] if "--media" in given else ["--media", str(SAMPLES)]
+    code, _, err = invoke(capsys, "evaluate", *given, *media, "--to", str(tmp_path / "out"), *executor)
     assert code == 1
     assert message in err
+
+
+def test_questions_without_an_answer_are_answered_and_said_not_to_be_scored(lab_store: str, tmp_path: Path, capsys: Any) -> None:
+    unanswered = {key: value for key, value in QUESTIONS[0].items() if key != "answer"}
+    code, out, err = invoke(
+        capsys, "evaluate", f"{lab_store}#mmer", "--prompts", write(tmp_path, unanswered, QUESTIONS[1]), "--media", str(SAMPLES),
+        "--to", str(tmp_path / "out"), "--executor", "serial", "--max-new-tokens", "4",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "1 of 2 questions have no 'answer' to compare with: answered, not scored" in out
+    assert "image/ink" in out
+    assert "image/digit" not in out
+
+
+def test_plots_are_refused_before_the_work(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, *QUESTIONS)
+    given = ["calibrate", str(LAB / "recipes" / "mmer.yaml"), "--prompts", path, "--media", str(SAMPLES), "--executor", "serial", "--plot"]
+    for plot, message in (("curve.xyz", "expected .png, .svg or .pdf"), (str(tmp_path / "no" / "c.png"), "there is no folder")):
+        code, _, err = invoke(capsys, *given, plot)
+        assert (code, message in err) == (1, True)
+    monkeypatch.setattr("mmerge.pipeline.evaluation_report.find_spec", lambda name: None)
+    code, _, err = invoke(capsys, *given, "curve.png")
+    assert (code, "pip install 'mmerge[evaluate]'" in err) == (1, True)
 
 
 def lab_recipe(folder: Path) -> dict[str, Any]:
@@ -120,6 +154,66 @@ def test_right_answers_have_no_influence_on_calibration(tmp_path: Path) -> None:
     assert all(0 <= point.rebuilt.probability <= 1 for point in found[0].points)
 
 
+MIXED = (
+    {
+        "id": "5", "question": "which digit is in the sound ?", "image": "image_four_dark.png", "audio": "sound_three_low.wav",
+        "answer": "nonsense",
+    },
+    {"id": "6", "question": "which digit is in the video ?", "image": "image_four_dark.png", "video": "video_two_up.gif"},
+)  # fmt: skip
+
+
+def test_prompts_of_several_modalities_want_the_answer_of_the_expert_that_is_surest_alone(tmp_path: Path) -> None:
+    recipe = parse_recipe(lab_recipe(tmp_path), folder=LAB / "recipes")
+    questions = read_questions(Path(write(tmp_path, *QUESTIONS, *OTHERS, *MIXED)), media_root=SAMPLES)
+    asking = Asking(open_store(recipe.output, create=True), Settings(max_new_tokens=4), SerialExecutor(), LogProgress())
+    own, mixed = ask_experts(recipe, questions, asking)
+    assert {name: len(targets.prompts) for name, targets in own.items()} == {"image": 2, "audio": 1, "video": 1}
+    assert mixed.experts == (("image", "audio"), ("image", "video"))
+    for prompt, answer, experts in zip(mixed.prompts, mixed.answers, mixed.experts, strict=True):
+        sure = {}
+        for name in experts:
+            composite = load_composite(f"{recipe.output}#{original_name(recipe, name)}", mode="retention", expert=name)
+            shown = [part for part in prompt if part.kind in ("text", name)]
+            assert len(shown) == len(prompt) - 1
+            (tokens,) = composite.generate_tokens([shown], max_new_tokens=4)
+            ((likelihood, _),) = composite.score([shown], [tokens])
+            sure[name] = (likelihood, tuple(tokens))
+        assert answer == max(sure.values())[1]
+    found = calibrate(recipe, questions, scales=(0.6, 1.0), settings=Settings(max_new_tokens=4))
+    assert found.num_mixed == 2
+    for point in found.points:
+        assert point.mixed is not None
+        expected = (point.rebuilt.probability + (point.expanded.probability + point.mixed.probability) / 2) / 2
+        assert point.objective == pytest.approx(expected)
+    by = {(point.expert, point.mask_scale): point.mixed for point in found.points}
+    assert by[("audio", 0.6)] != by[("video", 0.6)]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "two and two ?"}, "has no medium"),
+        (
+            {"question": "how deep ?", "depth": "image_four_dark.png"},
+            "no expert of the recipe reads 'depth'; they read image, audio, video",
+        ),
+    ],
+)
+def test_calibrate_refuses_prompts_that_say_nothing_about_any_expert(tmp_path: Path, row: dict[str, str], message: str) -> None:
+    recipe = parse_recipe(lab_recipe(tmp_path), folder=LAB / "recipes")
+    questions = read_questions(Path(write(tmp_path, *QUESTIONS, *OTHERS, row)), media_root=SAMPLES)
+    with pytest.raises(RecipeError, match=message):
+        calibrate(recipe, questions, scales=(0.6,))
+
+
+@pytest.mark.parametrize(("option", "numbers"), [("scales", (0.5, 20.0)), ("densities", (2.0,))])
+def test_calibrate_refuses_numbers_that_no_recipe_may_have(tmp_path: Path, option: str, numbers: tuple[float, ...]) -> None:
+    recipe = parse_recipe(lab_recipe(tmp_path), folder=LAB / "recipes")
+    with pytest.raises(RecipeError, match=f"--{option}: {numbers[-1]:g}: "):
+        calibrate(recipe, [], **{option: numbers})
+
+
 def test_calibrate_refuses_methods_without_mask_scales_and_experts_without_prompts(tmp_path: Path, capsys: Any) -> None:
     path = write(tmp_path, *QUESTIONS)
     for recipe, message in (("ties", "'ties' has no mask scales"), ("mmer", "alone. Give each expert some prompts")):
@@ -128,6 +222,11 @@ def test_calibrate_refuses_methods_without_mask_scales_and_experts_without_promp
         )
         assert code == 1
         assert message in err
+
+
+def original_name(recipe: Recipe, name: str) -> str:
+    (expert,) = (each for each in recipe.experts if each.name == name)
+    return f"calibrate-expert-{digest_json([expert.uri, recipe.base])[:12]}"
 
 
 def point(scale: float, expert: str, rebuilt: float, expanded: float, *, density: float = 0.8) -> Point:
