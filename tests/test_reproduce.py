@@ -130,6 +130,7 @@ def test_a_small_part_of_the_page_is_measured_and_a_second_run_repeats_nothing(e
     assert "Not measured in this run." in text
     assert "- x: y" in text
     assert "60 minutes of processor time in all; 10 of them in this run" in text
+    assert "all of them in this run: 31 minutes of the clock" in evidence.measure.Effort(3600, 3600, 1860, 2).describe()
 
 
 def test_differences_are_paired_by_set_task_and_seed(evidence: Any) -> None:

@@ -49,8 +49,10 @@ def choose_scales(place: Place, available: set[str], *, workers: int) -> Scales:
     """Calibrate both ways; finished parts of an earlier run are not repeated."""
     modalities = tuple(m for m in ("image", "audio", "video", "point") if m in available)
     files = {method: _file(place, modalities, method) for method in ("mmer", "tall_masks")}
-    with open_pool(place, workers) as pool:
-        raw = dict(zip(files, pool.map(_keep, files.values(), [place] * 2, [modalities] * 2, files), strict=True))
+    with open_pool(place, workers) as pool:  # processes start when they are given work
+        for future in [pool.submit(_keep, path, place, modalities, method) for method, path in files.items() if not path.exists()]:
+            future.result()
+    raw = {method: _keep(path, place, modalities, method) for method, path in files.items()}
     found = {method: TypeAdapter(Calibration).validate_python(value) for method, value in raw.items()}
     labels, jobs = _with_labels(place, modalities, workers=workers)
     return Scales(found["mmer"], found["tall_masks"].mask_scales, labels, (*files.values(), *jobs))

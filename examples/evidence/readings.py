@@ -176,7 +176,7 @@ def calibration(rows: Sequence[Row], found: Calibration) -> list[str]:
     lines = verdict(inside, "the mask scales lie in the published range of 0.6 to 0.9", listed)
     if not inside:
         outside = {name: scale for name, scale in found.mask_scales.items() if not 0.6 <= scale <= 0.9}
-        costs = ", ".join(f"{name} {_cost_of_range(found, name):.3f}" for name in outside)
+        costs = ", ".join(f"{name} {_cost_of_range(found, name):.4f}" for name in outside)
         lines += [f"At the best scale within that range, what is made large (0 to 1) would be smaller by: {costs}.", ""]
     for group, value, words in (
         ("many single/", "performance_retention", "performance retention"),
@@ -188,13 +188,15 @@ def calibration(rows: Sequence[Row], found: Calibration) -> list[str]:
             continue
         low, high = (100 * edge for edge in difference.interval)
         sure = (
-            "the interval lies on one side of half a point"
-            if (low >= -0.5 or high < -0.5)
-            else "the interval reaches across half a point, so these prompts do not settle it"
+            "which excludes a larger loss"
+            if low >= -0.5
+            else "which excludes a smaller loss"
+            if high < -0.5
+            else "so a larger loss is not excluded"
         )
         lines += verdict(
             difference.mean >= -0.005,
             f"without labels within half a point of with labels, {words}",
-            f"{100 * difference.mean:+.2f} ± {100 * difference.standard_error:.2f} points, 95 % interval {low:+.2f} to {high:+.2f}: {sure}",
+            f"{100 * difference.mean:+.2f} ± {100 * difference.standard_error:.2f} points, 95 % interval {low:+.2f} to {high:+.2f}, {sure}",
         )
     return lines
