@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import random
 import re
-import time
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
