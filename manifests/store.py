@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import re
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,7 @@ MAX_READ_BYTES = 256 << 20
 READ_ATTEMPTS = 3
 """How often a read is begun: the library repeats requests, not answers that break off."""
 
+_was_opened = threading.Event()
 _memory_stores: weakref.WeakValueDictionary[str, MemoryStore] = weakref.WeakValueDictionary()
 _Value = TypeVar("_Value")
 
@@ -332,6 +334,7 @@ def open_store(uri: str, *, create: bool = False) -> Store:
         NotFound: a local folder, or a repository of the hub, is not there.
         StoreError: the URI is not understood, or the folder cannot be made.
     """
+    _was_opened.set()
     if uri.startswith("memory://"):
         inner: Any = _memory_stores.get(uri)
         if inner is None:
@@ -344,6 +347,11 @@ def open_store(uri: str, *, create: bool = False) -> Store:
 
         return open_hub(uri)
     return Store(uri.rstrip("/"), make_client(uri))
+
+
+def was_any_opened() -> bool:
+    """Return whether this process has opened a store, so that the library behind stores may have begun threads."""
+    return _was_opened.is_set()
 
 
 def _open_folder(path: Path, *, create: bool) -> Store:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.console import Console
@@ -29,6 +30,7 @@ from mmerge.pipeline.cli_cluster import (
 from mmerge.workers.lazy_torch import postpone_torch
 
 if TYPE_CHECKING:
+    from mmerge.pipeline.executor import Executor, ExecutorName
     from mmerge.pipeline.plan import MergePlan
 
 out = Console(soft_wrap=True)
@@ -110,7 +112,12 @@ def plan(
 def run(
     recipe: RecipeArgument,
     executor: Annotated[
-        str, typer.Option("--executor", metavar="ray|serial", help="where tasks run: on Ray, or in this process, one thread per core")
+        str,
+        typer.Option(
+            "--executor",
+            metavar="ray|processes|serial",
+            help="where tasks run: on Ray, in processes of this command, one per core (the quickest on one machine), or in threads of this process",
+        ),
     ] = "ray",
     address: Annotated[
         str | None, typer.Option("--address", help="address of a Ray cluster; a local Ray is started without one", show_default=False)
@@ -134,28 +141,34 @@ def run(
     block_entries: BlockOption = None,
 ) -> None:
     """Build the composite of a recipe. A killed run continues; a second run of the same recipe does nothing and says so."""
-    if executor == "serial":
+    if executor not in ("ray", "processes", "serial"):
+        raise RecipeError(f"--executor: expected 'ray', 'processes' or 'serial', got {executor!r}")
+    name = cast("ExecutorName", executor)
+    if name != "ray":
         postpone_torch(num_threads=1)  # Ray cannot send a function that names a stand-in to its workers
     from mmerge.pipeline.build import run as run_plan
-    from mmerge.pipeline.executor import ExecutorName, open_executor
+    from mmerge.pipeline.executor import open_executor
     from mmerge.pipeline.progress import show_progress
     from mmerge.pipeline.report import print_run
     from mmerge.pipeline.status import RunUnderWay
 
-    if executor not in ("ray", "serial"):
-        raise RecipeError(f"--executor: expected 'ray' or 'serial', got {executor!r}")
     memory_bytes = parse_size(memory) if memory is not None else None
-    made = _make_plan(recipe, block_entries, memory_bytes)
-    name: ExecutorName = "serial" if executor == "serial" else "ray"
-    where = open_executor(
-        name, address=address, num_workers=workers, memory_bytes=memory_bytes, peak_bytes=made.peak_bytes, deadline_seconds=task_deadline
-    )
-    try:
-        with show_progress(err) as shown, recorded(made, shown, exclusive=exclusive, metrics=name == "ray") as progress:
-            report = run_plan(made, executor=where, progress=progress, fresh=fresh)
-    except RunUnderWay as other:
-        out.print(f"[yellow]nothing done[/]: {escape(str(other))}", highlight=False)
-        return
-    finally:
-        where.close()
+    with ExitStack() as closing:
+
+        def open_it(peak_bytes: int) -> Executor:
+            opened = open_executor(
+                name, address=address, num_workers=workers, memory_bytes=memory_bytes, peak_bytes=peak_bytes, deadline_seconds=task_deadline
+            )
+            closing.callback(opened.close)
+            return opened
+
+        forked = open_it(0) if name == "processes" else None  # before a plan opens stores
+        made = _make_plan(recipe, block_entries, memory_bytes)
+        where = forked or open_it(made.peak_bytes)
+        try:
+            with show_progress(err) as shown, recorded(made, shown, exclusive=exclusive, metrics=name == "ray") as progress:
+                report = run_plan(made, executor=where, progress=progress, fresh=fresh)
+        except RunUnderWay as other:
+            out.print(f"[yellow]nothing done[/]: {escape(str(other))}", highlight=False)
+            return
     print_run(report, out)

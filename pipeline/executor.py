@@ -18,10 +18,11 @@ from mmerge.manifests.errors import AlreadyExists, MmergeError, NotFound, StoreE
 from mmerge.pipeline.dispatch import Attempt, Event, Policy, Resources, dispatch
 from mmerge.pipeline.dispatch import Outcome as Outcome
 from mmerge.pipeline.memory import PROCESS_BYTES
+from mmerge.pipeline.processes import ProcessExecutor
 from mmerge.pipeline.threads import num_cores, run_in_threads
 from mmerge.workers.task import Task
 
-ExecutorName = Literal["serial", "ray"]
+ExecutorName = Literal["ray", "processes", "serial"]
 
 NODES_SECONDS = 2.0
 """How long a list of the cluster's nodes is used before it is taken again: nodes come and go while a build runs."""
@@ -287,7 +288,7 @@ def open_executor(
     peak_bytes: int = 0,
     deadline_seconds: float | None = None,
 ) -> Executor:
-    """Return the executor of that name; nothing is started before it has a task.
+    """Return the executor of that name. Processes begin now, everything else when there is a task.
 
     Args:
         name: where tasks run.
@@ -299,10 +300,12 @@ def open_executor(
     """
     if address and memory_bytes is not None:
         raise MmergeError("--memory has no effect with --address: a cluster's nodes say themselves what they offer. Leave one of them out")
-    if name == "serial":
+    if name != "ray":
         for option, value in (("--address", address), ("--task-deadline", deadline_seconds)):
             if value is not None:
-                raise MmergeError(f"{option} has no effect with --executor serial. Leave one of them out")
+                raise MmergeError(f"{option} has no effect with --executor {name}. Leave one of them out")
+        if name == "processes":
+            return ProcessExecutor(num_processes=num_workers, memory_bytes=memory_bytes)
         return SerialExecutor(num_threads=num_workers, memory_bytes=None if memory_bytes is None else memory_bytes - PROCESS_BYTES)
     if memory_bytes is not None:
         num_workers = min(num_workers or num_cores(), max(memory_bytes // (PROCESS_BYTES + peak_bytes), 1))

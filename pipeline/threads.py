@@ -1,13 +1,14 @@
-"""Tasks as threads of this process: kernels, digests, reads and writes all release the interpreter's lock."""
+"""Tasks in a pool of this machine; as threads of this process: kernels, digests, reads and writes all release the interpreter's lock."""
 
 from __future__ import annotations
 
 import os
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 
 from mmerge.manifests.errors import MmergeError
+from mmerge.pipeline.dispatch import Outcome
 from mmerge.workers.lazy_torch import torch_is_loaded
 from mmerge.workers.run_task import run_task
 from mmerge.workers.task import Task, TaskResult
@@ -18,9 +19,7 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_in_threads(
-    tasks: Sequence[Task], store_uri: str, *, num_threads: int, memory_bytes: int | None
-) -> Iterator[tuple[Task, TaskResult | Exception]]:
+def run_in_threads(tasks: Sequence[Task], store_uri: str, *, num_threads: int, memory_bytes: int | None) -> Iterator[Outcome]:
     """Yield each task with its result, or the error that it ended with, as they end.
 
     Args:
@@ -30,23 +29,39 @@ def run_in_threads(
         memory_bytes: the sum of the `peak_bytes` of the tasks at once; a single task may take more.
     """
     before = _set_torch_threads(1)
-    waiting = deque(tasks)
-    running: dict[Future[TaskResult], Task] = {}
     # One core per task, as on a cluster; more would only get in each other's way.
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="mmerge-task", initializer=_set_torch_threads, initargs=(1,))
     try:
-        while waiting or running:
-            while waiting and _fits(waiting[0], running.values(), num_threads, memory_bytes):
-                task = waiting.popleft()
-                running[pool.submit(run_task, task, store_uri)] = task
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield running.pop(future), _outcome(future)
+        yield from run_in_pool(pool, tasks, store_uri, num_workers=num_threads, memory_bytes=memory_bytes)
     finally:
         # On Ctrl-C what runs is finished, so that its shards are kept; nothing more is begun.
         pool.shutdown(wait=True, cancel_futures=True)
         if before is not None:
             _set_torch_threads(before)
+
+
+def run_in_pool(
+    pool: Executor, tasks: Sequence[Task], store_uri: str, *, num_workers: int, memory_bytes: int | None, worker_bytes: int = 0
+) -> Iterator[Outcome]:
+    """Yield each task with its result or error, as they end; the pool never holds a task that has not begun.
+
+    Args:
+        pool: of `num_workers` threads or processes.
+        tasks: begun in their order.
+        store_uri: where their results go.
+        num_workers: tasks at once.
+        memory_bytes: the sum of what the tasks at once take; a single task may take more.
+        worker_bytes: what a worker takes beside its task.
+    """
+    waiting = deque(tasks)
+    running: dict[Future[TaskResult], Task] = {}
+    while waiting or running:
+        while waiting and _fits(waiting[0], running.values(), num_workers, memory_bytes, worker_bytes):
+            task = waiting.popleft()
+            running[pool.submit(run_task, task, store_uri)] = task
+        done, _ = wait(running, return_when=FIRST_COMPLETED)
+        for future in done:
+            yield running.pop(future), _outcome(future)
 
 
 def _set_torch_threads(number: int) -> int | None:
@@ -60,11 +75,10 @@ def _set_torch_threads(number: int) -> int | None:
     return before
 
 
-def _fits(task: Task, running: Collection[Task], num_threads: int, memory_bytes: int | None) -> bool:
-    others = list(running)
-    if len(others) >= num_threads:
+def _fits(task: Task, running: Collection[Task], num_workers: int, memory_bytes: int | None, worker_bytes: int) -> bool:
+    if len(running) >= num_workers:
         return False
-    return not others or memory_bytes is None or task.peak_bytes + sum(other.peak_bytes for other in others) <= memory_bytes
+    return not running or memory_bytes is None or sum(one.peak_bytes + worker_bytes for one in (task, *running)) <= memory_bytes
 
 
 def _outcome(future: Future[TaskResult]) -> TaskResult | Exception:

@@ -55,6 +55,12 @@ class InputBlock:
         """Where each row begins in memory: what kernels read."""
         return np.array([row.__array_interface__["data"][0] for row in self.rows], np.int64)
 
+    def at(self, start: int) -> InputBlock:
+        """Return the block of equally many entries from `start` on, read to the same memory."""
+        block = InputBlock(start, start + self.num_entries, self.rows, self.codes, self.raw)
+        vars(block)["addresses"] = self.addresses
+        return block
+
     def of_expert(self, index: int) -> InputBlock:
         """Return the block of the base, the first source, and of one expert alone."""
         which = [0, index + 1]
@@ -89,14 +95,24 @@ class InputReader:
         dtypes = [source.spec.dtype for source in sources]
         codes = np.array([CODES.get(dtype, 0) for dtype in dtypes], np.int64)
         streams = [self._open(source) for source in sources]
+        stays = all(stream.needs_room and dtype in CODES for stream, dtype in zip(streams, dtypes, strict=True))
+        block: InputBlock | None = None
         for start in range(0, num_entries, at_once):
             stop = min(start + at_once, num_entries)
+            if block is not None and stays and stop - start == block.num_entries:
+                for stream, row in zip(streams, block.rows, strict=True):
+                    stream.read(len(row), row)
+                block = block.at(start)
+                yield block
+                continue
             found = []
             for index, (stream, dtype) in enumerate(zip(streams, dtypes, strict=True)):
                 num_bytes = (stop - start) * DTYPE_BYTES[dtype]
-                found.append(self._align(stream.read(num_bytes, self._room(f"read {index}", num_bytes, stream)), dtype, index))
+                data = stream.read(num_bytes, self._room(f"read {index}", num_bytes, stream))
+                found.append(data if stream.needs_room else self._align(data, dtype, index))
             rows = [self._widen(data, dtype, index) for index, (data, dtype) in enumerate(zip(found, dtypes, strict=True))]
-            yield InputBlock(start, stop, rows, codes, tuple(data.data for data in found))
+            block = InputBlock(start, stop, rows, codes, tuple(data.data for data in found))
+            yield block
 
     def _room(self, name: str, num_bytes: int, stream: _Stream | None = None) -> Bytes:
         """Return memory of a name that is used again and begins at a whole cache line; none for a stream that has its own."""

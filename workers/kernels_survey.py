@@ -82,7 +82,7 @@ def count_tile(bits: Any, count: int, places: Any, histogram: Any, smallest_and_
     for i in range(count):
         word = np.uint32(bits[i] & np.uint32(0x7FFFFFFF))
         low = np.uint32((word >> np.uint32(11)) & np.uint32(0x1E)) | np.uint32((word & np.uint32(0xFFF)) != 0)
-        row = np.uint32(i & 3) if low == 0 else np.uint32(low + np.uint32(NUM_COPIES - 1))
+        row = np.uint32(i & (NUM_COPIES - 1)) if low == 0 else np.uint32(low + np.uint32(NUM_COPIES - 1))
         places[i] = np.uint32(row << np.uint32(TOP_BITS)) | np.uint32(word >> np.uint32(16))
     smallest_and_largest[0], smallest_and_largest[1] = smallest, largest
     for i in range(count):
