@@ -27,6 +27,7 @@ from mmerge.pipeline.cli_cluster import (
     simulate_plan,
     simulation_to_json,
 )
+from mmerge.workers.begin import leave_out_scipy
 from mmerge.workers.lazy_torch import postpone_torch
 
 if TYPE_CHECKING:
@@ -146,6 +147,7 @@ def run(
     name = cast("ExecutorName", executor)
     if name != "ray":
         postpone_torch(num_threads=1)  # Ray cannot send a function that names a stand-in to its workers
+        leave_out_scipy()
     from mmerge.pipeline.build import run as run_plan
     from mmerge.pipeline.executor import open_executor
     from mmerge.pipeline.progress import show_progress

@@ -18,39 +18,38 @@ SUM, ELECT_MEAN, ELECT_SUM, ELECT_MAX = 0, 1, 2, 3
 @compiled
 def draw_tile(key: Any, position: Any, count: int, chance: Any) -> None:
     """Write the random numbers in [0, 1) of `count` entries from flat `position` on (methods/randomness.py) to `chance`."""
+    step = np.uint64(0x9E3779B97F4A7C15)
+    mixing = key + (position + np.uint64(1)) * step
     for i in range(count):
-        mixed = key + (position + np.uint64(i) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixing ^ (mixing >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixing = mixing + step
         # The last step of the definition, an exclusive or with bits 31 and up, leaves the upper 24 bits as they are.
         chance[i] = np.float32(np.int32(mixed >> np.uint64(40))) * np.float32(2.0**-24)
 
 
 @compiled
-def drop_tile(key: Any, position: Any, density: Any, delta: Any, count: int) -> None:
-    """Set to 0 the entries of a tile whose random number (`draw_tile`) is not below `density`."""
-    if density >= np.float32(1):
-        return
-    # A number is its upper 24 bits times 2⁻²⁴, so that it can be compared as the integer that it is made of.
-    limit = np.uint64(math.ceil(np.float64(density) * 2.0**24)) << np.uint64(40)
-    for i in range(count):
-        mixed = key + (position + np.uint64(i) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        delta[i] = delta[i] if mixed < limit else np.float32(0)
-
-
-@compiled
-def rescale_tile(delta: Any, count: int, divisor: Any, factor: Any) -> None:
-    """Divide a tile by `divisor` and multiply it by `factor`, each rounded."""
-    one = np.float32(1)
-    mantissa, _ = math.frexp(divisor)
-    if mantissa == 0.5 and np.float32(2.0**-100) < divisor < np.float32(2.0**100):
-        # A power of two: the product with its inverse is the quotient, and sooner there.
-        inverse = one / divisor
+def drop_tile(key: Any, position: Any, density: Any, divisor: Any, factor: Any, delta: Any, count: int) -> None:
+    """Set to 0 the entries of a tile whose random number (`draw_tile`) is not below `density`; divide the rest, then multiply it."""
+    one, zero = np.float32(1), np.float32(0)
+    # The product with the inverse of a power of two is the quotient, and sooner there.
+    mantissa, exponent = math.frexp(divisor)
+    is_power = (mantissa == 0.5) & (abs(exponent) < 100)
+    inverse = one / divisor if is_power else one
+    if density < one:
+        # A number is its upper 24 bits times 2⁻²⁴, so that it can be compared as the integer that it is made of.
+        limit = np.uint64(math.ceil(np.float64(density) * 2.0**24)) << np.uint64(40)
+        step = np.uint64(0x9E3779B97F4A7C15)
+        mixing = key + (position + np.uint64(1)) * step
+        for i in range(count):
+            mixed = (mixing ^ (mixing >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            mixing = mixing + step
+            delta[i] = delta[i] * inverse if mixed < limit else zero
+    elif inverse != one:
         for i in range(count):
             delta[i] = delta[i] * inverse
-    elif divisor != one:
+    if not is_power:
         for i in range(count):
             delta[i] = delta[i] / divisor
     if factor != one:
@@ -117,8 +116,7 @@ def locate_tile(
             value = delta[i]
             delta[i] = value if abs(value) >= threshold else zero
     elif kind == DROP:
-        drop_tile(key, position, numbers[0], delta, count)
-        rescale_tile(delta, count, numbers[1], numbers[2])
+        drop_tile(key, position, numbers[0], numbers[1], numbers[2], delta, count)
     elif kind == TOP:
         for i in range(count):
             scratch[i] = abs(delta[i])
