@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    options.folder = options.folder.absolute()  # recipes stand elsewhere
     stores = build(options.folder, options.shape)
     dtype = getattr(torch, options.dtype)
     found: dict[str, Any] = {"shape": options.shape, "dtype": options.dtype, "threads": options.threads, "machine": platform.processor()}

@@ -15,7 +15,7 @@ from transformers import TextIteratorStreamer
 from mmerge.manifests.errors import PromptError
 from mmerge.manifests.manifest import Manifest
 from mmerge.workers.encoders import Encoder
-from mmerge.workers.prompt import Part, make_prompt
+from mmerge.workers.prompt import Part, check_places, make_prompt
 from mmerge.workers.ranks import Ranks
 from mmerge.workers.routing import TEXT, Routing
 
@@ -79,7 +79,8 @@ class Composite:
         return device
 
     def prompt(self, question: str, media: Sequence[Part] = ()) -> list[Part]:
-        """Return the parts of a prompt in the form that the recipe's templates give it."""
+        """Return the parts of a prompt in the form that the recipe's templates give it. Raises PromptError for a place without a medium."""
+        check_places(question, media, kinds={each for record in self.manifest.experts for each in (record.name, record.modality)})
         templates: dict[str, str] = {}
         for record in self.manifest.experts:
             if record.template:

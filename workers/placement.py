@@ -274,12 +274,12 @@ class _Planner:
         lines = [f"{self.reader.uri}: does not fit ({placement.context:,} tokens, {placement.batch} at once, policy {placement.policy!r}):"]
         for stage in placement.stages:
             parts = ", ".join(
-                f"{field.name.replace('_', ' ')} {getattr(stage.memory, field.name) / 1e9:.1f}"
+                f"{field.name.replace('_', ' ')} {_to_gb(getattr(stage.memory, field.name))}"
                 for field in fields(stage.memory)
                 if getattr(stage.memory, field.name)
             )
             verdict = "fits" if stage.memory.total <= stage.capacity else "does not fit"
-            lines.append(f"  {stage.device}: {stage.memory.total / 1e9:.1f} GB of {stage.capacity / 1e9:.1f} GB, {verdict} ({parts})")
+            lines.append(f"  {stage.device}: {_to_gb(stage.memory.total)} GB of {_to_gb(stage.capacity)} GB, {verdict} ({parts})")
         return "\n".join([*lines, self._advise(placement, device_type)])
 
     def _advise(self, placement: Placement, device_type: str) -> str:
@@ -333,6 +333,11 @@ def _read_text_config(reader: BuildReader, expert: str | None) -> Any:
     if not files:
         raise CheckpointError(f"{owner}: the build has no config.json of it")
     return make_config(files, owner=owner).get_text_config()
+
+
+def _to_gb(num_bytes: int) -> str:
+    """Return bytes in GB, with so many digits that what does not fit is seen not to, on small devices too."""
+    return f"{num_bytes / 1e9:.1f}" if num_bytes >= 10e9 else f"{num_bytes / 1e9:.4f}"
 
 
 def _reserve(device_type: str) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,16 @@ class Part:
     def text(cls, text: str) -> Part:
         """Return a part of plain text."""
         return cls("text", text)
+
+
+def check_places(question: str, media: Sequence[Part], *, kinds: Collection[str]) -> None:
+    """Raise PromptError where a question has more places for a kind of medium, such as `{image}`, than there are media of it."""
+    for kind in sorted(kinds):
+        wanted, given = question.count("{" + kind + "}"), sum(part.kind == kind for part in media)
+        if wanted > given:
+            raise PromptError(
+                f"the question names {{{kind}}} {wanted} times, {given} such media were given: give one for each, or leave the place out"
+            )
 
 
 def make_prompt(question: str, media: Sequence[Part], *, template: str | None, media_templates: Mapping[str, str]) -> list[Part]:
@@ -95,7 +105,7 @@ def read_image(value: Any) -> Any:
         raise PromptError(f"{value}: no such image file") from None
     except (AttributeError, TypeError) as error:
         raise PromptError(f"an image was given as {type(value).__name__}; give a path or a PIL image") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, EOFError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise PromptError(f"{value}: cannot be read as an image ({error}). Give a PNG, JPEG, WebP, GIF or BMP file") from error
 
 
@@ -110,6 +120,7 @@ def read_sound(value: Any, *, sampling_rate: int, given_rate: int | None = None)
             samples, given_rate = soundfile.read(value, dtype="float32", always_2d=True)
         except (soundfile.LibsndfileError, RuntimeError, ValueError) as error:
             raise PromptError(f"{value}: cannot be read as a sound ({error}). Give a WAV, FLAC, OGG or MP3 file") from error
+        _check_whole(Path(value))
         samples = samples.mean(axis=1)
     else:
         try:
@@ -129,12 +140,28 @@ def read_sound(value: Any, *, sampling_rate: int, given_rate: int | None = None)
     return np.asarray(samples, dtype=np.float32)
 
 
+def _check_whole(path: Path) -> None:
+    """Raise PromptError for a WAV file that is shorter than its header says: the library would read what is left, silently."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(8)
+        size = path.stat().st_size
+    except OSError as error:
+        raise PromptError(f"{path}: cannot be read as a sound ({error.strerror})") from error
+    wanted = int.from_bytes(head[4:], "little") + 8
+    is_stream = head[4:] in (b"\0\0\0\0", b"\xff\xff\xff\xff")  # written to a pipe: the length was not known
+    if head[:4] == b"RIFF" and not is_stream and wanted > size + 1:  # some writers leave the last padding byte out
+        raise PromptError(f"{path}: is cut short: {size:,} bytes, its header says {wanted:,}. Give the whole file")
+
+
 def read_video(value: Any) -> NDArray[np.uint8]:
     """Return the frames of a video, uint8 [frames, height, width, 3]. Raises PromptError when the file cannot be read as one."""
     if not isinstance(value, (str, Path)):
         frames = np.asarray(value)
         if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
             raise PromptError(f"a video has shape {frames.shape} and dtype {frames.dtype}; give uint8 (frames, height, width, 3)")
+        if not len(frames):
+            raise PromptError("a video has no frames; give at least one")
         return frames
     from PIL import Image, ImageSequence
 
@@ -145,7 +172,7 @@ def read_video(value: Any) -> NDArray[np.uint8]:
             return np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)])
     except FileNotFoundError:
         raise PromptError(f"{value}: no such video file") from None
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, EOFError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise PromptError(
             f"{value}: cannot be read as a video ({error}). Give an animated GIF, WebP or PNG, or frames as an array"
         ) from error

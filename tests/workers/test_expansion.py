@@ -10,7 +10,7 @@ import torch
 from architectures import ARCHITECTURES, EXPERTS, Naive, build_adapters, build_masks
 
 from mmerge.manifests.errors import PromptError
-from mmerge.pipeline import Part, load_composite
+from mmerge.pipeline import Composite, Part, load_composite
 from mmerge.workers.routing import RoutedLinear
 
 HIDDEN = 32
@@ -51,29 +51,74 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     return Family(tmp_path_factory.mktemp("family"))
 
 
+EVEN_PROMPTS = [
+    [Part("ids", [5, 6]), media("image", 5, 1), Part("ids", [7]), media("audio", 3, 2)],
+    [media("video", 4, 4), Part("ids", [11, 12, 13, 14, 15, 16, 17])],
+    [Part("ids", [14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24])],
+    [media("audio", 6, 5), Part("ids", [8]), media("video", 1, 6), media("image", 3, 7)],
+]
+"""All of eleven tokens: a batch of them has no padding."""
+
 CASES = [(architecture, "masks", policy) for architecture in ARCHITECTURES for policy in ("packed", "resident")]
 CASES += [(architecture, "adapters", "packed") for architecture in ARCHITECTURES]
+BATCHES = {
+    "batch 1": (PROMPTS[:1], 0),
+    "batch 1, padded": (PROMPTS[:1], 3),
+    "batch 4": (EVEN_PROMPTS, 0),
+    "batch 4, padded": (PROMPTS, 0),
+    "batch 4, every row padded": (EVEN_PROMPTS, 2),
+}
+"""Prompts, and how many tokens of padding stand before the longest of them."""
 
 
+@pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize(("architecture", "kind", "policy"), CASES)
 def test_logits_of_prefill_and_of_every_decoded_token_equal_the_naive_loop(
-    family: Family, architecture: str, kind: str, policy: Any
+    family: Family, architecture: str, kind: str, policy: Any, batch: str
 ) -> None:
     uri, naive = family.find(architecture, kind)
     composite = load_composite(uri, policy=policy)
-    for prompts in ([PROMPTS[0]], PROMPTS):  # batch 1 and, padded on the left, 4
-        for cache in ("dynamic", "static"):
-            made = composite._generate(
-                prompts, max_new_tokens=4, min_new_tokens=4, cache=cache, output_logits=True, return_dict_in_generate=True
+    prompts, num_padding = BATCHES[batch]
+    embeds, ids, mask = pad(composite, prompts, num_padding)
+    assert bool((mask == 0).any()) == ("padded" in batch)
+    with torch.inference_mode(), composite._prefill(ids):
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        prefilled = composite.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    for cache in ("dynamic", "static"):
+        options = {"max_new_tokens": 4, "min_new_tokens": 4, "output_logits": True, "return_dict_in_generate": True}
+        if cache == "static":
+            options["cache_implementation"] = "static"
+        with torch.inference_mode(), composite._prefill(ids):
+            made = composite.language_model.generate(
+                inputs_embeds=embeds, attention_mask=mask, do_sample=False, eos_token_id=2, pad_token_id=2, **options
             )
-            for row, prompt in enumerate(prompts):
-                embeds, ids = composite.embed(prompt)
-                answer = made.sequences[row].tolist()
-                wanted = naive.logits(embeds, ids.tolist(), answer)
-                found = torch.stack([step[row] for step in made.logits])
-                torch.testing.assert_close(found, wanted[len(ids) - 1 : -1], rtol=1e-5, atol=1e-5)
-                if cache == "dynamic":
-                    torch.testing.assert_close(composite.logits(prompt), wanted[: len(ids)], rtol=1e-5, atol=1e-5)
+        for row in range(len(prompts)):
+            is_own = mask[row] == 1
+            wanted = naive.logits(embeds[row, is_own], ids[row, is_own].tolist(), made.sequences[row].tolist())
+            num_tokens = int(is_own.sum())
+            torch.testing.assert_close(prefilled[row, is_own], wanted[:num_tokens], rtol=1e-5, atol=1e-5)
+            found = torch.stack([step[row] for step in made.logits])
+            torch.testing.assert_close(found, wanted[num_tokens - 1 : -1], rtol=1e-5, atol=1e-5)
+
+
+def pad(composite: Composite, prompts: Any, num_padding: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Embeddings, modality ids and attention mask of a batch, the longest prompt with `num_padding` tokens of padding before it."""
+    embedded = [composite.embed(prompt) for prompt in prompts]
+    embeds, ids, mask = composite._pad(embedded)
+    grow = torch.nn.functional.pad
+    return grow(embeds, (0, 0, num_padding, 0)), grow(ids, (num_padding, 0), value=-1), grow(mask, (num_padding, 0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_public_calls_give_what_the_naive_loop_gives(family: Family, kind: str) -> None:
+    uri, naive = family.find("llama", kind)
+    composite = load_composite(uri)
+    answers = composite.generate_tokens(PROMPTS, max_new_tokens=4)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        embeds, ids = composite.embed(prompt)
+        wanted = naive.logits(embeds, ids.tolist(), answer)
+        torch.testing.assert_close(composite.logits(prompt), wanted[: len(ids)], rtol=1e-5, atol=1e-5)
+        assert answer == wanted[len(ids) - 1 : -1].argmax(-1).tolist()
 
 
 def test_routing_matters_in_these_models(family: Family) -> None:

@@ -10,7 +10,7 @@ import soundfile  # type: ignore[import-untyped]
 from PIL import Image
 
 from mmerge.manifests.errors import PromptError
-from mmerge.workers.prompt import Part, make_prompt, read_image, read_sound, read_video
+from mmerge.workers.prompt import Part, check_places, make_prompt, read_image, read_sound, read_video
 
 A, B = Part("image", "a.png"), Part("audio", "b.wav")
 
@@ -71,3 +71,25 @@ def test_arrays_of_wrong_shape_are_refused() -> None:
         read_video(np.zeros((2, 100)))
     with pytest.raises(PromptError, match="has no samples"):
         read_sound(np.zeros(0), sampling_rate=16000)
+
+
+def test_a_sound_that_is_cut_short_is_refused_and_one_of_unknown_length_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "cut.wav"
+    soundfile.write(path, np.zeros(1600, np.float32), 16000)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(PromptError, match=r"cut.wav: is cut short: 1,\d+ bytes, its header says 3,\d+"):
+        read_sound(path, sampling_rate=16000)
+    path.write_bytes(data[:4] + b"\xff" * 4 + data[8:])
+    assert len(read_sound(path, sampling_rate=16000)) == 1600
+
+
+def test_a_video_without_frames_is_refused() -> None:
+    with pytest.raises(PromptError, match="no frames"):
+        read_video(np.zeros((0, 4, 4, 3), np.uint8))
+
+
+def test_a_place_without_a_medium_is_refused() -> None:
+    with pytest.raises(PromptError, match=r"the question names \{image\} 2 times, 1 such media were given"):
+        check_places("{image} and {image}?", [Part("image", "a.png")], kinds=["image", "audio"])
+    check_places("{image} and {other}", [Part("image", "a.png")], kinds=["image", "audio"])
