@@ -182,7 +182,7 @@ def test_bad_input_is_refused_with_one_clear_line(call: Call, lab: Any) -> None:
     run("experts.audio.path", experts={name: {"path": "image", "modality": name} for name in ("image", "audio")})
     (lab.folder / "file").write_text("")
     run("Choose another 'output' or grant write access", output="file/store")
-    refused(call, "--executor: expected 'ray' or 'serial', got 'dask'", "run", lab.write_recipe(raw), "--executor", "dask")
+    refused(call, "--executor: expected 'ray', 'processes' or 'serial', got 'dask'", "run", lab.write_recipe(raw), "--executor", "dask")
     refused(call, "multiple of 65536", "run", lab.write_recipe(raw), "--executor", "serial", "--block-entries", 1000)
 
 
