@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -18,6 +19,9 @@ from store_servers import SCHEME, SERVERS
 from mmerge.pipeline import make_plan, parse_recipe, run
 
 torch.set_num_threads(1)  # the tensors are tiny: more threads would only wait for each other
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A shell starts jobs in the background so, and processes inherit it: those that tests interrupt would not hear of it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 REPOSITORY = Path(__file__).resolve().parent.parent
 LAB = REPOSITORY / "examples" / "lab" / "checkpoints"
 
