@@ -13,21 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mmerge.manifests.errors import RecipeError
-from mmerge.pipeline.cli_questions import (
-    AddressOption,
-    BatchOption,
-    DeviceOption,
-    EncodersOption,
-    ExecutorOption,
-    JsonOption,
-    MediaOption,
-    PromptsOption,
-    TokensOption,
-    WorkersOption,
-    make_settings,
-    open_executor,
-    read_all,
-)
+from mmerge.pipeline import cli_questions as asking
 
 if TYPE_CHECKING:
     from mmerge.pipeline.calibrate import Calibration
@@ -43,8 +29,8 @@ def register(app: typer.Typer) -> None:
 
 def calibrate(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe of 'mmer' or 'tall_masks'")],
-    prompts: PromptsOption = None,
-    media: MediaOption = None,
+    prompts: asking.PromptsOption = None,
+    media: asking.MediaOption = None,
     scales: Annotated[str | None, typer.Option("--scales", metavar="0.5,0.6,…", help="mask scales to try", show_default=False)] = None,
     densities: Annotated[
         str | None, typer.Option("--densities", metavar="0.6,0.8,…", help="densities to try; the recipe's if absent", show_default=False)
@@ -53,14 +39,14 @@ def calibrate(
         Path | None, typer.Option("--to", metavar="FILE", help="write the recipe with the chosen numbers", show_default=False)
     ] = None,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="draw the curve", show_default=False)] = None,
-    max_new_tokens: TokensOption = 64,
-    batch: BatchOption = 16,
-    encoders: EncodersOption = None,
-    device: DeviceOption = "cpu",
-    executor: ExecutorOption = "ray",
-    address: AddressOption = None,
-    workers: WorkersOption = None,
-    as_json: JsonOption = False,
+    max_new_tokens: asking.TokensOption = 64,
+    batch: asking.BatchOption = 16,
+    encoders: asking.EncodersOption = None,
+    device: asking.DeviceOption = "cpu",
+    executor: asking.ExecutorOption = "ray",
+    address: asking.AddressOption = None,
+    workers: asking.WorkersOption = None,
+    as_json: asking.JsonOption = False,
 ) -> None:
     """Choose mask scales (and density) from a few prompts without labels: by agreement with the experts' own answers."""
     from mmerge.pipeline.calibrate import calibrate as sweep
@@ -71,12 +57,12 @@ def calibrate(
 
     if plot is not None:
         check_plot(plot)
-    questions = read_all(prompts, media=media)
+    questions = asking.read_all(prompts, media=media)
     grid = _numbers(scales, "--scales")
     wanted = _numbers(densities, "--densities")
     made = read_recipe(recipe)
-    settings = make_settings(max_new_tokens=max_new_tokens, batch=batch, encoders=encoders, device=device)
-    with open_executor(executor, address=address, workers=workers) as where, show_progress(err) as progress:
+    settings = asking.make_settings(max_new_tokens=max_new_tokens, batch=batch, encoders=encoders, device=device)
+    with asking.open_executor(executor, address=address, workers=workers) as where, show_progress(err) as progress:
         found = sweep(made, questions, scales=grid, densities=wanted, settings=settings, executor=where, progress=progress)
     if plot is not None:
         _draw_curve(found, plot)

@@ -14,21 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mmerge.manifests.errors import RecipeError
-from mmerge.pipeline.cli_questions import (
-    AddressOption,
-    BatchOption,
-    DeviceOption,
-    EncodersOption,
-    ExecutorOption,
-    JsonOption,
-    MediaOption,
-    PromptsOption,
-    TokensOption,
-    WorkersOption,
-    make_settings,
-    open_executor,
-    read_all,
-)
+from mmerge.pipeline import cli_questions as asking
 
 if TYPE_CHECKING:
     from mmerge.pipeline.evaluate import Model, TaskScore
@@ -53,12 +39,12 @@ def evaluate(
         ),
     ],
     to: Annotated[Path, typer.Option("--to", metavar="DIR", help="folder of the results; a run that was killed continues there")],
-    prompts: PromptsOption = None,
+    prompts: asking.PromptsOption = None,
     mcub: Annotated[
         list[Path] | None, typer.Option("--mcub", metavar="FILE", help="MCUB's JSON as published; may be repeated", show_default=False)
     ] = None,
     answers: Annotated[Path | None, typer.Option("--answers", metavar="FILE", help="MCUB-answer.json", show_default=False)] = None,
-    media: MediaOption = None,
+    media: asking.MediaOption = None,
     base: Annotated[
         str | None, typer.Option("--base", help="base LLM of models that are ordinary multimodal checkpoints", show_default=False)
     ] = None,
@@ -66,15 +52,15 @@ def evaluate(
         str | None,
         typer.Option("--original", metavar="NAME", help="the model that performance retention compares with", show_default=False),
     ] = None,
-    max_new_tokens: TokensOption = 64,
-    batch: BatchOption = 16,
-    encoders: EncodersOption = None,
-    device: DeviceOption = "cpu",
-    executor: ExecutorOption = "ray",
-    address: AddressOption = None,
-    workers: WorkersOption = None,
+    max_new_tokens: asking.TokensOption = 64,
+    batch: asking.BatchOption = 16,
+    encoders: asking.EncodersOption = None,
+    device: asking.DeviceOption = "cpu",
+    executor: asking.ExecutorOption = "ray",
+    address: asking.AddressOption = None,
+    workers: asking.WorkersOption = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="ask everything again")] = False,
-    as_json: JsonOption = False,
+    as_json: asking.JsonOption = False,
 ) -> None:
     """Ask models the same questions and score them: exact match, multiple choice (MCUB too), captions by ROUGE-L.
 
@@ -85,12 +71,12 @@ def evaluate(
     from mmerge.pipeline.evaluation_report import check_matplotlib, write_report
     from mmerge.pipeline.progress import show_progress
 
-    asked = read_all(prompts, media=media, mcub=mcub or [], answers=answers)
+    asked = asking.read_all(prompts, media=media, mcub=mcub or [], answers=answers)
     check_matplotlib()
     if to.exists() and not to.is_dir():
         raise RecipeError(f"--to: {to} is a file; give the folder of the results")
-    settings = make_settings(max_new_tokens=max_new_tokens, batch=batch, encoders=encoders, device=device)
-    with open_executor(executor, address=address, workers=workers) as where, show_progress(err) as progress:
+    settings = asking.make_settings(max_new_tokens=max_new_tokens, batch=batch, encoders=encoders, device=device)
+    with asking.open_executor(executor, address=address, workers=workers) as where, show_progress(err) as progress:
         store = str((to / "store").absolute())
         opened = _open_models(models, base=base, store_uri=store, where=where, progress=progress)
         if original is not None and original not in [model.name for model in opened]:

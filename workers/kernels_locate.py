@@ -15,17 +15,27 @@ SUM, ELECT_MEAN, ELECT_SUM, ELECT_MAX = 0, 1, 2, 3
 """How located task vectors are put together."""
 
 
+STEP = np.uint64(0x9E3779B97F4A7C15)
+"""What the state of the random numbers grows by from entry to entry."""
+
+
+@compiled
+def mix_bits(state: Any) -> Any:
+    """Return the 64 bits of a state (methods/randomness.py) whose upper 24 are the random number.
+
+    The last step of the definition, an exclusive or with bits 31 and up, leaves those as they are.
+    """
+    mixed = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    return (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+
+
 @compiled
 def draw_tile(key: Any, position: Any, count: int, chance: Any) -> None:
     """Write the random numbers in [0, 1) of `count` entries from flat `position` on (methods/randomness.py) to `chance`."""
-    step = np.uint64(0x9E3779B97F4A7C15)
-    mixing = key + (position + np.uint64(1)) * step
+    state = key + (position + np.uint64(1)) * STEP
     for i in range(count):
-        mixed = (mixing ^ (mixing >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixing = mixing + step
-        # The last step of the definition, an exclusive or with bits 31 and up, leaves the upper 24 bits as they are.
-        chance[i] = np.float32(np.int32(mixed >> np.uint64(40))) * np.float32(2.0**-24)
+        chance[i] = np.float32(np.int32(mix_bits(state) >> np.uint64(40))) * np.float32(2.0**-24)
+        state = state + STEP
 
 
 @compiled
@@ -39,13 +49,10 @@ def drop_tile(key: Any, position: Any, density: Any, divisor: Any, factor: Any, 
     if density < one:
         # A number is its upper 24 bits times 2⁻²⁴, so that it can be compared as the integer that it is made of.
         limit = np.uint64(math.ceil(np.float64(density) * 2.0**24)) << np.uint64(40)
-        step = np.uint64(0x9E3779B97F4A7C15)
-        mixing = key + (position + np.uint64(1)) * step
+        state = key + (position + np.uint64(1)) * STEP
         for i in range(count):
-            mixed = (mixing ^ (mixing >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            mixing = mixing + step
-            delta[i] = delta[i] * inverse if mixed < limit else zero
+            delta[i] = delta[i] * inverse if mix_bits(state) < limit else zero
+            state = state + STEP
     elif inverse != one:
         for i in range(count):
             delta[i] = delta[i] * inverse
