@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mmerge.workers.inputs import InputBlock
 from mmerge.workers.kernels_sce import count_variances
-from mmerge.workers.kernels_survey import NUM_LOWS, NUM_ROWS, NUM_TOPS, count_lower_bits, count_magnitudes, drain_histogram
+from mmerge.workers.kernels_survey import NUM_COUNTERS, NUM_LOWS, NUM_TOPS, count_lower_bits, count_magnitudes, drain_histogram
 
 NUM_BINS = NUM_TOPS * NUM_LOWS
 LOWER_BITS = 12
@@ -29,7 +29,7 @@ class MagnitudeCounter:
     """Counts the magnitudes of task vectors; one for a whole task, so that its tables are made once."""
 
     def __init__(self, num_experts: int) -> None:
-        self._tables = np.zeros((num_experts, NUM_ROWS * NUM_TOPS), np.uint32)
+        self._tables = np.zeros((num_experts, NUM_COUNTERS), np.uint32)
         self._ranges = np.empty((num_experts, 2), np.uint32)
         self._forget_ranges()
 
@@ -63,7 +63,7 @@ class MagnitudeCounter:
 def survey_bytes(num_entries: Sequence[int], *, num_experts: int) -> int:
     """Return the bytes of a counter, and of the histograms of tensors with so many entries: all values within 16 exponents."""
     histograms = sum(min(count, 1 << 17) * 12 for count in num_entries)
-    return num_experts * (NUM_ROWS * NUM_TOPS * 4 + histograms)
+    return num_experts * (NUM_COUNTERS * 4 + histograms)
 
 
 def find_bin(histogram: Histogram, rank: int) -> tuple[int, int]:

@@ -76,6 +76,33 @@ def _pointer(_: Any, address: Any) -> Any:
     return types.CPointer(types.uint8)(types.int64), generate
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def select(_: Any, condition: Any, chosen: Any, other: Any) -> Any:
+    """Return `chosen` where the condition holds, else `other`, without a branch: both of one type."""
+    if condition != types.boolean or chosen != other:
+        return None
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.select(*arguments)
+
+    return chosen(condition, chosen, other), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def turn_sign(_: Any, value: Any, other: Any) -> Any:
+    """Return a float32 whose sign is turned where the sign of another is set."""
+    if value != types.float32 or other != types.float32:
+        return None
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        bits = context.get_value_type(types.uint32)
+        one, two = (builder.bitcast(argument, bits) for argument in arguments)
+        turned = builder.xor(one, builder.and_(two, context.get_constant(types.uint32, 1 << 31)))
+        return builder.bitcast(turned, context.get_value_type(types.float32))
+
+    return types.float32(value, other), generate
+
+
 @compiled
 def bytes_at(address: int, count: int) -> Any:
     """Return the array of `count` bytes in memory from `address` on; whoever calls holds that memory."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mmerge.workers.kernels import TILE_ENTRIES, compiled, narrow, widen_at
+from mmerge.workers.kernels import TILE_ENTRIES, compiled, narrow, select, turn_sign, widen_at
 
 KEEP_ALL, TRIM, DROP, TOP = 0, 1, 2, 3
 """How entries are located: all; magnitudes at or above a threshold; at random; ranks between two exact counts."""
@@ -39,8 +39,8 @@ def draw_tile(key: Any, position: Any, count: int, chance: Any) -> None:
 
 
 @compiled
-def drop_tile(key: Any, position: Any, density: Any, divisor: Any, factor: Any, delta: Any, count: int) -> None:
-    """Set to 0 the entries of a tile whose random number (`draw_tile`) is not below `density`; divide the rest, then multiply it."""
+def drop_tile(key: Any, position: Any, density: Any, divisor: Any, factor: Any, values: Any, count: int, kept: Any) -> None:
+    """Write to `kept` the entries of a tile, 0 where the random number (`draw_tile`) is not below `density`; divide, then multiply them."""
     one, zero = np.float32(1), np.float32(0)
     # The product with the inverse of a power of two is the quotient, and sooner there.
     mantissa, exponent = math.frexp(divisor)
@@ -51,17 +51,17 @@ def drop_tile(key: Any, position: Any, density: Any, divisor: Any, factor: Any, 
         limit = np.uint64(math.ceil(np.float64(density) * 2.0**24)) << np.uint64(40)
         state = key + (position + np.uint64(1)) * STEP
         for i in range(count):
-            delta[i] = delta[i] * inverse if mix_bits(state) < limit else zero
+            kept[i] = select(mix_bits(state) < limit, values[i] * inverse, zero)
             state = state + STEP
-    elif inverse != one:
+    else:
         for i in range(count):
-            delta[i] = delta[i] * inverse
+            kept[i] = values[i] * inverse
     if not is_power:
         for i in range(count):
-            delta[i] = delta[i] / divisor
+            kept[i] = kept[i] / divisor
     if factor != one:
         for i in range(count):
-            delta[i] = delta[i] * factor
+            kept[i] = kept[i] * factor
 
 
 @compiled
@@ -107,26 +107,26 @@ def top_tile(values: Any, count: int, threshold: Any, ties: Any, flags: Any) -> 
 
 @compiled
 def locate_tile(
-    kind: int, delta: Any, count: int, numbers: Any, key: Any, position: Any, ties: Any, scratch: Any, flags: Any, others: Any
+    kind: int, values: Any, count: int, numbers: Any, key: Any, position: Any, ties: Any, scratch: Any, flags: Any, others: Any, located: Any
 ) -> None:
-    """Set what is not located of a tile of one task vector to 0, and rescale the rest.
+    """Write a tile of one task vector to `located`, 0 where it is not located, and the rest rescaled.
+
+    From one array to another: what stays where it was would be stored under a mask, which some processors do entry by entry.
 
     Args:
+        kind: TRIM, DROP or TOP.
         numbers: float32 of this expert: TRIM (threshold); DROP (keep probability, divisor, factor); TOP (threshold of the larger
             count, threshold of the smaller count).
         ties: int64 (2, 2) of TOP, see `top_tile`.
     """
     zero = np.float32(0)
     if kind == TRIM:
-        threshold = numbers[0]
-        for i in range(count):
-            value = delta[i]
-            delta[i] = value if abs(value) >= threshold else zero
+        trim_tile(values, count, numbers[0], located)
     elif kind == DROP:
-        drop_tile(key, position, numbers[0], numbers[1], numbers[2], delta, count)
+        drop_tile(key, position, numbers[0], numbers[1], numbers[2], values, count, located)
     elif kind == TOP:
         for i in range(count):
-            scratch[i] = abs(delta[i])
+            scratch[i] = abs(values[i])
         seen, seen_higher = ties[0, 1], ties[1, 1]
         low, high = cut_tile(scratch, count, numbers[0], ties[0]), cut_tile(scratch, count, numbers[1], ties[1])
         if np.isnan(low) | np.isnan(high):
@@ -134,11 +134,19 @@ def locate_tile(
             top_tile(scratch, count, numbers[0], ties[0], flags)
             top_tile(scratch, count, numbers[1], ties[1], others)
             for i in range(count):
-                delta[i] = delta[i] if flags[i] > others[i] else zero
+                located[i] = select(flags[i] > others[i], values[i], zero)
         else:
             for i in range(count):
-                value = scratch[i]
-                delta[i] = delta[i] if (value >= low) & (value < high) else zero
+                magnitude = scratch[i]
+                located[i] = select((magnitude >= low) & (magnitude < high), values[i], zero)
+
+
+@compiled
+def trim_tile(values: Any, count: int, threshold: Any, trimmed: Any) -> None:
+    """Write a tile to `trimmed`, 0 where the magnitude is below the threshold."""
+    zero = np.float32(0)
+    for i in range(count):
+        trimmed[i] = select(abs(values[i]) >= threshold, values[i], zero)
 
 
 @compiled
@@ -146,22 +154,23 @@ def elect_three(
     deltas: Any, weights: Any, start: int, count: int, how: int, zero_sign: Any, total: Any, merged: Any, num_agreeing: Any
 ) -> None:
     """Do what `elect_tile` does for three experts, by mean or sum, in one loop; add up in `num_agreeing` (int64) who agrees."""
-    zero, one = np.float32(0), np.float32(1)
+    zero, one, infinite = np.float32(0), np.float32(1), np.float32(np.inf)
     first, second, third = deltas[0][start : start + count], deltas[1][start : start + count], deltas[2][start : start + count]
     weight_1, weight_2, weight_3 = weights[0], weights[1], weights[2]
     agreed_1, agreed_2, agreed_3 = np.int32(0), np.int32(0), np.int32(0)
-    divides = how == ELECT_MEAN
+    smallest = np.float32(1e-8) if how == ELECT_MEAN else infinite
     for i in range(count):
         value_1, value_2, value_3 = first[i], second[i], third[i]
         elected = value_1 + value_2 + value_3
-        elected = elected if (elected > zero) | (elected < zero) else zero_sign
-        up, down = elected > zero, elected < zero
-        agrees_1 = (up & (value_1 > zero)) | (down & (value_1 < zero))
-        agrees_2 = (up & (value_2 > zero)) | (down & (value_2 < zero))
-        agrees_3 = (up & (value_3 > zero)) | (down & (value_3 < zero))
-        found = (value_1 if agrees_1 else zero) + (value_2 if agrees_2 else zero) + (value_3 if agrees_3 else zero)
-        weight = (weight_1 if agrees_1 else zero) + (weight_2 if agrees_2 else zero) + (weight_3 if agrees_3 else zero)
-        merged[i] = found / (one if (abs(weight) < np.float32(1e-8)) | (not divides) else weight)
+        elected = select((elected > zero) | (elected < zero), elected, zero_sign)
+        # With the sign turned by the elected one, who agrees is above 0; where nothing (or NaN) is elected, nobody is above infinity.
+        limit = select((elected > zero) | (elected < zero), zero, infinite)
+        agrees_1 = turn_sign(value_1, elected) > limit
+        agrees_2 = turn_sign(value_2, elected) > limit
+        agrees_3 = turn_sign(value_3, elected) > limit
+        found = select(agrees_1, value_1, zero) + select(agrees_2, value_2, zero) + select(agrees_3, value_3, zero)
+        weight = select(agrees_1, weight_1, zero) + select(agrees_2, weight_2, zero) + select(agrees_3, weight_3, zero)
+        merged[i] = found / select(abs(weight) < smallest, one, weight)
         total[i] = elected
         agreed_1 = np.int32(agreed_1 + np.int32(agrees_1))
         agreed_2 = np.int32(agreed_2 + np.int32(agrees_2))
@@ -270,13 +279,16 @@ def merge_located(
         count = min(TILE_ENTRIES, num_entries - start)
         widen_at(inputs[0], codes[0], start, count, base)
         for expert in range(num_experts):
-            delta, weight = deltas[expert], weights[expert]
-            widen_at(inputs[expert + 1], codes[expert + 1], start, count, delta)
+            delta, weight, kind = deltas[expert], weights[expert], kinds[expert]
+            whole = delta if kind == KEEP_ALL else rest[0]
+            widen_at(inputs[expert + 1], codes[expert + 1], start, count, whole)
             for i in range(count):
-                delta[i] = delta[i] - base[i]
-            locate_tile(
-                kinds[expert], delta, count, numbers[expert], keys[expert], position + np.uint64(start), ties[expert], scratch, flags[0], flags[1]
-            )  # fmt: skip
+                whole[i] = whole[i] - base[i]
+            if kind != KEEP_ALL:
+                locate_tile(
+                    kind, whole, count, numbers[expert], keys[expert], position + np.uint64(start), ties[expert], scratch, flags[0], flags[1],
+                    delta,
+                )  # fmt: skip
             if weight != np.float32(1):
                 for i in range(count):
                     delta[i] = weight * delta[i]

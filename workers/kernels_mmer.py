@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from mmerge.workers.kernels import TILE_ENTRIES, compiled, count_bits, narrow, pack_bits, sum_squares, widen, widen_at
-from mmerge.workers.kernels_locate import ELECT_MAX, elect_three, elect_tile
+from mmerge.workers.kernels import TILE_ENTRIES, compiled, count_bits, narrow, pack_bits, select, sum_squares, turn_sign, widen, widen_at
+from mmerge.workers.kernels_locate import ELECT_MAX, elect_three, elect_tile, trim_tile
 
 
 @compiled
@@ -25,8 +25,8 @@ def merge_mmer(
         squares: float64, squared norm per task vector before trimming, then of τ⋆ as stored.
     """
     num_experts = inputs.shape[0] - 1
-    tiles = np.empty((4, TILE_ENTRIES), np.float32)
-    base, total, merged, agreeing = tiles[0], tiles[1], tiles[2], tiles[3]
+    tiles = np.empty((5, TILE_ENTRIES), np.float32)
+    base, total, merged, agreeing, whole = tiles[0], tiles[1], tiles[2], tiles[3], tiles[4]
     deltas = np.empty((num_experts, TILE_ENTRIES), np.float32)
     weights = np.ones(num_experts, np.float32)
     scratch = np.empty(TILE_ENTRIES, np.float64)
@@ -38,11 +38,12 @@ def merge_mmer(
         widen_at(inputs[0], codes[0], start, count, base)
         for expert in range(num_experts):
             delta = deltas[expert]
-            widen_at(inputs[expert + 1], codes[expert + 1], start, count, delta)
+            widen_at(inputs[expert + 1], codes[expert + 1], start, count, whole)
             for i in range(count):
-                delta[i] = delta[i] - base[i]
-            squares[expert] += sum_squares(delta, count, scratch)
-            counts[0, expert] += trim_tile(delta, count, thresholds[expert])
+                whole[i] = whole[i] - base[i]
+            squares[expert] += sum_squares(whole, count, scratch)
+            trim_tile(whole, count, thresholds[expert], delta)
+            counts[0, expert] += count_not_zero(delta, count)
         if num_experts == 3 and how != ELECT_MAX:
             elect_three(deltas, weights, 0, count, how, np.float32(0), total, merged, counts[1])
         else:
@@ -65,25 +66,23 @@ def merge_mmer(
 
 
 @compiled
-def trim_tile(delta: Any, count: int, threshold: Any) -> Any:
-    """Set what is below the threshold in magnitude to 0, and return how many entries are not 0."""
-    zero = np.float32(0)
-    kept = np.int32(0)
+def count_not_zero(values: Any, count: int) -> Any:
+    """Return how many entries of a tile are not 0."""
+    found = np.int32(0)
     for i in range(count):
-        value = delta[i] if abs(delta[i]) >= threshold else zero
-        delta[i] = value
-        kept = np.int32(kept + np.int32(value != zero))
-    return np.int64(kept)
+        found = np.int32(found + np.int32(values[i] != np.float32(0)))
+    return np.int64(found)
 
 
 @compiled
 def mask_tile(delta: Any, merged: Any, count: int, half_scale: Any, mask: Any) -> None:
     """Set `mask` (uint8) where a trimmed task vector has the sign of τ⋆ and at least `half_scale` times its magnitude."""
-    zero = np.float32(0)
+    zero, infinite = np.float32(0), np.float32(np.inf)
     for i in range(count):
-        value, star = delta[i], merged[i]
-        congruent = ((value > zero) & (star > zero)) | ((value < zero) & (star < zero))
-        mask[i] = congruent & (abs(value) >= half_scale * abs(star))
+        star = merged[i]
+        turned = turn_sign(delta[i], star)
+        limit = select((star > zero) | (star < zero), zero, infinite)
+        mask[i] = (turned > limit) & (turned >= half_scale * abs(star))
 
 
 @compiled

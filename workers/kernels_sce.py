@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from mmerge.workers.kernels import TILE_ENTRIES, compiled, narrow, widen_at
-from mmerge.workers.kernels_locate import top_tile
+from mmerge.workers.kernels import TILE_ENTRIES, compiled, narrow, select, turn_sign, widen_at
+from mmerge.workers.kernels_locate import cut_tile
+from mmerge.workers.kernels_sums import NUM_COPIES
 from mmerge.workers.kernels_survey import count_tile
 
 
@@ -17,6 +18,18 @@ def variance_tile(inputs: Any, codes: Any, start: int, count: int, base: Any, de
     num_experts = deltas.shape[0]
     number = np.float32(num_experts)
     widen_at(inputs[0], codes[0], start, count, base)
+    if num_experts == 3:
+        # The same in one loop: what is summed stays in registers.
+        first, second, third = deltas[0], deltas[1], deltas[2]
+        for expert in range(num_experts):
+            widen_at(inputs[expert + 1], codes[expert + 1], start, count, deltas[expert])
+        for i in range(count):
+            one, two, three = first[i] - base[i], second[i] - base[i], third[i] - base[i]
+            first[i], second[i], third[i] = one, two, three
+            middle = (one + two + three) / number
+            one, two, three = one - middle, two - middle, three - middle
+            variance[i] = (one * one + two * two + three * three) / number
+        return
     for expert in range(num_experts):
         delta = deltas[expert]
         widen_at(inputs[expert + 1], codes[expert + 1], start, count, delta)
@@ -72,35 +85,60 @@ def count_variances_within(inputs: Any, codes: Any, num_entries: int, upper: int
 
 
 @compiled
+def cut_variances(variance: Any, count: int, threshold: Any, ties: Any) -> Any:
+    """Return the value from which on the variances of a tile are selected.
+
+    Where only some of those at the threshold are, the tile becomes 1 for what is selected and 0 for the rest.
+    """
+    cut = cut_tile(variance, count, threshold, ties)
+    if not np.isnan(cut):
+        return cut
+    for i in range(count):
+        if variance[i] == threshold:
+            variance[i] = np.float32(ties[1] < ties[0])
+            ties[1] += 1
+        else:
+            variance[i] = np.float32(variance[i] > threshold)
+    return np.float32(1)
+
+
+@compiled
 def sum_selected(inputs: Any, codes: Any, num_entries: int, threshold: Any, ties: Any, sums: Any) -> None:
-    """Add the squares of the selected entries to `sums` (int64, (experts, 512)): per exponent the sum of the significands.
+    """Add the squares of the selected entries to `sums`: per exponent the sum of the significands.
 
     What is not finite, selected or not, is counted in `sums[0, 255]`.
+
+    Args:
+        sums: int64 (experts, NUM_COPIES * NUM_SUM_BINS), see `sum_products`.
     """
     tiles = np.empty((3, TILE_ENTRIES), np.float32)
     base, mean, variance = tiles[0], tiles[1], tiles[2]
     bits, spread = mean.view(np.uint32), variance.view(np.uint32)
-    flags = np.zeros(TILE_ENTRIES, np.uint8)
+    chosen = np.empty(TILE_ENTRIES, np.uint32)
     deltas = np.empty((inputs.shape[0] - 1, TILE_ENTRIES), np.float32)
     for start in range(0, num_entries, TILE_ENTRIES):
         count = min(TILE_ENTRIES, num_entries - start)
         variance_tile(inputs, codes, start, count, base, deltas, mean, variance)
-        top_tile(variance, count, threshold, ties, flags)
         largest = np.uint32(0)
         for i in range(count):
             largest = max(largest, np.uint32(spread[i]))
         if largest >= np.uint32(0x7F800000):
             sums[0, 255] += 1
+        cut = cut_variances(variance, count, threshold, ties)
+        found = np.uint32(0)
+        for i in range(count):
+            chosen[found] = np.uint32(i)
+            found = np.uint32(found + np.uint32(variance[i] >= cut))
         for expert in range(deltas.shape[0]):
             delta, total = deltas[expert], sums[expert]
-            for i in range(count):
-                value = delta[i] if flags[i] == 1 else np.float32(0)
+            for i in range(found):
+                value = delta[chosen[i]]
                 mean[i] = value * value
-            for i in range(count):
+            for i in range(found):
                 word = np.uint32(bits[i])
                 exponent = word >> np.uint32(23)
-                significand = (word & np.uint32(0x7FFFFF)) | (np.uint32(0x800000) if exponent != 0 else np.uint32(0))
-                total[exponent] += np.int64(significand)
+                significand = (word & np.uint32(0x7FFFFF)) | (np.uint32(exponent != 0) << np.uint32(23))
+                total[(np.uint32(i & (NUM_COPIES - 1)) << np.uint32(9)) | exponent] += np.int64(significand)
 
 
 @compiled
@@ -108,33 +146,53 @@ def merge_sce(
     inputs: Any, codes: Any, num_entries: int, threshold: Any, ties: Any, weights: Any, scale: Any, out_code: int, out: Any
 ) -> None:
     """Write θ₀ + scale·Σ wᵢeᵢτᵢ / Σ wᵢeᵢ over the selected entries of one block to `out` (bytes)."""
-    tiles = np.empty((5, TILE_ENTRIES), np.float32)
-    base, sign, variance, total, divisor = tiles[0], tiles[1], tiles[2], tiles[3], tiles[4]
-    flags = np.zeros(TILE_ENTRIES, np.uint8)
+    tiles = np.empty((6, TILE_ENTRIES), np.float32)
+    base, sign, variance, total, divisor, selected = tiles[0], tiles[1], tiles[2], tiles[3], tiles[4], tiles[5]
     deltas = np.empty((inputs.shape[0] - 1, TILE_ENTRIES), np.float32)
     zero, one = np.float32(0), np.float32(1)
     for start in range(0, num_entries, TILE_ENTRIES):
         count = min(TILE_ENTRIES, num_entries - start)
         variance_tile(inputs, codes, start, count, base, deltas, sign, variance)
-        top_tile(variance, count, threshold, ties, flags)
+        cut = cut_variances(variance, count, threshold, ties)
+        if deltas.shape[0] == 3:
+            erase_three(deltas, weights, variance, cut, scale, base, count, total)
+            narrow(total, out_code, count, out, start)
+            continue
         for expert in range(deltas.shape[0]):
             delta = deltas[expert]
             for i in range(count):
-                value = delta[i] if flags[i] == 1 else zero
-                delta[i] = value
-                sign[i] = value if expert == 0 else sign[i] + value
+                selected[i] = select(variance[i] >= cut, delta[i], zero)
+            for i in range(count):
+                sign[i] = selected[i] if expert == 0 else sign[i] + selected[i]
         for i in range(count):
-            sign[i] = -one if sign[i] < zero else one  # a sum of zero elects +1
+            sign[i] = select(sign[i] < zero, -one, one)  # a sum of zero elects +1
             total[i] = zero
             divisor[i] = zero
         for expert in range(deltas.shape[0]):
             delta, weight = deltas[expert], weights[expert]
             for i in range(count):
-                value = delta[i]
-                agrees = ((value > zero) & (sign[i] > zero)) | ((value < zero) & (sign[i] < zero))
-                total[i] = total[i] + (weight * value if agrees else zero)
-                divisor[i] = divisor[i] + (weight if agrees else zero)
+                value = select(variance[i] >= cut, delta[i], zero)
+                agrees = turn_sign(value, sign[i]) > zero
+                total[i] = total[i] + select(agrees, weight * value, zero)
+                divisor[i] = divisor[i] + select(agrees, weight, zero)
         for i in range(count):
-            merged = total[i] / (one if divisor[i] == zero else divisor[i])
+            merged = total[i] / select(divisor[i] == zero, one, divisor[i])
             total[i] = base[i] + scale * merged
         narrow(total, out_code, count, out, start)
+
+
+@compiled
+def erase_three(deltas: Any, weights: Any, variance: Any, cut: Any, scale: Any, base: Any, count: int, merged: Any) -> None:
+    """Do what `merge_sce` does with a tile of three experts, in one loop."""
+    zero, one = np.float32(0), np.float32(1)
+    first, second, third = deltas[0], deltas[1], deltas[2]
+    weight_1, weight_2, weight_3 = weights[0], weights[1], weights[2]
+    for i in range(count):
+        is_selected = variance[i] >= cut
+        value_1, value_2, value_3 = select(is_selected, first[i], zero), select(is_selected, second[i], zero), select(is_selected, third[i], zero)
+        sign = select(value_1 + value_2 + value_3 < zero, -one, one)
+        agrees_1, agrees_2, agrees_3 = turn_sign(value_1, sign) > zero, turn_sign(value_2, sign) > zero, turn_sign(value_3, sign) > zero
+        total = zero + select(agrees_1, weight_1 * value_1, zero)
+        total = total + select(agrees_2, weight_2 * value_2, zero) + select(agrees_3, weight_3 * value_3, zero)
+        divisor = select(agrees_1, weight_1, zero) + select(agrees_2, weight_2, zero) + select(agrees_3, weight_3, zero)
+        merged[i] = base[i] + scale * (total / select(divisor == zero, one, divisor))

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mmerge.workers.kernels import TILE_ENTRIES, bytes_at, compiled, widen_at
+from mmerge.workers.kernels import TILE_ENTRIES, bytes_at, compiled, select, widen_at
 
 TOP_BITS = 15
 """Upper bits of a magnitude (31 bits): all that the difference of two bfloat16 values near each other has."""
@@ -14,9 +14,11 @@ NUM_TOPS = 1 << TOP_BITS
 NUM_LOWS = 32
 """Classes of the lower 16 bits: twice their upper 4 bits, plus 1 where one of the other 12 is set."""
 NUM_COPIES = 4
-"""Rows that take turns for class 0: many entries have the same magnitude, and an addition must wait for the one before it."""
-NUM_ROWS = NUM_COPIES + NUM_LOWS - 1
-"""Rows of a histogram, each of NUM_TOPS counters: class 0 several times, then every other class."""
+"""Counters that take turns for class 0: many entries have the same magnitude, and an addition must wait for the one before it."""
+NUM_COUNTERS = NUM_TOPS * (NUM_COPIES + NUM_LOWS)
+"""Counters of a histogram: those of class 0, the copies of a value side by side, then those of all classes, in ascending order.
+
+What is counted lies close together in either part, so that it stays in the caches."""
 
 
 @compiled
@@ -54,7 +56,7 @@ def count_magnitudes(inputs: Any, codes: Any, num_entries: int, histograms: Any,
 
     Args:
         inputs: int64, where the rows of bytes begin, base first.
-        histograms: uint32, (experts, NUM_ROWS * NUM_TOPS).
+        histograms: uint32, (experts, NUM_COUNTERS).
         ranges: uint32, (experts, 2): the smallest magnitude but 0, less 1, and the largest, as bits.
     """
     tiles = np.empty((2, TILE_ENTRIES), np.float32)
@@ -82,8 +84,10 @@ def count_tile(bits: Any, count: int, places: Any, histogram: Any, smallest_and_
     for i in range(count):
         word = np.uint32(bits[i] & np.uint32(0x7FFFFFFF))
         low = np.uint32((word >> np.uint32(11)) & np.uint32(0x1E)) | np.uint32((word & np.uint32(0xFFF)) != 0)
-        row = np.uint32(i & (NUM_COPIES - 1)) if low == 0 else np.uint32(low + np.uint32(NUM_COPIES - 1))
-        places[i] = np.uint32(row << np.uint32(TOP_BITS)) | np.uint32(word >> np.uint32(16))
+        top = np.uint32(word >> np.uint32(16))
+        of_zero = np.uint32(np.uint32(top * np.uint32(NUM_COPIES)) | np.uint32(i & (NUM_COPIES - 1)))
+        of_others = np.uint32(np.uint32(top * np.uint32(NUM_LOWS)) + np.uint32(low + np.uint32(NUM_COPIES * NUM_TOPS)))
+        places[i] = select(low == 0, of_zero, of_others)
     smallest_and_largest[0], smallest_and_largest[1] = smallest, largest
     for i in range(count):
         histogram[places[i]] += np.uint32(1)
@@ -125,18 +129,15 @@ def drain_histogram(histogram: Any, smallest: int, largest: int, bins: Any, coun
         first, last = (0, 0) if step == 0 else (max(smallest >> 16, 1), largest >> 16)
         for top in range(first, last + 1):
             total = 0
-            for copy in range(NUM_COPIES):
-                total += histogram[copy * NUM_TOPS + top]
-                histogram[copy * NUM_TOPS + top] = 0
-            if total:
-                bins[found] = top * NUM_LOWS
-                counts[found] = total
-                found += 1
-            for low in range(1, NUM_LOWS):
-                place = (NUM_COPIES - 1 + low) * NUM_TOPS + top
-                if histogram[place]:
+            for place in range(top * NUM_COPIES, (top + 1) * NUM_COPIES):
+                total += histogram[place]
+                histogram[place] = 0
+            classes = histogram[NUM_COPIES * NUM_TOPS + top * NUM_LOWS : NUM_COPIES * NUM_TOPS + (top + 1) * NUM_LOWS]
+            classes[0] = total
+            for low in range(NUM_LOWS):
+                if classes[low]:
                     bins[found] = top * NUM_LOWS + low
-                    counts[found] = histogram[place]
+                    counts[found] = classes[low]
                     found += 1
-                    histogram[place] = 0
+                    classes[low] = 0
     return found

@@ -9,6 +9,7 @@ from typing_extensions import override
 from mmerge.workers.histograms import NUM_LOWER, Histogram, MagnitudeCounter, find_top, to_lower
 from mmerge.workers.inputs import InputBlock
 from mmerge.workers.kernels_sce import count_variances_within, merge_sce, sum_selected
+from mmerge.workers.kernels_sums import NUM_COPIES
 from mmerge.workers.paths import FastPath, PathRequest, ReadBlocks
 from mmerge.workers.sums import NUM_SUM_BINS, to_sum
 
@@ -27,13 +28,13 @@ class ScePath(FastPath):
     def prepare(self, read_blocks: ReadBlocks) -> bool:
         if self._select_topk < 1 and not self._find_threshold(read_blocks):
             return False
-        sums = np.zeros((self._num_experts, NUM_SUM_BINS), np.int64)
+        sums = np.zeros((self._num_experts, NUM_COPIES * NUM_SUM_BINS), np.int64)
         for block in read_blocks():
             sum_selected(block.addresses, block.codes, block.num_entries, self._threshold, self._ties, sums)
         self._ties[1] = 0
         if sums[:, 255].any():
             return False
-        squares = [to_sum(row) for row in sums]
+        squares = [to_sum(row.reshape(NUM_COPIES, NUM_SUM_BINS).sum(axis=0)) for row in sums]
         total = sum(squares)
         self._weights[:] = [square / total if total else 1 / self._num_experts for square in squares]
         return True
