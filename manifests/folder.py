@@ -10,6 +10,7 @@ import errno
 import mmap
 import os
 import secrets
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -21,7 +22,9 @@ from mmerge.manifests.errors import AlreadyExists, StoreError
 PARTIAL_SUFFIX = ".partial"
 """Ending of a file that is being written; its name begins with a dot. No key has such a name."""
 BUFFER_BYTES = 4 << 20
-"""Bytes that go to the disk at once; a writer has two such buffers."""
+"""Bytes that go to the disk at once."""
+NUM_BUFFERS = 4
+"""Buffers of a writer: one is filled while the others are on their way, so that a disk that pauses stops nobody at once."""
 WRITING_THREADS = 4
 
 
@@ -87,11 +90,12 @@ class FolderWriter:
         self._partial = self._target.with_name(f".{self._target.name[:80]}.{secrets.token_hex(6)}{PARTIAL_SUFFIX}")
         self._descriptor = os.open(self._partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
         self._direct: int | None = None
-        self._buffers: list[mmap.mmap] = []
+        self._buffers: deque[mmap.mmap] = deque()
+        """The first is being filled."""
         self._filled = 0
         self._position = 0
         """Where in the file the current buffer begins."""
-        self._flushing: Future[None] | None = None
+        self._flushing: deque[Future[None]] = deque()
 
     def write(self, data: bytes | memoryview) -> None:
         """Append `data`; its memory may be used again when this returns."""
@@ -109,7 +113,7 @@ class FolderWriter:
     def close(self) -> None:
         """Give the file its name. Raises AlreadyExists when it must not be replaced and is there."""
         try:
-            self._wait()
+            self._wait(0)
             if self._filled:
                 with memoryview(self._buffers[0]) as view:
                     _write_all(self._descriptor, view[: self._filled], self._position)
@@ -128,13 +132,15 @@ class FolderWriter:
         _sync_folders(self._target.parent, self._root)
 
     def _flush(self) -> None:
-        """Hand the full buffer to the thread that writes, and go on with the other one."""
-        self._wait()
+        """Hand the full buffer to a thread that writes, and go on with the next one."""
         if self._position == 0:
             self._direct = _open_direct(self._partial)
-            self._buffers.append(mmap.mmap(-1, BUFFER_BYTES))
-        self._flushing = _writing_threads().submit(self._write_buffer, self._buffers[0], self._position)
-        self._buffers.reverse()
+        self._flushing.append(_writing_threads().submit(self._write_buffer, self._buffers[0], self._position))
+        if len(self._buffers) < NUM_BUFFERS:
+            self._buffers.appendleft(mmap.mmap(-1, BUFFER_BYTES))
+        else:
+            self._wait(NUM_BUFFERS - 1)
+            self._buffers.rotate(1)
         self._position += BUFFER_BYTES
         self._filled = 0
 
@@ -150,10 +156,10 @@ class FolderWriter:
             # The file system opens files so, but does not write them so.
             _write_all(self._descriptor, view, position)
 
-    def _wait(self) -> None:
-        flushing, self._flushing = self._flushing, None
-        if flushing is not None:
-            flushing.result()
+    def _wait(self, num_left: int) -> None:
+        """Wait until no more than so many buffers are on their way."""
+        while len(self._flushing) > num_left:
+            self._flushing.popleft().result()
 
     def _close_files(self) -> None:
         os.close(self._descriptor)
@@ -177,8 +183,9 @@ class FolderWriter:
 
     def abandon(self) -> None:
         """Forget what was written."""
-        with suppress(OSError):
-            self._wait()
+        while self._flushing:
+            with suppress(OSError):
+                self._wait(0)
         self._close_files()
         self._partial.unlink(missing_ok=True)
 
