@@ -107,7 +107,17 @@ def top_tile(values: Any, count: int, threshold: Any, ties: Any, flags: Any) -> 
 
 @compiled
 def locate_tile(
-    kind: int, values: Any, count: int, numbers: Any, key: Any, position: Any, ties: Any, scratch: Any, flags: Any, others: Any, located: Any
+    kind: int,
+    values: Any,
+    count: int,
+    numbers: Any,
+    key: Any,
+    position: Any,
+    ties: Any,
+    scratch: Any,
+    flags: Any,
+    others: Any,
+    located: Any,
 ) -> None:
     """Write a tile of one task vector to `located`, 0 where it is not located, and the rest rescaled.
 

@@ -189,7 +189,11 @@ def erase_three(deltas: Any, weights: Any, variance: Any, cut: Any, scale: Any, 
     weight_1, weight_2, weight_3 = weights[0], weights[1], weights[2]
     for i in range(count):
         is_selected = variance[i] >= cut
-        value_1, value_2, value_3 = select(is_selected, first[i], zero), select(is_selected, second[i], zero), select(is_selected, third[i], zero)
+        value_1, value_2, value_3 = (
+            select(is_selected, first[i], zero),
+            select(is_selected, second[i], zero),
+            select(is_selected, third[i], zero),
+        )
         sign = select(value_1 + value_2 + value_3 < zero, -one, one)
         agrees_1, agrees_2, agrees_3 = turn_sign(value_1, sign) > zero, turn_sign(value_2, sign) > zero, turn_sign(value_3, sign) > zero
         total = zero + select(agrees_1, weight_1 * value_1, zero)
