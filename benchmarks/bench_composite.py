@@ -12,34 +12,39 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from blake3 import blake3
 from checkpoints import SHAPES as BUILD_SHAPES
 from checkpoints import Shape, make_checkpoints
 from measure import touch_free_memory
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from mmerge.pipeline import Composite, load_composite, make_plan, read_recipe, run
-from mmerge.workers.fetch import READ_THREADS
 from mmerge.workers.reader import BuildReader
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_EXPERTS = 3
 SHAPES = {**BUILD_SHAPES, "1.1b-2layers": Shape(2048, 5632, 2, 32, 4, vocabulary=2000)}
 """Two layers are enough for ratios of prefill and decoding: they are the same in each."""
+LOADS = [f"{method}.{state}" for method in ("mmer", "linear") for state in ("warm", "cold")]
+LARGE_PAGE_BYTES = 2 << 20
 
 
 def main() -> None:
@@ -52,6 +57,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "bench")
     parser.add_argument("--only", nargs="*", default=["load", "speed", "memory"])
+    parser.add_argument("--load", nargs="*", choices=LOADS, default=LOADS, help="what is loaded, from which files")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -59,8 +65,8 @@ def main() -> None:
     stores = build(options.folder, options.shape)
     dtype = getattr(torch, options.dtype)
     found: dict[str, Any] = {"shape": options.shape, "dtype": options.dtype, "threads": options.threads, "machine": platform.processor()}
-    if "load" in options.only:
-        found |= measure_loading(stores, options.folder / options.shape, options.rounds)
+    for method, state in (each.split(".") for each in options.load if "load" in options.only):
+        found |= measure_loading(stores[method], method, state, options.folder / options.shape, options.rounds)
     if "speed" in options.only:
         found |= measure_speed(stores["mmer"], options.folder / options.shape / "base", dtype, options.tokens, options.rounds)
     if "memory" in options.only:
@@ -154,52 +160,75 @@ def drop_from_cache(folder: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure_loading(stores: dict[str, str], folder: Path, rounds: int) -> dict[str, float]:
-    """Loading against reading the same ranges, alone and with their digests, and against transformers for a plain checkpoint."""
-    found: dict[str, float] = {}
-    for method, uri in stores.items():
-        reader = BuildReader(uri)
-        rows = [row for rows in reader._rows.values() for row in rows]
+def fresh_memory(num_bytes: int, *, large_pages: bool) -> Any:
+    """Return memory that the process never touched, uint8 [num_bytes], in ordinary pages or (as the loader's) in large ones."""
+    mapped = mmap.mmap(-1, num_bytes + LARGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if large_pages and num_bytes >= 2 * LARGE_PAGE_BYTES:
+        mapped.madvise(mmap.MADV_HUGEPAGE)
+    raw = np.frombuffer(mapped, np.uint8)
+    start = -raw.ctypes.data % LARGE_PAGE_BYTES
+    return raw[start : start + num_bytes]
 
-        def read(row: Any, uri: str = uri) -> torch.Tensor:
-            # Into memory of the destination, which must be faulted in as the model's must: not into a buffer that is used again.
-            target = torch.empty(row.num_bytes, dtype=torch.uint8)
-            with (Path(uri) / row.object).open("rb", buffering=0) as file:
-                file.seek(row.offset)
-                file.readinto(target.numpy())  # type: ignore[attr-defined]
-            return target
 
-        def read_and_digest(row: Any, read: Callable[[Any], torch.Tensor] = read) -> torch.Tensor:
-            target = read(row)
-            blake3(target.numpy()).hexdigest()
-            return target
+def read_raw(uri: str, rows: Sequence[Any], *, num_threads: int, large_pages: bool, digest: bool = False) -> list[Any]:
+    """Read byte ranges of a local store, each by one `readv` into fresh memory, with their digests if asked."""
 
-        def read_all(action: Callable[[Any], Any], rows: list[Any] = rows) -> list[Any]:
-            with ThreadPoolExecutor(READ_THREADS) as pool:
-                return list(pool.map(action, rows))
+    def read(row: Any) -> Any:
+        target = fresh_memory(row.num_bytes, large_pages=large_pages)
+        with (Path(uri) / row.object).open("rb", buffering=0) as file:
+            done = 0
+            step = 1 << 20 if digest else row.num_bytes
+            hasher = blake3()
+            while done < row.num_bytes:
+                block = target[done : done + step]
+                count = os.preadv(file.fileno(), [block], row.offset + done)
+                if digest:
+                    hasher.update(block[:count].data)
+                done += count
+        return target
 
-        actions: list[Callable[[], Any]] = [
-            lambda read_all=read_all, read=read: read_all(read),
-            lambda read_all=read_all, digest=read_and_digest: read_all(digest),
-            lambda uri=uri: load_composite(uri),
-        ]
-        if method == "linear":
-            actions.append(lambda: AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16))
-        for state in ("warm", "cold"):
-            folders = [Path(uri), folder / "base"] if state == "cold" else []
-            num_bytes = sum(row.num_bytes for row in rows)
+    with ThreadPoolExecutor(num_threads) as pool:
+        return list(pool.map(read, rows))
 
-            def prepare(folders: list[Path] = folders, num_bytes: int = num_bytes) -> None:
-                for each in folders:
-                    drop_from_cache(each)
-                touch_free_memory(2 * num_bytes)  # for each side alike
 
-            times = least(rounds, *actions, before=prepare)
-            found[f"load.{method}.bytes"] = float(num_bytes)
-            found |= compare(f"load.{method}.{state}.to_raw", times[2], times[0])
-            found |= compare(f"load.{method}.{state}.to_raw_with_digests", times[2], times[1])
-            if method == "linear":
-                found |= compare(f"load.{method}.{state}.to_transformers", times[2], times[3])
+def load_plain(folder: Path) -> dict[str, Any]:
+    """Read a checkpoint with safetensors into memory of its own: what `load_file` returns lies in mapped files, not read yet."""
+    return {name: tensor.clone() for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def measure_loading(uri: str, method: str, state: str, folder: Path, rounds: int) -> dict[str, float]:
+    """Loading against reading the same ranges, and against safetensors and transformers for a plain checkpoint.
+
+    The raw side reads into fresh memory, as the model's is: in ordinary pages, what a plain read gets, and in large ones, which the
+    loader asks for; each with 1, 2 and 4 threads, of which the best counts.
+    """
+    rows = [row for rows in BuildReader(uri)._rows.values() for row in rows]
+    num_bytes = sum(row.num_bytes for row in rows)
+    folders = [Path(uri), folder / "base"] if state == "cold" else []
+    actions: dict[str, Callable[[], Any]] = {"ours": lambda: load_composite(uri)}
+    for threads in (1, 2, 4):
+        for large_pages in (False, True):
+            name = f"{'large' if large_pages else 'ordinary'} pages, {threads} threads"
+            actions[name] = partial(read_raw, uri, rows, num_threads=threads, large_pages=large_pages)
+    actions["with digests, large pages, 2 threads"] = partial(read_raw, uri, rows, num_threads=2, large_pages=True, digest=True)
+    if method == "linear":
+        actions["safetensors"] = lambda: load_plain(folder / "base")
+        actions["transformers"] = lambda: AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
+
+    def prepare() -> None:
+        for each in folders:
+            drop_from_cache(each)
+        touch_free_memory(round(1.2 * num_bytes))  # for each side alike
+
+    times = dict(zip(actions, least(rounds, *actions.values(), before=prepare), strict=True))
+    found = {f"load.{method}.bytes": float(num_bytes)}
+    for pages in ("ordinary", "large"):
+        best = min((each for name, each in times.items() if name.startswith(pages)), key=lambda each: each.wall)
+        key = f"load.{method}.{state}.to_raw" + ("" if pages == "ordinary" else "_in_large_pages")
+        found |= compare(key, times["ours"], best)
+    for name, key in (("with digests, large pages, 2 threads", "raw_with_digests"), ("safetensors",) * 2, ("transformers",) * 2):
+        if name in times:
+            found |= compare(f"load.{method}.{state}.to_{key}", times["ours"], times[name])
     return found
 
 

@@ -32,12 +32,18 @@ def touch_free_memory(num_bytes: int) -> None:
     """Write to so many bytes of memory and give them back: what runs next then gets pages that the machine really has.
 
     A virtual machine hands memory that is free for some seconds back to its host; the first write to it afterwards was seen
-    to take ten times as long, and would be counted as the writing of the output.
+    to take ten times as long, and would be counted as the writing of the output. The system gives ordinary and large pages from
+    different parts of its memory: both are touched, at once, so that they are different ones.
     """
-    with mmap.mmap(-1, num_bytes) as memory:
+    memories = [mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(2)]
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memories[0].madvise(mmap.MADV_HUGEPAGE)
+    for memory in memories:
         view = np.frombuffer(memory, np.uint8)
         view[:: mmap.PAGESIZE] = 1
         del view
+    for memory in reversed(memories):
+        memory.close()
 
 
 def measure(command: Sequence[str], *, environment: Mapping[str, str] | None = None, log: Path) -> Measured:

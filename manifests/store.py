@@ -27,7 +27,7 @@ from mmerge.manifests.ahead import CHUNK_BYTES, PART_BYTES, ForwardReader, OnPar
 from mmerge.manifests.connect import make_client, read_limits, scheme_of
 from mmerge.manifests.errors import NotFound, StoreError, StoreUnavailable
 from mmerge.manifests.folder import Folder, is_partial
-from mmerge.manifests.mapped import read_mapped
+from mmerge.manifests.local import read_local
 from mmerge.manifests.translate import Translated, first_line
 from mmerge.manifests.writer import ObjectWriter
 
@@ -132,18 +132,27 @@ class Store:
 
         return self._retry(key, read_once)
 
-    def read_blocks(self, key: str, *, offset: int, num_bytes: int, block_bytes: int) -> Iterator[memoryview]:
-        """Yield the bytes of `read_range` in blocks, to be read from while each is the current one: of a local file without a copy.
+    def read_blocks(
+        self, key: str, *, offset: int, num_bytes: int, block_bytes: int, into: NDArray[np.uint8] | None = None
+    ) -> Iterator[NDArray[np.uint8]]:
+        """Yield the bytes of `read_range` in blocks, to be read from while each is the current one.
+
+        With `into`, uint8 [num_bytes], the blocks lie there one behind the other and stay. A local file is read block by block as they
+        are asked for, so that whoever reads a block finds it in a cache.
 
         Raises NotFound, StoreError when the object is shorter or cannot be read.
         """
         if self._folder is None:
-            data = self.read_range(key, offset=offset, num_bytes=num_bytes)
-            yield from (data[start : start + block_bytes] for start in range(0, num_bytes, block_bytes))
+            whole = np.frombuffer(self.read_range(key, offset=offset, num_bytes=num_bytes), np.uint8)
+            for start in range(0, num_bytes, block_bytes):
+                block = whole[start : start + block_bytes]
+                if into is not None:
+                    np.copyto(into[start : start + block_bytes], block)
+                yield block
             return
         with self.translated(key):
             path = self._folder.place(check_key(key))
-            blocks = read_mapped(path, offset=offset, num_bytes=num_bytes, block_bytes=block_bytes) if num_bytes else iter(())
+            blocks = read_local(path, offset=offset, num_bytes=num_bytes, block_bytes=block_bytes, into=into)
         while True:
             try:
                 with self.translated(key):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +12,7 @@ from typing import Literal, TypeVar
 
 import torch
 
+from mmerge.manifests.store import Store
 from mmerge.workers.division import Division, Part
 from mmerge.workers.masks import pack_mask, pack_rows, unpack_rows
 from mmerge.workers.ranks import Ranks
@@ -20,7 +22,10 @@ from mmerge.workers.routing import Policy
 
 WINDOW_BYTES = 256 << 20
 """Stored bytes that are read ahead of what is being placed: host memory beside the model, or one tensor if that is larger."""
-READ_THREADS = 4
+LOCAL_THREADS = 8
+"""Threads that read a local store, if there are so many cores: each copies, digests and forms, so that more would only take turns."""
+REMOTE_THREADS = 4
+"""Threads that read over a network, where they wait; a range of some size is several requests already (manifests/ahead.py)."""
 
 _Result = TypeVar("_Result")
 Kind = Literal["plain", "matrix", "bias"]
@@ -197,8 +202,16 @@ def share_out(sizes: Sequence[int], *, num_ranks: int, taken: Sequence[int] = ()
     return owners
 
 
+def read_threads(store: Store) -> int:
+    """Return how many threads of this process read a build from a store; the ranks of one node share its cores."""
+    if store.is_remote:
+        return REMOTE_THREADS
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(LOCAL_THREADS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
 def read_ahead(
-    items: Sequence[Item], read: Callable[[Item], _Result], *, window_bytes: int = WINDOW_BYTES, num_threads: int = READ_THREADS
+    items: Sequence[Item], read: Callable[[Item], _Result], *, num_threads: int, window_bytes: int = WINDOW_BYTES
 ) -> Iterator[_Result]:
     """Yield `read(item)` in order; threads read ahead, at most `window_bytes` of stored bytes, or one item."""
     waiting: deque[tuple[Item, Future[_Result]]] = deque()

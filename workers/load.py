@@ -15,7 +15,7 @@ from mmerge.manifests.manifest import FileEntry, read_file
 from mmerge.workers.composite import Composite, LoadReport
 from mmerge.workers.division import Division
 from mmerge.workers.encoders import Encoder, RankEncoder, load_encoder
-from mmerge.workers.fetch import Fetcher, Item, deliver, read_ahead, share_out
+from mmerge.workers.fetch import Fetcher, Item, deliver, read_ahead, read_threads, share_out
 from mmerge.workers.host_memory import resident_bytes
 from mmerge.workers.load_adapters import route_adapters
 from mmerge.workers.media import load_tokenizer, make_config, make_model
@@ -197,7 +197,7 @@ class _Loader:
         owners = share_out([item.num_bytes for item in items], num_ranks=self.ranks.num_ranks, taken=taken)
         own = [item for item, owner in zip(items, owners, strict=True) if owner == self.ranks.rank]
         total, done = sum(item.num_bytes for item in own), 0
-        ready = read_ahead(own, self._read)
+        ready = read_ahead(own, self._read, num_threads=read_threads(self.reader.store))
         for item, owner in zip(items, owners, strict=True):
             whole = next(ready) if owner == self.ranks.rank else None
             parts = deliver(item, whole, ranks=self.ranks, owner=owner, division=division)

@@ -9,6 +9,7 @@ from threading import Lock
 import numpy as np
 import torch
 from blake3 import blake3
+from numpy.typing import NDArray
 
 from mmerge.manifests.entry import Role
 from mmerge.manifests.errors import DamagedObject, ManifestError, NotFound, StoreError, StoreUnavailable
@@ -18,7 +19,8 @@ from mmerge.manifests.reference import open_build
 from mmerge.manifests.store import Store
 from mmerge.manifests.table import StoredRow, read_table
 from mmerge.manifests.verify import group_rows
-from mmerge.workers.dtypes import TORCH_DTYPES
+from mmerge.workers.dtypes import TORCH_DTYPES, to_bytes
+from mmerge.workers.formed_read import read_formed
 from mmerge.workers.host_memory import empty_host
 from mmerge.workers.kernels_form import can_form, form
 from mmerge.workers.low_rank import LowRank, add_adapters
@@ -26,7 +28,7 @@ from mmerge.workers.masks import pack_mask, pack_rows, unpack_mask
 
 HEAD_NAME = "lm_head.weight"
 BLOCK_BYTES = 1 << 20
-"""Bytes that are digested and copied at once: the copy finds them in a cache."""
+"""Bytes that are read and digested at once: the digest finds them in a cache."""
 
 
 class BuildReader:
@@ -98,12 +100,10 @@ class BuildReader:
         """Return one stored tensor. Raises DamagedObject when its bytes are not what the manifest says."""
         rows = self._pieces(name, role, expert)
         out = empty_host(self.shape(name, role, expert), TORCH_DTYPES[rows[0].dtype])
-        raw, start = out.reshape(-1).view(torch.uint8).numpy() if out.numel() else None, 0
+        raw, start = np.frombuffer(to_bytes(out), np.uint8), 0
         for row in rows:
-            for block in self.read_blocks(row, block_bytes=BLOCK_BYTES):
-                assert raw is not None
-                np.copyto(raw[start : start + len(block)], np.frombuffer(block, np.uint8))  # memoryviews would hold the lock
-                start += len(block)
+            self.read_into(row, raw[start : start + row.num_bytes])
+            start += row.num_bytes
         return out
 
     def rescaler(self, expert: str) -> float:
@@ -165,14 +165,18 @@ class BuildReader:
         """Return a tensor as one expert has it, or as text tokens of all of them have it."""
         if self.has(name, "merged"):
             return self.read(name, "merged")
-        base = self.read(name, "base")
-        if self.manifest.kind == "adapters" and (defaults := self.read_defaults(name, expert)):
-            return add_adapters(base, defaults, dtype=self.dtype)
         if not self.has(name, "delta"):
+            base = self.read(name, "base")
+            if self.manifest.kind == "adapters" and (defaults := self.read_defaults(name, expert)):
+                return add_adapters(base, defaults, dtype=self.dtype)
             return base.to(self.dtype) if base.is_floating_point() else base
         experts = [expert] if expert else self.expert_names
+        rescalers = [self.rescaler(each) for each in experts]
+        formed = read_formed(self, self.masked_pieces(name, experts), dtype=self.dtype, factors=rescalers)
+        if formed is not None:
+            return formed.values
         masks = [self.read_packed_mask(name, each) for each in experts]
-        return combine(base, self.read(name, "delta"), masks, dtype=self.dtype, rescalers=[self.rescaler(each) for each in experts])
+        return combine(self.read(name, "base"), self.read(name, "delta"), masks, dtype=self.dtype, rescalers=rescalers)
 
     def _pieces(self, name: str, role: Role, expert: str) -> list[StoredRow]:
         rows = self._rows.get((role, expert, name))
@@ -181,26 +185,31 @@ class BuildReader:
         return rows
 
     def _read_packed(self, row: StoredRow) -> torch.Tensor:
-        out, start = torch.empty(row.num_bytes, dtype=torch.uint8), 0
-        for block in self.read_blocks(row, block_bytes=BLOCK_BYTES):
-            np.copyto(out.numpy()[start : start + len(block)], np.frombuffer(block, np.uint8))
-            start += len(block)
+        out = empty_host((row.num_bytes,), torch.uint8)
+        self.read_into(row, out.numpy())
         return out
 
-    def pieces(self, name: str, role: Role, expert: str = "") -> Sequence[StoredRow]:
-        """Return where the pieces of a tensor lie, in order."""
-        return self._pieces(name, role, expert)
+    def masked_pieces(self, name: str, experts: Sequence[str] = ()) -> list[Sequence[StoredRow]]:
+        """Return where the pieces of θ₀, of τ⋆ and of each expert's mask lie, of all experts if none are named."""
+        masks = [self._pieces(name, "mask", expert) for expert in experts or self.expert_names]
+        return [self._pieces(name, "base", ""), self._pieces(name, "delta", ""), *masks]
 
-    def read_blocks(self, row: StoredRow, *, block_bytes: int) -> Iterator[memoryview]:
-        """Yield the bytes of a piece in blocks, each to be read from while it is the current one.
+    def read_into(self, row: StoredRow, into: NDArray[np.uint8]) -> None:
+        """Read a piece to `into`, uint8 [row.num_bytes]. Raises DamagedObject when its bytes are not what the manifest says."""
+        for _ in self.read_blocks(row, block_bytes=BLOCK_BYTES, into=into):
+            pass  # each block is digested while it lies in a cache
+
+    def read_blocks(self, row: StoredRow, *, block_bytes: int, into: NDArray[np.uint8] | None = None) -> Iterator[NDArray[np.uint8]]:
+        """Yield the bytes of a piece in blocks, as `Store.read_blocks` does.
 
         Raises DamagedObject, behind the last block where the digest is not the manifest's: what was made of the blocks is then void.
         """
         digest = blake3()
         try:
             self._check_object(row.object)
-            for block in self.store.read_blocks(row.object, offset=row.offset, num_bytes=row.num_bytes, block_bytes=block_bytes):
-                digest.update(block)
+            blocks = self.store.read_blocks(row.object, offset=row.offset, num_bytes=row.num_bytes, block_bytes=block_bytes, into=into)
+            for block in blocks:
+                digest.update(block.data)
                 yield block
         except NotFound as error:
             raise DamagedObject(

@@ -27,19 +27,27 @@ def find_text_class(text: Any, *, owner: str) -> Any:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Make parameters without memory inside; buffers (the rotary frequencies, which no checkpoint holds) are computed."""
-    register = nn.Module.register_parameter
+    """Make parameters without memory or values inside; buffers (the rotary frequencies, which no checkpoint holds) are computed.
+
+    Drawing first values of parameters that have no memory would still take milliseconds per layer.
+    """
+    register, init_weights = nn.Module.register_parameter, transformers.PreTrainedModel.init_weights
 
     def register_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         is_new = param is not None and not param.is_meta  # tied ones must stay the same object
         register(module, name, nn.Parameter(param.to("meta"), requires_grad=False) if is_new and param is not None else param)
 
+    def tie_alone(model: transformers.PreTrainedModel) -> None:
+        model.tie_weights()
+
     with _meta_lock:
         nn.Module.register_parameter = register_meta  # type: ignore[method-assign, assignment]
+        transformers.PreTrainedModel.init_weights = tie_alone
         try:
             yield
         finally:
             nn.Module.register_parameter = register  # type: ignore[method-assign]
+            transformers.PreTrainedModel.init_weights = init_weights
 
 
 def make_skeleton(text: Any, *, dtype: torch.dtype, owner: str) -> Any:
