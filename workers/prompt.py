@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import os
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,9 +120,11 @@ def read_sound(value: Any, *, sampling_rate: int, given_rate: int | None = None)
         if not Path(value).is_file():
             raise PromptError(f"{value}: no such sound file")
         try:
-            samples, given_rate = soundfile.read(value, dtype="float32", always_2d=True)
+            with _without_warnings():
+                samples, given_rate = soundfile.read(value, dtype="float32", always_2d=True)
         except (soundfile.LibsndfileError, RuntimeError, ValueError) as error:
-            raise PromptError(f"{value}: cannot be read as a sound ({error}). Give a WAV, FLAC, OGG or MP3 file") from error
+            reason = "the decoder finds no sound in it" if "does not exist" in str(error) else str(error)  # the library's word for any MP3
+            raise PromptError(f"{value}: cannot be read as a sound ({reason}). Give a WAV, FLAC, OGG or MP3 file") from error
         _check_whole(Path(value))
         samples = samples.mean(axis=1)
     else:
@@ -141,17 +146,48 @@ def read_sound(value: Any, *, sampling_rate: int, given_rate: int | None = None)
 
 
 def _check_whole(path: Path) -> None:
-    """Raise PromptError for a WAV file that is shorter than its header says: the library would read what is left, silently."""
+    """Raise PromptError for a WAV or MP3 file that is shorter than its header says: the library would read what is left, silently."""
     try:
         with path.open("rb") as file:
-            head = file.read(8)
+            head = file.read(10)
+            start = 10 + sum(byte << 7 * (3 - place) for place, byte in enumerate(head[6:])) if head[:3] == b"ID3" else 0
+            file.seek(start)
+            wanted = start + _mp3_bytes(file.read(64))
         size = path.stat().st_size
     except OSError as error:
         raise PromptError(f"{path}: cannot be read as a sound ({error.strerror})") from error
-    wanted = int.from_bytes(head[4:], "little") + 8
-    is_stream = head[4:] in (b"\0\0\0\0", b"\xff\xff\xff\xff")  # written to a pipe: the length was not known
-    if head[:4] == b"RIFF" and not is_stream and wanted > size + 1:  # some writers leave the last padding byte out
+    is_stream = head[4:8] in (b"\0\0\0\0", b"\xff\xff\xff\xff")  # written to a pipe: the length was not known
+    if head[:4] == b"RIFF" and not is_stream:
+        wanted = int.from_bytes(head[4:8], "little") + 8
+    if wanted > size + 1:  # some writers leave the last padding byte out
         raise PromptError(f"{path}: is cut short: {size:,} bytes, its header says {wanted:,}. Give the whole file")
+
+
+def _mp3_bytes(frame: bytes) -> int:
+    """Return how long an MP3 stream is by the tag that encoders write into its first frame ("Xing" or "Info"), 0 where there is none."""
+    if len(frame) < 2 or frame[0] != 0xFF or frame[1] & 0xE0 != 0xE0:
+        return 0
+    tag = max(frame.find(b"Xing"), frame.find(b"Info"))
+    flags = int.from_bytes(frame[tag + 4 : tag + 8], "big")
+    if tag < 0 or not flags & 2:
+        return 0
+    at = tag + 8 + (4 if flags & 1 else 0)  # the number of frames comes first, where it is given
+    return int.from_bytes(frame[at : at + 4], "big")
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Keep what a decoder's own code prints out of the program's output: what is wrong with the file is said once, by the error."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def read_video(value: Any) -> NDArray[np.uint8]:

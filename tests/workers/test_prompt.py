@@ -84,6 +84,27 @@ def test_a_sound_that_is_cut_short_is_refused_and_one_of_unknown_length_is_read(
     assert len(read_sound(path, sampling_rate=16000)) == 1600
 
 
+@pytest.mark.parametrize("ahead", [b"", b"ID3\x04\0\0\0\0\x01\x02" + b"\xff\xfeInfo".ljust(130, b"\xff")])
+def test_an_mp3_that_is_cut_short_is_refused(tmp_path: Path, ahead: bytes) -> None:
+    path = tmp_path / "cut.mp3"
+    soundfile.write(path, np.sin(np.arange(16000) * 0.1).astype(np.float32), 16000)
+    data = ahead + path.read_bytes()
+    path.write_bytes(data)
+    assert len(read_sound(path, sampling_rate=16000)) == 16000
+    path.write_bytes(data[: len(ahead) + (len(data) - len(ahead)) // 2])
+    with pytest.raises(PromptError, match=rf"cut.mp3: is cut short: [\d,]+ bytes, its header says {len(data):,}"):
+        read_sound(path, sampling_rate=16000)
+
+
+def test_what_a_decoder_prints_about_a_broken_sound_is_not_added_to_the_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "broken.mp3"
+    soundfile.write(path, np.sin(np.arange(16000) * 0.1).astype(np.float32), 16000)
+    path.write_bytes(path.read_bytes()[:10] + bytes(range(1, 255)) * 10)
+    with pytest.raises(PromptError, match=r"broken.mp3: cannot be read as a sound \(the decoder finds no sound in it\)\. Give a WAV"):
+        read_sound(path, sampling_rate=16000)
+    assert capfd.readouterr().err == ""
+
+
 def test_a_video_without_frames_is_refused() -> None:
     with pytest.raises(PromptError, match="no frames"):
         read_video(np.zeros((0, 4, 4, 3), np.uint8))
