@@ -156,12 +156,12 @@ class Store:
         while True:
             try:
                 with self.translated(key):
-                    block = next(blocks, None)
+                    found: NDArray[np.uint8] | None = next(blocks, None)
             except EOFError as end:
                 raise StoreError(f"{self.uri}: {key}: asked for bytes {offset} to {offset + num_bytes}, it ends at {end}") from None
-            if block is None:
+            if found is None:
                 return
-            yield block
+            yield found
 
     def read_forward(self, key: str, *, offset: int, num_bytes: int, start: int, stop: int) -> memoryview:
         """Like `read_range`, for a reader that goes through bytes `start` to `stop` in order: the next ones are fetched meanwhile.
