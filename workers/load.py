@@ -58,9 +58,10 @@ def load_composite(
     Raises:
         ManifestError, StoreError: the build is missing or damaged, or has no such expert.
         CheckpointError: transformers does not know the models.
-        PlacementError: it cannot be divided as asked.
+        PlacementError: it cannot be divided as asked, or there is no such device.
         RankLost: another rank ended.
     """
+    check_device(device)
     reader = BuildReader(uri)
     if mode == "retention":
         if expert is None:
@@ -74,6 +75,20 @@ def load_composite(
     except Exception:
         ranks.close(wait=False)  # the others learn at once that this rank is gone
         raise
+
+
+def check_device(device: str) -> None:
+    """Raise PlacementError where this process has no device of that name."""
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise PlacementError(f"device {device!r}: torch knows no such device. Take cpu, cuda or cuda:1") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise PlacementError(f"device {device!r}: torch finds no CUDA GPU in this process. Take --device cpu, or a machine that has one")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise PlacementError(
+            f"device {device!r}: this process has {torch.cuda.device_count()} CUDA GPUs, numbered from 0. Take one of them"
+        )
 
 
 def _open_ranks(placement: Placement | None, device: str, *, given: Ranks | None) -> Ranks:
