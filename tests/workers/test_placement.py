@@ -138,7 +138,7 @@ def test_a_matrix_that_nobody_knows_how_to_cut_is_refused_by_name(lab_store: str
 
 
 def test_a_device_that_is_not_there_is_refused_before_anything_is_read() -> None:
-    with pytest.raises(PlacementError, match="device 'banana': torch knows no such device. Take cpu, cuda or cuda:1"):
+    with pytest.raises(PlacementError, match=r"device 'banana': torch knows no such device. Take cpu, cuda or cuda:1"):
         load_composite("nowhere", device="banana")
     number = torch.cuda.device_count()
     message = "has .* numbered from 0" if number else "finds no CUDA GPU in this process. Take --device cpu"
