@@ -218,7 +218,7 @@ def measure_loading(uri: str, method: str, state: str, folder: Path, rounds: int
     def prepare() -> None:
         for each in folders:
             drop_from_cache(each)
-        touch_free_memory(round(1.2 * num_bytes))  # for each side alike
+        touch_free_memory(round(1.2 * num_bytes), large_pages=True)  # for each side alike
 
     times = dict(zip(actions, least(rounds, *actions.values(), before=prepare), strict=True))
     found = {f"load.{method}.bytes": float(num_bytes)}

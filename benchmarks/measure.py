@@ -28,15 +28,15 @@ class Measured:
     """The same without pages of files."""
 
 
-def touch_free_memory(num_bytes: int) -> None:
+def touch_free_memory(num_bytes: int, *, large_pages: bool = False) -> None:
     """Write to so many bytes of memory and give them back: what runs next then gets pages that the machine really has.
 
     A virtual machine hands memory that is free for some seconds back to its host; the first write to it afterwards was seen
     to take ten times as long, and would be counted as the writing of the output. The system gives ordinary and large pages from
-    different parts of its memory: both are touched, at once, so that they are different ones.
+    different parts of its memory: with `large_pages` so many bytes of both are touched, at once, so that they are different ones.
     """
-    memories = [mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(2)]
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    memories = [mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(1 + large_pages)]
+    if large_pages and hasattr(mmap, "MADV_HUGEPAGE"):
         memories[0].madvise(mmap.MADV_HUGEPAGE)
     for memory in memories:
         view = np.frombuffer(memory, np.uint8)
