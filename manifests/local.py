@@ -64,11 +64,13 @@ def _take_room(num_bytes: int) -> NDArray[np.uint8]:
         room = _rooms.pop()
         if len(room) >= num_bytes:
             return room
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return np.empty(num_bytes, np.uint8)
     num_bytes = max(num_bytes, ROOM_BYTES)
-    mapped = mmap.mmap(-1, num_bytes + ROOM_BYTES)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):
-            mapped.madvise(mmap.MADV_HUGEPAGE)
+    # Private: shared memory gets no large pages.
+    mapped = mmap.mmap(-1, num_bytes + ROOM_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):
+        mapped.madvise(mmap.MADV_HUGEPAGE)
     room = np.frombuffer(mapped, np.uint8)
     start = -room.ctypes.data % ROOM_BYTES
     return room[start : start + num_bytes]

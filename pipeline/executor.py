@@ -19,8 +19,9 @@ from mmerge.pipeline.dispatch import Attempt, Event, Policy, Resources, dispatch
 from mmerge.pipeline.dispatch import Outcome as Outcome
 from mmerge.pipeline.memory import PROCESS_BYTES
 from mmerge.pipeline.processes import ProcessExecutor
-from mmerge.pipeline.threads import num_cores, run_in_threads
+from mmerge.pipeline.threads import run_in_threads
 from mmerge.workers.task import Task
+from mmerge.workers.threads import num_cores
 
 ExecutorName = Literal["ray", "processes", "serial"]
 

@@ -13,9 +13,10 @@ from mmerge.manifests.errors import MmergeError, StoreError
 from mmerge.manifests.store import was_any_opened
 from mmerge.pipeline.dispatch import Outcome
 from mmerge.pipeline.memory import PROCESS_BYTES
-from mmerge.pipeline.threads import num_cores, run_in_pool
+from mmerge.pipeline.threads import run_in_pool
 from mmerge.workers.begin import begin_process
 from mmerge.workers.task import Task
+from mmerge.workers.threads import num_cores
 
 
 class ProcessExecutor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
@@ -12,11 +11,6 @@ from mmerge.pipeline.dispatch import Outcome
 from mmerge.workers.lazy_torch import torch_is_loaded
 from mmerge.workers.run_task import run_task
 from mmerge.workers.task import Task, TaskResult
-
-
-def num_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_in_threads(tasks: Sequence[Task], store_uri: str, *, num_threads: int, memory_bytes: int | None) -> Iterator[Outcome]:

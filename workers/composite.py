@@ -32,7 +32,7 @@ class LoadReport:
     start_bytes: int = 0
     """Resident memory of the process before the first weight was read (Python, torch, transformers); 0 where the system does not say."""
     peak_bytes: int = 0
-    """Most that was resident until it was loaded (VmHWM): pages of mapped files count while they are being read."""
+    """Most that was resident until it was loaded (VmHWM)."""
 
 
 class Composite:

@@ -19,6 +19,7 @@ from mmerge.workers.ranks import Ranks
 from mmerge.workers.reader import HEAD_NAME, BuildReader
 from mmerge.workers.routed_read import read_routed
 from mmerge.workers.routing import Policy
+from mmerge.workers.threads import num_cores
 
 WINDOW_BYTES = 256 << 20
 """Stored bytes that are read ahead of what is being placed: host memory beside the model, or one tensor if that is larger."""
@@ -206,8 +207,7 @@ def read_threads(store: Store) -> int:
     """Return how many threads of this process read a build from a store; the ranks of one node share its cores."""
     if store.is_remote:
         return REMOTE_THREADS
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(LOCAL_THREADS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return max(1, min(LOCAL_THREADS, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def read_ahead(

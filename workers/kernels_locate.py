@@ -107,18 +107,8 @@ def top_tile(values: Any, count: int, threshold: Any, ties: Any, flags: Any) -> 
 
 @compiled
 def locate_tile(
-    kind: int,
-    values: Any,
-    count: int,
-    numbers: Any,
-    key: Any,
-    position: Any,
-    ties: Any,
-    scratch: Any,
-    flags: Any,
-    others: Any,
-    located: Any,
-) -> None:
+    kind: int, values: Any, count: int, numbers: Any, key: Any, position: Any, ties: Any, scratch: Any, flags: Any, others: Any, located: Any,
+) -> None:  # fmt: skip
     """Write a tile of one task vector to `located`, 0 where it is not located, and the rest rescaled.
 
     From one array to another: what stays where it was would be stored under a mask, which some processors do entry by entry.

@@ -1,13 +1,19 @@
-"""Threads of a task: one, so that results do not depend on how many cores a machine has."""
+"""Cores of a machine, and threads of a task: one, so that results do not depend on how many cores there are."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from mmerge.workers.lazy_torch import torch_is_loaded
+
+
+def num_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
