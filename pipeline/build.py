@@ -28,20 +28,21 @@ from mmerge.manifests.reference import Reference, write_reference
 from mmerge.manifests.store import open_store
 from mmerge.manifests.table import make_table
 from mmerge.pipeline.executor import Executor, SerialExecutor
+from mmerge.pipeline.flow import Flow
 from mmerge.pipeline.inputs import add_inputs, describe_inputs
-from mmerge.pipeline.plan import CopyShard, MergePlan, MergeShard
+from mmerge.pipeline.plan import MergePlan
 from mmerge.pipeline.progress import LogProgress, Progress
-from mmerge.pipeline.stages import StageRun, to_hex
-from mmerge.pipeline.survey import InputSurvey, make_survey_tasks, read_surveys, resolve_thresholds
+from mmerge.pipeline.shard_tasks import make_copy_task, make_merge_task
+from mmerge.pipeline.stages import StageRun
+from mmerge.pipeline.survey import InputSurvey, make_survey_tasks
 from mmerge.workers.adapter import open_expert
 from mmerge.workers.checkpoint import Checkpoint
 from mmerge.workers.measure import parse_numbers
 from mmerge.workers.methods import find_method
-from mmerge.workers.methods.interface import Known
 from mmerge.workers.task import CopyTask, MeasureTask, MergeTask, RefineTask, Task, TaskResult
 
-ARITHMETIC_VERSION = 1
-"""Raised when a change of a method or of an object's layout would change bytes: no older object is then reused."""
+FOLLOWING = {RefineTask: "thresholds", MergeTask: "merge", CopyTask: "carry"}
+"""The phases of the tasks that follow from surveys."""
 
 
 @dataclass
@@ -95,6 +96,10 @@ class Builder:
         self.base = Checkpoint(self.recipe.base, owner="base")
         self.experts = [open_expert(expert.uri, owner=f"expert {expert.name!r}", base=self.base) for expert in self.recipe.experts]
         self.rescalers: tuple[float, ...] | None = None
+        self.entries: dict[str, ShardEntry] = {}
+        """What has been merged and copied so far, by the task's digest."""
+        self.flowing: set[str] = set()
+        """Phases that began while inputs were surveyed."""
         self.computed: dict[str, int] = {}
         self.reused: dict[str, int] = {}
         self.bytes_read = 0
@@ -106,18 +111,20 @@ class Builder:
         trims = {name: trimming for name, trimming in trimmings.items() if trimming is not None}
         identities = {checkpoint.uri: checkpoint.identity for checkpoint in (self.base, *self.experts)}
         surveys = make_survey_tasks(self.plan, identities, magnitudes=bool(trims), fresh=self.fresh)
-        self._run_phase("survey", surveys, lambda task: self.store.exists(f"surveys/{task.key}.safetensors"))
-        survey = read_surveys(self.store, self.plan, surveys)
-        thresholds = resolve_thresholds(self.plan, surveys, survey, trimmings=trims or None, run_refine=self._run_refine, store=self.store)
+        flow = Flow(self.plan, surveys, trims or None, self.store, fresh=self.fresh)
+        self._run_phase("survey", surveys, lambda task: self.store.exists(f"surveys/{task.key}.safetensors"), flow)
+        thresholds = flow.finish(self._run_refine)
+        survey = flow.survey
         stages = StageRun(
             self.plan, self.method, numbers, surveys, thresholds, self._run_measure, self.store, self.base.text_config, self.fresh
         )
         known = stages.run()
         self.rescalers = stages.rescalers()
         merge_tasks = [
-            self._make_merge_task(shard, survey, found, known) for shard, found in zip(self.plan.merge_shards, thresholds, strict=True)
+            make_merge_task(self.plan, shard, survey, found, known, fresh=self.fresh)
+            for shard, found in zip(self.plan.merge_shards, thresholds, strict=True)
         ]
-        copy_tasks = [self._make_copy_task(shard, survey) for shard in self.plan.copy_shards]
+        copy_tasks = [make_copy_task(self.plan, shard, survey, fresh=self.fresh) for shard in self.plan.copy_shards]
         return self._commit(merge_tasks, copy_tasks, survey)
 
     def _run_refine(self, tasks: Sequence[RefineTask]) -> None:
@@ -126,80 +133,65 @@ class Builder:
     def _run_measure(self, phase: str, tasks: Sequence[MeasureTask]) -> None:
         self._run_phase(phase, tasks, lambda task: self.store.exists(f"surveys/{task.key}.safetensors"))
 
-    def _run_phase(self, phase: str, tasks: Sequence[Any], is_done: Callable[[Any], bool]) -> dict[str, TaskResult]:
-        """Run the tasks that are not done yet; raise all their failures at the end."""
-        waiting: list[Task] = [task for task in tasks if self.fresh or not is_done(task)]
-        self.reused[phase] = len(tasks) - len(waiting)
-        self.computed[phase] = 0
-        self.progress.begin(phase, num_bytes=sum(task.num_bytes for task in waiting), num_tasks=len(waiting), num_reused=self.reused[phase])
-        results: dict[str, TaskResult] = {}
+    def _run_phase(self, phase: str, tasks: Sequence[Any], is_done: Callable[[Any], bool], flow: Flow | None = None) -> None:
+        """Run the tasks that are not done yet, and those that follow from them; raise all their failures at the end."""
+        done = [task for task in tasks if not self.fresh and is_done(task)]
+        known = {id(task) for task in done}
+        # The largest first: one that begins last would run alone at the end.
+        waiting: list[Task] = sorted((task for task in tasks if id(task) not in known), key=lambda task: -task.num_bytes)
+        self._begin(phase, waiting, done)
+        own = {id(task) for task in waiting}
         failures: list[Exception] = []
-        for task, outcome in self.executor.run(waiting, self.store.uri):
+
+        def follow(task: Task, result: TaskResult) -> Sequence[Task]:
+            found = flow.follow(task) if flow and not failures else []
+            for one in found:
+                self._begin_following(one)
+            return found
+
+        for task, outcome in self.executor.run(waiting, self.store.uri, follow):
+            where = phase if id(task) in own else FOLLOWING[type(task)]
             if isinstance(outcome, TaskResult):
-                results[task.shard] = outcome
-                self.bytes_read += outcome.num_bytes
-                (self.reused if outcome.reused else self.computed)[phase] += 1
-                self.progress.advance(phase, outcome)
+                self._take(where, task, outcome)
             else:
                 failures.append(outcome)
-                self.progress.fail(phase, task.shard, outcome)
+                self.progress.fail(where, task.shard, outcome)
         if len(failures) == 1:
             raise failures[0]
         if failures:
             raise TaskErrors(sorted(str(failure) for failure in failures))
-        return results
 
-    def _make_merge_task(
-        self, shard: MergeShard, survey: InputSurvey, thresholds: tuple[tuple[float, ...], ...], known: dict[str, Known]
-    ) -> MergeTask:
-        names = tuple(expert.name for expert in self.recipe.experts)
-        numbers = tuple(self.plan.numbers[tensor.name] for tensor in shard.tensors)
-        found = tuple(known[tensor.name] for tensor in shard.tensors)
-        identity = {
-            "arithmetic": ARITHMETIC_VERSION,
-            "method": self.recipe.method,
-            "experts": list(names),
-            "dtype": self.plan.dtype,
-            "tensors": [
-                {
-                    "name": tensor.name,
-                    "row_start": tensor.row_start,
-                    "shape": list(tensor.base.spec.shape),
-                    "inputs": survey.describe(tensor),
-                    "parameters": [number.parameters, list(number.experts)],
-                    "thresholds": [value.hex() for value in values],
-                    "known": to_hex(numbers_found),
-                }
-                for tensor, number, values, numbers_found in zip(shard.tensors, numbers, thresholds, found, strict=True)
-            ],
-        }
-        return MergeTask(
-            digest=digest_json(identity), shard=shard.name, expert_names=names, tensors=shard.tensors, thresholds=thresholds,
-            method=self.recipe.method, numbers=numbers, known=found, dtype=self.plan.dtype,
-            block_entries=self.plan.block_entries, num_bytes=shard.bytes_in, peak_bytes=shard.peak_bytes, fresh=self.fresh,
-        )  # fmt: skip
+    def _begin(self, phase: str, waiting: Sequence[Task], done: Sequence[Task]) -> None:
+        self.reused[phase] = self.reused.get(phase, 0) + len(done)
+        self.computed.setdefault(phase, 0)
+        if phase in self.flowing:
+            self._skip(phase, done)
+            return
+        self.progress.begin(phase, num_bytes=sum(task.num_bytes for task in waiting), num_tasks=len(waiting), num_reused=len(done))
 
-    def _make_copy_task(self, shard: CopyShard, survey: InputSurvey) -> CopyTask:
-        identity = {
-            "arithmetic": ARITHMETIC_VERSION,
-            "role": shard.role,
-            "tensors": [
-                [
-                    tensor.name,
-                    tensor.role,
-                    tensor.row_start,
-                    tensor.source.spec.dtype,
-                    list(tensor.source.spec.shape),
-                    survey.digest_of(shard, tensor),
-                ]
-                for tensor in shard.tensors
-            ],
-        }
-        # The expert's name is not part of the identity: two builds, or two experts, share what they have in common.
-        return CopyTask(
-            digest=digest_json(identity), shard=shard.name, role=shard.role, expert="", tensors=shard.tensors,
-            block_entries=self.plan.block_entries, num_bytes=shard.num_bytes, peak_bytes=shard.peak_bytes, fresh=self.fresh,
-        )  # fmt: skip
+    def _begin_following(self, task: Task) -> None:
+        """Tell of a phase whose tasks begin during another one: of all its shards at once, where their number is known."""
+        phase = FOLLOWING[type(task)]
+        if phase == "thresholds":
+            self._begin(phase, [task], [])
+        elif phase not in self.flowing:
+            self.reused[phase] = self.computed[phase] = 0
+            self.flowing.add(phase)
+            sizes = [shard.bytes_in for shard in self.plan.merge_shards]
+            if phase == "carry":
+                sizes = [shard.num_bytes for shard in self.plan.copy_shards]
+            self.progress.begin(phase, num_bytes=sum(sizes), num_tasks=len(sizes), num_reused=0)
+
+    def _skip(self, phase: str, tasks: Sequence[Task]) -> None:
+        for task in tasks:
+            self.progress.advance(phase, TaskResult(task.shard, 0, True, 0.0))
+
+    def _take(self, phase: str, task: Task, result: TaskResult) -> None:
+        if isinstance(task, (MergeTask, CopyTask)):
+            self.entries[task.digest] = result.entry
+        self.bytes_read += result.num_bytes
+        (self.reused if result.reused else self.computed)[phase] += 1
+        self.progress.advance(phase, result)
 
     def _commit(self, merge_tasks: list[MergeTask], copy_tasks: list[CopyTask], survey: InputSurvey) -> RunReport:
         files, contents = self._read_files()
@@ -226,10 +218,15 @@ class Builder:
 
     def _run_tasks(self, phase: str, tasks: Sequence[MergeTask | CopyTask]) -> list[ShardEntry]:
         """Return the entries of these tasks in their order, from the store where they were finished before."""
-        found = {} if self.fresh else {task.digest: entry for task in tasks if (entry := read_entry(self.store, task.digest))}
-        results = self._run_phase(phase, _unique(tasks), lambda task: task.digest in found)
-        by_shard = {task.digest: results[task.shard].entry for task in tasks if task.shard in results}
-        return [_label(found.get(task.digest) or by_shard[task.digest], task.shard, "") for task in tasks]
+        unique = _unique(tasks)
+        left = [task for task in unique if task.digest not in self.entries]
+        found = {} if self.fresh else {task.digest: entry for task in left if (entry := read_entry(self.store, task.digest))}
+        if phase in self.flowing:
+            counted = {id(task) for task in unique}
+            self._skip(phase, [task for task in tasks if id(task) not in counted])
+        self._run_phase(phase, left, lambda task: task.digest in found)
+        self.entries |= found
+        return [_label(self.entries[task.digest], task.shard, "") for task in tasks]
 
     def _read_files(self) -> tuple[dict[str, tuple[FileEntry, ...]], dict[str, bytes]]:
         """Return the small files of each checkpoint, and their contents by key."""

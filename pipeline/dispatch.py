@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -15,6 +15,12 @@ from mmerge.manifests.errors import MmergeError
 from mmerge.workers.task import AnswerTask, MergeTask, Task, TaskResult
 
 Outcome = tuple[Task, TaskResult | Exception]
+Follow = Callable[[Task, TaskResult], Sequence[Task]]
+
+
+def nothing_follows(task: Task, result: TaskResult) -> Sequence[Task]:
+    """Return no tasks: each one stands alone."""
+    return ()
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,14 @@ def resources_of(task: Task) -> Resources:
     return Resources(num_cpus=1, num_gpus=1.0 if on_gpu else 0.0, memory=task.peak_bytes)
 
 
-def dispatch(tasks: Sequence[Task], cluster: Cluster, *, policy: Policy, nodes: dict[str, str] | None = None) -> Iterator[Outcome]:
+def dispatch(
+    tasks: Sequence[Task],
+    cluster: Cluster,
+    *,
+    policy: Policy,
+    nodes: dict[str, str] | None = None,
+    follow: Follow = nothing_follows,
+) -> Iterator[Outcome]:
     """Yield each task with its result, or the error that it ended with, as they end.
 
     Args:
@@ -105,8 +118,9 @@ def dispatch(tasks: Sequence[Task], cluster: Cluster, *, policy: Policy, nodes: 
         cluster: where they run.
         policy: deadlines and attempts.
         nodes: which node read which shard; used to find warm caches, and filled for the phases that follow.
+        follow: asked for each task that has ended with a result which tasks follow from it; they begin before all that wait.
     """
-    yield from _Dispatch(tasks, cluster, policy, nodes if nodes is not None else {}).run()
+    yield from _Dispatch(tasks, cluster, policy, nodes if nodes is not None else {}, follow).run()
 
 
 @dataclass
@@ -130,14 +144,16 @@ class _Running:
 
 
 class _Dispatch:
-    def __init__(self, tasks: Sequence[Task], cluster: Cluster, policy: Policy, nodes: dict[str, str]) -> None:
-        self.cluster, self.policy, self.nodes = cluster, policy, nodes
+    def __init__(self, tasks: Sequence[Task], cluster: Cluster, policy: Policy, nodes: dict[str, str], follow: Follow) -> None:
+        self.cluster, self.policy, self.nodes, self.follow = cluster, policy, nodes, follow
         # Large ones first: a large task that starts last would run alone at the end.
         ordered = sorted(tasks, key=lambda task: -task.num_bytes)
         self.states = {id(task): _State(task, memory=task.peak_bytes) for task in ordered}
         self.waiting: deque[_State] = deque(self.states.values())
-        self.largest = max((resources_of(task) for task in tasks), key=lambda found: (found.num_gpus, found.memory), default=None)
-        self.rates: list[float] = []
+        self.largest: Resources | None = None
+        self._note_sizes(tasks)
+        self.rates: dict[type[Task], list[float]] = {}
+        """Bytes per second by kind of task: a merge may take many times what a survey of the same bytes takes."""
         self.last_start = 0.0
         self.silent: set[str] = set()
         """Nodes not heard of since an attempt there was overdue: they may be cut off, and nobody may have noticed yet."""
@@ -149,6 +165,8 @@ class _Dispatch:
                 for event in self.cluster.wait(self._seconds_to_next_deadline()):
                     outcome = self._take(event)
                     if outcome is not None:
+                        if isinstance(outcome[1], TaskResult):
+                            self._add_followers(outcome[0], outcome[1])
                         yield outcome
                 yield from self._check_deadlines()
         finally:
@@ -156,6 +174,17 @@ class _Dispatch:
             for state in self.states.values():
                 for running in state.running:
                     self.cluster.cancel(running.attempt)
+
+    def _note_sizes(self, tasks: Sequence[Task]) -> None:
+        found = [resources_of(task) for task in tasks] + ([self.largest] if self.largest else [])
+        self.largest = max(found, key=lambda one: (one.num_gpus, one.memory), default=None)
+
+    def _add_followers(self, task: Task, result: TaskResult) -> None:
+        found = self.follow(task, result)
+        states = [_State(one, memory=one.peak_bytes) for one in found]
+        self.states |= {id(state.task): state for state in states}
+        self.waiting.extendleft(reversed(states))
+        self._note_sizes(found)
 
     def _num_running(self) -> int:
         # Overdue attempts do not count: those that hang must not keep the others from starting.
@@ -219,7 +248,8 @@ class _Dispatch:
     def _learn(self, running: _Running, result: TaskResult) -> None:
         self.nodes[_place_of(running.attempt.task)] = running.node
         if result.num_bytes and running.started is not None:
-            self.rates.append(result.num_bytes / max(self.cluster.now() - running.started, 1e-3))
+            rate = result.num_bytes / max(self.cluster.now() - running.started, 1e-3)
+            self.rates.setdefault(type(running.attempt.task), []).append(rate)
 
     def _finish(self, state: _State, outcome: TaskResult | Exception) -> Outcome:
         for other in state.running:
@@ -252,9 +282,10 @@ class _Dispatch:
         """Return the seconds that an attempt of this task may take."""
         if self.policy.deadline_seconds is not None:
             return self.policy.deadline_seconds
-        if not self.rates:
+        rates = self.rates.get(type(task))
+        if not rates:
             return self.policy.min_deadline_seconds + task.num_bytes / self.policy.slowest_bytes_per_second
-        expected = task.num_bytes / statistics.median(self.rates[-64:])
+        expected = task.num_bytes / statistics.median(rates[-64:])
         return max(self.policy.min_deadline_seconds, self.policy.deadline_factor * expected)
 
     def _due(self, running: _Running) -> float | None:

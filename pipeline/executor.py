@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 from typing_extensions import override
 
 from mmerge.manifests.errors import AlreadyExists, MmergeError, NotFound, StoreError
-from mmerge.pipeline.dispatch import Attempt, Event, Policy, Resources, dispatch
+from mmerge.pipeline.dispatch import Attempt, Event, Follow, Policy, Resources, dispatch, nothing_follows
 from mmerge.pipeline.dispatch import Outcome as Outcome
 from mmerge.pipeline.memory import PROCESS_BYTES
 from mmerge.pipeline.processes import ProcessExecutor
@@ -35,8 +35,12 @@ ANSWER_SECONDS = 60.0
 class Executor(Protocol):
     """Runs tasks whose only effect is on the store."""
 
-    def run(self, tasks: Sequence[Task], store_uri: str) -> Iterator[Outcome]:
-        """Yield each task with its result, or the error that it ended with, as they end."""
+    def run(self, tasks: Sequence[Task], store_uri: str, follow: Follow = nothing_follows) -> Iterator[Outcome]:
+        """Yield each task with its result, or the error that it ended with, as they end.
+
+        `follow` is asked for each task that has ended with a result which tasks follow from it: they begin before those that
+        still wait, while their inputs are in the page cache.
+        """
 
     def close(self) -> None:
         """End what the executor started."""
@@ -50,8 +54,8 @@ class SerialExecutor(Executor):
         self.memory_bytes = memory_bytes
 
     @override
-    def run(self, tasks: Sequence[Task], store_uri: str) -> Iterator[Outcome]:
-        yield from run_in_threads(tasks, store_uri, num_threads=self.num_threads, memory_bytes=self.memory_bytes)
+    def run(self, tasks: Sequence[Task], store_uri: str, follow: Follow = nothing_follows) -> Iterator[Outcome]:
+        yield from run_in_threads(tasks, store_uri, num_threads=self.num_threads, memory_bytes=self.memory_bytes, follow=follow)
 
     @override
     def close(self) -> None:
@@ -69,14 +73,14 @@ class RayExecutor(Executor):
         self._nodes: dict[str, str] = {}
 
     @override
-    def run(self, tasks: Sequence[Task], store_uri: str) -> Iterator[Outcome]:
+    def run(self, tasks: Sequence[Task], store_uri: str, follow: Follow = nothing_follows) -> Iterator[Outcome]:
         if not tasks:
             return
         if store_uri.startswith("memory://"):
             raise StoreError(f"{store_uri}: other processes cannot see it. Use --executor serial, or another 'output'")
         self.connect()
         self._check_memory(tasks)
-        yield from dispatch(tasks, RayCluster(store_uri), policy=self.policy, nodes=self._nodes)
+        yield from dispatch(tasks, RayCluster(store_uri), policy=self.policy, nodes=self._nodes, follow=follow)
 
     def connect(self) -> None:
         """Connect this process to the cluster, unless it is connected. Raises MmergeError when it cannot be reached."""

@@ -35,6 +35,7 @@ class MetricsProgress(Progress):
         from ray.util import metrics
 
         self._composite = composite
+        self._totals: dict[str, tuple[int, int]] = {}
         self._found: dict[str, Any] = {name: metrics.Counter(name, text, TAGS) for name, text in COUNTERS.items()}
         self._found |= {name: metrics.Gauge(name, text, TAGS) for name, text in GAUGES.items()}
         self._found |= {name: metrics.Histogram(name, text, BOUNDARIES, TAGS) for name, text in HISTOGRAMS.items()}
@@ -45,8 +46,10 @@ class MetricsProgress(Progress):
     @override
     def begin(self, phase: str, *, num_bytes: int, num_tasks: int, num_reused: int) -> None:
         tags = self._tags(phase)
-        self._found["mmerge_shards_total"].set(num_tasks + num_reused, tags)
-        self._found["mmerge_bytes_to_read"].set(num_bytes, tags)
+        shards, size = self._totals.get(phase, (0, 0))
+        self._totals[phase] = shards + num_tasks + num_reused, size + num_bytes
+        self._found["mmerge_shards_total"].set(self._totals[phase][0], tags)
+        self._found["mmerge_bytes_to_read"].set(self._totals[phase][1], tags)
         self._add("mmerge_shards_reused", num_reused, tags)
 
     @override

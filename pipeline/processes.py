@@ -11,11 +11,11 @@ from concurrent.futures.process import BrokenProcessPool
 
 from mmerge.manifests.errors import MmergeError, StoreError
 from mmerge.manifests.store import was_any_opened
-from mmerge.pipeline.dispatch import Outcome
+from mmerge.pipeline.dispatch import Follow, Outcome, nothing_follows
 from mmerge.pipeline.memory import PROCESS_BYTES
 from mmerge.pipeline.threads import run_in_pool
 from mmerge.workers.begin import begin_process
-from mmerge.workers.task import Task
+from mmerge.workers.task import Task, TaskResult
 from mmerge.workers.threads import num_cores
 
 
@@ -38,8 +38,8 @@ class ProcessExecutor:
                 warnings.simplefilter("ignore", DeprecationWarning)
                 self._pool.submit(int)  # forks all of them, before the pool has a thread
 
-    def run(self, tasks: Sequence[Task], store_uri: str) -> Iterator[Outcome]:
-        """Yield each task with its result, or the error that it ended with, as they end.
+    def run(self, tasks: Sequence[Task], store_uri: str, follow: Follow = nothing_follows) -> Iterator[Outcome]:
+        """Yield each task with its result, or the error that it ended with, as they end, those that follow from others included.
 
         Raises:
             MmergeError: a process was killed; what others finished is kept.
@@ -47,10 +47,17 @@ class ProcessExecutor:
         if tasks and store_uri.startswith("memory://"):
             raise StoreError(f"{store_uri}: other processes cannot see it. Use --executor serial, or another 'output'")
         waiting = [task.shard for task in tasks]
+
+        def follow_and_note(task: Task, result: TaskResult) -> Sequence[Task]:
+            found = follow(task, result)
+            waiting[:0] = [one.shard for one in found]
+            return found
+
         try:
             for task, outcome in run_in_pool(
-                self._pool, tasks, store_uri, num_workers=self.num_processes, memory_bytes=self.memory_bytes, worker_bytes=PROCESS_BYTES
-            ):
+                self._pool, tasks, store_uri, num_workers=self.num_processes, memory_bytes=self.memory_bytes, worker_bytes=PROCESS_BYTES,
+                follow=follow_and_note,
+            ):  # fmt: skip
                 waiting.remove(task.shard)
                 yield task, outcome
         except BrokenProcessPool as error:

@@ -25,7 +25,7 @@ class Progress(Protocol):
     """Told of each phase and of each finished shard."""
 
     def begin(self, phase: str, *, num_bytes: int, num_tasks: int, num_reused: int) -> None:
-        """A phase begins: what it will read, and how many of its shards were there already."""
+        """A phase begins: what it will read, and how many of its shards were there already. Told again, it has so much more to do."""
 
     def advance(self, phase: str, result: TaskResult) -> None:
         """One shard is finished."""
@@ -83,12 +83,16 @@ class LogProgress(Progress):
 
     def __init__(self) -> None:
         self._build: str | None = None
+        self._begun: set[str] = set()
 
     def _extra(self, phase: str, **fields: object) -> dict[str, dict[str, object]]:
         return {"fields": {"phase": phase, "build": self._build, **fields}}
 
     @override
     def begin(self, phase: str, *, num_bytes: int, num_tasks: int, num_reused: int) -> None:
+        if phase in self._begun and num_tasks + num_reused <= 1:
+            return
+        self._begun.add(phase)
         extra = self._extra(phase, num_tasks=num_tasks, num_reused=num_reused, num_bytes=num_bytes)
         log.info("%s: %d shards, %d there already, %s to read", phase, num_tasks + num_reused, num_reused, to_size(num_bytes), extra=extra)
 
@@ -125,7 +129,8 @@ class BarProgress(Progress):
             console=console,
         )
         self._tasks: dict[str, TaskID] = {}
-        self._counts: dict[str, list[int]] = {}
+        self._totals: dict[str, int] = {}
+        self._num_left: dict[str, int] = {}
 
     def __enter__(self) -> BarProgress:
         self._bars.start()
@@ -136,13 +141,25 @@ class BarProgress(Progress):
 
     @override
     def begin(self, phase: str, *, num_bytes: int, num_tasks: int, num_reused: int) -> None:
-        note = f"{num_reused} shards there already" if num_reused else ""
-        total = max(num_bytes, 1)
-        self._tasks[phase] = self._bars.add_task(phase, total=total, completed=0 if num_tasks else total, note=note)
+        self._totals[phase] = self._totals.get(phase, 0) + num_bytes
+        self._num_left[phase] = self._num_left.get(phase, 0) + num_tasks
+        if phase not in self._tasks:
+            self._tasks[phase] = self._bars.add_task(phase, total=None, note="")
+        if num_reused:
+            self._bars.update(self._tasks[phase], note=f"{num_reused} shards there already")
+        self._bars.update(self._tasks[phase], total=max(self._totals[phase], 1))
+        self._fill_if_done(phase)
+
+    def _fill_if_done(self, phase: str) -> None:
+        # What was there already is not read: its bytes are missing in the end.
+        if not self._num_left[phase]:
+            self._bars.update(self._tasks[phase], completed=max(self._totals[phase], 1))
 
     @override
     def advance(self, phase: str, result: TaskResult) -> None:
         self._bars.advance(self._tasks[phase], result.num_bytes)
+        self._num_left[phase] -= 1
+        self._fill_if_done(phase)
 
     @override
     def fail(self, phase: str, shard: str, error: Exception) -> None:

@@ -179,7 +179,7 @@ def _await_death(store: Store, name: str, number: int, clock: Callable[[], float
 def to_rates(status: RunStatus) -> Rates:
     """Return what a run measured: bytes per second and core of each phase, seconds until workers were there, seconds between phases.
 
-    Where it computed nothing, and for the seconds lost per task, the assumed ones.
+    Where it computed nothing, for the seconds lost per task, and where phases overlapped for the seconds between them, the assumed ones.
 
     Raises:
         ManifestError: the run computed nothing at all.
@@ -188,10 +188,10 @@ def to_rates(status: RunStatus) -> Rates:
     if not found:
         raise ManifestError(f"{status.name}: run {status.number} computed nothing, so it measured nothing. Name a run that did")
     assumed = Rates()
-    between = status.wall_seconds - sum(phase.wall_seconds for phase in status.phases.values())
+    between = status.wall_seconds - sum(phase.wall_seconds for phase in status.phases.values())  # negative where phases overlapped
     return Rates(
         start_seconds=status.start_seconds,
-        phase_seconds=max(between, 0.0) / len(status.phases) if status.wall_seconds else assumed.phase_seconds,
+        phase_seconds=between / len(status.phases) if status.wall_seconds and between > 0 else assumed.phase_seconds,
         survey=found.get("survey", assumed.survey), thresholds=found.get("thresholds"), merge=found.get("merge", assumed.merge),
         carry=found.get("carry", assumed.carry),
     )  # fmt: skip
@@ -205,7 +205,8 @@ class RunRecord(Progress):
         self._store = store
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._began = self._entered = time.monotonic()
+        self._began: dict[str, float] = {}
+        self._entered = time.monotonic()
         self._thread = threading.Thread(target=self._beat, name="mmerge-status", daemon=True)
 
     def __enter__(self) -> RunRecord:
@@ -228,8 +229,11 @@ class RunRecord(Progress):
     @override
     def begin(self, phase: str, *, num_bytes: int, num_tasks: int, num_reused: int) -> None:
         with self._lock:
-            self._began = time.monotonic()
-            self.status.phases[phase] = PhaseStatus(num_tasks=num_tasks, num_reused=num_reused, num_bytes=num_bytes)
+            self._began.setdefault(phase, time.monotonic())
+            found = self.status.phases.setdefault(phase, PhaseStatus())
+            found.num_tasks += num_tasks
+            found.num_reused += num_reused
+            found.num_bytes += num_bytes
 
     @override
     def advance(self, phase: str, result: TaskResult) -> None:
@@ -239,7 +243,7 @@ class RunRecord(Progress):
             found.bytes_read += result.num_bytes
             found.bytes_written += 0 if result.reused or result.entry is None else result.entry.object.num_bytes
             found.seconds += result.seconds
-            found.wall_seconds = time.monotonic() - self._began
+            found.wall_seconds = time.monotonic() - self._began[phase]
             if not self.status.start_seconds:
                 self.status.start_seconds = max(found.wall_seconds - result.seconds, 1e-6)
 

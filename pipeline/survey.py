@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from mmerge.manifests.digest import digest_json
 from mmerge.manifests.errors import MmergeError, RecipeError
 from mmerge.manifests.manifest import FileEntry
 from mmerge.manifests.store import Store
-from mmerge.pipeline.plan import CopyShard, MergePlan
+from mmerge.pipeline.plan import CopyShard, MergePlan, MergeShard
 from mmerge.workers.checkpoint import TensorSource, identity_digest
 from mmerge.workers.histograms import NUM_LOWER, add_histograms, find_bin, is_exact, to_magnitude
 from mmerge.workers.methods.interface import Trimming
@@ -26,12 +26,32 @@ Thresholds = tuple[tuple[tuple[float, ...], ...], ...]
 
 @dataclass(frozen=True)
 class InputSurvey:
-    """What is known of all inputs: digests of every piece, and histograms where they were asked for."""
+    """What is known of the inputs so far: digests of every piece, and histograms where they were asked for."""
 
-    digests: dict[str, list[str]]
-    histograms: dict[str, SparseHistogram]
-    copied: dict[tuple[str, str, int], str]
+    digests: dict[str, list[str]] = field(default_factory=dict)
+    histograms: dict[str, SparseHistogram] = field(default_factory=dict)
+    copied: dict[tuple[str, str, int], str] = field(default_factory=dict)
     """Digest of each copied piece by expert (empty for the base), name and first row."""
+
+    def add(self, task: SurveyTask, found: Survey, *, expert: str) -> None:
+        """Take what a task found; `expert` is the owner of what it only copies, empty for the base."""
+        self.histograms.update(found.histograms)
+        for tensor in task.tensors:
+            piece = piece_name(tensor.name, tensor.row_start)
+            self.digests[piece] = found.digests[piece]
+            self.copied[("", tensor.name, tensor.row_start)] = found.digests[piece][0]
+        for copy in task.copies:
+            piece = piece_name(f"{copy.role}/{copy.name}", copy.row_start)
+            self.copied[(expert, copy.name, copy.row_start)] = found.digests[piece][0]
+
+    def forget_histograms(self, tensor: TensorTask) -> None:
+        """Drop the histograms of a piece: its thresholds are known."""
+        for position in range(len(tensor.experts)):
+            self.histograms.pop(_histogram_name(tensor, position), None)
+
+    def knows(self, shard: CopyShard) -> bool:
+        """Return whether all that a copied shard holds is surveyed."""
+        return all((shard.expert, tensor.name, tensor.row_start) in self.copied for tensor in shard.tensors)
 
     def describe(self, tensor: TensorTask) -> list[list[str]]:
         """Return dtype and digest of a piece in base and experts: what its merge depends on."""
@@ -88,75 +108,102 @@ def make_survey_tasks(plan: MergePlan, identities: dict[str, dict[str, str]], *,
     return tasks
 
 
-def read_surveys(store: Store, plan: MergePlan, tasks: Sequence[SurveyTask]) -> InputSurvey:
-    """Return the results of all survey tasks. Raises MmergeError when one is missing or damaged."""
-    digests: dict[str, list[str]] = {}
-    histograms: dict[str, SparseHistogram] = {}
-    copied: dict[tuple[str, str, int], str] = {}
-    experts = {shard.name: shard.expert for shard in plan.copy_shards}
-    for task in tasks:
-        survey = _read(store, task.key, task.shard)
-        histograms |= survey.histograms
-        for tensor in task.tensors:
-            piece = piece_name(tensor.name, tensor.row_start)
-            digests[piece] = survey.digests[piece]
-            copied[("", tensor.name, tensor.row_start)] = survey.digests[piece][0]
-        for copy in task.copies:
-            piece = piece_name(f"{copy.role}/{copy.name}", copy.row_start)
-            copied[(experts[task.shard], copy.name, copy.row_start)] = survey.digests[piece][0]
-    return InputSurvey(digests, histograms, copied)
-
-
-def _read(store: Store, key: str, shard: str) -> Survey:
-    survey = read_survey(store, key)
+def read_task_survey(store: Store, task: SurveyTask | RefineTask) -> Survey:
+    """Return what a task left in the store. Raises MmergeError when it is missing or damaged."""
+    survey = read_survey(store, task.key)
     if survey is None:
-        raise MmergeError(f"{store.uri}: the survey of {shard} is damaged or gone. Run again with --fresh")
+        raise MmergeError(f"{store.uri}: the survey of {task.shard} is damaged or gone. Run again with --fresh")
     return survey
 
 
-def resolve_thresholds(
-    plan: MergePlan,
-    surveys: Sequence[SurveyTask],
-    survey: InputSurvey,
-    *,
-    trimmings: Mapping[str, Trimming] | None,
-    run_refine: Callable[[Sequence[RefineTask]], None],
-    store: Store,
-) -> Thresholds:
-    """Return the exact trim threshold of every piece and expert.
+class ThresholdSearch:
+    """The exact trim thresholds of some shards, as far as their surveys name them.
 
     The survey's histograms give the bin of each threshold; where a bin holds several magnitudes, a second pass over that
     expert counts within it. Scope `model` adds the histograms of all pieces, scope `tensor` those of one tensor's pieces.
-    `trimmings` says by tensor what is kept.
+
+    Args:
+        shards: all that share thresholds.
+        surveys: of these shards.
+        survey: what they found.
+        trimmings: by tensor what is kept; None for methods that do not trim.
 
     Raises:
         RecipeError: the densities differ between tensors, though the threshold is taken over the whole model.
     """
-    if trimmings is None:
-        return tuple(tuple(() for _ in shard.tensors) for shard in plan.merge_shards)
-    trimming = next(iter(trimmings.values()))
-    if trimming.scope == "model" and any(other != trimming for other in trimmings.values()):
-        raise RecipeError("density: differs between tensors, but the threshold is taken over the whole model. Add 'scope: tensor'")
-    groups = _make_groups(plan, trimming)
-    bins: dict[tuple[str, int], tuple[int, int]] = {}
-    for (group, position), pieces in groups.items():
-        num_entries = sum(tensor.num_entries for tensor in pieces)
-        chosen = trimmings[pieces[0].name]
-        rank = trim_rank(num_entries, chosen.densities[position], rounding=chosen.rounding)
-        if rank:
+
+    def __init__(
+        self,
+        shards: Sequence[MergeShard],
+        surveys: Sequence[SurveyTask],
+        survey: InputSurvey,
+        trimmings: Mapping[str, Trimming] | None,
+    ) -> None:
+        self._shards, self._surveys = shards, surveys
+        self._trimming = next(iter(trimmings.values())) if trimmings else None
+        self._values: dict[tuple[str, int], float] = {}
+        self._open: dict[tuple[str, int], tuple[int, int]] = {}
+        self._groups: dict[tuple[str, int], list[TensorTask]] = {}
+        if trimmings is None or self._trimming is None:
+            return
+        if self._trimming.scope == "model" and any(other != self._trimming for other in trimmings.values()):
+            raise RecipeError("density: differs between tensors, but the threshold is taken over the whole model. Add 'scope: tensor'")
+        self._groups = _make_groups(shards, self._trimming)
+        for (group, position), pieces in self._groups.items():
+            num_entries = sum(tensor.num_entries for tensor in pieces)
+            chosen = trimmings[pieces[0].name]
+            rank = trim_rank(num_entries, chosen.densities[position], rounding=chosen.rounding)
+            if not rank:
+                continue
             histograms = [survey.histograms[_histogram_name(tensor, position)] for tensor in pieces]
-            bins[(group, position)] = find_bin(add_histograms(histograms), rank)
-    values = {key: to_magnitude(bin_number) for key, (bin_number, _) in bins.items() if is_exact(bin_number)}
-    open_bins = {key: found for key, found in bins.items() if key not in values}
-    refined = _refine(surveys, trimming, open_bins, run_refine, store)
-    for key, (bin_number, rest) in open_bins.items():
-        histograms = [refined[_histogram_name(tensor, key[1])] for tensor in groups[key]]
-        values[key] = to_magnitude(bin_number, find_bin(add_histograms(histograms, num_bins=NUM_LOWER), rest)[0])
-    positions = range(len(trimming.densities))
-    return tuple(
-        tuple(tuple(values.get((_group_of(tensor, trimming), position), 0.0) for position in positions) for tensor in shard.tensors)
-        for shard in plan.merge_shards
-    )
+            bin_number, rest = find_bin(add_histograms(histograms), rank)
+            if is_exact(bin_number):
+                self._values[(group, position)] = to_magnitude(bin_number)
+            else:
+                self._open[(group, position)] = (bin_number, rest)
+
+    def refine_tasks(self) -> list[RefineTask]:
+        """Return the second passes that the search needs: over the lower bits within the bins that hold several magnitudes."""
+        if self._trimming is None:
+            return []
+        trimming, tasks = self._trimming, []
+        positions = range(len(trimming.densities))
+        for survey in self._surveys:
+            wanted = tuple(
+                tuple(
+                    self._open[key][0] if (key := (_group_of(tensor, trimming), position)) in self._open else None for position in positions
+                )
+                for tensor in survey.tensors
+            )
+            num_bytes = sum(
+                tensor.base.spec.num_bytes + tensor.experts[position].spec.num_bytes
+                for tensor, row in zip(survey.tensors, wanted, strict=True)
+                for position in positions
+                if row[position] is not None
+            )
+            if num_bytes:
+                tasks.append(
+                    RefineTask(
+                        key=digest_json([survey.key, wanted]), shard=survey.shard, expert_names=survey.expert_names,
+                        tensors=survey.tensors, bins=wanted, block_entries=survey.block_entries, num_bytes=num_bytes,
+                        peak_bytes=survey.peak_bytes, fresh=survey.fresh,
+                    )
+                )  # fmt: skip
+        return tasks
+
+    def finish(self, refined: Mapping[str, SparseHistogram]) -> Thresholds:
+        """Return the thresholds; `refined` is what the tasks of `refine_tasks` found."""
+        if self._trimming is None:
+            return tuple(tuple(() for _ in shard.tensors) for shard in self._shards)
+        trimming, values = self._trimming, dict(self._values)
+        for key, (bin_number, rest) in self._open.items():
+            histograms = [refined[_histogram_name(tensor, key[1])] for tensor in self._groups[key]]
+            values[key] = to_magnitude(bin_number, find_bin(add_histograms(histograms, num_bins=NUM_LOWER), rest)[0])
+        positions = range(len(trimming.densities))
+        return tuple(
+            tuple(tuple(values.get((_group_of(tensor, trimming), position), 0.0) for position in positions) for tensor in shard.tensors)
+            for shard in self._shards
+        )
 
 
 def _group_of(tensor: TensorTask, trimming: Trimming) -> str:
@@ -167,47 +214,11 @@ def _histogram_name(tensor: TensorTask, position: int) -> str:
     return f"{piece_name(tensor.name, tensor.row_start)}:{position}"
 
 
-def _make_groups(plan: MergePlan, trimming: Trimming) -> dict[tuple[str, int], list[TensorTask]]:
+def _make_groups(shards: Sequence[MergeShard], trimming: Trimming) -> dict[tuple[str, int], list[TensorTask]]:
     """Return the pieces over which each threshold is taken, by group (a tensor's name, or "" for the model) and expert."""
     groups: dict[tuple[str, int], list[TensorTask]] = {}
-    for shard in plan.merge_shards:
+    for shard in shards:
         for tensor in shard.tensors:
             for position in range(len(trimming.densities)):
                 groups.setdefault((_group_of(tensor, trimming), position), []).append(tensor)
     return groups
-
-
-def _refine(
-    surveys: Sequence[SurveyTask],
-    trimming: Trimming,
-    bins: dict[tuple[str, int], tuple[int, int]],
-    run_refine: Callable[[Sequence[RefineTask]], None],
-    store: Store,
-) -> dict[str, SparseHistogram]:
-    """Return the histograms of the lower bits within these bins."""
-    positions = range(len(trimming.densities))
-    tasks = []
-    for survey in surveys:
-        wanted = tuple(
-            tuple(bins[key][0] if (key := (_group_of(tensor, trimming), position)) in bins else None for position in positions)
-            for tensor in survey.tensors
-        )
-        num_bytes = sum(
-            tensor.base.spec.num_bytes + tensor.experts[position].spec.num_bytes
-            for tensor, row in zip(survey.tensors, wanted, strict=True)
-            for position in positions
-            if row[position] is not None
-        )
-        if num_bytes:
-            tasks.append(
-                RefineTask(
-                    key=digest_json([survey.key, wanted]), shard=survey.shard, expert_names=survey.expert_names, tensors=survey.tensors,
-                    bins=wanted, block_entries=survey.block_entries, num_bytes=num_bytes, peak_bytes=survey.peak_bytes,
-                    fresh=survey.fresh,
-                )
-            )  # fmt: skip
-    run_refine(tasks)
-    histograms: dict[str, SparseHistogram] = {}
-    for task in tasks:
-        histograms |= _read(store, task.key, task.shard).histograms
-    return histograms

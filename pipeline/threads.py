@@ -7,13 +7,15 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 
 from mmerge.manifests.errors import MmergeError
-from mmerge.pipeline.dispatch import Outcome
+from mmerge.pipeline.dispatch import Follow, Outcome, nothing_follows
 from mmerge.workers.lazy_torch import torch_is_loaded
 from mmerge.workers.run_task import run_task
 from mmerge.workers.task import Task, TaskResult
 
 
-def run_in_threads(tasks: Sequence[Task], store_uri: str, *, num_threads: int, memory_bytes: int | None) -> Iterator[Outcome]:
+def run_in_threads(
+    tasks: Sequence[Task], store_uri: str, *, num_threads: int, memory_bytes: int | None, follow: Follow = nothing_follows
+) -> Iterator[Outcome]:
     """Yield each task with its result, or the error that it ended with, as they end.
 
     Args:
@@ -21,12 +23,13 @@ def run_in_threads(tasks: Sequence[Task], store_uri: str, *, num_threads: int, m
         store_uri: where their results go.
         num_threads: tasks at once.
         memory_bytes: the sum of the `peak_bytes` of the tasks at once; a single task may take more.
+        follow: see `run_in_pool`.
     """
     before = _set_torch_threads(1)
     # One core per task, as on a cluster; more would only get in each other's way.
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="mmerge-task", initializer=_set_torch_threads, initargs=(1,))
     try:
-        yield from run_in_pool(pool, tasks, store_uri, num_workers=num_threads, memory_bytes=memory_bytes)
+        yield from run_in_pool(pool, tasks, store_uri, num_workers=num_threads, memory_bytes=memory_bytes, follow=follow)
     finally:
         # On Ctrl-C what runs is finished, so that its shards are kept; nothing more is begun.
         pool.shutdown(wait=True, cancel_futures=True)
@@ -35,7 +38,14 @@ def run_in_threads(tasks: Sequence[Task], store_uri: str, *, num_threads: int, m
 
 
 def run_in_pool(
-    pool: Executor, tasks: Sequence[Task], store_uri: str, *, num_workers: int, memory_bytes: int | None, worker_bytes: int = 0
+    pool: Executor,
+    tasks: Sequence[Task],
+    store_uri: str,
+    *,
+    num_workers: int,
+    memory_bytes: int | None,
+    worker_bytes: int = 0,
+    follow: Follow = nothing_follows,
 ) -> Iterator[Outcome]:
     """Yield each task with its result or error, as they end; the pool never holds a task that has not begun.
 
@@ -46,16 +56,26 @@ def run_in_pool(
         num_workers: tasks at once.
         memory_bytes: the sum of what the tasks at once take; a single task may take more.
         worker_bytes: what a worker takes beside its task.
+        follow: asked for each task that has ended which ones follow from it; they begin before all that wait.
     """
     waiting = deque(tasks)
     running: dict[Future[TaskResult], Task] = {}
-    while waiting or running:
+
+    def begin() -> None:
         while waiting and _fits(waiting[0], running.values(), num_workers, memory_bytes, worker_bytes):
             task = waiting.popleft()
             running[pool.submit(run_task, task, store_uri)] = task
+
+    begin()
+    while running:
         done, _ = wait(running, return_when=FIRST_COMPLETED)
-        for future in done:
-            yield running.pop(future), _outcome(future)
+        ended = [(running.pop(future), _outcome(future)) for future in done]
+        begin()  # no worker waits for what follows to be found out
+        for task, outcome in ended:
+            if isinstance(outcome, TaskResult):
+                waiting.extendleft(reversed(follow(task, outcome)))
+            yield task, outcome
+        begin()
 
 
 def _set_torch_threads(number: int) -> int | None:

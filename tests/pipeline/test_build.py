@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -261,8 +262,11 @@ def test_a_run_that_was_killed_continues_and_ends_with_the_same_bytes(lab: Any) 
     command = [sys.executable, "-m", "mmerge.pipeline.cli", "run", str(recipe), "--executor", "serial"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stderr is not None
+    finished_line = re.compile(r"(merge|carry) (\S+): \S+ \w+ in ")
+    seen = set()
     for line in process.stderr:
-        if "merge layers.2:" in line:
+        seen |= set(finished_line.findall(line))
+        if any(phase == "merge" for phase, _ in seen):
             break
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -270,11 +274,9 @@ def test_a_run_that_was_killed_continues_and_ends_with_the_same_bytes(lab: Any) 
     folder = lab.folder / "killed"
     assert not list(folder.glob("builds/*/manifest.json"))
     finished = {path.name: path.stat().st_mtime_ns for path in (folder / "objects").glob("*.json")}
-    assert 3 <= len(finished) < 9
+    assert 1 <= len(finished) < len(list((lab.folder / "undisturbed" / "objects").glob("*.json")))
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert f"merge: 9 shards, {len(finished)} there already" in done.stderr
-    assert "survey: 12 shards, 12 there already" in done.stderr
-    assert "merge layers.2:" not in done.stderr, "a finished shard was computed again"
+    assert not seen & set(finished_line.findall(done.stderr)), "a finished shard was computed again"
     assert all((folder / "objects" / name).stat().st_mtime_ns == when for name, when in finished.items())
     assert digests(folder) == digests(lab.folder / "undisturbed")
 

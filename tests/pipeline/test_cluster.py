@@ -12,7 +12,7 @@ import pytest
 
 from mmerge.manifests.errors import TaskErrors
 from mmerge.pipeline import make_plan, read_recipe, run, verify
-from mmerge.pipeline.dispatch import Policy
+from mmerge.pipeline.dispatch import Policy, nothing_follows
 from mmerge.pipeline.executor import RayExecutor, SerialExecutor
 
 pytestmark = pytest.mark.ray
@@ -146,8 +146,8 @@ def test_only_keys_and_entries_travel_through_the_driver(lab: Any, ray_nodes: An
     sizes: list[int] = []
 
     class Watching(SerialExecutor):
-        def run(self, tasks: Any, store_uri: str) -> Iterator[Any]:
-            for task, outcome in super().run(tasks, store_uri):
+        def run(self, tasks: Any, store_uri: str, follow: Any = nothing_follows) -> Iterator[Any]:
+            for task, outcome in super().run(tasks, store_uri, follow):
                 sizes.extend((len(pickle.dumps(task)), len(pickle.dumps(outcome))))
                 yield task, outcome
 

@@ -204,6 +204,37 @@ def test_the_base_copy_and_the_merge_of_a_layer_prefer_the_node_that_read_it() -
     ]
 
 
+@dataclass(frozen=True)
+class Following(SimulatedTask):
+    """Another kind of task."""
+
+
+def test_what_follows_a_task_begins_before_what_waits_on_the_node_that_read_it() -> None:
+    def follow(task: Any, result: TaskResult) -> list[Any]:
+        return [] if isinstance(task, Following) else [Following(task.shard, task.num_bytes, 500, bytes_out=0, rate=10.0)]
+
+    cluster = ScriptedCluster(slots=1)
+    nodes: dict[str, str] = {}
+    tasks = [make_task(f"s{index}", num_bytes=1000 - index) for index in range(8)]
+    found = list(dispatch(tasks, cluster, policy=Policy(), nodes=nodes, follow=follow))
+    assert len(found) == 16
+    order = [(isinstance(attempt.task, Following), attempt.task.shard) for attempt in cluster.log]
+    assert order[:6] == [(False, "s0"), (False, "s1"), (True, "s0"), (True, "s1"), (False, "s2"), (False, "s3")]
+    assert all(attempt.prefer == nodes[attempt.task.shard] for attempt in cluster.log if isinstance(attempt.task, Following))
+    assert {attempt.resources.memory for attempt in cluster.log if isinstance(attempt.task, Following)} == {500}
+
+
+def test_a_slow_kind_of_task_is_not_measured_by_a_quick_one() -> None:
+    def follow(task: Any, result: TaskResult) -> list[Any]:
+        return [Following("late", 1000, 10, bytes_out=0, rate=10.0)] if task.shard == "s0" else []
+
+    cluster = ScriptedCluster({("late", 1): "late"}, slots=8)
+    tasks = [make_task(f"s{index}", num_bytes=1000) for index in range(4)]
+    found = list(dispatch(tasks, cluster, policy=Policy(slowest_bytes_per_second=10.0), follow=follow))
+    assert len(found) == 5
+    assert {attempt.number for attempt in cluster.log} == {1}, "ninety-five seconds, where its bytes take ten in another kind"
+
+
 def test_leaving_early_cancels_what_runs() -> None:
     cluster = ScriptedCluster()
     outcomes = dispatch([make_task(f"s{index}") for index in range(10)], cluster, policy=Policy())
@@ -218,7 +249,7 @@ def test_a_task_takes_its_peak_and_a_gpu_where_the_recipe_says_so(lab: Any) -> N
     tasks: list[Any] = []
 
     class Watching:
-        def run(self, given: Any, store_uri: str) -> Any:
+        def run(self, given: Any, store_uri: str, follow: Any) -> Any:
             from mmerge.pipeline.executor import SerialExecutor
 
             tasks.extend(given)

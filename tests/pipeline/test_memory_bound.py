@@ -22,7 +22,7 @@ def memory(key):
     return int(line.split()[1]) * 1024
 
 class Measuring(SerialExecutor):
-    def run(self, tasks, store_uri):
+    def run(self, tasks, store_uri, follow):
         for task in tasks:
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
             before = memory("VmRSS")
