@@ -47,12 +47,6 @@ BlockOption = Annotated[
 ]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this file to the command line."""
-    for command, name in ((plan, "plan"), (run, "run")):
-        app.command(name)(command)
-
-
 def _make_plan(recipe: Path, block_entries: int | None, memory_bytes: int | None = None) -> MergePlan:
     from mmerge.pipeline.plan import make_plan
     from mmerge.pipeline.recipe import read_recipe
