@@ -43,9 +43,10 @@ check: $(STAMP)  ## ruff, formatting, and mypy on a plain install
 
 SHAPE ?= 1.1b
 
-bench: $(STAMP) $(PEERS)/.installed  ## measure builds beside mergekit, kernels, and start-up: docs/benchmarks.md, build/bench.json
+bench: $(STAMP) $(PEERS)/.installed  ## measure builds beside mergekit, kernels, whole-matrix methods, and start-up: docs/benchmarks.md, build/bench.json
 	$(BIN)/python benchmarks/bench_start.py
 	$(BIN)/python benchmarks/bench_kernels.py
+	$(BIN)/python benchmarks/bench_matrix.py
 	$(BIN)/python benchmarks/bench_build.py --shape $(SHAPE) --peers $(PEERS)
 
 bench-peers: $(STAMP) $(PEERS)/.installed  ## run the same YAML with mergekit, in an environment of its own, and compare: docs/peer-equality.md

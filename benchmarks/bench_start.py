@@ -14,6 +14,7 @@ from pathlib import Path
 
 import yaml
 from checkpoints import Shape
+from measure import plain_environment
 
 from mmerge.manifests.header import make_header
 
@@ -55,7 +56,8 @@ def time_command(*arguments: str) -> float:
     best = float("inf")
     for _ in range(REPEAT):
         began = time.monotonic()
-        subprocess.run([sys.executable, "-m", "mmerge.pipeline.cli", *arguments], check=True, stdout=subprocess.DEVNULL)
+        command = [sys.executable, "-m", "mmerge.pipeline.cli", *arguments]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=plain_environment())
         best = min(best, time.monotonic() - began)
     return best
 

@@ -16,6 +16,11 @@ import numpy as np
 SAMPLE_SECONDS = 0.02
 
 
+def plain_environment() -> dict[str, str]:
+    """Return this process's environment, in which Python keeps what it compiled: otherwise every start compiles all modules anew."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
 @dataclass(frozen=True)
 class Measured:
     """What a command took."""
@@ -51,7 +56,7 @@ def measure(command: Sequence[str], *, environment: Mapping[str, str] | None = N
     before = os.times()
     began = time.monotonic()
     with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})})
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env={**plain_environment(), **(environment or {})})
         peaks = [0, 0]
         stop = threading.Event()
         sampler = threading.Thread(target=_sample, args=(process.pid, peaks, stop))

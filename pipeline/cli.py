@@ -1,36 +1,30 @@
-"""The command line: recipes in, composites out. Heavy modules are imported only by the commands that need them."""
+"""The command line: recipes in, composites out. A command's module is imported when the command is called, or its own help is asked for."""
 
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import signal
 import sys
 import threading
-from pathlib import Path
+from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+from typer.core import TyperCommand
+from typer.main import get_command
 
 from mmerge.manifests.errors import MmergeError, RecipeError
-from mmerge.pipeline.cli_calibrate import register as register_calibrate_command
-from mmerge.pipeline.cli_cluster import register as register_cluster_commands
-from mmerge.pipeline.cli_composite import register as register_composite_commands
-from mmerge.pipeline.cli_evaluate import register as register_evaluate_command
-from mmerge.pipeline.cli_run import register as register_run_commands
-from mmerge.pipeline.cli_store import register as register_store_commands
 
 if TYPE_CHECKING:
-    pass
+    from rich.console import Console
 
 HELP = """Merge multimodal LLM experts into one composite model, without training.
 
-You have a base LLM and several experts tuned from it, one for images, one for audio, one for video. Write a *recipe* that names
+You have a base LLM and several experts tuned from it, one for images, one for audio, one for video. Write a recipe that names
 them, then:
 
+\b
     mmerge plan recipe.yaml       what is read, written and held in memory
     mmerge run recipe.yaml        merge, here or on a Ray cluster
     mmerge submit recipe.yaml     the same as a job of a Ray cluster
@@ -52,15 +46,96 @@ EPILOG = (
     "Exit codes: 0 done; 1 an error, explained in one message; 2 wrong usage; 130 interrupted (143 by SIGTERM), finished shards are kept."
 )
 
-app = typer.Typer(
-    help=HELP, epilog=EPILOG, rich_markup_mode="markdown", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
-)
-out = Console(soft_wrap=True)
-err = Console(stderr=True, soft_wrap=True)
-_debug = False
+COMMANDS = {
+    "plan": (
+        "cli_run",
+        "Show what a run would read, write and hold in memory, and which shards it would compute. Reads headers and the store.",
+    ),
+    "run": (
+        "cli_run",
+        "Build the composite of a recipe. A killed run continues; a second run of the same recipe does nothing and says so.",
+    ),
+    "show": (
+        "cli_store",
+        "Show a composite: what it was made from, its masks, and what the experts share. Or list the composites of a store.",
+    ),
+    "verify": (
+        "cli_store",
+        "Re-read a composite and compare every digest with its manifest. Exit code 1 if anything is damaged, with its name.",
+    ),
+    "place": (
+        "cli_composite",
+        "Show what each device would hold of a composite. Exit code 1, with the numbers, if it does not fit. Reads no tensor.",
+    ),
+    "generate": ("cli_composite", "Ask a composite about text, images, sounds and videos, alone or together."),
+    "export": (
+        "cli_store",
+        "Write an ordinary Hugging Face checkpoint that transformers loads with from_pretrained, or the merge as a LoRA adapter.",
+    ),
+    "average-lora": (
+        "cli_methods",
+        "For comparison only: average LoRA factors A and B separately, as the official Model Composition code does.",
+    ),
+    "choose-alpha": ("cli_methods", "Choose the coefficient of AdaMMS from a model's answers at each of a grid, without labels."),
+    "methods": ("cli_methods", "List the merge methods with their parameters and sources."),
+    "schema": ("cli_methods", "Print the JSON schema of recipes, for editors and for validation elsewhere."),
+    "diff": ("cli_store", "Show what changed from one build to another: inputs, numbers, objects, statistics per layer."),
+    "log": ("cli_store", "List the builds behind a name, newest first: when, from what, by which versions."),
+    "gc": ("cli_store", "Delete what no live build needs. A dry run unless --delete is given; refuses while a run uses the store."),
+    "copy": ("cli_store", "Copy a build into another store, only what is missing there; every byte is checked on its way."),
+    "push": ("cli_store", "Upload a composite or an exported checkpoint to the Hugging Face Hub, in one commit."),
+    "evaluate": (
+        "cli_evaluate",
+        "Ask models the same questions and score them: exact match, multiple choice (MCUB too), captions by ROUGE-L.",
+    ),
+    "calibrate": (
+        "cli_calibrate",
+        "Choose mask scales (and density) from a few prompts without labels: by agreement with the experts' own answers.",
+    ),
+    "submit": (
+        "cli_cluster",
+        "Build a recipe as a job of a Ray cluster: this package goes along, the log comes back. Ctrl-C leaves the job running.",
+    ),
+    "jobs": ("cli_cluster", "List the builds among the jobs of a Ray cluster."),
+    "status": (
+        "cli_cluster",
+        "Tell how far the last run of a composite is, from any machine that can read its store. Exit code 1 if it failed.",
+    ),
+}
+"""By name: the module that has the function of that name, and the first paragraph of the function's docstring."""
 
-UriArgument = Annotated[str, typer.Argument(metavar="URI", help="the composite: STORE or STORE#NAME")]
-JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
+
+class _Later(TyperCommand):
+    """A command of which only the name and a line of help are known; the real one takes its place when it is called."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """Return the context of the real command."""
+        return _load_command(str(self.name)).make_context(info_name, args, parent, **extra)
+
+    def get_short_help_str(self, limit: int = 45) -> str:
+        """Return the whole line: the list of commands breaks it where it is too long."""
+        return self.help or ""
+
+
+def _load_command(name: str) -> Any:
+    module = import_module(f"mmerge.pipeline.{COMMANDS[name][0]}")
+    alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+    alone.command(name)(getattr(module, name.replace("-", "_")))
+    return get_command(alone)
+
+
+def _make_app() -> typer.Typer:
+    # Help is plain text: what draws boxes around it would be half of the time until it is there.
+    made = typer.Typer(
+        help=HELP, epilog=EPILOG, rich_markup_mode=None, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+    )
+    for name, (_, line) in COMMANDS.items():
+        made.command(name, cls=_Later, help=line)(lambda: None)
+    return made
+
+
+app = _make_app()
+_debug = False
 
 
 def _print_version(value: bool) -> None:
@@ -94,157 +169,6 @@ def _options(
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-register_run_commands(app)
-
-
-@app.command()
-def show(
-    uri: UriArgument,
-    as_json: JsonOption = False,
-    layers: Annotated[bool, typer.Option("--layers", help="mask statistics per layer as well")] = False,
-) -> None:
-    """Show a composite: what it was made from, its masks, and what the experts share. Or list the composites of a store."""
-    from mmerge.manifests.reference import list_references, split_uri
-    from mmerge.manifests.store import open_store
-    from mmerge.pipeline.report import print_build, print_references
-    from mmerge.pipeline.show import read_build, read_references, to_json
-
-    store_uri, fragment = split_uri(uri)
-    if not fragment and not as_json:
-        store = open_store(store_uri)
-        if len(list_references(store)) > 1:
-            print_references(read_references(store), out, store_uri=store_uri)
-            return
-    summary = read_build(uri)
-    if as_json:
-        print(json.dumps(to_json(summary), indent=2))
-    else:
-        print_build(summary, out, layers=layers)
-
-
-@app.command()
-def verify(
-    uri: UriArgument,
-    sample: Annotated[float, typer.Option("--sample", help="share of the tensors to read; 1 reads everything")] = 1.0,
-    seed: Annotated[int | None, typer.Option("--seed", help="which tensors a sample takes; others each time", show_default=False)] = None,
-) -> None:
-    """Re-read a composite and compare every digest with its manifest. Exit code 1 if anything is damaged, with its name."""
-    from mmerge.manifests.verify import verify as verify_build
-    from mmerge.pipeline.cli_store import byte_bar
-    from mmerge.pipeline.progress import to_size
-
-    with byte_bar("verify", None) as on_bytes:
-        report = verify_build(uri, sample=sample, seed=seed, on_bytes=on_bytes)
-    report.check()
-    read = "all digests equal" if sample == 1 else f"a sample of {sample:.1%} of the tensors, its digests equal"
-    out.print(f"[green]verified[/] build {report.build[:12]}: {report.num_objects} objects, {to_size(report.num_bytes)}, {read}")
-
-
-register_composite_commands(app)
-
-
-@app.command()
-def export(
-    uri: UriArgument,
-    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="where to write it: a new or empty folder")],
-    expert: Annotated[
-        str | None,
-        typer.Option("--expert", help="the expert to rebuild; without it, the language model for text alone", show_default=False),
-    ] = None,
-    lora_rank: Annotated[
-        int | None,
-        typer.Option("--lora-rank", min=1, help="write a LoRA adapter (PEFT) of this rank instead of whole weights", show_default=False),
-    ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option("--base", help="with --lora-rank: the base's checkpoint, of a build that does not hold it", show_default=False),
-    ] = None,
-) -> None:
-    """Write an ordinary Hugging Face checkpoint that transformers loads with from_pretrained, or the merge as a LoRA adapter."""
-    from mmerge.pipeline import export as export_checkpoint
-    from mmerge.pipeline.progress import to_size
-
-    if lora_rank is not None:
-        from mmerge.pipeline.report import print_adapter
-        from mmerge.workers.export_adapter import export_adapter
-
-        print_adapter(export_adapter(uri, to, rank=lora_rank, base=base, expert=expert), out)
-        return
-    if base is not None:
-        raise RecipeError("--base has no effect without --lora-rank. Leave it out")
-    report = export_checkpoint(uri, to, expert=expert)
-    out.print(f"wrote {report.num_tensors} tensors, {to_size(report.num_bytes)}, to {escape(report.folder)}: {', '.join(report.files)}")
-
-
-@app.command("average-lora")
-def average_lora(
-    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="folders of LoRA adapters, of equal ranks")],
-    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="where to write the adapter: a new or empty folder")],
-    strategy: Annotated[str, typer.Option("--strategy", help="sum, mean, ties-sum, ties-mean, ties-max, tsv, iso, wudi or wudi2")] = "mean",
-    density: Annotated[float, typer.Option("--density", min=0.0, max=1.0, help="share that the ties strategies keep")] = 0.2,
-) -> None:
-    """For comparison only: average LoRA factors A and B separately, as the official Model Composition code does.
-
-    The average of the factors is not the average of the products that a model is made of. To merge adapters, give them as
-    experts of a recipe.
-    """
-    from mmerge.workers.lora_average import write_average
-
-    written = write_average(adapters, to, strategy=strategy, density=density)
-    out.print(f"wrote {written} factors to {escape(str(to))}")
-
-
-@app.command("choose-alpha")
-def choose_alpha(
-    answers: Annotated[
-        Path,
-        typer.Argument(metavar="ANSWERS", help='JSON: {"0.0": ["answer to question 1", …], "0.1": […], …}, the same questions for each'),
-    ],
-    as_json: JsonOption = False,
-) -> None:
-    """Choose the coefficient of AdaMMS from a model's answers at each of a grid, without labels."""
-    from mmerge.pipeline.answers import read_answers
-    from mmerge.workers.methods.adamms import choose_alpha as choose
-
-    choice = choose(read_answers(answers))
-    if as_json:
-        print(json.dumps({"alphas": choice.alphas, "differences": choice.differences, "best": choice.best, "alpha": choice.alpha}))
-        return
-    for below, above, count in zip(choice.alphas, choice.alphas[1:], choice.differences, strict=False):
-        out.print(f"{below:g} to {above:g}: {count} answers change")
-    out.print(
-        f"alpha: [bold]{choice.alpha:g}[/]"
-        + (f" (as good: {', '.join(f'{alpha:g}' for alpha in choice.best[1:])})" if choice.best[1:] else "")
-    )
-
-
-@app.command()
-def methods(
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="print the tables of docs/methods.md")] = False,
-) -> None:
-    """List the merge methods with their parameters and sources."""
-    from mmerge.pipeline.catalogue import methods_to_markdown, print_methods
-
-    if as_markdown:
-        print(methods_to_markdown(), end="")
-    else:
-        print_methods(out)
-
-
-@app.command()
-def schema() -> None:
-    """Print the JSON schema of recipes, for editors and for validation elsewhere."""
-    from mmerge.pipeline.recipe import make_recipe_schema
-
-    print(json.dumps(make_recipe_schema(), indent=2))
-
-
-register_store_commands(app)
-register_evaluate_command(app)
-register_calibrate_command(app)
-register_cluster_commands(app)
-
-
 INTERRUPTED, TERMINATED = 130, 143
 """Exit codes after Ctrl-C and after SIGTERM, as shells count them."""
 
@@ -271,7 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
     except MmergeError as error:
         if _debug:
             raise
-        err.print(f"[red]error:[/] {escape(str(error))}", highlight=False)
+        _print_error(str(error))
         code = 1
     except (KeyboardInterrupt, typer.Abort, EOFError):
         code = _report_interrupt()
@@ -282,8 +206,20 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(code)
 
 
+def _open_console() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, soft_wrap=True)
+
+
+def _print_error(text: str) -> None:
+    from rich.markup import escape
+
+    _open_console().print(f"[red]error:[/] {escape(text)}", highlight=False)
+
+
 def _report_interrupt() -> int:
-    err.print("[yellow]interrupted[/]: finished shards are kept; give the same command again to continue")
+    _open_console().print("[yellow]interrupted[/]: finished shards are kept; give the same command again to continue")
     return TERMINATED if _terminated.is_set() else INTERRUPTED
 
 
@@ -295,10 +231,7 @@ def _report_unknown(error: Exception) -> int:
     if _debug:
         raise error
     first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-    err.print(
-        f"[red]error:[/] {escape(type(error).__name__)}: {escape(first)}\nThis is not an error we expected; --debug before the command shows where it comes from",
-        highlight=False,
-    )
+    _print_error(f"{type(error).__name__}: {first}\nThis is not an error we expected; --debug before the command shows where it comes from")
     return 1
 
 

@@ -22,11 +22,6 @@ out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command of this file to the command line."""
-    app.command("calibrate")(calibrate)
-
-
 def calibrate(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe of 'mmer' or 'tall_masks'")],
     prompts: asking.PromptsOption = None,

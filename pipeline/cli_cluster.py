@@ -77,12 +77,6 @@ RatesOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this file to the command line."""
-    for command in (submit, jobs, status):
-        app.command(command.__name__)(command)
-
-
 @contextmanager
 def recorded(plan: MergePlan, progress: Progress, *, exclusive: bool, metrics: bool) -> Iterator[Progress]:
     """Record a run in its store while the context lasts; yields what is to be told of its progress.

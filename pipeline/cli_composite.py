@@ -44,12 +44,6 @@ ExpertOption = Annotated[
 ]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this file to the command line."""
-    for command, name in ((place, "place"), (generate, "generate")):
-        app.command(name)(command)
-
-
 def _choose(value: str | None, choices: Sequence[str], *, option: str) -> Any:
     if value is not None and value not in choices:
         raise RecipeError(f"{option}: expected {' or '.join(map(repr, choices))}, got {value!r}")

@@ -25,11 +25,6 @@ out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command of this file to the command line."""
-    app.command("evaluate")(evaluate)
-
-
 def evaluate(
     models: Annotated[
         list[str],

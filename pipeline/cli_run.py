@@ -27,7 +27,7 @@ from mmerge.pipeline.cli_cluster import (
     simulate_plan,
     simulation_to_json,
 )
-from mmerge.workers.begin import leave_out_scipy
+from mmerge.workers.begin import import_numba, load_kernels
 from mmerge.workers.lazy_torch import postpone_torch
 
 if TYPE_CHECKING:
@@ -45,12 +45,6 @@ BlockOption = Annotated[
         "--block-entries", help="entries of a tensor in memory at once, a multiple of 65536; no effect on the result", show_default=False
     ),
 ]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands of this file to the command line."""
-    for command, name in ((plan, "plan"), (run, "run")):
-        app.command(name)(command)
 
 
 def _make_plan(recipe: Path, block_entries: int | None, memory_bytes: int | None = None) -> MergePlan:
@@ -87,6 +81,7 @@ def plan(
 ) -> None:
     """Show what a run would read, write and hold in memory, and which shards it would compute. Reads headers and the store."""
     postpone_torch(num_threads=1)
+    import_numba()
     from mmerge.pipeline.cli_store import print_forecast
     from mmerge.pipeline.forecast import forecast_to_json, make_forecast
     from mmerge.pipeline.report import plan_to_json, print_plan
@@ -147,7 +142,7 @@ def run(
     name = cast("ExecutorName", executor)
     if name != "ray":
         postpone_torch(num_threads=1)  # Ray cannot send a function that names a stand-in to its workers
-        leave_out_scipy()
+        load_kernels()
     from mmerge.pipeline.build import run as run_plan
     from mmerge.pipeline.executor import open_executor
     from mmerge.pipeline.progress import show_progress

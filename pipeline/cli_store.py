@@ -1,4 +1,4 @@
-"""The commands about stores: diff, log, gc, copy, push, and what a plan finds in the store."""
+"""The commands about stores: show, verify, export, diff, log, gc, copy, push, and what a plan finds in the store."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -28,12 +29,6 @@ JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this file to the command line."""
-    for command, name in ((diff, "diff"), (log, "log"), (gc, "gc"), (copy, "copy"), (push, "push")):
-        app.command(name)(command)
-
-
 def parse_duration(text: str, *, option: str) -> timedelta:
     """Return the time that a text like 7d, 36h or 90m names. Raises RecipeError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdw])", text.strip())
@@ -53,6 +48,78 @@ def byte_bar(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
     with Progress(TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), console=err) as bars:
         task = bars.add_task(label, total=total)
         yield lambda num_bytes: bars.advance(task, num_bytes)
+
+
+def show(
+    uri: UriArgument,
+    as_json: JsonOption = False,
+    layers: Annotated[bool, typer.Option("--layers", help="mask statistics per layer as well")] = False,
+) -> None:
+    """Show a composite: what it was made from, its masks, and what the experts share. Or list the composites of a store."""
+    from mmerge.manifests.reference import list_references, split_uri
+    from mmerge.manifests.store import open_store
+    from mmerge.pipeline.report import print_build, print_references
+    from mmerge.pipeline.show import read_build, read_references, to_json
+
+    store_uri, fragment = split_uri(uri)
+    if not fragment and not as_json:
+        store = open_store(store_uri)
+        if len(list_references(store)) > 1:
+            print_references(read_references(store), out, store_uri=store_uri)
+            return
+    summary = read_build(uri)
+    if as_json:
+        print(json.dumps(to_json(summary), indent=2))
+    else:
+        print_build(summary, out, layers=layers)
+
+
+def verify(
+    uri: UriArgument,
+    sample: Annotated[float, typer.Option("--sample", help="share of the tensors to read; 1 reads everything")] = 1.0,
+    seed: Annotated[int | None, typer.Option("--seed", help="which tensors a sample takes; others each time", show_default=False)] = None,
+) -> None:
+    """Re-read a composite and compare every digest with its manifest. Exit code 1 if anything is damaged, with its name."""
+    from mmerge.manifests.verify import verify as verify_build
+    from mmerge.pipeline.progress import to_size
+
+    with byte_bar("verify", None) as on_bytes:
+        report = verify_build(uri, sample=sample, seed=seed, on_bytes=on_bytes)
+    report.check()
+    read = "all digests equal" if sample == 1 else f"a sample of {sample:.1%} of the tensors, its digests equal"
+    out.print(f"[green]verified[/] build {report.build[:12]}: {report.num_objects} objects, {to_size(report.num_bytes)}, {read}")
+
+
+def export(
+    uri: UriArgument,
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="where to write it: a new or empty folder")],
+    expert: Annotated[
+        str | None,
+        typer.Option("--expert", help="the expert to rebuild; without it, the language model for text alone", show_default=False),
+    ] = None,
+    lora_rank: Annotated[
+        int | None,
+        typer.Option("--lora-rank", min=1, help="write a LoRA adapter (PEFT) of this rank instead of whole weights", show_default=False),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="with --lora-rank: the base's checkpoint, of a build that does not hold it", show_default=False),
+    ] = None,
+) -> None:
+    """Write an ordinary Hugging Face checkpoint that transformers loads with from_pretrained, or the merge as a LoRA adapter."""
+    from mmerge.pipeline import export as export_checkpoint
+    from mmerge.pipeline.progress import to_size
+
+    if lora_rank is not None:
+        from mmerge.pipeline.report import print_adapter
+        from mmerge.workers.export_adapter import export_adapter
+
+        print_adapter(export_adapter(uri, to, rank=lora_rank, base=base, expert=expert), out)
+        return
+    if base is not None:
+        raise RecipeError("--base has no effect without --lora-rank. Leave it out")
+    report = export_checkpoint(uri, to, expert=expert)
+    out.print(f"wrote {report.num_tensors} tensors, {to_size(report.num_bytes)}, to {escape(report.folder)}: {', '.join(report.files)}")
 
 
 def diff(

@@ -45,9 +45,15 @@ def test_a_function_is_not_hidden_by_a_module_of_its_name() -> None:
 
 
 def test_help_does_not_load_heavy_modules() -> None:
-    code = "import sys; from mmerge.pipeline.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint([m for m in ('torch', 'ray', 'transformers', 'pyarrow', 'numpy') if m in sys.modules], file=sys.stderr)"
+    code = "import sys; from mmerge.pipeline.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint([m for m in ('torch', 'ray', 'transformers', 'pyarrow', 'numpy', 'pydantic', 'rich.console') if m in sys.modules], file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip().splitlines()[-1] == "[]"
+
+
+def test_kernels_are_loaded_without_what_they_do_not_need_and_leave_it_to_others() -> None:
+    code = "import sys; from mmerge.workers.begin import load_kernels; load_kernels(); print([m for m in ('torch', 'scipy', 'cffi') if m in sys.modules]); import scipy.linalg, cffi; print(scipy.linalg.det([[2.0]]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["[]", "2.0"]
 
 
 def test_manifests_can_be_read_without_torch_or_ray() -> None:

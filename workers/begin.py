@@ -8,9 +8,14 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 
 from mmerge.workers.lazy_torch import postpone_torch
+
+_NO_KERNEL_NEEDS = ("cffi", "scipy")
+"""What numba looks for as it begins: half of its start. SciPy for the BLAS behind `np.dot`, cffi for functions that others compiled."""
 
 
 def begin_process() -> None:
@@ -19,34 +24,43 @@ def begin_process() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     gc.freeze()  # what came from the parent stays as it is, and so do the pages that both share
     postpone_torch(num_threads=1)
-    leave_out_scipy()
-    _load_kernels()
+    load_kernels()
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
 
 
-def leave_out_scipy() -> None:
-    """Let numba begin without SciPy, half of its start: it looks there for the BLAS behind `np.dot`, which no kernel calls.
+def import_numba() -> None:
+    """Import numba without what no kernel needs, and NumPy without threads: nothing here calls its linear algebra.
 
     For processes that are ours alone: compiled code of others could not call `np.dot` afterwards.
     """
-    hidden: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]  # None is how the import system marks what must not be found
-    if "scipy" in hidden:
-        return
-    hidden["scipy"] = None
-    try:
-        import numba.np.arraymath  # noqa: F401
-    finally:
-        del hidden["scipy"]
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    with _hidden(_NO_KERNEL_NEEDS):
+        import numba  # noqa: F401
 
 
-def _load_kernels() -> None:
-    """Let numba load what any kernel needs, while the parent plans."""
+def load_kernels() -> None:
+    """Let numba load what any kernel needs. Processes that are forked afterwards share it. As `import_numba`, for processes of ours."""
+    import_numba()
     import numpy as np
 
     from mmerge.workers.kernels_survey import first_non_finite
 
     value = np.zeros(1, np.float32)
-    first_non_finite(value.ctypes.data, 0, 1)
+    with _hidden(_NO_KERNEL_NEEDS):
+        first_non_finite(value.ctypes.data, 0, 1)
+
+
+@contextmanager
+def _hidden(names: Sequence[str]) -> Iterator[None]:
+    """Let these modules not be found while the context lasts, those that were imported before excepted."""
+    modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]  # None is how the import system marks what must not be found
+    missing = [name for name in names if name not in modules]
+    modules.update(dict.fromkeys(missing))
+    try:
+        yield
+    finally:
+        for name in missing:
+            del modules[name]
 
 
 def _end_with_parent() -> None:

@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 import torch
 
-from mmerge.pipeline.cli import main
+from mmerge.pipeline.cli import COMMANDS, main
 
 SAMPLES = Path(__file__).resolve().parent.parent.parent / "examples" / "lab" / "samples"
 Call = Callable[..., tuple[int, str, str]]
@@ -50,6 +50,23 @@ def test_help_names_every_command_and_the_exit_codes(call: Call) -> None:
 def test_no_arguments_show_the_help_and_a_wrong_option_is_wrong_usage(call: Call) -> None:
     assert "Usage" in "".join(call()[1:])
     assert call("plan", "--nonsense")[0] == 2
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_list_of_commands_says_what_a_command_says_of_itself(call: Call, name: str) -> None:
+    code, own, _ = call(name, "--help")
+    assert code == 0
+    assert f" {name} [OPTIONS]" in own
+    _, listed, _ = call("--help")
+    line = COMMANDS[name][1]
+    assert " ".join(own.split("\n\n")[1].split()) == line
+    assert f" {name} {line} " in " ".join(listed.split())
+
+
+def test_a_mistyped_command_is_wrong_usage_and_a_like_one_is_named(call: Call) -> None:
+    code, _, err = call("plna")
+    assert code == 2
+    assert "Did you mean 'plan'" in err
 
 
 def test_a_plan_is_printed_for_people_and_for_scripts(call: Call, lab: Any) -> None:

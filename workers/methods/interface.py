@@ -34,7 +34,7 @@ Density = Annotated[float, Field(gt=0, le=1), BeforeValidator(_check_density)]
 class Parameters(BaseModel):
     """Numbers and choices of a method; unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False, defer_build=True)
 
 
 @dataclass(frozen=True)
