@@ -26,6 +26,8 @@ BUFFER_BYTES = 4 << 20
 NUM_BUFFERS = 4
 """Buffers of a writer: one is filled while the others are on their way, so that a disk that pauses stops nobody at once."""
 WRITING_THREADS = 4
+_free_buffers: deque[mmap.mmap] = deque(maxlen=NUM_BUFFERS)
+"""Buffers of writers that are done, for the next one: memory that is touched for the first time costs more than the copy into it."""
 
 
 def is_partial(name: str) -> bool:
@@ -101,7 +103,7 @@ class FolderWriter:
         """Append `data`; its memory may be used again when this returns."""
         view = memoryview(data).cast("B")
         if not self._buffers:
-            self._buffers.append(mmap.mmap(-1, BUFFER_BYTES))
+            self._buffers.append(_take_buffer())
         while view:
             count = min(len(view), BUFFER_BYTES - self._filled)
             self._buffers[0][self._filled : self._filled + count] = view[:count]
@@ -137,7 +139,7 @@ class FolderWriter:
             self._direct = _open_direct(self._partial)
         self._flushing.append(_writing_threads().submit(self._write_buffer, self._buffers[0], self._position))
         if len(self._buffers) < NUM_BUFFERS:
-            self._buffers.appendleft(mmap.mmap(-1, BUFFER_BYTES))
+            self._buffers.appendleft(_take_buffer())
         else:
             self._wait(NUM_BUFFERS - 1)
             self._buffers.rotate(1)
@@ -165,8 +167,8 @@ class FolderWriter:
         os.close(self._descriptor)
         if self._direct is not None:
             os.close(self._direct)
-        for buffer in self._buffers:
-            buffer.close()
+        _free_buffers.extend(self._buffers)
+        self._buffers.clear()
 
     def _link(self) -> None:
         try:
@@ -202,6 +204,15 @@ class FolderWriter:
 @cache
 def _writing_threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(WRITING_THREADS, thread_name_prefix="write")
+
+
+def _take_buffer() -> mmap.mmap:
+    """Return memory that begins at a page, as writing past the page cache asks for; private, since shared memory is a file of its own."""
+    with suppress(IndexError):
+        return _free_buffers.pop()
+    if hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, BUFFER_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, BUFFER_BYTES)
 
 
 def _open_direct(path: Path) -> int | None:
