@@ -12,17 +12,7 @@ from mmerge.manifests.claim import Claim
 from mmerge.manifests.digest import digest_bytes, digest_json
 from mmerge.manifests.entry import ShardEntry, read_entry
 from mmerge.manifests.errors import TaskErrors
-from mmerge.manifests.manifest import (
-    VERSION,
-    BaseRecord,
-    ExpertRecord,
-    FileEntry,
-    Manifest,
-    TableEntry,
-    manifest_key,
-    read_manifest,
-    write_manifest,
-)
+from mmerge.manifests.manifest import VERSION, Manifest, TableEntry, manifest_key, read_manifest, write_manifest
 from mmerge.manifests.probe import check_store
 from mmerge.manifests.reference import Reference, write_reference
 from mmerge.manifests.store import open_store
@@ -32,6 +22,7 @@ from mmerge.pipeline.flow import Flow
 from mmerge.pipeline.inputs import add_inputs, describe_inputs
 from mmerge.pipeline.plan import MergePlan
 from mmerge.pipeline.progress import LogProgress, Progress
+from mmerge.pipeline.records import make_records, read_files
 from mmerge.pipeline.shard_tasks import make_copy_task, make_merge_task
 from mmerge.pipeline.stages import StageRun
 from mmerge.pipeline.survey import InputSurvey, make_survey_tasks
@@ -194,8 +185,8 @@ class Builder:
         self.progress.advance(phase, result)
 
     def _commit(self, merge_tasks: list[MergeTask], copy_tasks: list[CopyTask], survey: InputSurvey) -> RunReport:
-        files, contents = self._read_files()
-        records = self._make_records(survey, files)
+        files, contents = read_files([self.base, *self.experts])
+        records = make_records(self.plan, survey, files, self.rescalers)
         digests = [task.digest for task in merge_tasks] + [task.digest for task in copy_tasks]
         named = {**records, "version": VERSION, "base": records["base"].model_dump(mode="json")}
         named["experts"] = [expert.model_dump(mode="json") for expert in records["experts"]]
@@ -228,49 +219,6 @@ class Builder:
         self.entries |= found
         return [_label(self.entries[task.digest], task.shard, "") for task in tasks]
 
-    def _read_files(self) -> tuple[dict[str, tuple[FileEntry, ...]], dict[str, bytes]]:
-        """Return the small files of each checkpoint, and their contents by key."""
-        listed: dict[str, tuple[FileEntry, ...]] = {}
-        contents: dict[str, bytes] = {}
-        for checkpoint in (self.base, *self.experts):
-            entries = []
-            for name, data in checkpoint.read_small_files().items():
-                entry = FileEntry(name=name, num_bytes=len(data), digest=digest_bytes(data))
-                contents[entry.key] = data
-                entries.append(entry)
-            listed[checkpoint.uri] = tuple(entries)
-        return listed, contents
-
-    def _make_records(self, survey: InputSurvey, files: dict[str, tuple[FileEntry, ...]]) -> dict[str, Any]:
-        recipe = self.recipe
-        base_files = files[recipe.base]
-        experts = tuple(
-            ExpertRecord(
-                name=expert.name,
-                modality=expert.modality,
-                revision=survey.revision(index + 1, expert.name, files[expert.uri]),
-                parameters=recipe.describe_parameters(expert.name),
-                renames=self.plan.renames[index],
-                source=_hub_source(expert.uri),
-                placeholder=expert.placeholder,
-                template=expert.template,
-                rescaler=self.rescalers[index] if self.rescalers else None,
-                adapters=self.plan.adapters[index] if self.plan.adapters else None,
-                files=files[expert.uri],
-            )
-            for index, expert in enumerate(recipe.experts)
-        )
-        return {
-            "kind": self.plan.kind,
-            "method": recipe.method,
-            "parameters": recipe.describe_parameters(),
-            "merge": recipe.merge,
-            "dtype": self.plan.dtype,
-            "template": recipe.template,
-            "base": BaseRecord(revision=survey.revision(0, "", base_files), source=_hub_source(recipe.base), files=base_files),
-            "experts": experts,
-        }
-
     def _make_manifest(self, build: str, records: dict[str, Any], entries: list[ShardEntry]) -> Manifest:
         table = make_table(entries)
         key = f"builds/{build}/tensors.parquet"
@@ -286,11 +234,6 @@ class Builder:
         sources = {"base": self.recipe.base} | {expert.name: expert.uri for expert in self.recipe.experts}
         versions = {name: version(name) for name in ("mmerge", "torch", "numpy", "pyarrow")} | {"python": platform.python_version()}
         return write_reference(self.store, self.recipe.name, build, sources=sources, versions=versions)
-
-
-def _hub_source(uri: str) -> str | None:
-    """Return the pinned URI of an input from the hub; other places are no part of a manifest."""
-    return uri if uri.startswith("hf://") else None
 
 
 def _unique(tasks: Sequence[MergeTask | CopyTask]) -> list[MergeTask | CopyTask]:

@@ -1,0 +1,72 @@
+"""What a manifest says of base and experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmerge.manifests.digest import digest_bytes
+from mmerge.manifests.manifest import BaseRecord, ExpertRecord, FileEntry
+from mmerge.pipeline.plan import MergePlan
+from mmerge.pipeline.survey import InputSurvey
+from mmerge.workers.checkpoint import Checkpoint
+
+
+def read_files(checkpoints: Sequence[Checkpoint]) -> tuple[dict[str, tuple[FileEntry, ...]], dict[str, bytes]]:
+    """Return the small files of each checkpoint by its URI, and their contents by key."""
+    listed: dict[str, tuple[FileEntry, ...]] = {}
+    contents: dict[str, bytes] = {}
+    for checkpoint in checkpoints:
+        entries = []
+        for name, data in checkpoint.read_small_files().items():
+            entry = FileEntry(name=name, num_bytes=len(data), digest=digest_bytes(data))
+            contents[entry.key] = data
+            entries.append(entry)
+        listed[checkpoint.uri] = tuple(entries)
+    return listed, contents
+
+
+def make_records(
+    plan: MergePlan, survey: InputSurvey, files: Mapping[str, tuple[FileEntry, ...]], rescalers: Sequence[float] | None
+) -> dict[str, Any]:
+    """Return what a manifest says of the recipe, the base and the experts.
+
+    Args:
+        plan: what is built.
+        survey: knows all inputs.
+        files: from `read_files`.
+        rescalers: per expert, where the method has them.
+    """
+    recipe = plan.recipe
+    experts = tuple(
+        ExpertRecord(
+            name=expert.name,
+            modality=expert.modality,
+            revision=survey.revision(index + 1, expert.name, files[expert.uri]),
+            parameters=recipe.describe_parameters(expert.name),
+            renames=plan.renames[index],
+            source=_hub_source(expert.uri),
+            placeholder=expert.placeholder,
+            template=expert.template,
+            rescaler=rescalers[index] if rescalers else None,
+            adapters=plan.adapters[index] if plan.adapters else None,
+            files=files[expert.uri],
+        )
+        for index, expert in enumerate(recipe.experts)
+    )
+    base_files = files[recipe.base]
+    return {
+        "kind": plan.kind,
+        "method": recipe.method,
+        "parameters": recipe.describe_parameters(),
+        "merge": recipe.merge,
+        "dtype": plan.dtype,
+        "template": recipe.template,
+        "base": BaseRecord(revision=survey.revision(0, "", base_files), source=_hub_source(recipe.base), files=base_files),
+        "experts": experts,
+    }
+
+
+def _hub_source(uri: str) -> str | None:
+    """Return the pinned URI of an input from the hub; other places are no part of a manifest."""
+    return uri if uri.startswith("hf://") else None
