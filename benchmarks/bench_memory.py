@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -48,11 +49,14 @@ def _make_inputs(folder: Path, name: str) -> list[Path]:
     if name == REFERENCE:
         return make_checkpoints(folder, SHAPES[name], num_experts=NUM_EXPERTS)
     base, expert = make_checkpoints(folder, SHAPES[name], num_experts=1)
-    links = [folder / f"expert{index}" for index in range(1, NUM_EXPERTS)]
-    for link in links:
-        if not link.exists():
-            link.symlink_to(expert, target_is_directory=True)
-    return [base, expert, *links]
+    others = [folder / f"expert{index}" for index in range(1, NUM_EXPERTS)]
+    for other in others:
+        # Files linked into a folder of their own: one folder under several names counts as one expert, given twice.
+        other.mkdir(exist_ok=True)
+        for file in expert.iterdir():
+            if not (other / file.name).exists():
+                os.link(file, other / file.name)
+    return [base, expert, *others]
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ The merge then finds its inputs in the page cache, also where they are larger th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from mmerge.manifests.store import Store
@@ -37,7 +37,7 @@ class Flow:
     def __init__(
         self, plan: MergePlan, surveys: Sequence[SurveyTask], trimmings: Mapping[str, Trimming] | None, store: Store, *, fresh: bool
     ) -> None:
-        self.survey = InputSurvey()
+        self.survey = InputSurvey(pooled=any(trimming.scope == "model" for trimming in (trimmings or {}).values()))
         """What is known so far."""
         self._plan, self._trimmings, self._store, self._fresh = plan, trimmings, store, fresh
         self._surveys = {task.shard: task for task in surveys}
@@ -107,11 +107,8 @@ class Flow:
         self._begun.add(task.digest)
         return [task]
 
-    def _read_refined(self, tasks: Sequence[RefineTask]) -> dict[str, SparseHistogram]:
-        histograms: dict[str, SparseHistogram] = {}
-        for task in tasks:
-            histograms |= read_task_survey(self._store, task).histograms
-        return histograms
+    def _read_refined(self, tasks: Sequence[RefineTask]) -> Iterator[dict[str, SparseHistogram]]:
+        return (read_task_survey(self._store, task).histograms for task in tasks)
 
     def finish(self, run_refine: Callable[[Sequence[RefineTask]], None]) -> Thresholds:
         """Return the thresholds of all shards, once all surveys are in the store: `survey` then knows all inputs.

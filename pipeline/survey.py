@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mmerge.manifests.digest import digest_json
@@ -11,7 +11,7 @@ from mmerge.manifests.manifest import FileEntry
 from mmerge.manifests.store import Store
 from mmerge.pipeline.plan import CopyShard, MergePlan, MergeShard
 from mmerge.workers.checkpoint import TensorSource, identity_digest
-from mmerge.workers.histograms import NUM_LOWER, add_histograms, find_bin, is_exact, to_magnitude
+from mmerge.workers.histograms import NUM_LOWER, HistogramSum, add_histograms, find_bin, is_exact, to_magnitude
 from mmerge.workers.methods.interface import Trimming
 from mmerge.workers.survey import SparseHistogram, Survey, piece_name, read_survey
 from mmerge.workers.task import CopyTensor, RefineTask, SurveyTask, TensorTask
@@ -26,17 +26,26 @@ Thresholds = tuple[tuple[tuple[float, ...], ...], ...]
 
 @dataclass(frozen=True)
 class InputSurvey:
-    """What is known of the inputs so far: digests of every piece, and histograms where they were asked for."""
+    """What is known of the inputs so far: digests of every piece, and histograms where they were asked for.
 
+    Histograms are `pooled` where all that is wanted of them is their sum over the model: the pieces of a large one would fill the memory.
+    """
+
+    pooled: bool = False
     digests: dict[str, list[str]] = field(default_factory=dict)
     histograms: dict[str, SparseHistogram] = field(default_factory=dict)
+    sums: dict[int, HistogramSum] = field(default_factory=dict)
+    """By the expert's position, over the whole model."""
     copied: dict[tuple[str, str, int], str] = field(default_factory=dict)
     """Digest of each copied piece by expert (empty for the base), name and first row."""
 
     def add(self, task: SurveyTask, found: Survey, *, expert: str) -> None:
         """Take what a task found; `expert` is the owner of what it only copies, empty for the base."""
-        self.histograms.update(found.histograms)
+        if not self.pooled:
+            self.histograms.update(found.histograms)
         for tensor in task.tensors:
+            for position in range(len(tensor.experts)) if self.pooled else ():
+                self.sums.setdefault(position, HistogramSum()).add(found.histograms[_histogram_name(tensor, position)])
             piece = piece_name(tensor.name, tensor.row_start)
             self.digests[piece] = found.digests[piece]
             self.copied[("", tensor.name, tensor.row_start)] = found.digests[piece][0]
@@ -155,8 +164,11 @@ class ThresholdSearch:
             rank = trim_rank(num_entries, chosen.densities[position], rounding=chosen.rounding)
             if not rank:
                 continue
-            histograms = [survey.histograms[_histogram_name(tensor, position)] for tensor in pieces]
-            bin_number, rest = find_bin(add_histograms(histograms), rank)
+            if survey.pooled:
+                histogram = survey.sums[position].histogram()
+            else:
+                histogram = add_histograms([survey.histograms[_histogram_name(tensor, position)] for tensor in pieces])
+            bin_number, rest = find_bin(histogram, rank)
             if is_exact(bin_number):
                 self._values[(group, position)] = to_magnitude(bin_number)
             else:
@@ -191,15 +203,21 @@ class ThresholdSearch:
                 )  # fmt: skip
         return tasks
 
-    def finish(self, refined: Mapping[str, SparseHistogram]) -> Thresholds:
-        """Return the thresholds; `refined` is what the tasks of `refine_tasks` found."""
+    def finish(self, refined: Iterable[Mapping[str, SparseHistogram]]) -> Thresholds:
+        """Return the thresholds; `refined` is what the tasks of `refine_tasks` found, one after the other."""
         if self._trimming is None:
             return tuple(tuple(() for _ in shard.tensors) for shard in self._shards)
         trimming, values = self._trimming, dict(self._values)
-        for key, (bin_number, rest) in self._open.items():
-            histograms = [refined[_histogram_name(tensor, key[1])] for tensor in self._groups[key]]
-            values[key] = to_magnitude(bin_number, find_bin(add_histograms(histograms, num_bins=NUM_LOWER), rest)[0])
         positions = range(len(trimming.densities))
+        wanted = {
+            _histogram_name(tensor, key[1]): key for key in self._open for tensor in self._groups[key]
+        }  # fmt: skip
+        sums: dict[tuple[str, int], HistogramSum] = {}
+        for found in refined:
+            for name in found.keys() & wanted.keys():
+                sums.setdefault(wanted[name], HistogramSum(NUM_LOWER)).add(found[name])
+        for key, (bin_number, rest) in self._open.items():
+            values[key] = to_magnitude(bin_number, find_bin(sums[key].histogram(), rest)[0])
         return tuple(
             tuple(tuple(values.get((_group_of(tensor, trimming), position), 0.0) for position in positions) for tensor in shard.tensors)
             for shard in self._shards

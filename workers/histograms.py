@@ -96,11 +96,27 @@ def add_histograms(histograms: Sequence[Histogram], *, num_bins: int = NUM_BINS)
     """Return the sum of histograms."""
     if len(histograms) == 1:
         return histograms[0]
-    total = np.zeros(num_bins, np.int64)
-    for bins, counts in histograms:
-        total[bins] += counts
-    filled = np.flatnonzero(total)
-    return filled.astype(np.uint32), total[filled]
+    total = HistogramSum(num_bins)
+    for histogram in histograms:
+        total.add(histogram)
+    return total.histogram()
+
+
+class HistogramSum:
+    """Adds histograms one by one, so that none of them has to be kept: 8 bytes per bin, however many are added."""
+
+    def __init__(self, num_bins: int = NUM_BINS) -> None:
+        self._counts = np.zeros(num_bins, np.int64)
+
+    def add(self, histogram: Histogram) -> None:
+        """Add the counts of a histogram."""
+        bins, counts = histogram
+        self._counts[bins] += counts
+
+    def histogram(self) -> Histogram:
+        """Return the sum of what was added."""
+        filled = np.flatnonzero(self._counts)
+        return filled.astype(np.uint32), self._counts[filled]
 
 
 def find_top(histogram: Histogram, count: int, *, refine: Callable[[int], Histogram]) -> tuple[float, int]:

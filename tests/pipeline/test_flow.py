@@ -15,6 +15,7 @@ from mmerge.manifests.errors import NonFiniteError, TaskErrors
 from mmerge.pipeline import make_plan, read_recipe, run
 from mmerge.pipeline.dispatch import Follow, Outcome, nothing_follows
 from mmerge.pipeline.executor import SerialExecutor
+from mmerge.pipeline.flow import Flow
 from mmerge.pipeline.progress import LogProgress, Progress
 from mmerge.workers.task import Task, TaskResult
 
@@ -153,3 +154,19 @@ def test_an_expert_with_nan_alone_is_one_error(lab: Any) -> None:
     lab.make_expert("audio", 1, change=lambda tensors: tensors["language_model.model.norm.weight"].fill_(float("inf")))
     with pytest.raises(NonFiniteError, match="Inf at"):
         run(make_plan(read_recipe(lab.write_recipe(raw | {"method": "linear"}))), executor=SerialExecutor(num_threads=1))
+
+
+@pytest.mark.parametrize(("scope", "sums"), [("model", 3), ("tensor", 0)])
+def test_no_histogram_is_kept_longer_than_it_is_needed(lab: Any, monkeypatch: pytest.MonkeyPatch, scope: str, sums: int) -> None:
+    flows: list[Flow] = []
+
+    class Kept(Flow):
+        def __init__(self, *arguments: Any, **more: Any) -> None:
+            super().__init__(*arguments, **more)
+            flows.append(self)
+
+    monkeypatch.setattr("mmerge.pipeline.build.Flow", Kept)
+    build(lab, {"method": "mmer", "scope": scope, "output": "store"}, SerialExecutor(num_threads=1))
+    assert len(flows[0].survey.digests) == len(lab.base)
+    assert flows[0].survey.histograms == {}
+    assert len(flows[0].survey.sums) == sums
