@@ -86,7 +86,7 @@ class _Sides:
 
     def build(self, method: str) -> None:
         """Run a build into a new store, all its tasks here."""
-        experts = {path.name: {"path": str(path), "modality": "image"} for path in self._folder.glob("expert*")}
+        experts = {path.name: {"path": str(path), "modality": "image"} for path in sorted(self._folder.glob("expert*"))}
         raw = {
             "name": "matrix",
             "base": str(self._folder / "base"),
