@@ -3,8 +3,8 @@
     python benchmarks/bench_matrix.py
     python benchmarks/bench_matrix.py --hidden 2048 --ffn 5632 --methods iso_c swudi
 
-Both run in turn on the same files, one core each: our merge tasks, and a loop that reads the tensors of base and experts with
-safetensors, computes, and writes one file. The results are compared bit by bit. `--batch` measures what it brings on this machine to
+Both take turns matrix by matrix in one process, on one thread: our merge task, and a loop that reads the tensors of base and experts
+with safetensors, computes, and writes a file. The results are compared bit by bit; peak memory is that of a process of its own. `--batch` measures what it brings on this machine to
 give equal matrices to the library in one call.
 """
 
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,109 +35,108 @@ Svd = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def main() -> None:
-    """Print the table, or with `--side` run one side of one row."""
+    """Print the table, or with `--side` run one side of one row alone."""
     options = _parse()
     torch.set_num_threads(1)
     if options.batch:
-        measure_batches(options.hidden)
+        measure_batches(options.hidden, options.repeat)
         return
+    # What the library loads at its first use belongs to neither side: torch.optim.Adam imports for two seconds.
+    torch.linalg.svd(torch.eye(8))
+    _adam(torch.eye(8), torch.eye(8), torch.eye(8), 1)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(options.inputs or Path(place) / "inputs")
         shape = Shape(options.hidden, options.ffn, options.layers, options.hidden // 64, max(1, options.hidden // 256), vocabulary=64)
         make_checkpoints(folder, shape, num_experts=NUM_EXPERTS)
         for method in options.methods:
             numbers = {"iterations": options.iterations} if method in ("wudi", "optmerge") else {}
-            if options.side:
-                _report_side(options.side, folder, method, numbers, Path(place))
-            else:
-                _print_row(options, folder, method, numbers, Path(place))
+            sides = _Sides(folder, PLAIN[method], numbers, Path(place) / method, repeat=options.repeat, only=options.side)
+            sides.build(method)
+            if not options.side:
+                peaks = [_measure_peak(options, folder, method, side, Path(place)) for side in ("ours", "plain")]
+                _print_row(method, sides, peaks)
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--ffn", type=int, default=2816)
+    parser.add_argument("--ffn", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--iterations", type=int, default=30, help="of WUDI and OptMerge (a recipe's default is 300)")
     parser.add_argument("--methods", nargs="*", choices=PLAIN, default=list(PLAIN))
-    parser.add_argument("--repeat", type=int, default=2, help="turns of both sides; the fastest of each counts")
+    parser.add_argument("--repeat", type=int, default=2, help="turns of both sides for each matrix; the fastest of each counts")
     parser.add_argument("--batch", action="store_true", help="one call for three equal matrices, beside three calls")
-    parser.add_argument("--side", choices=("ours", "plain"), help="run one side alone, and print its seconds")
+    parser.add_argument("--side", choices=("ours", "plain"), help="run one side alone, once: for its peak memory")
     parser.add_argument("--inputs", help="folder of the checkpoints; a temporary one if absent")
     return parser.parse_args()
 
 
-def _print_row(options: argparse.Namespace, folder: Path, method: str, numbers: dict[str, Any], place: Path) -> None:
-    """Run both sides in turn, each as a process of its own, and print the fastest of each."""
-    best: dict[str, tuple[float, float, float]] = {}
-    for _ in range(options.repeat):
-        for side in ("ours", "plain"):
-            command = [sys.executable, __file__, "--side", side, "--inputs", str(folder), "--methods", method]
-            for name in ("hidden", "ffn", "layers", "iterations"):
-                command += [f"--{name}", str(getattr(options, name))]
-            found = measure(command, log=place / "side.log")
-            said = json.loads((place / "side.log").read_text().splitlines()[-1])
-            row = (said["wall_s"], said["cpu_s"], found.peak_bytes / 1e6)
-            best[side] = min(best.get(side, row), row)
-    equal = _compare(folder, method, numbers, place)
-    (wall, cpu, peak), (plain_wall, plain_cpu, plain_peak) = best["ours"], best["plain"]
-    print(
-        f"{method:<10} ours {wall:7.2f} s, CPU {cpu:7.2f} s, {peak:5.0f} MB   plain loop {plain_wall:7.2f} s, CPU {plain_cpu:7.2f} s, "
-        f"{plain_peak:5.0f} MB   ratio {wall / plain_wall:.2f}, CPU {cpu / plain_cpu:.2f}   {equal}",
-        flush=True,
-    )
+class _Sides:
+    """An executor of this process: every merge task, and beside it the plain loop over the task's tensors, in turn."""
 
+    def __init__(
+        self, folder: Path, merge: Callable[..., torch.Tensor], numbers: dict[str, Any], place: Path, *, repeat: int, only: str | None
+    ) -> None:
+        self._folder, self._merge, self._numbers, self._place = folder, merge, numbers, place
+        self._turns = [side for _ in range(1 if only else repeat) for side in ("ours", "plain") if only in (None, side)]
+        self.wall, self.cpu = {"ours": 0.0, "plain": 0.0}, {"ours": 0.0, "plain": 0.0}
+        self.num_tensors = self.num_different = 0
+        self._is_alone = only is not None
+        place.mkdir()
 
-def _report_side(side: str, folder: Path, method: str, numbers: dict[str, Any], place: Path) -> None:
-    # What the library loads at its first use belongs to neither: torch.optim.Adam imports for two seconds.
-    torch.linalg.svd(torch.eye(8))
-    _adam(torch.eye(8), torch.eye(8), torch.eye(8), 1)
-    wall, cpu = run_ours(folder, method, numbers, place / "store") if side == "ours" else run_plain(folder, method, numbers, place / "out")
-    print(json.dumps({"wall_s": wall, "cpu_s": cpu}))
-
-
-class _OneByOne:
-    """An executor of this process that adds up what merge tasks take."""
-
-    def __init__(self) -> None:
-        self.wall = self.cpu = 0.0
+    def build(self, method: str) -> None:
+        """Run a build into a new store, all its tasks here."""
+        experts = {path.name: {"path": str(path), "modality": "image"} for path in sorted(self._folder.glob("expert*"))}
+        raw = {
+            "name": "matrix",
+            "base": str(self._folder / "base"),
+            "experts": experts,
+            "method": method,
+            "output": str(self._place / "store"),
+        }
+        plan = make_plan(parse_recipe(raw | self._numbers, folder=self._folder))
+        if self._turns == ["plain"]:
+            self._plain([tensor.name for shard in plan.merge_shards for tensor in shard.tensors])
+        else:
+            run(plan, executor=self)
 
     def run(self, tasks: Sequence[Task], store_uri: str) -> Iterator[tuple[Task, TaskResult | Exception]]:
+        """Yield each task with its result."""
         for task in tasks:
-            cpu, began = time.process_time(), time.monotonic()
-            result = run_task(task, store_uri)
-            if isinstance(task, MergeTask):
-                self.wall, self.cpu = self.wall + time.monotonic() - began, self.cpu + time.process_time() - cpu
-            yield task, result
+            yield task, self._measure(task, store_uri) if isinstance(task, MergeTask) else run_task(task, store_uri)
 
     def close(self) -> None:
         """Nothing is open."""
 
+    def _measure(self, task: MergeTask, store_uri: str) -> TaskResult:
+        best = {"ours": (float("inf"), 0.0), "plain": (float("inf"), 0.0)}
+        names = [tensor.name for tensor in task.tensors]
+        for side in self._turns:
+            cpu, began = time.process_time(), time.monotonic()
+            if side == "ours":
+                result = run_task(replace(task, fresh=True), store_uri)
+            else:
+                self._plain(names)
+            best[side] = min(best[side], (time.monotonic() - began, time.process_time() - cpu))
+        if not self._is_alone:
+            for side, (wall, cpu) in best.items():
+                self.wall[side], self.cpu[side] = self.wall[side] + wall, self.cpu[side] + cpu
+            ours, plain = load_file(self._place / "store" / result.entry.object.key), load_file(self._place / "plain.safetensors")
+            self.num_tensors += len(plain)
+            self.num_different += sum(not torch.equal(ours[name], plain[name]) for name in plain)
+        return result
 
-def run_ours(folder: Path, method: str, numbers: Mapping[str, Any], store: Path) -> tuple[float, float]:
-    """Return wall and CPU seconds of the merge tasks of a build into a new store."""
-    experts = {path.name: {"path": str(path), "modality": "image"} for path in sorted(folder.glob("expert*"))}
-    raw = {"name": "matrix", "base": str(folder / "base"), "experts": experts, "method": method, "output": str(store), **numbers}
-    executor = _OneByOne()
-    run(make_plan(parse_recipe(raw, folder=folder)), executor=executor)
-    return executor.wall, executor.cpu
-
-
-def run_plain(folder: Path, method: str, numbers: Mapping[str, Any], out: Path) -> tuple[float, float]:
-    """Return wall and CPU seconds of a loop over all tensors: read, merge, write."""
-    cpu, began = time.process_time(), time.monotonic()
-    merge = PLAIN[method]
-    paths = [folder / "base", *sorted(folder.glob("expert*"))]
-    index = json.loads((folder / "base" / "model.safetensors.index.json").read_text())["weight_map"]
-    merged = {}
-    for name, file in index.items():
-        base, *experts = (_read(path / file, name) for path in paths)
-        if ".layers." in name and base.dim() == 2:
-            base = base + merge([expert - base for expert in experts], **numbers)
-        merged[name] = base.to(torch.bfloat16)
-    out.mkdir()
-    save_file(merged, out / "model.safetensors")
-    return time.monotonic() - began, time.process_time() - cpu
+    def _plain(self, names: Sequence[str]) -> None:
+        """Read these tensors of base and experts, merge, and write one file."""
+        paths = [self._folder / "base", *sorted(self._folder.glob("expert*"))]
+        index = json.loads((paths[0] / "model.safetensors.index.json").read_text())["weight_map"]
+        merged = {}
+        for name in names:
+            base, *experts = (_read(path / index[name], name) for path in paths)
+            if ".layers." in name and base.dim() == 2:
+                base = base + self._merge([expert - base for expert in experts], **self._numbers)
+            merged[name] = base.to(torch.bfloat16)
+        save_file(merged, self._place / "plain.safetensors")
 
 
 def _read(file: Path, name: str) -> torch.Tensor:
@@ -145,16 +145,22 @@ def _read(file: Path, name: str) -> torch.Tensor:
         return found.to(torch.float32)
 
 
-def _compare(folder: Path, method: str, numbers: Mapping[str, Any], place: Path) -> str:
-    run_ours(folder, method, numbers, place / method / "store")
-    run_plain(folder, method, numbers, place / method / "out")
-    plain = load_file(place / method / "out" / "model.safetensors")
-    ours: dict[str, torch.Tensor] = {}
-    for file in (place / method / "store" / "objects").glob("*.safetensors"):
-        ours |= load_file(file)
-    assert ours.keys() == plain.keys(), ours.keys() ^ plain.keys()
-    different = [name for name in plain if not torch.equal(ours[name], plain[name])]
-    return f"{len(different)} of {len(plain)} tensors differ" if different else "equal bits"
+def _measure_peak(options: argparse.Namespace, folder: Path, method: str, side: str, place: Path) -> int:
+    """Return the peak memory of a process that runs one side alone."""
+    command = [sys.executable, __file__, "--side", side, "--inputs", str(folder), "--methods", method]
+    for name in ("hidden", "ffn", "layers", "iterations"):
+        command += [f"--{name}", str(getattr(options, name))]
+    return measure(command, log=place / "side.log").peak_bytes
+
+
+def _print_row(method: str, sides: _Sides, peaks: Sequence[int]) -> None:
+    ours, plain = ((sides.wall[side], sides.cpu[side], peak / 1e6) for side, peak in zip(("ours", "plain"), peaks, strict=True))
+    equal = f"{sides.num_different} of {sides.num_tensors} tensors differ" if sides.num_different else "equal bits"
+    print(
+        f"{method:<10} ours {ours[0]:6.2f} s, CPU {ours[1]:6.2f} s, {ours[2]:5.0f} MB   plain loop {plain[0]:6.2f} s, CPU {plain[1]:6.2f} s, "
+        f"{plain[2]:5.0f} MB   ratio {ours[0] / plain[0]:.2f}, CPU {ours[1] / plain[1]:.2f}   {equal}",
+        flush=True,
+    )
 
 
 def _svd(matrix: torch.Tensor) -> Svd:
@@ -232,8 +238,8 @@ PLAIN: Mapping[str, Callable[..., torch.Tensor]] = {
 """By method, the merged task vector of one matrix, written down without this project's code."""
 
 
-def measure_batches(hidden: int) -> None:
-    """Print what one call for three square matrices takes, beside three calls: the fastest of three turns."""
+def measure_batches(hidden: int, repeat: int) -> None:
+    """Print the CPU seconds of one call for three square matrices, beside three calls, on one thread: the fastest of several turns."""
     stack = torch.randn(3, hidden, hidden, generator=torch.Generator().manual_seed(0))
     symmetric = stack @ stack.transpose(1, 2)
     calls: Mapping[str, tuple[torch.Tensor, Callable[[torch.Tensor], Any]]] = {
@@ -243,14 +249,14 @@ def measure_batches(hidden: int) -> None:
     }
     for name, (matrices, call) in calls.items():
         one, single = float("inf"), float("inf")
-        for _ in range(3):
-            began = time.monotonic()
+        for _ in range(repeat):
+            began = time.process_time()
             call(matrices)
-            middle = time.monotonic()
+            middle = time.process_time()
             for matrix in matrices:
                 call(matrix)
-            one, single = min(one, middle - began), min(single, time.monotonic() - middle)
-        print(f"{name:<8} 3 × {hidden}²: one call {one:.3f} s, three calls {single:.3f} s, ratio {one / single:.2f}", flush=True)
+            one, single = min(one, middle - began), min(single, time.process_time() - middle)
+        print(f"{name:<8} 3 × {hidden}²: one call {one:.2f} s of CPU, three calls {single:.2f} s, ratio {one / single:.2f}", flush=True)
 
 
 if __name__ == "__main__":
