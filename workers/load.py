@@ -21,7 +21,7 @@ from mmerge.workers.load_adapters import route_adapters
 from mmerge.workers.media import load_tokenizer, make_config, make_model
 from mmerge.workers.parallel import join_ranks, spread_layers
 from mmerge.workers.placement import Placement
-from mmerge.workers.ranks import Ranks, in_torchrun, open_ranks
+from mmerge.workers.ranks import Ranks, check_device, in_torchrun, open_ranks
 from mmerge.workers.reader import HEAD_NAME, BuildReader
 from mmerge.workers.routing import Policy, RoutedBias, RoutedLinear, RoutedWeights, Routing
 from mmerge.workers.skeleton import find_text_class, make_skeleton, set_parameter
@@ -61,7 +61,8 @@ def load_composite(
         PlacementError: it cannot be divided as asked, or there is no such device.
         RankLost: another rank ended.
     """
-    check_device(device)
+    for name in sorted({device, *(stage.device for stage in placement.stages if placement.num_ranks == 1)} if placement else {device}):
+        check_device(name)
     reader = BuildReader(uri)
     if mode == "retention":
         if expert is None:
@@ -75,20 +76,6 @@ def load_composite(
     except Exception:
         ranks.close(wait=False)  # the others learn at once that this rank is gone
         raise
-
-
-def check_device(device: str) -> None:
-    """Raise PlacementError where this process has no device of that name."""
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        raise PlacementError(f"device {device!r}: torch knows no such device. Take cpu, cuda or cuda:1") from None
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise PlacementError(f"device {device!r}: torch finds no CUDA GPU in this process. Take --device cpu, or a machine that has one")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise PlacementError(
-            f"device {device!r}: this process has {torch.cuda.device_count()} CUDA GPUs, numbered from 0. Take one of them"
-        )
 
 
 def _open_ranks(placement: Placement | None, device: str, *, given: Ranks | None) -> Ranks:
