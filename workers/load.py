@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from mmerge.manifests.errors import CheckpointError, ManifestError, PlacementError
 from mmerge.manifests.manifest import FileEntry, read_file
-from mmerge.workers.composite import Composite, LoadReport
+from mmerge.workers.composite import Composite
 from mmerge.workers.division import Division
 from mmerge.workers.encoders import Encoder, RankEncoder, load_encoder
 from mmerge.workers.fetch import Fetcher, Item, deliver, read_ahead, read_threads, share_out
@@ -28,6 +29,19 @@ from mmerge.workers.skeleton import find_text_class, make_skeleton, set_paramete
 
 Mode = Literal["expansion", "retention"]
 EMBEDDING_SUFFIX = "embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What one rank read from the store, how long it took to load, and how much memory its process had."""
+
+    rank: int
+    bytes_read: int
+    seconds: float
+    start_bytes: int = 0
+    """Resident memory of the process before the first weight was read (Python, torch, transformers); 0 where the system does not say."""
+    peak_bytes: int = 0
+    """Most that was resident until it was loaded (VmHWM)."""
 
 
 def load_composite(
