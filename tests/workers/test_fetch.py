@@ -45,11 +45,12 @@ def test_reading_ahead_holds_no_more_than_its_window_or_one_item() -> None:
         return item
 
     found = []
-    for item in read_ahead(items, read, window_bytes=30, num_threads=4):
-        found.append(item)
-        time.sleep(0.002)
-        with lock:
-            held[0] -= item.num_bytes
+    with read_ahead(items, read, window_bytes=30, num_threads=4) as ready:
+        for item in ready:
+            found.append(item)
+            time.sleep(0.002)
+            with lock:
+                held[0] -= item.num_bytes
     assert found == items
     assert most[0] <= 50
 
@@ -63,11 +64,32 @@ def test_an_error_of_a_reading_thread_reaches_the_caller_and_ends_the_rest() -> 
             raise DamagedObject("t1 is damaged")
         return item.name
 
-    ready = read_ahead(make_items(*[10] * 50), read, window_bytes=20, num_threads=2)
-    assert next(ready) == "t0"
-    with pytest.raises(DamagedObject, match="t1 is damaged"):
-        next(ready)
+    with read_ahead(make_items(*[10] * 50), read, window_bytes=20, num_threads=2) as ready:
+        assert next(ready) == "t0"
+        with pytest.raises(DamagedObject, match="t1 is damaged"):
+            next(ready)
     assert len(seen) < 10
+
+
+def test_threads_read_before_the_first_is_asked_for_and_end_when_the_caller_fails() -> None:
+    begun = threading.Event()
+    seen = []
+
+    def read(item: Item) -> str:
+        seen.append(item.name)
+        begun.set()
+        return item.name
+
+    def fail() -> None:
+        with read_ahead(make_items(*[10] * 50), read, window_bytes=20, num_threads=2):
+            assert begun.wait(10)
+            raise ValueError("the caller's own")
+
+    with pytest.raises(ValueError, match="the caller's own"):
+        fail()
+    assert seen[0] == "t0"
+    assert len(seen) <= 2
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("mmerge-read")]
 
 
 @pytest.mark.parametrize(
