@@ -110,7 +110,7 @@ def read_array(path: str | Path, *, what: str, remedy: str) -> NDArray[Any]:
             raise ValueError("it has numbers that are NaN or infinite")
         return values.astype(values.dtype.newbyteorder("="), copy=False)
     except FileNotFoundError:
-        raise PromptError(f"{path}: no such file") from None
+        raise PromptError(f"{path}: no such file. {remedy}") from None
     except (OSError, EOFError, ValueError, SyntaxError, MemoryError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise PromptError(f"{path}: cannot be read as {what} ({reason}). {remedy}") from error
