@@ -24,6 +24,8 @@ from mmerge.workers.threads import num_cores
 
 WINDOW_BYTES = 256 << 20
 """Stored bytes that are read ahead of what is being placed: host memory beside the model, or one tensor if that is larger."""
+SHARED_WINDOW_BYTES = WINDOW_BYTES // 2
+"""The same of each of several ranks: what one reads is not what it keeps, and stands beside its part of the model until it is given away."""
 LOCAL_THREADS = 8
 """Threads that read a local store, if there are so many cores: each copies, digests and forms, so that more would only take turns."""
 REMOTE_THREADS = 4

@@ -16,7 +16,7 @@ from mmerge.manifests.manifest import FileEntry, read_file
 from mmerge.workers.composite import Composite
 from mmerge.workers.division import Division
 from mmerge.workers.encoders import Encoder, RankEncoder, load_encoder
-from mmerge.workers.fetch import Fetcher, Item, deliver, read_ahead, read_threads, share_out
+from mmerge.workers.fetch import SHARED_WINDOW_BYTES, WINDOW_BYTES, Fetcher, Item, deliver, read_ahead, read_threads, share_out
 from mmerge.workers.host_memory import resident_bytes
 from mmerge.workers.load_adapters import route_adapters
 from mmerge.workers.media import load_tokenizer, make_config, make_model
@@ -140,7 +140,8 @@ class _Loader:
             raise CheckpointError(f"{owner}: the build has no config.json of it")
         model, items = self._make_skeleton(make_config(files, owner=owner), owner)
         own = [item for item in items if self.item_ranks[item.name] == self.ranks.rank]
-        with read_ahead(own, self._read, num_threads=read_threads(self.reader.store)) as ready:
+        window_bytes = WINDOW_BYTES if self.ranks.num_ranks == 1 else SHARED_WINDOW_BYTES
+        with read_ahead(own, self._read, num_threads=read_threads(self.reader.store), window_bytes=window_bytes) as ready:
             # While threads read the language model, or when it is there already, for want of items:
             tokenizer = load_tokenizer(files, owner=owner)
             encoders = {name: self._load_encoder(name, model.config.hidden_size, rank) for name, rank in self.encoder_ranks.items()}
