@@ -35,6 +35,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from mmerge.pipeline import Composite, load_composite, make_plan, read_recipe, run
 from mmerge.workers.reader import BuildReader
@@ -61,6 +62,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    logging.disable_progress_bar()
     options.folder = options.folder.absolute()  # recipes stand elsewhere
     stores = build(options.folder, options.shape)
     dtype = getattr(torch, options.dtype)
@@ -196,6 +198,14 @@ def load_plain(folder: Path) -> dict[str, Any]:
     return {name: tensor.clone() for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
+def load_by_transformers(folder: Path) -> Any:
+    """Load a checkpoint with transformers, and touch each page of what it only maps: the weights are there then, as ours are."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    for value in model.parameters():
+        value.detach().view(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum()
+    return model
+
+
 def measure_loading(uri: str, method: str, state: str, folder: Path, rounds: int) -> dict[str, float]:
     """Loading against reading the same ranges, and against safetensors and transformers for a plain checkpoint.
 
@@ -213,7 +223,10 @@ def measure_loading(uri: str, method: str, state: str, folder: Path, rounds: int
     actions["with digests, large pages, 2 threads"] = partial(read_raw, uri, rows, num_threads=2, large_pages=True, digest=True)
     if method == "linear":
         actions["safetensors"] = lambda: load_plain(folder / "base")
-        actions["transformers"] = lambda: AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
+        actions["transformers"] = lambda: load_by_transformers(folder / "base")
+
+    for load in ("ours", "transformers"):
+        actions.get(load, list)()  # the first of a process imports libraries
 
     def prepare() -> None:
         for each in folders:

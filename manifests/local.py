@@ -58,6 +58,20 @@ def read_local(
             _rooms.append(room)
 
 
+def read_local_start(path: Path, *, num_bytes: int) -> tuple[memoryview, int]:
+    """Return the first `num_bytes` bytes of a file, fewer if it is shorter, and the size of the whole. Raises OSError; for an empty one too."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size = os.fstat(descriptor).st_size
+        if not size:
+            raise OSError(errno.EIO, "has no bytes")
+        data = np.empty(min(num_bytes, size), np.uint8)
+        _read_whole(descriptor, data, 0)
+        return data.data, size
+    finally:
+        os.close(descriptor)
+
+
 def _take_room(num_bytes: int) -> NDArray[np.uint8]:
     """Return memory of so many bytes or more, in one large page where the system has such, that nothing else uses."""
     with suppress(IndexError):

@@ -18,8 +18,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from mmerge.manifests.errors import MmergeError, PlacementError, RankLost
 from mmerge.pipeline.executor import RayExecutor
-from mmerge.workers.composite import Composite, LoadReport
-from mmerge.workers.load import Mode, load_composite
+from mmerge.workers.composite import Composite
+from mmerge.workers.load import LoadReport, Mode, load_composite
 from mmerge.workers.prompt import Part
 from mmerge.workers.ranks import DEFAULT_TIMEOUT_S, Ranks, open_ranks
 from mmerge.workers.routing import Policy

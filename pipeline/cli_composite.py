@@ -152,12 +152,14 @@ def generate(
     policy: PolicyOption = "packed",
     dtype: DtypeOption = None,
     gpus: Annotated[str | None, typer.Option("--gpus", metavar="COUNTxGB", help="spread it: " + GPUS_HELP, show_default=False)] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, …")] = "cpu",
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …; cuda with --gpus, else cpu", show_default=False)
+    ] = None,
 ) -> None:
     """Ask a composite about text, images, sounds and videos, alone or together.
 
-    On several GPUs: --gpus spreads the layers over them; started as `torchrun --nproc-per-node N --no-python mmerge generate …`
-    every matrix is cut over N processes.
+    On several GPUs: --gpus spreads the layers over them (--device cpu tries the plan without GPUs); started as
+    `torchrun --nproc-per-node N --no-python mmerge generate …` every matrix is cut over N processes.
     """
     if prompts and (question or image or audio or video or media or stream):
         raise RecipeError("--prompts: the questions and media stand in the file, and answers come together. Leave the others out")
@@ -165,6 +167,7 @@ def generate(
     if not all(text or parts for text, parts in asked):
         raise RecipeError("generate: give a question, or an --image, --audio or --video")
     options = _sampling(temperature, top_p, top_k, seed) | {"cache": _choose(cache, ("dynamic", "static"), option="--cache")}
+    device = _choose_device(device, gpus)
     from mmerge.workers.ranks import open_ranks
 
     ranks = open_ranks(device=device)
@@ -178,6 +181,15 @@ def generate(
         else:
             for answer in composite.generate_batch(made, max_new_tokens=max_new_tokens, **options):
                 _say(ranks, answer)
+
+
+def _choose_device(device: str | None, gpus: str | None) -> str:
+    """Return where to load: on GPUs if memory of GPUs is given and nothing else is said."""
+    if gpus and (device or "").startswith("cuda:"):
+        raise RecipeError(
+            f"--device: --gpus takes devices from cuda:0 on, {device!r} would have no effect. Give --device cuda, or leave it out"
+        )
+    return device or ("cuda" if gpus else "cpu")
 
 
 @contextmanager

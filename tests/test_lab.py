@@ -112,7 +112,7 @@ def damc(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_a_registered_encoder_gives_what_the_point_expert_was_trained_with(
-    lab_modules: Any, registered: None, lab_checkpoints: Path, lab_store: str
+    lab_modules: Any, registered: None, lab_checkpoints: Path, lab_store: str, tmp_path: Path
 ) -> None:
     cloud = lab_modules.data.draw_cloud(3, "deep", split="test", rng=np.random.default_rng(1))
     composite = load_composite(f"{lab_store}#mmer", dtype=torch.float32)
@@ -122,6 +122,12 @@ def test_a_registered_encoder_gives_what_the_point_expert_was_trained_with(
     torch.testing.assert_close(composite.encoders["point"].encode(Part("point", cloud)), wanted, rtol=1e-4, atol=1e-4)
     with pytest.raises(PromptError, match=r"a point cloud has shape \(128, 2\); give at least 32 points"):
         composite.encoders["point"].encode(Part("point", cloud[:, :2]))
+    np.save(tmp_path / "cut.npy", cloud)
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "cut.npy").read_bytes()[:-1])
+    with pytest.raises(
+        PromptError, match=r"cut.npy: cannot be read as a point cloud \(.*\)\. Give an array \[points, 3\] saved by numpy.save$"
+    ):
+        composite.encoders["point"].encode(Part("point", tmp_path / "cut.npy"))
 
 
 def test_without_a_registered_encoder_the_point_expert_takes_features(lab_modules: Any, lab_store: str) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from threading import Thread
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -19,20 +18,10 @@ from mmerge.workers.prompt import Part, check_places, make_prompt
 from mmerge.workers.ranks import Ranks
 from mmerge.workers.routing import TEXT, Routing
 
+if TYPE_CHECKING:
+    from mmerge.workers.load import LoadReport
+
 Cache = Literal["dynamic", "static"]
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What one rank read from the store, how long it took to load, and how much memory its process had."""
-
-    rank: int
-    bytes_read: int
-    seconds: float
-    start_bytes: int = 0
-    """Resident memory of the process before the first weight was read (Python, torch, transformers); 0 where the system does not say."""
-    peak_bytes: int = 0
-    """Most that was resident until it was loaded (VmHWM)."""
 
 
 class Composite:

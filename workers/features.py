@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mmerge.manifests.errors import CheckpointError, PromptError
-from mmerge.workers.prompt import Part
+from mmerge.workers.prompt import Part, read_array
 
 _LINEAR = re.compile(r"(?:^|\.)modal_projectors\.(?P<modality>[^.]+)\.(?:(?P<index>\d+)\.)?(?P<kind>weight|bias)$")
 _TOKENS = re.compile(r"(?:^|\.)(?P<place>prefix|suffix)_tokens\.(?P<modality>[^.]+)$")
@@ -67,13 +67,11 @@ class FeatureEncoder:
 
     def _read(self, value: object) -> torch.Tensor:
         if isinstance(value, (str, Path)):
-            try:
-                value = np.load(value, allow_pickle=False)
-            except (OSError, ValueError) as error:
-                raise PromptError(
-                    f"{value}: cannot be read as features ({error}). Expert {self.expert!r} has no encoder in its files: give what its encoder "
-                    "makes of a medium, an array [tokens, width] saved by numpy.save"
-                ) from error
+            remedy = (
+                f"Expert {self.expert!r} has no encoder in its files: give what its encoder makes of a medium, "
+                "an array [tokens, width] saved by numpy.save"
+            )
+            value = read_array(value, what="features", remedy=remedy)
         if isinstance(value, np.ndarray):
             value = torch.from_numpy(value)
         if not isinstance(value, torch.Tensor) or value.ndim != 2 or not value.is_floating_point():

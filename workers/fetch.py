@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Literal, TypeVar
@@ -23,6 +24,8 @@ from mmerge.workers.threads import num_cores
 
 WINDOW_BYTES = 256 << 20
 """Stored bytes that are read ahead of what is being placed: host memory beside the model, or one tensor if that is larger."""
+SHARED_WINDOW_BYTES = WINDOW_BYTES // 2
+"""The same of each of several ranks: what one reads is not what it keeps, and stands beside its part of the model until it is given away."""
 LOCAL_THREADS = 8
 """Threads that read a local store, if there are so many cores: each copies, digests and forms, so that more would only take turns."""
 REMOTE_THREADS = 4
@@ -210,22 +213,36 @@ def read_threads(store: Store) -> int:
     return max(1, min(LOCAL_THREADS, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
+@contextmanager
 def read_ahead(
     items: Sequence[Item], read: Callable[[Item], _Result], *, num_threads: int, window_bytes: int = WINDOW_BYTES
-) -> Iterator[_Result]:
-    """Yield `read(item)` in order; threads read ahead, at most `window_bytes` of stored bytes, or one item."""
+) -> Iterator[Iterator[_Result]]:
+    """Give an iterator of `read(item)` in order; threads begin at once and read ahead, at most `window_bytes` of stored bytes, or one item.
+
+    Leaving the context ends them behind the items that they are at.
+    """
     waiting: deque[tuple[Item, Future[_Result]]] = deque()
     held = position = 0
+
+    def read_on() -> None:
+        nonlocal held, position
+        while position < len(items) and (not waiting or held + items[position].num_bytes <= window_bytes):
+            waiting.append((items[position], pool.submit(read, items[position])))
+            held += items[position].num_bytes
+            position += 1
+
+    def deliver_in_order() -> Iterator[_Result]:
+        nonlocal held
+        while waiting:
+            item, future = waiting.popleft()
+            yield future.result()
+            held -= item.num_bytes
+            read_on()
+
     with ThreadPoolExecutor(num_threads, thread_name_prefix="mmerge-read") as pool:
         try:
-            while waiting or position < len(items):
-                while position < len(items) and (not waiting or held + items[position].num_bytes <= window_bytes):
-                    waiting.append((items[position], pool.submit(read, items[position])))
-                    held += items[position].num_bytes
-                    position += 1
-                item, future = waiting.popleft()
-                yield future.result()
-                held -= item.num_bytes
+            read_on()
+            yield deliver_in_order()
         finally:
             for _, future in waiting:
                 future.cancel()

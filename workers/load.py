@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,22 +13,35 @@ from torch import nn
 
 from mmerge.manifests.errors import CheckpointError, ManifestError, PlacementError
 from mmerge.manifests.manifest import FileEntry, read_file
-from mmerge.workers.composite import Composite, LoadReport
+from mmerge.workers.composite import Composite
 from mmerge.workers.division import Division
 from mmerge.workers.encoders import Encoder, RankEncoder, load_encoder
-from mmerge.workers.fetch import Fetcher, Item, deliver, read_ahead, read_threads, share_out
+from mmerge.workers.fetch import SHARED_WINDOW_BYTES, WINDOW_BYTES, Fetcher, Item, deliver, read_ahead, read_threads, share_out
 from mmerge.workers.host_memory import resident_bytes
 from mmerge.workers.load_adapters import route_adapters
 from mmerge.workers.media import load_tokenizer, make_config, make_model
 from mmerge.workers.parallel import join_ranks, spread_layers
 from mmerge.workers.placement import Placement
-from mmerge.workers.ranks import Ranks, in_torchrun, open_ranks
+from mmerge.workers.ranks import Ranks, check_device, in_torchrun, open_ranks
 from mmerge.workers.reader import HEAD_NAME, BuildReader
 from mmerge.workers.routing import Policy, RoutedBias, RoutedLinear, RoutedWeights, Routing
 from mmerge.workers.skeleton import find_text_class, make_skeleton, set_parameter
 
 Mode = Literal["expansion", "retention"]
 EMBEDDING_SUFFIX = "embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What one rank read from the store, how long it took to load, and how much memory its process had."""
+
+    rank: int
+    bytes_read: int
+    seconds: float
+    start_bytes: int = 0
+    """Resident memory of the process before the first weight was read (Python, torch, transformers); 0 where the system does not say."""
+    peak_bytes: int = 0
+    """Most that was resident until it was loaded (VmHWM)."""
 
 
 def load_composite(
@@ -61,7 +75,8 @@ def load_composite(
         PlacementError: it cannot be divided as asked, or there is no such device.
         RankLost: another rank ended.
     """
-    check_device(device)
+    for name in sorted({device, *(stage.device for stage in placement.stages if placement.num_ranks == 1)} if placement else {device}):
+        check_device(name)
     reader = BuildReader(uri)
     if mode == "retention":
         if expert is None:
@@ -75,20 +90,6 @@ def load_composite(
     except Exception:
         ranks.close(wait=False)  # the others learn at once that this rank is gone
         raise
-
-
-def check_device(device: str) -> None:
-    """Raise PlacementError where this process has no device of that name."""
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        raise PlacementError(f"device {device!r}: torch knows no such device. Take cpu, cuda or cuda:1") from None
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise PlacementError(f"device {device!r}: torch finds no CUDA GPU in this process. Take --device cpu, or a machine that has one")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise PlacementError(
-            f"device {device!r}: this process has {torch.cuda.device_count()} CUDA GPUs, numbered from 0. Take one of them"
-        )
 
 
 def _open_ranks(placement: Placement | None, device: str, *, given: Ranks | None) -> Ranks:
@@ -122,6 +123,11 @@ class _Loader:
         self.routing = Routing()
         self.on_bytes = on_bytes
         self.start_bytes = 0
+        names = [expert] if expert else reader.expert_names
+        shares = share_out([self._encoder_bytes(name) for name in names], num_ranks=ranks.num_ranks)
+        self.encoder_ranks = dict(zip(names, shares, strict=True))
+        self.item_ranks: dict[str, int] = {}
+        self.division: Division
         stages = placement.stages if placement is not None and placement.num_ranks == 1 else ()
         self.devices = [torch.device(stage.device) for stage in stages] or [torch.device(device)]
         self.stages = stages
@@ -132,17 +138,23 @@ class _Loader:
         files = self._read_files(self.manifest.to_expert(self.expert).files if self.expert else self.manifest.base.files)
         if "config.json" not in files:
             raise CheckpointError(f"{owner}: the build has no config.json of it")
-        names = [self.expert] if self.expert else self.reader.expert_names
-        owners = share_out([self._encoder_bytes(name) for name in names], num_ranks=self.ranks.num_ranks)
-        model = self._load_language_model(make_config(files, owner=owner), owner, dict(zip(names, owners, strict=True)))
-        encoders = {name: self._load_encoder(name, model.config.hidden_size, rank) for name, rank in zip(names, owners, strict=True)}
+        model, items = self._make_skeleton(make_config(files, owner=owner), owner)
+        own = [item for item in items if self.item_ranks[item.name] == self.ranks.rank]
+        window_bytes = WINDOW_BYTES if self.ranks.num_ranks == 1 else SHARED_WINDOW_BYTES
+        with read_ahead(own, self._read, num_threads=read_threads(self.reader.store), window_bytes=window_bytes) as ready:
+            # While threads read the language model, or when it is there already, for want of items:
+            tokenizer = load_tokenizer(files, owner=owner)
+            encoders = {name: self._load_encoder(name, model.config.hidden_size, rank) for name, rank in self.encoder_ranks.items()}
+            self._fill(model, items, ready)
+        if items:
+            self._connect(model)
         report = LoadReport(self.ranks.rank, self.reader.bytes_read, time.monotonic() - began, self.start_bytes, resident_bytes("VmHWM"))
         return Composite(
             manifest=self.manifest,
             expert=self.expert,
             language_model=model,
             routing=self.routing,
-            tokenizer=load_tokenizer(files, owner=owner),
+            tokenizer=tokenizer,
             encoders=encoders,
             ranks=self.ranks,
             load_reports=self.ranks.collect(report),
@@ -153,7 +165,8 @@ class _Loader:
 
     # The language model.
 
-    def _load_language_model(self, config: Any, owner: str, encoder_ranks: dict[str, int]) -> Any:
+    def _make_skeleton(self, config: Any, owner: str) -> tuple[Any, list[Item]]:
+        """Return the language model without weights, and what is to be put into it; with them where that is all one step."""
         text = config.get_text_config()
         names = self.reader.llm_names()
         embedding = next(name for name in names if name.endswith(EMBEDDING_SUFFIX))
@@ -168,15 +181,25 @@ class _Loader:
         if text.tie_word_embeddings and HEAD_NAME not in names:
             wanted.discard(HEAD_NAME)
         if wanted != set(names):
-            return self._load_converted(text, owner)
-        division = Division.of(text, num_ranks=self.ranks.num_ranks)
-        self._fill(model, self._make_items(model, names, head), division, encoder_ranks)
+            return self._load_converted(text, owner), []
+        self.division = Division.of(text, num_ranks=self.ranks.num_ranks)
+        items = self._make_items(model, names, head)
+        taken = [
+            sum(self._encoder_bytes(name) for name, rank in self.encoder_ranks.items() if rank == each)
+            for each in range(self.ranks.num_ranks)
+        ]
+        shares = share_out([item.num_bytes for item in items], num_ranks=self.ranks.num_ranks, taken=taken)
+        self.item_ranks = {item.name: rank for item, rank in zip(items, shares, strict=True)}
+        return model, items
+
+    def _connect(self, model: Any) -> None:
         model.tie_weights()
         if self.manifest.kind == "adapters":
-            route_adapters(model, self.reader, self.routing, expert=self.expert, division=division, rank=self.ranks.rank)
-        join_ranks(model, self.ranks, division)
+            route_adapters(model, self.reader, self.routing, expert=self.expert, division=self.division, rank=self.ranks.rank)
+        join_ranks(model, self.ranks, self.division)
         spread_layers(model, self.stages)
-        return model if self.stages else model.to(self.devices[0])
+        if not self.stages:
+            model.to(self.devices[0])
 
     def _load_converted(self, text: Any, owner: str) -> Any:
         """Load a model whose tensors transformers itself renames or fuses (mixtures of experts): whole, and without routing."""
@@ -205,17 +228,12 @@ class _Loader:
         # A bias is put into the RoutedLinear that its weight makes.
         return sorted(items, key=lambda item: item.kind == "bias")
 
-    def _fill(self, model: nn.Module, items: Sequence[Item], division: Division, encoder_ranks: dict[str, int]) -> None:
-        taken = [
-            sum(self._encoder_bytes(name) for name, rank in encoder_ranks.items() if rank == each) for each in range(division.num_ranks)
-        ]
-        owners = share_out([item.num_bytes for item in items], num_ranks=self.ranks.num_ranks, taken=taken)
-        own = [item for item, owner in zip(items, owners, strict=True) if owner == self.ranks.rank]
-        total, done = sum(item.num_bytes for item in own), 0
-        ready = read_ahead(own, self._read, num_threads=read_threads(self.reader.store))
-        for item, owner in zip(items, owners, strict=True):
+    def _fill(self, model: nn.Module, items: Sequence[Item], ready: Iterator[dict[str, torch.Tensor]]) -> None:
+        total, done = sum(item.num_bytes for item in items if self.item_ranks[item.name] == self.ranks.rank), 0
+        for item in items:
+            owner = self.item_ranks[item.name]
             whole = next(ready) if owner == self.ranks.rank else None
-            parts = deliver(item, whole, ranks=self.ranks, owner=owner, division=division)
+            parts = deliver(item, whole, ranks=self.ranks, owner=owner, division=self.division)
             device = self._device_of(item.name)
             self._place(model, item, {name: part.to(device) for name, part in parts.items()})
             if owner == self.ranks.rank:

@@ -95,6 +95,27 @@ def _join_texts(parts: Sequence[Part]) -> list[Part]:
     return [part for part in joined if part.kind != "text" or part.value]
 
 
+def read_array(path: str | Path, *, what: str, remedy: str) -> NDArray[Any]:
+    """Return the array of numbers in an .npy file.
+
+    Raises:
+        PromptError: there is none, it is cut short, or has numbers that are NaN or infinite; calls it `what`, ends with `remedy`.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            values = np.lib.format.read_array(file, allow_pickle=False)
+        if values.dtype.kind not in "fiu":
+            raise ValueError(f"its entries are {values.dtype}, no numbers")
+        if not np.isfinite(values).all():
+            raise ValueError("it has numbers that are NaN or infinite")
+        return values.astype(values.dtype.newbyteorder("="), copy=False)
+    except FileNotFoundError:
+        raise PromptError(f"{path}: no such file. {remedy}") from None
+    except (OSError, EOFError, ValueError, SyntaxError, MemoryError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise PromptError(f"{path}: cannot be read as {what} ({reason}). {remedy}") from error
+
+
 def read_image(value: Any) -> Any:
     """Return a PIL image in RGB. Raises PromptError when the file cannot be read as one."""
     from PIL import Image

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from mmerge.manifests.errors import RankLost
+from mmerge.manifests.errors import PlacementError, RankLost
 
 DEFAULT_TIMEOUT_S = 120.0
 """Seconds that a rank waits for the others before it gives up."""
@@ -123,6 +123,20 @@ class ProcessRanks(Ranks):
             ) from error
 
 
+def check_device(device: str) -> None:
+    """Raise PlacementError where this process has no device of that name."""
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise PlacementError(f"device {device!r}: torch knows no such device. Take cpu, cuda or cuda:1") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise PlacementError(f"device {device!r}: torch finds no CUDA GPU in this process. Take --device cpu, or a machine that has one")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise PlacementError(
+            f"device {device!r}: this process has {torch.cuda.device_count()} CUDA GPUs, numbered from 0. Take one of them"
+        )
+
+
 def in_torchrun() -> bool:
     """Return whether this process was started by torchrun, or an equal, as one of several ranks."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -134,6 +148,7 @@ def open_ranks(*, device: str = "cpu", timeout_s: float = DEFAULT_TIMEOUT_S) -> 
     nccl connects CUDA devices (each rank takes the device of its LOCAL_RANK), gloo everything else.
 
     Raises:
+        PlacementError: this process has no such device.
         RankLost: the other ranks did not come within `timeout_s` seconds.
     """
     if distributed.is_initialized():
@@ -146,7 +161,9 @@ def open_ranks(*, device: str = "cpu", timeout_s: float = DEFAULT_TIMEOUT_S) -> 
 
     is_cuda = device.startswith("cuda")
     if is_cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        check_device(own)
+        torch.cuda.set_device(own)
     try:
         distributed.init_process_group("nccl" if is_cuda else "gloo", timeout=timedelta(seconds=timeout_s))
     except (RuntimeError, ValueError) as error:

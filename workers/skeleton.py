@@ -32,6 +32,7 @@ def _parameters_on_meta() -> Iterator[None]:
     Drawing first values of parameters that have no memory would still take milliseconds per layer.
     """
     register, init_weights = nn.Module.register_parameter, transformers.PreTrainedModel.init_weights
+    drawing = {each: each.reset_parameters for each in (nn.Linear, nn.Embedding)}
 
     def register_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         is_new = param is not None and not param.is_meta  # tied ones must stay the same object
@@ -43,9 +44,13 @@ def _parameters_on_meta() -> Iterator[None]:
     with _meta_lock:
         nn.Module.register_parameter = register_meta  # type: ignore[method-assign, assignment]
         transformers.PreTrainedModel.init_weights = tie_alone
+        for each in drawing:
+            each.reset_parameters = lambda module: None  # type: ignore[method-assign]
         try:
             yield
         finally:
+            for each, draw in drawing.items():
+                each.reset_parameters = draw  # type: ignore[method-assign]
             nn.Module.register_parameter = register  # type: ignore[method-assign]
             transformers.PreTrainedModel.init_weights = init_weights
 

@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -18,6 +17,7 @@ from lab.sizes import Size
 from mmerge.manifests.errors import PromptError
 from mmerge.pipeline import Part
 from mmerge.workers.encoders import EncoderRequest, register_encoder
+from mmerge.workers.prompt import read_array
 
 NUM_GROUPS = 8
 GROUP_POINTS = 32
@@ -101,12 +101,7 @@ class RegisteredPointEncoder:
 def read_cloud(value: Any) -> Tensor:
     """A point cloud [points, 3] as float32, from an array, a tensor or an .npy file. Raises PromptError."""
     if isinstance(value, (str, Path)):
-        try:
-            value = np.load(value, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise PromptError(
-                f"{value}: cannot be read as a point cloud ({error}). Give an array [points, 3] saved by numpy.save"
-            ) from error
+        value = read_array(value, what="a point cloud", remedy="Give an array [points, 3] saved by numpy.save")
     points = torch.as_tensor(value)
     if points.ndim != 2 or points.shape[1] != 3 or len(points) < GROUP_POINTS:
         raise PromptError(f"a point cloud has shape {tuple(points.shape)}; give at least {GROUP_POINTS} points, (points, 3)")

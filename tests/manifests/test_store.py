@@ -30,6 +30,9 @@ def test_what_was_put_is_read_whole_and_in_ranges(store: Store) -> None:
     assert store.read_start("a/b.bin", num_bytes=700) == (bytes(range(100)), 100)
     with pytest.raises(NotFound):
         store.read_start("a/c.bin", num_bytes=7)
+    store.put("a/empty.bin", b"")
+    with pytest.raises(StoreError, match=r"a/empty\.bin: "):
+        store.read_start("a/empty.bin", num_bytes=7)
     assert store.num_bytes("a/b.bin") == 100
     assert store.exists("a/b.bin")
     assert not store.exists("a/c.bin")

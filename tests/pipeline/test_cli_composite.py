@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command_line import invoke
 
 SAMPLES = Path(__file__).resolve().parent.parent.parent / "examples" / "lab" / "samples"
@@ -55,7 +56,7 @@ def test_generate_streams_samples_and_spreads(lab_store: str, capsys: Any) -> No
     assert invoke(capsys, "generate", uri, ASK, "--image", IMAGE, "--max-new-tokens", "3", "--stream")[1].strip() == "seven"
     drawn = ("--temperature", "3", "--seed", "4", "--max-new-tokens", "6")
     assert invoke(capsys, "generate", uri, ASK, "--image", IMAGE, *drawn) == invoke(capsys, "generate", uri, ASK, "--image", IMAGE, *drawn)
-    for options in (["--cache", "static"], ["--policy", "resident"], ["--gpus", "2x1"], ["--dtype", "float32"]):
+    for options in (["--cache", "static"], ["--policy", "resident"], ["--gpus", "2x1", "--device", "cpu"], ["--dtype", "float32"]):
         assert invoke(capsys, "generate", uri, ASK, "--image", IMAGE, "--max-new-tokens", "3", *options)[:2] == (0, "seven\n")
 
 
@@ -65,6 +66,39 @@ def test_generate_answers_a_file_of_prompts_of_different_layouts(lab_store: str,
     code, out, _ = invoke(capsys, "generate", f"{lab_store}#mmer", "--prompts", str(tmp_path / "prompts.jsonl"), "--max-new-tokens", "3")
     assert code == 0
     assert out.splitlines() == ["seven", "three"]
+
+
+@pytest.mark.parametrize("arguments", [["--gpus", "2x80"], ["--gpus", "2x80", "--device", "cuda"], ["--device", "cuda"]])
+def test_generate_on_gpus_never_runs_on_the_cpu_instead(
+    lab_store: str, capsys: Any, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, out, err = invoke(capsys, "generate", f"{lab_store}#mmer", ASK, "--image", IMAGE, *arguments)
+    assert (code, out) == (1, "")
+    assert re.fullmatch(
+        r"error: PlacementError: device 'cuda(:0)?': torch finds no CUDA GPU in this process\. Take --device cpu, .*\n", err
+    ), err
+
+
+def test_a_rank_without_a_gpu_is_told_so_before_it_waits_for_the_others(
+    lab_store: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    code, _, err = invoke(capsys, "generate", f"{lab_store}#mmer", ASK, "--gpus", "2x80")
+    assert code == 1
+    assert err.startswith("error: PlacementError: device 'cuda:1': torch finds no CUDA GPU in this process"), err
+
+
+@pytest.mark.parametrize("length", [0, 60, 300])
+def test_a_point_cloud_that_is_cut_short_is_one_clear_error(lab_store: str, tmp_path: Path, capsys: Any, length: int) -> None:
+    (tmp_path / "cut.npy").write_bytes((SAMPLES / "cloud_eight_deep.npy").read_bytes()[:length])
+    code, out, err = invoke(capsys, "generate", f"{lab_store}#mmer", ASK, "--media", f"point={tmp_path / 'cut.npy'}")
+    assert (code, out) == (1, "")
+    assert err.startswith(f"error: PromptError: {tmp_path / 'cut.npy'}: cannot be read as features ("), err
+    assert err.count("\n") == 1
+    assert err.endswith("an array [tokens, width] saved by numpy.save\n")
 
 
 @pytest.mark.parametrize(
@@ -82,6 +116,7 @@ def test_generate_answers_a_file_of_prompts_of_different_layouts(lab_store: str,
         (["x ?", "--video", __file__], "cannot be read as a video"),
         (["x " * 600], "the model takes 512 together"),
         (["x ?", "--gpus", "1x0.001"], "does not fit"),
+        (["x ?", "--gpus", "2x80", "--device", "cuda:1"], "--gpus takes devices from cuda:0 on, 'cuda:1' would have no effect"),
         (["x ?", "--seed", "3"], "--seed has no effect on greedy answers"),
         (["x ?", "--temperature", "0"], "--temperature 0 is greedy"),
         (["x ?", "--cache", "paged"], "--cache: expected 'dynamic' or 'static', got 'paged'"),

@@ -282,7 +282,7 @@ def test_features_of_a_wrong_width_are_refused(lab: Any, recipe: dict[str, Any])
     composite = load_composite(build(lab, recipe))
     with pytest.raises(PromptError, match="width 11, the connector of expert 'image' takes 12"):
         composite.generate([Part("image", torch.randn(2, 11))], max_new_tokens=1)
-    with pytest.raises(PromptError, match=r"cannot be read as features.*numpy\.save"):
+    with pytest.raises(PromptError, match=r"missing.wav: no such file\. Expert 'audio' has no encoder in its files: .*numpy\.save"):
         composite.generate([Part("audio", "missing.wav")], max_new_tokens=1)
 
 

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from obstore.store import MemoryStore
 
 from mmerge.manifests.errors import DamagedObject
+from mmerge.manifests.store import Store, open_store
+from mmerge.workers import fetch
 from mmerge.workers.division import Division
-from mmerge.workers.fetch import Field, Item, cut, part_shape, read_ahead, share_out
+from mmerge.workers.fetch import (
+    LOCAL_THREADS,
+    REMOTE_THREADS,
+    Field,
+    Item,
+    cut,
+    part_shape,
+    read_ahead,
+    read_threads,
+    share_out,
+)
 from mmerge.workers.masks import pack_mask, pack_rows, unpack_rows
 
 
@@ -31,11 +45,12 @@ def test_reading_ahead_holds_no_more_than_its_window_or_one_item() -> None:
         return item
 
     found = []
-    for item in read_ahead(items, read, window_bytes=30, num_threads=4):
-        found.append(item)
-        time.sleep(0.002)
-        with lock:
-            held[0] -= item.num_bytes
+    with read_ahead(items, read, window_bytes=30, num_threads=4) as ready:
+        for item in ready:
+            found.append(item)
+            time.sleep(0.002)
+            with lock:
+                held[0] -= item.num_bytes
     assert found == items
     assert most[0] <= 50
 
@@ -49,11 +64,53 @@ def test_an_error_of_a_reading_thread_reaches_the_caller_and_ends_the_rest() -> 
             raise DamagedObject("t1 is damaged")
         return item.name
 
-    ready = read_ahead(make_items(*[10] * 50), read, window_bytes=20, num_threads=2)
-    assert next(ready) == "t0"
-    with pytest.raises(DamagedObject, match="t1 is damaged"):
-        next(ready)
+    with read_ahead(make_items(*[10] * 50), read, window_bytes=20, num_threads=2) as ready:
+        assert next(ready) == "t0"
+        with pytest.raises(DamagedObject, match="t1 is damaged"):
+            next(ready)
     assert len(seen) < 10
+
+
+def test_threads_read_before_the_first_is_asked_for_and_end_when_the_caller_fails() -> None:
+    begun = threading.Event()
+    seen = []
+
+    def read(item: Item) -> str:
+        seen.append(item.name)
+        begun.set()
+        return item.name
+
+    def fail() -> None:
+        with read_ahead(make_items(*[10] * 50), read, window_bytes=20, num_threads=2):
+            assert begun.wait(10)
+            raise ValueError("the caller's own")
+
+    with pytest.raises(ValueError, match="the caller's own"):
+        fail()
+    assert seen[0] == "t0"
+    assert len(seen) <= 2
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("mmerge-read")]
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks_here", "wanted"),
+    [(1, None, 1), (2, None, 2), (6, None, 6), (64, None, LOCAL_THREADS), (8, "2", 4), (8, "3", 2), (2, "4", 1)],
+)
+def test_a_local_store_is_read_by_one_thread_per_core_shared_by_the_ranks_of_the_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int, ranks_here: str | None, wanted: int
+) -> None:
+    monkeypatch.setattr(fetch, "num_cores", lambda: cores)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if ranks_here:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks_here)
+    assert read_threads(open_store(str(tmp_path))) == wanted
+
+
+@pytest.mark.parametrize("cores", [1, 64])
+def test_a_store_over_a_network_is_read_by_as_many_threads_on_any_machine(monkeypatch: pytest.MonkeyPatch, cores: int) -> None:
+    monkeypatch.setattr(fetch, "num_cores", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert read_threads(Store("s3://bucket/store", MemoryStore())) == REMOTE_THREADS
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import soundfile  # type: ignore[import-untyped]
 from PIL import Image
 
 from mmerge.manifests.errors import PromptError
-from mmerge.workers.prompt import Part, check_places, make_prompt, read_image, read_sound, read_video
+from mmerge.workers.prompt import Part, check_places, make_prompt, read_array, read_image, read_sound, read_video
 
 A, B = Part("image", "a.png"), Part("audio", "b.wav")
 
@@ -103,6 +104,41 @@ def test_what_a_decoder_prints_about_a_broken_sound_is_not_added_to_the_error(tm
     with pytest.raises(PromptError, match=r"broken.mp3: cannot be read as a sound \(the decoder finds no sound in it\)\. Give a WAV"):
         read_sound(path, sampling_rate=16000)
     assert capfd.readouterr().err == ""
+
+
+def test_an_array_file_gives_its_numbers_in_the_order_of_this_machine(tmp_path: Path) -> None:
+    wanted = np.arange(12, dtype=np.float32).reshape(4, 3)
+    np.save(tmp_path / "x.npy", wanted.astype(">f4"))
+    found = read_array(tmp_path / "x.npy", what="features", remedy="")
+    assert found.dtype.isnative
+    assert np.array_equal(found, wanted)
+
+
+def test_an_array_file_that_is_cut_anywhere_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "cut.npy"
+    np.save(path, np.ones((4, 3), np.float32))
+    data = path.read_bytes()
+    for length in range(len(data)):
+        path.write_bytes(data[:length])
+        with pytest.raises(PromptError, match=r"cut.npy: cannot be read as a cloud \([^\n]+\)\. Give another$"):
+            read_array(path, what="a cloud", remedy="Give another")
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (np.array(["a", "b"]), "its entries are <U1, no numbers"),
+        (np.array([{}], dtype=object), "Object arrays cannot be loaded"),
+        (np.array([1.0, np.nan]), "NaN or infinite"),
+        (np.array([np.inf], np.float32), "NaN or infinite"),
+    ],
+)
+def test_an_array_file_without_numbers_is_refused(tmp_path: Path, values: np.typing.NDArray[Any], reason: str) -> None:
+    np.save(tmp_path / "x.npy", values)
+    with pytest.raises(PromptError, match=f"x.npy: cannot be read as features .*{reason}"):
+        read_array(tmp_path / "x.npy", what="features", remedy="")
+    with pytest.raises(PromptError, match=r"nowhere.npy: no such file"):
+        read_array(tmp_path / "nowhere.npy", what="features", remedy="")
 
 
 def test_a_video_without_frames_is_refused() -> None:

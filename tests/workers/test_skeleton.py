@@ -1,0 +1,60 @@
+"""A model without weights has no memory for them, the buffers of the real one, and leaves torch as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mmerge.manifests.errors import CheckpointError
+from mmerge.workers.skeleton import make_skeleton, set_parameter
+
+CONFIG = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=60)
+
+
+def test_a_skeleton_has_the_names_and_shapes_of_the_model_no_memory_and_its_buffers() -> None:
+    wanted = LlamaForCausalLM(CONFIG).to(torch.bfloat16)
+    found = make_skeleton(CONFIG, dtype=torch.bfloat16, owner="base")
+    assert {name: (value.shape, value.dtype) for name, value in found.named_parameters()} == {
+        name: (value.shape, value.dtype) for name, value in wanted.named_parameters()
+    }
+    assert all(value.is_meta and not value.requires_grad for value in found.parameters())
+    buffers = dict(found.named_buffers())
+    assert buffers.keys() == dict(wanted.named_buffers()).keys()
+    assert all(torch.equal(value.float(), buffers[name].float()) for name, value in LlamaForCausalLM(CONFIG).named_buffers())
+    assert not found.training
+
+
+def test_tied_weights_are_one_parameter() -> None:
+    tied = LlamaConfig(**CONFIG.to_dict() | {"tie_word_embeddings": True})
+    model = make_skeleton(tied, dtype=torch.float32, owner="base")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_models_made_afterwards_are_drawn_as_ever(fails: bool) -> None:
+    def draw() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        layers = nn.Linear(5, 7), nn.Embedding(5, 7)
+        return [value.detach() for layer in layers for value in layer.parameters()]
+
+    before = draw()
+    if fails:
+        with pytest.raises(KeyError, match="unknown"):
+            make_skeleton(
+                LlamaConfig(**CONFIG.to_dict() | {"rope_parameters": {"rope_type": "unknown"}}), dtype=torch.float16, owner="base"
+            )
+    else:
+        make_skeleton(CONFIG, dtype=torch.float16, owner="base")
+    after = draw()
+    assert all(one.equal(other) and not other.is_meta for one, other in zip(before, after, strict=True))
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_value_of_another_shape_is_refused_by_name() -> None:
+    model = make_skeleton(CONFIG, dtype=torch.float32, owner="base")
+    with pytest.raises(CheckpointError, match=r"model.norm.weight: has shape \(31,\), the model of transformers .* has \(32,\)"):
+        set_parameter(model, "model.norm.weight", torch.zeros(31), shape=(31,))
+    set_parameter(model, "model.norm.weight", torch.ones(32), shape=(32,))
+    assert model.model.norm.weight.equal(torch.ones(32))
