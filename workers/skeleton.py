@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from mmerge.manifests.errors import CheckpointError
+from mmerge.manifests.errors import CheckpointError, MmergeError
 
 _meta_lock = Lock()
 
@@ -56,12 +56,24 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def make_skeleton(text: Any, *, dtype: torch.dtype, owner: str) -> Any:
-    """Return the causal language model of a text configuration, its parameters on the meta device."""
+    """Return the causal language model of a text configuration, its parameters on the meta device.
+
+    Raises:
+        CheckpointError: transformers has no such model, or cannot make it of these numbers.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with _parameters_on_meta():
             return find_text_class(text, owner=owner)(text).eval()
+    except MmergeError:
+        raise
+    except Exception as error:  # whatever the code behind a model type stumbles over is said by its configuration
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        raise CheckpointError(
+            f"{owner}: transformers {transformers.__version__} cannot make a {text.model_type} model of its config.json "
+            f"({type(error).__name__}: {reason}). Compare it with the checkpoint's original, or install the transformers that wrote it"
+        ) from error
     finally:
         torch.set_default_dtype(before)
 
