@@ -30,7 +30,8 @@ from mmerge.workers.adapter import open_expert
 from mmerge.workers.checkpoint import Checkpoint
 from mmerge.workers.measure import parse_numbers
 from mmerge.workers.methods import find_method
-from mmerge.workers.task import CopyTask, MeasureTask, MergeTask, RefineTask, Task, TaskResult
+from mmerge.workers.survey import survey_key
+from mmerge.workers.task import CopyTask, MeasureTask, MergeTask, RefineTask, SurveyTask, Task, TaskResult
 
 FOLLOWING = {RefineTask: "thresholds", MergeTask: "merge", CopyTask: "carry"}
 """The phases of the tasks that follow from surveys."""
@@ -103,7 +104,7 @@ class Builder:
         identities = {checkpoint.uri: checkpoint.identity for checkpoint in (self.base, *self.experts)}
         surveys = make_survey_tasks(self.plan, identities, magnitudes=bool(trims), fresh=self.fresh)
         flow = Flow(self.plan, surveys, trims or None, self.store, fresh=self.fresh)
-        self._run_phase("survey", surveys, lambda task: self.store.exists(f"surveys/{task.key}.safetensors"), flow)
+        self._run_phase("survey", surveys, self._is_surveyed, flow)
         thresholds = flow.finish(self._run_refine)
         survey = flow.survey
         stages = StageRun(
@@ -119,10 +120,13 @@ class Builder:
         return self._commit(merge_tasks, copy_tasks, survey)
 
     def _run_refine(self, tasks: Sequence[RefineTask]) -> None:
-        self._run_phase("thresholds", tasks, lambda task: self.store.exists(f"surveys/{task.key}.safetensors"))
+        self._run_phase("thresholds", tasks, self._is_surveyed)
 
     def _run_measure(self, phase: str, tasks: Sequence[MeasureTask]) -> None:
-        self._run_phase(phase, tasks, lambda task: self.store.exists(f"surveys/{task.key}.safetensors"))
+        self._run_phase(phase, tasks, self._is_surveyed)
+
+    def _is_surveyed(self, task: SurveyTask | RefineTask | MeasureTask) -> bool:
+        return self.store.exists(survey_key(task.key))
 
     def _run_phase(self, phase: str, tasks: Sequence[Any], is_done: Callable[[Any], bool], flow: Flow | None = None) -> None:
         """Run the tasks that are not done yet, and those that follow from them; raise all their failures at the end."""

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from mmerge.manifests.digest import SHOWN_DIGITS
 from mmerge.manifests.errors import MmergeError, RecipeError, StoreError
+from mmerge.pipeline.cli_options import JsonOption
 
 if TYPE_CHECKING:
     from mmerge.manifests.store import Store
@@ -74,7 +75,6 @@ RatesOption = Annotated[
         show_default=False,
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 
 
 @contextmanager

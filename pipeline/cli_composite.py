@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmerge.manifests.errors import PromptError, RecipeError
+from mmerge.pipeline.cli_options import UriArgument
 
 if TYPE_CHECKING:
     from mmerge.workers.composite import Composite
@@ -24,7 +25,6 @@ out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
 
 MAX_PROMPTS_BYTES = 1 << 28
-UriArgument = Annotated[str, typer.Argument(metavar="URI", help="the composite: STORE or STORE#NAME")]
 GPUS_HELP = "devices and their memory in GB: 4x80, or 2x80,2x40"
 PolicyOption = Annotated[
     str,

@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-out = Console(soft_wrap=True)
+from mmerge.pipeline.cli_options import JsonOption
 
-JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
+out = Console(soft_wrap=True)
 
 
 def average_lora(

@@ -27,6 +27,7 @@ from mmerge.pipeline.cli_cluster import (
     simulate_plan,
     simulation_to_json,
 )
+from mmerge.pipeline.cli_options import JsonOption
 from mmerge.workers.begin import import_numba, load_kernels
 from mmerge.workers.lazy_torch import postpone_torch
 
@@ -38,7 +39,6 @@ out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="the recipe, a YAML file ('mmerge schema' describes it)")]
-JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 BlockOption = Annotated[
     int | None,
     typer.Option(

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mmerge.manifests.errors import RecipeError
+from mmerge.pipeline.cli_options import JsonOption, UriArgument
 
 if TYPE_CHECKING:
     from mmerge.pipeline.compare import Difference
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
 
-UriArgument = Annotated[str, typer.Argument(metavar="URI", help="the composite: STORE or STORE#NAME")]
-JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 

@@ -209,9 +209,7 @@ class ThresholdSearch:
             return tuple(tuple(() for _ in shard.tensors) for shard in self._shards)
         trimming, values = self._trimming, dict(self._values)
         positions = range(len(trimming.densities))
-        wanted = {
-            _histogram_name(tensor, key[1]): key for key in self._open for tensor in self._groups[key]
-        }  # fmt: skip
+        wanted = {_histogram_name(tensor, key[1]): key for key in self._open for tensor in self._groups[key]}
         sums: dict[tuple[str, int], HistogramSum] = {}
         for found in refined:
             for name in found.keys() & wanted.keys():
