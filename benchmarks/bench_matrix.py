@@ -15,7 +15,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mmerge.pipeline import make_plan, parse_recipe, run
-from mmerge.pipeline.dispatch import Follow, Outcome
+from mmerge.pipeline.dispatch import Follow, Outcomes
 from mmerge.workers.run_task import run_task
 from mmerge.workers.task import MergeTask, Task, TaskResult
 
@@ -101,7 +101,7 @@ class _Sides:
         else:
             run(plan, executor=self)
 
-    def run(self, tasks: Sequence[Task], store_uri: str, follow: Follow) -> Iterator[Outcome]:
+    def run(self, tasks: Sequence[Task], store_uri: str, follow: Follow) -> Outcomes:
         """Yield each task with its result. Nothing follows: merges have a phase of their own, in which no survey is measured."""
         for task in tasks:
             yield task, self._measure(task, store_uri) if isinstance(task, MergeTask) else run_task(task, store_uri)

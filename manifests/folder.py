@@ -1,7 +1,7 @@
 """A store in a local folder: writes that survive a power failure, and names that cannot lead out of the folder.
 
 The library writes to a temporary name and renames, but does not wait for the disk; here a name appears only when the
-bytes under it are on the disk.
+bytes under it are on the disk. Who writes need not wait for that: `settle` may do it elsewhere, while the next file is made.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -36,6 +37,16 @@ def is_partial(name: str) -> bool:
     return last.startswith(".") and last.endswith(PARTIAL_SUFFIX)
 
 
+@dataclass(frozen=True)
+class Pending:
+    """A file that is written, but perhaps not on the disk yet, and has no name."""
+
+    key: str
+    """The name that it gets."""
+    partial: str
+    """Its temporary name, in the same folder."""
+
+
 class Folder:
     """The folder of a local store."""
 
@@ -47,6 +58,8 @@ class Folder:
             # The layout of the Hugging Face cache: snapshots/REVISION/file is a link to ../../blobs/DIGEST.
             self._roots.append((path.parent.parent / "blobs").resolve())
         self._inside: set[str] = set()
+        self.pending: list[Pending] | None = None
+        """Where writers leave what is to be settled later, in their order; None where each one waits for the disk itself."""
 
     def place(self, key: str) -> Path:
         """Return the path of a key. Raises StoreError when a link on the way leads out of the folder."""
@@ -68,6 +81,21 @@ class Folder:
         with FolderWriter(self, key, replace=False) as out:
             out.write(data)
 
+    def settle(self, pending: Pending) -> None:
+        """Give a pending file its name, once its bytes are on the disk. Raises OSError, and then the file is gone."""
+        target = self.place(pending.key)
+        partial = target.with_name(pending.partial)
+        try:
+            _sync(partial)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+        _sync_folders(target.parent, self.path)
+
+    def forget(self, pending: Pending) -> None:
+        """Delete a pending file."""
+        self.place(pending.key).with_name(pending.partial).unlink(missing_ok=True)
+
     def iterate_keys(self, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
         """Yield the key and status of every file below a folder; links to folders are not followed."""
         start = self.place(prefix) if prefix else self.path
@@ -87,6 +115,7 @@ class FolderWriter:
 
     def __init__(self, folder: Folder, key: str, *, replace: bool = True) -> None:
         self._key, self._replace, self._root = key, replace, folder.path
+        self._pending = folder.pending if replace else None
         self._target = folder.place(key)
         self._target.parent.mkdir(parents=True, exist_ok=True)
         self._partial = self._target.with_name(f".{self._target.name[:80]}.{secrets.token_hex(6)}{PARTIAL_SUFFIX}")
@@ -113,17 +142,21 @@ class FolderWriter:
                 self._flush()
 
     def close(self) -> None:
-        """Give the file its name. Raises AlreadyExists when it must not be replaced and is there."""
+        """Give the file its name, now or when it is settled. Raises AlreadyExists when it must not be replaced and is there."""
         try:
             self._wait(0)
             if self._filled:
                 with memoryview(self._buffers[0]) as view:
                     _write_all(self._descriptor, view[: self._filled], self._position)
-            os.fsync(self._descriptor)
+            if self._pending is None:
+                os.fsync(self._descriptor)
         except OSError:
             self.abandon()
             raise
         self._close_files()
+        if self._pending is not None:
+            self._pending.append(Pending(self._key, self._partial.name))
+            return
         try:
             if self._replace:
                 self._partial.replace(self._target)
@@ -235,10 +268,14 @@ def _sync_folders(folder: Path, root: Path) -> None:
     """Put the names in a folder, and the folder's own name, on the disk."""
     for path in (folder, *folder.parents):
         with suppress(OSError):  # some file systems cannot sync a folder
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            _sync(path)
         if path == root:
             return
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -56,5 +56,7 @@ def _is_refusal(error: BaseException) -> bool:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type where it has none."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     text = Exception.__str__(error) if isinstance(error, Exception) else str(error)
     return text.splitlines()[0] if text else type(error).__name__

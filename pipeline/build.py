@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -144,13 +145,14 @@ class Builder:
                 self._begin_following(one)
             return found
 
-        for task, outcome in self.executor.run(waiting, self.store.uri, follow):
-            where = phase if id(task) in own else FOLLOWING[type(task)]
-            if isinstance(outcome, TaskResult):
-                self._take(where, task, outcome)
-            else:
-                failures.append(outcome)
-                self.progress.fail(where, task.shard, outcome)
+        with closing(self.executor.run(waiting, self.store.uri, follow)) as outcomes:
+            for task, outcome in outcomes:
+                where = phase if id(task) in own else FOLLOWING[type(task)]
+                if isinstance(outcome, TaskResult):
+                    self._take(where, task, outcome)
+                else:
+                    failures.append(outcome)
+                    self.progress.fail(where, task.shard, outcome)
         if len(failures) == 1:
             raise failures[0]
         if failures:

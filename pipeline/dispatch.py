@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -15,6 +15,8 @@ from mmerge.manifests.errors import MmergeError
 from mmerge.workers.task import AnswerTask, MergeTask, Task, TaskResult
 
 Outcome = tuple[Task, TaskResult | Exception]
+Outcomes = Generator[Outcome, None, None]
+"""What ends, as it ends. Whoever leaves it early closes it: what runs is then ended in good order."""
 Follow = Callable[[Task, TaskResult], Sequence[Task]]
 
 
@@ -110,7 +112,7 @@ def dispatch(
     policy: Policy,
     nodes: dict[str, str] | None = None,
     follow: Follow = nothing_follows,
-) -> Iterator[Outcome]:
+) -> Outcomes:
     """Yield each task with its result, or the error that it ended with, as they end.
 
     Args:

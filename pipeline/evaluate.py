@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -232,12 +233,13 @@ def run_answers(
     total = sum(task.num_bytes for task in waiting)
     progress.begin("answer", num_bytes=total, num_tasks=len(waiting), num_reused=len(unique) - len(waiting))
     failures: list[Exception] = []
-    for task, outcome in executor.run(waiting, store.uri):
-        if isinstance(outcome, TaskResult):
-            progress.advance("answer", outcome)
-        else:
-            failures.append(outcome)
-            progress.fail("answer", task.shard, outcome)
+    with closing(executor.run(waiting, store.uri)) as outcomes:
+        for task, outcome in outcomes:
+            if isinstance(outcome, TaskResult):
+                progress.advance("answer", outcome)
+            else:
+                failures.append(outcome)
+                progress.fail("answer", task.shard, outcome)
     if len(failures) == 1:
         raise failures[0]
     if failures:

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Literal, Protocol
 
@@ -17,6 +17,7 @@ from typing_extensions import override
 from mmerge.manifests.errors import AlreadyExists, MmergeError, NotFound, StoreError
 from mmerge.pipeline.dispatch import Attempt, Event, Follow, Policy, Resources, dispatch, nothing_follows
 from mmerge.pipeline.dispatch import Outcome as Outcome
+from mmerge.pipeline.dispatch import Outcomes as Outcomes
 from mmerge.pipeline.memory import PROCESS_BYTES
 from mmerge.pipeline.processes import ProcessExecutor
 from mmerge.pipeline.threads import run_in_threads
@@ -35,7 +36,7 @@ ANSWER_SECONDS = 60.0
 class Executor(Protocol):
     """Runs tasks whose only effect is on the store."""
 
-    def run(self, tasks: Sequence[Task], store_uri: str, follow: Follow = nothing_follows) -> Iterator[Outcome]:
+    def run(self, tasks: Sequence[Task], store_uri: str, follow: Follow = nothing_follows) -> Outcomes:
         """Yield each task with its result, or the error that it ended with, as they end.
 
         `follow` is asked for each task that has ended with a result which tasks follow from it: they begin before those that
@@ -54,7 +55,7 @@ class SerialExecutor(Executor):
         self.memory_bytes = memory_bytes
 
     @override
-    def run(self, tasks: Sequence[Task], store_uri: str, follow: Follow = nothing_follows) -> Iterator[Outcome]:
+    def run(self, tasks: Sequence[Task], store_uri: str, follow: Follow = nothing_follows) -> Outcomes:
         yield from run_in_threads(tasks, store_uri, num_threads=self.num_threads, memory_bytes=self.memory_bytes, follow=follow)
 
     @override
@@ -73,7 +74,7 @@ class RayExecutor(Executor):
         self._nodes: dict[str, str] = {}
 
     @override
-    def run(self, tasks: Sequence[Task], store_uri: str, follow: Follow = nothing_follows) -> Iterator[Outcome]:
+    def run(self, tasks: Sequence[Task], store_uri: str, follow: Follow = nothing_follows) -> Outcomes:
         if not tasks:
             return
         if store_uri.startswith("memory://"):

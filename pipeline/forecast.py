@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from mmerge.manifests.manifest import manifest_key, read_manifest
 from mmerge.manifests.reference import list_references, read_reference
 from mmerge.manifests.store import Store, open_store
 from mmerge.pipeline.build import Builder, RunReport
-from mmerge.pipeline.dispatch import Follow, Outcome, nothing_follows
+from mmerge.pipeline.dispatch import Follow, Outcomes, nothing_follows
 from mmerge.pipeline.executor import Executor, SerialExecutor
 from mmerge.pipeline.inputs import describe_inputs, explain
 from mmerge.pipeline.plan import MergePlan
@@ -61,10 +61,11 @@ class _NothingRuns(Executor):
         self._inner = SerialExecutor() if survey else None
 
     @override
-    def run(self, tasks: Sequence[Task], store_uri: str, follow: Follow = nothing_follows) -> Iterator[Outcome]:
+    def run(self, tasks: Sequence[Task], store_uri: str, follow: Follow = nothing_follows) -> Outcomes:
         if tasks and (self._inner is None or isinstance(tasks[0], (MergeTask, CopyTask))):
             raise _Stop(tasks)
-        return self._inner.run(tasks, store_uri) if self._inner else iter(())
+        if self._inner:
+            yield from self._inner.run(tasks, store_uri)
 
     @override
     def close(self) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 
 from mmerge.manifests.errors import MmergeError, StoreError
 from mmerge.manifests.store import was_any_opened
-from mmerge.pipeline.dispatch import Follow, Outcome, nothing_follows
+from mmerge.pipeline.dispatch import Follow, Outcomes, nothing_follows
 from mmerge.pipeline.memory import PROCESS_BYTES
 from mmerge.pipeline.threads import run_in_pool
 from mmerge.workers.begin import begin_process
@@ -38,7 +39,7 @@ class ProcessExecutor:
                 warnings.simplefilter("ignore", DeprecationWarning)
                 self._pool.submit(int)  # forks all of them, before the pool has a thread
 
-    def run(self, tasks: Sequence[Task], store_uri: str, follow: Follow = nothing_follows) -> Iterator[Outcome]:
+    def run(self, tasks: Sequence[Task], store_uri: str, follow: Follow = nothing_follows) -> Outcomes:
         """Yield each task with its result, or the error that it ended with, as they end, those that follow from others included.
 
         Raises:
@@ -54,12 +55,14 @@ class ProcessExecutor:
             return found
 
         try:
-            for task, outcome in run_in_pool(
+            found = run_in_pool(
                 self._pool, tasks, store_uri, num_workers=self.num_processes, memory_bytes=self.memory_bytes, worker_bytes=PROCESS_BYTES,
                 follow=follow_and_note,
-            ):  # fmt: skip
-                waiting.remove(task.shard)
-                yield task, outcome
+            )  # fmt: skip
+            with closing(found) as outcomes:
+                for task, outcome in outcomes:
+                    waiting.remove(task.shard)
+                    yield task, outcome
         except BrokenProcessPool as error:
             shards = ", ".join(waiting[: self.num_processes])
             raise MmergeError(

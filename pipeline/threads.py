@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 
 from mmerge.manifests.errors import MmergeError
-from mmerge.pipeline.dispatch import Follow, Outcome, nothing_follows
+from mmerge.manifests.store import Store, open_store
+from mmerge.pipeline.dispatch import Follow, Outcomes, nothing_follows
 from mmerge.workers.lazy_torch import torch_is_loaded
 from mmerge.workers.run_task import run_task
 from mmerge.workers.task import Task, TaskResult
 
+SETTLING_THREADS = 4
+"""Files that are waited for at once, in the process that hands out tasks."""
+SETTLING_AT_ONCE = 2
+"""Tasks per worker whose files may be waited for before no further one begins: a disk that cannot follow holds the workers."""
+
 
 def run_in_threads(
     tasks: Sequence[Task], store_uri: str, *, num_threads: int, memory_bytes: int | None, follow: Follow = nothing_follows
-) -> Iterator[Outcome]:
+) -> Outcomes:
     """Yield each task with its result, or the error that it ended with, as they end.
 
     Args:
@@ -31,7 +38,6 @@ def run_in_threads(
     try:
         yield from run_in_pool(pool, tasks, store_uri, num_workers=num_threads, memory_bytes=memory_bytes, follow=follow)
     finally:
-        # On Ctrl-C what runs is finished, so that its shards are kept; nothing more is begun.
         pool.shutdown(wait=True, cancel_futures=True)
         if before is not None:
             _set_torch_threads(before)
@@ -46,7 +52,7 @@ def run_in_pool(
     memory_bytes: int | None,
     worker_bytes: int = 0,
     follow: Follow = nothing_follows,
-) -> Iterator[Outcome]:
+) -> Outcomes:
     """Yield each task with its result or error, as they end; the pool never holds a task that has not begun.
 
     Args:
@@ -60,22 +66,44 @@ def run_in_pool(
     """
     waiting = deque(tasks)
     running: dict[Future[TaskResult], Task] = {}
+    settling: dict[Future[TaskResult], Task] = {}
+    store = open_store(store_uri)
+    settlers = ThreadPoolExecutor(SETTLING_THREADS, thread_name_prefix="mmerge-settle")
 
     def begin() -> None:
-        while waiting and _fits(waiting[0], running.values(), num_workers, memory_bytes, worker_bytes):
+        while waiting and len(settling) <= SETTLING_AT_ONCE * num_workers:
+            if not _fits(waiting[0], running.values(), num_workers, memory_bytes, worker_bytes):
+                return
             task = waiting.popleft()
-            running[pool.submit(run_task, task, store_uri)] = task
+            running[pool.submit(run_task, task, store_uri, settles=False)] = task
 
-    begin()
-    while running:
-        done, _ = wait(running, return_when=FIRST_COMPLETED)
-        ended = [(running.pop(future), _outcome(future)) for future in done]
-        begin()  # no worker waits for what follows to be found out
-        for task, outcome in ended:
-            if isinstance(outcome, TaskResult):
-                waiting.extendleft(reversed(follow(task, outcome)))
-            yield task, outcome
+    def settle(done: Iterable[Future[TaskResult]]) -> None:
+        for future in done:
+            settling[settlers.submit(_settle, store, future)] = running.pop(future)
+
+    try:
         begin()
+        while running or settling:
+            done, _ = wait([*running, *settling], return_when=FIRST_COMPLETED)
+            ended = [(settling.pop(future), _outcome(future)) for future in done if future in settling]
+            settle([future for future in done if future in running])
+            begin()  # no worker waits for what follows to be found out
+            for task, outcome in ended:
+                if isinstance(outcome, TaskResult):
+                    waiting.extendleft(reversed(follow(task, outcome)))
+                yield task, outcome
+            begin()
+    finally:
+        # On Ctrl-C what runs is finished and settled, so that its shards are kept; nothing more is begun.
+        settle(list(running))
+        settlers.shutdown(wait=True)
+
+
+def _settle(store: Store, future: Future[TaskResult]) -> TaskResult:
+    """Return a task's result once what it wrote is on the disk: the worker is at the next task meanwhile."""
+    result = future.result()
+    store.settle(result.pending)
+    return replace(result, pending=())
 
 
 def _set_torch_threads(number: int) -> int | None:

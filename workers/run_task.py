@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
+from dataclasses import replace
 
 from mmerge.manifests.errors import StoreUnavailable
 from mmerge.manifests.store import Store, open_store
@@ -20,16 +21,31 @@ ATTEMPTS = 3
 """How often a task is begun when the store breaks off; a half-written object has no name, so it can simply begin again."""
 
 
-def run_task(task: Task, store_uri: str) -> TaskResult:
-    """Return the result of one task; whatever is large lies in the store."""
+def run_task(task: Task, store_uri: str, *, settles: bool = True) -> TaskResult:
+    """Return the result of one task; whatever is large lies in the store.
+
+    Args:
+        task: what is done.
+        store_uri: where its result goes.
+        settles: wait until it is on the disk; otherwise `Store.settle` does, with the result's `pending`.
+    """
     with one_thread():
         for attempt in range(1, ATTEMPTS):
             try:
-                return _run(task, open_store(store_uri))
+                return _attempt(task, store_uri, settles=settles)
             except StoreUnavailable as error:
                 log.warning("%s: begins again: %s", task.shard, error)
                 time.sleep(random.uniform(0.2, 1.0) * 2**attempt)
-        return _run(task, open_store(store_uri))
+        return _attempt(task, store_uri, settles=settles)
+
+
+def _attempt(task: Task, store_uri: str, *, settles: bool) -> TaskResult:
+    store = open_store(store_uri)
+    if settles:
+        return _run(task, store)
+    with store.pending() as pending:
+        result = _run(task, store)
+        return replace(result, pending=tuple(pending))
 
 
 def _run(task: Task, store: Store) -> TaskResult:

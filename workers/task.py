@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mmerge.manifests.entry import Role
+from mmerge.manifests.folder import Pending
 from mmerge.workers.checkpoint import TensorSource
 from mmerge.workers.methods.interface import Granularity, Known, Numbers
 from mmerge.workers.prompt import Part
@@ -193,4 +194,6 @@ class TaskResult:
     seconds: float
     entry: Any = None
     """The ShardEntry of a merge or copy; None of a survey or of answers, whose result lies in the store."""
+    pending: tuple[Pending, ...] = ()
+    """What the task wrote and did not settle, in its order."""
     notes: tuple[str, ...] = field(default=())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
@@ -146,7 +146,7 @@ def test_only_keys_and_entries_travel_through_the_driver(lab: Any, ray_nodes: An
     sizes: list[int] = []
 
     class Watching(SerialExecutor):
-        def run(self, tasks: Any, store_uri: str, follow: Any = nothing_follows) -> Iterator[Any]:
+        def run(self, tasks: Any, store_uri: str, follow: Any = nothing_follows) -> Generator[Any, None, None]:
             for task, outcome in super().run(tasks, store_uri, follow):
                 sizes.extend((len(pickle.dumps(task)), len(pickle.dumps(outcome))))
                 yield task, outcome

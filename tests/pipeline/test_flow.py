@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from mmerge.manifests.errors import NonFiniteError, TaskErrors
 from mmerge.pipeline import make_plan, read_recipe, run
-from mmerge.pipeline.dispatch import Follow, Outcome, nothing_follows
+from mmerge.pipeline.dispatch import Follow, Outcomes, nothing_follows
 from mmerge.pipeline.executor import SerialExecutor
 from mmerge.pipeline.flow import Flow
 from mmerge.pipeline.progress import LogProgress, Progress
@@ -24,7 +24,7 @@ class InPhases(SerialExecutor):
     """Lets nothing follow: every phase waits for the end of the one before."""
 
     @override
-    def run(self, tasks: Sequence[Task], store_uri: str, follow: Follow = nothing_follows) -> Iterator[Outcome]:
+    def run(self, tasks: Sequence[Task], store_uri: str, follow: Follow = nothing_follows) -> Outcomes:
         yield from super().run(tasks, store_uri)
 
 

@@ -104,7 +104,8 @@ def test_memory_limits_how_many_tasks_run_at_once(lab: Any, monkeypatch: pytest.
     running: list[str] = []
     most = [0]
 
-    def run_task(task: Any, uri: str) -> TaskResult:
+    def run_task(task: Any, uri: str, *, settles: bool) -> TaskResult:
+        assert not settles
         running.append(task.name)
         most[0] = max(most[0], len(running))
         time.sleep(0.02)
