@@ -16,7 +16,6 @@ from typing_extensions import override
 
 from mmerge.manifests.errors import AlreadyExists, MmergeError, NotFound, StoreError
 from mmerge.pipeline.dispatch import Attempt, Event, Follow, Policy, Resources, dispatch, nothing_follows
-from mmerge.pipeline.dispatch import Outcome as Outcome
 from mmerge.pipeline.dispatch import Outcomes as Outcomes
 from mmerge.pipeline.memory import PROCESS_BYTES
 from mmerge.pipeline.processes import ProcessExecutor

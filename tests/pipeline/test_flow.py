@@ -66,6 +66,12 @@ def build(lab: Any, changes: dict[str, Any], executor: SerialExecutor) -> tuple[
     return found, told
 
 
+@pytest.fixture(name="in_step")
+def let_workers_wait_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ends is then told in the order in which it ran."""
+    monkeypatch.setattr("mmerge.pipeline.threads.SETTLING_AT_ONCE", 0)
+
+
 CASES: list[tuple[dict[str, Any], torch.dtype, str]] = [
     ({"method": "ties", "density": 0.2, "scope": "tensor"}, torch.bfloat16, "merge"),
     ({"method": "ties", "density": 0.2, "scope": "tensor"}, torch.float32, "merge"),
@@ -94,6 +100,7 @@ def test_what_depends_on_one_survey_begins_before_the_last_one_and_the_bytes_are
     assert told.begun == told_in_phases.begun
 
 
+@pytest.mark.usefixtures("in_step")
 def test_a_merge_follows_its_own_survey_at_once(lab: Any) -> None:
     _, told = build(lab, {"method": "linear", "output": "store"}, SerialExecutor(num_threads=1))
     ended = [name for phase, name in told.ended if phase == "merge"]
@@ -103,6 +110,7 @@ def test_a_merge_follows_its_own_survey_at_once(lab: Any) -> None:
         assert told.ended.index(("merge", name)) - told.ended.index(("survey", name)) <= 3, "a survey that began meanwhile, and a copy"
 
 
+@pytest.mark.usefixtures("in_step")
 def test_nothing_follows_a_failure_and_what_was_merged_is_kept(lab: Any) -> None:
     raw = lab.make_all()
 
