@@ -24,7 +24,7 @@ from mmerge.workers.threads import num_cores
 
 WINDOW_BYTES = 256 << 20
 """Stored bytes that are read ahead of what is being placed: host memory beside the model, or one tensor if that is larger."""
-SHARED_WINDOW_BYTES = WINDOW_BYTES // 2
+SHARED_WINDOW_BYTES = WINDOW_BYTES // 4
 """The same of each of several ranks: what one reads is not what it keeps, and stands beside its part of the model until it is given away."""
 LOCAL_THREADS = 8
 """Threads that read a local store, if there are so many cores: each copies, digests and forms, so that more would only take turns."""
@@ -163,31 +163,33 @@ def part_shape(field: Field, part: Part, *, is_vector: bool) -> tuple[int, ...]:
 
 
 def deliver(
-    item: Item, whole: Mapping[str, torch.Tensor] | None, *, ranks: Ranks, owner: int, division: Division
+    item: Item, ready: Iterator[Mapping[str, torch.Tensor]], *, ranks: Ranks, owner: int, division: Division
 ) -> dict[str, torch.Tensor]:
-    """Return this rank's part of each field of an item; `whole` is given by the rank that read it."""
+    """Return this rank's part of each field of an item: the next that is ready where this rank is its owner, the one that read it."""
     if ranks.num_ranks == 1:
-        assert whole is not None
-        return dict(whole)
+        return dict(next(ready))
     full = item.fields[0].shape
     is_vector = len(full) == 1
     parts = [division.part_of(item.name, full, rank=rank) for rank in range(ranks.num_ranks)]
     given = None
-    if whole is not None:
+    if owner == ranks.rank:
+        whole = next(ready)
         given = [torch.cat([_to_raw(cut(whole[f.name], f, part, is_vector=is_vector)) for f in item.fields]) for part in parts]
+        del whole  # nobody holds it now: its parts are all that stands beside what is read ahead
     shapes = [part_shape(field, parts[ranks.rank], is_vector=is_vector) for field in item.fields]
     sizes = [_padded(prod(shape) * field.dtype.itemsize) for field, shape in zip(item.fields, shapes, strict=True)]
     received = ranks.scatter(given, source=owner, num_bytes=sum(sizes))
     found, start = {}, 0
     for field, shape, size in zip(item.fields, shapes, sizes, strict=True):
         raw = received[start : start + prod(shape) * field.dtype.itemsize]
-        found[field.name] = raw.clone().view(field.dtype).reshape(shape)
+        found[field.name] = raw.view(field.dtype).reshape(shape)
         start += size
     return found
 
 
 def _padded(num_bytes: int) -> int:
-    return -(-num_bytes // 8) * 8
+    """Return the bytes that a field takes: fields of an item lie in one piece of memory, each from a cache line on."""
+    return -(-num_bytes // 64) * 64
 
 
 def _to_raw(value: torch.Tensor) -> torch.Tensor:
@@ -235,7 +237,9 @@ def read_ahead(
         nonlocal held
         while waiting:
             item, future = waiting.popleft()
-            yield future.result()
+            found = [future.result()]
+            del future
+            yield found.pop()  # held by whoever takes it, and by nothing here
             held -= item.num_bytes
             read_on()
 

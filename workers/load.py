@@ -232,8 +232,7 @@ class _Loader:
         total, done = sum(item.num_bytes for item in items if self.item_ranks[item.name] == self.ranks.rank), 0
         for item in items:
             owner = self.item_ranks[item.name]
-            whole = next(ready) if owner == self.ranks.rank else None
-            parts = deliver(item, whole, ranks=self.ranks, owner=owner, division=self.division)
+            parts = deliver(item, ready, ranks=self.ranks, owner=owner, division=self.division)
             device = self._device_of(item.name)
             self._place(model, item, {name: part.to(device) for name, part in parts.items()})
             if owner == self.ranks.rank:
