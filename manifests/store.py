@@ -12,7 +12,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -27,7 +26,7 @@ from obstore.store import LocalStore, MemoryStore
 from mmerge.manifests.ahead import CHUNK_BYTES, PART_BYTES, ForwardReader, OnPart, read_in_parts
 from mmerge.manifests.connect import make_client, read_limits, scheme_of
 from mmerge.manifests.errors import NotFound, StoreError, StoreUnavailable
-from mmerge.manifests.folder import Folder, Pending, is_partial
+from mmerge.manifests.folder import Folder, is_partial
 from mmerge.manifests.local import read_local, read_local_start
 from mmerge.manifests.translate import Translated, first_line
 from mmerge.manifests.writer import ObjectWriter
@@ -83,6 +82,11 @@ class Store:
     def is_remote(self) -> bool:
         """Whether each verb is a request over the network."""
         return self._is_remote
+
+    @property
+    def folder(self) -> Folder | None:
+        """The folder that the store is, None of any other kind."""
+        return self._folder
 
     def translated(self, key: str) -> Translated:
         """Return a context in which the library's errors become ours, with this store and `key` in the message."""
@@ -278,40 +282,6 @@ class Store:
     def open_writer(self, key: str) -> ObjectWriter:
         """Return a context manager that streams one object; nothing is visible under `key` until it closes without error."""
         return ObjectWriter(self, check_key(key), inner=self._inner, folder=self._folder)
-
-    @contextmanager
-    def pending(self) -> Iterator[Sequence[Pending]]:
-        """Let what is put and streamed meanwhile wait for `settle`, and collect it; after an error it is deleted.
-
-        For who has more to do than to wait for a disk. Other stores than folders have nothing that waits.
-        """
-        if self._folder is None:
-            yield []
-            return
-        found: list[Pending] = []
-        self._folder.pending = found
-        try:
-            yield found
-        except BaseException:
-            for pending in found:
-                self._folder.forget(pending)
-            raise
-        finally:
-            self._folder.pending = None
-
-    def settle(self, pending: Sequence[Pending]) -> None:
-        """Give what is pending its names, one after the other, each once its bytes are on the disk; after an error the rest is deleted."""
-        left = list(pending)
-        try:
-            while left and self._folder is not None:
-                first = left.pop(0)
-                with self.translated(first.key):
-                    check_key(first.partial)
-                    self._folder.settle(first)
-        finally:
-            for one in left:
-                if self._folder is not None:
-                    self._folder.forget(one)
 
     def list(self, prefix: str = "") -> Iterator[str]:
         """Yield the keys below the folder `prefix` (all keys when empty), in no fixed order."""

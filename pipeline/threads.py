@@ -8,6 +8,7 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExec
 from dataclasses import replace
 
 from mmerge.manifests.errors import MmergeError
+from mmerge.manifests.settle import settle
 from mmerge.manifests.store import Store, open_store
 from mmerge.pipeline.dispatch import Follow, Outcomes, nothing_follows
 from mmerge.workers.lazy_torch import torch_is_loaded
@@ -77,7 +78,7 @@ def run_in_pool(
             task = waiting.popleft()
             running[pool.submit(run_task, task, store_uri, settles=False)] = task
 
-    def settle(done: Iterable[Future[TaskResult]]) -> None:
+    def settle_all(done: Iterable[Future[TaskResult]]) -> None:
         for future in done:
             settling[settlers.submit(_settle, store, future)] = running.pop(future)
 
@@ -86,7 +87,7 @@ def run_in_pool(
         while running or settling:
             done, _ = wait([*running, *settling], return_when=FIRST_COMPLETED)
             ended = [(settling.pop(future), _outcome(future)) for future in done if future in settling]
-            settle([future for future in done if future in running])
+            settle_all([future for future in done if future in running])
             begin()  # no worker waits for what follows to be found out
             for task, outcome in ended:
                 if isinstance(outcome, TaskResult):
@@ -95,14 +96,14 @@ def run_in_pool(
             begin()
     finally:
         # On Ctrl-C what runs is finished and settled, so that its shards are kept; nothing more is begun.
-        settle(list(running))
+        settle_all(list(running))
         settlers.shutdown(wait=True)
 
 
 def _settle(store: Store, future: Future[TaskResult]) -> TaskResult:
     """Return a task's result once what it wrote is on the disk: the worker is at the next task meanwhile."""
     result = future.result()
-    store.settle(result.pending)
+    settle(store, result.pending)
     return replace(result, pending=())
 
 

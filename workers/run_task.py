@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 
 from mmerge.manifests.errors import StoreUnavailable
+from mmerge.manifests.settle import collect_pending
 from mmerge.manifests.store import Store, open_store
 from mmerge.workers.copy import copy_shard
 from mmerge.workers.measure import measure_shard
@@ -27,7 +28,7 @@ def run_task(task: Task, store_uri: str, *, settles: bool = True) -> TaskResult:
     Args:
         task: what is done.
         store_uri: where its result goes.
-        settles: wait until it is on the disk; otherwise `Store.settle` does, with the result's `pending`.
+        settles: wait until it is on the disk; otherwise `settle.settle` does, with the result's `pending`.
     """
     with one_thread():
         for attempt in range(1, ATTEMPTS):
@@ -43,7 +44,7 @@ def _attempt(task: Task, store_uri: str, *, settles: bool) -> TaskResult:
     store = open_store(store_uri)
     if settles:
         return _run(task, store)
-    with store.pending() as pending:
+    with collect_pending(store) as pending:
         result = _run(task, store)
         return replace(result, pending=tuple(pending))
 

@@ -9,6 +9,7 @@ import pytest
 
 import mmerge.manifests.folder as folder
 from mmerge.manifests.errors import StoreError
+from mmerge.manifests.settle import collect_pending, settle
 from mmerge.manifests.store import Store, open_store
 
 
@@ -22,7 +23,7 @@ def files(store: Store) -> list[str]:
 
 
 def test_what_is_written_has_no_name_until_it_is_settled_by_whom_ever(store: Store) -> None:
-    with store.pending() as found:
+    with collect_pending(store) as found:
         with store.open_writer("objects/a.safetensors") as out:
             out.write(bytes(9 << 20))  # more than the buffers hold that are on their way at once
         store.put("objects/a.json", b"entry")
@@ -30,7 +31,7 @@ def test_what_is_written_has_no_name_until_it_is_settled_by_whom_ever(store: Sto
     store.put("plain", b"now")
     assert list(store.list()) == ["plain"], "behind the context each one waits for the disk itself"
     other = open_store(store.uri)
-    other.settle(found)
+    settle(other, found)
     assert sorted(store.list()) == ["objects/a.json", "objects/a.safetensors", "plain"]
     assert store.read("objects/a.json") == b"entry"
     assert store.num_bytes("objects/a.safetensors") == 9 << 20
@@ -45,16 +46,16 @@ def test_names_come_in_order_each_behind_its_own_bytes(store: Store, monkeypatch
         events.append(f"{path.name.split('.')[1]} of {sorted(store.list())}" if path.is_file() else "folder")
         sync(path)
 
-    with store.pending() as found:
+    with collect_pending(store) as found:
         store.put("first", b"1")
         store.put("second", b"2")
     monkeypatch.setattr(folder, "_sync", note)
-    store.settle(found)
+    settle(store, found)
     assert events == ["first of []", "folder", "second of ['first']", "folder"]
 
 
 def test_what_must_be_new_does_not_wait(store: Store) -> None:
-    with store.pending() as found:
+    with collect_pending(store) as found:
         store.put_new("builds/x/manifest.json", b"{}")
         assert store.exists("builds/x/manifest.json")
     assert not found
@@ -62,7 +63,7 @@ def test_what_must_be_new_does_not_wait(store: Store) -> None:
 
 def test_after_an_error_nothing_is_left(store: Store) -> None:
     def work() -> None:
-        with store.pending():
+        with collect_pending(store):
             store.put("first", b"1")
             raise RuntimeError("in mid-task")
 
@@ -76,7 +77,7 @@ def test_after_an_error_nothing_is_left(store: Store) -> None:
 def test_a_file_that_cannot_be_settled_is_an_error_that_names_it_and_those_behind_it_are_deleted(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with store.pending() as found:
+    with collect_pending(store) as found:
         for name in ("first", "second", "third"):
             store.put(name, b"x")
     sync = folder._sync
@@ -88,20 +89,20 @@ def test_a_file_that_cannot_be_settled_is_an_error_that_names_it_and_those_behin
 
     monkeypatch.setattr(folder, "_sync", fail)
     with pytest.raises(StoreError, match=r"second.*No space left"):
-        store.settle(found)
+        settle(store, found)
     assert files(store) == ["first"], "what has its name stays; what could not be settled, and what followed, is gone"
 
 
 @pytest.mark.parametrize("partial", ["../../.x.partial", "/etc/.x.partial"])
 def test_a_temporary_name_cannot_leave_the_folder(store: Store, partial: str) -> None:
     with pytest.raises(StoreError, match="no valid object name"):
-        store.settle([folder.Pending("first", partial)])
+        settle(store, [folder.Pending("first", partial)])
 
 
 def test_a_store_that_is_no_folder_has_nothing_that_waits() -> None:
     store: Any = open_store("memory://pending")
-    with store.pending() as found:
+    with collect_pending(store) as found:
         store.put("first", b"1")
         assert store.exists("first")
     assert not found
-    store.settle(found)
+    settle(store, found)

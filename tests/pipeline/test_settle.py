@@ -11,6 +11,7 @@ import pytest
 
 from mmerge.manifests.errors import StoreError
 from mmerge.manifests.folder import Pending
+from mmerge.manifests.settle import collect_pending, settle
 from mmerge.manifests.store import Store, open_store
 from mmerge.pipeline import make_plan, read_recipe, run, verify
 from mmerge.pipeline.executor import SerialExecutor
@@ -32,19 +33,18 @@ class Disk:
         self.uri, self.ready, self.begun = str(folder), threading.Event(), threading.Semaphore(0)
         self.ran: list[str] = []
         open_store(self.uri, create=True)
-        settle = Store.settle
 
         def settle_later(store: Store, pending: Sequence[Pending]) -> None:
             assert self.ready.wait(60)
             settle(store, pending)
 
-        monkeypatch.setattr(Store, "settle", settle_later)
+        monkeypatch.setattr("mmerge.pipeline.threads.settle", settle_later)
         monkeypatch.setattr("mmerge.pipeline.threads.run_task", self.run_task)
 
     def run_task(self, task: Any, uri: str, *, settles: bool) -> TaskResult:
         assert not settles
         store = open_store(uri)
-        with store.pending() as pending:
+        with collect_pending(store) as pending:
             store.put(task.shard, b"x")
         self.ran.append(task.shard)
         self.begun.release()
@@ -105,7 +105,7 @@ def test_a_run_that_is_left_settles_what_ran(disk: Disk) -> None:
 
 def test_a_disk_that_fails_is_an_error_of_the_shard_and_the_others_are_kept(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = make_plan(read_recipe(lab.write_recipe(lab.make_all())))
-    settle, failed = Store.settle, threading.Event()
+    failed = threading.Event()
 
     def fail_once(store: Store, pending: Sequence[Pending]) -> None:
         if any(one.key.endswith(".json") for one in pending) and len(list(store.list("objects"))) >= 6 and not failed.is_set():
@@ -114,7 +114,7 @@ def test_a_disk_that_fails_is_an_error_of_the_shard_and_the_others_are_kept(lab:
                 raise OSError(5, "Input/output error")
         settle(store, pending)
 
-    monkeypatch.setattr(Store, "settle", fail_once)
+    monkeypatch.setattr("mmerge.pipeline.threads.settle", fail_once)
     with pytest.raises(StoreError, match=r"objects/.*Input/output error"):
         run(plan, executor=SerialExecutor(num_threads=1))
     report = run(plan)
