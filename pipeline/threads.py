@@ -11,6 +11,7 @@ from mmerge.manifests.errors import MmergeError
 from mmerge.manifests.settle import settle
 from mmerge.manifests.store import Store, open_store
 from mmerge.pipeline.dispatch import Follow, Outcomes, nothing_follows
+from mmerge.pipeline.uninterrupted import uninterrupted
 from mmerge.workers.lazy_torch import torch_is_loaded
 from mmerge.workers.run_task import run_task
 from mmerge.workers.task import Task, TaskResult
@@ -75,12 +76,14 @@ def run_in_pool(
         while waiting and len(settling) <= SETTLING_AT_ONCE * num_workers:
             if not _fits(waiting[0], running.values(), num_workers, memory_bytes, worker_bytes):
                 return
-            task = waiting.popleft()
-            running[pool.submit(run_task, task, store_uri, settles=False)] = task
+            with uninterrupted():
+                task = waiting.popleft()
+                running[pool.submit(run_task, task, store_uri, settles=False)] = task
 
     def settle_all(done: Iterable[Future[TaskResult]]) -> None:
-        for future in done:
-            settling[settlers.submit(_settle, store, future)] = running.pop(future)
+        with uninterrupted():
+            for future in done:
+                settling[settlers.submit(_settle, store, future)] = running.pop(future)
 
     try:
         begin()
