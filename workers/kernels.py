@@ -103,6 +103,28 @@ def turn_sign(_: Any, value: Any, other: Any) -> Any:
     return types.float32(value, other), generate
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def to_bits(_: Any, value: Any) -> Any:
+    """Return the bits of a float32 as uint32."""
+    return _recast(value, types.float32, types.uint32)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def from_bits(_: Any, bits: Any) -> Any:
+    """Return the float32 of bits given as uint32."""
+    return _recast(bits, types.uint32, types.float32)
+
+
+def _recast(given: Any, expected: Any, other: Any) -> Any:
+    if given != expected:
+        return None
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], context.get_value_type(signature.return_type))
+
+    return other(expected), generate
+
+
 @compiled
 def bytes_at(address: int, count: int) -> Any:
     """Return the array of `count` bytes in memory from `address` on; whoever calls holds that memory."""
@@ -114,6 +136,20 @@ def widen_at(address: int, code: int, start: int, count: int, out: Any) -> None:
     """Write `count` entries of the bytes at `address`, from entry `start`, to `out` as float32."""
     width = 4 if code == 0 else 2
     widen(bytes_at(address + start * width, count * width), code, 0, count, out)
+
+
+@compiled
+def subtract_at(address: int, code: int, start: int, count: int, base: Any, out: Any) -> None:
+    """Write what `widen_at` does, less `base` entry by entry, to `out`: a tile of a task vector."""
+    if code == 1:
+        # In one loop: nothing is stored and loaded again.
+        words = bytes_at(address + start * 2, count * 2).view(np.uint16)
+        for i in range(count):
+            out[i] = from_bits(np.uint32(np.uint32(words[i]) << np.uint32(16))) - base[i]
+        return
+    widen_at(address, code, start, count, out)
+    for i in range(count):
+        out[i] = out[i] - base[i]
 
 
 @compiled

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mmerge.workers.kernels import TILE_ENTRIES, compiled, narrow, widen_at
+from mmerge.workers.kernels import TILE_ENTRIES, compiled, narrow, subtract_at, widen_at
 from mmerge.workers.kernels_locate import draw_tile, put_together
 
 NUM_BUCKETS = 1 << 15
@@ -163,9 +163,7 @@ def merge_by_row(
         widen_at(inputs[0], codes[0], row_start, columns, base)
         for expert in range(num_experts):
             delta, weight = deltas[expert], weights[expert]
-            widen_at(inputs[expert + 1], codes[expert + 1], row_start, columns, delta)
-            for i in range(columns):
-                delta[i] = delta[i] - base[i]
+            subtract_at(inputs[expert + 1], codes[expert + 1], row_start, columns, base, delta)
             if drops[expert] == 1:
                 lowest, span, divides, factor = numbers[expert, 0], numbers[expert, 1], numbers[expert, 2], numbers[expert, 3]
                 draw_tile(keys[expert], position + np.uint64(row_start), columns, chance)

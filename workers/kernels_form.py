@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from mmerge.workers.dtypes import SAFETENSORS_DTYPES
-from mmerge.workers.kernels import CODES, TILE_ENTRIES, compiled, narrow, widen
+from mmerge.workers.kernels import CODES, TILE_ENTRIES, compiled, from_bits, narrow, select, to_bits, widen
 
 Bytes = NDArray[np.uint8]
 
@@ -33,10 +33,12 @@ def form_rows(
     `base`, `delta` and `out` are bytes [rows, …] of `width` entries a row; `masks` are packed bits [experts, rows, …], the first
     entry in the most significant bit; `factors` and `divisor` are float32. Computed in float32, rounded once.
     """
-    bits, sums = np.empty(CHUNK_ENTRIES // 8, np.uint64), np.empty(CHUNK_ENTRIES // 8, np.uint64)
-    counts = sums.view(np.int8)
+    bits = np.empty(CHUNK_ENTRIES // 8, np.uint64)
+    counts = bits.view(np.uint8)
     values, change, share = np.empty(TILE_ENTRIES, np.float32), np.empty(TILE_ENTRIES, np.float32), np.empty(CHUNK_ENTRIES, np.float32)
     are_small = _are_small(factors)
+    tables = _tabulate(factors) if are_small else np.empty((0, 256), np.uint64)
+    inverse = _exact_inverse(factors, divisor) if are_small else np.float32(0)
     for row in range(out.shape[0]):
         for begin in range(0, width, CHUNK_ENTRIES):
             # Bits of several tiles at once: a cache fetches ahead of a reader that stays on one row for some lines.
@@ -44,14 +46,14 @@ def form_rows(
             for expert in range(factors.shape[0]):
                 packed = masks[expert, row, begin // 8 : (begin + length + 7) // 8]
                 if are_small:
-                    _count(packed, factors[expert], expert == 0, sums, bits)
+                    _count(packed, tables[expert], expert == 0, bits)
                 else:
                     _spread(packed, bits)
                     _add(bits.view(np.uint8), factors[expert], expert == 0, length, share)
-            if are_small and base_code == 1 and delta_code == 1 and out_code == 1:
+            if inverse != np.float32(0) and base_code == 1 and delta_code == 1 and out_code == 1:
                 where = slice(begin, begin + length)
                 _combine_bfloat16(
-                    base[row].view(np.uint16)[where], delta[row].view(np.uint16)[where], counts, divisor, out[row].view(np.uint16)[where]
+                    base[row].view(np.uint16)[where], delta[row].view(np.uint16)[where], counts, inverse, out[row].view(np.uint16)[where]
                 )
                 continue
             for start in range(0, length, TILE_ENTRIES):
@@ -65,18 +67,18 @@ def form_rows(
 
 
 @compiled
-def _combine_bfloat16(base: Any, delta: Any, counts: Any, divisor: Any, out: Any) -> None:
+def _combine_bfloat16(base: Any, delta: Any, counts: Any, inverse: Any, out: Any) -> None:
     """Widen, combine and narrow as the tiles do, in one loop whose values stay in registers; all three are bfloat16 as uint16."""
     counts = counts[: out.shape[0]]
     for i in range(out.shape[0]):
         # Each step is cast: integers of 32 bits that meet become 64 wide, and halve the vectors.
-        value = np.uint32(np.uint32(base[i]) << np.uint32(16)).view(np.float32)
-        change = np.uint32(np.uint32(delta[i]) << np.uint32(16)).view(np.float32)
-        word = np.float32(value + (np.float32(counts[i]) / divisor) * change).view(np.uint32)
+        value = from_bits(np.uint32(np.uint32(base[i]) << np.uint32(16)))
+        change = from_bits(np.uint32(np.uint32(delta[i]) << np.uint32(16)))
+        formed = np.float32(value + (np.float32(counts[i]) * inverse) * change)
+        word = to_bits(formed)
         odd = np.uint32(np.uint32(word >> np.uint32(16)) & np.uint32(1))
         rounded = np.uint32(np.uint32(word + np.uint32(np.uint32(0x7FFF) + odd)) >> np.uint32(16))
-        is_nan = np.uint32(word & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-        out[i] = np.uint16(0x7FC0) if is_nan else np.uint16(rounded)
+        out[i] = np.uint16(select(np.isnan(formed), np.uint32(0x7FC0), rounded))
 
 
 @compiled
@@ -93,13 +95,35 @@ def _combine(values: Any, share: Any, divisor: Any, change: Any, count: int) -> 
 
 @compiled
 def _are_small(factors: Any) -> bool:
-    """Return whether all sums of some of the factors are whole numbers of a signed byte: of masks without factors of their own."""
+    """Return whether all sums of some of the factors are whole numbers of a byte: of masks without factors of their own."""
     total = np.float32(0)
     for factor in factors:
-        if factor != np.floor(factor):
+        if factor < np.float32(0) or factor != np.floor(factor):
             return False
-        total += abs(factor)
-    return bool(total <= np.float32(127))
+        total += factor
+    return bool(total <= np.float32(255))
+
+
+@compiled
+def _exact_inverse(factors: Any, divisor: Any) -> Any:
+    """Return 1 / divisor where its product with any sum of small factors is the quotient, bit by bit; else 0."""
+    inverse = np.float32(1) / divisor
+    for number in range(int(factors.sum()) + 1):
+        if np.float32(number) * inverse != np.float32(number) / divisor:
+            return np.float32(0)
+    return inverse
+
+
+@compiled
+def _tabulate(factors: Any) -> Any:
+    """Return, for each small factor and each byte of bits, the word whose bytes hold the factor where the bit is 1."""
+    tables = np.empty((factors.shape[0], 256), np.uint64)
+    bits, words = np.arange(256).astype(np.uint8), np.empty(256, np.uint64)
+    _spread(bits, words)
+    for expert in range(factors.shape[0]):
+        for i in range(256):
+            tables[expert, i] = words[i] * np.uint64(factors[expert])
+    return tables
 
 
 @compiled
@@ -111,21 +135,17 @@ def _spread(packed: Any, words: Any) -> None:
 
 
 @compiled
-def _count(packed: Any, factor: Any, is_first: bool, sums: Any, words: Any) -> None:
-    """Add a small factor to the bytes of `sums` where the bit is 1, eight entries a word; `words` is scratch.
+def _count(packed: Any, table: Any, is_first: bool, sums: Any) -> None:
+    """Add a small factor to the bytes of `sums` where the bit is 1, eight entries a word; `table` is that of the factor.
 
-    A word is filled with the factor where a byte is 1; bytes are added without a carry from one into the next.
+    Looked up: the product that spreads bits takes three instructions per word on the processors that have it, and more on others.
     """
-    _spread(packed, words)
-    factor_byte = np.uint64(np.int64(factor) & 255)
-    low = np.uint64(0x7F7F7F7F7F7F7F7F)
-    for i in range(packed.shape[0]):
-        added = words[i] * factor_byte
-        if is_first:
-            sums[i] = added
-        else:
-            held = sums[i]
-            sums[i] = ((held & low) + (added & low)) ^ ((held ^ added) & ~low)
+    if is_first:
+        for i in range(packed.shape[0]):
+            sums[i] = table[packed[i]]
+    else:
+        for i in range(packed.shape[0]):
+            sums[i] = sums[i] + table[packed[i]]
 
 
 @compiled

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mmerge.workers.kernels import TILE_ENTRIES, compiled, narrow, widen_at
+from mmerge.workers.kernels import TILE_ENTRIES, compiled, narrow, subtract_at, widen_at
 
 
 @compiled
@@ -38,9 +38,7 @@ def merge_mean(inputs: Any, codes: Any, num_entries: int, out_code: int, out: An
     for start in range(0, num_entries, TILE_ENTRIES):
         count = min(TILE_ENTRIES, num_entries - start)
         widen_at(inputs[0], codes[0], start, count, base)
-        widen_at(inputs[1], codes[1], start, count, total)
-        for i in range(count):
-            total[i] = total[i] - base[i]
+        subtract_at(inputs[1], codes[1], start, count, base, total)
         for row in range(2, inputs.shape[0]):
             widen_at(inputs[row], codes[row], start, count, expert)
             for i in range(count):

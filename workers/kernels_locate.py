@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mmerge.workers.kernels import TILE_ENTRIES, compiled, narrow, select, turn_sign, widen_at
+from mmerge.workers.kernels import TILE_ENTRIES, compiled, narrow, select, subtract_at, turn_sign, widen_at
 
 KEEP_ALL, TRIM, DROP, TOP = 0, 1, 2, 3
 """How entries are located: all; magnitudes at or above a threshold; at random; ranks between two exact counts."""
@@ -281,9 +281,7 @@ def merge_located(
         for expert in range(num_experts):
             delta, weight, kind = deltas[expert], weights[expert], kinds[expert]
             whole = delta if kind == KEEP_ALL else rest[0]
-            widen_at(inputs[expert + 1], codes[expert + 1], start, count, whole)
-            for i in range(count):
-                whole[i] = whole[i] - base[i]
+            subtract_at(inputs[expert + 1], codes[expert + 1], start, count, base, whole)
             if kind != KEEP_ALL:
                 locate_tile(
                     kind, whole, count, numbers[expert], keys[expert], position + np.uint64(start), ties[expert], scratch, flags[0], flags[1],

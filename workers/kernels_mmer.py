@@ -6,7 +6,19 @@ from typing import Any
 
 import numpy as np
 
-from mmerge.workers.kernels import TILE_ENTRIES, compiled, count_bits, narrow, pack_bits, select, sum_squares, turn_sign, widen, widen_at
+from mmerge.workers.kernels import (
+    TILE_ENTRIES,
+    compiled,
+    count_bits,
+    narrow,
+    pack_bits,
+    select,
+    subtract_at,
+    sum_squares,
+    turn_sign,
+    widen,
+    widen_at,
+)
 from mmerge.workers.kernels_locate import ELECT_MAX, elect_three, elect_tile, trim_tile
 
 
@@ -38,9 +50,7 @@ def merge_mmer(
         widen_at(inputs[0], codes[0], start, count, base)
         for expert in range(num_experts):
             delta = deltas[expert]
-            widen_at(inputs[expert + 1], codes[expert + 1], start, count, whole)
-            for i in range(count):
-                whole[i] = whole[i] - base[i]
+            subtract_at(inputs[expert + 1], codes[expert + 1], start, count, base, whole)
             squares[expert] += sum_squares(whole, count, scratch)
             trim_tile(whole, count, thresholds[expert], delta)
             counts[0, expert] += count_not_zero(delta, count)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mmerge.workers.kernels import TILE_ENTRIES, compiled, narrow, select, turn_sign, widen_at
+from mmerge.workers.kernels import TILE_ENTRIES, compiled, narrow, select, subtract_at, turn_sign, widen_at
 from mmerge.workers.kernels_locate import cut_tile
 from mmerge.workers.kernels_sums import NUM_COPIES
 from mmerge.workers.kernels_survey import count_tile
@@ -32,9 +32,7 @@ def variance_tile(inputs: Any, codes: Any, start: int, count: int, base: Any, de
         return
     for expert in range(num_experts):
         delta = deltas[expert]
-        widen_at(inputs[expert + 1], codes[expert + 1], start, count, delta)
-        for i in range(count):
-            delta[i] = delta[i] - base[i]
+        subtract_at(inputs[expert + 1], codes[expert + 1], start, count, base, delta)
     first = deltas[0]
     for i in range(count):
         mean[i] = first[i]
@@ -64,7 +62,7 @@ def count_variances(inputs: Any, codes: Any, num_entries: int, histogram: Any, s
     for start in range(0, num_entries, TILE_ENTRIES):
         count = min(TILE_ENTRIES, num_entries - start)
         variance_tile(inputs, codes, start, count, base, deltas, mean, variance)
-        count_tile(variance.view(np.uint32), count, places, histogram, smallest_and_largest)
+        count_tile(variance, count, places, histogram, smallest_and_largest)
 
 
 @compiled

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mmerge.workers.kernels import TILE_ENTRIES, compiled, widen_at
+from mmerge.workers.kernels import TILE_ENTRIES, compiled, subtract_at, widen_at
 
 NUM_SUM_BINS = 512
 NUM_COPIES = 4
@@ -35,10 +35,10 @@ def sum_products(inputs: Any, codes: Any, num_entries: int, from_base: bool, sum
             widen_at(inputs[0], codes[0], start, count, base)
         for index in range(num_vectors):
             vector = vectors[index]
-            widen_at(inputs[index + 1], codes[index + 1], start, count, vector)
             if from_base:
-                for i in range(count):
-                    vector[i] = vector[i] - base[i]
+                subtract_at(inputs[index + 1], codes[index + 1], start, count, base, vector)
+            else:
+                widen_at(inputs[index + 1], codes[index + 1], start, count, vector)
         pair = 0
         for index in range(num_vectors):
             one = vectors[index]

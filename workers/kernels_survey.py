@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mmerge.workers.kernels import TILE_ENTRIES, bytes_at, compiled, select, widen_at
+from mmerge.workers.kernels import TILE_ENTRIES, bytes_at, compiled, select, subtract_at, to_bits, widen_at
 
 TOP_BITS = 15
 """Upper bits of a magnitude (31 bits): all that the difference of two bfloat16 values near each other has."""
@@ -61,33 +61,28 @@ def count_magnitudes(inputs: Any, codes: Any, num_entries: int, histograms: Any,
     """
     tiles = np.empty((2, TILE_ENTRIES), np.float32)
     base, delta = tiles[0], tiles[1]
-    bits = delta.view(np.uint32)
     places = np.empty(TILE_ENTRIES, np.uint32)
     for start in range(0, num_entries, TILE_ENTRIES):
         count = min(TILE_ENTRIES, num_entries - start)
         widen_at(inputs[0], codes[0], start, count, base)
         for expert in range(inputs.shape[0] - 1):
-            widen_at(inputs[expert + 1], codes[expert + 1], start, count, delta)
-            for i in range(count):
-                delta[i] = delta[i] - base[i]
-            count_tile(bits, count, places, histograms[expert], ranges[expert])
+            subtract_at(inputs[expert + 1], codes[expert + 1], start, count, base, delta)
+            count_tile(delta, count, places, histograms[expert], ranges[expert])
 
 
 @compiled
-def count_tile(bits: Any, count: int, places: Any, histogram: Any, smallest_and_largest: Any) -> None:
-    """Add a tile of float32 values, given as bits, to one histogram; `places` is uint32, scratch."""
+def count_tile(values: Any, count: int, places: Any, histogram: Any, smallest_and_largest: Any) -> None:
+    """Add the magnitudes of a tile of float32 values to one histogram; `places` is uint32, scratch."""
     smallest, largest = np.uint32(smallest_and_largest[0]), np.uint32(smallest_and_largest[1])
     for i in range(count):
-        word = np.uint32(bits[i] & np.uint32(0x7FFFFFFF))
+        word = np.uint32(to_bits(values[i]) & np.uint32(0x7FFFFFFF))
         largest = max(largest, word)
         smallest = min(smallest, np.uint32(word - np.uint32(1)))
-    for i in range(count):
-        word = np.uint32(bits[i] & np.uint32(0x7FFFFFFF))
-        low = np.uint32((word >> np.uint32(11)) & np.uint32(0x1E)) | np.uint32((word & np.uint32(0xFFF)) != 0)
-        top = np.uint32(word >> np.uint32(16))
-        of_zero = np.uint32(np.uint32(top * np.uint32(NUM_COPIES)) | np.uint32(i & (NUM_COPIES - 1)))
-        of_others = np.uint32(np.uint32(top * np.uint32(NUM_LOWS)) + np.uint32(low + np.uint32(NUM_COPIES * NUM_TOPS)))
-        places[i] = select(low == 0, of_zero, of_others)
+        # Twice the upper 19 bits, plus 1 where a lower one is set: NUM_LOWS times the upper 15, plus the class of the others.
+        bin_number = np.uint32((word >> np.uint32(11)) & np.uint32(0xFFFFFFFE)) | min(np.uint32(word & np.uint32(0xFFF)), np.uint32(1))
+        of_zero = np.uint32(np.uint32(np.uint32(word >> np.uint32(16)) * np.uint32(NUM_COPIES)) | np.uint32(i & (NUM_COPIES - 1)))
+        of_others = np.uint32(np.uint32(bin_number) + np.uint32(NUM_COPIES * NUM_TOPS))
+        places[i] = select((word & np.uint32(0xFFFF)) == 0, of_zero, of_others)
     smallest_and_largest[0], smallest_and_largest[1] = smallest, largest
     for i in range(count):
         histogram[places[i]] += np.uint32(1)
@@ -107,9 +102,7 @@ def count_lower_bits(inputs: Any, codes: Any, num_entries: int, upper: int, coun
     for start in range(0, num_entries, TILE_ENTRIES):
         count = min(TILE_ENTRIES, num_entries - start)
         widen_at(inputs[0], codes[0], start, count, base)
-        widen_at(inputs[1], codes[1], start, count, delta)
-        for i in range(count):
-            delta[i] = delta[i] - base[i]
+        subtract_at(inputs[1], codes[1], start, count, base, delta)
         for i in range(count):
             word = bits[i] & np.uint32(0x7FFFFFFF)
             if word >> np.uint32(12) == wanted:
