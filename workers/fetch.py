@@ -171,11 +171,8 @@ def deliver(
     full = item.fields[0].shape
     is_vector = len(full) == 1
     parts = [division.part_of(item.name, full, rank=rank) for rank in range(ranks.num_ranks)]
-    given = None
-    if owner == ranks.rank:
-        whole = next(ready)
-        given = [torch.cat([_to_raw(cut(whole[f.name], f, part, is_vector=is_vector)) for f in item.fields]) for part in parts]
-        del whole  # nobody holds it now: its parts are all that stands beside what is read ahead
+    # One part at a time: a whole item and one part of it are all that stands beside what is read ahead.
+    given = _cut_each(item, next(ready), parts, is_vector=is_vector) if owner == ranks.rank else None
     shapes = [part_shape(field, parts[ranks.rank], is_vector=is_vector) for field in item.fields]
     sizes = [_padded(prod(shape) * field.dtype.itemsize) for field, shape in zip(item.fields, shapes, strict=True)]
     received = ranks.scatter(given, source=owner, num_bytes=sum(sizes))
@@ -185,6 +182,12 @@ def deliver(
         found[field.name] = raw.view(field.dtype).reshape(shape)
         start += size
     return found
+
+
+def _cut_each(item: Item, whole: Mapping[str, torch.Tensor], parts: Sequence[Part], *, is_vector: bool) -> Iterator[torch.Tensor]:
+    """Yield the bytes of each rank's part of all fields, which is what `deliver` takes apart again."""
+    for part in parts:
+        yield torch.cat([_to_raw(cut(whole[field.name], field, part, is_vector=is_vector)) for field in item.fields])
 
 
 def _padded(num_bytes: int) -> int:

@@ -248,6 +248,13 @@ class BlockFormer:
         )  # fmt: skip
 
 
+@cache
+def load_kernel() -> None:
+    """Let the compiled loop be loaded now rather than at its first use."""
+    former = BlockFormer(base=torch.bfloat16, delta=torch.bfloat16, out=torch.bfloat16, factors=[1.0], divisor=1.0)
+    former.form(np.zeros(16, np.uint8), np.zeros(16, np.uint8), np.zeros((1, 1), np.uint8), out=np.empty(16, np.uint8))
+
+
 def _rows_of(masks: torch.Tensor, rows: int) -> Any:
     """Return masks of some rows of each expert, without a copy: the rows of one expert lie behind each other."""
     experts, own_rows, num_bytes = masks.shape

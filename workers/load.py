@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +18,8 @@ from mmerge.workers.composite import Composite
 from mmerge.workers.division import Division
 from mmerge.workers.encoders import Encoder, RankEncoder, load_encoder
 from mmerge.workers.fetch import SHARED_WINDOW_BYTES, WINDOW_BYTES, Fetcher, Item, deliver, read_ahead, read_threads, share_out
-from mmerge.workers.host_memory import resident_bytes
+from mmerge.workers.host_memory import resident_bytes, returned_at_once
+from mmerge.workers.kernels_form import load_kernel
 from mmerge.workers.load_adapters import route_adapters
 from mmerge.workers.media import load_tokenizer, make_config, make_model
 from mmerge.workers.parallel import join_ranks, spread_layers
@@ -39,7 +41,7 @@ class LoadReport:
     bytes_read: int
     seconds: float
     start_bytes: int = 0
-    """Resident memory of the process before the first weight was read (Python, torch, transformers); 0 where the system does not say."""
+    """Resident memory of the process before the first weight was read (Python, torch, transformers, compiled code); 0 where the system does not say."""
     peak_bytes: int = 0
     """Most that was resident until it was loaded (VmHWM)."""
 
@@ -86,7 +88,8 @@ def load_composite(
         raise ManifestError(f"{uri}: 'expert' has no effect in expansion mode; use mode='retention', or leave it out")
     ranks = _open_ranks(placement, device, given=ranks)
     try:
-        return _Loader(reader, expert, device, dtype or reader.dtype, policy, placement, ranks, on_bytes).load()
+        with returned_at_once() if ranks.num_ranks > 1 else nullcontext():
+            return _Loader(reader, expert, device, dtype or reader.dtype, policy, placement, ranks, on_bytes).load()
     except Exception:
         ranks.close(wait=False)  # the others learn at once that this rank is gone
         raise
@@ -174,7 +177,9 @@ class _Loader:
         text.architectures = [find_text_class(text, owner=owner).__name__]
         text.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", getattr(text, "tie_word_embeddings", False)))
         model = make_skeleton(text, dtype=self.dtype, owner=owner)
-        self.start_bytes = resident_bytes("VmRSS")  # libraries are imported, no weight is read
+        if self.manifest.kind == "masks":
+            load_kernel()
+        self.start_bytes = resident_bytes("VmRSS")  # libraries and compiled code are there, no weight is read
         if head := self.fetcher.own_head():
             names = [*names, head.name]
         wanted = {name for name, _ in model.named_parameters()}

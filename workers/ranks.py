@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -30,10 +30,13 @@ class Ranks:
         """Return the ranks' tensors [..., width] next to each other in their last dimension."""
         return values
 
-    def scatter(self, parts: Sequence[torch.Tensor] | None, *, source: int, num_bytes: int) -> torch.Tensor:
-        """Return this rank's bytes (uint8 [num_bytes]) of those that rank `source` has, one per rank; the others give None."""
+    def scatter(self, parts: Iterable[torch.Tensor] | None, *, source: int, num_bytes: int) -> torch.Tensor:
+        """Return this rank's bytes (uint8 [num_bytes]) of those that rank `source` has, one per rank; the others give None.
+
+        The parts are taken one after the other, and each is sent before the next is taken.
+        """
         assert parts is not None
-        return parts[0]
+        return next(iter(parts))
 
     def broadcast(self, values: torch.Tensor, *, source: int) -> torch.Tensor:
         """Return rank `source`'s tensor; the others give one of the same shape and dtype, which is overwritten."""
@@ -74,13 +77,22 @@ class ProcessRanks(Ranks):
         self._guard(lambda: distributed.all_gather(found, raw, group=self._group))
         return torch.cat([each.view(values.dtype) for each in found], dim=-1)
 
-    def scatter(self, parts: Sequence[torch.Tensor] | None, *, source: int, num_bytes: int) -> torch.Tensor:
+    def scatter(self, parts: Iterable[torch.Tensor] | None, *, source: int, num_bytes: int) -> torch.Tensor:
         """See Ranks."""
         device = self._device()
-        received = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-        given = None if parts is None else [part.to(device) for part in parts]
-        self._guard(lambda: distributed.scatter(received, given, src=source, group=self._group))
-        return received
+        if parts is None:
+            received = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+            self._guard(lambda: distributed.recv(received, src=source, group=self._group))
+            return received
+        own: torch.Tensor | None = None
+        for rank, part in enumerate(parts):
+            if rank == self.rank:
+                own = part.to(device)
+            else:
+                self._send(part.to(device), rank)
+            del part  # the next is made only when nothing holds this one
+        assert own is not None
+        return own
 
     def broadcast(self, values: torch.Tensor, *, source: int) -> torch.Tensor:
         """See Ranks."""
@@ -106,6 +118,9 @@ class ProcessRanks(Ranks):
             if wait:  # a rank that tears down while another still talks to it can abort at its exit
                 self._guard(lambda: distributed.barrier(group=self._group))
             distributed.destroy_process_group()
+
+    def _send(self, values: torch.Tensor, rank: int) -> None:
+        self._guard(lambda: distributed.send(values, dst=rank, group=self._group))
 
     def _device(self) -> torch.device:
         if distributed.get_backend(self._group) == "nccl":

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from obstore.store import MemoryStore
+from typing_extensions import override
 
 from mmerge.manifests.errors import DamagedObject
 from mmerge.manifests.store import Store, open_store
@@ -21,12 +24,14 @@ from mmerge.workers.fetch import (
     Field,
     Item,
     cut,
+    deliver,
     part_shape,
     read_ahead,
     read_threads,
     share_out,
 )
 from mmerge.workers.masks import pack_mask, pack_rows, unpack_rows
+from mmerge.workers.ranks import Ranks
 
 
 def make_items(*sizes: int) -> list[Item]:
@@ -152,3 +157,36 @@ def test_parts_of_weights_and_masks_put_together_are_the_whole(module: str, widt
     dim = -1 if along == "columns" else -2
     assert torch.cat(found["text"], dim=dim)[:rows].equal(weight)
     assert torch.cat(found["masks"], dim=dim)[:, :rows].equal(masks)
+
+
+class PickyRanks(Ranks):
+    """Rank 1 of two, which owns everything; notes how many parts are alive whenever one is taken."""
+
+    rank, num_ranks = 1, 2
+
+    def __init__(self) -> None:
+        self.alive: list[int] = []
+
+    @override
+    def scatter(self, parts: Iterable[torch.Tensor] | None, *, source: int, num_bytes: int) -> torch.Tensor:
+        assert parts is not None
+        held: list[weakref.ref[torch.Tensor]] = []
+        own = torch.empty(0)
+        for rank, part in enumerate(parts):
+            held.append(weakref.ref(part))
+            self.alive.append(sum(each() is not None for each in held))
+            if rank == self.rank:
+                own = part
+            del part
+        return own
+
+
+def test_an_owner_makes_one_part_after_the_other() -> None:
+    field = Field("value", torch.float32, (64, 8))
+    item = Item("model.layers.0.self_attn.q_proj.weight", "plain", (field,), 64 * 8 * 4)
+    whole = torch.arange(64 * 8, dtype=torch.float32).reshape(64, 8)
+    ranks = PickyRanks()
+    division = Division(2, 4, 4, 16, 16)
+    found = deliver(item, iter([{"value": whole}]), ranks=ranks, owner=1, division=division)
+    assert found["value"].equal(whole[32:])
+    assert ranks.alive == [1, 1]

@@ -40,7 +40,9 @@ def raw(values: torch.Tensor) -> Any:
     return np.frombuffer(to_bytes(values), np.uint8)
 
 
-@pytest.mark.parametrize("factors", [[1.0, 1.0, 1.0], [0.75, 1.5, -2.25], [3.0]])
+@pytest.mark.parametrize(
+    "factors", [[1.0, 1.0, 1.0], [0.75, 1.5, -2.25], [3.0], [2.0, -1.0, 1.0], [7.0, 20.0, 90.0], [200.0, 100.0], [1.0] * 7, [1.0] * 10]
+)
 @pytest.mark.parametrize(
     ("stored", "changes", "out_dtype"), [(a, b, c) for a in DTYPES for b in DTYPES for c in DTYPES if a == c or b == c]
 )
