@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mmerge.workers.kernels import TILE_ENTRIES, compiled, subtract_at, widen_at
+from mmerge.workers.kernels import TILE_ENTRIES, compiled, select, subtract_at, to_bits, widen_at
 
 NUM_SUM_BINS = 512
 NUM_COPIES = 4
@@ -25,8 +25,6 @@ def sum_products(inputs: Any, codes: Any, num_entries: int, from_base: bool, sum
     num_vectors = inputs.shape[0] - 1
     vectors = np.empty((num_vectors, TILE_ENTRIES), np.float32)
     base = np.empty(TILE_ENTRIES, np.float32)
-    product = np.empty(TILE_ENTRIES, np.float32)
-    bits = product.view(np.uint32)
     places = np.empty(TILE_ENTRIES, np.uint32)
     significands = np.empty(TILE_ENTRIES, np.uint32)
     for start in range(0, num_entries, TILE_ENTRIES):
@@ -45,12 +43,10 @@ def sum_products(inputs: Any, codes: Any, num_entries: int, from_base: bool, sum
             for partner in range(index, num_vectors):
                 other, total = vectors[partner], sums[pair]
                 for i in range(count):
-                    product[i] = one[i] * other[i]
-                for i in range(count):
-                    word = np.uint32(bits[i])
-                    normal = np.uint32((word & np.uint32(0x7F800000)) != 0)
-                    significands[i] = (word & np.uint32(0x7FFFFF)) | (normal << np.uint32(23))
-                    places[i] = np.uint32(np.uint32(i & 3) << np.uint32(9)) | (word >> np.uint32(23))
+                    word = np.uint32(to_bits(one[i] * other[i]))
+                    normal = select((word & np.uint32(0x7F800000)) != 0, np.uint32(1 << 23), np.uint32(0))
+                    significands[i] = np.uint32(np.uint32(word & np.uint32(0x7FFFFF)) | normal)
+                    places[i] = np.uint32(np.uint32(np.uint32(i & 3) << np.uint32(9)) | np.uint32(word >> np.uint32(23)))
                 for i in range(count):
                     total[places[i]] += np.int64(significands[i])
                 pair += 1

@@ -79,10 +79,12 @@ def count_tile(values: Any, count: int, places: Any, histogram: Any, smallest_an
         largest = max(largest, word)
         smallest = min(smallest, np.uint32(word - np.uint32(1)))
         # Twice the upper 19 bits, plus 1 where a lower one is set: NUM_LOWS times the upper 15, plus the class of the others.
-        bin_number = np.uint32((word >> np.uint32(11)) & np.uint32(0xFFFFFFFE)) | min(np.uint32(word & np.uint32(0xFFF)), np.uint32(1))
+        # Each step is cast: integers of 32 bits that meet become 64 wide, and halve the vectors.
+        some = select(np.uint32(word & np.uint32(0xFFF)) != np.uint32(0), np.uint32(1), np.uint32(0))
+        bin_number = np.uint32(np.uint32(np.uint32(word >> np.uint32(11)) & np.uint32(0xFFFFFFFE)) | some)
         of_zero = np.uint32(np.uint32(np.uint32(word >> np.uint32(16)) * np.uint32(NUM_COPIES)) | np.uint32(i & (NUM_COPIES - 1)))
-        of_others = np.uint32(np.uint32(bin_number) + np.uint32(NUM_COPIES * NUM_TOPS))
-        places[i] = select((word & np.uint32(0xFFFF)) == 0, of_zero, of_others)
+        of_others = np.uint32(bin_number + np.uint32(NUM_COPIES * NUM_TOPS))
+        places[i] = select(np.uint32(word & np.uint32(0xFFFF)) == np.uint32(0), of_zero, of_others)
     smallest_and_largest[0], smallest_and_largest[1] = smallest, largest
     for i in range(count):
         histogram[places[i]] += np.uint32(1)
