@@ -12,6 +12,7 @@ from math import prod
 from typing import Literal, TypeVar
 
 import torch
+from typing_extensions import override
 
 from mmerge.manifests.store import Store
 from mmerge.workers.division import Division, Part
@@ -218,38 +219,57 @@ def read_threads(store: Store) -> int:
     return max(1, min(LOCAL_THREADS, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
+class ReadAhead(Iterator[_Result]):
+    """What `read_ahead` gives: results in the order of their items. Further items may be added until the last result was taken."""
+
+    def __init__(self, read: Callable[[Item], _Result], pool: ThreadPoolExecutor, window_bytes: int) -> None:
+        self._read, self._pool, self._window_bytes = read, pool, window_bytes
+        self._waiting: deque[tuple[Item, Future[_Result]]] = deque()
+        self._later: deque[Item] = deque()
+        self._held = self._taken = 0
+        """Bytes within the window, and those of them that the last result took."""
+
+    def add(self, items: Sequence[Item]) -> None:
+        """Read these too, behind those that were given before; as far as the window allows at once."""
+        self._later.extend(items)
+        self._read_on()
+
+    def _read_on(self) -> None:
+        while self._later and (not self._waiting or self._held + self._later[0].num_bytes <= self._window_bytes):
+            item = self._later.popleft()
+            self._waiting.append((item, self._pool.submit(self._read, item)))
+            self._held += item.num_bytes
+
+    @override
+    def __next__(self) -> _Result:
+        # Whoever asks for the next has placed the one before.
+        self._held -= self._taken
+        self._taken = 0
+        self._read_on()
+        if not self._waiting:
+            raise StopIteration
+        item, future = self._waiting.popleft()
+        self._taken = item.num_bytes
+        return future.result()  # held by whoever takes it, and by nothing here
+
+    def cancel(self) -> None:
+        """Read nothing that was not begun."""
+        for _, future in self._waiting:
+            future.cancel()
+
+
 @contextmanager
 def read_ahead(
     items: Sequence[Item], read: Callable[[Item], _Result], *, num_threads: int, window_bytes: int = WINDOW_BYTES
-) -> Iterator[Iterator[_Result]]:
-    """Give an iterator of `read(item)` in order; threads begin at once and read ahead, at most `window_bytes` of stored bytes, or one item.
+) -> Iterator[ReadAhead[_Result]]:
+    """Give `read(item)` of each item in order; threads begin at once and read ahead, at most `window_bytes` of stored bytes, or one item.
 
     Leaving the context ends them behind the items that they are at.
     """
-    waiting: deque[tuple[Item, Future[_Result]]] = deque()
-    held = position = 0
-
-    def read_on() -> None:
-        nonlocal held, position
-        while position < len(items) and (not waiting or held + items[position].num_bytes <= window_bytes):
-            waiting.append((items[position], pool.submit(read, items[position])))
-            held += items[position].num_bytes
-            position += 1
-
-    def deliver_in_order() -> Iterator[_Result]:
-        nonlocal held
-        while waiting:
-            item, future = waiting.popleft()
-            found = [future.result()]
-            del future
-            yield found.pop()  # held by whoever takes it, and by nothing here
-            held -= item.num_bytes
-            read_on()
-
     with ThreadPoolExecutor(num_threads, thread_name_prefix="mmerge-read") as pool:
+        ahead = ReadAhead(read, pool, window_bytes)
         try:
-            read_on()
-            yield deliver_in_order()
+            ahead.add(items)
+            yield ahead
         finally:
-            for _, future in waiting:
-                future.cancel()
+            ahead.cancel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -17,7 +18,17 @@ from mmerge.manifests.manifest import FileEntry, read_file
 from mmerge.workers.composite import Composite
 from mmerge.workers.division import Division
 from mmerge.workers.encoders import Encoder, RankEncoder, load_encoder
-from mmerge.workers.fetch import SHARED_WINDOW_BYTES, WINDOW_BYTES, Fetcher, Item, deliver, read_ahead, read_threads, share_out
+from mmerge.workers.fetch import (
+    SHARED_WINDOW_BYTES,
+    WINDOW_BYTES,
+    Fetcher,
+    Item,
+    ReadAhead,
+    deliver,
+    read_ahead,
+    read_threads,
+    share_out,
+)
 from mmerge.workers.host_memory import resident_bytes, returned_at_once
 from mmerge.workers.kernels_form import load_kernel
 from mmerge.workers.load_adapters import route_adapters
@@ -30,6 +41,7 @@ from mmerge.workers.routing import Policy, RoutedBias, RoutedLinear, RoutedWeigh
 from mmerge.workers.skeleton import find_text_class, make_skeleton, set_parameter
 
 Mode = Literal["expansion", "retention"]
+Ahead = ReadAhead[dict[str, torch.Tensor]]
 EMBEDDING_SUFFIX = "embed_tokens.weight"
 
 
@@ -141,14 +153,16 @@ class _Loader:
         files = self._read_files(self.manifest.to_expert(self.expert).files if self.expert else self.manifest.base.files)
         if "config.json" not in files:
             raise CheckpointError(f"{owner}: the build has no config.json of it")
-        model, items = self._make_skeleton(make_config(files, owner=owner), owner)
-        own = [item for item in items if self.item_ranks[item.name] == self.ranks.rank]
         window_bytes = WINDOW_BYTES if self.ranks.num_ranks == 1 else SHARED_WINDOW_BYTES
-        with read_ahead(own, self._read, num_threads=read_threads(self.reader.store), window_bytes=window_bytes) as ready:
+        early = self._early_items() if self.ranks.num_ranks == 1 else []
+        with read_ahead(early, self._read, num_threads=read_threads(self.reader.store), window_bytes=window_bytes) as ahead:
             # While threads read the language model, or when it is there already, for want of items:
+            model, items = self._make_skeleton(make_config(files, owner=owner), owner, ahead, num_early=len(early))
+            own = [item for item in items if self.item_ranks[item.name] == self.ranks.rank]
+            ahead.add(own[len(early) :])
             tokenizer = load_tokenizer(files, owner=owner)
             encoders = {name: self._load_encoder(name, model.config.hidden_size, rank) for name, rank in self.encoder_ranks.items()}
-            self._fill(model, items, ready)
+            self._fill(model, items, ahead)
         if items:
             self._connect(model)
         report = LoadReport(self.ranks.rank, self.reader.bytes_read, time.monotonic() - began, self.start_bytes, resident_bytes("VmHWM"))
@@ -168,8 +182,23 @@ class _Loader:
 
     # The language model.
 
-    def _make_skeleton(self, config: Any, owner: str) -> tuple[Any, list[Item]]:
-        """Return the language model without weights, and what is to be put into it; with them where that is all one step."""
+    def _early_items(self) -> list[Item]:
+        """Return what any model of these tensors begins with, embedding and head: they are read while its skeleton is made."""
+        self._note_start()
+        names = itertools.takewhile(lambda name: ".layers." not in name, self.reader.llm_names())
+        return [self.fetcher.make_item(name, is_routed=False) for name in names]
+
+    def _note_start(self) -> None:
+        """Note the memory of the process before the first weight is read, compiled code loaded."""
+        if self.manifest.kind == "masks":
+            load_kernel()
+        self.start_bytes = resident_bytes("VmRSS")
+
+    def _make_skeleton(self, config: Any, owner: str, ahead: Ahead, *, num_early: int) -> tuple[Any, list[Item]]:
+        """Return the language model without weights, and what is to be put into it; with them where that is all one step.
+
+        `ahead` has been given the first `num_early` tensors of the language model.
+        """
         text = config.get_text_config()
         names = self.reader.llm_names()
         embedding = next(name for name in names if name.endswith(EMBEDDING_SUFFIX))
@@ -177,16 +206,15 @@ class _Loader:
         text.architectures = [find_text_class(text, owner=owner).__name__]
         text.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", getattr(text, "tie_word_embeddings", False)))
         model = make_skeleton(text, dtype=self.dtype, owner=owner)
-        if self.manifest.kind == "masks":
-            load_kernel()
-        self.start_bytes = resident_bytes("VmRSS")  # libraries and compiled code are there, no weight is read
+        if not self.start_bytes:
+            self._note_start()
         if head := self.fetcher.own_head():
             names = [*names, head.name]
         wanted = {name for name, _ in model.named_parameters()}
         if text.tie_word_embeddings and HEAD_NAME not in names:
             wanted.discard(HEAD_NAME)
         if wanted != set(names):
-            return self._load_converted(text, owner), []
+            return self._load_converted(text, owner, ahead, num_early=num_early), []
         self.division = Division.of(text, num_ranks=self.ranks.num_ranks)
         items = self._make_items(model, names, head)
         taken = [
@@ -206,7 +234,7 @@ class _Loader:
         if not self.stages:
             model.to(self.devices[0])
 
-    def _load_converted(self, text: Any, owner: str) -> Any:
+    def _load_converted(self, text: Any, owner: str, ahead: Ahead, *, num_early: int) -> Any:
         """Load a model whose tensors transformers itself renames or fuses (mixtures of experts): whole, and without routing."""
         if self.ranks.num_ranks > 1 or self.stages or (self.expert is None and self.manifest.kind == "masks"):
             names = {name for name, _ in make_skeleton(text, dtype=self.dtype, owner=owner).named_parameters()}
@@ -217,7 +245,9 @@ class _Loader:
                 f"{owner}: its tensors do not fit {text.architectures[0]} of transformers {transformers.__version__}: {first}: {side}. "
                 "Such a model loads whole, as a plain build or one expert (retention)"
             )
-        state = {name: self.fetcher.read(self.fetcher.make_item(name, is_routed=False))["value"] for name in self.reader.llm_names()}
+        items = [self.fetcher.make_item(name, is_routed=False) for name in self.reader.llm_names()]
+        ahead.add(items[num_early:])
+        state = {item.name: found["value"] for item, found in zip(items, ahead, strict=True)}
         tied = text.tie_word_embeddings
         return make_model(text, state, dtype=self.dtype, owner=owner, may_lack=lambda key: tied and key == HEAD_NAME).to(self.devices[0])
 

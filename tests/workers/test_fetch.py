@@ -60,6 +60,22 @@ def test_reading_ahead_holds_no_more_than_its_window_or_one_item() -> None:
     assert most[0] <= 50
 
 
+def test_what_is_added_while_others_are_read_comes_behind_them_within_the_same_window() -> None:
+    begun: list[str] = []
+    items = make_items(10, 10, 10, 10)
+
+    def read(item: Item) -> str:
+        begun.append(item.name)
+        return item.name
+
+    with read_ahead(items[:1], read, window_bytes=20, num_threads=1) as ready:
+        ready.add(items[1:])
+        assert next(ready) == "t0"
+        assert set(begun) <= {"t0", "t1"}, "the first is still held"
+        assert list(ready) == ["t1", "t2", "t3"]
+    assert begun == ["t0", "t1", "t2", "t3"]
+
+
 def test_an_error_of_a_reading_thread_reaches_the_caller_and_ends_the_rest() -> None:
     seen = []
 
