@@ -153,11 +153,14 @@ class _Loader:
         files = self._read_files(self.manifest.to_expert(self.expert).files if self.expert else self.manifest.base.files)
         if "config.json" not in files:
             raise CheckpointError(f"{owner}: the build has no config.json of it")
+        config = make_config(files, owner=owner)
+        text_class = find_text_class(config.get_text_config(), owner=owner)  # imports it
         window_bytes = WINDOW_BYTES if self.ranks.num_ranks == 1 else SHARED_WINDOW_BYTES
+        self._note_start()
         early = self._early_items() if self.ranks.num_ranks == 1 else []
         with read_ahead(early, self._read, num_threads=read_threads(self.reader.store), window_bytes=window_bytes) as ahead:
             # While threads read the language model, or when it is there already, for want of items:
-            model, items = self._make_skeleton(make_config(files, owner=owner), owner, ahead, num_early=len(early))
+            model, items = self._make_skeleton(config, text_class.__name__, owner, ahead, num_early=len(early))
             own = [item for item in items if self.item_ranks[item.name] == self.ranks.rank]
             ahead.add(own[len(early) :])
             tokenizer = load_tokenizer(files, owner=owner)
@@ -184,17 +187,16 @@ class _Loader:
 
     def _early_items(self) -> list[Item]:
         """Return what any model of these tensors begins with, embedding and head: they are read while its skeleton is made."""
-        self._note_start()
         names = itertools.takewhile(lambda name: ".layers." not in name, self.reader.llm_names())
         return [self.fetcher.make_item(name, is_routed=False) for name in names]
 
     def _note_start(self) -> None:
-        """Note the memory of the process before the first weight is read, compiled code loaded."""
+        """Note the memory of the process before the first weight is read; libraries and compiled code are there."""
         if self.manifest.kind == "masks":
             load_kernel()
         self.start_bytes = resident_bytes("VmRSS")
 
-    def _make_skeleton(self, config: Any, owner: str, ahead: Ahead, *, num_early: int) -> tuple[Any, list[Item]]:
+    def _make_skeleton(self, config: Any, architecture: str, owner: str, ahead: Ahead, *, num_early: int) -> tuple[Any, list[Item]]:
         """Return the language model without weights, and what is to be put into it; with them where that is all one step.
 
         `ahead` has been given the first `num_early` tensors of the language model.
@@ -203,11 +205,9 @@ class _Loader:
         names = self.reader.llm_names()
         embedding = next(name for name in names if name.endswith(EMBEDDING_SUFFIX))
         text.vocab_size = self.fetcher.shape(embedding)[0]
-        text.architectures = [find_text_class(text, owner=owner).__name__]
+        text.architectures = [architecture]
         text.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", getattr(text, "tie_word_embeddings", False)))
         model = make_skeleton(text, dtype=self.dtype, owner=owner)
-        if not self.start_bytes:
-            self._note_start()
         if head := self.fetcher.own_head():
             names = [*names, head.name]
         wanted = {name for name, _ in model.named_parameters()}
