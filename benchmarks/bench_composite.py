@@ -212,7 +212,7 @@ def measure_loading(uri: str, method: str, state: str, folder: Path, rounds: int
     The raw side reads into fresh memory, as the model's is: in ordinary pages, what a plain read gets, and in large ones, which the
     loader asks for; each with 1, 2 and 4 threads, of which the best counts.
     """
-    rows = [row for rows in BuildReader(uri)._rows.values() for row in rows]
+    rows = list(BuildReader(uri).rows())
     num_bytes = sum(row.num_bytes for row in rows)
     folders = [Path(uri), folder / "base"] if state == "cold" else []
     actions: dict[str, Callable[[], Any]] = {"ours": lambda: load_composite(uri)}

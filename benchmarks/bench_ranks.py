@@ -40,9 +40,8 @@ def main() -> None:
         return
     uri = build(options.folder.absolute(), options.shape)["mmer"]
     stored: Counter[str] = Counter()
-    for rows in BuildReader(uri)._rows.values():
-        for row in rows:
-            stored[row.shard] += row.num_bytes
+    for row in BuildReader(uri).rows():
+        stored[row.shard] += row.num_bytes
     shard = max(stored.values())
     weights = measure(uri, 1)["held_bytes"]
     print(f"stored {sum(stored.values()) / MIB:.0f} MiB, held by one process {weights / MIB:.0f} MiB, largest shard {shard / MIB:.0f} MiB")

@@ -222,7 +222,7 @@ def read_threads(store: Store) -> int:
 class ReadAhead(Iterator[_Result]):
     """What `read_ahead` gives: results in the order of their items. Further items may be added until the last result was taken."""
 
-    def __init__(self, read: Callable[[Item], _Result], pool: ThreadPoolExecutor, window_bytes: int) -> None:
+    def __init__(self, read: Callable[[Item], _Result], pool: ThreadPoolExecutor, window_bytes: int | None) -> None:
         self._read, self._pool, self._window_bytes = read, pool, window_bytes
         self._waiting: deque[tuple[Item, Future[_Result]]] = deque()
         self._later: deque[Item] = deque()
@@ -235,10 +235,13 @@ class ReadAhead(Iterator[_Result]):
         self._read_on()
 
     def _read_on(self) -> None:
-        while self._later and (not self._waiting or self._held + self._later[0].num_bytes <= self._window_bytes):
+        while self._later and (not self._waiting or self._has_room(self._later[0])):
             item = self._later.popleft()
             self._waiting.append((item, self._pool.submit(self._read, item)))
             self._held += item.num_bytes
+
+    def _has_room(self, item: Item) -> bool:
+        return self._window_bytes is None or self._held + item.num_bytes <= self._window_bytes
 
     @override
     def __next__(self) -> _Result:
@@ -260,11 +263,11 @@ class ReadAhead(Iterator[_Result]):
 
 @contextmanager
 def read_ahead(
-    items: Sequence[Item], read: Callable[[Item], _Result], *, num_threads: int, window_bytes: int = WINDOW_BYTES
+    items: Sequence[Item], read: Callable[[Item], _Result], *, num_threads: int, window_bytes: int | None
 ) -> Iterator[ReadAhead[_Result]]:
     """Give `read(item)` of each item in order; threads begin at once and read ahead, at most `window_bytes` of stored bytes, or one item.
 
-    Leaving the context ends them behind the items that they are at.
+    Without a window they read as fast as they can. Leaving the context ends them behind the items that they are at.
     """
     with ThreadPoolExecutor(num_threads, thread_name_prefix="mmerge-read") as pool:
         ahead = ReadAhead(read, pool, window_bytes)

@@ -155,10 +155,9 @@ class _Loader:
             raise CheckpointError(f"{owner}: the build has no config.json of it")
         config = make_config(files, owner=owner)
         text_class = find_text_class(config.get_text_config(), owner=owner)  # imports it
-        window_bytes = WINDOW_BYTES if self.ranks.num_ranks == 1 else SHARED_WINDOW_BYTES
         self._note_start()
         early = self._early_items() if self.ranks.num_ranks == 1 else []
-        with read_ahead(early, self._read, num_threads=read_threads(self.reader.store), window_bytes=window_bytes) as ahead:
+        with read_ahead(early, self._read, num_threads=read_threads(self.reader.store), window_bytes=self._window_bytes()) as ahead:
             # While threads read the language model, or when it is there already, for want of items:
             model, items = self._make_skeleton(config, text_class.__name__, owner, ahead, num_early=len(early))
             own = [item for item in items if self.item_ranks[item.name] == self.ranks.rank]
@@ -182,6 +181,14 @@ class _Loader:
 
     def _read_files(self, entries: tuple[FileEntry, ...]) -> dict[str, bytes]:
         return {entry.name: read_file(self.reader.store, entry) for entry in entries}
+
+    def _window_bytes(self) -> int | None:
+        """Return how many stored bytes may be read ahead."""
+        if self.ranks.num_ranks > 1:
+            return SHARED_WINDOW_BYTES
+        if all(device.type == "cpu" for device in self.devices):
+            return None  # what is read becomes the model as it is: none of it stands beside the model
+        return max(WINDOW_BYTES, self.reader.largest_shard_bytes())
 
     # The language model.
 

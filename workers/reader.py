@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import itertools
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from threading import Lock
 
@@ -61,6 +62,18 @@ class BuildReader:
     def expert_names(self) -> list[str]:
         """The experts in recipe order; a modality id is a position in this list."""
         return [expert.name for expert in self.manifest.experts]
+
+    def rows(self) -> Iterator[StoredRow]:
+        """Yield every piece of every tensor."""
+        return itertools.chain.from_iterable(self._rows.values())
+
+    def largest_shard_bytes(self) -> int:
+        """Return the stored bytes of the largest shard, θ₀ included, which objects of base weights may hold apart from what was merged."""
+        sizes: Counter[str] = Counter()
+        for row in self.rows():
+            if row.role != "carried":
+                sizes[row.shard.removeprefix("base/")] += row.num_bytes
+        return max(sizes.values(), default=0)
 
     def names(self, role: Role, expert: str = "") -> list[str]:
         """Return the names of all tensors of a role, sorted."""
