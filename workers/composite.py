@@ -53,8 +53,7 @@ class Composite:
         self.load_reports = tuple(load_reports)
         """Of every rank, by rank."""
         self._routing = routing
-        self._prefill_ids: torch.Tensor | None = None
-        language_model.register_forward_pre_hook(self._route, with_kwargs=True)
+        routing.follow(language_model)
 
     @property
     def mode(self) -> str:
@@ -128,7 +127,7 @@ class Composite:
         """Return the logits of every position of a prompt, [tokens, vocabulary], in the model's dtype."""
         embeds, ids = self.embed(parts)
         self._check_length(len(ids), 0)
-        with self._prefill(ids[None]):
+        with self._routing.prompt(ids[None]):
             logits: torch.Tensor = self.language_model(inputs_embeds=embeds[None], use_cache=False).logits[0]
         return logits
 
@@ -204,7 +203,7 @@ class Composite:
         self._check_length(ids.shape[1], 0)
         longest = max(map(len, answers))
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        with self._prefill(ids):
+        with self._routing.prompt(ids):
             logits = self.language_model(
                 inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=longest + 1
             ).logits
@@ -230,7 +229,7 @@ class Composite:
         settings = {"do_sample": False, "eos_token_id": stop, "pad_token_id": pad} | options
         if cache == "static":
             settings["cache_implementation"] = "static"
-        with self._prefill(ids), self._seeded(seed, samples=bool(settings["do_sample"])):
+        with self._routing.prompt(ids), self._seeded(seed, samples=bool(settings["do_sample"])):
             tokens: torch.Tensor = self.language_model.generate(
                 inputs_embeds=embeds, attention_mask=mask, max_new_tokens=max_new_tokens, **settings
             )
@@ -264,28 +263,3 @@ class Composite:
             raise PromptError(
                 f"the prompt has {num_tokens} tokens and {max_new_tokens} are to be generated; the model takes {longest} together. Shorten one of them"
             )
-
-    @contextmanager
-    def _prefill(self, modality_ids: torch.Tensor) -> Iterator[None]:
-        self._prefill_ids = modality_ids
-        try:
-            yield
-        finally:
-            self._prefill_ids = self._routing.modality_ids = None
-
-    def _route(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Before each forward pass: tokens of the prompt have its modalities, tokens behind it are generated text.
-
-        The prompt may come in one pass or in pieces, and with beams or several answers each row of it several times.
-        """
-        given = kwargs.get("inputs_embeds")
-        given = kwargs.get("input_ids", args[0] if args else None) if given is None else given
-        past = kwargs.get("past_key_values")
-        start = 0 if past is None else int(past.get_seq_length())
-        if self._prefill_ids is None or given is None or start >= self._prefill_ids.shape[1]:
-            self._routing.modality_ids = None
-            return
-        rows, tokens = given.shape[:2]
-        ids = self._prefill_ids[:, start : start + tokens]
-        ids = torch.nn.functional.pad(ids, (0, tokens - ids.shape[1]), value=TEXT)
-        self._routing.modality_ids = ids.repeat_interleave(rows // len(ids), dim=0)

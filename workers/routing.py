@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -54,6 +54,7 @@ class Routing:
 
     def __init__(self) -> None:
         self._modality_ids: torch.Tensor | None = None
+        self._prompt_ids: torch.Tensor | None = None
         self.groups: tuple[Group, ...] | None = None
         """The tokens of each modality; None where all are text."""
 
@@ -81,6 +82,37 @@ class Routing:
             yield
         finally:
             self.modality_ids = None
+
+    @contextmanager
+    def prompt(self, modality_ids: torch.Tensor) -> Iterator[None]:
+        """Route the passes inside of a model that this routing follows: the first tokens are a prompt with these ids, int64 [batch, tokens]."""
+        self._prompt_ids = modality_ids
+        try:
+            yield
+        finally:
+            self._prompt_ids = self.modality_ids = None
+
+    def follow(self, model: nn.Module) -> None:
+        """Set the modality of each token ahead of every forward pass of a language model, while `prompt` lasts."""
+        # The hook holds the routing and not what holds the model: a model that is part of a cycle keeps its memory when it is dropped.
+        model.register_forward_pre_hook(self._route, with_kwargs=True)
+
+    def _route(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Before each forward pass: tokens of the prompt have its modalities, tokens behind it are generated text.
+
+        The prompt may come in one pass or in pieces, and with beams or several answers each row of it several times.
+        """
+        given = kwargs.get("inputs_embeds")
+        given = kwargs.get("input_ids", args[0] if args else None) if given is None else given
+        past = kwargs.get("past_key_values")
+        start = 0 if past is None else int(past.get_seq_length())
+        if self._prompt_ids is None or given is None or start >= self._prompt_ids.shape[1]:
+            self.modality_ids = None
+            return
+        rows, tokens = given.shape[:2]
+        ids = self._prompt_ids[:, start : start + tokens]
+        ids = torch.nn.functional.pad(ids, (0, tokens - ids.shape[1]), value=TEXT)
+        self.modality_ids = ids.repeat_interleave(rows // len(ids), dim=0)
 
 
 class RoutedLinear(nn.Module):

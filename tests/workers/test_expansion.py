@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +83,14 @@ def test_logits_of_prefill_and_of_every_decoded_token_equal_the_naive_loop(
     prompts, num_padding = BATCHES[batch]
     embeds, ids, mask = pad(composite, prompts, num_padding)
     assert bool((mask == 0).any()) == ("padded" in batch)
-    with torch.inference_mode(), composite._prefill(ids):
+    with torch.inference_mode(), composite._routing.prompt(ids):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         prefilled = composite.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False).logits
     for cache in ("dynamic", "static"):
         options = {"max_new_tokens": 4, "min_new_tokens": 4, "output_logits": True, "return_dict_in_generate": True}
         if cache == "static":
             options["cache_implementation"] = "static"
-        with torch.inference_mode(), composite._prefill(ids):
+        with torch.inference_mode(), composite._routing.prompt(ids):
             made = composite.language_model.generate(
                 inputs_embeds=embeds, attention_mask=mask, do_sample=False, eos_token_id=2, pad_token_id=2, **options
             )
@@ -157,7 +159,7 @@ def test_a_prompt_in_pieces_is_routed_as_in_one_pass(family: Family) -> None:
     embeds, ids = composite.embed(PROMPTS[0])
     wanted = naive.logits(embeds, ids.tolist())
     model = composite.language_model
-    with torch.inference_mode(), composite._prefill(ids[None]):
+    with torch.inference_mode(), composite._routing.prompt(ids[None]):
         first = model(inputs_embeds=embeds[None, :6], use_cache=True)
         second = model(inputs_embeds=embeds[None, 6:], past_key_values=first.past_key_values)
     torch.testing.assert_close(torch.cat([first.logits[0], second.logits[0]]), wanted, rtol=1e-5, atol=1e-5)
@@ -206,3 +208,17 @@ def test_a_gpu_gives_the_logits_of_the_naive_loop(family: Family, policy: Any) -
     for prompt in PROMPTS:
         embeds, ids = composite.embed(prompt)
         torch.testing.assert_close(composite.logits(prompt).cpu(), naive.logits(embeds.cpu(), ids.tolist()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_composite_that_is_dropped_gives_its_memory_back_at_once(family: Family, kind: str) -> None:
+    composite = load_composite(family.find("llama", kind)[0])
+    composite.generate_tokens(PROMPTS, max_new_tokens=2)
+    held = [weakref.ref(each) for each in composite.language_model.parameters()]
+    gc.disable()  # a model that is part of a cycle would stay until Python looks for such
+    try:
+        del composite
+        assert held
+        assert not any(each() is not None for each in held)
+    finally:
+        gc.enable()
