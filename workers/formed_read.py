@@ -64,12 +64,15 @@ def read_formed(
         reader.read_into(row, place)
     former = BlockFormer(base=stored[0], delta=stored[1], out=dtype, factors=factors, divisor=float(len(factors)))
     out, bits = _bytes_of(values), masks.numpy()
-    bases = reader.read_blocks(rows[0], block_bytes=BLOCK_ENTRIES * stored[0].itemsize)
+    # Of the result's dtype θ₀ is read to where the result will be: what is formed then replaces bytes that lie in a cache.
+    is_in_place = stored[0] == dtype
+    bases = reader.read_blocks(rows[0], block_bytes=BLOCK_ENTRIES * stored[0].itemsize, into=out if is_in_place else None)
     changes = reader.read_blocks(rows[1], block_bytes=BLOCK_ENTRIES * stored[1].itemsize, into=None if delta is None else _bytes_of(delta))
     start = 0
     for base, change in zip(bases, changes, strict=True):
         stop = start + len(change) // stored[1].itemsize
-        former.form(base, change, bits[:, start // 8 : -(-stop // 8)], out=out[start * dtype.itemsize : stop * dtype.itemsize])
+        place = base if is_in_place else out[start * dtype.itemsize : stop * dtype.itemsize]
+        former.form(base, change, bits[:, start // 8 : -(-stop // 8)], out=place)
         start = stop
     return Formed(values, delta, masks)
 

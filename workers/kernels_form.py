@@ -26,12 +26,14 @@ THREAD_ENTRIES = 1 << 18
 
 @compiled
 def form_rows(
-    base: Any, base_code: int, delta: Any, delta_code: int, masks: Any, factors: Any, divisor: Any, out: Any, out_code: int, width: int
-) -> None:
+    base: Any, base_code: int, delta: Any, delta_code: int, masks: Any, factors: Any, divisor: Any, out: Any, out_code: int, width: int,
+    is_in_place: bool,
+) -> None:  # fmt: skip
     """Write base + (Σ factorsⱼ·masksⱼ / divisor)·delta, row by row.
 
     `base`, `delta` and `out` are bytes [rows, …] of `width` entries a row; `masks` are packed bits [experts, rows, …], the first
-    entry in the most significant bit; `factors` and `divisor` are float32. Computed in float32, rounded once.
+    entry in the most significant bit; `factors` and `divisor` are float32. Computed in float32, rounded once. `is_in_place` says that
+    `out` is `base`.
     """
     bits = np.empty(CHUNK_ENTRIES // 8, np.uint64)
     counts = bits.view(np.uint8)
@@ -52,9 +54,11 @@ def form_rows(
                     _add(bits.view(np.uint8), factors[expert], expert == 0, length, share)
             if inverse != np.float32(0) and base_code == 1 and delta_code == 1 and out_code == 1:
                 where = slice(begin, begin + length)
-                _combine_bfloat16(
-                    base[row].view(np.uint16)[where], delta[row].view(np.uint16)[where], counts, inverse, out[row].view(np.uint16)[where]
-                )
+                change_words, out_words = delta[row].view(np.uint16)[where], out[row].view(np.uint16)[where]
+                if is_in_place:
+                    _combine_bfloat16_in_place(out_words, change_words, counts, inverse)
+                else:
+                    _combine_bfloat16(base[row].view(np.uint16)[where], change_words, counts, inverse, out_words)
                 continue
             for start in range(0, length, TILE_ENTRIES):
                 count = min(TILE_ENTRIES, length - start)
@@ -71,14 +75,27 @@ def _combine_bfloat16(base: Any, delta: Any, counts: Any, inverse: Any, out: Any
     """Widen, combine and narrow as the tiles do, in one loop whose values stay in registers; all three are bfloat16 as uint16."""
     counts = counts[: out.shape[0]]
     for i in range(out.shape[0]):
-        # Each step is cast: integers of 32 bits that meet become 64 wide, and halve the vectors.
-        value = from_bits(np.uint32(np.uint32(base[i]) << np.uint32(16)))
-        change = from_bits(np.uint32(np.uint32(delta[i]) << np.uint32(16)))
-        formed = np.float32(value + (np.float32(counts[i]) * inverse) * change)
-        word = to_bits(formed)
-        odd = np.uint32(np.uint32(word >> np.uint32(16)) & np.uint32(1))
-        rounded = np.uint32(np.uint32(word + np.uint32(np.uint32(0x7FFF) + odd)) >> np.uint32(16))
-        out[i] = np.uint16(select(np.isnan(formed), np.uint32(0x7FC0), rounded))
+        out[i] = _form_bfloat16(base[i], delta[i], counts[i], inverse)
+
+
+@compiled
+def _combine_bfloat16_in_place(values: Any, delta: Any, counts: Any, inverse: Any) -> None:
+    """The same where the result replaces `base`. Of two arrays that are one the compiled loop would have to assume the worst."""
+    counts = counts[: values.shape[0]]
+    for i in range(values.shape[0]):
+        values[i] = _form_bfloat16(values[i], delta[i], counts[i], inverse)
+
+
+@compiled
+def _form_bfloat16(base: Any, delta: Any, count: Any, inverse: Any) -> Any:
+    # Each step is cast: integers of 32 bits that meet become 64 wide, and halve the vectors.
+    value = from_bits(np.uint32(np.uint32(base) << np.uint32(16)))
+    change = from_bits(np.uint32(np.uint32(delta) << np.uint32(16)))
+    formed = np.float32(value + (np.float32(count) * inverse) * change)
+    word = to_bits(formed)
+    odd = np.uint32(np.uint32(word >> np.uint32(16)) & np.uint32(1))
+    rounded = np.uint32(np.uint32(word + np.uint32(np.uint32(0x7FFF) + odd)) >> np.uint32(16))
+    return np.uint16(select(np.isnan(formed), np.uint32(0x7FC0), rounded))
 
 
 @compiled
@@ -221,7 +238,7 @@ def _form(
     packed = masks.reshape(masks.shape[0], joined[0], -1).numpy() if masks.is_contiguous() else _rows_of(masks, joined[0])
     form_rows(
         arrays[0], codes[0], arrays[1], codes[1], packed,
-        np.asarray(factors, dtype=np.float32), np.float32(divisor), arrays[2], codes[2], joined[1],
+        np.asarray(factors, dtype=np.float32), np.float32(divisor), arrays[2], codes[2], joined[1], False,
     )  # fmt: skip
 
 
@@ -240,11 +257,12 @@ class BlockFormer:
     def form(self, base: Bytes, delta: Bytes, masks: Bytes, *, out: Bytes) -> None:
         """Write what `form` writes of a block whose entries fill whole bytes of bits.
 
-        `base`, `delta` and `out` are its bytes, uint8 [bytes]; `masks` its packed bits, uint8 [experts, bytes].
+        `base`, `delta` and `out` are its bytes, uint8 [bytes]; `masks` its packed bits, uint8 [experts, bytes]. `out` may be `base`, of
+        the same dtype.
         """
         form_rows(
             base[None], self._codes[0], delta[None], self._codes[1], masks[:, None],
-            self._factors, self._divisor, out[None], self._codes[2], len(out) // self._width,
+            self._factors, self._divisor, out[None], self._codes[2], len(out) // self._width, out is base,
         )  # fmt: skip
 
 

@@ -61,6 +61,10 @@ def test_a_block_former_equals_the_loop_over_entries(
         former.form(raw(base[start:stop]), raw(delta[start:stop]), bits, out=raw(found[start:stop]))
     wanted = form_entry_by_entry(base, delta, masks, factors, divisor=float(len(factors)), dtype=out_dtype)
     torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    if stored == out_dtype:
+        values = raw(base)
+        former.form(values, raw(delta), packed, out=values)
+        torch.testing.assert_close(base, wanted, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("block_entries", [8, 1_000, 1 << 19])
