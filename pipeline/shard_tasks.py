@@ -11,7 +11,7 @@ from mmerge.pipeline.survey import InputSurvey
 from mmerge.workers.methods.interface import Known
 from mmerge.workers.task import CopyTask, MergeTask
 
-ARITHMETIC_VERSION = 1
+ARITHMETIC_VERSION = 2
 """Raised when a change of a method or of an object's layout would change bytes: no older object is then reused."""
 
 

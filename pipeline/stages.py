@@ -21,7 +21,7 @@ from mmerge.workers.survey import SparseHistogram, Survey, piece_name, read_surv
 from mmerge.workers.task import MeasureTask, SurveyTask, TensorTask
 from mmerge.workers.thresholds import Counts, add_sparse, find_bin
 
-MEASURE_VERSION = 1
+MEASURE_VERSION = 2
 """Raised when what a stage measures changes: no older counts are then reused."""
 
 RunMeasure = Callable[[str, Sequence[MeasureTask]], None]

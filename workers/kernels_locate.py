@@ -16,30 +16,41 @@ SUM, ELECT_MEAN, ELECT_SUM, ELECT_MAX = 0, 1, 2, 3
 
 
 STEP = np.uint64(0x9E3779B97F4A7C15)
-"""What the state of the random numbers grows by from entry to entry."""
+"""What the state of the random numbers grows by from pair to pair of entries."""
 
 
 @compiled
 def mix_bits(state: Any) -> Any:
-    """Return the 64 bits of a state (methods/randomness.py) whose upper 24 are the random number.
-
-    The last step of the definition, an exclusive or with bits 31 and up, leaves those as they are.
-    """
+    """Return the 64 bits of a state (methods/randomness.py), in whose halves lie the random numbers of two entries."""
     mixed = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    return (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
 
 
 @compiled
-def draw_tile(key: Any, position: Any, count: int, chance: Any) -> None:
-    """Write the random numbers in [0, 1) of `count` entries from flat `position` on (methods/randomness.py) to `chance`."""
-    state = key + (position + np.uint64(1)) * STEP
-    for i in range(count):
-        chance[i] = np.float32(np.int32(mix_bits(state) >> np.uint64(40))) * np.float32(2.0**-24)
+def draw_bits(key: Any, position: Any, count: int, words: Any) -> Any:
+    """Return 32 bits, uint32, for each of `count` entries from flat `position` on; their upper 24 are the random number times 2²⁴.
+
+    `words`, uint64 of more than count / 2, is where they are made: in memory the lower half of a word comes first, as its entry does.
+    """
+    odd = np.int64(position & np.uint64(1))
+    state = key + ((position >> np.uint64(1)) + np.uint64(1)) * STEP
+    for i in range((odd + count + 1) >> 1):
+        words[i] = mix_bits(state)
         state = state + STEP
+    return words.view(np.uint32)[odd : odd + count]
 
 
 @compiled
-def drop_tile(key: Any, position: Any, density: Any, divisor: Any, factor: Any, values: Any, count: int, kept: Any) -> None:
+def draw_tile(key: Any, position: Any, count: int, words: Any, chance: Any) -> None:
+    """Write the random numbers in [0, 1) of `count` entries from flat `position` on (methods/randomness.py) to `chance`."""
+    bits = draw_bits(key, position, count, words)
+    for i in range(count):
+        chance[i] = np.float32(np.int32(np.uint32(bits[i] >> np.uint32(8)))) * np.float32(2.0**-24)
+
+
+@compiled
+def drop_tile(key: Any, position: Any, density: Any, divisor: Any, factor: Any, values: Any, count: int, words: Any, kept: Any) -> None:
     """Write to `kept` the entries of a tile, 0 where the random number (`draw_tile`) is not below `density`; divide, then multiply them."""
     one, zero = np.float32(1), np.float32(0)
     # The product with the inverse of a power of two is the quotient, and sooner there.
@@ -48,11 +59,10 @@ def drop_tile(key: Any, position: Any, density: Any, divisor: Any, factor: Any, 
     inverse = one / divisor if is_power else one
     if density < one:
         # A number is its upper 24 bits times 2⁻²⁴, so that it can be compared as the integer that it is made of.
-        limit = np.uint64(math.ceil(np.float64(density) * 2.0**24)) << np.uint64(40)
-        state = key + (position + np.uint64(1)) * STEP
+        limit = np.uint32(np.uint32(math.ceil(np.float64(density) * 2.0**24)) << np.uint32(8))
+        bits = draw_bits(key, position, count, words)
         for i in range(count):
-            kept[i] = select(mix_bits(state) < limit, values[i] * inverse, zero)
-            state = state + STEP
+            kept[i] = select(bits[i] < limit, values[i] * inverse, zero)
     else:
         for i in range(count):
             kept[i] = values[i] * inverse
@@ -107,7 +117,8 @@ def top_tile(values: Any, count: int, threshold: Any, ties: Any, flags: Any) -> 
 
 @compiled
 def locate_tile(
-    kind: int, values: Any, count: int, numbers: Any, key: Any, position: Any, ties: Any, scratch: Any, flags: Any, others: Any, located: Any,
+    kind: int, values: Any, count: int, numbers: Any, key: Any, position: Any, ties: Any, scratch: Any, words: Any, flags: Any, others: Any,
+    located: Any,
 ) -> None:  # fmt: skip
     """Write a tile of one task vector to `located`, 0 where it is not located, and the rest rescaled.
 
@@ -118,12 +129,13 @@ def locate_tile(
         numbers: float32 of this expert: TRIM (threshold); DROP (keep probability, divisor, factor); TOP (threshold of the larger
             count, threshold of the smaller count).
         ties: int64 (2, 2) of TOP, see `top_tile`.
+        words: see `draw_bits`.
     """
     zero = np.float32(0)
     if kind == TRIM:
         trim_tile(values, count, numbers[0], located)
     elif kind == DROP:
-        drop_tile(key, position, numbers[0], numbers[1], numbers[2], values, count, located)
+        drop_tile(key, position, numbers[0], numbers[1], numbers[2], values, count, words, located)
     elif kind == TOP:
         for i in range(count):
             scratch[i] = abs(values[i])
@@ -274,6 +286,7 @@ def merge_located(
     tiles = np.empty((5, TILE_ENTRIES), np.float32)
     base, scratch, rest = tiles[0], tiles[1], tiles[2:]
     flags = np.zeros((2, TILE_ENTRIES), np.uint8)
+    words = np.empty(TILE_ENTRIES // 2 + 1, np.uint64)
     deltas = np.empty((num_experts, TILE_ENTRIES), np.float32)
     for start in range(0, num_entries, TILE_ENTRIES):
         count = min(TILE_ENTRIES, num_entries - start)
@@ -284,8 +297,8 @@ def merge_located(
             subtract_at(inputs[expert + 1], codes[expert + 1], start, count, base, whole)
             if kind != KEEP_ALL:
                 locate_tile(
-                    kind, whole, count, numbers[expert], keys[expert], position + np.uint64(start), ties[expert], scratch, flags[0], flags[1],
-                    delta,
+                    kind, whole, count, numbers[expert], keys[expert], position + np.uint64(start), ties[expert], scratch, words, flags[0],
+                    flags[1], delta,
                 )  # fmt: skip
             if weight != np.float32(1):
                 for i in range(count):

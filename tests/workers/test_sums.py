@@ -60,10 +60,11 @@ def test_exactly_so_many_largest_are_kept_and_of_equals_the_first(values: list[i
 
 def naive_uniform(seed: int, expert: str, name: str, position: int) -> float:
     key = struct.unpack("<Q", blake3(f"{seed}\n{expert}\n{name}".encode()).digest()[:8])[0]
-    z = (key + (position + 1) * 0x9E3779B97F4A7C15) % 2**64
+    z = (key + (position // 2 + 1) * 0x9E3779B97F4A7C15) % 2**64
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
-    return ((z ^ (z >> 31)) >> 40) / 2**24
+    half = (z ^ (z >> 31)).to_bytes(8, "little")[4:] if position % 2 else (z ^ (z >> 31)).to_bytes(8, "little")[:4]
+    return int.from_bytes(half[1:], "little") / 2**24
 
 
 @settings(deadline=None, max_examples=20)
@@ -79,3 +80,8 @@ def test_random_numbers_are_uniform() -> None:
     counts = torch.histc(found, bins=64, min=0, max=1)
     assert float(((counts - (1 << 14)) ** 2 / (1 << 14)).sum()) == pytest.approx(63, abs=4.5 * math.sqrt(126))
     assert float(torch.corrcoef(torch.stack([found[:-1], found[1:]]))[0, 1]) == pytest.approx(0, abs=0.005)
+    # Two entries share 64 bits: pairs fill the square evenly, and so do bits behind the first ones.
+    even, odd = found[::2], found[1::2]
+    for shift in (1, 2**10):
+        cells = torch.histc((even * shift % 1 * 16).floor() * 16 + (odd * shift % 1 * 16).floor(), bins=256, min=0, max=256)
+        assert float(((cells - (1 << 11)) ** 2 / (1 << 11)).sum()) == pytest.approx(255, abs=4.5 * math.sqrt(510))
