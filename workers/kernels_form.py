@@ -40,7 +40,10 @@ def form_rows(
     values, change, share = np.empty(TILE_ENTRIES, np.float32), np.empty(TILE_ENTRIES, np.float32), np.empty(CHUNK_ENTRIES, np.float32)
     are_small = _are_small(factors)
     tables = _tabulate(factors) if are_small else np.empty((0, 256), np.uint64)
+    surplus = _surplus(factors) if are_small else np.int32(0)
     inverse = _exact_inverse(factors, divisor) if are_small else np.float32(0)
+    is_exact = inverse != np.float32(0)
+    is_bfloat16, is_float32 = base_code == 1 and out_code == 1 and delta_code == 1, base_code == 0 and out_code == 0 and delta_code == 1
     for row in range(out.shape[0]):
         for begin in range(0, width, CHUNK_ENTRIES):
             # Bits of several tiles at once: a cache fetches ahead of a reader that stays on one row for some lines.
@@ -52,46 +55,52 @@ def form_rows(
                 else:
                     _spread(packed, bits)
                     _add(bits.view(np.uint8), factors[expert], expert == 0, length, share)
-            if inverse != np.float32(0) and base_code == 1 and delta_code == 1 and out_code == 1:
+            if is_exact and (is_bfloat16 or is_float32):
                 where = slice(begin, begin + length)
-                change_words, out_words = delta[row].view(np.uint16)[where], out[row].view(np.uint16)[where]
-                if is_in_place:
-                    _combine_bfloat16_in_place(out_words, change_words, counts, inverse)
+                change_words = delta[row].view(np.uint16)[where]
+                if is_float32:
+                    _combine_float32(
+                        base[row].view(np.float32)[where], change_words, counts, surplus, inverse, out[row].view(np.float32)[where]
+                    )
+                elif is_in_place:
+                    _combine_bfloat16_in_place(out[row].view(np.uint16)[where], change_words, counts, surplus, inverse)
                 else:
-                    _combine_bfloat16(base[row].view(np.uint16)[where], change_words, counts, inverse, out_words)
+                    _combine_bfloat16(
+                        base[row].view(np.uint16)[where], change_words, counts, surplus, inverse, out[row].view(np.uint16)[where]
+                    )
                 continue
             for start in range(0, length, TILE_ENTRIES):
                 count = min(TILE_ENTRIES, length - start)
                 widen(base[row], base_code, begin + start, count, values)
                 widen(delta[row], delta_code, begin + start, count, change)
                 if are_small:
-                    _to_share(counts[start : start + count], count, share[start : start + count])
+                    _to_share(counts[start : start + count], count, surplus, share[start : start + count])
                 _combine(values, share[start : start + count], divisor, change, count)
                 narrow(values, out_code, count, out[row], begin + start)
 
 
 @compiled
-def _combine_bfloat16(base: Any, delta: Any, counts: Any, inverse: Any, out: Any) -> None:
+def _combine_bfloat16(base: Any, delta: Any, counts: Any, surplus: Any, inverse: Any, out: Any) -> None:
     """Widen, combine and narrow as the tiles do, in one loop whose values stay in registers; all three are bfloat16 as uint16."""
     counts = counts[: out.shape[0]]
     for i in range(out.shape[0]):
-        out[i] = _form_bfloat16(base[i], delta[i], counts[i], inverse)
+        out[i] = _form_bfloat16(base[i], delta[i], counts[i], surplus, inverse)
 
 
 @compiled
-def _combine_bfloat16_in_place(values: Any, delta: Any, counts: Any, inverse: Any) -> None:
+def _combine_bfloat16_in_place(values: Any, delta: Any, counts: Any, surplus: Any, inverse: Any) -> None:
     """The same where the result replaces `base`. Of two arrays that are one the compiled loop would have to assume the worst."""
     counts = counts[: values.shape[0]]
     for i in range(values.shape[0]):
-        values[i] = _form_bfloat16(values[i], delta[i], counts[i], inverse)
+        values[i] = _form_bfloat16(values[i], delta[i], counts[i], surplus, inverse)
 
 
 @compiled
-def _form_bfloat16(base: Any, delta: Any, count: Any, inverse: Any) -> Any:
+def _form_bfloat16(base: Any, delta: Any, count: Any, surplus: Any, inverse: Any) -> Any:
     # Each step is cast: integers of 32 bits that meet become 64 wide, and halve the vectors.
     value = from_bits(np.uint32(np.uint32(base) << np.uint32(16)))
     change = from_bits(np.uint32(np.uint32(delta) << np.uint32(16)))
-    formed = np.float32(value + (np.float32(count) * inverse) * change)
+    formed = np.float32(value + (np.float32(np.int32(np.int32(count) - surplus)) * inverse) * change)
     word = to_bits(formed)
     odd = np.uint32(np.uint32(word >> np.uint32(16)) & np.uint32(1))
     rounded = np.uint32(np.uint32(word + np.uint32(np.uint32(0x7FFF) + odd)) >> np.uint32(16))
@@ -99,9 +108,18 @@ def _form_bfloat16(base: Any, delta: Any, count: Any, inverse: Any) -> Any:
 
 
 @compiled
-def _to_share(counts: Any, count: int, share: Any) -> None:
+def _combine_float32(base: Any, delta: Any, counts: Any, surplus: Any, inverse: Any, out: Any) -> None:
+    """The same of float32 and a bfloat16 `delta`, for models that are computed in float32. `out` may be `base`."""
+    counts = counts[: out.shape[0]]
+    for i in range(out.shape[0]):
+        change = from_bits(np.uint32(np.uint32(delta[i]) << np.uint32(16)))
+        out[i] = base[i] + (np.float32(np.int32(np.int32(counts[i]) - surplus)) * inverse) * change
+
+
+@compiled
+def _to_share(counts: Any, count: int, surplus: Any, share: Any) -> None:
     for i in range(count):
-        share[i] = np.float32(counts[i])
+        share[i] = np.float32(np.int32(np.int32(counts[i]) - surplus))
 
 
 @compiled
@@ -112,20 +130,31 @@ def _combine(values: Any, share: Any, divisor: Any, change: Any, count: int) -> 
 
 @compiled
 def _are_small(factors: Any) -> bool:
-    """Return whether all sums of some of the factors are whole numbers of a byte: of masks without factors of their own."""
+    """Return whether the sum of the factors' magnitudes is a whole number of a byte: of masks without factors of their own."""
     total = np.float32(0)
     for factor in factors:
-        if factor < np.float32(0) or factor != np.floor(factor):
+        if factor != np.floor(factor):
             return False
-        total += factor
+        total += abs(factor)
     return bool(total <= np.float32(255))
+
+
+@compiled
+def _surplus(factors: Any) -> Any:
+    """Return what sums of `_count` have too much: a factor −f counts f where the bit is 0, so that nothing is below 0."""
+    total = np.int32(0)
+    for factor in factors:
+        if factor < np.float32(0):
+            total = np.int32(total + np.int32(-factor))
+    return total
 
 
 @compiled
 def _exact_inverse(factors: Any, divisor: Any) -> Any:
     """Return 1 / divisor where its product with any sum of small factors is the quotient, bit by bit; else 0."""
     inverse = np.float32(1) / divisor
-    for number in range(int(factors.sum()) + 1):
+    surplus = _surplus(factors)
+    for number in range(-surplus, int(np.abs(factors).sum()) - surplus + 1):
         if np.float32(number) * inverse != np.float32(number) / divisor:
             return np.float32(0)
     return inverse
@@ -133,13 +162,15 @@ def _exact_inverse(factors: Any, divisor: Any) -> Any:
 
 @compiled
 def _tabulate(factors: Any) -> Any:
-    """Return, for each small factor and each byte of bits, the word whose bytes hold the factor where the bit is 1."""
+    """Return, for each small factor and each byte of bits, the word whose bytes hold what `_count` adds: see `_surplus`."""
     tables = np.empty((factors.shape[0], 256), np.uint64)
     bits, words = np.arange(256).astype(np.uint8), np.empty(256, np.uint64)
     _spread(bits, words)
     for expert in range(factors.shape[0]):
+        magnitude, is_negative = np.uint64(abs(factors[expert])), factors[expert] < np.float32(0)
         for i in range(256):
-            tables[expert, i] = words[i] * np.uint64(factors[expert])
+            counted = words[i] ^ np.uint64(0x0101010101010101) if is_negative else words[i]
+            tables[expert, i] = counted * magnitude
     return tables
 
 
@@ -153,7 +184,7 @@ def _spread(packed: Any, words: Any) -> None:
 
 @compiled
 def _count(packed: Any, table: Any, is_first: bool, sums: Any) -> None:
-    """Add a small factor to the bytes of `sums` where the bit is 1, eight entries a word; `table` is that of the factor.
+    """Add a small factor to the bytes of `sums` where the bit is 1 (where it is 0, if negative), eight entries a word; `table` is its.
 
     Looked up: the product that spreads bits takes three instructions per word on the processors that have it, and more on others.
     """
