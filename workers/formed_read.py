@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from mmerge.manifests.table import StoredRow
 from mmerge.workers.dtypes import TORCH_DTYPES, to_bytes
+from mmerge.workers.forming import BlockFormer, can_form
 from mmerge.workers.host_memory import empty_host
-from mmerge.workers.kernels_form import BlockFormer, can_form
 
 if TYPE_CHECKING:
     from mmerge.workers.reader import BuildReader

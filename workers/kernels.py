@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,13 +58,25 @@ _CACHE_FOLDER = _find_cache_folder()
 
 def compiled(function: _Function) -> _Function:
     """Return the function compiled at its first call: no lock held, no fastmath, kept on disk for the next process."""
+    with _own_cache():
+        made: _Function = numba.njit(nogil=True, cache=True, error_model="numpy")(function)
+    return made
+
+
+def called_back(function: _Function, signature: Any) -> Any:
+    """Return what C code can call, compiled now: see `compiled`. Its `address` is the C function's."""
+    with _own_cache():
+        return numba.cfunc(signature, cache=True, error_model="numpy")(function)
+
+
+@contextmanager
+def _own_cache() -> Iterator[None]:
     before = numba.config.CACHE_DIR
     numba.config.CACHE_DIR = _CACHE_FOLDER
     try:
-        made: _Function = numba.njit(nogil=True, cache=True, error_model="numpy")(function)
+        yield
     finally:
         numba.config.CACHE_DIR = before
-    return made
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -74,6 +87,17 @@ def _pointer(_: Any, address: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
     return types.CPointer(types.uint8)(types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def take_number(_: Any, address: Any) -> Any:
+    """Return the int64 at an address and make it one more, in a single step for all threads."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = builder.inttoptr(arguments[0], context.get_value_type(types.CPointer(types.int64)))
+        return builder.atomic_rmw("add", place, context.get_constant(types.int64, 1), "monotonic")
+
+    return types.int64(types.int64), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
+from numba import carray, types
+from numpy.lib.stride_tricks import as_strided
 
-from mmerge.workers.dtypes import SAFETENSORS_DTYPES
-from mmerge.workers.kernels import CODES, TILE_ENTRIES, compiled, from_bits, narrow, select, to_bits, widen
-
-Bytes = NDArray[np.uint8]
+from mmerge.workers.kernels import TILE_ENTRIES, bytes_at, called_back, compiled, from_bits, narrow, select, take_number, to_bits, widen
 
 CHUNK_ENTRIES = 8 * TILE_ENTRIES
 """Entries whose bits are counted at once."""
-THREAD_ENTRIES = 1 << 18
-"""Below this many entries a thread costs more than it saves."""
+NUM_ARGUMENTS = 15
+"""What `form_parts` is given."""
 
 
 @compiled
@@ -206,106 +199,47 @@ def _add(flags: Any, factor: Any, is_first: bool, count: int, share: Any) -> Non
             share[i] += factor * np.float32(flags[i])
 
 
-@cache
-def _open_threads(num_threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(num_threads, thread_name_prefix="mmerge-form")
-
-
-def can_form(*tensors: torch.Tensor) -> bool:
-    """Return whether the compiled loop takes these tensors: contiguous, on the CPU, float32, bfloat16 or float16."""
-    return all(
-        tensor.device.type == "cpu" and tensor.is_contiguous() and SAFETENSORS_DTYPES.get(tensor.dtype) in CODES for tensor in tensors
-    )
-
-
-def can_form_on_device(*tensors: torch.Tensor) -> bool:
-    """Return whether the Triton kernel takes these tensors: contiguous, on one CUDA device, float32, bfloat16 or float16."""
-    return _has_triton() and all(
-        tensor.device.type == "cuda" and tensor.is_contiguous() and SAFETENSORS_DTYPES.get(tensor.dtype) in CODES for tensor in tensors
-    )
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
-def form(
-    base: torch.Tensor, delta: torch.Tensor, masks: torch.Tensor, *, factors: Sequence[float], divisor: float, out: torch.Tensor
-) -> None:
-    """Write base + (Σ factorsⱼ·masksⱼ / divisor)∘delta to `out`, with as many threads as torch uses.
+@compiled
+def form_parts(arguments: Any) -> None:
+    """Form rows of a matrix, some at a time, until other threads and this one have formed all.
 
     Args:
-        base, delta: [rows, width]; see `can_form`.
-        masks: packed by rows (`masks.pack_rows`), uint8 [experts, rows, ⌈width/8⌉].
-        factors: one per expert.
-        divisor: of their sum.
-        out: [rows, width], of any dtype that `can_form` takes.
+        arguments: int64 [NUM_ARGUMENTS]: the address of a counter that begins at 0, rows, rows of a part, width; address and code
+            of base, of delta and of the result; address of the masks, bytes from one expert's to the next, and how many; addresses
+            of the float32 factors and of their divisor. See `form_rows`; rows of each lie behind each other.
     """
-    if out.numel() == 0:
-        return
-    rows = out.shape[0]
-    num_threads = min(torch.get_num_threads(), max(1, out.numel() // THREAD_ENTRIES), rows)
-    if num_threads <= 1:
-        _form(base, delta, masks, factors, divisor, out)
-        return
-    bounds = [rows * index // num_threads for index in range(num_threads + 1)]
-    parts = [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
-    pool = _open_threads(num_threads - 1)
-    waiting = [pool.submit(_form, base[part], delta[part], masks[:, part], factors, divisor, out[part]) for part in parts[1:]]
-    _form(base[parts[0]], delta[parts[0]], masks[:, parts[0]], factors, divisor, out[parts[0]])
-    for future in waiting:
-        future.result()
+    rows, step, width = arguments[1], arguments[2], arguments[3]
+    num_experts = arguments[12]
+    factors, divisor = bytes_at(arguments[13], 4 * num_experts).view(np.float32), bytes_at(arguments[14], 4).view(np.float32)[0]
+    packed_width = (width + 7) // 8
+    while True:
+        start = take_number(arguments[0]) * step
+        if start >= rows:
+            return
+        count = min(step, rows - start)
+        # Rows that end on whole bytes of bits are one long row: fewer, fuller tiles.
+        height, length = (1, count * width) if width % 8 == 0 else (count, width)
+        row_bytes = count * packed_width // height
+        first = bytes_at(arguments[10] + start * packed_width, count * packed_width)
+        masks = as_strided(first, (num_experts, height, row_bytes), (arguments[11], row_bytes, 1))
+        base = _rows_at(arguments[4], arguments[5], start * width, height, length)
+        delta = _rows_at(arguments[6], arguments[7], start * width, height, length)
+        out = _rows_at(arguments[8], arguments[9], start * width, height, length)
+        form_rows(base, arguments[5], delta, arguments[7], masks, factors, divisor, out, arguments[9], length, False)
 
 
-def _form(
-    base: torch.Tensor, delta: torch.Tensor, masks: torch.Tensor, factors: Sequence[float], divisor: float, out: torch.Tensor
-) -> None:
-    rows, width = out.shape
-    # Rows that end on whole bytes of bits are one long row: fewer, fuller tiles.
-    joined = (1, rows * width) if width % 8 == 0 else (rows, width)
-    arrays = [tensor.reshape(joined).view(torch.uint8).numpy() for tensor in (base, delta, out)]
-    codes = [CODES[SAFETENSORS_DTYPES[tensor.dtype]] for tensor in (base, delta, out)]
-    packed = masks.reshape(masks.shape[0], joined[0], -1).numpy() if masks.is_contiguous() else _rows_of(masks, joined[0])
-    form_rows(
-        arrays[0], codes[0], arrays[1], codes[1], packed,
-        np.asarray(factors, dtype=np.float32), np.float32(divisor), arrays[2], codes[2], joined[1], False,
-    )  # fmt: skip
+@compiled
+def _rows_at(address: int, code: int, start: int, height: int, length: int) -> Any:
+    """Return the bytes of rows of a dtype, uint8 [height, …], from entry `start` on."""
+    width = 4 if code == 0 else 2
+    return bytes_at(address + start * width, height * length * width).reshape((height, length * width))
 
 
-class BlockFormer:
-    """Forms a matrix block by block, on the thread that calls, from bytes: what is the same for all blocks is prepared once.
-
-    Of a block of half a megabyte the views and lookups of `form` would take a third of the time, and hold Python's lock.
-    """
-
-    def __init__(self, *, base: torch.dtype, delta: torch.dtype, out: torch.dtype, factors: Sequence[float], divisor: float) -> None:
-        """Prepare; see `form`. The dtypes are those that `can_form` takes."""
-        self._codes = [CODES[SAFETENSORS_DTYPES[dtype]] for dtype in (base, delta, out)]
-        self._width = out.itemsize
-        self._factors, self._divisor = np.asarray(factors, dtype=np.float32), np.float32(divisor)
-
-    def form(self, base: Bytes, delta: Bytes, masks: Bytes, *, out: Bytes) -> None:
-        """Write what `form` writes of a block whose entries fill whole bytes of bits.
-
-        `base`, `delta` and `out` are its bytes, uint8 [bytes]; `masks` its packed bits, uint8 [experts, bytes]. `out` may be `base`, of
-        the same dtype.
-        """
-        form_rows(
-            base[None], self._codes[0], delta[None], self._codes[1], masks[:, None],
-            self._factors, self._divisor, out[None], self._codes[2], len(out) // self._width, out is base,
-        )  # fmt: skip
+def _enter(arguments: Any) -> None:
+    form_parts(carray(arguments, NUM_ARGUMENTS, np.int64))
 
 
 @cache
-def load_kernel() -> None:
-    """Let the compiled loop be loaded now rather than at its first use."""
-    former = BlockFormer(base=torch.bfloat16, delta=torch.bfloat16, out=torch.bfloat16, factors=[1.0], divisor=1.0)
-    former.form(np.zeros(16, np.uint8), np.zeros(16, np.uint8), np.zeros((1, 1), np.uint8), out=np.empty(16, np.uint8))
-
-
-def _rows_of(masks: torch.Tensor, rows: int) -> Any:
-    """Return masks of some rows of each expert, without a copy: the rows of one expert lie behind each other."""
-    experts, own_rows, num_bytes = masks.shape
-    shape = (experts, rows, own_rows * num_bytes // rows)
-    return torch.as_strided(masks, shape, (masks.stride(0), shape[2], 1)).numpy()
+def find_entry() -> int:
+    """Return the address of a C function that calls `form_parts` with the arguments that its pointer points to."""
+    return int(called_back(_enter, types.void(types.voidptr)).address)

@@ -10,12 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from mmerge.workers.kernels_form import can_form, can_form_on_device, form
+from mmerge.workers.forming import can_form, can_form_on_device, form
+from mmerge.workers.host_memory import empty_host
 from mmerge.workers.masks import unpack_rows
 
 TEXT = -1
 """The modality id of text tokens, generated ones included. Expert i of a composite has the id i."""
-FORM_ENTRIES = 1 << 20
+FORM_ENTRIES = 1 << 21
 """Entries of a modality's weight formed at once: what was formed is multiplied while it lies in a cache."""
 
 Policy = Literal["packed", "resident"]
@@ -55,6 +56,7 @@ class Routing:
     def __init__(self) -> None:
         self._modality_ids: torch.Tensor | None = None
         self._prompt_ids: torch.Tensor | None = None
+        self._rooms: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
         self.groups: tuple[Group, ...] | None = None
         """The tokens of each modality; None where all are text."""
 
@@ -68,6 +70,22 @@ class Routing:
         self._modality_ids = modality_ids
         groups = () if modality_ids is None else make_groups(modality_ids)
         self.groups = groups if any(group.modality != TEXT for group in groups) else None
+        if self.groups is None:
+            self._rooms.clear()
+
+    def room_for(self, shape: tuple[int, int], *, like: torch.Tensor) -> torch.Tensor:
+        """Return memory for a block of weights, of this shape, which the next block takes again: fresh memory has to be faulted in.
+
+        It is kept until the prefill ends.
+        """
+        num_entries = shape[0] * shape[1]
+        key = like.device, like.dtype
+        room = self._rooms.get(key)
+        if room is None or len(room) < num_entries:
+            is_host = like.device.type == "cpu"
+            room = empty_host((num_entries,), like.dtype) if is_host else torch.empty(num_entries, dtype=like.dtype, device=like.device)
+            self._rooms[key] = room
+        return room[:num_entries].view(shape)
 
     def check(self, inputs: torch.Tensor) -> None:
         """Raise ValueError when the routing is for other tokens than `inputs` [batch, tokens, width] has."""
@@ -147,15 +165,14 @@ class RoutedLinear(nn.Module):
         """Columns of the weight."""
         return int(self.weight.shape[1])
 
-    def modality_weight(self, index: int, *, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Return rows `start` to `stop` of the weights of expert `index`, [rows, in], in the layer's dtype."""
-        rows = slice(start, self.out_features if stop is None else stop)
+    def modality_weight(self, index: int, *, rows: slice = slice(None), into: torch.Tensor | None = None) -> torch.Tensor:
+        """Return some rows of the weights of expert `index`, [rows, in], in the layer's dtype; formed in `into` if they are not kept."""
         if self.num_experts == 1:
             return self.weight[rows]  # of a single expert m̄ is its mask
         if self.modalities is not None:
             return self.modalities[index, rows]
         text, delta, masks = self.weight.detach()[rows], self.get_buffer("delta")[rows], self.get_buffer("masks")[:, rows]
-        return form_weight(text, delta, masks, factors=self._factors[index], divisor=self._divisor)
+        return form_weight(text, delta, masks, factors=self._factors[index], divisor=self._divisor, out=into)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return [batch, tokens, out] for inputs [batch, tokens, in]."""
@@ -173,9 +190,10 @@ class RoutedLinear(nn.Module):
         step = max(1, FORM_ENTRIES // self.in_features) if self.modalities is None else self.out_features
         for start in range(0, self.out_features, step):
             rows = slice(start, min(start + step, self.out_features))
+            room = None if self.delta is None else self._routing.room_for((rows.stop - rows.start, self.in_features), like=self.weight)
             for group, tokens in taken:
                 if group.modality != TEXT:
-                    weight = self.modality_weight(group.modality, start=rows.start, stop=rows.stop)
+                    weight = self.modality_weight(group.modality, rows=rows, into=room)
                     outputs[group.places, rows] = nn.functional.linear(tokens, weight, self._bias_of(group.modality, rows))
         return outputs.reshape(*inputs.shape[:-1], self.out_features)
 
@@ -256,12 +274,14 @@ def form_weight(
     factors: Sequence[float],
     divisor: float,
     dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return base + (Σ factorsⱼ·mⱼ / divisor)∘τ⋆, [rows, width], in `dtype` (the base's if absent).
+    """Return base + (Σ factorsⱼ·mⱼ / divisor)∘τ⋆, [rows, width], in `dtype` (the base's if absent), or in `out`.
 
     Computed in float32 and rounded once; masks packed by rows, uint8 [experts, rows, ⌈width/8⌉].
     """
-    out = torch.empty(base.shape, dtype=dtype or base.dtype, device=base.device)
+    if out is None:
+        out = torch.empty(base.shape, dtype=dtype or base.dtype, device=base.device)
     if can_form(base, delta, out):
         form(base, delta, masks, factors=factors, divisor=divisor, out=out)
         return out

@@ -14,7 +14,7 @@ from mmerge.manifests.errors import DamagedObject
 from mmerge.workers import formed_read
 from mmerge.workers.dtypes import to_bytes
 from mmerge.workers.formed_read import read_formed
-from mmerge.workers.kernels_form import BlockFormer
+from mmerge.workers.forming import BlockFormer
 from mmerge.workers.masks import pack_mask
 from mmerge.workers.reader import BuildReader
 
