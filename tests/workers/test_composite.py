@@ -189,3 +189,15 @@ def test_a_damaged_object_is_named_when_it_is_loaded(lab_store: str, tmp_path: P
     path.write_bytes(data)
     with pytest.raises(DamagedObject, match=rf"{entry.key}: model\.layers\.1\.\S+ \(mask\) is damaged"):
         load_composite(f"{tmp_path / 'store'}#mmer")
+
+
+def test_a_shard_is_as_large_as_all_that_is_read_for_its_layer(lab_store: str) -> None:
+    reader = BuildReader(f"{lab_store}#mmer")
+    layers = {row.shard: 0 for row in reader.rows() if row.role != "carried" and not row.shard.startswith("base/")}
+    for shard in layers:
+        names = {row.name for row in reader.rows() if row.shard == shard and row.role == "delta"}
+        masks = sum(reader.stored_bytes(name, "mask", expert) for name in names for expert in reader.expert_names)
+        extra = sum(reader.stored_bytes(name, "extra_rows", expert) for name in names for expert in reader.expert_names)
+        layers[shard] = masks + extra + sum(reader.stored_bytes(name, "base") + reader.stored_bytes(name, "delta") for name in names)
+    assert len(layers) > 2
+    assert reader.largest_shard_bytes() == max(layers.values()) > 0

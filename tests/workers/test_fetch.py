@@ -60,6 +60,17 @@ def test_reading_ahead_holds_no_more_than_its_window_or_one_item() -> None:
     assert most[0] <= 50
 
 
+def test_without_a_window_nothing_waits_for_what_was_read_before_it() -> None:
+    met = threading.Barrier(3)
+
+    def read(item: Item) -> str:
+        met.wait(10)  # all three are being read at once, or this fails
+        return item.name
+
+    with read_ahead(make_items(1 << 40, 1 << 40, 1 << 40), read, window_bytes=None, num_threads=3) as ready:
+        assert list(ready) == ["t0", "t1", "t2"]
+
+
 def test_what_is_added_while_others_are_read_comes_behind_them_within_the_same_window() -> None:
     begun: list[str] = []
     items = make_items(10, 10, 10, 10)

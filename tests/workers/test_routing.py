@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
+from mmerge.workers import team
 from mmerge.workers.masks import mean_mask, pack_mask, pack_rows
 from mmerge.workers.routing import TEXT, Policy, RoutedBias, RoutedLinear, RoutedWeights, Routing, form_weight, make_groups
 
@@ -64,26 +67,52 @@ def test_a_routing_of_another_length_is_refused(weights: tuple[torch.Tensor, tor
         layer(torch.randn(1, 4, IN))
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", ["one", "torch's", "own"])
+@pytest.mark.parametrize("factors", [[2.0, -1.0, 0.7], [2.0, -1.0, -1.0]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(7, 12), (3, 2049), (130, 4104)])
+@pytest.mark.parametrize("shape", [(7, 12), (3, 2049), (260, 2049), (130, 4104)])
 def test_the_compiled_loop_gives_the_bits_of_the_torch_reference(
-    shape: tuple[int, int], dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int], dtype: torch.dtype, factors: list[float], threads: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = torch.Generator().manual_seed(1)
-    base, delta = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    base = torch.randn(shape, generator=generator).to(dtype)
+    delta = torch.randn(shape, generator=generator).to(torch.bfloat16 if dtype == torch.float32 else dtype)
     masks = [torch.rand(shape, generator=generator) < share for share in (0.2, 0.5, 0.8)]
     packed = torch.stack([pack_rows(pack_mask(mask), shape) for mask in masks])
+    if threads == "own":
+        monkeypatch.setattr(team, "_find_team", lambda: None)
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1 if threads == "one" else 2)
     try:
-        found = form_weight(base, delta, packed, factors=[2.0, -1.0, 0.7], divisor=3.0)
+        found = form_weight(base, delta, packed, factors=factors, divisor=3.0)
+        place = torch.full((shape[0] + 2, shape[1]), torch.nan, dtype=dtype)
+        rows = slice(1, shape[0])  # masks of some rows do not lie behind each other
+        form_weight(base[rows], delta[rows], packed[:, rows], factors=factors, divisor=3.0, out=place[1 : shape[0]])
     finally:
         torch.set_num_threads(before)
     monkeypatch.setattr("mmerge.workers.routing.can_form", lambda *tensors: False)
-    assert found.equal(form_weight(base, delta, packed, factors=[2.0, -1.0, 0.7], divisor=3.0))
-    share = (2.0 * masks[0].float() - masks[1].float() + torch.tensor(0.7) * masks[2].float()) / 3
+    assert found.equal(form_weight(base, delta, packed, factors=factors, divisor=3.0))
+    share = sum(torch.tensor(factor) * mask.float() for factor, mask in zip(factors, masks, strict=True)) / 3
     assert found.equal((base.float() + share * delta.float()).to(dtype))
+    assert place[1 : shape[0]].equal(found[rows])
+    assert place[[0, shape[0], shape[0] + 1]].isnan().all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there torch brings this OpenMP library")
+def test_torchs_own_threads_are_found() -> None:
+    assert team._find_team() is not None
+
+
+def test_memory_for_formed_weights_is_taken_again_and_given_back_after_the_prefill() -> None:
+    routing = Routing()
+    like = torch.empty(0, dtype=torch.bfloat16)
+    with routing.prefill(torch.zeros(1, 4, dtype=torch.long)):
+        first, second = (routing.room_for(shape, like=like) for shape in ((4, 8), (2, 8)))
+        assert (first.shape, second.shape, first.dtype) == ((4, 8), (2, 8), torch.bfloat16)
+        assert first.data_ptr() == second.data_ptr()
+        assert routing.room_for((8, 8), like=like).shape == (8, 8)
+        assert routing._rooms
+    assert not routing._rooms
 
 
 def test_packed_and_resident_weights_differ_by_roundings_alone() -> None:
