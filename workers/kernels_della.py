@@ -157,6 +157,7 @@ def merge_by_row(
     base, ranks, chance = rows[0], rows[1], rows[2]
     sorting = np.empty((4, columns), np.uint32)
     words = np.empty(columns // 2 + 1, np.uint64)
+    bits = words.view(np.uint32)
     buckets = np.empty(NUM_BUCKETS, np.int64)
     zero, one = np.float32(0), np.float32(1)
     last = np.float32(max(columns - 1, 1))
@@ -167,7 +168,7 @@ def merge_by_row(
             subtract_at(inputs[expert + 1], codes[expert + 1], row_start, columns, base, delta)
             if drops[expert] == 1:
                 lowest, span, divides, factor = numbers[expert, 0], numbers[expert, 1], numbers[expert, 2], numbers[expert, 3]
-                draw_tile(keys[expert], position + np.uint64(row_start), columns, words, chance)
+                draw_tile(keys[expert], position + np.uint64(row_start), columns, words, bits, chance)
                 if columns > 1 and span != zero:
                     rank_row(delta.view(np.uint32), columns, sorting, buckets, ranks)
                     for i in range(columns):

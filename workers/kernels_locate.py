@@ -28,47 +28,57 @@ def mix_bits(state: Any) -> Any:
 
 
 @compiled
-def draw_bits(key: Any, position: Any, count: int, words: Any) -> Any:
-    """Return 32 bits, uint32, for each of `count` entries from flat `position` on; their upper 24 are the random number times 2²⁴.
+def draw_words(key: Any, position: Any, count: int, words: Any) -> int:
+    """Write the random bits of `count` entries from flat `position` on to `words`; return where among its uint32 those of the first lie.
 
-    `words`, uint64 of more than count / 2, is where they are made: in memory the lower half of a word comes first, as its entry does.
+    The upper 24 of an entry's 32 bits are its random number times 2²⁴. `words` is uint64, of more than count / 2; in memory the lower
+    half of a word comes first, as its entry does.
     """
     odd = np.int64(position & np.uint64(1))
+    num_words = (odd + count + 1) >> 1
     state = key + ((position >> np.uint64(1)) + np.uint64(1)) * STEP
-    for i in range((odd + count + 1) >> 1):
+    for i in range(num_words):
         words[i] = mix_bits(state)
         state = state + STEP
-    return words.view(np.uint32)[odd : odd + count]
+    return odd
 
 
 @compiled
-def draw_tile(key: Any, position: Any, count: int, words: Any, chance: Any) -> None:
-    """Write the random numbers in [0, 1) of `count` entries from flat `position` on (methods/randomness.py) to `chance`."""
-    bits = draw_bits(key, position, count, words)
+def draw_tile(key: Any, position: Any, count: int, words: Any, bits: Any, chance: Any) -> None:
+    """Write the random numbers in [0, 1) of `count` entries from flat `position` on (methods/randomness.py) to `chance`.
+
+    `words` is scratch (see `draw_words`), and `bits` the same memory as uint32.
+    """
+    first = draw_words(key, position, count, words)
+    own = bits[first : first + count]
     for i in range(count):
-        chance[i] = np.float32(np.int32(np.uint32(bits[i] >> np.uint32(8)))) * np.float32(2.0**-24)
+        chance[i] = np.float32(np.int32(np.uint32(own[i] >> np.uint32(8)))) * np.float32(2.0**-24)
 
 
 @compiled
-def drop_tile(key: Any, position: Any, density: Any, divisor: Any, factor: Any, values: Any, count: int, words: Any, kept: Any) -> None:
+def drop_tile(
+    key: Any, position: Any, density: Any, divisor: Any, factor: Any, values: Any, count: int, words: Any, bits: Any, kept: Any
+) -> None:
     """Write to `kept` the entries of a tile, 0 where the random number (`draw_tile`) is not below `density`; divide, then multiply them."""
     one, zero = np.float32(1), np.float32(0)
     # The product with the inverse of a power of two is the quotient, and sooner there.
     mantissa, exponent = math.frexp(divisor)
     is_power = (mantissa == 0.5) & (abs(exponent) < 100)
-    inverse = one / divisor if is_power else one
+    inverse = one / divisor
     if density < one:
         # A number is its upper 24 bits times 2⁻²⁴, so that it can be compared as the integer that it is made of.
         limit = np.uint32(np.uint32(math.ceil(np.float64(density) * 2.0**24)) << np.uint32(8))
-        bits = draw_bits(key, position, count, words)
-        for i in range(count):
-            kept[i] = select(bits[i] < limit, values[i] * inverse, zero)
+        first = draw_words(key, position, count, words)
+        own = bits[first : first + count]
+        if is_power:
+            for i in range(count):
+                kept[i] = select(own[i] < limit, values[i] * inverse, zero)
+        else:
+            for i in range(count):
+                kept[i] = select(own[i] < limit, values[i] / divisor, zero)
     else:
         for i in range(count):
-            kept[i] = values[i] * inverse
-    if not is_power:
-        for i in range(count):
-            kept[i] = kept[i] / divisor
+            kept[i] = values[i] / divisor
     if factor != one:
         for i in range(count):
             kept[i] = kept[i] * factor
@@ -117,8 +127,8 @@ def top_tile(values: Any, count: int, threshold: Any, ties: Any, flags: Any) -> 
 
 @compiled
 def locate_tile(
-    kind: int, values: Any, count: int, numbers: Any, key: Any, position: Any, ties: Any, scratch: Any, words: Any, flags: Any, others: Any,
-    located: Any,
+    kind: int, values: Any, count: int, numbers: Any, key: Any, position: Any, ties: Any, scratch: Any, words: Any, bits: Any, flags: Any,
+    others: Any, located: Any,
 ) -> None:  # fmt: skip
     """Write a tile of one task vector to `located`, 0 where it is not located, and the rest rescaled.
 
@@ -129,13 +139,13 @@ def locate_tile(
         numbers: float32 of this expert: TRIM (threshold); DROP (keep probability, divisor, factor); TOP (threshold of the larger
             count, threshold of the smaller count).
         ties: int64 (2, 2) of TOP, see `top_tile`.
-        words: see `draw_bits`.
+        words, bits: see `draw_tile`.
     """
     zero = np.float32(0)
     if kind == TRIM:
         trim_tile(values, count, numbers[0], located)
     elif kind == DROP:
-        drop_tile(key, position, numbers[0], numbers[1], numbers[2], values, count, words, located)
+        drop_tile(key, position, numbers[0], numbers[1], numbers[2], values, count, words, bits, located)
     elif kind == TOP:
         for i in range(count):
             scratch[i] = abs(values[i])
@@ -287,6 +297,7 @@ def merge_located(
     base, scratch, rest = tiles[0], tiles[1], tiles[2:]
     flags = np.zeros((2, TILE_ENTRIES), np.uint8)
     words = np.empty(TILE_ENTRIES // 2 + 1, np.uint64)
+    bits = words.view(np.uint32)
     deltas = np.empty((num_experts, TILE_ENTRIES), np.float32)
     for start in range(0, num_entries, TILE_ENTRIES):
         count = min(TILE_ENTRIES, num_entries - start)
@@ -297,7 +308,7 @@ def merge_located(
             subtract_at(inputs[expert + 1], codes[expert + 1], start, count, base, whole)
             if kind != KEEP_ALL:
                 locate_tile(
-                    kind, whole, count, numbers[expert], keys[expert], position + np.uint64(start), ties[expert], scratch, words, flags[0],
+                    kind, whole, count, numbers[expert], keys[expert], position + np.uint64(start), ties[expert], scratch, words, bits, flags[0],
                     flags[1], delta,
                 )  # fmt: skip
             if weight != np.float32(1):
