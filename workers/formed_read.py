@@ -71,8 +71,8 @@ def read_formed(
     start = 0
     for base, change in zip(bases, changes, strict=True):
         stop = start + len(change) // stored[1].itemsize
-        place = base if is_in_place else out[start * dtype.itemsize : stop * dtype.itemsize]
-        former.form(base, change, bits[:, start // 8 : -(-stop // 8)], out=place)
+        place = out[start * dtype.itemsize : stop * dtype.itemsize]
+        former.form(place if is_in_place else base, change, bits[:, start // 8 : -(-stop // 8)], out=place)
         start = stop
     return Formed(values, delta, masks)
 

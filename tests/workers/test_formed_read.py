@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mmerge.manifests.errors import DamagedObject
+from mmerge.manifests.store import open_store
 from mmerge.workers import formed_read
 from mmerge.workers.dtypes import to_bytes
 from mmerge.workers.formed_read import read_formed
@@ -93,6 +94,26 @@ def test_weights_are_formed_from_what_is_stored_whatever_the_blocks(
     assert alone is not None
     assert alone.delta is None
     assert alone.values.equal(formed.values)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("factors", [[1.0] * 4, [0.5, 1.25, 2.0, 0.75]])
+def test_a_store_that_is_no_folder_gives_the_same_weights(
+    lab_store: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, factors: list[float]
+) -> None:
+    monkeypatch.setattr(formed_read, "BLOCK_ENTRIES", 1_000)
+    local, other = open_store(lab_store), open_store(f"memory://formed-{dtype}-{factors[0]}", create=True)
+    for key in local.list():
+        other.put(key, bytes(local.read(key)))
+    readers = [BuildReader(f"{store.uri}#mmer") for store in (local, other)]
+    one, two = (read_formed(reader, reader.masked_pieces(NAME), dtype=dtype, factors=factors, keeps_delta=True) for reader in readers)
+    assert one is not None
+    assert two is not None
+    assert two.values.equal(one.values)
+    assert two.delta is not None
+    assert one.delta is not None
+    assert two.delta.equal(one.delta)
+    assert two.masks.equal(one.masks)
 
 
 def test_what_cannot_be_formed_block_by_block_is_left_to_the_caller(lab_store: str) -> None:
