@@ -28,7 +28,7 @@ def mix_bits(state: Any) -> Any:
 
 
 @compiled
-def draw_words(key: Any, position: Any, count: int, words: Any) -> int:
+def draw_words(key: Any, position: Any, count: int, words: Any) -> Any:
     """Write the random bits of `count` entries from flat `position` on to `words`; return where among its uint32 those of the first lie.
 
     The upper 24 of an entry's 32 bits are its random number times 2²⁴. `words` is uint64, of more than count / 2; in memory the lower
