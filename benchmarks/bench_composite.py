@@ -257,7 +257,7 @@ def measure_speed(uri: str, base: Path, dtype: torch.dtype, num_tokens: int, rou
         routed = composite.language_model
 
         def prefill(composite: Composite = composite, routed: Any = routed) -> Any:
-            with composite._routing.prompt(ids):
+            with composite._routing.prefill(ids):
                 return routed(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
 
         plain, mixed = least(rounds, lambda: dense(inputs_embeds=embeds, use_cache=True, logits_to_keep=1), prefill)

@@ -127,7 +127,7 @@ class Composite:
         """Return the logits of every position of a prompt, [tokens, vocabulary], in the model's dtype."""
         embeds, ids = self.embed(parts)
         self._check_length(len(ids), 0)
-        with self._routing.prompt(ids[None]):
+        with self._routing.prefill(ids[None]):
             logits: torch.Tensor = self.language_model(inputs_embeds=embeds[None], use_cache=False).logits[0]
         return logits
 
@@ -203,7 +203,7 @@ class Composite:
         self._check_length(ids.shape[1], 0)
         longest = max(map(len, answers))
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        with self._routing.prompt(ids):
+        with self._routing.prefill(ids):
             logits = self.language_model(
                 inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=longest + 1
             ).logits
@@ -229,7 +229,7 @@ class Composite:
         settings = {"do_sample": False, "eos_token_id": stop, "pad_token_id": pad} | options
         if cache == "static":
             settings["cache_implementation"] = "static"
-        with self._routing.prompt(ids), self._seeded(seed, samples=bool(settings["do_sample"])):
+        with self._routing.prefill(ids), self._seeded(seed, samples=bool(settings["do_sample"])):
             tokens: torch.Tensor = self.language_model.generate(
                 inputs_embeds=embeds, attention_mask=mask, max_new_tokens=max_new_tokens, **settings
             )

@@ -24,9 +24,9 @@ from mmerge.workers.routing import Policy
 from mmerge.workers.threads import num_cores
 
 WINDOW_BYTES = 256 << 20
-"""Stored bytes that are read ahead of what is being placed: host memory beside the model, or one tensor if that is larger."""
+"""Stored bytes that are read ahead, at least, where the model is on other devices: host memory beside it; or its largest shard, if that is larger."""
 SHARED_WINDOW_BYTES = WINDOW_BYTES // 4
-"""The same of each of several ranks: what one reads is not what it keeps, and stands beside its part of the model until it is given away."""
+"""Of each of several ranks, or one tensor: what one reads is not what it keeps, and stands beside its part of the model until it is given away."""
 LOCAL_THREADS = 8
 """Threads that read a local store, if there are so many cores: each copies, digests and forms, so that more would only take turns."""
 REMOTE_THREADS = 4

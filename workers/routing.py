@@ -94,24 +94,18 @@ class Routing:
 
     @contextmanager
     def prefill(self, modality_ids: torch.Tensor) -> Iterator[None]:
-        """Route the forward passes inside by `modality_ids`, int64 [batch, tokens]; outside, every token is text."""
-        self.modality_ids = modality_ids
-        try:
-            yield
-        finally:
-            self.modality_ids = None
+        """Route the passes inside by the ids of a prompt, int64 [batch, tokens]; outside, every token is text.
 
-    @contextmanager
-    def prompt(self, modality_ids: torch.Tensor) -> Iterator[None]:
-        """Route the passes inside of a model that this routing follows: the first tokens are a prompt with these ids, int64 [batch, tokens]."""
-        self._prompt_ids = modality_ids
+        A model that this routing follows may take the prompt in pieces, and tokens behind it are text.
+        """
+        self._prompt_ids = self.modality_ids = modality_ids
         try:
             yield
         finally:
             self._prompt_ids = self.modality_ids = None
 
     def follow(self, model: nn.Module) -> None:
-        """Set the modality of each token ahead of every forward pass of a language model, while `prompt` lasts."""
+        """Set the modality of each token ahead of every forward pass of a language model, while `prefill` lasts."""
         # The hook holds the routing and not what holds the model: a model that is part of a cycle keeps its memory when it is dropped.
         model.register_forward_pre_hook(self._route, with_kwargs=True)
 

@@ -328,7 +328,7 @@ def test_the_forward_pass_is_that_of_the_golden_case(case: dict[str, Any], tmp_p
                 torch.testing.assert_close(module(inputs), needed(case, f"y_default.layers.{name}"), **tolerance)
             return
         embeds = needed(case, "inputs_embeds")
-        with composite._routing.prompt(ids):
+        with composite._routing.prefill(ids):
             output = model(inputs_embeds=embeds, use_cache=True, output_hidden_states=True)
             torch.testing.assert_close(output.logits, needed(case, "logits"), **tolerance)
             torch.testing.assert_close(output.hidden_states[-1], needed(case, "last_hidden_state"), **tolerance)

@@ -83,14 +83,14 @@ def test_logits_of_prefill_and_of_every_decoded_token_equal_the_naive_loop(
     prompts, num_padding = BATCHES[batch]
     embeds, ids, mask = pad(composite, prompts, num_padding)
     assert bool((mask == 0).any()) == ("padded" in batch)
-    with torch.inference_mode(), composite._routing.prompt(ids):
+    with torch.inference_mode(), composite._routing.prefill(ids):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         prefilled = composite.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False).logits
     for cache in ("dynamic", "static"):
         options = {"max_new_tokens": 4, "min_new_tokens": 4, "output_logits": True, "return_dict_in_generate": True}
         if cache == "static":
             options["cache_implementation"] = "static"
-        with torch.inference_mode(), composite._routing.prompt(ids):
+        with torch.inference_mode(), composite._routing.prefill(ids):
             made = composite.language_model.generate(
                 inputs_embeds=embeds, attention_mask=mask, do_sample=False, eos_token_id=2, pad_token_id=2, **options
             )
@@ -159,7 +159,7 @@ def test_a_prompt_in_pieces_is_routed_as_in_one_pass(family: Family) -> None:
     embeds, ids = composite.embed(PROMPTS[0])
     wanted = naive.logits(embeds, ids.tolist())
     model = composite.language_model
-    with torch.inference_mode(), composite._routing.prompt(ids[None]):
+    with torch.inference_mode(), composite._routing.prefill(ids[None]):
         first = model(inputs_embeds=embeds[None, :6], use_cache=True)
         second = model(inputs_embeds=embeds[None, 6:], past_key_values=first.past_key_values)
     torch.testing.assert_close(torch.cat([first.logits[0], second.logits[0]]), wanted, rtol=1e-5, atol=1e-5)
