@@ -17,7 +17,7 @@ from mmerge.workers.division import Division
 from mmerge.workers.fetch import Fetcher, Item, part_shape, share_out
 from mmerge.workers.media import make_config
 from mmerge.workers.reader import HEAD_NAME, BuildReader
-from mmerge.workers.routing import FORM_ENTRIES, Policy
+from mmerge.workers.routing import Policy, block_rows
 
 By = Literal["tensor", "layers"]
 RESERVE_BYTES = 1_000_000_000
@@ -265,8 +265,9 @@ class _Planner:
         per_token = (6 * config.hidden_size + (3 * config.intermediate_size + 4 * heads) // num_ranks) * size
         logits = self.batch * next(item for item in self.items if "embed_tokens" in item.name).fields[0].shape[0] * 8
         # The reference forms a block in float32: θ_text, τ⋆, the mask's share and their sum.
-        largest = max((prod(item.fields[0].shape) for item in self.items if item.kind == "matrix"), default=0)
-        forming = min(FORM_ENTRIES, largest) * (size + 4 * 4)
+        shapes = [item.fields[0].shape for item in self.items if item.kind == "matrix"]
+        largest = max((min(block_rows(rows, width), rows) * width for rows, width in shapes), default=0)
+        forming = largest * (size + 4 * 4)
         return int(per_token * self.context * self.batch + logits + forming)
 
     def explain(self, placement: Placement, device_type: str) -> str:

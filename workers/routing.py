@@ -11,40 +11,21 @@ import torch
 from torch import nn
 
 from mmerge.workers.forming import can_form, can_form_on_device, form
+from mmerge.workers.groups import Group, is_tracked, make_groups
 from mmerge.workers.host_memory import empty_host
 from mmerge.workers.masks import unpack_rows
 
 TEXT = -1
 """The modality id of text tokens, generated ones included. Expert i of a composite has the id i."""
 FORM_ENTRIES = 1 << 21
-"""Entries of a modality's weight formed at once: what was formed is multiplied while it lies in a cache."""
+"""Entries of a modality's weight formed at once, at least: what was formed is multiplied while it lies in a cache."""
+FORM_ROWS = 1024
+"""Rows formed at once, at least: products of fewer rows are slow, by half where a processor has instructions for matrices."""
+ROW_STEP = 64
+"""Blocks are of whole multiples of so many rows: what is behind a multiple costs a product as much as another."""
 
 Policy = Literal["packed", "resident"]
 """`packed` keeps τ⋆ and bits, and forms a modality's weights per layer at prefill; `resident` keeps every modality's weights."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """The tokens of one modality in a forward pass: positions in the flattened batch, a slice where they are one run."""
-
-    modality: int
-    places: slice | torch.Tensor
-
-    def take(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the rows of this group, [tokens, …], of values of all tokens."""
-        return values[self.places] if isinstance(self.places, slice) else values.index_select(0, self.places.to(values.device))
-
-
-def make_groups(modality_ids: torch.Tensor) -> tuple[Group, ...]:
-    """Return the tokens of each modality that occurs in `modality_ids`, int64 of any shape, text first."""
-    flat = modality_ids.reshape(-1).cpu()
-    groups = []
-    for modality in sorted(set(flat.tolist())):
-        places = (flat == modality).nonzero().reshape(-1)
-        first, last = int(places[0]), int(places[-1])
-        is_run = last - first + 1 == len(places)
-        groups.append(Group(modality, slice(first, last + 1) if is_run else places.to(modality_ids.device)))
-    return tuple(groups)
 
 
 class Routing:
@@ -179,16 +160,18 @@ class RoutedLinear(nn.Module):
         taken = [(group, group.take(flat)) for group in groups]
         for group, tokens in taken:
             if group.modality == TEXT:
-                outputs[group.places] = nn.functional.linear(tokens, self.weight, self._bias_of(TEXT, slice(None)))
+                group.multiply(tokens, self.weight, self._bias_of(TEXT, slice(None)), outputs=outputs)
         # Blocks outside, modalities inside: all modalities read the same rows of θ_text and τ⋆, the second time from a cache.
-        step = max(1, FORM_ENTRIES // self.in_features) if self.modalities is None else self.out_features
+        step = self.out_features if self.modalities is not None else block_rows(self.out_features, self.in_features)
         for start in range(0, self.out_features, step):
             rows = slice(start, min(start + step, self.out_features))
-            room = None if self.delta is None else self._routing.room_for((rows.stop - rows.start, self.in_features), like=self.weight)
+            room = None
+            if self.delta is not None and not is_tracked(inputs):  # gradients need all weights once more
+                room = self._routing.room_for((rows.stop - rows.start, self.in_features), like=self.weight)
             for group, tokens in taken:
                 if group.modality != TEXT:
                     weight = self.modality_weight(group.modality, rows=rows, into=room)
-                    outputs[group.places, rows] = nn.functional.linear(tokens, weight, self._bias_of(group.modality, rows))
+                    group.multiply(tokens, weight, self._bias_of(group.modality, rows), outputs=outputs, rows=rows)
         return outputs.reshape(*inputs.shape[:-1], self.out_features)
 
     def _bias_of(self, modality: int, rows: slice) -> torch.Tensor | None:
@@ -258,6 +241,16 @@ class RoutedWeights:
         """Return the factors of each expert on all masks, and their divisor: mᵢ − m̄ = (n·mᵢ − Σ mⱼ) / n, with rⱼ on each mⱼ."""
         count = len(rescalers)
         return [[rescalers[j] * ((count if i == j else 0) - 1) for j in range(count)] for i in range(count)], float(count)
+
+
+def block_rows(num_rows: int, width: int) -> int:
+    """Return how many rows of a modality's weight [num_rows, width] are formed at once.
+
+    All blocks have about one size: a small one takes as long as a large one.
+    """
+    most = max(FORM_ROWS, FORM_ENTRIES // width)
+    even = -(-num_rows // -(-num_rows // most))
+    return -(-even // ROW_STEP) * ROW_STEP
 
 
 def form_weight(

@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 
-from mmerge.workers import team
+from mmerge.workers import routing, team
+from mmerge.workers.groups import make_groups
 from mmerge.workers.masks import mean_mask, pack_mask, pack_rows
-from mmerge.workers.routing import TEXT, Policy, RoutedBias, RoutedLinear, RoutedWeights, Routing, form_weight, make_groups
+from mmerge.workers.routing import TEXT, Policy, RoutedBias, RoutedLinear, RoutedWeights, Routing, block_rows, form_weight
 
 NUM_EXPERTS, OUT, IN = 3, 7, 12
 
@@ -49,6 +50,42 @@ def test_every_token_gets_what_a_loop_over_tokens_with_formed_weights_gives(
             if bias is not None:
                 wanted = wanted + bias.of(modality)
             torch.testing.assert_close(found[row, place], wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_matrix_that_is_formed_in_blocks_multiplies_as_one_that_is_kept(has_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing, "FORM_ENTRIES", 1)
+    monkeypatch.setattr(routing, "FORM_ROWS", 100)
+    rows = 300
+    generator = torch.Generator().manual_seed(1)
+    base, delta = (torch.randn(rows, IN, generator=generator) for _ in range(2))
+    weights = base, delta, [torch.rand(rows, IN, generator=generator) < share for share in (0.2, 0.5, 0.8)]
+    bias = RoutedBias(torch.randn(rows), [torch.randn(rows) for _ in range(NUM_EXPERTS)]) if has_bias else None
+    assert block_rows(rows, IN) == 128
+    packed, resident = (make_layer(weights, bias=bias, policy=policy) for policy in ("packed", "resident"))
+    inputs = torch.randn(1, 9, IN)
+    ids = torch.tensor([[TEXT, TEXT, 0, 0, 1, 2, 1, 2, TEXT]])  # a run, and tokens of the others between each other
+    with packed._routing.prefill(ids), resident._routing.prefill(ids):
+        torch.testing.assert_close(packed(inputs), resident(inputs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "wanted"), [(5632, 2048, 960), (2048, 5632, 1024), (2560, 8192, 896), (1100, 512, 1152), (7, 12, 64)]
+)
+def test_blocks_that_are_formed_have_about_one_size(rows: int, width: int, wanted: int) -> None:
+    found = block_rows(rows, width)
+    assert found == wanted
+    last = rows % found or min(found, rows)
+    assert last > min(found, rows) // 2
+
+
+def test_what_a_layer_returns_can_be_differentiated_by_its_inputs(weights: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]) -> None:
+    layer = make_layer(weights)
+    inputs = torch.randn(1, 4, IN, requires_grad=True)
+    with layer._routing.prefill(torch.tensor([[TEXT, 0, 0, 1]])):
+        layer(inputs).sum().backward()
+    assert inputs.grad is not None
+    torch.testing.assert_close(inputs.grad[0, 1], layer.modality_weight(0).sum(dim=0), rtol=1e-5, atol=1e-5)
 
 
 def test_outside_of_a_prefill_every_token_is_text(weights: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]) -> None:
