@@ -266,7 +266,7 @@ class _Planner:
         logits = self.batch * next(item for item in self.items if "embed_tokens" in item.name).fields[0].shape[0] * 8
         # The reference forms a block in float32: θ_text, τ⋆, the mask's share and their sum.
         shapes = [item.fields[0].shape for item in self.items if item.kind == "matrix"]
-        largest = max((min(block_rows(rows, width), rows) * width for rows, width in shapes), default=0)
+        largest = max((block_rows(rows, width) * width for rows, width in shapes), default=0)
         forming = largest * (size + 4 * 4)
         return int(per_token * self.context * self.batch + logits + forming)
 

@@ -250,7 +250,7 @@ def block_rows(num_rows: int, width: int) -> int:
     """
     most = max(FORM_ROWS, FORM_ENTRIES // width)
     even = -(-num_rows // -(-num_rows // most))
-    return -(-even // ROW_STEP) * ROW_STEP
+    return min(num_rows, -(-even // ROW_STEP) * ROW_STEP)
 
 
 def form_weight(
