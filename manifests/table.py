@@ -73,12 +73,16 @@ def read_table_bytes(store: Store, entry: TableEntry) -> bytes:
     return data
 
 
-def read_table(store: Store, entry: TableEntry) -> list[StoredRow]:
-    """Return all rows of a build's table. Raises ManifestError when it is missing, damaged, or contradicts itself."""
+def read_table(store: Store, entry: TableEntry, *, with_statistics: bool = True) -> list[StoredRow]:
+    """Return all rows of a build's table; `with_statistics` says whether they hold them, which takes as long as all else.
+
+    Raises ManifestError when it is missing, damaged, or contradicts itself.
+    """
     data = read_table_bytes(store, entry)
+    columns = None if with_statistics else [name for name in SCHEMA.names if name not in _STATISTICS]
     try:
         # Without threads: of a table of this size they cost more than they save.
-        return [_parse_row(raw) for raw in pq.ParquetFile(io.BytesIO(data)).read(use_threads=False).to_pylist()]
+        return [_parse_row(raw) for raw in pq.ParquetFile(io.BytesIO(data)).read(columns, use_threads=False).to_pylist()]
     except (pa.ArrowException, ValueError, KeyError, TypeError, AttributeError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ManifestError(f"{store.uri}: {entry.key} is no valid table ({first}). Run the recipe again") from error
@@ -86,8 +90,8 @@ def read_table(store: Store, entry: TableEntry) -> list[StoredRow]:
 
 def _parse_row(raw: dict[str, Any]) -> StoredRow:
     raw.pop("layer")
-    statistics = {name: raw.pop(name) for name in _STATISTICS}
-    raw["statistics"] = TensorStatistics(**statistics) if statistics["num_entries"] is not None else None
+    statistics = {name: raw.pop(name) for name in _STATISTICS if name in raw}
+    raw["statistics"] = TensorStatistics(**statistics) if statistics.get("num_entries") is not None else None
     row = StoredRow(**raw)
     validate_key(row.object)
     if row.role != "mask" and prod(row.shape) * DTYPE_BYTES[row.dtype] != row.num_bytes:

@@ -72,12 +72,12 @@ def write_files(files: Mapping[str, bytes], folder: Path) -> None:
         (folder / name).write_bytes(data)
 
 
-def load_tokenizer(files: Mapping[str, bytes], *, owner: str) -> Any:
-    """Return the tokenizer among a model's files. Raises CheckpointError when there is none."""
+def load_tokenizer(files: Mapping[str, bytes], *, config: Any, owner: str) -> Any:
+    """Return the tokenizer among a model's files, of the class that goes with its `config`. Raises CheckpointError when there is none."""
     with tempfile.TemporaryDirectory() as folder:
         write_files(files, Path(folder))
         try:
-            return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            return transformers.AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise CheckpointError(f"{owner}: has no tokenizer that transformers can load ({str(error).splitlines()[0]})") from error
 

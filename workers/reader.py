@@ -44,7 +44,7 @@ class BuildReader:
         self.bytes_read = 0
         self._count = Lock()
         self._rows: dict[tuple[str, str, str], list[StoredRow]] = defaultdict(list)
-        table = read_table(self.store, self.manifest.table)
+        table = read_table(self.store, self.manifest.table, with_statistics=False)
         self._groups = group_rows(table)
         self._entries = {entry.key: entry for entry in self.manifest.entries}
         self._checked: set[str] = set()

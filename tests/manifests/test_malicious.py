@@ -199,8 +199,9 @@ def put_table(store: Store, manifest: Manifest, change: dict[str, Any]) -> Any:
 def test_a_table_whose_rows_have_no_sense_is_refused(good: tuple[Store, Manifest], change: dict[str, Any]) -> None:
     store, manifest = good
     entry = put_table(store, manifest, change)
-    with pytest.raises(ManifestError, match="no valid table"):
-        read_table(store, entry)
+    for with_statistics in (True, False):
+        with pytest.raises(ManifestError, match="no valid table"):
+            read_table(store, entry, with_statistics=with_statistics)
 
 
 def test_bytes_that_are_no_parquet_are_refused(good: tuple[Store, Manifest]) -> None:

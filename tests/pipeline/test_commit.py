@@ -188,7 +188,7 @@ def built(lab: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[StoredR
     from mmerge.workers import encoders, load
 
     report = build(lab, lab.make_all(2), "store")
-    monkeypatch.setattr(load, "load_tokenizer", lambda files, owner: None)
+    monkeypatch.setattr(load, "load_tokenizer", lambda files, config, owner: None)
     monkeypatch.setattr(encoders, "MediaEncoder", lambda **parts: "an encoder")
     assert report.manifest is not None
     return lab.folder / "store", read_table(open_store(str(lab.folder / "store")), report.manifest.table)
