@@ -30,6 +30,8 @@ _OWN: dict[str, dict[str, Any]] = {
     "mistral": {"tie_word_embeddings": False, "sliding_window": None},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"tie_word_embeddings": False},
+    # Its files name each expert's matrices apart, its class holds them fused.
+    "mixtral": {"tie_word_embeddings": False, "sliding_window": None, "num_local_experts": 3, "num_experts_per_tok": 2},
 }
 RANK = 3
 
@@ -90,6 +92,12 @@ def build_masks(folder: Path, architecture: str, **sizes: Any) -> str:
     """A composite of masks (MMER) over a base and three experts; its URI."""
     write_family(folder, architecture, **sizes)
     return _build(folder, {"method": "mmer", "density": 0.7, "experts": {n: {"path": n, "modality": n} for n in EXPERTS}})
+
+
+def build_plain(folder: Path, architecture: str) -> str:
+    """A plain merge of a base and three experts (task arithmetic); its URI."""
+    write_family(folder, architecture)
+    return _build(folder, {"method": "task_arithmetic", "scale": 0.4, "experts": {n: {"path": n, "modality": n} for n in EXPERTS}})
 
 
 def build_adapters(folder: Path, architecture: str) -> str:

@@ -258,7 +258,11 @@ class _Loader:
             )
         items = [self.fetcher.make_item(name, is_routed=False) for name in self.reader.llm_names()]
         ahead.add(items[num_early:])
-        state = {item.name: found["value"] for item, found in zip(items, ahead, strict=True)}
+        state, total, done = {}, sum(item.num_bytes for item in items), 0
+        for item, found in zip(items, ahead, strict=True):
+            state[item.name] = found["value"]
+            done += item.num_bytes
+            self.on_bytes(done, total)
         tied = text.tie_word_embeddings
         return make_model(text, state, dtype=self.dtype, owner=owner, may_lack=lambda key: tied and key == HEAD_NAME).to(self.devices[0])
 
