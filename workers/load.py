@@ -150,19 +150,15 @@ class _Loader:
     def load(self) -> Composite:
         began = time.monotonic()
         owner = f"expert {self.expert!r}" if self.expert else "base"
-        early: list[Item] = []
-        if self.ranks.num_ranks == 1:
-            early = self._early_items()
-            self._note_start()
+        files = self._read_files(self.manifest.to_expert(self.expert).files if self.expert else self.manifest.base.files)
+        if "config.json" not in files:
+            raise CheckpointError(f"{owner}: the build has no config.json of it")
+        config = make_config(files, owner=owner)
+        text_class = find_text_class(config.get_text_config(), owner=owner)  # imports it
+        self._note_start()
+        early = self._early_items() if self.ranks.num_ranks == 1 else []
         with read_ahead(early, self._read, num_threads=read_threads(self.reader.store), window_bytes=self._window_bytes()) as ahead:
             # While threads read the language model, or when it is there already, for want of items:
-            files = self._read_files(self.manifest.to_expert(self.expert).files if self.expert else self.manifest.base.files)
-            if "config.json" not in files:
-                raise CheckpointError(f"{owner}: the build has no config.json of it")
-            config = make_config(files, owner=owner)
-            text_class = find_text_class(config.get_text_config(), owner=owner)  # imports it, which may take longer than all else here
-            if self.ranks.num_ranks > 1:
-                self._note_start()
             model, items = self._make_skeleton(config, text_class.__name__, owner, ahead, num_early=len(early))
             own = [item for item in items if self.item_ranks[item.name] == self.ranks.rank]
             ahead.add(own[len(early) :])
@@ -197,7 +193,7 @@ class _Loader:
     # The language model.
 
     def _early_items(self) -> list[Item]:
-        """Return what any model of these tensors begins with, embedding and head: read while its class is imported and its skeleton made."""
+        """Return what any model of these tensors begins with, embedding and head: they are read while its skeleton is made."""
         names = itertools.takewhile(lambda name: ".layers." not in name, self.reader.llm_names())
         return [self.fetcher.make_item(name, is_routed=False) for name in names]
 
@@ -258,9 +254,10 @@ class _Loader:
             )
         items = [self.fetcher.make_item(name, is_routed=False) for name in self.reader.llm_names()]
         ahead.add(items[num_early:])
-        state, total, done = {}, sum(item.num_bytes for item in items), 0
-        for item, found in zip(items, ahead, strict=True):
-            state[item.name] = found["value"]
+        state: dict[str, torch.Tensor] = {}
+        total, done = sum(item.num_bytes for item in items), 0
+        for item, read in zip(items, ahead, strict=True):
+            state[item.name] = read["value"]
             done += item.num_bytes
             self.on_bytes(done, total)
         tied = text.tie_word_embeddings
