@@ -22,16 +22,18 @@ _MAP_VARIABLE = "MALLOC_MMAP_THRESHOLD_"
 
 
 def empty_host(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor of this shape whose values are not set, aligned to cache lines; of some megabytes or more in large pages."""
+    """Return a tensor of this shape whose values are not set, aligned to cache lines; of two megabytes or more in large pages."""
     num_bytes = prod(shape) * dtype.itemsize
-    if num_bytes < 2 * LARGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if num_bytes < LARGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(tuple(shape), dtype=dtype)
     # Only whole large pages inside of the mapping can be such: one more than needed, and the start moved to the first.
     mapped = mmap.mmap(-1, num_bytes + LARGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):
-        mapped.madvise(mmap.MADV_HUGEPAGE)
     raw = torch.frombuffer(mapped, dtype=torch.uint8)
     start = -raw.data_ptr() % LARGE_PAGE_BYTES
+    # A last page that is filled to less than half stays in small ones: what is resident is then near what is held.
+    num_large = (num_bytes + LARGE_PAGE_BYTES // 2) // LARGE_PAGE_BYTES
+    with suppress(OSError):
+        mapped.madvise(mmap.MADV_HUGEPAGE, start, min(num_large * LARGE_PAGE_BYTES, num_bytes + LARGE_PAGE_BYTES - start))
     return raw[start : start + num_bytes].view(dtype).reshape(tuple(shape))
 
 
