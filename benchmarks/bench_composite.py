@@ -38,6 +38,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from mmerge.pipeline import Composite, load_composite, make_plan, read_recipe, run
+from mmerge.workers.host_memory import empty_host
 from mmerge.workers.reader import BuildReader
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,7 +46,6 @@ NUM_EXPERTS = 3
 SHAPES = {**BUILD_SHAPES, "1.1b-2layers": Shape(2048, 5632, 2, 32, 4, vocabulary=2000)}
 """Two layers are enough for ratios of prefill and decoding: they are the same in each."""
 LOADS = [f"{method}.{state}" for method in ("mmer", "linear") for state in ("warm", "cold")]
-LARGE_PAGE_BYTES = 2 << 20
 
 
 def main() -> None:
@@ -163,13 +163,10 @@ def drop_from_cache(folder: Path) -> None:
 
 
 def fresh_memory(num_bytes: int, *, large_pages: bool) -> Any:
-    """Return memory that the process never touched, uint8 [num_bytes], in ordinary pages or (as the loader's) in large ones."""
-    mapped = mmap.mmap(-1, num_bytes + LARGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if large_pages and num_bytes >= 2 * LARGE_PAGE_BYTES:
-        mapped.madvise(mmap.MADV_HUGEPAGE)
-    raw = np.frombuffer(mapped, np.uint8)
-    start = -raw.ctypes.data % LARGE_PAGE_BYTES
-    return raw[start : start + num_bytes]
+    """Return uint8 [num_bytes] in ordinary pages that the process never touched, or as the loader gets it: in large ones where it is large."""
+    if large_pages:
+        return empty_host((num_bytes,), torch.uint8).numpy()
+    return np.frombuffer(mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)[:num_bytes]
 
 
 def read_raw(uri: str, rows: Sequence[Any], *, num_threads: int, large_pages: bool, digest: bool = False) -> list[Any]:

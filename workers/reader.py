@@ -64,7 +64,7 @@ class BuildReader:
         return [expert.name for expert in self.manifest.experts]
 
     def rows(self) -> Iterator[StoredRow]:
-        """Yield every piece of every tensor."""
+        """Yield every piece of every tensor, without statistics."""
         return itertools.chain.from_iterable(self._rows.values())
 
     def largest_shard_bytes(self) -> int:

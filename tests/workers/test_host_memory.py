@@ -42,3 +42,21 @@ def test_gaps_between_what_stays_go_back_to_the_system() -> None:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only this C library has such heaps")
 def test_a_limit_in_the_environment_stays() -> None:
     assert resident_after("returned", MALLOC_MMAP_THRESHOLD_=str(32 << 20)) > 24 << 20
+
+
+LARGE_SCRIPT = """
+import torch
+from mmerge.workers.host_memory import LARGE_PAGE_BYTES, empty_host, resident_bytes
+
+sizes = [2 * LARGE_PAGE_BYTES + LARGE_PAGE_BYTES // 4] * 16  # the last large page of each would be filled to a quarter
+empty_host((LARGE_PAGE_BYTES,), torch.uint8).fill_(1)
+before = resident_bytes("VmRSS")
+kept = [empty_host((size,), torch.uint8).fill_(1) for size in sizes]
+print((resident_bytes("VmRSS") - before) / sum(sizes))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
+def test_a_last_large_page_that_is_hardly_filled_takes_no_memory() -> None:
+    done = subprocess.run([sys.executable, "-c", LARGE_SCRIPT], capture_output=True, text=True, check=True)
+    assert 0.95 < float(done.stdout) < 1.1, "resident beside held"
