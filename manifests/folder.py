@@ -57,18 +57,20 @@ class Folder:
         if path.parent.name == "snapshots":
             # The layout of the Hugging Face cache: snapshots/REVISION/file is a link to ../../blobs/DIGEST.
             self._roots.append((path.parent.parent / "blobs").resolve())
-        self._inside: set[str] = set()
+        self._inside: dict[str, Path] = {}
+        """Paths that were found to stay inside, by key."""
         self.pending: list[Pending] | None = None
         """Where writers leave what is to be settled later, in their order; None where each one waits for the disk itself."""
 
     def place(self, key: str) -> Path:
         """Return the path of a key. Raises StoreError when a link on the way leads out of the folder."""
-        path = self.path / key
-        if key not in self._inside:
+        path = self._inside.get(key)
+        if path is None:
+            path = self.path / key
             real = Path(os.path.realpath(path))
             if not any(real == root or root in real.parents for root in self._roots):
                 raise StoreError(f"{self.path}: {key} is a link that leads out of the folder, to {real}. Put a copy there instead")
-            self._inside.add(key)
+            self._inside[key] = path
         return path
 
     def put(self, key: str, data: bytes | memoryview) -> None:

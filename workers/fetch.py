@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from mmerge.manifests.store import Store
 from mmerge.workers.division import Division, Part
+from mmerge.workers.host_memory import Empty, empty_host
 from mmerge.workers.masks import pack_mask, pack_rows, unpack_rows
 from mmerge.workers.ranks import Ranks
 from mmerge.workers.reader import HEAD_NAME, BuildReader
@@ -59,8 +60,9 @@ class Item:
 class Fetcher:
     """Reads a build's language model: of text and all modalities, or of one expert."""
 
-    def __init__(self, reader: BuildReader, *, expert: str | None, dtype: torch.dtype, policy: Policy) -> None:
-        self.reader, self.expert, self.dtype, self.policy = reader, expert, dtype, policy
+    def __init__(self, reader: BuildReader, *, expert: str | None, dtype: torch.dtype, policy: Policy, empty: Empty = empty_host) -> None:
+        """Prepare; the weights of a routed Linear get their memory from `empty`."""
+        self.reader, self.expert, self.dtype, self.policy, self._empty = reader, expert, dtype, policy, empty
         self._is_routed = expert is None and reader.manifest.kind == "masks"
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -103,7 +105,7 @@ class Fetcher:
         if item.kind == "bias":
             experts = [reader.rebuild(name, expert).to(self.dtype) for expert in reader.expert_names]
             return {"text": reader.text_weight(name).to(self.dtype), "experts": torch.stack(experts)}
-        weights = read_routed(reader, name, dtype=self.dtype, policy=self.policy)
+        weights = read_routed(reader, name, dtype=self.dtype, policy=self.policy, empty=self._empty)
         found = {"text": weights.text, "delta": weights.delta, "masks": weights.masks, "modalities": weights.modalities}
         return {name: value for name, value in found.items() if value is not None}
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mmerge.manifests.table import StoredRow
 from mmerge.workers.dtypes import TORCH_DTYPES, to_bytes
 from mmerge.workers.forming import BlockFormer, can_form
-from mmerge.workers.host_memory import empty_host
+from mmerge.workers.host_memory import Empty, empty_host
 
 if TYPE_CHECKING:
     from mmerge.workers.reader import BuildReader
@@ -41,6 +41,7 @@ def read_formed(
     dtype: torch.dtype,
     factors: Sequence[float],
     keeps_delta: bool = False,
+    empty: Empty = empty_host,
 ) -> Formed | None:
     """Return a tensor formed from θ₀, τ⋆ and masks, on the thread that calls; None where it cannot be formed block by block.
 
@@ -50,6 +51,7 @@ def read_formed(
         dtype: of the values; computed in float32 and rounded once.
         factors: one per mask.
         keeps_delta: whether τ⋆ is wanted too.
+        empty: gives the memory of what is returned.
 
     Raises:
         DamagedObject: bytes are not what the manifest says.
@@ -58,8 +60,8 @@ def read_formed(
     stored = [TORCH_DTYPES[row.dtype] for row in rows[:2]]
     if any(len(found) > 1 for found in pieces) or not can_form(*(torch.empty(0, dtype=each) for each in (*stored, dtype))):
         return None
-    values, delta = empty_host(rows[0].shape, dtype), empty_host(rows[0].shape, stored[1]) if keeps_delta else None
-    masks = empty_host((len(factors), rows[2].num_bytes), torch.uint8)
+    values, delta = empty(rows[0].shape, dtype), empty(rows[0].shape, stored[1]) if keeps_delta else None
+    masks = empty((len(factors), rows[2].num_bytes), torch.uint8)
     for row, place in zip(rows[2:], masks.numpy(), strict=True):
         reader.read_into(row, place)
     former = BlockFormer(base=stored[0], delta=stored[1], out=dtype, factors=factors, divisor=float(len(factors)))

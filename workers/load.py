@@ -30,7 +30,7 @@ from mmerge.workers.fetch import (
     share_out,
 )
 from mmerge.workers.forming import load_kernel
-from mmerge.workers.host_memory import resident_bytes, returned_at_once
+from mmerge.workers.host_memory import SharedPages, empty_host, resident_bytes, returned_at_once
 from mmerge.workers.load_adapters import route_adapters
 from mmerge.workers.media import load_tokenizer, make_config, make_model
 from mmerge.workers.parallel import join_ranks, spread_layers
@@ -134,7 +134,12 @@ class _Loader:
     ) -> None:
         self.reader, self.expert, self.dtype, self.ranks, self.placement = reader, expert, dtype, ranks, placement
         self.manifest = reader.manifest
-        self.fetcher = Fetcher(reader, expert=expert, dtype=dtype, policy=policy)
+        stages = placement.stages if placement is not None and placement.num_ranks == 1 else ()
+        self.devices = [torch.device(stage.device) for stage in stages] or [torch.device(device)]
+        self.stages = stages
+        # What is read is kept as it is only where nothing is cut for other ranks, or moved to other devices.
+        keeps_all = ranks.num_ranks == 1 and self._is_on_host()
+        self.fetcher = Fetcher(reader, expert=expert, dtype=dtype, policy=policy, empty=SharedPages().empty if keeps_all else empty_host)
         self.routing = Routing()
         self.on_bytes = on_bytes
         self.start_bytes = 0
@@ -143,9 +148,6 @@ class _Loader:
         self.encoder_ranks = dict(zip(names, shares, strict=True))
         self.item_ranks: dict[str, int] = {}
         self.division: Division
-        stages = placement.stages if placement is not None and placement.num_ranks == 1 else ()
-        self.devices = [torch.device(stage.device) for stage in stages] or [torch.device(device)]
-        self.stages = stages
 
     def load(self) -> Composite:
         began = time.monotonic()
@@ -186,9 +188,12 @@ class _Loader:
         """Return how many stored bytes may be read ahead."""
         if self.ranks.num_ranks > 1:
             return SHARED_WINDOW_BYTES
-        if all(device.type == "cpu" for device in self.devices):
+        if self._is_on_host():
             return None  # what is read becomes the model as it is: none of it stands beside the model
         return max(WINDOW_BYTES, self.reader.largest_shard_bytes())
+
+    def _is_on_host(self) -> bool:
+        return all(device.type == "cpu" for device in self.devices)
 
     # The language model.
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 
 from mmerge.workers.formed_read import read_formed
+from mmerge.workers.host_memory import Empty, empty_host
 from mmerge.workers.masks import pack_rows
 from mmerge.workers.reader import BuildReader
 from mmerge.workers.routing import Policy, RoutedWeights
 
 
-def read_routed(reader: BuildReader, name: str, *, dtype: torch.dtype, policy: Policy) -> RoutedWeights:
-    """Return what the RoutedLinear of a matrix [rows, width] holds, θ_text in `dtype`.
+def read_routed(reader: BuildReader, name: str, *, dtype: torch.dtype, policy: Policy, empty: Empty = empty_host) -> RoutedWeights:
+    """Return what the RoutedLinear of a matrix [rows, width] holds, θ_text in `dtype`, in memory from `empty` where it is read in one pass.
 
     Raises:
         DamagedObject: bytes are not what the manifest says.
@@ -19,7 +20,9 @@ def read_routed(reader: BuildReader, name: str, *, dtype: torch.dtype, policy: P
     rescalers = [reader.rescaler(expert) for expert in reader.expert_names]
     height, width = reader.shape(name, "base")
     if policy == "packed" and width % 8 == 0:
-        formed = read_formed(reader, reader.masked_pieces(name), dtype=dtype, factors=rescalers, keeps_delta=len(rescalers) > 1)
+        formed = read_formed(
+            reader, reader.masked_pieces(name), dtype=dtype, factors=rescalers, keeps_delta=len(rescalers) > 1, empty=empty
+        )
         if formed is not None:
             factors, divisor = RoutedWeights.factors_of(rescalers)
             if formed.delta is None:  # of a single expert θ_text is all there is

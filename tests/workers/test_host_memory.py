@@ -6,8 +6,14 @@ import os
 import platform
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
+
+from mmerge.workers.host_memory import REGION_BYTES, SharedPages
+
+_LARGE_ROWS = 9  # of a megabyte each: more than what is shared
 
 SCRIPT = """
 import contextlib, sys
@@ -60,3 +66,47 @@ print((resident_bytes("VmRSS") - before) / sum(sizes))
 def test_a_last_large_page_that_is_hardly_filled_takes_no_memory() -> None:
     done = subprocess.run([sys.executable, "-c", LARGE_SCRIPT], capture_output=True, text=True, check=True)
     assert 0.95 < float(done.stdout) < 1.1, "resident beside held"
+
+
+SHARED_SCRIPT = """
+import torch
+from mmerge.workers.host_memory import LARGE_PAGE_BYTES, REGION_BYTES, SharedPages, resident_bytes
+
+pages = SharedPages()
+pages.empty((1,), torch.uint8).fill_(1)
+before = resident_bytes("VmRSS")
+kept = [pages.empty((500, 701), torch.uint8).fill_(1) for _ in range(300)]  # 105 MB, of which none fills a page
+kept.append(pages.empty((6 << 20,), torch.uint8).fill_(1))
+held = sum(tensor.nbytes for tensor in kept)
+found = resident_bytes("VmRSS") - before
+kept.clear()
+left = resident_bytes("VmRSS") - before
+print(found / held, left / REGION_BYTES)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
+def test_shared_pages_take_the_memory_that_is_held_and_go_back_with_the_last_of_a_region() -> None:
+    done = subprocess.run([sys.executable, "-c", SHARED_SCRIPT], capture_output=True, text=True, check=True)
+    found, left = map(float, done.stdout.split())
+    assert 0.95 < found < 1.1, "resident beside held"
+    assert left < 1.05, "only the region that is being filled may stay"
+
+
+def test_tensors_in_shared_pages_have_their_own_bytes() -> None:
+    pages = SharedPages()
+    shapes = [(3, 5), (7,), (), (0, 4), (64, 64), (_LARGE_ROWS, 1 << 20)]
+
+    def fill(number: int) -> list[torch.Tensor]:
+        return [pages.empty(shape, dtype).fill_(number) for shape in shapes for dtype in (torch.uint8, torch.bfloat16, torch.float32)]
+
+    with ThreadPoolExecutor(4) as pool:
+        filled = list(pool.map(fill, range(8)))
+    for number, tensors in enumerate(filled):
+        for tensor, shape in zip(tensors, [shape for shape in shapes for _ in range(3)], strict=True):
+            assert tensor.shape == shape
+            assert bool((tensor == number).all())
+            assert tensor.data_ptr() % 64 == 0
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes, "copies and files of a tensor hold its own bytes alone"
+    near = sorted(tensor.data_ptr() for tensors in filled for tensor in tensors[:6])
+    assert near[-1] - near[0] <= REGION_BYTES, "small tensors lie together"
