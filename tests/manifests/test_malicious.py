@@ -204,6 +204,13 @@ def test_a_table_whose_rows_have_no_sense_is_refused(good: tuple[Store, Manifest
             read_table(store, entry, with_statistics=with_statistics)
 
 
+def test_a_refused_table_names_the_row_and_the_column(good: tuple[Store, Manifest]) -> None:
+    store, manifest = good
+    entry = put_table(store, manifest, {"offset": -8})
+    with pytest.raises(ManifestError, match=r"no valid table \(row 0, offset: Input should be greater than or equal to 0\)"):
+        read_table(store, entry)
+
+
 def test_bytes_that_are_no_parquet_are_refused(good: tuple[Store, Manifest]) -> None:
     store, manifest = good
     store.put(manifest.table.key, b"PAR1 no table")
