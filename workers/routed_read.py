@@ -20,9 +20,9 @@ def read_routed(reader: BuildReader, name: str, *, dtype: torch.dtype, policy: P
     rescalers = [reader.rescaler(expert) for expert in reader.expert_names]
     height, width = reader.shape(name, "base")
     if policy == "packed" and width % 8 == 0:
-        formed = read_formed(
-            reader, reader.masked_pieces(name), dtype=dtype, factors=rescalers, keeps_delta=len(rescalers) > 1, empty=empty
-        )
+        is_kept = len(rescalers) > 1  # of a single expert neither τ⋆ nor bits are: nothing that is dropped goes to `empty`
+        memory = empty if is_kept else empty_host
+        formed = read_formed(reader, reader.masked_pieces(name), dtype=dtype, factors=rescalers, keeps_delta=is_kept, empty=memory)
         if formed is not None:
             factors, divisor = RoutedWeights.factors_of(rescalers)
             if formed.delta is None:  # of a single expert θ_text is all there is

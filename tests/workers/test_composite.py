@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 import shutil
 from pathlib import Path
 
@@ -203,6 +204,7 @@ def test_a_shard_is_as_large_as_all_that_is_read_for_its_layer(lab_store: str) -
     assert reader.largest_shard_bytes() == max(layers.values()) > 0
 
 
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="the system has no large pages")
 def test_routed_weights_lie_together_and_each_has_its_own_storage(composite: Composite) -> None:
     routed = [module for module in composite.language_model.modules() if isinstance(module, RoutedLinear)]
     held = [tensor for module in routed for tensor in (module.weight.detach(), module.get_buffer("delta"), module.get_buffer("masks"))]

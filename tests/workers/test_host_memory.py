@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import platform
 import subprocess
@@ -70,7 +71,7 @@ def test_a_last_large_page_that_is_hardly_filled_takes_no_memory() -> None:
 
 SHARED_SCRIPT = """
 import torch
-from mmerge.workers.host_memory import LARGE_PAGE_BYTES, REGION_BYTES, SharedPages, resident_bytes
+from mmerge.workers.host_memory import REGION_BYTES, SharedPages, resident_bytes
 
 pages = SharedPages()
 pages.empty((1,), torch.uint8).fill_(1)
@@ -93,6 +94,7 @@ def test_shared_pages_take_the_memory_that_is_held_and_go_back_with_the_last_of_
     assert left < 1.05, "only the region that is being filled may stay"
 
 
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="the system has no large pages")
 def test_tensors_in_shared_pages_have_their_own_bytes() -> None:
     pages = SharedPages()
     shapes = [(3, 5), (7,), (), (0, 4), (64, 64), (_LARGE_ROWS, 1 << 20)]
