@@ -222,7 +222,9 @@ def _print_error(text: str) -> None:
 
 
 def _report_interrupt() -> int:
-    _open_console().print("[yellow]interrupted[/]: finished shards are kept; give the same command again to continue")
+    _open_console().print(
+        "[yellow]interrupted[/]: what was finished of a build is kept; give the same command again to continue or to begin anew"
+    )
     return TERMINATED if _terminated.is_set() else INTERRUPTED
 
 

@@ -281,8 +281,14 @@ def _make_parts(image: list[Path] | None, audio: list[Path] | None, video: list[
         kind, equals, path = pair.partition("=")
         if not equals or not kind or not path:
             raise RecipeError(f"--media: expected KIND=FILE, got {pair!r}")
+        _refuse_text(kind, where="--media")
         parts.append(Part(kind, path))
     return parts
+
+
+def _refuse_text(kind: str, *, where: str) -> None:
+    if kind in ("text", "ids"):  # what parts of a prompt are beside media
+        raise RecipeError(f"{where}: {kind!r} is no medium. Put the text into the question")
 
 
 def _read_prompts(path: Path) -> list[tuple[str, list[Part]]]:
@@ -293,8 +299,10 @@ def _read_prompts(path: Path) -> list[tuple[str, list[Part]]]:
     try:
         if path.stat().st_size > MAX_PROMPTS_BYTES:
             raise RecipeError(f"--prompts: {path} has more than {MAX_PROMPTS_BYTES:,} bytes")
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = path.read_text(encoding="utf-8").split("\n")  # other line ends may stand in a string of JSON
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"--prompts: {path} is no UTF-8 text ({error}). Save it as UTF-8") from error
+    except OSError as error:
         raise RecipeError(f"--prompts: {path} cannot be read ({error})") from error
     found = []
     for number, line in enumerate(lines, start=1):
@@ -314,6 +322,7 @@ def _read_prompts(path: Path) -> list[tuple[str, list[Part]]]:
             files = [files] if isinstance(files, str) else files
             if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
                 raise RecipeError(f"{where}: {kind}: expected a file or a list of files")
+            _refuse_text(kind, where=where)
             parts += [Part(kind, path.parent / file) for file in files]
         found.append((cast("str", raw.get("question", "")), parts))
     if not found:

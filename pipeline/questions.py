@@ -72,7 +72,7 @@ def read_questions(path: Path, *, media_root: Path | None = None) -> list[Questi
     """
     root = (media_root or path.parent).resolve()
     questions: list[Question] = []
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if line.strip():
             where = f"{path}, line {number}"
             try:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from threading import Thread
-from typing import TYPE_CHECKING, Any, Literal
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -161,9 +161,19 @@ class Composite:
         return [str(answer).strip() for answer in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
     def stream(self, parts: Sequence[Part], *, max_new_tokens: int = 64, **options: Any) -> Iterator[str]:
-        """Yield the answer to one prompt piece by piece, as it is generated. Options and errors as of `generate_batch`."""
+        """Yield the answer to one prompt piece by piece, as it is generated. Options and errors as of `generate_batch`, without beams.
+
+        Whoever stops asking for pieces ends the generation; on several ranks it goes on to its end, since all ranks take every step.
+        """
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=False, skip_special_tokens=True)
         failures: list[BaseException] = []
+        is_left = Event()
+        if self.ranks.num_ranks == 1:
+
+            def stop(tokens: torch.Tensor, scores: Any, **others: Any) -> torch.Tensor:
+                return torch.full((len(tokens),), is_left.is_set(), device=tokens.device)
+
+            options["stopping_criteria"] = [*options.get("stopping_criteria", ()), stop]
 
         def run() -> None:
             try:
@@ -175,9 +185,14 @@ class Composite:
 
         thread = Thread(target=run, name="mmerge-generate", daemon=True)
         thread.start()
-        for piece in streamer:
-            if piece:
-                yield str(piece)
+        try:
+            for piece in streamer:
+                if piece:
+                    yield str(piece)
+        except GeneratorExit:
+            is_left.set()
+            thread.join()
+            raise
         thread.join()
         if failures:
             raise failures[0]
@@ -220,6 +235,8 @@ class Composite:
     ) -> torch.Tensor:
         if not prompts:
             raise PromptError("no prompt was given")
+        if cache not in get_args(Cache):
+            raise PromptError(f"expected a cache of {get_args(Cache)}, got {cache!r}")
         if max_new_tokens < 1:
             raise PromptError(f"{max_new_tokens} tokens are to be generated; ask for at least one")
         embeds, ids, mask = self._pad([self.embed(parts) for parts in prompts])

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from mmerge.manifests.errors import ManifestError, StoreError
 from mmerge.manifests.manifest import FileEntry, read_file
+from mmerge.workers.export_folder import to_export_folder
 from mmerge.workers.media import write_files
 from mmerge.workers.reader import BuildReader
 
@@ -60,9 +61,7 @@ def export(
             f"{uri}: an expert with decoupled adapters is no ordinary checkpoint: its tokens run through different weights. "
             "Export without --expert for the weights of text tokens"
         )
-    target = Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise StoreError(f"{target}: is not empty. Choose a new folder for the export, or delete this one")
+    target = to_export_folder(folder)
     # A half export must not look like a whole one: it gets its name when it is complete.
     partial = target.parent / f".{target.name}.partial"
     try:
@@ -117,7 +116,9 @@ def _write_weights(
 
     def flush() -> None:
         nonlocal waiting, waiting_bytes
-        save_file(waiting, folder / f"part{len(files)}", metadata={"format": "pt"})
+        path = folder / f"part{len(files)}"
+        save_file(waiting, path, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", path)  # the library makes files that their owner alone can read
         files.append(list(waiting))
         waiting, waiting_bytes = {}, 0
 

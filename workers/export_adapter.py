@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from mmerge.manifests.entry import Role
 from mmerge.manifests.errors import CheckpointError, ManifestError, ShapeMismatch, StoreError
 from mmerge.workers.adapter import CONFIG_FILE, WEIGHT_FILES
 from mmerge.workers.checkpoint import Checkpoint, OpenStores, read_source
 from mmerge.workers.dtypes import to_tensor
+from mmerge.workers.export_folder import to_export_folder
 from mmerge.workers.methods.matrix import is_layer_matrix
 from mmerge.workers.reader import BuildReader
 from mmerge.workers.threads import one_thread
@@ -51,13 +53,13 @@ def export_adapter(
     Args:
         uri: the composite; its language model for text tokens is taken.
         folder: must be empty or not exist.
-        rank: of every pair of factors; at most what the smallest matrix has.
+        rank: of every pair of factors; at most the largest that a matrix can have.
         base: the base's checkpoint. Needed of plain builds, which do not hold it.
         expert: an expert to rebuild instead.
         on_bytes: told of every matrix.
 
     Raises:
-        ManifestError: the base is needed, or is not this build's.
+        ManifestError: the base is needed, or is not this build's; the rank is none.
         StoreError: the folder is not empty or cannot be written.
     """
     if rank < 1:
@@ -65,9 +67,10 @@ def export_adapter(
     reader = BuildReader(uri)
     if expert:
         reader.manifest.to_expert(expert)
-    target = Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise StoreError(f"{target}: is not empty. Choose a new folder for the adapter, or delete this one")
+    target = to_export_folder(folder)
+    most = max((min(reader.shape(name, role)) for name, role in _layer_matrices(reader)), default=rank)
+    if rank > most:
+        raise ManifestError(f"rank: no matrix of a layer of {uri} has more than {most}, got {rank}")
     report = AdapterReport(str(target), rank)
     with one_thread():
         factors = _make_factors(reader, _BaseReader(reader, base), expert, report, on_bytes)
@@ -80,6 +83,7 @@ def export_adapter(
 
         save_file(factors, partial / WEIGHT_FILES[0], metadata={"format": "pt"})
         (partial / CONFIG_FILE).write_text(json.dumps(_make_config(factors, rank, base), indent=2, sort_keys=True) + "\n")
+        shutil.copymode(partial / CONFIG_FILE, partial / WEIGHT_FILES[0])  # the library makes files that their owner alone can read
         if target.exists():
             target.rmdir()
         partial.rename(target)
@@ -110,6 +114,13 @@ class _BaseReader:
             raise CheckpointError(f"base: {self._checkpoint.uri} has no {name}; the build does. Name the base that it was made from")
         data = read_source(source, stores=self._stores, offset=0, num_bytes=source.spec.num_bytes)
         return to_tensor(data, source.spec.dtype).to(torch.float32).reshape(source.spec.shape)
+
+
+def _layer_matrices(reader: BuildReader) -> Iterator[tuple[str, Role]]:
+    for name in reader.llm_names():
+        role: Role = "merged" if reader.has(name, "merged") else "base"
+        if is_layer_matrix(name, reader.shape(name, role)):
+            yield name, role
 
 
 def _make_factors(

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import transformers
@@ -89,6 +89,8 @@ def load_composite(
         PlacementError: it cannot be divided as asked, or there is no such device.
         RankLost: another rank ended.
     """
+    if mode not in get_args(Mode) or policy not in get_args(Policy):
+        raise ManifestError(f"{uri}: expected a mode of {get_args(Mode)} and a policy of {get_args(Policy)}, got {mode!r} and {policy!r}")
     for name in sorted({device, *(stage.device for stage in placement.stages if placement.num_ranks == 1)} if placement else {device}):
         check_device(name)
     reader = BuildReader(uri)
@@ -215,7 +217,9 @@ class _Loader:
         """
         text = config.get_text_config()
         names = self.reader.llm_names()
-        embedding = next(name for name in names if name.endswith(EMBEDDING_SUFFIX))
+        embedding = next((name for name in names if name.endswith(EMBEDDING_SUFFIX)), None)
+        if embedding is None:
+            raise ManifestError(f"{self.reader.uri}: the build has no tensor …{EMBEDDING_SUFFIX}. It is damaged: run the recipe again")
         text.vocab_size = self.fetcher.shape(embedding)[0]
         text.architectures = [architecture]
         text.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", getattr(text, "tie_word_embeddings", False)))

@@ -318,7 +318,10 @@ def _cut_layers(
         # The last device gets what is left: that must fit too, or the share was too small.
         return bounds if start == len(layers) else None
 
-    low, high = 0.0, 1e6
+    devices = [max(capacity, 1) for capacity in devices]  # of a device without memory every share is nothing
+    low, high = 0.0, 1.0
+    while fill(high) is None:
+        high *= 2
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (low, middle) if fill(middle) else (middle, high)

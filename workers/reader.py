@@ -26,6 +26,7 @@ from mmerge.workers.forming import can_form, form
 from mmerge.workers.host_memory import empty_host
 from mmerge.workers.low_rank import LowRank, add_adapters
 from mmerge.workers.masks import pack_mask, pack_rows, unpack_mask
+from mmerge.workers.stored_rows import check_rows
 
 HEAD_NAME = "lm_head.weight"
 BLOCK_BYTES = 1 << 20
@@ -52,6 +53,7 @@ class BuildReader:
             self._rows[(row.role, row.expert, row.name)].append(row)
         for rows in self._rows.values():
             rows.sort(key=lambda row: row.row_start)
+        check_rows(self._rows, uri=uri)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import RLock
 from typing import Any, Literal
 
 import torch
@@ -35,6 +36,7 @@ class Routing:
     """
 
     def __init__(self) -> None:
+        self._turn = RLock()
         self._modality_ids: torch.Tensor | None = None
         self._prompt_ids: torch.Tensor | None = None
         self._rooms: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
@@ -53,6 +55,13 @@ class Routing:
         self.groups = groups if any(group.modality != TEXT for group in groups) else None
         if self.groups is None:
             self._rooms.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_turn"}  # a copy of a model has turns of its own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._turn = RLock()
 
     def room_for(self, shape: tuple[int, int], *, like: torch.Tensor) -> torch.Tensor:
         """Return memory for a block of weights, of this shape, which the next block takes again: fresh memory has to be faulted in.
@@ -77,13 +86,15 @@ class Routing:
     def prefill(self, modality_ids: torch.Tensor) -> Iterator[None]:
         """Route the passes inside by the ids of a prompt, int64 [batch, tokens]; outside, every token is text.
 
-        A model that this routing follows may take the prompt in pieces, and tokens behind it are text.
+        A model that this routing follows may take the prompt in pieces, and tokens behind it are text. One thread at a time is inside:
+        others wait, since layers know one prompt only.
         """
-        self._prompt_ids = self.modality_ids = modality_ids
-        try:
-            yield
-        finally:
-            self._prompt_ids = self.modality_ids = None
+        with self._turn:
+            self._prompt_ids = self.modality_ids = modality_ids
+            try:
+                yield
+            finally:
+                self._prompt_ids = self.modality_ids = None
 
     def follow(self, model: nn.Module) -> None:
         """Set the modality of each token ahead of every forward pass of a language model, while `prefill` lasts."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Lock
+from threading import Lock, get_ident
 from typing import Any
 
 import torch
@@ -29,23 +29,26 @@ def find_text_class(text: Any, *, owner: str) -> Any:
 def _parameters_on_meta() -> Iterator[None]:
     """Make parameters without memory or values inside; buffers (the rotary frequencies, which no checkpoint holds) are computed.
 
-    Drawing first values of parameters that have no memory would still take milliseconds per layer.
+    Drawing first values of parameters that have no memory would still take milliseconds per layer. Other threads make modules as ever
+    meanwhile; one thread at a time is inside.
     """
-    register, init_weights = nn.Module.register_parameter, transformers.PreTrainedModel.init_weights
-    drawing = {each: each.reset_parameters for each in (nn.Linear, nn.Embedding)}
+    own_thread = get_ident()
+    with _meta_lock:  # what is replaced is looked up behind it: another thread's replacement would be put back for good
+        register, init_weights = nn.Module.register_parameter, transformers.PreTrainedModel.init_weights
+        drawing = {each: each.reset_parameters for each in (nn.Linear, nn.Embedding)}
 
-    def register_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        is_new = param is not None and not param.is_meta  # tied ones must stay the same object
-        register(module, name, nn.Parameter(param.to("meta"), requires_grad=False) if is_new and param is not None else param)
+        def register_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+            # Tied ones must stay the same object.
+            is_new = get_ident() == own_thread and param is not None and not param.is_meta
+            register(module, name, nn.Parameter(param.to("meta"), requires_grad=False) if is_new and param is not None else param)
 
-    def tie_alone(model: transformers.PreTrainedModel) -> None:
-        model.tie_weights()
+        def tie_alone(model: transformers.PreTrainedModel) -> None:
+            model.tie_weights() if get_ident() == own_thread else init_weights(model)
 
-    with _meta_lock:
         nn.Module.register_parameter = register_meta  # type: ignore[method-assign, assignment]
         transformers.PreTrainedModel.init_weights = tie_alone
-        for each in drawing:
-            each.reset_parameters = lambda module: None  # type: ignore[method-assign]
+        for each, draw in drawing.items():
+            each.reset_parameters = _only_elsewhere(draw, own_thread)  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:
@@ -55,16 +58,24 @@ def _parameters_on_meta() -> Iterator[None]:
             transformers.PreTrainedModel.init_weights = init_weights
 
 
+def _only_elsewhere(draw: Callable[[Any], None], thread: int) -> Callable[[Any], None]:
+    """Return a function that does what `draw` does on other threads than this one, on it nothing."""
+
+    def draw_elsewhere(module: Any) -> None:
+        if get_ident() != thread:
+            draw(module)
+
+    return draw_elsewhere
+
+
 def make_skeleton(text: Any, *, dtype: torch.dtype, owner: str) -> Any:
     """Return the causal language model of a text configuration, its parameters on the meta device.
 
     Raises:
         CheckpointError: transformers has no such model, or cannot make it of these numbers.
     """
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
     try:
-        with _parameters_on_meta():
+        with _parameters_on_meta(), _default_dtype(dtype):
             return find_text_class(text, owner=owner)(text).eval()
     except MmergeError:
         raise
@@ -74,6 +85,14 @@ def make_skeleton(text: Any, *, dtype: torch.dtype, owner: str) -> Any:
             f"{owner}: transformers {transformers.__version__} cannot make a {text.model_type} model of its config.json "
             f"({type(error).__name__}: {reason}). Compare it with the checkpoint's original, or install the transformers that wrote it"
         ) from error
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
     finally:
         torch.set_default_dtype(before)
 

@@ -6,6 +6,7 @@ import json
 import resource
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from mmerge.manifests.digest import digest_bytes
 from mmerge.manifests.errors import CheckpointError, ManifestError, MmergeError, StoreError
 from mmerge.manifests.manifest import Manifest, manifest_key, read_file, read_manifest, to_manifest_bytes
 from mmerge.manifests.store import Store, open_store
-from mmerge.manifests.table import read_table
+from mmerge.manifests.table import StoredRow, read_table
 from mmerge.manifests.verify import verify
 from mmerge.pipeline import make_plan, read_recipe, run
 from mmerge.workers.checkpoint import Checkpoint
+from mmerge.workers.reader import BuildReader
+from mmerge.workers.stored_rows import Key, check_rows
 
 BUILD = "a" * 64
 
@@ -170,13 +173,20 @@ def test_a_manifest_that_reaches_elsewhere_or_has_no_sense_is_refused(good: tupl
         read_manifest(store, manifest.build)
 
 
-def put_table(store: Store, manifest: Manifest, change: dict[str, Any]) -> Any:
-    """Put a table whose first row is changed, with a digest that fits: only its sense is wrong."""
+def put_manifest(store: Store, manifest: Manifest, table: Any) -> None:
+    store.put(manifest_key(manifest.build), to_manifest_bytes(manifest.model_copy(update={"table": table})))
+
+
+def put_table(store: Store, manifest: Manifest, change: dict[str, Any], *, role: str | None = None) -> Any:
+    """Put a table whose first row, or first matrix of a role, is changed, with a digest that fits: only its sense is wrong."""
     import io
 
     table = pq.read_table(io.BytesIO(store.read(manifest.table.key)))
     rows = table.to_pylist()
-    rows[0] |= change
+    row = next(row for row in rows if role is None or (row["role"] == role and len(row["shape"]) == 2))
+    row |= change
+    if change.get("row_stop", 0) is None:
+        row["row_stop"] = row["row_start"] + row["shape"][0]
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), sink)
     data = sink.getvalue()
@@ -209,6 +219,50 @@ def test_a_refused_table_names_the_row_and_the_column(good: tuple[Store, Manifes
     entry = put_table(store, manifest, {"offset": -8})
     with pytest.raises(ManifestError, match=r"no valid table \(row 0, offset: Input should be greater than or equal to 0\)"):
         read_table(store, entry)
+
+
+@pytest.mark.parametrize(
+    ("role", "change", "reason"),
+    [
+        ("mask", {"num_bytes": 8}, r"\(mask of expert '\w+'\) of shape \(.*\) has 8 bytes of U8, packed bits of it take"),
+        ("mask", {"num_bytes": 0}, "has 0 bytes of U8"),
+        ("mask", {"dtype": "X9"}, "has dtype X9"),
+        ("delta", {"shape": [1, 1], "row_stop": 1, "num_bytes": 2}, r"\(delta\) has shape \(1, 1\), θ₀ of that name"),
+        ("base", {"row_stop": 1 << 36}, "in rows 0 to 68719476736"),
+        ("base", {"row_start": 1, "row_stop": None}, "begins with row 1"),
+        ("base", {"shape": [-1, -1], "num_bytes": 2}, r"has shape \(-1, -1\) from row 0 on"),
+    ],
+)
+def test_rows_that_contradict_each_other_are_refused(good: tuple[Store, Manifest], role: str, change: dict[str, Any], reason: str) -> None:
+    store, manifest = good
+    put_manifest(store, manifest, put_table(store, manifest, change, role=role))
+    with pytest.raises(ManifestError, match=f"the table contradicts itself: .*{reason}"):
+        BuildReader(store.uri)
+
+
+def test_a_piece_that_is_missing_in_the_middle_is_seen(good: tuple[Store, Manifest]) -> None:
+    store, manifest = good
+    rows: dict[Key, list[StoredRow]] = {}
+    for row in read_table(store, manifest.table):
+        rows.setdefault((row.role, row.expert, row.name), []).append(row)
+    assert all(len(found) == 1 for found in rows.values())
+    key, (row,) = next((key, found) for key, found in rows.items() if len(found[0].shape) == 2)
+    first = row.model_copy(update={"shape": (1, row.shape[1]), "row_stop": 1})
+    last = row.model_copy(update={"shape": (row.shape[0] - 2, row.shape[1]), "row_start": 2})
+    with pytest.raises(ManifestError, match=r"has a piece that ends at row 1 and one that begins at row 2"):
+        check_rows({key: [first, last]}, uri="store")
+
+
+def test_a_table_with_any_byte_changed_is_read_or_refused(good: tuple[Store, Manifest]) -> None:
+    store, manifest = good
+    whole = bytes(store.read(manifest.table.key))
+    for place in range(0, len(whole), 7):
+        data = bytearray(whole)
+        data[place] ^= 0x41
+        store.put(manifest.table.key, bytes(data))
+        entry = manifest.table.model_copy(update={"digest": digest_bytes(bytes(data)), "num_bytes": len(data)})
+        with suppress(ManifestError):
+            read_table(store, entry)
 
 
 def test_bytes_that_are_no_parquet_are_refused(good: tuple[Store, Manifest]) -> None:

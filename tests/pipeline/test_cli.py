@@ -173,7 +173,12 @@ def test_an_export_is_written_and_named(call: Call, lab_store: str, tmp_path: Pa
     assert code == 0
     assert "model.safetensors" in out
     assert (tmp_path / "image" / "config.json").is_file()
+    modes = {name: (tmp_path / "image" / name).stat().st_mode for name in ("config.json", "model.safetensors")}
+    assert len(set(modes.values())) == 1, "who may read one file may read all"
     refused(call, "is not empty", "export", f"{lab_store}#mmer", "--to", tmp_path / "image")
+    refused(call, "is a file", "export", f"{lab_store}#mmer", "--to", tmp_path / "image" / "config.json")
+    refused(call, "goes to a folder of this machine", "export", f"{lab_store}#mmer", "--to", "s3://bucket/image")
+    refused(call, "has more than 128", "export", f"{lab_store}#mmer", "--lora-rank", 100000, "--to", tmp_path / "adapter")
 
 
 def test_bad_questions_are_refused(call: Call, lab_store: str, tmp_path: Path) -> None:

@@ -109,6 +109,7 @@ def test_a_point_cloud_that_is_cut_short_is_one_clear_error(lab_store: str, tmp_
             "no expert for modality 'smell'; this composite has image (image), audio (audio), video (video)",
         ),
         (["x ?", "--image", __file__], "cannot be read as an image"),
+        (["x ?", "--media", "text=a.txt"], "--media: 'text' is no medium. Put the text into the question"),
         (["what is in {image} ?"], "the question names {image} 1 times, 0 such media were given"),
         (["x ?", "--image", "/dev/null"], "cannot be read as an image"),
         (["x ?", "--image", "missing.png"], "missing.png: no such image file"),

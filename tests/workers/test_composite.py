@@ -173,6 +173,14 @@ def test_what_cannot_be_asked_is_refused_with_the_way_out(lab_store: str, compos
         retained.generate(retained.prompt(QUESTIONS["audio"], [MEDIA["audio"]]))
 
 
+def test_words_of_the_api_that_do_not_exist_are_refused(lab_store: str, composite: Composite) -> None:
+    for wrong in ({"mode": "merge"}, {"policy": "some"}):
+        with pytest.raises(ManifestError, match=next(iter(wrong.values()))):
+            load_composite(f"{lab_store}#mmer", **wrong)  # type: ignore[arg-type]
+    with pytest.raises(PromptError, match="got 'some'"):
+        composite.generate(composite.prompt("x ?"), cache="some")
+
+
 def test_an_export_never_overwrites(lab_store: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(StoreError, match="is not empty"):

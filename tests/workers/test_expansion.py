@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +187,34 @@ def test_a_stream_gives_the_answer_in_pieces_and_its_errors_to_the_reader(family
         list(composite.stream([Part("smell", "x")]))
     with pytest.raises(PromptError, match="the model takes 128 together"):
         list(composite.stream(PROMPTS[0], max_new_tokens=600))
+
+
+def test_a_stream_that_is_left_ends_and_the_next_answer_is_right(family: Family) -> None:
+    composite = load_composite(family.find("llama", "masks")[0])
+    options: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8}
+    wanted = composite.generate(PROMPTS[1], **options)
+    passes = []
+    composite.language_model.register_forward_pre_hook(lambda *_: passes.append(1))
+    for _ in range(5):
+        for _piece in composite.stream(PROMPTS[0], max_new_tokens=100, min_new_tokens=100):
+            break
+        assert composite.generate(PROMPTS[1], **options) == wanted
+    assert len(passes) < 5 * (100 + 8) * 0.8, "what nobody asks for is not generated"
+
+
+def test_threads_may_ask_one_composite_and_copies_of_a_model_have_their_own_turns(family: Family) -> None:
+    composite = load_composite(family.find("llama", "masks")[0])
+    options: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4}
+    wanted = [composite.generate(prompt, **options) for prompt in PROMPTS]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda prompt: composite.generate(prompt, **options), PROMPTS * 5))
+    assert found == wanted * 5
+    copied = copy.deepcopy(composite.language_model)
+    routings = [
+        next(each._routing for each in model.modules() if isinstance(each, RoutedLinear)) for model in (composite.language_model, copied)
+    ]
+    with routings[0].prefill(torch.zeros(1, 1, dtype=torch.long)), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: routings[1].prefill(torch.zeros(1, 1, dtype=torch.long)).__enter__()).result(timeout=60) is None
 
 
 def test_what_cannot_be_generated_is_refused(family: Family) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+
 import pytest
 import torch
 from torch import nn
@@ -51,6 +54,30 @@ def test_models_made_afterwards_are_drawn_as_ever(fails: bool) -> None:
         make_skeleton(CONFIG, dtype=torch.float16, owner="base")
     after = draw()
     assert all(one.equal(other) and not other.is_meta for one, other in zip(before, after, strict=True))
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_threads_make_skeletons_at_once_and_other_modules_meanwhile() -> None:
+    ends = Event()
+
+    def make_layers() -> bool:
+        found = True
+        while not ends.is_set():
+            layer = nn.Linear(3, 4)
+            found = found and layer.weight.device.type == "cpu" and layer.weight.requires_grad and bool(layer.weight.any())
+        return found
+
+    def make(number: int) -> bool:
+        dtype = torch.bfloat16 if number % 2 else torch.float32
+        return all(value.is_meta and value.dtype == dtype for value in make_skeleton(CONFIG, dtype=dtype, owner="base").parameters())
+
+    with ThreadPoolExecutor(4) as pool:
+        other = pool.submit(make_layers)
+        made = list(pool.map(make, range(40)))
+        ends.set()
+        assert other.result()
+    assert all(made)
+    assert nn.Linear(2, 2).weight.device.type == "cpu"
     assert torch.get_default_dtype() == torch.float32
 
 
