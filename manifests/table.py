@@ -88,14 +88,8 @@ def read_table(store: Store, entry: TableEntry, *, with_statistics: bool = True)
         # Without threads: of a table of this size they cost more than they save.
         raws = pq.ParquetFile(io.BytesIO(data)).read(columns, use_threads=False).to_pylist()
         return _parse_rows(raws, with_statistics=with_statistics)
-    except (
-        pa.ArrowException,
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ) as error:  # OSError: what pyarrow says of its own headers
+    # OSError is what pyarrow says of headers of its own that it cannot take apart.
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ManifestError(f"{store.uri}: {entry.key} is no valid table ({_first_reason(error)}). Run the recipe again") from error
 
 
