@@ -57,11 +57,14 @@ def test_a_merge_runs_where_its_inputs_were_surveyed(
     lab: Any, connected: Any, faults: Any, undisturbed: tuple[Any, dict[str, str]], digests: Any
 ) -> None:
     raw, _ = undisturbed
-    run(make_tiny_plan(lab, raw), executor=RayExecutor())
-    places: dict[str, list[str]] = {}
-    for event in faults.events():
-        places.setdefault(event["shard"].removeprefix("base/"), []).append(event["node"])
-    again = [node == nodes[0] for nodes in places.values() for node in nodes[1:]]
+    again: list[bool] = []
+    for build in range(3):  # tasks of milliseconds: in a single build the preferred node may be busy whenever it is asked
+        before = len(faults.events())
+        run(make_tiny_plan(lab, raw, f"store{build}"), executor=RayExecutor())
+        places: dict[str, list[str]] = {}
+        for event in faults.events()[before:]:
+            places.setdefault(event["shard"].removeprefix("base/"), []).append(event["node"])
+        again += [node == nodes[0] for nodes in places.values() for node in nodes[1:]]
     assert sum(again) >= 0.6 * len(again), "warm caches are preferred, though never waited for"
 
 
