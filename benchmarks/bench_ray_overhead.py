@@ -54,7 +54,7 @@ def read_cpu() -> dict[int, float]:
 
 def build(plan: Any, store: Path, executor: Any) -> Build:
     """Return one build from nothing."""
-    from mmerge.manifests.store import open_store
+    from mmerge.manifests.stores.object_store import open_store
     from mmerge.pipeline import run
     from mmerge.pipeline.status import RunRecord, begin_run
 

@@ -22,7 +22,7 @@ import numpy as np
 import obstore
 from blake3 import blake3
 
-from mmerge.manifests.store import Store, open_store
+from mmerge.manifests.stores.object_store import Store, open_store
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from store_servers import ceph_server, moto_server

@@ -11,7 +11,7 @@ from mmerge.manifests.claim import Claim
 from mmerge.manifests.errors import StoreError
 from mmerge.manifests.manifest import Manifest, manifest_key, read_manifest
 from mmerge.manifests.reference import list_references, read_reference
-from mmerge.manifests.store import Listed, Store
+from mmerge.manifests.stores.object_store import Listed, Store
 
 DEFAULT_GRACE = timedelta(days=7)
 _ORDER = ("refs/", "builds/", "objects/", "files/", "surveys/", "probe/", "claims/")

@@ -12,9 +12,9 @@ from mmerge.manifests.claim import Claim
 from mmerge.manifests.entry import ObjectEntry, read_entry, write_entry
 from mmerge.manifests.errors import DamagedObject, ManifestError, NotFound
 from mmerge.manifests.manifest import FileEntry, Manifest, manifest_key, read_file, read_manifest, write_manifest
-from mmerge.manifests.probe import check_store
+from mmerge.manifests.stores.create_check import check_store
 from mmerge.manifests.reference import Reference, find_build, find_reference, split_uri, write_reference
-from mmerge.manifests.store import Store, open_store
+from mmerge.manifests.stores.object_store import Store, open_store
 from mmerge.manifests.table import read_table_bytes
 
 READ_BYTES = 16 << 20

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from mmerge.manifests.digest import parse_json, to_canonical_json
 from mmerge.manifests.errors import ManifestError, NotFound, StoreError
-from mmerge.manifests.store import Store, check_key
+from mmerge.manifests.stores.object_store import Store, check_key
 
 Role = Literal["base", "delta", "mask", "merged", "carried", "extra_rows", "adapter"]
 """What a stored tensor is: base weights, τ⋆, one packed modality mask, a merged plain tensor, a tensor copied from an

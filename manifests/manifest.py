@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, field_validator
 from mmerge.manifests.digest import digest_bytes, parse_json, to_canonical_json
 from mmerge.manifests.entry import DIGEST_PATTERN, ObjectEntry, Record, validate_key
 from mmerge.manifests.errors import AlreadyExists, ManifestError, NotFound, StoreError, StoreUnavailable
-from mmerge.manifests.store import Store
+from mmerge.manifests.stores.object_store import Store
 
 FORMAT = "mmerge-composite"
 VERSION = 1

@@ -8,7 +8,7 @@ from typing import Literal
 
 from mmerge.manifests.entry import ObjectEntry, TensorRow
 from mmerge.manifests.header import make_header
-from mmerge.manifests.store import Store
+from mmerge.manifests.stores.object_store import Store
 
 
 def delta_name(name: str) -> str:

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 from mmerge.manifests.digest import parse_json, to_canonical_json
 from mmerge.manifests.entry import DIGEST_PATTERN, Record
 from mmerge.manifests.errors import AlreadyExists, ManifestError, StoreError
-from mmerge.manifests.store import Store, open_store
+from mmerge.manifests.stores.object_store import Store, open_store
 
 MAX_REFERENCE_BYTES = 1 << 20
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"

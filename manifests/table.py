@@ -17,7 +17,7 @@ from mmerge.manifests.entry import ShardEntry, TensorRow, validate_key
 from mmerge.manifests.errors import ManifestError, NotFound, StoreError, StoreUnavailable
 from mmerge.manifests.header import DTYPE_BYTES
 from mmerge.manifests.manifest import TableEntry
-from mmerge.manifests.store import Store
+from mmerge.manifests.stores.object_store import Store
 
 SCHEMA = pa.schema(
     [

@@ -15,7 +15,7 @@ from mmerge.manifests.errors import DamagedObject, ManifestError, NotFound, Stor
 from mmerge.manifests.manifest import FileEntry, Manifest, read_file, read_manifest
 from mmerge.manifests.object_header import describe_held, describe_row, describe_size, find_header_damage
 from mmerge.manifests.reference import open_build
-from mmerge.manifests.store import Store
+from mmerge.manifests.stores.object_store import Store
 from mmerge.manifests.table import StoredRow, read_table
 
 READ_BYTES = 16 << 20

@@ -14,9 +14,9 @@ from mmerge.manifests.digest import digest_bytes, digest_json
 from mmerge.manifests.entry import ShardEntry, read_entry
 from mmerge.manifests.errors import TaskErrors
 from mmerge.manifests.manifest import VERSION, Manifest, TableEntry, manifest_key, read_manifest, write_manifest
-from mmerge.manifests.probe import check_store
+from mmerge.manifests.stores.create_check import check_store
 from mmerge.manifests.reference import Reference, write_reference
-from mmerge.manifests.store import open_store
+from mmerge.manifests.stores.object_store import open_store
 from mmerge.manifests.table import make_table
 from mmerge.pipeline.executor import Executor, SerialExecutor
 from mmerge.pipeline.flow import Flow

@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mmerge.manifests.errors import RecipeError
-from mmerge.manifests.store import is_local, open_store
+from mmerge.manifests.stores.object_store import is_local, open_store
 from mmerge.pipeline.build import run
 from mmerge.pipeline.evaluate import Model, Settings, make_answer_task
 from mmerge.pipeline.executor import Executor, SerialExecutor

@@ -22,7 +22,7 @@ from mmerge.manifests.errors import MmergeError, RecipeError, StoreError
 from mmerge.pipeline.cli_options import JsonOption
 
 if TYPE_CHECKING:
-    from mmerge.manifests.store import Store
+    from mmerge.manifests.stores.object_store import Store
     from mmerge.pipeline.plan import MergePlan
     from mmerge.pipeline.progress import Progress
     from mmerge.pipeline.simulate import Simulation
@@ -85,7 +85,7 @@ def recorded(plan: MergePlan, progress: Progress, *, exclusive: bool, metrics: b
         RunUnderWay: `exclusive`, and another run of the same composite lives.
         StoreError: the store cannot be written.
     """
-    from mmerge.manifests.store import open_store
+    from mmerge.manifests.stores.object_store import open_store
     from mmerge.pipeline.progress import SeveralProgress
     from mmerge.pipeline.status import RunRecord, begin_run
 
@@ -109,7 +109,7 @@ def simulate_plan(
 ) -> Simulation:
     """Return the simulated run of a plan. Raises MmergeError where a node is too small, or no run was measured."""
     from mmerge.manifests.reference import split_uri
-    from mmerge.manifests.store import open_store
+    from mmerge.manifests.stores.object_store import open_store
     from mmerge.pipeline.simulate import GB, Nodes, simulate
     from mmerge.pipeline.status import to_rates
 
@@ -232,7 +232,7 @@ def status(
 ) -> None:
     """Tell how far the last run of a composite is, from any machine that can read its store. Exit code 1 if it failed."""
     from mmerge.manifests.reference import split_uri
-    from mmerge.manifests.store import open_store
+    from mmerge.manifests.stores.object_store import open_store
 
     job = None
     if "/" not in what and "#" not in what and not Path(what).is_dir():

@@ -56,7 +56,7 @@ def show(
 ) -> None:
     """Show a composite: what it was made from, its masks, and what the experts share. Or list the composites of a store."""
     from mmerge.manifests.reference import list_references, split_uri
-    from mmerge.manifests.store import open_store
+    from mmerge.manifests.stores.object_store import open_store
     from mmerge.pipeline.report import print_build, print_references
     from mmerge.pipeline.show import read_build, read_references, to_json
 
@@ -166,7 +166,7 @@ def _short(value: Any) -> str:
 def log(uri: UriArgument, as_json: JsonOption = False) -> None:
     """List the builds behind a name, newest first: when, from what, by which versions."""
     from mmerge.manifests.reference import split_uri
-    from mmerge.manifests.store import open_store
+    from mmerge.manifests.stores.object_store import open_store
     from mmerge.pipeline.compare import read_log
 
     store_uri, name = split_uri(uri)
@@ -193,7 +193,7 @@ def gc(
 ) -> None:
     """Delete what no live build needs. A dry run unless --delete is given; refuses while a run uses the store."""
     from mmerge.manifests.collect import collect
-    from mmerge.manifests.store import open_store
+    from mmerge.manifests.stores.object_store import open_store
     from mmerge.pipeline.progress import to_size
 
     period = parse_duration(grace, option="--grace")

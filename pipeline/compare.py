@@ -9,7 +9,7 @@ from typing import Any
 from mmerge.manifests.errors import ManifestError
 from mmerge.manifests.manifest import Manifest, manifest_key
 from mmerge.manifests.reference import Reference, find_build, list_references, read_reference
-from mmerge.manifests.store import Store
+from mmerge.manifests.stores.object_store import Store
 from mmerge.manifests.table import StoredRow, layer_of
 from mmerge.pipeline.show import BuildSummary, read_build, summarise_masks
 

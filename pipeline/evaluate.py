@@ -13,7 +13,7 @@ from mmerge.manifests.digest import digest_json
 from mmerge.manifests.errors import RecipeError, TaskErrors
 from mmerge.manifests.manifest import Manifest, read_manifest
 from mmerge.manifests.reference import open_build
-from mmerge.manifests.store import Store, is_local, open_store, to_local_path
+from mmerge.manifests.stores.object_store import Store, is_local, open_store, to_local_path
 from mmerge.pipeline.build import run
 from mmerge.pipeline.executor import Executor, SerialExecutor
 from mmerge.pipeline.plan import make_plan

@@ -12,7 +12,7 @@ from mmerge.manifests.entry import ObjectEntry, read_entry
 from mmerge.manifests.errors import ManifestError, NotFound
 from mmerge.manifests.manifest import manifest_key, read_manifest
 from mmerge.manifests.reference import list_references, read_reference
-from mmerge.manifests.store import Store, open_store
+from mmerge.manifests.stores.object_store import Store, open_store
 from mmerge.pipeline.build import Builder, RunReport
 from mmerge.pipeline.dispatch import Follow, Outcomes, nothing_follows
 from mmerge.pipeline.executor import Executor, SerialExecutor

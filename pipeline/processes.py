@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 
 from mmerge.manifests.errors import MmergeError, StoreError
-from mmerge.manifests.store import was_any_opened
+from mmerge.manifests.stores.object_store import was_any_opened
 from mmerge.pipeline.dispatch import Follow, Outcomes, nothing_follows
 from mmerge.pipeline.memory import PROCESS_BYTES
 from mmerge.pipeline.threads import run_in_pool

@@ -13,9 +13,9 @@ import yaml
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, create_model
 
 from mmerge.manifests.errors import CheckpointError, RecipeError, StoreError
-from mmerge.manifests.hub import pin_uri
+from mmerge.manifests.stores.hub import pin_uri
 from mmerge.manifests.reference import NAME_PATTERN
-from mmerge.manifests.store import is_local, to_local_path
+from mmerge.manifests.stores.object_store import is_local, to_local_path
 from mmerge.manifests.table import layer_of
 from mmerge.pipeline.mergekit import from_mergekit, is_mergekit
 from mmerge.pipeline.schedule import Schedule, numeric_fields, resolve, schedule_schema, take_schedules

@@ -8,7 +8,7 @@ from typing import Any
 
 from mmerge.manifests.manifest import Manifest, read_manifest
 from mmerge.manifests.reference import Reference, list_references, open_build, read_reference
-from mmerge.manifests.store import Store
+from mmerge.manifests.stores.object_store import Store
 from mmerge.manifests.table import StoredRow, layer_of, read_table
 
 

@@ -11,7 +11,7 @@ import torch
 
 from mmerge.manifests.digest import digest_json
 from mmerge.manifests.errors import MmergeError, RecipeError
-from mmerge.manifests.store import Store
+from mmerge.manifests.stores.object_store import Store
 from mmerge.pipeline.plan import MergePlan
 from mmerge.pipeline.survey import Thresholds
 from mmerge.workers.measure import parse_numbers

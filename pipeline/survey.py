@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from mmerge.manifests.digest import digest_json
 from mmerge.manifests.errors import MmergeError, RecipeError
 from mmerge.manifests.manifest import FileEntry
-from mmerge.manifests.store import Store
+from mmerge.manifests.stores.object_store import Store
 from mmerge.pipeline.plan import CopyShard, MergePlan, MergeShard
 from mmerge.workers.checkpoint import TensorSource, identity_digest
 from mmerge.workers.histograms import NUM_LOWER, HistogramSum, add_histograms, find_bin, is_exact, to_magnitude

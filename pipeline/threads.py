@@ -8,8 +8,8 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExec
 from dataclasses import replace
 
 from mmerge.manifests.errors import MmergeError
-from mmerge.manifests.settle import settle
-from mmerge.manifests.store import Store, open_store
+from mmerge.manifests.stores.deferred_commit import settle
+from mmerge.manifests.stores.object_store import Store, open_store
 from mmerge.pipeline.dispatch import Follow, Outcomes, nothing_follows
 from mmerge.pipeline.uninterrupted import uninterrupted
 from mmerge.workers.lazy_torch import torch_is_loaded

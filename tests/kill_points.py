@@ -35,7 +35,7 @@ def _start(recipe: str, kill_at: int, found: Any) -> ForkServerProcess:
 
 
 def _run(recipe: str, kill_at: int, found: Any) -> None:
-    import mmerge.manifests.folder as folder
+    import mmerge.manifests.stores.local as folder
     from mmerge.pipeline import make_plan, read_recipe, run
 
     class CountingOs:

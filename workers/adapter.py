@@ -15,7 +15,7 @@ from typing import Any
 from typing_extensions import override
 
 from mmerge.manifests.errors import CheckpointError, NotFound, ShapeMismatch, StoreError
-from mmerge.manifests.store import Store, open_store
+from mmerge.manifests.stores.object_store import Store, open_store
 from mmerge.workers.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, LowRankSource, TensorSource
 from mmerge.workers.pickled import read_pickled_specs
 

@@ -11,7 +11,7 @@ from threading import Lock
 
 from mmerge.manifests.digest import parse_json
 from mmerge.manifests.errors import DamagedObject, NotFound, RecipeError
-from mmerge.manifests.store import Store
+from mmerge.manifests.stores.object_store import Store
 from mmerge.workers.composite import Composite
 from mmerge.workers.load import Mode, load_composite
 from mmerge.workers.prompt import Part

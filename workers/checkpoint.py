@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from mmerge.manifests.ahead import AHEAD_BYTES
-from mmerge.manifests.connect import SCHEMES, scheme_of
+from mmerge.manifests.stores.prefetch import AHEAD_BYTES
+from mmerge.manifests.stores.clients import SCHEMES, scheme_of
 from mmerge.manifests.digest import digest_json, parse_json
 from mmerge.manifests.errors import CheckpointError, NotFound, StoreError
 from mmerge.manifests.header import TensorSpec, header_length, parse_header
-from mmerge.manifests.store import Store, open_store
+from mmerge.manifests.stores.object_store import Store, open_store
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -14,7 +14,7 @@ from typing import Literal, TypeVar
 import torch
 from typing_extensions import override
 
-from mmerge.manifests.store import Store
+from mmerge.manifests.stores.object_store import Store
 from mmerge.workers.division import Division, Part
 from mmerge.workers.host_memory import Empty, empty_host
 from mmerge.workers.masks import pack_mask, pack_rows, unpack_rows
@@ -31,7 +31,7 @@ SHARED_WINDOW_BYTES = WINDOW_BYTES // 4
 LOCAL_THREADS = 8
 """Threads that read a local store, if there are so many cores: each copies, digests and forms, so that more would only take turns."""
 REMOTE_THREADS = 4
-"""Threads that read over a network, where they wait; a range of some size is several requests already (manifests/ahead.py)."""
+"""Threads that read over a network, where they wait; a range of some size is several requests already (manifests/stores/prefetch.py)."""
 
 _Result = TypeVar("_Result")
 Kind = Literal["plain", "matrix", "bias"]

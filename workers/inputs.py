@@ -2,7 +2,7 @@
 
 Local files are read by `preadv` into buffers that stay in the caches, a megabyte at a time; the system is told to fetch ahead.
 (Mapped files were tried: bringing pages into a map and out of it costs as much as the copy, and digests read a buffer that is in
-the caches sooner.) What lies behind a network is fetched ahead of its use (manifests/ahead.py).
+the caches sooner.) What lies behind a network is fetched ahead of its use (manifests/stores/prefetch.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from mmerge.manifests.errors import NotFound, StoreError
 from mmerge.manifests.header import DTYPE_BYTES
-from mmerge.manifests.store import check_key, is_local, open_store, to_local_path
+from mmerge.manifests.stores.object_store import check_key, is_local, open_store, to_local_path
 from mmerge.workers.checkpoint import LowRankSource, OpenStores, TensorSource, read_source
 from mmerge.workers.kernels import CODES
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mmerge.manifests.store import Store
+from mmerge.manifests.stores.object_store import Store
 from mmerge.workers.checkpoint import LowRankSource, OpenStores, TensorSource, read_source
 from mmerge.workers.dtypes import to_bytes, to_tensor
 

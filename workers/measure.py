@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mmerge.manifests.store import Store
+from mmerge.manifests.stores.object_store import Store
 from mmerge.workers.blocks import read_blocks
 from mmerge.workers.fast_measures import VECTORS, measure_gram
 from mmerge.workers.inputs import InputReader

@@ -17,8 +17,8 @@ from mmerge.manifests.entry import ObjectEntry, ShardEntry, TensorRow, TensorSta
 from mmerge.manifests.errors import RecipeError
 from mmerge.manifests.header import DTYPE_BYTES, TensorSpec, make_header
 from mmerge.manifests.object_header import delta_name, make_metadata, mask_name
-from mmerge.manifests.store import Store
-from mmerge.manifests.writer import ObjectWriter
+from mmerge.manifests.stores.object_store import Store
+from mmerge.manifests.stores.writer import ObjectWriter
 from mmerge.workers.blocks import entries_at_once, read_blocks
 from mmerge.workers.dtypes import to_bytes, with_one_nan
 from mmerge.workers.fast_paths import find_fast_path

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from mmerge.manifests.errors import CheckpointError
 from mmerge.manifests.header import TensorSpec
-from mmerge.manifests.store import Store
+from mmerge.manifests.stores.object_store import Store
 from mmerge.workers.dtypes import SAFETENSORS_DTYPES
 
 _REMEDY = "Save the adapter as safetensors (safe_serialization=True)"

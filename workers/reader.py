@@ -17,7 +17,7 @@ from mmerge.manifests.errors import DamagedObject, ManifestError, NotFound, Stor
 from mmerge.manifests.manifest import Manifest, read_manifest
 from mmerge.manifests.object_header import find_header_damage
 from mmerge.manifests.reference import open_build
-from mmerge.manifests.store import Store
+from mmerge.manifests.stores.object_store import Store
 from mmerge.manifests.table import StoredRow, read_table
 from mmerge.manifests.verify import group_rows
 from mmerge.workers.dtypes import TORCH_DTYPES, to_bytes

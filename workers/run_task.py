@@ -8,8 +8,8 @@ import time
 from dataclasses import replace
 
 from mmerge.manifests.errors import StoreUnavailable
-from mmerge.manifests.settle import collect_pending
-from mmerge.manifests.store import Store, open_store
+from mmerge.manifests.stores.deferred_commit import collect_pending
+from mmerge.manifests.stores.object_store import Store, open_store
 from mmerge.workers.copy import copy_shard
 from mmerge.workers.measure import measure_shard
 from mmerge.workers.merge import merge_shard

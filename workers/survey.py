@@ -18,7 +18,7 @@ from safetensors.numpy import save as save_arrays
 
 from mmerge.manifests.errors import NonFiniteError, NotFound
 from mmerge.manifests.header import DTYPE_BYTES, FLOAT_DTYPES
-from mmerge.manifests.store import Store
+from mmerge.manifests.stores.object_store import Store
 from mmerge.workers.checkpoint import TensorSource
 from mmerge.workers.dtypes import to_tensor
 from mmerge.workers.histograms import MagnitudeCounter, count_lower

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mmerge.manifests.entry import Role
-from mmerge.manifests.folder import Pending
+from mmerge.manifests.stores.local import Pending
 from mmerge.workers.checkpoint import TensorSource
 from mmerge.workers.methods.interface import Granularity, Known, Numbers
 from mmerge.workers.prompt import Part

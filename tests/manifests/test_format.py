@@ -9,7 +9,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from mmerge.manifests.connect import make_client, read_aws_profile, read_limits
+from mmerge.manifests.stores.clients import make_client, read_aws_profile, read_limits
 from mmerge.manifests.errors import StoreError
 from mmerge.manifests.manifest import Manifest, make_manifest_schema, to_manifest_bytes
 from mmerge.manifests.table import SCHEMA

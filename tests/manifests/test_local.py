@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mmerge.manifests.local import read_local
+from mmerge.manifests.stores.local_reads import read_local
 
 DATA = np.random.default_rng(0).integers(0, 256, 10_000, dtype=np.uint8)
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-import mmerge.manifests.folder as folder
+import mmerge.manifests.stores.local as folder
 from mmerge.manifests.errors import StoreError
-from mmerge.manifests.settle import collect_pending, settle
-from mmerge.manifests.store import Store, open_store
+from mmerge.manifests.stores.deferred_commit import collect_pending, settle
+from mmerge.manifests.stores.object_store import Store, open_store
 
 
 @pytest.fixture

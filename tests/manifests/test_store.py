@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mmerge.manifests.ahead import read_in_parts
+from mmerge.manifests.stores.prefetch import read_in_parts
 from mmerge.manifests.errors import AlreadyExists, NotFound, StoreError, StoreUnavailable
-from mmerge.manifests.probe import check_store
-from mmerge.manifests.store import Store, open_store
+from mmerge.manifests.stores.create_check import check_store
+from mmerge.manifests.stores.object_store import Store, open_store
 
 
 @pytest.fixture(params=["memory", "local", "moto", "ceph", "swift", "azurite"])

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from mmerge.manifests.errors import MmergeError, StoreError
-from mmerge.manifests.store import open_store, was_any_opened
+from mmerge.manifests.stores.object_store import open_store, was_any_opened
 from mmerge.manifests.verify import verify
 from mmerge.pipeline import make_plan, open_executor, read_recipe, run
 from mmerge.pipeline.processes import ProcessExecutor

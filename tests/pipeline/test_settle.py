@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from mmerge.manifests.errors import StoreError
-from mmerge.manifests.folder import Pending
-from mmerge.manifests.settle import collect_pending, settle
-from mmerge.manifests.store import Store, open_store
+from mmerge.manifests.stores.local import Pending
+from mmerge.manifests.stores.deferred_commit import collect_pending, settle
+from mmerge.manifests.stores.object_store import Store, open_store
 from mmerge.pipeline import make_plan, read_recipe, run, verify
 from mmerge.pipeline.executor import SerialExecutor
 from mmerge.pipeline.threads import SETTLING_AT_ONCE, run_in_threads

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mmerge.manifests.store import Store, open_store
+from mmerge.manifests.stores.object_store import Store, open_store
 from mmerge.pipeline import status as module
 from mmerge.pipeline.progress import JsonFormatter, LogProgress
 from mmerge.pipeline.simulate import Rates

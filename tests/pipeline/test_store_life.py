@@ -16,7 +16,7 @@ from mmerge.manifests.claim import Claim
 from mmerge.manifests.collect import collect
 from mmerge.manifests.copy_build import copy_build
 from mmerge.manifests.errors import DamagedObject, ManifestError, RecipeError, StoreError
-from mmerge.manifests.store import Store, open_store
+from mmerge.manifests.stores.object_store import Store, open_store
 from mmerge.pipeline import make_plan, read_recipe, run, verify
 from mmerge.pipeline.build import RunReport
 from mmerge.pipeline.cli import main

@@ -35,7 +35,7 @@ def test_the_wheel_holds_the_code_that_runs_names_no_dependency_and_is_named_aft
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         assert archive.read("mmerge/pipeline/submit.py") == Path(sys.modules["mmerge.pipeline.submit"].__file__ or "").read_bytes()
-        assert {"mmerge/manifests/store.py", "mmerge/workers/methods/mmer.py", "mmerge/pipeline/py.typed"} <= set(names)
+        assert {"mmerge/manifests/stores/object_store.py", "mmerge/workers/methods/mmer.py", "mmerge/pipeline/py.typed"} <= set(names)
         assert not [name for name in names if "__pycache__" in name]
         assert b"Requires-Dist" not in archive.read(next(name for name in names if name.endswith("METADATA")))
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", str(wheel), f"--target={tmp_path / 'site'}"]

@@ -15,7 +15,7 @@ from obstore.store import MemoryStore
 from typing_extensions import override
 
 from mmerge.manifests.errors import DamagedObject
-from mmerge.manifests.store import Store, open_store
+from mmerge.manifests.stores.object_store import Store, open_store
 from mmerge.workers import fetch
 from mmerge.workers.division import Division
 from mmerge.workers.fetch import (

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mmerge.manifests.errors import DamagedObject
-from mmerge.manifests.store import open_store
+from mmerge.manifests.stores.object_store import open_store
 from mmerge.workers import formed_read
 from mmerge.workers.dtypes import to_bytes
 from mmerge.workers.formed_read import read_formed

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from mmerge.manifests.folder import Pending
-from mmerge.manifests.store import Store, check_key
+from mmerge.manifests.stores.local import Pending
+from mmerge.manifests.stores.object_store import Store, check_key
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import secrets
 from concurrent.futures import ThreadPoolExecutor
 
 from mmerge.manifests.errors import AlreadyExists, StoreError
-from mmerge.manifests.store import Store
+from mmerge.manifests.stores.object_store import Store
 
 NUM_WRITERS = 8
 NUM_ROUNDS = 8

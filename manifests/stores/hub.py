@@ -18,11 +18,11 @@ from typing import Any, TypeVar
 
 from typing_extensions import override
 
-from mmerge.manifests.ahead import OnPart
+from mmerge.manifests.stores.prefetch import OnPart
 from mmerge.manifests.errors import NotFound, StoreError, StoreUnavailable
 from mmerge.manifests.header import MAX_HEADER_BYTES
-from mmerge.manifests.store import MAX_READ_BYTES, Listed, Store, check_key
-from mmerge.manifests.writer import ObjectWriter
+from mmerge.manifests.stores.object_store import MAX_READ_BYTES, Listed, Store, check_key
+from mmerge.manifests.stores.writer import ObjectWriter
 
 _URI_PATTERN = r"hf://(?P<repo>[A-Za-z0-9._-]+/[A-Za-z0-9._-]+)(?:@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]*))?/?"
 _COMMIT_PATTERN = r"[0-9a-f]{40}"

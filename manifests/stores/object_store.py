@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 from obstore.exceptions import BaseError
 from obstore.store import LocalStore, MemoryStore
 
-from mmerge.manifests.ahead import CHUNK_BYTES, PART_BYTES, ForwardReader, OnPart, read_in_parts
-from mmerge.manifests.connect import make_client, read_limits, scheme_of
+from mmerge.manifests.stores.prefetch import CHUNK_BYTES, PART_BYTES, ForwardReader, OnPart, read_in_parts
+from mmerge.manifests.stores.clients import make_client, read_limits, scheme_of
 from mmerge.manifests.errors import NotFound, StoreError, StoreUnavailable
-from mmerge.manifests.folder import Folder, is_partial
-from mmerge.manifests.local import read_local, read_local_start
-from mmerge.manifests.translate import Translated, first_line
-from mmerge.manifests.writer import ObjectWriter
+from mmerge.manifests.stores.local import Folder, is_partial
+from mmerge.manifests.stores.local_reads import read_local, read_local_start
+from mmerge.manifests.stores.error_translation import Translated, first_line
+from mmerge.manifests.stores.writer import ObjectWriter
 
 COALESCE_BYTES = 1 << 20
 """Ranges that are nearer than this are read in one request."""
@@ -72,7 +72,7 @@ class Store:
     def __init__(self, uri: str, inner: Any, *, folder: Folder | None = None) -> None:
         self.uri = uri
         self.honours_create = True
-        """False where `check_store` found that a server lets several writers create one key (manifests/probe.py)."""
+        """False where `check_store` found that a server lets several writers create one key (manifests/stores/create_check.py)."""
         self._inner = inner
         self._folder = folder
         self._is_remote = folder is None and not uri.startswith("memory://")
@@ -360,7 +360,7 @@ def open_store(uri: str, *, create: bool = False) -> Store:
     if is_local(uri):
         return _open_folder(to_local_path(uri).absolute(), create=create)
     if scheme_of(uri) == "hf":
-        from mmerge.manifests.hub import open_hub
+        from mmerge.manifests.stores.hub import open_hub
 
         return open_hub(uri)
     return Store(uri.rstrip("/"), make_client(uri))

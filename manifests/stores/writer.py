@@ -9,10 +9,10 @@ import obstore
 from blake3 import blake3
 
 from mmerge.manifests.errors import StoreUnavailable
-from mmerge.manifests.folder import Folder, FolderWriter
+from mmerge.manifests.stores.local import Folder, FolderWriter
 
 if TYPE_CHECKING:
-    from mmerge.manifests.store import Store
+    from mmerge.manifests.stores.object_store import Store
 
 WRITER_BUFFER_BYTES = 8 << 20
 """Bytes a streaming writer holds before it sends a part."""

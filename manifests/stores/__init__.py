@@ -1,0 +1,1 @@
+"""Where bytes are stored: local folders, object stores, the Hub."""
