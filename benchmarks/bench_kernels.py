@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmerge.manifests.header import TensorSpec
+from mmerge.manifests.format.safetensors_header import TensorSpec
 from mmerge.workers.checkpoint import TensorSource
 from mmerge.workers.fast_paths import FAST_PATHS, find_fast_path
 from mmerge.workers.histograms import MagnitudeCounter

@@ -16,7 +16,7 @@ import yaml
 from checkpoints import Shape
 from measure import plain_environment
 
-from mmerge.manifests.header import make_header
+from mmerge.manifests.format.safetensors_header import make_header
 
 SHAPE_70B = Shape(hidden=8192, ffn=28_672, layers=80, heads=64, kv_heads=8)
 FILE_BYTES = 5_000_000_000

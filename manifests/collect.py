@@ -9,8 +9,8 @@ from datetime import datetime, timedelta
 
 from mmerge.manifests.claim import Claim
 from mmerge.manifests.errors import StoreError
-from mmerge.manifests.manifest import Manifest, manifest_key, read_manifest
-from mmerge.manifests.reference import list_references, read_reference
+from mmerge.manifests.format.manifest import Manifest, manifest_key, read_manifest
+from mmerge.manifests.format.references import list_references, read_reference
 from mmerge.manifests.stores.object_store import Listed, Store
 
 DEFAULT_GRACE = timedelta(days=7)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from blake3 import blake3
 
 from mmerge.manifests.claim import Claim
-from mmerge.manifests.entry import ObjectEntry, read_entry, write_entry
+from mmerge.manifests.format.entry import ObjectEntry, read_entry, write_entry
 from mmerge.manifests.errors import DamagedObject, ManifestError, NotFound
-from mmerge.manifests.manifest import FileEntry, Manifest, manifest_key, read_file, read_manifest, write_manifest
+from mmerge.manifests.format.manifest import FileEntry, Manifest, manifest_key, read_file, read_manifest, write_manifest
 from mmerge.manifests.stores.create_check import check_store
-from mmerge.manifests.reference import Reference, find_build, find_reference, split_uri, write_reference
+from mmerge.manifests.format.references import Reference, find_build, find_reference, split_uri, write_reference
 from mmerge.manifests.stores.object_store import Store, open_store
-from mmerge.manifests.table import read_table_bytes
+from mmerge.manifests.format.table import read_table_bytes
 
 READ_BYTES = 16 << 20
 OBJECTS_AT_ONCE = 4

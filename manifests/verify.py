@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 
 from blake3 import blake3
 
-from mmerge.manifests.entry import ObjectEntry
+from mmerge.manifests.format.entry import ObjectEntry
 from mmerge.manifests.errors import DamagedObject, ManifestError, NotFound, StoreError
-from mmerge.manifests.manifest import FileEntry, Manifest, read_file, read_manifest
-from mmerge.manifests.object_header import describe_held, describe_row, describe_size, find_header_damage
-from mmerge.manifests.reference import open_build
+from mmerge.manifests.format.manifest import FileEntry, Manifest, read_file, read_manifest
+from mmerge.manifests.format.object_header import describe_held, describe_row, describe_size, find_header_damage
+from mmerge.manifests.format.references import open_build
 from mmerge.manifests.stores.object_store import Store
-from mmerge.manifests.table import StoredRow, read_table
+from mmerge.manifests.format.table import StoredRow, read_table
 
 READ_BYTES = 16 << 20
 """Bytes read at once, of each object."""

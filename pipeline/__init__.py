@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmerge.manifests.errors import MmergeError
-    from mmerge.manifests.manifest import Manifest
+    from mmerge.manifests.format.manifest import Manifest
     from mmerge.manifests.verify import VerifyReport, verify
     from mmerge.pipeline.actors import ActorComposite, load_on_actors
     from mmerge.pipeline.build import RunReport, run
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "MmergeError": "mmerge.manifests.errors",
-    "Manifest": "mmerge.manifests.manifest",
+    "Manifest": "mmerge.manifests.format.manifest",
     "VerifyReport": "mmerge.manifests.verify",
     "verify": "mmerge.manifests.verify",
     "MergePlan": "mmerge.pipeline.plan",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmerge.manifests.errors import CheckpointError, RecipeError, ShapeMismatch
-from mmerge.manifests.manifest import AdapterRecord
+from mmerge.manifests.format.manifest import AdapterRecord
 from mmerge.pipeline.recipe import Recipe
 from mmerge.workers.adapter import DEFAULT_ADAPTER, AdapterCheckpoint, AdapterFolder, AdapterPair, find_linear
 from mmerge.workers.checkpoint import Checkpoint, TensorSource

@@ -11,13 +11,13 @@ from typing import Any
 
 from mmerge.manifests.claim import Claim
 from mmerge.manifests.digest import digest_bytes, digest_json
-from mmerge.manifests.entry import ShardEntry, read_entry
+from mmerge.manifests.format.entry import ShardEntry, read_entry
 from mmerge.manifests.errors import TaskErrors
-from mmerge.manifests.manifest import VERSION, Manifest, TableEntry, manifest_key, read_manifest, write_manifest
+from mmerge.manifests.format.manifest import VERSION, Manifest, TableEntry, manifest_key, read_manifest, write_manifest
 from mmerge.manifests.stores.create_check import check_store
-from mmerge.manifests.reference import Reference, write_reference
+from mmerge.manifests.format.references import Reference, write_reference
 from mmerge.manifests.stores.object_store import open_store
-from mmerge.manifests.table import make_table
+from mmerge.manifests.format.table import make_table
 from mmerge.pipeline.executor import Executor, SerialExecutor
 from mmerge.pipeline.flow import Flow
 from mmerge.pipeline.inputs import add_inputs, describe_inputs

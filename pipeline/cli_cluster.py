@@ -108,7 +108,7 @@ def simulate_plan(
     plan: MergePlan, *, nodes: int, cores: int, read_gbps: float, write_gbps: float, node_memory: float | None, rates_from: str | None
 ) -> Simulation:
     """Return the simulated run of a plan. Raises MmergeError where a node is too small, or no run was measured."""
-    from mmerge.manifests.reference import split_uri
+    from mmerge.manifests.format.references import split_uri
     from mmerge.manifests.stores.object_store import open_store
     from mmerge.pipeline.simulate import GB, Nodes, simulate
     from mmerge.pipeline.status import to_rates
@@ -231,7 +231,7 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """Tell how far the last run of a composite is, from any machine that can read its store. Exit code 1 if it failed."""
-    from mmerge.manifests.reference import split_uri
+    from mmerge.manifests.format.references import split_uri
     from mmerge.manifests.stores.object_store import open_store
 
     job = None

@@ -55,7 +55,7 @@ def show(
     layers: Annotated[bool, typer.Option("--layers", help="mask statistics per layer as well")] = False,
 ) -> None:
     """Show a composite: what it was made from, its masks, and what the experts share. Or list the composites of a store."""
-    from mmerge.manifests.reference import list_references, split_uri
+    from mmerge.manifests.format.references import list_references, split_uri
     from mmerge.manifests.stores.object_store import open_store
     from mmerge.pipeline.report import print_build, print_references
     from mmerge.pipeline.show import read_build, read_references, to_json
@@ -165,7 +165,7 @@ def _short(value: Any) -> str:
 
 def log(uri: UriArgument, as_json: JsonOption = False) -> None:
     """List the builds behind a name, newest first: when, from what, by which versions."""
-    from mmerge.manifests.reference import split_uri
+    from mmerge.manifests.format.references import split_uri
     from mmerge.manifests.stores.object_store import open_store
     from mmerge.pipeline.compare import read_log
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mmerge.manifests.errors import ManifestError
-from mmerge.manifests.manifest import Manifest, manifest_key
-from mmerge.manifests.reference import Reference, find_build, list_references, read_reference
+from mmerge.manifests.format.manifest import Manifest, manifest_key
+from mmerge.manifests.format.references import Reference, find_build, list_references, read_reference
 from mmerge.manifests.stores.object_store import Store
-from mmerge.manifests.table import StoredRow, layer_of
+from mmerge.manifests.format.table import StoredRow, layer_of
 from mmerge.pipeline.show import BuildSummary, read_build, summarise_masks
 
 Change = tuple[str, Any, Any]

@@ -11,8 +11,8 @@ from typing import Any
 
 from mmerge.manifests.digest import digest_json
 from mmerge.manifests.errors import RecipeError, TaskErrors
-from mmerge.manifests.manifest import Manifest, read_manifest
-from mmerge.manifests.reference import open_build
+from mmerge.manifests.format.manifest import Manifest, read_manifest
+from mmerge.manifests.format.references import open_build
 from mmerge.manifests.stores.object_store import Store, is_local, open_store, to_local_path
 from mmerge.pipeline.build import run
 from mmerge.pipeline.executor import Executor, SerialExecutor

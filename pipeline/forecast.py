@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from typing_extensions import override
 
-from mmerge.manifests.entry import ObjectEntry, read_entry
+from mmerge.manifests.format.entry import ObjectEntry, read_entry
 from mmerge.manifests.errors import ManifestError, NotFound
-from mmerge.manifests.manifest import manifest_key, read_manifest
-from mmerge.manifests.reference import list_references, read_reference
+from mmerge.manifests.format.manifest import manifest_key, read_manifest
+from mmerge.manifests.format.references import list_references, read_reference
 from mmerge.manifests.stores.object_store import Store, open_store
 from mmerge.pipeline.build import Builder, RunReport
 from mmerge.pipeline.dispatch import Follow, Outcomes, nothing_follows

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from mmerge.manifests.digest import digest_json
-from mmerge.manifests.entry import ObjectEntry, ShardEntry
+from mmerge.manifests.format.entry import ObjectEntry, ShardEntry
 from mmerge.pipeline.plan import MergePlan
 from mmerge.pipeline.stages import to_hex
 from mmerge.pipeline.survey import InputSurvey

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from mmerge.manifests.errors import CheckpointError, ShapeMismatch
-from mmerge.manifests.header import FLOAT_DTYPES
+from mmerge.manifests.format.safetensors_header import FLOAT_DTYPES
 from mmerge.workers.checkpoint import Checkpoint, TensorSource
 
 EMBEDDING_SUFFIX = "embed_tokens.weight"

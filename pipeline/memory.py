@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from mmerge.manifests.errors import RecipeError
-from mmerge.manifests.header import DTYPE_BYTES
+from mmerge.manifests.format.safetensors_header import DTYPE_BYTES
 from mmerge.manifests.stores.writer import WRITER_BUFFER_BYTES, WRITER_CONCURRENCY
 from mmerge.workers.blocks import entries_at_once, num_columns
 from mmerge.workers.checkpoint import LowRankSource, ahead_bytes

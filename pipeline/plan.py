@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mmerge.manifests.entry import Role
+from mmerge.manifests.format.entry import Role
 from mmerge.manifests.errors import CheckpointError
-from mmerge.manifests.header import DTYPE_BYTES, FLOAT_DTYPES
-from mmerge.manifests.manifest import AdapterRecord
+from mmerge.manifests.format.safetensors_header import DTYPE_BYTES, FLOAT_DTYPES
+from mmerge.manifests.format.manifest import AdapterRecord
 from mmerge.pipeline.adapters import list_adapters
 from mmerge.pipeline.layout import CarriedTensor, Layout, SharedTensor, make_layout
 from mmerge.pipeline.memory import COPY_PEAK_BYTES, MIN_BLOCK_ENTRIES, Working, merge_peak_bytes, process_bytes, too_little_memory

@@ -14,9 +14,9 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError, create_mode
 
 from mmerge.manifests.errors import CheckpointError, RecipeError, StoreError
 from mmerge.manifests.stores.hub import pin_uri
-from mmerge.manifests.reference import NAME_PATTERN
+from mmerge.manifests.format.references import NAME_PATTERN
 from mmerge.manifests.stores.object_store import is_local, to_local_path
-from mmerge.manifests.table import layer_of
+from mmerge.manifests.format.table import layer_of
 from mmerge.pipeline.mergekit import from_mergekit, is_mergekit
 from mmerge.pipeline.schedule import Schedule, numeric_fields, resolve, schedule_schema, take_schedules
 from mmerge.workers.methods import METHODS, find_method

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmerge.manifests.digest import digest_bytes
-from mmerge.manifests.manifest import BaseRecord, ExpertRecord, FileEntry
+from mmerge.manifests.format.manifest import BaseRecord, ExpertRecord, FileEntry
 from mmerge.pipeline.plan import MergePlan
 from mmerge.pipeline.survey import InputSurvey
 from mmerge.workers.checkpoint import Checkpoint

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mmerge.manifests.digest import SHOWN_DIGITS
-from mmerge.manifests.reference import Reference
+from mmerge.manifests.format.references import Reference
 from mmerge.pipeline.build import RunReport
 from mmerge.pipeline.plan import CopyShard, MergePlan, MergeShard
 from mmerge.pipeline.progress import to_size
@@ -164,7 +164,7 @@ def print_build(summary: BuildSummary, console: Console, *, layers: bool) -> Non
 
 
 def _print_layers(summary: BuildSummary, console: Console) -> None:
-    from mmerge.manifests.table import layer_of
+    from mmerge.manifests.format.table import layer_of
 
     numbers = sorted({layer for row in summary.rows if (layer := layer_of(row.name)) is not None})
     table = Table(

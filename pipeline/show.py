@@ -6,10 +6,10 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from mmerge.manifests.manifest import Manifest, read_manifest
-from mmerge.manifests.reference import Reference, list_references, open_build, read_reference
+from mmerge.manifests.format.manifest import Manifest, read_manifest
+from mmerge.manifests.format.references import Reference, list_references, open_build, read_reference
 from mmerge.manifests.stores.object_store import Store
-from mmerge.manifests.table import StoredRow, layer_of, read_table
+from mmerge.manifests.format.table import StoredRow, layer_of, read_table
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from mmerge.manifests.digest import digest_json
 from mmerge.manifests.errors import MmergeError, RecipeError
-from mmerge.manifests.manifest import FileEntry
+from mmerge.manifests.format.manifest import FileEntry
 from mmerge.manifests.stores.object_store import Store
 from mmerge.pipeline.plan import CopyShard, MergePlan, MergeShard
 from mmerge.workers.checkpoint import TensorSource, identity_digest

@@ -11,7 +11,7 @@ from mmerge.manifests.stores.prefetch import AHEAD_BYTES
 from mmerge.manifests.stores.clients import SCHEMES, scheme_of
 from mmerge.manifests.digest import digest_json, parse_json
 from mmerge.manifests.errors import CheckpointError, NotFound, StoreError
-from mmerge.manifests.header import TensorSpec, header_length, parse_header
+from mmerge.manifests.format.safetensors_header import TensorSpec, header_length, parse_header
 from mmerge.manifests.stores.object_store import Store, open_store
 
 SINGLE_FILE = "model.safetensors"

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TextIteratorStreamer
 
 from mmerge.manifests.errors import PromptError
-from mmerge.manifests.manifest import Manifest
+from mmerge.manifests.format.manifest import Manifest
 from mmerge.workers.encoders import Encoder
 from mmerge.workers.prompt import Part, check_places, make_prompt
 from mmerge.workers.ranks import Ranks

@@ -6,9 +6,9 @@ import time
 
 from blake3 import blake3
 
-from mmerge.manifests.entry import ObjectEntry, ShardEntry, TensorRow, object_key, read_entry, write_entry
-from mmerge.manifests.header import DTYPE_BYTES, make_header
-from mmerge.manifests.object_header import make_metadata
+from mmerge.manifests.format.entry import ObjectEntry, ShardEntry, TensorRow, object_key, read_entry, write_entry
+from mmerge.manifests.format.safetensors_header import DTYPE_BYTES, make_header
+from mmerge.manifests.format.object_header import make_metadata
 from mmerge.manifests.stores.object_store import Store
 from mmerge.workers.inputs import InputReader
 from mmerge.workers.task import CopyTask, TaskResult

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from mmerge.manifests.errors import ManifestError, StoreError
-from mmerge.manifests.manifest import FileEntry, read_file
+from mmerge.manifests.format.manifest import FileEntry, read_file
 from mmerge.workers.export_folder import to_export_folder
 from mmerge.workers.media import write_files
 from mmerge.workers.reader import BuildReader

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from mmerge.manifests.entry import Role
+from mmerge.manifests.format.entry import Role
 from mmerge.manifests.errors import CheckpointError, ManifestError, ShapeMismatch, StoreError
 from mmerge.workers.adapter import CONFIG_FILE, WEIGHT_FILES
 from mmerge.workers.checkpoint import Checkpoint, OpenStores, read_source

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mmerge.manifests.table import StoredRow
+from mmerge.manifests.format.table import StoredRow
 from mmerge.workers.dtypes import TORCH_DTYPES, to_bytes
 from mmerge.workers.forming import BlockFormer, can_form
 from mmerge.workers.host_memory import Empty, empty_host

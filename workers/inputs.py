@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from mmerge.manifests.errors import NotFound, StoreError
-from mmerge.manifests.header import DTYPE_BYTES
+from mmerge.manifests.format.safetensors_header import DTYPE_BYTES
 from mmerge.manifests.stores.object_store import check_key, is_local, open_store, to_local_path
 from mmerge.workers.checkpoint import LowRankSource, OpenStores, TensorSource, read_source
 from mmerge.workers.kernels import CODES

@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 from mmerge.manifests.errors import CheckpointError, ManifestError, PlacementError
-from mmerge.manifests.manifest import FileEntry, read_file
+from mmerge.manifests.format.manifest import FileEntry, read_file
 from mmerge.workers.composite import Composite
 from mmerge.workers.division import Division
 from mmerge.workers.encoders import Encoder, RankEncoder, load_encoder

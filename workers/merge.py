@@ -13,10 +13,10 @@ import torch
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from mmerge.manifests.entry import ObjectEntry, ShardEntry, TensorRow, TensorStatistics, object_key, read_entry, write_entry
+from mmerge.manifests.format.entry import ObjectEntry, ShardEntry, TensorRow, TensorStatistics, object_key, read_entry, write_entry
 from mmerge.manifests.errors import RecipeError
-from mmerge.manifests.header import DTYPE_BYTES, TensorSpec, make_header
-from mmerge.manifests.object_header import delta_name, make_metadata, mask_name
+from mmerge.manifests.format.safetensors_header import DTYPE_BYTES, TensorSpec, make_header
+from mmerge.manifests.format.object_header import delta_name, make_metadata, mask_name
 from mmerge.manifests.stores.object_store import Store
 from mmerge.manifests.stores.writer import ObjectWriter
 from mmerge.workers.blocks import entries_at_once, read_blocks

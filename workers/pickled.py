@@ -14,7 +14,7 @@ import torch
 from typing_extensions import override
 
 from mmerge.manifests.errors import CheckpointError
-from mmerge.manifests.header import TensorSpec
+from mmerge.manifests.format.safetensors_header import TensorSpec
 from mmerge.manifests.stores.object_store import Store
 from mmerge.workers.dtypes import SAFETENSORS_DTYPES
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 
 from mmerge.manifests.errors import CheckpointError, PlacementError
-from mmerge.manifests.manifest import read_file
-from mmerge.manifests.table import layer_of
+from mmerge.manifests.format.manifest import read_file
+from mmerge.manifests.format.table import layer_of
 from mmerge.workers.division import Division
 from mmerge.workers.fetch import Fetcher, Item, part_shape, share_out
 from mmerge.workers.media import make_config

@@ -12,13 +12,13 @@ import torch
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from mmerge.manifests.entry import Role
+from mmerge.manifests.format.entry import Role
 from mmerge.manifests.errors import DamagedObject, ManifestError, NotFound, StoreError, StoreUnavailable
-from mmerge.manifests.manifest import Manifest, read_manifest
-from mmerge.manifests.object_header import find_header_damage
-from mmerge.manifests.reference import open_build
+from mmerge.manifests.format.manifest import Manifest, read_manifest
+from mmerge.manifests.format.object_header import find_header_damage
+from mmerge.manifests.format.references import open_build
 from mmerge.manifests.stores.object_store import Store
-from mmerge.manifests.table import StoredRow, read_table
+from mmerge.manifests.format.table import StoredRow, read_table
 from mmerge.manifests.verify import group_rows
 from mmerge.workers.dtypes import TORCH_DTYPES, to_bytes
 from mmerge.workers.formed_read import read_formed

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 
 from mmerge.manifests.errors import ManifestError
-from mmerge.manifests.table import StoredRow
+from mmerge.manifests.format.table import StoredRow
 from mmerge.workers.dtypes import TORCH_DTYPES
 from mmerge.workers.masks import packed_bytes
 

@@ -17,7 +17,7 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
 from mmerge.manifests.errors import NonFiniteError, NotFound
-from mmerge.manifests.header import DTYPE_BYTES, FLOAT_DTYPES
+from mmerge.manifests.format.safetensors_header import DTYPE_BYTES, FLOAT_DTYPES
 from mmerge.manifests.stores.object_store import Store
 from mmerge.workers.checkpoint import TensorSource
 from mmerge.workers.dtypes import to_tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mmerge.manifests.entry import Role
+from mmerge.manifests.format.entry import Role
 from mmerge.manifests.stores.local import Pending
 from mmerge.workers.checkpoint import TensorSource
 from mmerge.workers.methods.interface import Granularity, Known, Numbers

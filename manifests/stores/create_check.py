@@ -2,7 +2,7 @@
 
 The protocol of a commit rests on create (`If-None-Match: *`). A server that ignores it, or that looks first and writes
 later, lets two writers win. That is harmless for manifests, which are equal byte for byte; a reference is read again after
-it was written (manifests/reference.py).
+it was written (manifests/format/references.py).
 """
 
 from __future__ import annotations

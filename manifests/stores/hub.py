@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from mmerge.manifests.stores.prefetch import OnPart
 from mmerge.manifests.errors import NotFound, StoreError, StoreUnavailable
-from mmerge.manifests.header import MAX_HEADER_BYTES
+from mmerge.manifests.format.safetensors_header import MAX_HEADER_BYTES
 from mmerge.manifests.stores.object_store import MAX_READ_BYTES, Listed, Store, check_key
 from mmerge.manifests.stores.writer import ObjectWriter
 

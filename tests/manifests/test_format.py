@@ -11,8 +11,8 @@ import pytest
 
 from mmerge.manifests.stores.clients import make_client, read_aws_profile, read_limits
 from mmerge.manifests.errors import StoreError
-from mmerge.manifests.manifest import Manifest, make_manifest_schema, to_manifest_bytes
-from mmerge.manifests.table import SCHEMA
+from mmerge.manifests.format.manifest import Manifest, make_manifest_schema, to_manifest_bytes
+from mmerge.manifests.format.table import SCHEMA
 from mmerge.pipeline import make_plan, read_recipe, run
 
 

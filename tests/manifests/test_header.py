@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load, save_file
 
 from mmerge.manifests.errors import CheckpointError
-from mmerge.manifests.header import make_header, parse_header
+from mmerge.manifests.format.safetensors_header import make_header, parse_header
 
 
 def make_file(entries: dict[str, Any], data: bytes) -> bytes:

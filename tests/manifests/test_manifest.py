@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from mmerge.manifests.errors import ManifestError
-from mmerge.manifests.manifest import BaseRecord, Manifest, TableEntry, manifest_key, read_manifest, write_manifest
-from mmerge.manifests.reference import find_build, list_references, read_reference, write_reference
+from mmerge.manifests.format.manifest import BaseRecord, Manifest, TableEntry, manifest_key, read_manifest, write_manifest
+from mmerge.manifests.format.references import find_build, list_references, read_reference, write_reference
 from mmerge.manifests.stores.object_store import Store, open_store
 
 BUILD, OTHER = "a" * 64, "ab" * 32

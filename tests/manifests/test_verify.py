@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from mmerge.manifests.errors import DamagedObject, ManifestError
-from mmerge.manifests.manifest import read_manifest
-from mmerge.manifests.reference import open_build
-from mmerge.manifests.table import StoredRow, read_table
+from mmerge.manifests.format.manifest import read_manifest
+from mmerge.manifests.format.references import open_build
+from mmerge.manifests.format.table import StoredRow, read_table
 from mmerge.manifests.verify import verify
 from mmerge.pipeline import make_plan, read_recipe, run
 

@@ -18,7 +18,7 @@ import torch
 
 from mmerge.manifests.errors import MmergeError, NonFiniteError, StoreError, TaskErrors
 from mmerge.manifests.stores.object_store import open_store
-from mmerge.manifests.table import read_table
+from mmerge.manifests.format.table import read_table
 from mmerge.pipeline import make_plan, read_recipe, run, verify
 from mmerge.pipeline.executor import Executor, RayExecutor, SerialExecutor, open_executor
 from mmerge.workers.reader import BuildReader

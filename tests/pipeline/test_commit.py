@@ -18,10 +18,10 @@ from mmerge.manifests.stores.prefetch import AHEAD_BYTES
 from mmerge.manifests.copy_build import copy_build
 from mmerge.manifests.digest import digest_bytes
 from mmerge.manifests.errors import DamagedObject, MmergeError, StoreUnavailable
-from mmerge.manifests.manifest import manifest_key, read_manifest, write_manifest
-from mmerge.manifests.reference import Reference, list_references, read_reference, write_reference
+from mmerge.manifests.format.manifest import manifest_key, read_manifest, write_manifest
+from mmerge.manifests.format.references import Reference, list_references, read_reference, write_reference
 from mmerge.manifests.stores.object_store import Store, open_store
-from mmerge.manifests.table import StoredRow, read_table
+from mmerge.manifests.format.table import StoredRow, read_table
 from mmerge.pipeline import make_plan, read_recipe, run, verify
 from mmerge.pipeline.build import RunReport
 

@@ -12,8 +12,8 @@ from hub_server import HubServer
 
 from mmerge.manifests.errors import CheckpointError, NotFound, StoreError, StoreUnavailable
 from mmerge.manifests.stores.hub import open_hub, pin_uri
-from mmerge.manifests.manifest import read_manifest
-from mmerge.manifests.reference import open_build
+from mmerge.manifests.format.manifest import read_manifest
+from mmerge.manifests.format.references import open_build
 from mmerge.manifests.stores.object_store import open_store
 from mmerge.pipeline import make_plan, read_recipe, run, verify
 from mmerge.pipeline.push import push

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmerge.manifests.header import TensorSpec
+from mmerge.manifests.format.safetensors_header import TensorSpec
 from mmerge.workers import kernels
 from mmerge.workers.blocks import num_columns
 from mmerge.workers.checkpoint import TensorSource

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from mmerge.manifests.digest import parse_json, to_canonical_json
-from mmerge.manifests.entry import DIGEST_PATTERN, Record
+from mmerge.manifests.format.entry import DIGEST_PATTERN, Record
 from mmerge.manifests.errors import AlreadyExists, ManifestError, StoreError
 from mmerge.manifests.stores.object_store import Store, open_store
 

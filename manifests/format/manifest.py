@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator
 
 from mmerge.manifests.digest import digest_bytes, parse_json, to_canonical_json
-from mmerge.manifests.entry import DIGEST_PATTERN, ObjectEntry, Record, validate_key
+from mmerge.manifests.format.entry import DIGEST_PATTERN, ObjectEntry, Record, validate_key
 from mmerge.manifests.errors import AlreadyExists, ManifestError, NotFound, StoreError, StoreUnavailable
 from mmerge.manifests.stores.object_store import Store
 

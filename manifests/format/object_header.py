@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Literal
 
-from mmerge.manifests.entry import ObjectEntry, TensorRow
-from mmerge.manifests.header import make_header
+from mmerge.manifests.format.entry import ObjectEntry, TensorRow
+from mmerge.manifests.format.safetensors_header import make_header
 from mmerge.manifests.stores.object_store import Store
 
 

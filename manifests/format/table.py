@@ -13,10 +13,10 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from pydantic import TypeAdapter, ValidationError
 
 from mmerge.manifests.digest import digest_bytes
-from mmerge.manifests.entry import ShardEntry, TensorRow, validate_key
+from mmerge.manifests.format.entry import ShardEntry, TensorRow, validate_key
 from mmerge.manifests.errors import ManifestError, NotFound, StoreError, StoreUnavailable
-from mmerge.manifests.header import DTYPE_BYTES
-from mmerge.manifests.manifest import TableEntry
+from mmerge.manifests.format.safetensors_header import DTYPE_BYTES
+from mmerge.manifests.format.manifest import TableEntry
 from mmerge.manifests.stores.object_store import Store
 
 SCHEMA = pa.schema(

@@ -1,0 +1,1 @@
+"""What is stored: headers, entries, the manifest, its tensor table, references."""
