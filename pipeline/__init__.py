@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mmerge.manifests.errors import MmergeError
     from mmerge.manifests.format.manifest import Manifest
-    from mmerge.manifests.verify import VerifyReport, verify
+    from mmerge.manifests.maintenance.verify import VerifyReport, verify
     from mmerge.pipeline.actors import ActorComposite, load_on_actors
     from mmerge.pipeline.build import RunReport, run
     from mmerge.pipeline.executor import open_executor
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 _PLACES = {
     "MmergeError": "mmerge.manifests.errors",
     "Manifest": "mmerge.manifests.format.manifest",
-    "VerifyReport": "mmerge.manifests.verify",
-    "verify": "mmerge.manifests.verify",
+    "VerifyReport": "mmerge.manifests.maintenance.verify",
+    "verify": "mmerge.manifests.maintenance.verify",
     "MergePlan": "mmerge.pipeline.plan",
     "make_plan": "mmerge.pipeline.plan",
     "Recipe": "mmerge.pipeline.recipe",

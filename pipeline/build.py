@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
-from mmerge.manifests.claim import Claim
+from mmerge.manifests.maintenance.lease import Claim
 from mmerge.manifests.digest import digest_bytes, digest_json
 from mmerge.manifests.format.entry import ShardEntry, read_entry
 from mmerge.manifests.errors import TaskErrors

@@ -79,7 +79,7 @@ def verify(
     seed: Annotated[int | None, typer.Option("--seed", help="which tensors a sample takes; others each time", show_default=False)] = None,
 ) -> None:
     """Re-read a composite and compare every digest with its manifest. Exit code 1 if anything is damaged, with its name."""
-    from mmerge.manifests.verify import verify as verify_build
+    from mmerge.manifests.maintenance.verify import verify as verify_build
     from mmerge.pipeline.progress import to_size
 
     with byte_bar("verify", None) as on_bytes:
@@ -192,7 +192,7 @@ def gc(
     as_json: JsonOption = False,
 ) -> None:
     """Delete what no live build needs. A dry run unless --delete is given; refuses while a run uses the store."""
-    from mmerge.manifests.collect import collect
+    from mmerge.manifests.maintenance.garbage_collection import collect
     from mmerge.manifests.stores.object_store import open_store
     from mmerge.pipeline.progress import to_size
 
@@ -226,7 +226,7 @@ def copy(
     ] = False,
 ) -> None:
     """Copy a build into another store, only what is missing there; every byte is checked on its way."""
-    from mmerge.manifests.copy_build import copy_build
+    from mmerge.manifests.maintenance.copy_build import copy_build
     from mmerge.pipeline.progress import to_size
 
     with byte_bar("copy", None) as on_bytes:
@@ -242,7 +242,7 @@ def push(
     message: Annotated[str | None, typer.Option("--message", help="what the commit says", show_default=False)] = None,
 ) -> None:
     """Upload a composite or an exported checkpoint to the Hugging Face Hub, in one commit."""
-    from mmerge.pipeline.push import push as push_to_hub
+    from mmerge.manifests.maintenance.push import push as push_to_hub
 
     report = push_to_hub(source, target, private=private, message=message)
     out.print(f"pushed {report.num_files} files to {escape(report.uri)}")

@@ -57,6 +57,6 @@ def test_kernels_are_loaded_without_what_they_do_not_need_and_leave_it_to_others
 
 
 def test_manifests_can_be_read_without_torch_or_ray() -> None:
-    code = "import sys; import mmerge.manifests.verify; print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
+    code = "import sys; import mmerge.manifests.maintenance.verify; print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

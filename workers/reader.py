@@ -19,7 +19,7 @@ from mmerge.manifests.format.object_header import find_header_damage
 from mmerge.manifests.format.references import open_build
 from mmerge.manifests.stores.object_store import Store
 from mmerge.manifests.format.table import StoredRow, read_table
-from mmerge.manifests.verify import group_rows
+from mmerge.manifests.maintenance.verify import group_rows
 from mmerge.workers.dtypes import TORCH_DTYPES, to_bytes
 from mmerge.workers.formed_read import read_formed
 from mmerge.workers.forming import can_form, form

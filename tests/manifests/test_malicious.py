@@ -21,7 +21,7 @@ from mmerge.manifests.errors import CheckpointError, ManifestError, MmergeError,
 from mmerge.manifests.format.manifest import Manifest, manifest_key, read_file, read_manifest, to_manifest_bytes
 from mmerge.manifests.stores.object_store import Store, open_store
 from mmerge.manifests.format.table import StoredRow, read_table
-from mmerge.manifests.verify import verify
+from mmerge.manifests.maintenance.verify import verify
 from mmerge.pipeline import make_plan, read_recipe, run
 from mmerge.workers.checkpoint import Checkpoint
 from mmerge.workers.reader import BuildReader

@@ -9,7 +9,7 @@ from mmerge.manifests.errors import DamagedObject, ManifestError
 from mmerge.manifests.format.manifest import read_manifest
 from mmerge.manifests.format.references import open_build
 from mmerge.manifests.format.table import StoredRow, read_table
-from mmerge.manifests.verify import verify
+from mmerge.manifests.maintenance.verify import verify
 from mmerge.pipeline import make_plan, read_recipe, run
 
 

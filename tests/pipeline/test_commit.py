@@ -15,7 +15,7 @@ import pytest
 from store_servers import FAULTS, FaultProxy
 
 from mmerge.manifests.stores.prefetch import AHEAD_BYTES
-from mmerge.manifests.copy_build import copy_build
+from mmerge.manifests.maintenance.copy_build import copy_build
 from mmerge.manifests.digest import digest_bytes
 from mmerge.manifests.errors import DamagedObject, MmergeError, StoreUnavailable
 from mmerge.manifests.format.manifest import manifest_key, read_manifest, write_manifest

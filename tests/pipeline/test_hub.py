@@ -16,7 +16,7 @@ from mmerge.manifests.format.manifest import read_manifest
 from mmerge.manifests.format.references import open_build
 from mmerge.manifests.stores.object_store import open_store
 from mmerge.pipeline import make_plan, read_recipe, run, verify
-from mmerge.pipeline.push import push
+from mmerge.manifests.maintenance.push import push
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from mmerge.manifests.claim import Claim
-from mmerge.manifests.collect import collect
-from mmerge.manifests.copy_build import copy_build
+from mmerge.manifests.maintenance.lease import Claim
+from mmerge.manifests.maintenance.garbage_collection import collect
+from mmerge.manifests.maintenance.copy_build import copy_build
 from mmerge.manifests.errors import DamagedObject, ManifestError, RecipeError, StoreError
 from mmerge.manifests.stores.object_store import Store, open_store
 from mmerge.pipeline import make_plan, read_recipe, run, verify

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmerge.manifests.collect import needed_keys
-from mmerge.manifests.copy_build import copy_build
+from mmerge.manifests.maintenance.garbage_collection import needed_keys
+from mmerge.manifests.maintenance.copy_build import copy_build
 from mmerge.manifests.digest import to_canonical_json
 from mmerge.manifests.errors import ManifestError, NotFound, StoreError
 from mmerge.manifests.stores.hub import hub_api, open_hub, split_hub_uri, translate_errors
 from mmerge.manifests.format.manifest import read_manifest
 from mmerge.manifests.format.references import Reference, find_reference, list_references, open_build, read_reference, split_uri
 from mmerge.manifests.stores.object_store import is_local, open_store, to_local_path
-from mmerge.manifests.verify import verify
+from mmerge.manifests.maintenance.verify import verify
 
 
 @dataclass(frozen=True)

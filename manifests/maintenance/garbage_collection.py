@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from mmerge.manifests.claim import Claim
+from mmerge.manifests.maintenance.lease import Claim
 from mmerge.manifests.errors import StoreError
 from mmerge.manifests.format.manifest import Manifest, manifest_key, read_manifest
 from mmerge.manifests.format.references import list_references, read_reference

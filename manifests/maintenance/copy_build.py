@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
-from mmerge.manifests.claim import Claim
+from mmerge.manifests.maintenance.lease import Claim
 from mmerge.manifests.format.entry import ObjectEntry, read_entry, write_entry
 from mmerge.manifests.errors import DamagedObject, ManifestError, NotFound
 from mmerge.manifests.format.manifest import FileEntry, Manifest, manifest_key, read_file, read_manifest, write_manifest

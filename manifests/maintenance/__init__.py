@@ -1,0 +1,1 @@
+"""What is done to a store: verify, garbage collection, copy, push, leases."""
