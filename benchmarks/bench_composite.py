@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from mmerge.pipeline import Composite, load_composite, make_plan, read_recipe, run
-from mmerge.workers.host_memory import empty_host
+from mmerge.workers.runtime.host_memory import empty_host
 from mmerge.workers.reader import BuildReader
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -29,7 +29,7 @@ from mmerge.pipeline.cli_cluster import (
 )
 from mmerge.pipeline.cli_options import JsonOption
 from mmerge.workers.begin import import_numba, load_kernels
-from mmerge.workers.lazy_torch import postpone_torch
+from mmerge.workers.runtime.lazy_torch import postpone_torch
 
 if TYPE_CHECKING:
     from mmerge.pipeline.executor import Executor, ExecutorName

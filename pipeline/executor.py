@@ -21,7 +21,7 @@ from mmerge.pipeline.memory import PROCESS_BYTES
 from mmerge.pipeline.processes import ProcessExecutor
 from mmerge.pipeline.threads import run_in_threads
 from mmerge.workers.task import Task
-from mmerge.workers.threads import num_cores
+from mmerge.workers.runtime.cores import num_cores
 
 ExecutorName = Literal["ray", "processes", "serial"]
 

@@ -17,7 +17,7 @@ from mmerge.pipeline.memory import PROCESS_BYTES
 from mmerge.pipeline.threads import run_in_pool
 from mmerge.workers.begin import begin_process
 from mmerge.workers.task import Task, TaskResult
-from mmerge.workers.threads import num_cores
+from mmerge.workers.runtime.cores import num_cores
 
 
 class ProcessExecutor:

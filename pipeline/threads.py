@@ -12,7 +12,7 @@ from mmerge.manifests.stores.deferred_commit import settle
 from mmerge.manifests.stores.object_store import Store, open_store
 from mmerge.pipeline.dispatch import Follow, Outcomes, nothing_follows
 from mmerge.pipeline.uninterrupted import uninterrupted
-from mmerge.workers.lazy_torch import torch_is_loaded
+from mmerge.workers.runtime.lazy_torch import torch_is_loaded
 from mmerge.workers.run_task import run_task
 from mmerge.workers.task import Task, TaskResult
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 
-from mmerge.workers.lazy_torch import postpone_torch
+from mmerge.workers.runtime.lazy_torch import postpone_torch
 
 _NO_KERNEL_NEEDS = ("cffi", "scipy")
 """What numba looks for as it begins: half of its start. SciPy for the BLAS behind `np.dot`, cffi for functions that others compiled."""

@@ -19,7 +19,7 @@ from mmerge.workers.dtypes import to_tensor
 from mmerge.workers.export_folder import to_export_folder
 from mmerge.workers.methods.matrix import is_layer_matrix
 from mmerge.workers.reader import BuildReader
-from mmerge.workers.threads import one_thread
+from mmerge.workers.runtime.cores import one_thread
 
 
 @dataclass

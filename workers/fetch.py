@@ -16,13 +16,13 @@ from typing_extensions import override
 
 from mmerge.manifests.stores.object_store import Store
 from mmerge.workers.division import Division, Part
-from mmerge.workers.host_memory import Empty, empty_host
+from mmerge.workers.runtime.host_memory import Empty, empty_host
 from mmerge.workers.masks import pack_mask, pack_rows, unpack_rows
 from mmerge.workers.ranks import Ranks
 from mmerge.workers.reader import HEAD_NAME, BuildReader
 from mmerge.workers.routed_read import read_routed
 from mmerge.workers.routing import Policy
-from mmerge.workers.threads import num_cores
+from mmerge.workers.runtime.cores import num_cores
 
 WINDOW_BYTES = 256 << 20
 """Stored bytes that are read ahead, at least, where the model is on other devices: host memory beside it; or its largest shard, if that is larger."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mmerge.manifests.format.table import StoredRow
 from mmerge.workers.dtypes import TORCH_DTYPES, to_bytes
 from mmerge.workers.forming import BlockFormer, can_form
-from mmerge.workers.host_memory import Empty, empty_host
+from mmerge.workers.runtime.host_memory import Empty, empty_host
 
 if TYPE_CHECKING:
     from mmerge.workers.reader import BuildReader

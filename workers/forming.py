@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mmerge.workers.dtypes import SAFETENSORS_DTYPES
 from mmerge.workers.kernels import CODES
 from mmerge.workers.kernels_form import NUM_ARGUMENTS, find_entry, form_parts, form_rows
-from mmerge.workers.team import work_together
+from mmerge.workers.runtime.openmp import work_together
 
 Bytes = NDArray[np.uint8]
 

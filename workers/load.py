@@ -30,7 +30,7 @@ from mmerge.workers.fetch import (
     share_out,
 )
 from mmerge.workers.forming import load_kernel
-from mmerge.workers.host_memory import SharedPages, empty_host, resident_bytes, returned_at_once
+from mmerge.workers.runtime.host_memory import SharedPages, empty_host, resident_bytes, returned_at_once
 from mmerge.workers.load_adapters import route_adapters
 from mmerge.workers.media import load_tokenizer, make_config, make_model
 from mmerge.workers.parallel import join_ranks, spread_layers

@@ -14,7 +14,7 @@ from mmerge.workers.adapter import CONFIG_FILE, DEFAULT_ADAPTER, WEIGHT_FILES, A
 from mmerge.workers.checkpoint import OpenStores, TensorSource, read_source
 from mmerge.workers.dtypes import to_tensor
 from mmerge.workers.methods.lora_factors import STRATEGIES, average_lora
-from mmerge.workers.threads import one_thread
+from mmerge.workers.runtime.cores import one_thread
 
 
 def write_average(uris: Sequence[str], folder: Path, *, strategy: str, density: float) -> int:

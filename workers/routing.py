@@ -13,7 +13,7 @@ from torch import nn
 
 from mmerge.workers.forming import can_form, can_form_on_device, form
 from mmerge.workers.groups import Group, is_tracked, make_groups
-from mmerge.workers.host_memory import empty_host
+from mmerge.workers.runtime.host_memory import empty_host
 from mmerge.workers.masks import unpack_rows
 
 TEXT = -1

@@ -15,7 +15,7 @@ from mmerge.workers.measure import measure_shard
 from mmerge.workers.merge import merge_shard
 from mmerge.workers.survey import refine_shard, survey_shard
 from mmerge.workers.task import AnswerTask, MeasureTask, MergeTask, RefineTask, SurveyTask, Task, TaskResult
-from mmerge.workers.threads import one_thread
+from mmerge.workers.runtime.cores import one_thread
 
 log = logging.getLogger("mmerge.run")
 ATTEMPTS = 3

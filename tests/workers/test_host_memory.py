@@ -12,14 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from mmerge.workers.host_memory import REGION_BYTES, SharedPages
+from mmerge.workers.runtime.host_memory import REGION_BYTES, SharedPages
 
 _LARGE_ROWS = 9  # of a megabyte each: more than what is shared
 
 SCRIPT = """
 import contextlib, sys
 import numpy as np
-from mmerge.workers.host_memory import resident_bytes, returned_at_once
+from mmerge.workers.runtime.host_memory import resident_bytes, returned_at_once
 
 for _ in range(2):  # from now on the C library takes as much from its heaps
     freed = np.ones(24 << 20, np.uint8)
@@ -53,7 +53,7 @@ def test_a_limit_in_the_environment_stays() -> None:
 
 LARGE_SCRIPT = """
 import torch
-from mmerge.workers.host_memory import LARGE_PAGE_BYTES, empty_host, resident_bytes
+from mmerge.workers.runtime.host_memory import LARGE_PAGE_BYTES, empty_host, resident_bytes
 
 sizes = [2 * LARGE_PAGE_BYTES + LARGE_PAGE_BYTES // 4] * 16  # the last large page of each would be filled to a quarter
 empty_host((LARGE_PAGE_BYTES,), torch.uint8).fill_(1)
@@ -71,7 +71,7 @@ def test_a_last_large_page_that_is_hardly_filled_takes_no_memory() -> None:
 
 SHARED_SCRIPT = """
 import torch
-from mmerge.workers.host_memory import REGION_BYTES, SharedPages, resident_bytes
+from mmerge.workers.runtime.host_memory import REGION_BYTES, SharedPages, resident_bytes
 
 pages = SharedPages()
 pages.empty((1,), torch.uint8).fill_(1)

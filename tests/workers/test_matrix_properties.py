@@ -32,7 +32,7 @@ from mmerge.workers.methods.sphere import (
 from mmerge.workers.methods.swudi import adaptive_filter, exponential_filter, spectral_merge
 from mmerge.workers.methods.tsv import tsv_merge
 from mmerge.workers.methods.wudi import descend, optmerge_full_merge, optmerge_lora_merge, wudi_merge
-from mmerge.workers.threads import one_thread
+from mmerge.workers.runtime.cores import one_thread
 
 MatrixMerge = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 few = settings(max_examples=25, deadline=None)

@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from mmerge.workers import routing, team
+from mmerge.workers import routing
+from mmerge.workers.runtime import openmp as team
 from mmerge.workers.groups import make_groups
 from mmerge.workers.masks import mean_mask, pack_mask, pack_rows
 from mmerge.workers.routing import TEXT, Policy, RoutedBias, RoutedLinear, RoutedWeights, Routing, block_rows, form_weight

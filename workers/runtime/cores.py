@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from mmerge.workers.lazy_torch import torch_is_loaded
+from mmerge.workers.runtime.lazy_torch import torch_is_loaded
 
 
 def num_cores() -> int:

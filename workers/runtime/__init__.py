@@ -1,0 +1,1 @@
+"""Cores, host memory and deferred imports."""
