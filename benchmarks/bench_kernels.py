@@ -13,8 +13,8 @@ from mmerge.workers.checkpoint import TensorSource
 from mmerge.workers.fast_paths import FAST_PATHS, find_fast_path
 from mmerge.workers.histograms import MagnitudeCounter
 from mmerge.workers.inputs import InputBlock
-from mmerge.workers.kernels import CODES
-from mmerge.workers.kernels_survey import first_non_finite
+from mmerge.workers.kernels.tiles import CODES
+from mmerge.workers.kernels.magnitudes import first_non_finite
 from mmerge.workers.masks import packed_bytes
 from mmerge.workers.methods import METHODS
 from mmerge.workers.methods.interface import Block

@@ -43,7 +43,7 @@ def load_kernels() -> None:
     import_numba()
     import numpy as np
 
-    from mmerge.workers.kernels_survey import first_non_finite
+    from mmerge.workers.kernels.magnitudes import first_non_finite
 
     value = np.zeros(1, np.float32)
     with _hidden(_NO_KERNEL_NEEDS):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mmerge.workers.inputs import InputBlock
-from mmerge.workers.kernels_sums import NUM_COPIES, NUM_SUM_BINS, sum_products
+from mmerge.workers.kernels.inner_products import NUM_COPIES, NUM_SUM_BINS, sum_products
 from mmerge.workers.thresholds import Counts
 
 Vectors = Callable[[Any, int], tuple[int, bool]]

@@ -13,9 +13,9 @@ from typing_extensions import override
 
 from mmerge.workers.fast_measures import slerp_rows
 from mmerge.workers.inputs import InputBlock
-from mmerge.workers.kernels import CODES
-from mmerge.workers.kernels_linear import merge_linear, merge_mean
-from mmerge.workers.kernels_mmer import merge_mmer
+from mmerge.workers.kernels.tiles import CODES
+from mmerge.workers.kernels.linear import merge_linear, merge_mean
+from mmerge.workers.kernels.mmer import merge_mmer
 from mmerge.workers.methods.sphere import slerp_pair
 from mmerge.workers.path_located import HOW, RowPath, keep_all, make_breadcrumbs, make_dare, make_ties
 from mmerge.workers.path_sce import ScePath

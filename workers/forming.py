@@ -1,4 +1,4 @@
-"""A modality's weights formed from packed bits, by the compiled loop (workers/kernels_form.py) on torch's threads or the one that calls."""
+"""A modality's weights formed from packed bits, by the compiled loop (workers/kernels/masked_weights.py) on torch's threads or the one that calls."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from mmerge.workers.dtypes import SAFETENSORS_DTYPES
-from mmerge.workers.kernels import CODES
-from mmerge.workers.kernels_form import NUM_ARGUMENTS, find_entry, form_parts, form_rows
+from mmerge.workers.kernels.tiles import CODES
+from mmerge.workers.kernels.masked_weights import NUM_ARGUMENTS, find_entry, form_parts, form_rows
 from mmerge.workers.runtime.openmp import work_together
 
 Bytes = NDArray[np.uint8]

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmerge.workers.inputs import InputBlock
-from mmerge.workers.kernels_sce import count_variances
-from mmerge.workers.kernels_survey import NUM_COUNTERS, NUM_LOWS, NUM_TOPS, count_lower_bits, count_magnitudes, drain_histogram
+from mmerge.workers.kernels.sce import count_variances
+from mmerge.workers.kernels.magnitudes import NUM_COUNTERS, NUM_LOWS, NUM_TOPS, count_lower_bits, count_magnitudes, drain_histogram
 
 NUM_BINS = NUM_TOPS * NUM_LOWS
 LOWER_BITS = 12

@@ -24,7 +24,7 @@ from mmerge.manifests.errors import NotFound, StoreError
 from mmerge.manifests.format.safetensors_header import DTYPE_BYTES
 from mmerge.manifests.stores.object_store import check_key, is_local, open_store, to_local_path
 from mmerge.workers.checkpoint import LowRankSource, OpenStores, TensorSource, read_source
-from mmerge.workers.kernels import CODES
+from mmerge.workers.kernels.tiles import CODES
 
 LOCAL_AHEAD_BYTES = 16 << 20
 """Bytes of a local file that the system is told to fetch before they are used."""

@@ -23,7 +23,7 @@ from mmerge.workers.blocks import entries_at_once, read_blocks
 from mmerge.workers.dtypes import to_bytes, with_one_nan
 from mmerge.workers.fast_paths import find_fast_path
 from mmerge.workers.inputs import InputBlock, InputReader
-from mmerge.workers.kernels import TILE_ENTRIES, add_squares
+from mmerge.workers.kernels.tiles import TILE_ENTRIES, add_squares
 from mmerge.workers.masks import packed_bytes
 from mmerge.workers.measure import parse_numbers
 from mmerge.workers.methods import find_method

@@ -11,8 +11,8 @@ from typing_extensions import override
 from mmerge.workers.blocks import num_columns
 from mmerge.workers.histograms import Histogram, MagnitudeCounter, count_lower, find_top
 from mmerge.workers.inputs import InputBlock
-from mmerge.workers.kernels_della import merge_by_row
-from mmerge.workers.kernels_locate import (
+from mmerge.workers.kernels.della import merge_by_row
+from mmerge.workers.kernels.locate import (
     DROP,
     ELECT_MAX,
     ELECT_MEAN,

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmerge.workers.inputs import InputBlock
-from mmerge.workers.kernels import CODES
+from mmerge.workers.kernels.tiles import CODES
 from mmerge.workers.methods.interface import Known
 from mmerge.workers.task import TensorTask
 

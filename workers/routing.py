@@ -284,7 +284,7 @@ def form_weight(
         form(base, delta, masks, factors=factors, divisor=divisor, out=out)
         return out
     if can_form_on_device(base, delta, out):
-        from mmerge.workers.kernels_triton import form_on_device
+        from mmerge.workers.kernels.masked_weights_triton import form_on_device
 
         form_on_device(base, delta, masks, factors=factors, divisor=divisor, out=out)
         return out

@@ -23,7 +23,7 @@ from mmerge.workers.checkpoint import TensorSource
 from mmerge.workers.dtypes import to_tensor
 from mmerge.workers.histograms import MagnitudeCounter, count_lower
 from mmerge.workers.inputs import InputBlock, InputReader
-from mmerge.workers.kernels_survey import first_non_finite
+from mmerge.workers.kernels.magnitudes import first_non_finite
 from mmerge.workers.task import CopyTensor, NonFinite, RefineTask, SurveyTask, TaskResult, TensorTask
 
 SparseHistogram = tuple[NDArray[np.unsignedinteger[Any]], NDArray[np.int64]]

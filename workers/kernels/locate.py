@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mmerge.workers.kernels import TILE_ENTRIES, compiled, narrow, select, subtract_at, turn_sign, widen_at
+from mmerge.workers.kernels.tiles import TILE_ENTRIES, compiled, narrow, select, subtract_at, turn_sign, widen_at
 
 KEEP_ALL, TRIM, DROP, TOP = 0, 1, 2, 3
 """How entries are located: all; magnitudes at or above a threshold; at random; ranks between two exact counts."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mmerge.workers.kernels import TILE_ENTRIES, compiled, narrow, subtract_at, widen_at
+from mmerge.workers.kernels.tiles import TILE_ENTRIES, compiled, narrow, subtract_at, widen_at
 
 
 @compiled

@@ -41,7 +41,7 @@ def _find_cache_folder() -> str:
     Its name is the digest of the kernels' sources: numba looks only at the file of the function itself, and one kernel
     calls another file's.
     """
-    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("kernels*.py")))
+    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     name = f"kernels-{blake3(sources).hexdigest(8)}"
     own = os.environ.get("NUMBA_CACHE_DIR")
     if own:

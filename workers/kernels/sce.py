@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from mmerge.workers.kernels import TILE_ENTRIES, compiled, narrow, select, subtract_at, turn_sign, widen_at
-from mmerge.workers.kernels_locate import cut_tile
-from mmerge.workers.kernels_sums import NUM_COPIES
-from mmerge.workers.kernels_survey import count_tile
+from mmerge.workers.kernels.tiles import TILE_ENTRIES, compiled, narrow, select, subtract_at, turn_sign, widen_at
+from mmerge.workers.kernels.locate import cut_tile
+from mmerge.workers.kernels.inner_products import NUM_COPIES
+from mmerge.workers.kernels.magnitudes import count_tile
 
 
 @compiled

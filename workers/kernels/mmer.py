@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mmerge.workers.kernels import (
+from mmerge.workers.kernels.tiles import (
     TILE_ENTRIES,
     compiled,
     count_bits,
@@ -19,7 +19,7 @@ from mmerge.workers.kernels import (
     widen,
     widen_at,
 )
-from mmerge.workers.kernels_locate import ELECT_MAX, elect_three, elect_tile, trim_tile
+from mmerge.workers.kernels.locate import ELECT_MAX, elect_three, elect_tile, trim_tile
 
 
 @compiled

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mmerge.workers.kernels import TILE_ENTRIES, bytes_at, compiled, select, subtract_at, to_bits, widen_at
+from mmerge.workers.kernels.tiles import TILE_ENTRIES, bytes_at, compiled, select, subtract_at, to_bits, widen_at
 
 TOP_BITS = 15
 """Upper bits of a magnitude (31 bits): all that the difference of two bfloat16 values near each other has."""

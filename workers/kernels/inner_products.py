@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mmerge.workers.kernels import TILE_ENTRIES, compiled, select, subtract_at, to_bits, widen_at
+from mmerge.workers.kernels.tiles import TILE_ENTRIES, compiled, select, subtract_at, to_bits, widen_at
 
 NUM_SUM_BINS = 512
 NUM_COPIES = 4

@@ -9,7 +9,7 @@ import numpy as np
 from numba import carray, types
 from numpy.lib.stride_tricks import as_strided
 
-from mmerge.workers.kernels import TILE_ENTRIES, bytes_at, called_back, compiled, from_bits, narrow, select, take_number, to_bits, widen
+from mmerge.workers.kernels.tiles import TILE_ENTRIES, bytes_at, called_back, compiled, from_bits, narrow, select, take_number, to_bits, widen
 
 CHUNK_ENTRIES = 8 * TILE_ENTRIES
 """Entries whose bits are counted at once."""

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from mmerge.workers.kernels import TILE_ENTRIES, compiled, narrow, subtract_at, widen_at
-from mmerge.workers.kernels_locate import draw_tile, put_together
+from mmerge.workers.kernels.tiles import TILE_ENTRIES, compiled, narrow, subtract_at, widen_at
+from mmerge.workers.kernels.locate import draw_tile, put_together
 
 NUM_BUCKETS = 1 << 15
 """One for each value of the upper 15 bits of a magnitude."""

@@ -1,0 +1,1 @@
+"""Numba and Triton loops over raw memory; no Python objects."""
