@@ -11,7 +11,7 @@ from mmerge.manifests.stores.writer import WRITER_BUFFER_BYTES, WRITER_CONCURREN
 from mmerge.workers.blocks import entries_at_once, num_columns
 from mmerge.workers.checkpoint import LowRankSource, ahead_bytes
 from mmerge.workers.fast_paths import FAST_PATHS
-from mmerge.workers.histograms import survey_bytes
+from mmerge.workers.statistics.magnitude_histograms import survey_bytes
 from mmerge.workers.low_rank import TILE_ROWS
 from mmerge.workers.masks import packed_bytes
 from mmerge.workers.methods.interface import Granularity, Method

@@ -11,11 +11,11 @@ from mmerge.manifests.format.manifest import FileEntry
 from mmerge.manifests.stores.object_store import Store
 from mmerge.pipeline.plan import CopyShard, MergePlan, MergeShard
 from mmerge.workers.checkpoint import TensorSource, identity_digest
-from mmerge.workers.histograms import NUM_LOWER, HistogramSum, add_histograms, find_bin, is_exact, to_magnitude
+from mmerge.workers.statistics.magnitude_histograms import NUM_LOWER, HistogramSum, add_histograms, find_bin, is_exact, to_magnitude
 from mmerge.workers.methods.interface import Trimming
 from mmerge.workers.survey import SparseHistogram, Survey, piece_name, read_survey
 from mmerge.workers.task import CopyTensor, RefineTask, SurveyTask, TensorTask
-from mmerge.workers.thresholds import trim_rank
+from mmerge.workers.statistics.order_statistics import trim_rank
 
 SURVEY_VERSION = 2
 """Raised when what a survey holds changes: no older survey is then reused."""

@@ -11,8 +11,8 @@ from mmerge.workers.measure import count_quantities
 from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Block, MergedBlock, TensorKnown
 from mmerge.workers.methods.ranking import ranked_value
-from mmerge.workers.sums import to_sum
-from mmerge.workers.thresholds import find_bin, high_histogram, low_histogram, to_threshold, trim_rank
+from mmerge.workers.statistics.exact_sums import to_sum
+from mmerge.workers.statistics.order_statistics import find_bin, high_histogram, low_histogram, to_threshold, trim_rank
 
 
 def merge_tensor(

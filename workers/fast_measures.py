@@ -10,7 +10,7 @@ import numpy as np
 
 from mmerge.workers.inputs import InputBlock
 from mmerge.workers.kernels.inner_products import NUM_COPIES, NUM_SUM_BINS, sum_products
-from mmerge.workers.thresholds import Counts
+from mmerge.workers.statistics.order_statistics import Counts
 
 Vectors = Callable[[Any, int], tuple[int, bool]]
 """From the parameters and the number of experts: the first row that is a vector (0: the base), and whether the base is taken off."""

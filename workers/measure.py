@@ -17,10 +17,10 @@ from mmerge.workers.fast_measures import VECTORS, measure_gram
 from mmerge.workers.inputs import InputReader
 from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Block, Method, Numbers
-from mmerge.workers.sums import count_sum, high_ranks, low_ranks
+from mmerge.workers.statistics.exact_sums import count_sum, high_ranks, low_ranks
 from mmerge.workers.survey import SparseHistogram, Survey, piece_name, read_survey, survey_key
 from mmerge.workers.task import MeasureTask, TaskResult, TensorTask
-from mmerge.workers.thresholds import Counts, to_sparse
+from mmerge.workers.statistics.order_statistics import Counts, to_sparse
 
 VECTOR_BLOCK_ENTRIES = 1 << 18
 """Entries at once in a stage of vectors: fixed, since float64 sums depend on what is added first."""

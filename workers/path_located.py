@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from mmerge.workers.blocks import num_columns
-from mmerge.workers.histograms import Histogram, MagnitudeCounter, count_lower, find_top
+from mmerge.workers.statistics.magnitude_histograms import Histogram, MagnitudeCounter, count_lower, find_top
 from mmerge.workers.inputs import InputBlock
 from mmerge.workers.kernels.della import merge_by_row
 from mmerge.workers.kernels.locate import (

@@ -6,12 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from mmerge.workers.histograms import NUM_LOWER, Histogram, MagnitudeCounter, find_top, to_lower
+from mmerge.workers.statistics.magnitude_histograms import NUM_LOWER, Histogram, MagnitudeCounter, find_top, to_lower
 from mmerge.workers.inputs import InputBlock
 from mmerge.workers.kernels.sce import count_variances_within, merge_sce, sum_selected
 from mmerge.workers.kernels.inner_products import NUM_COPIES
 from mmerge.workers.paths import FastPath, PathRequest, ReadBlocks
-from mmerge.workers.sums import NUM_SUM_BINS, to_sum
+from mmerge.workers.statistics.exact_sums import NUM_SUM_BINS, to_sum
 
 
 class ScePath(FastPath):

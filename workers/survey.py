@@ -21,7 +21,7 @@ from mmerge.manifests.format.safetensors_header import DTYPE_BYTES, FLOAT_DTYPES
 from mmerge.manifests.stores.object_store import Store
 from mmerge.workers.checkpoint import TensorSource
 from mmerge.workers.dtypes import to_tensor
-from mmerge.workers.histograms import MagnitudeCounter, count_lower
+from mmerge.workers.statistics.magnitude_histograms import MagnitudeCounter, count_lower
 from mmerge.workers.inputs import InputBlock, InputReader
 from mmerge.workers.kernels.magnitudes import first_non_finite
 from mmerge.workers.task import CopyTensor, NonFinite, RefineTask, SurveyTask, TaskResult, TensorTask

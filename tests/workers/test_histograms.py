@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmerge.workers.dtypes import TORCH_DTYPES
-from mmerge.workers.histograms import (
+from mmerge.workers.statistics.magnitude_histograms import (
     NUM_LOWER,
     Histogram,
     MagnitudeCounter,
@@ -18,7 +18,7 @@ from mmerge.workers.histograms import (
     to_magnitude,
 )
 from mmerge.workers.inputs import InputBlock
-from mmerge.workers.thresholds import trim_rank
+from mmerge.workers.statistics.order_statistics import trim_rank
 
 from .test_kernels import make_block
 

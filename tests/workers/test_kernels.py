@@ -26,7 +26,7 @@ from mmerge.workers.masks import pack_mask, packed_bytes
 from mmerge.workers.methods import METHODS
 from mmerge.workers.methods.interface import Block, Known, MergedBlock, Method
 from mmerge.workers.paths import FastPath, MaskPath, PathRequest
-from mmerge.workers.sums import exact_sum, to_sum
+from mmerge.workers.statistics.exact_sums import exact_sum, to_sum
 from mmerge.workers.task import TensorTask
 
 DTYPES = ("BF16", "F16", "F32")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mmerge.workers.methods.interface import Block, MergedBlock
 from mmerge.workers.methods.mmer import Mmer, MmerExpertParameters, MmerParameters, decouple
 from mmerge.workers.methods.ties import disjoint_merge, elect_sign, trim
-from mmerge.workers.thresholds import exact_threshold
+from mmerge.workers.statistics.order_statistics import exact_threshold
 
 
 def make_deltas(num_experts: int, seed: int, size: int = 200) -> list[torch.Tensor]:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from mmerge.workers.methods.randomness import uniform
 from mmerge.workers.methods.ranking import ranked_value, top_mask
-from mmerge.workers.sums import NUM_RANK_BINS, count_sum, exact_sum, high_ranks, low_ranks, to_ranked, to_sum
-from mmerge.workers.thresholds import find_bin
+from mmerge.workers.statistics.exact_sums import NUM_RANK_BINS, count_sum, exact_sum, high_ranks, low_ranks, to_ranked, to_sum
+from mmerge.workers.statistics.order_statistics import find_bin
 
 floats = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=50)
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmerge.workers.thresholds import (
+from mmerge.workers.statistics.order_statistics import (
     NUM_HIGH_BINS,
     NUM_LOW_BINS,
     add_sparse,

@@ -20,7 +20,7 @@ def sum_products(inputs: Any, codes: Any, num_entries: int, from_base: bool, sum
     Args:
         inputs: int64, where the rows of bytes begin: the vectors, behind the base.
         from_base: whether the vectors are what the rows differ by from the base.
-        sums: int64 (pairs, NUM_COPIES * NUM_SUM_BINS): integer significands, see workers/sums.py. Pairs in the order 0.0, 0.1, …, 1.1, …
+        sums: int64 (pairs, NUM_COPIES * NUM_SUM_BINS): integer significands, see workers/statistics/exact_sums.py. Pairs in the order 0.0, 0.1, …, 1.1, …
     """
     num_vectors = inputs.shape[0] - 1
     vectors = np.empty((num_vectors, TILE_ENTRIES), np.float32)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from mmerge.workers.sums import high_ranks, low_ranks, to_ranked
-from mmerge.workers.thresholds import find_bin
+from mmerge.workers.statistics.exact_sums import high_ranks, low_ranks, to_ranked
+from mmerge.workers.statistics.order_statistics import find_bin
 
 _SMALL = 1 << 16
 """Up to so many values a selection is quicker than the two histograms; the result is the same."""

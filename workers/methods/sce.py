@@ -12,7 +12,7 @@ from typing_extensions import override
 from mmerge.workers.methods.election import elect_sign, sum_in_order
 from mmerge.workers.methods.interface import Block, Granularity, MergedBlock, Method, Parameters
 from mmerge.workers.methods.ranking import top_mask
-from mmerge.workers.sums import exact_sum
+from mmerge.workers.statistics.exact_sums import exact_sum
 
 
 class SceParameters(Parameters):

@@ -12,7 +12,7 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-from mmerge.workers.thresholds import Counts
+from mmerge.workers.statistics.order_statistics import Counts
 
 NUM_SUM_BINS = 512
 NUM_RANK_BINS = 1 << 16

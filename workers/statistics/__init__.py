@@ -1,0 +1,1 @@
+"""Exact sums and order statistics."""
