@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from mmerge.manifests.format.safetensors_header import TensorSpec
-from mmerge.workers.checkpoint import TensorSource
+from mmerge.workers.checkpoints.checkpoint import TensorSource
 from mmerge.workers.fast_paths import FAST_PATHS, find_fast_path
 from mmerge.workers.statistics.magnitude_histograms import MagnitudeCounter
-from mmerge.workers.inputs import InputBlock
+from mmerge.workers.checkpoints.block_reader import InputBlock
 from mmerge.workers.kernels.tiles import CODES
 from mmerge.workers.kernels.magnitudes import first_non_finite
 from mmerge.workers.masks import packed_bytes

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from mmerge.pipeline import export, make_plan, read_recipe, run
 from mmerge.pipeline.layout import find_renames, rename
-from mmerge.workers.checkpoint import Checkpoint
+from mmerge.workers.checkpoints.checkpoint import Checkpoint
 from mmerge.workers.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent

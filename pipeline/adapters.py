@@ -9,8 +9,8 @@ from typing import Any
 from mmerge.manifests.errors import CheckpointError, RecipeError, ShapeMismatch
 from mmerge.manifests.format.manifest import AdapterRecord
 from mmerge.pipeline.recipe import Recipe
-from mmerge.workers.adapter import DEFAULT_ADAPTER, AdapterCheckpoint, AdapterFolder, AdapterPair, find_linear
-from mmerge.workers.checkpoint import Checkpoint, TensorSource
+from mmerge.workers.checkpoints.lora_adapter import DEFAULT_ADAPTER, AdapterCheckpoint, AdapterFolder, AdapterPair, find_linear
+from mmerge.workers.checkpoints.checkpoint import Checkpoint, TensorSource
 
 _OTHER_NAMES = {"image": ("vision",), "vision": ("image",), "point": ("point_cloud", "pointcloud")}
 """How adapters of a modality are called beside its own name."""

@@ -27,8 +27,8 @@ from mmerge.pipeline.records import make_records, read_files
 from mmerge.pipeline.shard_tasks import make_copy_task, make_merge_task
 from mmerge.pipeline.stages import StageRun
 from mmerge.pipeline.survey import InputSurvey, make_survey_tasks
-from mmerge.workers.adapter import open_expert
-from mmerge.workers.checkpoint import Checkpoint
+from mmerge.workers.checkpoints.lora_adapter import open_expert
+from mmerge.workers.checkpoints.checkpoint import Checkpoint
 from mmerge.workers.measure import parse_numbers
 from mmerge.workers.methods import find_method
 from mmerge.workers.survey import survey_key

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from mmerge.manifests.errors import CheckpointError, ShapeMismatch
 from mmerge.manifests.format.safetensors_header import FLOAT_DTYPES
-from mmerge.workers.checkpoint import Checkpoint, TensorSource
+from mmerge.workers.checkpoints.checkpoint import Checkpoint, TensorSource
 
 EMBEDDING_SUFFIX = "embed_tokens.weight"
 HEAD_NAME = "lm_head.weight"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
 
 from mmerge.manifests.errors import RecipeError
-from mmerge.workers.checkpoint import Checkpoint
+from mmerge.workers.checkpoints.checkpoint import Checkpoint
 from mmerge.workers.methods import METHODS
 
 KNOWN_KEYS = (

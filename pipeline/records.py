@@ -9,7 +9,7 @@ from mmerge.manifests.digest import digest_bytes
 from mmerge.manifests.format.manifest import BaseRecord, ExpertRecord, FileEntry
 from mmerge.pipeline.plan import MergePlan
 from mmerge.pipeline.survey import InputSurvey
-from mmerge.workers.checkpoint import Checkpoint
+from mmerge.workers.checkpoints.checkpoint import Checkpoint
 
 
 def read_files(checkpoints: Sequence[Checkpoint]) -> tuple[dict[str, tuple[FileEntry, ...]], dict[str, bytes]]:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from mmerge.workers.dtypes import TORCH_DTYPES, to_float_tensors
-from mmerge.workers.inputs import InputReader
+from mmerge.workers.checkpoints.dtypes import TORCH_DTYPES, to_float_tensors
+from mmerge.workers.checkpoints.block_reader import InputReader
 from mmerge.workers.methods.interface import Block, Granularity, Known
 from mmerge.workers.task import TensorTask
 

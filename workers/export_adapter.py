@@ -13,9 +13,9 @@ import torch
 
 from mmerge.manifests.format.entry import Role
 from mmerge.manifests.errors import CheckpointError, ManifestError, ShapeMismatch, StoreError
-from mmerge.workers.adapter import CONFIG_FILE, WEIGHT_FILES
-from mmerge.workers.checkpoint import Checkpoint, OpenStores, read_source
-from mmerge.workers.dtypes import to_tensor
+from mmerge.workers.checkpoints.lora_adapter import CONFIG_FILE, WEIGHT_FILES
+from mmerge.workers.checkpoints.checkpoint import Checkpoint, OpenStores, read_source
+from mmerge.workers.checkpoints.dtypes import to_tensor
 from mmerge.workers.export_folder import to_export_folder
 from mmerge.workers.methods.matrix import is_layer_matrix
 from mmerge.workers.reader import BuildReader

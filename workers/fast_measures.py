@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mmerge.workers.inputs import InputBlock
+from mmerge.workers.checkpoints.block_reader import InputBlock
 from mmerge.workers.kernels.inner_products import NUM_COPIES, NUM_SUM_BINS, sum_products
 from mmerge.workers.statistics.order_statistics import Counts
 

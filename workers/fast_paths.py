@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from mmerge.workers.fast_measures import slerp_rows
-from mmerge.workers.inputs import InputBlock
+from mmerge.workers.checkpoints.block_reader import InputBlock
 from mmerge.workers.kernels.tiles import CODES
 from mmerge.workers.kernels.linear import merge_linear, merge_mean
 from mmerge.workers.kernels.mmer import merge_mmer

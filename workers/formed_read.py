@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from mmerge.manifests.format.table import StoredRow
-from mmerge.workers.dtypes import TORCH_DTYPES, to_bytes
+from mmerge.workers.checkpoints.dtypes import TORCH_DTYPES, to_bytes
 from mmerge.workers.forming import BlockFormer, can_form
 from mmerge.workers.runtime.host_memory import Empty, empty_host
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mmerge.workers.dtypes import SAFETENSORS_DTYPES
+from mmerge.workers.checkpoints.dtypes import SAFETENSORS_DTYPES
 from mmerge.workers.kernels.tiles import CODES
 from mmerge.workers.kernels.masked_weights import NUM_ARGUMENTS, find_entry, form_parts, form_rows
 from mmerge.workers.runtime.openmp import work_together

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from mmerge.workers.division import Division, Part
-from mmerge.workers.low_rank import LowRank
+from mmerge.workers.checkpoints.lora_weights import LowRank
 from mmerge.workers.reader import BuildReader
 from mmerge.workers.routed_adapter import RoutedAdapterLinear
 from mmerge.workers.routing import Routing

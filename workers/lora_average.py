@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from mmerge.manifests.errors import RecipeError, ShapeMismatch, StoreError
-from mmerge.workers.adapter import CONFIG_FILE, DEFAULT_ADAPTER, WEIGHT_FILES, AdapterFolder
-from mmerge.workers.checkpoint import OpenStores, TensorSource, read_source
-from mmerge.workers.dtypes import to_tensor
+from mmerge.workers.checkpoints.lora_adapter import CONFIG_FILE, DEFAULT_ADAPTER, WEIGHT_FILES, AdapterFolder
+from mmerge.workers.checkpoints.checkpoint import OpenStores, TensorSource, read_source
+from mmerge.workers.checkpoints.dtypes import to_tensor
 from mmerge.workers.methods.lora_factors import STRATEGIES, average_lora
 from mmerge.workers.runtime.cores import one_thread
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mmerge.manifests.stores.object_store import Store
 from mmerge.workers.blocks import read_blocks
 from mmerge.workers.fast_measures import VECTORS, measure_gram
-from mmerge.workers.inputs import InputReader
+from mmerge.workers.checkpoints.block_reader import InputReader
 from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Block, Method, Numbers
 from mmerge.workers.statistics.exact_sums import count_sum, high_ranks, low_ranks

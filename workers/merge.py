@@ -20,9 +20,9 @@ from mmerge.manifests.format.object_header import delta_name, make_metadata, mas
 from mmerge.manifests.stores.object_store import Store
 from mmerge.manifests.stores.writer import ObjectWriter
 from mmerge.workers.blocks import entries_at_once, read_blocks
-from mmerge.workers.dtypes import to_bytes, with_one_nan
+from mmerge.workers.checkpoints.dtypes import to_bytes, with_one_nan
 from mmerge.workers.fast_paths import find_fast_path
-from mmerge.workers.inputs import InputBlock, InputReader
+from mmerge.workers.checkpoints.block_reader import InputBlock, InputReader
 from mmerge.workers.kernels.tiles import TILE_ENTRIES, add_squares
 from mmerge.workers.masks import packed_bytes
 from mmerge.workers.measure import parse_numbers

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from mmerge.workers.blocks import num_columns
 from mmerge.workers.statistics.magnitude_histograms import Histogram, MagnitudeCounter, count_lower, find_top
-from mmerge.workers.inputs import InputBlock
+from mmerge.workers.checkpoints.block_reader import InputBlock
 from mmerge.workers.kernels.della import merge_by_row
 from mmerge.workers.kernels.locate import (
     DROP,

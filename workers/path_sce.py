@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from mmerge.workers.statistics.magnitude_histograms import NUM_LOWER, Histogram, MagnitudeCounter, find_top, to_lower
-from mmerge.workers.inputs import InputBlock
+from mmerge.workers.checkpoints.block_reader import InputBlock
 from mmerge.workers.kernels.sce import count_variances_within, merge_sce, sum_selected
 from mmerge.workers.kernels.inner_products import NUM_COPIES
 from mmerge.workers.paths import FastPath, PathRequest, ReadBlocks

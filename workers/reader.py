@@ -20,11 +20,11 @@ from mmerge.manifests.format.references import open_build
 from mmerge.manifests.stores.object_store import Store
 from mmerge.manifests.format.table import StoredRow, read_table
 from mmerge.manifests.maintenance.verify import group_rows
-from mmerge.workers.dtypes import TORCH_DTYPES, to_bytes
+from mmerge.workers.checkpoints.dtypes import TORCH_DTYPES, to_bytes
 from mmerge.workers.formed_read import read_formed
 from mmerge.workers.forming import can_form, form
 from mmerge.workers.runtime.host_memory import empty_host
-from mmerge.workers.low_rank import LowRank, add_adapters
+from mmerge.workers.checkpoints.lora_weights import LowRank, add_adapters
 from mmerge.workers.masks import pack_mask, pack_rows, unpack_mask
 from mmerge.workers.stored_rows import check_rows
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from mmerge.workers.low_rank import LowRank
+from mmerge.workers.checkpoints.lora_weights import LowRank
 from mmerge.workers.routing import TEXT, Routing
 
 

@@ -8,7 +8,7 @@ from math import prod
 
 from mmerge.manifests.errors import ManifestError
 from mmerge.manifests.format.table import StoredRow
-from mmerge.workers.dtypes import TORCH_DTYPES
+from mmerge.workers.checkpoints.dtypes import TORCH_DTYPES
 from mmerge.workers.masks import packed_bytes
 
 Key = tuple[str, str, str]

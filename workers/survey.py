@@ -19,10 +19,10 @@ from safetensors.numpy import save as save_arrays
 from mmerge.manifests.errors import NonFiniteError, NotFound
 from mmerge.manifests.format.safetensors_header import DTYPE_BYTES, FLOAT_DTYPES
 from mmerge.manifests.stores.object_store import Store
-from mmerge.workers.checkpoint import TensorSource
-from mmerge.workers.dtypes import to_tensor
+from mmerge.workers.checkpoints.checkpoint import TensorSource
+from mmerge.workers.checkpoints.dtypes import to_tensor
 from mmerge.workers.statistics.magnitude_histograms import MagnitudeCounter, count_lower
-from mmerge.workers.inputs import InputBlock, InputReader
+from mmerge.workers.checkpoints.block_reader import InputBlock, InputReader
 from mmerge.workers.kernels.magnitudes import first_non_finite
 from mmerge.workers.task import CopyTensor, NonFinite, RefineTask, SurveyTask, TaskResult, TensorTask
 

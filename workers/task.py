@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from mmerge.manifests.format.entry import Role
 from mmerge.manifests.stores.local import Pending
-from mmerge.workers.checkpoint import TensorSource
+from mmerge.workers.checkpoints.checkpoint import TensorSource
 from mmerge.workers.methods.interface import Granularity, Known, Numbers
 from mmerge.workers.prompt import Part
 

@@ -1,6 +1,6 @@
 """Bytes of local files, block by block, into memory that the caller names or into one buffer that stays in the caches.
 
-Both readers of local files, this one and that of the merge's inputs (workers/inputs.py), read by `preadv`: this one checks the bytes of
+Both readers of local files, this one and that of the merge's inputs (workers/checkpoints/block_reader.py), read by `preadv`: this one checks the bytes of
 one range on their way, that one keeps files open and reads several in step. Mapping the files costs more, measured for both: bringing
 pages into a map and out of it takes as long as the copy, and a digest reads what was just copied from a cache.
 """

@@ -23,7 +23,7 @@ from mmerge.manifests.stores.object_store import Store, open_store
 from mmerge.manifests.format.table import StoredRow, read_table
 from mmerge.manifests.maintenance.verify import verify
 from mmerge.pipeline import make_plan, read_recipe, run
-from mmerge.workers.checkpoint import Checkpoint
+from mmerge.workers.checkpoints.checkpoint import Checkpoint
 from mmerge.workers.reader import BuildReader
 from mmerge.workers.stored_rows import Key, check_rows
 

@@ -18,7 +18,7 @@ from mmerge.pipeline.answers import read_answers
 from mmerge.pipeline.cli import app
 from mmerge.workers.export_adapter import export_adapter
 from mmerge.workers.lora_average import write_average
-from mmerge.workers.low_rank import low_rank_rows
+from mmerge.workers.checkpoints.lora_weights import low_rank_rows
 from mmerge.workers.reader import BuildReader
 
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj")

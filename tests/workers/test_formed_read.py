@@ -13,7 +13,7 @@ import torch
 from mmerge.manifests.errors import DamagedObject
 from mmerge.manifests.stores.object_store import open_store
 from mmerge.workers import formed_read
-from mmerge.workers.dtypes import to_bytes
+from mmerge.workers.checkpoints.dtypes import to_bytes
 from mmerge.workers.formed_read import read_formed
 from mmerge.workers.forming import BlockFormer
 from mmerge.workers.masks import pack_mask

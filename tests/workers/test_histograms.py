@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmerge.workers.dtypes import TORCH_DTYPES
+from mmerge.workers.checkpoints.dtypes import TORCH_DTYPES
 from mmerge.workers.statistics.magnitude_histograms import (
     NUM_LOWER,
     Histogram,
@@ -17,7 +17,7 @@ from mmerge.workers.statistics.magnitude_histograms import (
     is_exact,
     to_magnitude,
 )
-from mmerge.workers.inputs import InputBlock
+from mmerge.workers.checkpoints.block_reader import InputBlock
 from mmerge.workers.statistics.order_statistics import trim_rank
 
 from .test_kernels import make_block

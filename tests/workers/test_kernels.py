@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from mmerge.manifests.format.safetensors_header import TensorSpec
 from mmerge.workers.kernels import tiles as kernels
 from mmerge.workers.blocks import num_columns
-from mmerge.workers.checkpoint import TensorSource
-from mmerge.workers.dtypes import SAFETENSORS_DTYPES, TORCH_DTYPES, to_bytes, with_one_nan
+from mmerge.workers.checkpoints.checkpoint import TensorSource
+from mmerge.workers.checkpoints.dtypes import SAFETENSORS_DTYPES, TORCH_DTYPES, to_bytes, with_one_nan
 from mmerge.workers.fast_measures import VECTORS, measure_gram
 from mmerge.workers.fast_paths import FAST_PATHS, find_fast_path
-from mmerge.workers.inputs import InputBlock
+from mmerge.workers.checkpoints.block_reader import InputBlock
 from mmerge.workers.kernels.magnitudes import first_non_finite
 from mmerge.workers.masks import pack_mask, packed_bytes
 from mmerge.workers.methods import METHODS

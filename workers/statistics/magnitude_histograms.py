@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mmerge.workers.inputs import InputBlock
+from mmerge.workers.checkpoints.block_reader import InputBlock
 from mmerge.workers.kernels.sce import count_variances
 from mmerge.workers.kernels.magnitudes import NUM_COUNTERS, NUM_LOWS, NUM_TOPS, count_lower_bits, count_magnitudes, drain_histogram
 

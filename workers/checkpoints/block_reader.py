@@ -23,7 +23,7 @@ from typing_extensions import override
 from mmerge.manifests.errors import NotFound, StoreError
 from mmerge.manifests.format.safetensors_header import DTYPE_BYTES
 from mmerge.manifests.stores.object_store import check_key, is_local, open_store, to_local_path
-from mmerge.workers.checkpoint import LowRankSource, OpenStores, TensorSource, read_source
+from mmerge.workers.checkpoints.checkpoint import LowRankSource, OpenStores, TensorSource, read_source
 from mmerge.workers.kernels.tiles import CODES
 
 LOCAL_AHEAD_BYTES = 16 << 20
@@ -244,7 +244,7 @@ class _SourceStream(_Stream):
 def _widen_by_torch(data: memoryview, dtype: str, row: NDArray[np.uint8]) -> None:
     import torch
 
-    from mmerge.workers.dtypes import TORCH_DTYPES
+    from mmerge.workers.checkpoints.dtypes import TORCH_DTYPES
 
     if dtype.startswith(("F", "BF")):
         values = torch.frombuffer(data, dtype=torch.uint8).view(TORCH_DTYPES[dtype]).to(torch.float32)

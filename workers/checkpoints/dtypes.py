@@ -10,7 +10,7 @@ import torch
 from typing_extensions import override
 
 if TYPE_CHECKING:
-    from mmerge.workers.inputs import InputBlock
+    from mmerge.workers.checkpoints.block_reader import InputBlock
 
 _NAMES: Mapping[str, str] = {
     "BOOL": "bool",

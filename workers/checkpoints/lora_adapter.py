@@ -16,8 +16,8 @@ from typing_extensions import override
 
 from mmerge.manifests.errors import CheckpointError, NotFound, ShapeMismatch, StoreError
 from mmerge.manifests.stores.object_store import Store, open_store
-from mmerge.workers.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, LowRankSource, TensorSource
-from mmerge.workers.pickled import read_pickled_specs
+from mmerge.workers.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, LowRankSource, TensorSource
+from mmerge.workers.checkpoints.torch_pickle import read_pickled_specs
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")

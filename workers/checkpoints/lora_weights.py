@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from mmerge.manifests.stores.object_store import Store
-from mmerge.workers.checkpoint import LowRankSource, OpenStores, TensorSource, read_source
-from mmerge.workers.dtypes import to_bytes, to_tensor
+from mmerge.workers.checkpoints.checkpoint import LowRankSource, OpenStores, TensorSource, read_source
+from mmerge.workers.checkpoints.dtypes import to_bytes, to_tensor
 
 TILE_ROWS = 8
 """Rows whose product is formed at once, counted from the matrix's first row: so a value does not depend on the block it is in."""

@@ -16,7 +16,7 @@ from typing_extensions import override
 from mmerge.manifests.errors import CheckpointError
 from mmerge.manifests.format.safetensors_header import TensorSpec
 from mmerge.manifests.stores.object_store import Store
-from mmerge.workers.dtypes import SAFETENSORS_DTYPES
+from mmerge.workers.checkpoints.dtypes import SAFETENSORS_DTYPES
 
 _REMEDY = "Save the adapter as safetensors (safe_serialization=True)"
 

@@ -227,7 +227,7 @@ def ahead_bytes(sources: Sequence[TensorSource]) -> int:
 def read_source(source: TensorSource, *, stores: dict[str, Store], offset: int, num_bytes: int) -> memoryview:
     """Return `num_bytes` bytes of a tensor, `offset` bytes from its start. `stores` keeps opened checkpoints."""
     if isinstance(source, LowRankSource):
-        from mmerge.workers.low_rank import read_low_rank
+        from mmerge.workers.checkpoints.lora_weights import read_low_rank
 
         return read_low_rank(source, stores, start=offset // 4, stop=(offset + num_bytes) // 4)
     store = stores.get(source.uri)

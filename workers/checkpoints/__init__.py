@@ -1,0 +1,1 @@
+"""Inputs: checkpoints, LoRA adapters, block readers."""
