@@ -39,7 +39,7 @@ from transformers.utils import logging
 
 from mmerge.pipeline import Composite, load_composite, make_plan, read_recipe, run
 from mmerge.workers.runtime.host_memory import empty_host
-from mmerge.workers.reader import BuildReader
+from mmerge.workers.reconstruction.build_reader import BuildReader
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_EXPERTS = 3

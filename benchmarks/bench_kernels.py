@@ -15,7 +15,7 @@ from mmerge.workers.statistics.magnitude_histograms import MagnitudeCounter
 from mmerge.workers.checkpoints.block_reader import InputBlock
 from mmerge.workers.kernels.tiles import CODES
 from mmerge.workers.kernels.magnitudes import first_non_finite
-from mmerge.workers.masks import packed_bytes
+from mmerge.workers.reconstruction.bitmask import packed_bytes
 from mmerge.workers.methods import METHODS
 from mmerge.workers.methods.interface import Block
 from mmerge.workers.paths import PathRequest

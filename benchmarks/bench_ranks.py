@@ -22,7 +22,7 @@ from bench_composite import ROOT, SHAPES, build
 
 from mmerge.pipeline import load_composite
 from mmerge.workers.ranks import open_ranks
-from mmerge.workers.reader import BuildReader
+from mmerge.workers.reconstruction.build_reader import BuildReader
 
 MIB = 1 << 20
 

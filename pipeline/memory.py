@@ -13,7 +13,7 @@ from mmerge.workers.checkpoints.checkpoint import LowRankSource, ahead_bytes
 from mmerge.workers.fast_paths import FAST_PATHS
 from mmerge.workers.statistics.magnitude_histograms import survey_bytes
 from mmerge.workers.checkpoints.lora_weights import TILE_ROWS
-from mmerge.workers.masks import packed_bytes
+from mmerge.workers.reconstruction.bitmask import packed_bytes
 from mmerge.workers.methods.interface import Granularity, Method
 from mmerge.workers.task import TensorTask
 

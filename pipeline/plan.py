@@ -19,7 +19,7 @@ from mmerge.pipeline.recipe import Recipe, pin_recipe
 from mmerge.workers.checkpoints.lora_adapter import open_expert
 from mmerge.workers.checkpoints.checkpoint import Checkpoint, TensorSource, ahead_bytes
 from mmerge.workers.checkpoints.dtypes import NAMED_DTYPES
-from mmerge.workers.masks import packed_bytes
+from mmerge.workers.reconstruction.bitmask import packed_bytes
 from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Granularity, Kind, Numbers
 from mmerge.workers.task import CopyTensor, TensorTask

@@ -16,8 +16,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
 
 from mmerge.pipeline import make_plan, read_recipe, run
-from mmerge.workers.masks import unpack_mask
-from mmerge.workers.reader import BuildReader
+from mmerge.workers.reconstruction.bitmask import unpack_mask
+from mmerge.workers.reconstruction.build_reader import BuildReader
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 EXPERTS = ("image", "audio", "video")

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from mmerge.manifests.stores.object_store import open_store
 from mmerge.pipeline import make_plan, parse_recipe, run
 from mmerge.pipeline.build import RunReport
-from mmerge.workers.masks import unpack_mask
-from mmerge.workers.reader import BuildReader
+from mmerge.workers.reconstruction.bitmask import unpack_mask
+from mmerge.workers.reconstruction.build_reader import BuildReader
 
 GOLDEN = Path(os.environ.get("MMERGE_GOLDEN", Path(__file__).resolve().parents[2] / "shared" / "golden"))
 MANIFEST: dict[str, Any] = json.loads((GOLDEN / "cases.json").read_text()) if (GOLDEN / "cases.json").is_file() else {"cases": []}

@@ -63,7 +63,7 @@ def test_a_build_of_an_earlier_version_is_verified_and_reused(method: str, old_s
 
 
 def test_tensors_of_an_earlier_version_are_read_bit_for_bit(old_store: Path, folder: Path, tmp_path: Path) -> None:
-    from mmerge.workers.reader import BuildReader
+    from mmerge.workers.reconstruction.build_reader import BuildReader
 
     experts = {name: {"path": name, "modality": name} for name in ("image", "audio", "video")}
     for method in ("mmer", "emr"):

@@ -8,7 +8,7 @@ import sys
 import torch
 
 from mmerge.workers.kernels.masked_weights_triton import form_on_device
-from mmerge.workers.masks import pack_mask, pack_rows
+from mmerge.workers.reconstruction.bitmask import pack_mask, pack_rows
 from mmerge.workers.routing import form_by_torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

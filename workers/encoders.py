@@ -13,7 +13,7 @@ from mmerge.workers.features import FeatureEncoder
 from mmerge.workers.media import MediaEncoder, make_config
 from mmerge.workers.prompt import Part
 from mmerge.workers.ranks import Ranks
-from mmerge.workers.reader import BuildReader
+from mmerge.workers.reconstruction.build_reader import BuildReader
 
 EMBEDDING_SUFFIX = "embed_tokens.weight"
 

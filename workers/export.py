@@ -15,7 +15,7 @@ from mmerge.manifests.errors import ManifestError, StoreError
 from mmerge.manifests.format.manifest import FileEntry, read_file
 from mmerge.workers.export_folder import to_export_folder
 from mmerge.workers.media import write_files
-from mmerge.workers.reader import BuildReader
+from mmerge.workers.reconstruction.build_reader import BuildReader
 
 MAX_FILE_BYTES = 5 * 10**9
 """Weights are split into files of at most this size, as transformers does."""

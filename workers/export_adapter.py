@@ -18,7 +18,7 @@ from mmerge.workers.checkpoints.checkpoint import Checkpoint, OpenStores, read_s
 from mmerge.workers.checkpoints.dtypes import to_tensor
 from mmerge.workers.export_folder import to_export_folder
 from mmerge.workers.methods.matrix import is_layer_matrix
-from mmerge.workers.reader import BuildReader
+from mmerge.workers.reconstruction.build_reader import BuildReader
 from mmerge.workers.runtime.cores import one_thread
 
 

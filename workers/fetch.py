@@ -17,9 +17,9 @@ from typing_extensions import override
 from mmerge.manifests.stores.object_store import Store
 from mmerge.workers.division import Division, Part
 from mmerge.workers.runtime.host_memory import Empty, empty_host
-from mmerge.workers.masks import pack_mask, pack_rows, unpack_rows
+from mmerge.workers.reconstruction.bitmask import pack_mask, pack_rows, unpack_rows
 from mmerge.workers.ranks import Ranks
-from mmerge.workers.reader import HEAD_NAME, BuildReader
+from mmerge.workers.reconstruction.build_reader import HEAD_NAME, BuildReader
 from mmerge.workers.routed_read import read_routed
 from mmerge.workers.routing import Policy
 from mmerge.workers.runtime.cores import num_cores

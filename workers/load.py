@@ -29,14 +29,14 @@ from mmerge.workers.fetch import (
     read_threads,
     share_out,
 )
-from mmerge.workers.forming import load_kernel
+from mmerge.workers.reconstruction.masked_weights import load_kernel
 from mmerge.workers.runtime.host_memory import SharedPages, empty_host, resident_bytes, returned_at_once
 from mmerge.workers.load_adapters import route_adapters
 from mmerge.workers.media import load_tokenizer, make_config, make_model
 from mmerge.workers.parallel import join_ranks, spread_layers
 from mmerge.workers.placement import Placement
 from mmerge.workers.ranks import Ranks, check_device, in_torchrun, open_ranks
-from mmerge.workers.reader import HEAD_NAME, BuildReader
+from mmerge.workers.reconstruction.build_reader import HEAD_NAME, BuildReader
 from mmerge.workers.routing import Policy, RoutedBias, RoutedLinear, RoutedWeights, Routing
 from mmerge.workers.skeleton import find_text_class, make_skeleton, set_parameter
 

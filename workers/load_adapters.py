@@ -6,7 +6,7 @@ from torch import nn
 
 from mmerge.workers.division import Division, Part
 from mmerge.workers.checkpoints.lora_weights import LowRank
-from mmerge.workers.reader import BuildReader
+from mmerge.workers.reconstruction.build_reader import BuildReader
 from mmerge.workers.routed_adapter import RoutedAdapterLinear
 from mmerge.workers.routing import Routing
 

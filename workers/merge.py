@@ -24,7 +24,7 @@ from mmerge.workers.checkpoints.dtypes import to_bytes, with_one_nan
 from mmerge.workers.fast_paths import find_fast_path
 from mmerge.workers.checkpoints.block_reader import InputBlock, InputReader
 from mmerge.workers.kernels.tiles import TILE_ENTRIES, add_squares
-from mmerge.workers.masks import packed_bytes
+from mmerge.workers.reconstruction.bitmask import packed_bytes
 from mmerge.workers.measure import parse_numbers
 from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Block, MergedBlock, Method

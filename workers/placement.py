@@ -16,7 +16,7 @@ from mmerge.manifests.format.table import layer_of
 from mmerge.workers.division import Division
 from mmerge.workers.fetch import Fetcher, Item, part_shape, share_out
 from mmerge.workers.media import make_config
-from mmerge.workers.reader import HEAD_NAME, BuildReader
+from mmerge.workers.reconstruction.build_reader import HEAD_NAME, BuildReader
 from mmerge.workers.routing import Policy, block_rows
 
 By = Literal["tensor", "layers"]

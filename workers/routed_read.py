@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from mmerge.workers.formed_read import read_formed
+from mmerge.workers.reconstruction.masked_read import read_formed
 from mmerge.workers.runtime.host_memory import Empty, empty_host
-from mmerge.workers.masks import pack_rows
-from mmerge.workers.reader import BuildReader
+from mmerge.workers.reconstruction.bitmask import pack_rows
+from mmerge.workers.reconstruction.build_reader import BuildReader
 from mmerge.workers.routing import Policy, RoutedWeights
 
 

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from mmerge.workers.forming import can_form, can_form_on_device, form
+from mmerge.workers.reconstruction.masked_weights import can_form, can_form_on_device, form
 from mmerge.workers.groups import Group, is_tracked, make_groups
 from mmerge.workers.runtime.host_memory import empty_host
-from mmerge.workers.masks import unpack_rows
+from mmerge.workers.reconstruction.bitmask import unpack_rows
 
 TEXT = -1
 """The modality id of text tokens, generated ones included. Expert i of a composite has the id i."""

@@ -14,7 +14,7 @@ from mmerge.pipeline import read_build
 from mmerge.workers.methods.election import disjoint_merge, elect_sign
 from mmerge.workers.methods.mmer import decouple
 from mmerge.workers.methods.ties import trim
-from mmerge.workers.reader import BuildReader
+from mmerge.workers.reconstruction.build_reader import BuildReader
 
 DENSITY = 0.8
 RULES: dict[str, MaskRule] = {

@@ -24,8 +24,8 @@ from mmerge.manifests.format.table import StoredRow, read_table
 from mmerge.manifests.maintenance.verify import verify
 from mmerge.pipeline import make_plan, read_recipe, run
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
-from mmerge.workers.reader import BuildReader
-from mmerge.workers.stored_rows import Key, check_rows
+from mmerge.workers.reconstruction.build_reader import BuildReader
+from mmerge.workers.reconstruction.table_checks import Key, check_rows
 
 BUILD = "a" * 64
 

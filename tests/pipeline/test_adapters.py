@@ -19,7 +19,7 @@ from mmerge.pipeline.cli import app
 from mmerge.workers.export_adapter import export_adapter
 from mmerge.workers.lora_average import write_average
 from mmerge.workers.checkpoints.lora_weights import low_rank_rows
-from mmerge.workers.reader import BuildReader
+from mmerge.workers.reconstruction.build_reader import BuildReader
 
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj")
 PREFIX = "base_model.model."

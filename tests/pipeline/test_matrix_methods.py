@@ -10,7 +10,7 @@ import torch
 from mmerge.manifests.errors import CheckpointError, MmergeError, RecipeError
 from mmerge.pipeline import make_plan, parse_recipe, read_recipe, run
 from mmerge.pipeline.executor import RayExecutor
-from mmerge.workers.reader import BuildReader
+from mmerge.workers.reconstruction.build_reader import BuildReader
 
 METHODS: dict[str, dict[str, Any]] = {
     "slerp": {"t": 0.4}, "nuslerp": {}, "multislerp": {}, "karcher": {}, "model_stock": {}, "arcee_fusion": {}, "nearswap": {"t": 0.01},

@@ -13,7 +13,7 @@ from mmerge.pipeline.schedule import numeric_fields, parse_schedule
 from mmerge.workers.methods import METHODS
 from mmerge.workers.methods.locate import SumParameters
 from mmerge.workers.methods.ties import TiesExpertParameters, TiesParameters
-from mmerge.workers.reader import BuildReader
+from mmerge.workers.reconstruction.build_reader import BuildReader
 
 NAMES = [
     "model.embed_tokens.weight",

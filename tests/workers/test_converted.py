@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from mmerge.manifests.errors import CheckpointError
 from mmerge.pipeline import Part, load_composite
-from mmerge.workers.reader import BuildReader
+from mmerge.workers.reconstruction.build_reader import BuildReader
 
 PROMPT = [5, 6, 7, 8, 9]
 

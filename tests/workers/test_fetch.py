@@ -30,7 +30,7 @@ from mmerge.workers.fetch import (
     read_threads,
     share_out,
 )
-from mmerge.workers.masks import pack_mask, pack_rows, unpack_rows
+from mmerge.workers.reconstruction.bitmask import pack_mask, pack_rows, unpack_rows
 from mmerge.workers.ranks import Ranks
 
 

@@ -12,12 +12,12 @@ import torch
 
 from mmerge.manifests.errors import DamagedObject
 from mmerge.manifests.stores.object_store import open_store
-from mmerge.workers import formed_read
+from mmerge.workers.reconstruction import masked_read as formed_read
 from mmerge.workers.checkpoints.dtypes import to_bytes
-from mmerge.workers.formed_read import read_formed
-from mmerge.workers.forming import BlockFormer
-from mmerge.workers.masks import pack_mask
-from mmerge.workers.reader import BuildReader
+from mmerge.workers.reconstruction.masked_read import read_formed
+from mmerge.workers.reconstruction.masked_weights import BlockFormer
+from mmerge.workers.reconstruction.bitmask import pack_mask
+from mmerge.workers.reconstruction.build_reader import BuildReader
 
 NAME = "model.layers.1.mlp.down_proj.weight"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

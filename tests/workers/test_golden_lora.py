@@ -9,7 +9,7 @@ from golden import GOLDEN, Case, cases, expected, needs_golden, read_file, to_fl
 
 from mmerge.pipeline import make_plan, parse_recipe, run
 from mmerge.workers.methods.lora_factors import average_lora
-from mmerge.workers.reader import BuildReader
+from mmerge.workers.reconstruction.build_reader import BuildReader
 
 pytestmark = needs_golden
 NAMES = {"ta": "sum"}

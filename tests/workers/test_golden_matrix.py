@@ -11,7 +11,7 @@ from golden import GOLDEN, Case, cases, expected, needs_golden, to_flat
 
 from mmerge.pipeline import make_plan, parse_recipe, run
 from mmerge.workers.methods.adamms import choose_alpha
-from mmerge.workers.reader import BuildReader
+from mmerge.workers.reconstruction.build_reader import BuildReader
 
 pytestmark = needs_golden
 

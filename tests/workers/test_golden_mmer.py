@@ -19,8 +19,8 @@ from golden import (
     needs_golden,
 )
 
-from mmerge.workers.masks import pack_rows
-from mmerge.workers.reader import BuildReader
+from mmerge.workers.reconstruction.bitmask import pack_rows
+from mmerge.workers.reconstruction.build_reader import BuildReader
 from mmerge.workers.routing import RoutedLinear, RoutedWeights, Routing
 
 pytestmark = needs_golden

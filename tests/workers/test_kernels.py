@@ -22,7 +22,7 @@ from mmerge.workers.fast_measures import VECTORS, measure_gram
 from mmerge.workers.fast_paths import FAST_PATHS, find_fast_path
 from mmerge.workers.checkpoints.block_reader import InputBlock
 from mmerge.workers.kernels.magnitudes import first_non_finite
-from mmerge.workers.masks import pack_mask, packed_bytes
+from mmerge.workers.reconstruction.bitmask import pack_mask, packed_bytes
 from mmerge.workers.methods import METHODS
 from mmerge.workers.methods.interface import Block, Known, MergedBlock, Method
 from mmerge.workers.paths import FastPath, MaskPath, PathRequest

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmerge.workers.forming import can_form, can_form_on_device
+from mmerge.workers.reconstruction.masked_weights import can_form, can_form_on_device
 
 SCRIPT = Path(__file__).resolve().parent.parent / "triton_script.py"
 NUM_CASES = 7 * 3 * 9 * 2

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmerge.workers.masks import mean_mask, pack_mask, packed_bytes, unpack_mask
-from mmerge.workers.reader import combine
+from mmerge.workers.reconstruction.bitmask import mean_mask, pack_mask, packed_bytes, unpack_mask
+from mmerge.workers.reconstruction.build_reader import combine
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=300))

@@ -15,7 +15,7 @@ from mmerge.manifests.errors import PlacementError
 from mmerge.pipeline import load_composite
 from mmerge.workers.division import Division
 from mmerge.workers.placement import parse_devices, plan_placement
-from mmerge.workers.reader import BuildReader
+from mmerge.workers.reconstruction.build_reader import BuildReader
 
 GB = 10**9
 

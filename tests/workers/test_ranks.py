@@ -19,7 +19,7 @@ from mmerge.manifests.errors import PlacementError
 from mmerge.pipeline import load_composite
 from mmerge.workers.division import Division
 from mmerge.workers.placement import plan_placement
-from mmerge.workers.reader import BuildReader
+from mmerge.workers.reconstruction.build_reader import BuildReader
 
 SCRIPT = Path(__file__).resolve().parent.parent / "rank_script.py"
 

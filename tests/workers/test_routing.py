@@ -10,7 +10,7 @@ import torch
 from mmerge.workers import routing
 from mmerge.workers.runtime import openmp as team
 from mmerge.workers.groups import make_groups
-from mmerge.workers.masks import mean_mask, pack_mask, pack_rows
+from mmerge.workers.reconstruction.bitmask import mean_mask, pack_mask, pack_rows
 from mmerge.workers.routing import TEXT, Policy, RoutedBias, RoutedLinear, RoutedWeights, Routing, block_rows, form_weight
 
 NUM_EXPERTS, OUT, IN = 3, 7, 12

@@ -9,7 +9,7 @@ from math import prod
 from mmerge.manifests.errors import ManifestError
 from mmerge.manifests.format.table import StoredRow
 from mmerge.workers.checkpoints.dtypes import TORCH_DTYPES
-from mmerge.workers.masks import packed_bytes
+from mmerge.workers.reconstruction.bitmask import packed_bytes
 
 Key = tuple[str, str, str]
 """Role, expert and name of a tensor."""

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from mmerge.manifests.format.table import StoredRow
 from mmerge.workers.checkpoints.dtypes import TORCH_DTYPES, to_bytes
-from mmerge.workers.forming import BlockFormer, can_form
+from mmerge.workers.reconstruction.masked_weights import BlockFormer, can_form
 from mmerge.workers.runtime.host_memory import Empty, empty_host
 
 if TYPE_CHECKING:
-    from mmerge.workers.reader import BuildReader
+    from mmerge.workers.reconstruction.build_reader import BuildReader
 
 BLOCK_ENTRIES = 1 << 19
 """Entries that are read, digested and formed at once, whole bytes of bits: θ₀, τ⋆ and bits of a block lie in a cache meanwhile."""

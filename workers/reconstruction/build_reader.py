@@ -21,12 +21,12 @@ from mmerge.manifests.stores.object_store import Store
 from mmerge.manifests.format.table import StoredRow, read_table
 from mmerge.manifests.maintenance.verify import group_rows
 from mmerge.workers.checkpoints.dtypes import TORCH_DTYPES, to_bytes
-from mmerge.workers.formed_read import read_formed
-from mmerge.workers.forming import can_form, form
+from mmerge.workers.reconstruction.masked_read import read_formed
+from mmerge.workers.reconstruction.masked_weights import can_form, form
 from mmerge.workers.runtime.host_memory import empty_host
 from mmerge.workers.checkpoints.lora_weights import LowRank, add_adapters
-from mmerge.workers.masks import pack_mask, pack_rows, unpack_mask
-from mmerge.workers.stored_rows import check_rows
+from mmerge.workers.reconstruction.bitmask import pack_mask, pack_rows, unpack_mask
+from mmerge.workers.reconstruction.table_checks import check_rows
 
 HEAD_NAME = "lm_head.weight"
 BLOCK_BYTES = 1 << 20
@@ -127,7 +127,7 @@ class BuildReader:
         return 1.0 if found is None else found
 
     def read_packed_mask(self, name: str, expert: str) -> torch.Tensor:
-        """Return an expert's mask of one tensor, packed (uint8, see workers/masks.py)."""
+        """Return an expert's mask of one tensor, packed (uint8, see workers/reconstruction/bitmask.py)."""
         rows = self._pieces(name, "mask", expert)
         packed = [self._read_packed(row) for row in rows]
         if len(rows) == 1:

@@ -1,0 +1,1 @@
+"""A build read back: bytes, bit masks, reconstructed weights."""
