@@ -10,7 +10,7 @@ import torch
 
 from mmerge.manifests.format.safetensors_header import TensorSpec
 from mmerge.workers.checkpoints.checkpoint import TensorSource
-from mmerge.workers.fast_paths import FAST_PATHS, find_fast_path
+from mmerge.workers.compiled.registry import FAST_PATHS, find_fast_path
 from mmerge.workers.statistics.magnitude_histograms import MagnitudeCounter
 from mmerge.workers.checkpoints.block_reader import InputBlock
 from mmerge.workers.kernels.tiles import CODES
@@ -18,7 +18,7 @@ from mmerge.workers.kernels.magnitudes import first_non_finite
 from mmerge.workers.reconstruction.bitmask import packed_bytes
 from mmerge.workers.methods import METHODS
 from mmerge.workers.methods.interface import Block
-from mmerge.workers.paths import PathRequest
+from mmerge.workers.compiled.interface import PathRequest
 from mmerge.workers.task import TensorTask
 
 ROWS, COLUMNS, NUM_EXPERTS = 256, 2048, 3

@@ -10,7 +10,7 @@ from mmerge.manifests.format.safetensors_header import DTYPE_BYTES
 from mmerge.manifests.stores.writer import WRITER_BUFFER_BYTES, WRITER_CONCURRENCY
 from mmerge.workers.blocks import entries_at_once, num_columns
 from mmerge.workers.checkpoints.checkpoint import LowRankSource, ahead_bytes
-from mmerge.workers.fast_paths import FAST_PATHS
+from mmerge.workers.compiled.registry import FAST_PATHS
 from mmerge.workers.statistics.magnitude_histograms import survey_bytes
 from mmerge.workers.checkpoints.lora_weights import TILE_ROWS
 from mmerge.workers.reconstruction.bitmask import packed_bytes

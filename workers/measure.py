@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mmerge.manifests.stores.object_store import Store
 from mmerge.workers.blocks import read_blocks
-from mmerge.workers.fast_measures import VECTORS, measure_gram
+from mmerge.workers.compiled.inner_products import VECTORS, measure_gram
 from mmerge.workers.checkpoints.block_reader import InputReader
 from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Block, Method, Numbers

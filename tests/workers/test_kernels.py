@@ -18,14 +18,14 @@ from mmerge.workers.kernels import tiles as kernels
 from mmerge.workers.blocks import num_columns
 from mmerge.workers.checkpoints.checkpoint import TensorSource
 from mmerge.workers.checkpoints.dtypes import SAFETENSORS_DTYPES, TORCH_DTYPES, to_bytes, with_one_nan
-from mmerge.workers.fast_measures import VECTORS, measure_gram
-from mmerge.workers.fast_paths import FAST_PATHS, find_fast_path
+from mmerge.workers.compiled.inner_products import VECTORS, measure_gram
+from mmerge.workers.compiled.registry import FAST_PATHS, find_fast_path
 from mmerge.workers.checkpoints.block_reader import InputBlock
 from mmerge.workers.kernels.magnitudes import first_non_finite
 from mmerge.workers.reconstruction.bitmask import pack_mask, packed_bytes
 from mmerge.workers.methods import METHODS
 from mmerge.workers.methods.interface import Block, Known, MergedBlock, Method
-from mmerge.workers.paths import FastPath, MaskPath, PathRequest
+from mmerge.workers.compiled.interface import FastPath, MaskPath, PathRequest
 from mmerge.workers.statistics.exact_sums import exact_sum, to_sum
 from mmerge.workers.task import TensorTask
 

@@ -25,7 +25,7 @@ from mmerge.workers.kernels.locate import (
 )
 from mmerge.workers.methods.dare import densities
 from mmerge.workers.methods.randomness import stream_key
-from mmerge.workers.paths import FastPath, PathRequest, ReadBlocks
+from mmerge.workers.compiled.interface import FastPath, PathRequest, ReadBlocks
 
 HOW: Mapping[str, int] = {"mean": ELECT_MEAN, "sum": ELECT_SUM, "max": ELECT_MAX}
 

@@ -11,15 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from mmerge.workers.fast_measures import slerp_rows
+from mmerge.workers.compiled.inner_products import slerp_rows
 from mmerge.workers.checkpoints.block_reader import InputBlock
 from mmerge.workers.kernels.tiles import CODES
 from mmerge.workers.kernels.linear import merge_linear, merge_mean
 from mmerge.workers.kernels.mmer import merge_mmer
 from mmerge.workers.methods.sphere import slerp_pair
-from mmerge.workers.path_located import HOW, RowPath, keep_all, make_breadcrumbs, make_dare, make_ties
-from mmerge.workers.path_sce import ScePath
-from mmerge.workers.paths import FastPath, MaskPath, PathRequest
+from mmerge.workers.compiled.locate_then_merge import HOW, RowPath, keep_all, make_breadcrumbs, make_dare, make_ties
+from mmerge.workers.compiled.sce import ScePath
+from mmerge.workers.compiled.interface import FastPath, MaskPath, PathRequest
 
 
 class MmerPath(MaskPath):

@@ -10,7 +10,7 @@ from mmerge.workers.statistics.magnitude_histograms import NUM_LOWER, Histogram,
 from mmerge.workers.checkpoints.block_reader import InputBlock
 from mmerge.workers.kernels.sce import count_variances_within, merge_sce, sum_selected
 from mmerge.workers.kernels.inner_products import NUM_COPIES
-from mmerge.workers.paths import FastPath, PathRequest, ReadBlocks
+from mmerge.workers.compiled.interface import FastPath, PathRequest, ReadBlocks
 from mmerge.workers.statistics.exact_sums import NUM_SUM_BINS, to_sum
 
 

@@ -1,0 +1,1 @@
+"""Which method runs in which kernel."""
