@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mmerge.workers.composite import Composite
     from mmerge.workers.export import export
     from mmerge.workers.load import load_composite
-    from mmerge.workers.prompt import Part
+    from mmerge.workers.modalities.prompt import Part
 
 _PLACES = {
     "MmergeError": "mmerge.manifests.errors",
@@ -40,7 +40,7 @@ _PLACES = {
     "read_build": "mmerge.pipeline.show",
     "Composite": "mmerge.workers.composite",
     "load_composite": "mmerge.workers.load",
-    "Part": "mmerge.workers.prompt",
+    "Part": "mmerge.workers.modalities.prompt",
     "export": "mmerge.workers.export",
     "ActorComposite": "mmerge.pipeline.actors",
     "load_on_actors": "mmerge.pipeline.actors",

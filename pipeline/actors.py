@@ -20,7 +20,7 @@ from mmerge.manifests.errors import MmergeError, PlacementError, RankLost
 from mmerge.pipeline.executor import RayExecutor
 from mmerge.workers.composite import Composite
 from mmerge.workers.load import LoadReport, Mode, load_composite
-from mmerge.workers.prompt import Part
+from mmerge.workers.modalities.prompt import Part
 from mmerge.workers.ranks import DEFAULT_TIMEOUT_S, Ranks, open_ranks
 from mmerge.workers.routing import Policy
 

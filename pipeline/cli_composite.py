@@ -18,7 +18,7 @@ from mmerge.pipeline.cli_options import UriArgument
 if TYPE_CHECKING:
     from mmerge.workers.composite import Composite
     from mmerge.workers.placement import Placement
-    from mmerge.workers.prompt import Part
+    from mmerge.workers.modalities.prompt import Part
     from mmerge.workers.ranks import Ranks
 
 out = Console(soft_wrap=True)
@@ -274,7 +274,7 @@ def _sampling(temperature: float | None, top_p: float | None, top_k: int | None,
 
 
 def _make_parts(image: list[Path] | None, audio: list[Path] | None, video: list[Path] | None, media: list[str] | None) -> list[Part]:
-    from mmerge.workers.prompt import Part
+    from mmerge.workers.modalities.prompt import Part
 
     parts = [Part(kind, path) for kind, paths in (("image", image), ("audio", audio), ("video", video)) for path in paths or []]
     for pair in media or []:
@@ -294,7 +294,7 @@ def _refuse_text(kind: str, *, where: str) -> None:
 def _read_prompts(path: Path) -> list[tuple[str, list[Part]]]:
     """Return question and media of each line; relative files are looked for beside the file of prompts."""
     from mmerge.manifests.digest import parse_json
-    from mmerge.workers.prompt import Part
+    from mmerge.workers.modalities.prompt import Part
 
     try:
         if path.stat().st_size > MAX_PROMPTS_BYTES:

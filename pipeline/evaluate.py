@@ -21,7 +21,7 @@ from mmerge.pipeline.progress import LogProgress, Progress
 from mmerge.pipeline.questions import Question
 from mmerge.pipeline.recipe import parse_recipe
 from mmerge.pipeline.scores import performance_retention, score_answer
-from mmerge.workers.prompt import Part
+from mmerge.workers.modalities.prompt import Part
 from mmerge.workers.task import AnswerTask, TaskResult
 
 ANSWERS_VERSION = 1

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from mmerge.manifests.digest import parse_json
 from mmerge.manifests.errors import RecipeError
-from mmerge.workers.prompt import Part, make_prompt
+from mmerge.workers.modalities.prompt import Part, make_prompt
 
 MAX_QUESTIONS_BYTES = 1 << 30
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

@@ -18,7 +18,7 @@ from ray import serve
 
 from mmerge.manifests.errors import MmergeError, PromptError
 from mmerge.workers.load import load_composite
-from mmerge.workers.prompt import Part
+from mmerge.workers.modalities.prompt import Part
 
 
 class Arguments(BaseModel):

@@ -14,7 +14,7 @@ import torch
 
 from mmerge.manifests.errors import PromptError
 from mmerge.pipeline import Part, export, load_composite, make_plan, read_recipe, run
-from mmerge.workers import encoders
+from mmerge.workers.modalities import encoders
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = {
@@ -177,7 +177,7 @@ def test_examples_are_the_same_for_a_seed_and_others_for_another(lab_modules: An
 
 
 def test_prompts_written_as_files_are_read_as_the_same_media(lab_modules: Any, tmp_path: Path) -> None:
-    from mmerge.workers.prompt import read_image, read_sound, read_video
+    from mmerge.workers.modalities.prompt import read_image, read_sound, read_video
 
     (example,) = lab_modules.tasks.make_mixed_examples(ALL_FOUR, split="test", num_examples=1, seed=1)
     (line,) = lab_modules.prompts.write_prompts(tmp_path, "mixed", [example]).read_text().splitlines()

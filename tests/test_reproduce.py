@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmerge.workers import encoders
+from mmerge.workers.modalities import encoders
 from mmerge.workers.methods import METHODS
 from mmerge.workers.methods.mmer import decouple
 

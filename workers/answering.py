@@ -14,7 +14,7 @@ from mmerge.manifests.errors import DamagedObject, NotFound, RecipeError
 from mmerge.manifests.stores.object_store import Store
 from mmerge.workers.composite import Composite
 from mmerge.workers.load import Mode, load_composite
-from mmerge.workers.prompt import Part
+from mmerge.workers.modalities.prompt import Part
 from mmerge.workers.task import AnswerTask, TaskResult
 
 MAX_ANSWERS_BYTES = 1 << 28
@@ -110,7 +110,7 @@ def _held(task: AnswerTask) -> Composite:
 
 
 def register_from(place: str) -> None:
-    """Call MODULE:FUNCTION of the user's own once in this process: it registers encoders (workers/encoders.py). Raises RecipeError."""
+    """Call MODULE:FUNCTION of the user's own once in this process: it registers encoders (workers/modalities/encoders.py). Raises RecipeError."""
     if place in _registered:
         return
     module, colon, function = place.partition(":")

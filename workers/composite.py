@@ -13,8 +13,8 @@ from transformers import TextIteratorStreamer
 
 from mmerge.manifests.errors import PromptError
 from mmerge.manifests.format.manifest import Manifest
-from mmerge.workers.encoders import Encoder
-from mmerge.workers.prompt import Part, check_places, make_prompt
+from mmerge.workers.modalities.encoders import Encoder
+from mmerge.workers.modalities.prompt import Part, check_places, make_prompt
 from mmerge.workers.ranks import Ranks
 from mmerge.workers.routing import TEXT, Routing
 

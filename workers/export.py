@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from mmerge.manifests.errors import ManifestError, StoreError
 from mmerge.manifests.format.manifest import FileEntry, read_file
 from mmerge.workers.export_folder import to_export_folder
-from mmerge.workers.media import write_files
+from mmerge.workers.modalities.processor_encoder import write_files
 from mmerge.workers.reconstruction.build_reader import BuildReader
 
 MAX_FILE_BYTES = 5 * 10**9

@@ -17,7 +17,7 @@ from mmerge.manifests.errors import CheckpointError, ManifestError, PlacementErr
 from mmerge.manifests.format.manifest import FileEntry, read_file
 from mmerge.workers.composite import Composite
 from mmerge.workers.division import Division
-from mmerge.workers.encoders import Encoder, RankEncoder, load_encoder
+from mmerge.workers.modalities.encoders import Encoder, RankEncoder, load_encoder
 from mmerge.workers.fetch import (
     SHARED_WINDOW_BYTES,
     WINDOW_BYTES,
@@ -32,7 +32,7 @@ from mmerge.workers.fetch import (
 from mmerge.workers.reconstruction.masked_weights import load_kernel
 from mmerge.workers.runtime.host_memory import SharedPages, empty_host, resident_bytes, returned_at_once
 from mmerge.workers.load_adapters import route_adapters
-from mmerge.workers.media import load_tokenizer, make_config, make_model
+from mmerge.workers.modalities.processor_encoder import load_tokenizer, make_config, make_model
 from mmerge.workers.parallel import join_ranks, spread_layers
 from mmerge.workers.placement import Placement
 from mmerge.workers.ranks import Ranks, check_device, in_torchrun, open_ranks

@@ -15,7 +15,7 @@ from mmerge.manifests.format.manifest import read_file
 from mmerge.manifests.format.table import layer_of
 from mmerge.workers.division import Division
 from mmerge.workers.fetch import Fetcher, Item, part_shape, share_out
-from mmerge.workers.media import make_config
+from mmerge.workers.modalities.processor_encoder import make_config
 from mmerge.workers.reconstruction.build_reader import HEAD_NAME, BuildReader
 from mmerge.workers.routing import Policy, block_rows
 

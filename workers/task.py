@@ -9,7 +9,7 @@ from mmerge.manifests.format.entry import Role
 from mmerge.manifests.stores.local import Pending
 from mmerge.workers.checkpoints.checkpoint import TensorSource
 from mmerge.workers.methods.interface import Granularity, Known, Numbers
-from mmerge.workers.prompt import Part
+from mmerge.workers.modalities.prompt import Part
 
 NonFinite = Literal["error", "keep"]
 

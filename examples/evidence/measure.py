@@ -22,7 +22,7 @@ from mmerge.manifests.digest import digest_bytes, digest_json
 from mmerge.pipeline import Composite, load_composite, make_plan, parse_recipe, run
 from mmerge.pipeline.executor import SerialExecutor
 from mmerge.pipeline.progress import SeveralProgress
-from mmerge.workers.prompt import Part
+from mmerge.workers.modalities.prompt import Part
 
 VERSION = 3
 BATCH = 64

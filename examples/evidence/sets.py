@@ -15,7 +15,7 @@ import torch
 from lab import tasks
 
 from mmerge.pipeline import Composite, Part
-from mmerge.workers.encoders import EncoderRequest, register_encoder
+from mmerge.workers.modalities.encoders import EncoderRequest, register_encoder
 
 SEEDS = (7, 8, 9)
 VALIDATION_SEED = 3

@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lab.sizes import Size
 from mmerge.manifests.errors import PromptError
 from mmerge.pipeline import Part
-from mmerge.workers.encoders import EncoderRequest, register_encoder
-from mmerge.workers.prompt import read_array
+from mmerge.workers.modalities.encoders import EncoderRequest, register_encoder
+from mmerge.workers.modalities.prompt import read_array
 
 NUM_GROUPS = 8
 GROUP_POINTS = 32

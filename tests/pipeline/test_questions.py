@@ -11,7 +11,7 @@ import pytest
 from mmerge.manifests.errors import MmergeError, RecipeError
 from mmerge.pipeline.questions import MCUB_TEMPLATE, Question, read_mcub, read_questions
 from mmerge.pipeline.scores import performance_retention, score_answer
-from mmerge.workers.prompt import Part
+from mmerge.workers.modalities.prompt import Part
 
 
 def write(path: Path, *rows: Any) -> Path:

@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForM
 from mmerge.manifests.errors import DamagedObject, ManifestError, PromptError, StoreError
 from mmerge.pipeline import Composite, Part, export, load_composite
 from mmerge.workers.reconstruction.bitmask import mean_mask, unpack_mask
-from mmerge.workers.prompt import read_image, read_sound, read_video
+from mmerge.workers.modalities.prompt import read_image, read_sound, read_video
 from mmerge.workers.reconstruction.build_reader import BuildReader
 from mmerge.workers.routing import RoutedLinear
 

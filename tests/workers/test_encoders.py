@@ -15,8 +15,8 @@ from torch import nn
 
 from mmerge.manifests.errors import CheckpointError, PromptError
 from mmerge.pipeline import Part, load_composite, make_plan, read_recipe, run
-from mmerge.workers import encoders
-from mmerge.workers.encoders import EncoderRequest, register_encoder
+from mmerge.workers.modalities import encoders
+from mmerge.workers.modalities.encoders import EncoderRequest, register_encoder
 
 HIDDEN = 32
 

@@ -11,7 +11,7 @@ import soundfile  # type: ignore[import-untyped]
 from PIL import Image
 
 from mmerge.manifests.errors import PromptError
-from mmerge.workers.prompt import Part, check_places, make_prompt, read_array, read_image, read_sound, read_video
+from mmerge.workers.modalities.prompt import Part, check_places, make_prompt, read_array, read_image, read_sound, read_video
 
 A, B = Part("image", "a.png"), Part("audio", "b.wav")
 

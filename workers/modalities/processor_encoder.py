@@ -17,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mmerge.manifests.digest import parse_json
 from mmerge.manifests.errors import CheckpointError, PromptError
-from mmerge.workers.prompt import Part, read_image, read_sound, read_video
+from mmerge.workers.modalities.prompt import Part, read_image, read_sound, read_video
 
 
 def make_config(files: Mapping[str, bytes], *, owner: str) -> Any:
@@ -189,7 +189,7 @@ class ProcessorInputs:
         elif modality == "video":
             made = self.processor(text=placeholder, videos=list(read_video(part.value)), return_tensors="pt")
         else:
-            raise PromptError(f"no reader for modality {modality!r}; register one with mmerge.workers.media.register_inputs")
+            raise PromptError(f"no reader for modality {modality!r}; register one with mmerge.workers.modalities.processor_encoder.register_inputs")
         inputs: Mapping[str, Any] = made
         return inputs
 

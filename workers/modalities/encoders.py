@@ -9,9 +9,9 @@ from typing import Protocol
 import torch
 
 from mmerge.manifests.errors import CheckpointError, PromptError
-from mmerge.workers.features import FeatureEncoder
-from mmerge.workers.media import MediaEncoder, make_config
-from mmerge.workers.prompt import Part
+from mmerge.workers.modalities.projector import FeatureEncoder
+from mmerge.workers.modalities.processor_encoder import MediaEncoder, make_config
+from mmerge.workers.modalities.prompt import Part
 from mmerge.workers.ranks import Ranks
 from mmerge.workers.reconstruction.build_reader import BuildReader
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mmerge.manifests.errors import CheckpointError, PromptError
-from mmerge.workers.prompt import Part, read_array
+from mmerge.workers.modalities.prompt import Part, read_array
 
 _LINEAR = re.compile(r"(?:^|\.)modal_projectors\.(?P<modality>[^.]+)\.(?:(?P<index>\d+)\.)?(?P<kind>weight|bias)$")
 _TOKENS = re.compile(r"(?:^|\.)(?P<place>prefix|suffix)_tokens\.(?P<modality>[^.]+)$")

@@ -1,0 +1,1 @@
+"""Prompts, processors and encoders."""
