@@ -21,7 +21,7 @@ from typing import Any
 from bench_composite import ROOT, SHAPES, build
 
 from mmerge.pipeline import load_composite
-from mmerge.workers.ranks import open_ranks
+from mmerge.workers.composite.process_group import open_ranks
 from mmerge.workers.reconstruction.build_reader import BuildReader
 
 MIB = 1 << 20

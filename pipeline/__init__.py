@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from mmerge.pipeline.plan import MergePlan, make_plan
     from mmerge.pipeline.recipe import Recipe, make_recipe_schema, parse_recipe, read_recipe
     from mmerge.pipeline.show import read_build
-    from mmerge.workers.composite import Composite
+    from mmerge.workers.composite.model import Composite
     from mmerge.workers.export import export
-    from mmerge.workers.load import load_composite
+    from mmerge.workers.composite.loader import load_composite
     from mmerge.workers.modalities.prompt import Part
 
 _PLACES = {
@@ -38,8 +38,8 @@ _PLACES = {
     "run": "mmerge.pipeline.build",
     "open_executor": "mmerge.pipeline.executor",
     "read_build": "mmerge.pipeline.show",
-    "Composite": "mmerge.workers.composite",
-    "load_composite": "mmerge.workers.load",
+    "Composite": "mmerge.workers.composite.model",
+    "load_composite": "mmerge.workers.composite.loader",
     "Part": "mmerge.workers.modalities.prompt",
     "export": "mmerge.workers.export",
     "ActorComposite": "mmerge.pipeline.actors",

@@ -18,11 +18,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from mmerge.manifests.errors import MmergeError, PlacementError, RankLost
 from mmerge.pipeline.executor import RayExecutor
-from mmerge.workers.composite import Composite
-from mmerge.workers.load import LoadReport, Mode, load_composite
+from mmerge.workers.composite.model import Composite
+from mmerge.workers.composite.loader import LoadReport, Mode, load_composite
 from mmerge.workers.modalities.prompt import Part
-from mmerge.workers.ranks import DEFAULT_TIMEOUT_S, Ranks, open_ranks
-from mmerge.workers.routing import Policy
+from mmerge.workers.composite.process_group import DEFAULT_TIMEOUT_S, Ranks, open_ranks
+from mmerge.workers.composite.routed_linear import Policy
 
 GRACE_S = 10.0
 """Seconds that the other ranks have to say what they saw when one has failed: the first to be heard need not be the cause."""

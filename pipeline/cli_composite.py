@@ -16,10 +16,10 @@ from mmerge.manifests.errors import PromptError, RecipeError
 from mmerge.pipeline.cli_options import UriArgument
 
 if TYPE_CHECKING:
-    from mmerge.workers.composite import Composite
-    from mmerge.workers.placement import Placement
+    from mmerge.workers.composite.model import Composite
+    from mmerge.workers.composite.placement import Placement
     from mmerge.workers.modalities.prompt import Part
-    from mmerge.workers.ranks import Ranks
+    from mmerge.workers.composite.process_group import Ranks
 
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
@@ -73,7 +73,7 @@ def place(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
 ) -> None:
     """Show what each device would hold of a composite. Exit code 1, with the numbers, if it does not fit. Reads no tensor."""
-    from mmerge.workers.placement import parse_devices, plan_placement
+    from mmerge.workers.composite.placement import parse_devices, plan_placement
 
     placement = plan_placement(
         uri,
@@ -168,7 +168,7 @@ def generate(
         raise RecipeError("generate: give a question, or an --image, --audio or --video")
     options = _sampling(temperature, top_p, top_k, seed) | {"cache": _choose(cache, ("dynamic", "static"), option="--cache")}
     device = _choose_device(device, gpus)
-    from mmerge.workers.ranks import open_ranks
+    from mmerge.workers.composite.process_group import open_ranks
 
     ranks = open_ranks(device=device)
     with _closing(ranks), _one_voice(ranks):
@@ -221,7 +221,7 @@ def _one_voice(ranks: Ranks) -> Iterator[None]:
 
 def _load(uri: str, ranks: Ranks, expert: str | None, device: str, policy: str, dtype: str | None, gpus: str | None) -> Composite:
     from mmerge.pipeline import load_composite
-    from mmerge.workers.placement import parse_devices, plan_placement
+    from mmerge.workers.composite.placement import parse_devices, plan_placement
 
     chosen = _choose(policy, ("packed", "resident"), option="--policy")
     placement = None

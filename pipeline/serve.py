@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray import serve
 
 from mmerge.manifests.errors import MmergeError, PromptError
-from mmerge.workers.load import load_composite
+from mmerge.workers.composite.loader import load_composite
 from mmerge.workers.modalities.prompt import Part
 
 

@@ -12,8 +12,8 @@ import torch
 
 from mmerge.manifests.errors import MmergeError, PromptError
 from mmerge.pipeline import Part, load_composite
-from mmerge.workers.composite import Composite
-from mmerge.workers.ranks import Ranks, open_ranks
+from mmerge.workers.composite.model import Composite
+from mmerge.workers.composite.process_group import Ranks, open_ranks
 
 SAMPLES = Path(__file__).resolve().parent.parent / "examples" / "lab" / "samples"
 

@@ -9,7 +9,7 @@ import torch
 
 from mmerge.workers.kernels.masked_weights_triton import form_on_device
 from mmerge.workers.reconstruction.bitmask import pack_mask, pack_rows
-from mmerge.workers.routing import form_by_torch
+from mmerge.workers.composite.routed_linear import form_by_torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((1, 1), (3, 7), (5, 8), (2, 1023), (3, 1024), (2, 1025), (1, 2500))

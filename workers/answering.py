@@ -12,8 +12,8 @@ from threading import Lock
 from mmerge.manifests.digest import parse_json
 from mmerge.manifests.errors import DamagedObject, NotFound, RecipeError
 from mmerge.manifests.stores.object_store import Store
-from mmerge.workers.composite import Composite
-from mmerge.workers.load import Mode, load_composite
+from mmerge.workers.composite.model import Composite
+from mmerge.workers.composite.loader import Mode, load_composite
 from mmerge.workers.modalities.prompt import Part
 from mmerge.workers.task import AnswerTask, TaskResult
 

@@ -185,7 +185,7 @@ def test_inputs_are_read_from_the_same_stores_as_outputs(lab: Any, places: Any) 
 @pytest.fixture
 def built(lab: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[StoredRow]]:
     """A small build, with a loader that reads every tensor; models and tokenizers of three layers are not the matter here."""
-    from mmerge.workers import load
+    from mmerge.workers.composite import loader as load
     from mmerge.workers.modalities import encoders
 
     report = build(lab, lab.make_all(2), "store")

@@ -16,7 +16,7 @@ from mmerge.pipeline.executor import RayExecutor
 from mmerge.workers.reconstruction.bitmask import unpack_mask
 from mmerge.workers.methods import METHODS
 from mmerge.workers.reconstruction.build_reader import BuildReader
-from mmerge.workers.routing import RoutedLinear
+from mmerge.workers.composite.routed_linear import RoutedLinear
 
 RECIPES: dict[str, dict[str, Any]] = {
     "entries": {"method": "dare_linear"},

@@ -18,7 +18,7 @@ from mmerge.pipeline import Composite, Part, export, load_composite
 from mmerge.workers.reconstruction.bitmask import mean_mask, unpack_mask
 from mmerge.workers.modalities.prompt import read_image, read_sound, read_video
 from mmerge.workers.reconstruction.build_reader import BuildReader
-from mmerge.workers.routing import RoutedLinear
+from mmerge.workers.composite.routed_linear import RoutedLinear
 
 SAMPLES = Path(__file__).resolve().parent.parent.parent / "examples" / "lab" / "samples"
 IMAGE, SOUND, FILM = (SAMPLES / name for name in ("image_seven_light.png", "sound_three_low.wav", "video_two_up.gif"))

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mmerge.manifests.errors import CheckpointError, ManifestError, MmergeError, PromptError, RecipeError, ShapeMismatch
 from mmerge.pipeline import Part, export, load_composite, make_plan, parse_recipe, read_recipe, run, verify
-from mmerge.workers.composite import Composite
+from mmerge.workers.composite.model import Composite
 
 LINEARS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
 RANKS = {"image": 4, "audio": 3}

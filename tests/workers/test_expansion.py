@@ -15,7 +15,7 @@ from architectures import ARCHITECTURES, EXPERTS, Naive, build_adapters, build_m
 
 from mmerge.manifests.errors import PromptError
 from mmerge.pipeline import Composite, Part, load_composite
-from mmerge.workers.routing import RoutedLinear
+from mmerge.workers.composite.routed_linear import RoutedLinear
 
 HIDDEN = 32
 KINDS = {"masks": build_masks, "adapters": build_adapters}

@@ -16,9 +16,9 @@ from typing_extensions import override
 
 from mmerge.manifests.errors import DamagedObject
 from mmerge.manifests.stores.object_store import Store, open_store
-from mmerge.workers import fetch
-from mmerge.workers.division import Division
-from mmerge.workers.fetch import (
+from mmerge.workers.composite import weight_items as fetch
+from mmerge.workers.composite.tensor_parallel import Division
+from mmerge.workers.composite.weight_items import (
     LOCAL_THREADS,
     REMOTE_THREADS,
     Field,
@@ -31,7 +31,7 @@ from mmerge.workers.fetch import (
     share_out,
 )
 from mmerge.workers.reconstruction.bitmask import pack_mask, pack_rows, unpack_rows
-from mmerge.workers.ranks import Ranks
+from mmerge.workers.composite.process_group import Ranks
 
 
 def make_items(*sizes: int) -> list[Item]:

@@ -21,7 +21,7 @@ from golden import (
 
 from mmerge.workers.reconstruction.bitmask import pack_rows
 from mmerge.workers.reconstruction.build_reader import BuildReader
-from mmerge.workers.routing import RoutedLinear, RoutedWeights, Routing
+from mmerge.workers.composite.routed_linear import RoutedLinear, RoutedWeights, Routing
 
 pytestmark = needs_golden
 SCOPES = {"global": "model", "per_tensor": "tensor"}

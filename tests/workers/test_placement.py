@@ -13,8 +13,8 @@ from rank_script import held_bytes
 
 from mmerge.manifests.errors import PlacementError
 from mmerge.pipeline import load_composite
-from mmerge.workers.division import Division
-from mmerge.workers.placement import parse_devices, plan_placement
+from mmerge.workers.composite.tensor_parallel import Division
+from mmerge.workers.composite.placement import parse_devices, plan_placement
 from mmerge.workers.reconstruction.build_reader import BuildReader
 
 GB = 10**9

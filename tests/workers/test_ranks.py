@@ -17,8 +17,8 @@ from rank_script import held_bytes, make_lab_prompts, make_prompts
 
 from mmerge.manifests.errors import PlacementError
 from mmerge.pipeline import load_composite
-from mmerge.workers.division import Division
-from mmerge.workers.placement import plan_placement
+from mmerge.workers.composite.tensor_parallel import Division
+from mmerge.workers.composite.placement import plan_placement
 from mmerge.workers.reconstruction.build_reader import BuildReader
 
 SCRIPT = Path(__file__).resolve().parent.parent / "rank_script.py"

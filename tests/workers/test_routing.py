@@ -7,11 +7,11 @@ import sys
 import pytest
 import torch
 
-from mmerge.workers import routing
+from mmerge.workers.composite import routed_linear as routing
 from mmerge.workers.runtime import openmp as team
-from mmerge.workers.groups import make_groups
+from mmerge.workers.composite.token_groups import make_groups
 from mmerge.workers.reconstruction.bitmask import mean_mask, pack_mask, pack_rows
-from mmerge.workers.routing import TEXT, Policy, RoutedBias, RoutedLinear, RoutedWeights, Routing, block_rows, form_weight
+from mmerge.workers.composite.routed_linear import TEXT, Policy, RoutedBias, RoutedLinear, RoutedWeights, Routing, block_rows, form_weight
 
 NUM_EXPERTS, OUT, IN = 3, 7, 12
 
@@ -127,7 +127,7 @@ def test_the_compiled_loop_gives_the_bits_of_the_torch_reference(
         form_weight(base[rows], delta[rows], packed[:, rows], factors=factors, divisor=3.0, out=place[1 : shape[0]])
     finally:
         torch.set_num_threads(before)
-    monkeypatch.setattr("mmerge.workers.routing.can_form", lambda *tensors: False)
+    monkeypatch.setattr("mmerge.workers.composite.routed_linear.can_form", lambda *tensors: False)
     assert found.equal(form_weight(base, delta, packed, factors=factors, divisor=3.0))
     share = sum(torch.tensor(factor) * mask.float() for factor, mask in zip(factors, masks, strict=True)) / 3
     assert found.equal((base.float() + share * delta.float()).to(dtype))

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mmerge.manifests.errors import CheckpointError
-from mmerge.workers.skeleton import make_skeleton, set_parameter
+from mmerge.workers.composite.meta_model import make_skeleton, set_parameter
 
 CONFIG = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=60)
 

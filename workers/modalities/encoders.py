@@ -12,7 +12,7 @@ from mmerge.manifests.errors import CheckpointError, PromptError
 from mmerge.workers.modalities.projector import FeatureEncoder
 from mmerge.workers.modalities.processor_encoder import MediaEncoder, make_config
 from mmerge.workers.modalities.prompt import Part
-from mmerge.workers.ranks import Ranks
+from mmerge.workers.composite.process_group import Ranks
 from mmerge.workers.reconstruction.build_reader import BuildReader
 
 EMBEDDING_SUFFIX = "embed_tokens.weight"

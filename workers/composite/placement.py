@@ -13,11 +13,11 @@ import torch
 from mmerge.manifests.errors import CheckpointError, PlacementError
 from mmerge.manifests.format.manifest import read_file
 from mmerge.manifests.format.table import layer_of
-from mmerge.workers.division import Division
-from mmerge.workers.fetch import Fetcher, Item, part_shape, share_out
+from mmerge.workers.composite.tensor_parallel import Division
+from mmerge.workers.composite.weight_items import Fetcher, Item, part_shape, share_out
 from mmerge.workers.modalities.processor_encoder import make_config
 from mmerge.workers.reconstruction.build_reader import HEAD_NAME, BuildReader
-from mmerge.workers.routing import Policy, block_rows
+from mmerge.workers.composite.routed_linear import Policy, block_rows
 
 By = Literal["tensor", "layers"]
 RESERVE_BYTES = 1_000_000_000

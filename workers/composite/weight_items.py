@@ -15,13 +15,13 @@ import torch
 from typing_extensions import override
 
 from mmerge.manifests.stores.object_store import Store
-from mmerge.workers.division import Division, Part
+from mmerge.workers.composite.tensor_parallel import Division, Part
 from mmerge.workers.runtime.host_memory import Empty, empty_host
 from mmerge.workers.reconstruction.bitmask import pack_mask, pack_rows, unpack_rows
-from mmerge.workers.ranks import Ranks
+from mmerge.workers.composite.process_group import Ranks
 from mmerge.workers.reconstruction.build_reader import HEAD_NAME, BuildReader
-from mmerge.workers.routed_read import read_routed
-from mmerge.workers.routing import Policy
+from mmerge.workers.composite.routed_read import read_routed
+from mmerge.workers.composite.routed_linear import Policy
 from mmerge.workers.runtime.cores import num_cores
 
 WINDOW_BYTES = 256 << 20

@@ -15,11 +15,11 @@ from mmerge.manifests.errors import PromptError
 from mmerge.manifests.format.manifest import Manifest
 from mmerge.workers.modalities.encoders import Encoder
 from mmerge.workers.modalities.prompt import Part, check_places, make_prompt
-from mmerge.workers.ranks import Ranks
-from mmerge.workers.routing import TEXT, Routing
+from mmerge.workers.composite.process_group import Ranks
+from mmerge.workers.composite.routed_linear import TEXT, Routing
 
 if TYPE_CHECKING:
-    from mmerge.workers.load import LoadReport
+    from mmerge.workers.composite.loader import LoadReport
 
 Cache = Literal["dynamic", "static"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mmerge.workers.checkpoints.lora_weights import LowRank
-from mmerge.workers.routing import TEXT, Routing
+from mmerge.workers.composite.routed_linear import TEXT, Routing
 
 
 class RoutedAdapterLinear(nn.Module):

@@ -8,7 +8,7 @@ from mmerge.workers.reconstruction.masked_read import read_formed
 from mmerge.workers.runtime.host_memory import Empty, empty_host
 from mmerge.workers.reconstruction.bitmask import pack_rows
 from mmerge.workers.reconstruction.build_reader import BuildReader
-from mmerge.workers.routing import Policy, RoutedWeights
+from mmerge.workers.composite.routed_linear import Policy, RoutedWeights
 
 
 def read_routed(reader: BuildReader, name: str, *, dtype: torch.dtype, policy: Policy, empty: Empty = empty_host) -> RoutedWeights:

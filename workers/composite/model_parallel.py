@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmerge.workers.division import Division
-from mmerge.workers.placement import Stage
-from mmerge.workers.ranks import Ranks
+from mmerge.workers.composite.tensor_parallel import Division
+from mmerge.workers.composite.placement import Stage
+from mmerge.workers.composite.process_group import Ranks
 
 
 class DividedEmbedding(nn.Module):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from mmerge.workers.division import Division, Part
+from mmerge.workers.composite.tensor_parallel import Division, Part
 from mmerge.workers.checkpoints.lora_weights import LowRank
 from mmerge.workers.reconstruction.build_reader import BuildReader
-from mmerge.workers.routed_adapter import RoutedAdapterLinear
-from mmerge.workers.routing import Routing
+from mmerge.workers.composite.routed_lora import RoutedAdapterLinear
+from mmerge.workers.composite.routed_linear import Routing
 
 
 def route_adapters(

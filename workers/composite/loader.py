@@ -15,10 +15,10 @@ from torch import nn
 
 from mmerge.manifests.errors import CheckpointError, ManifestError, PlacementError
 from mmerge.manifests.format.manifest import FileEntry, read_file
-from mmerge.workers.composite import Composite
-from mmerge.workers.division import Division
+from mmerge.workers.composite.model import Composite
+from mmerge.workers.composite.tensor_parallel import Division
 from mmerge.workers.modalities.encoders import Encoder, RankEncoder, load_encoder
-from mmerge.workers.fetch import (
+from mmerge.workers.composite.weight_items import (
     SHARED_WINDOW_BYTES,
     WINDOW_BYTES,
     Fetcher,
@@ -31,14 +31,14 @@ from mmerge.workers.fetch import (
 )
 from mmerge.workers.reconstruction.masked_weights import load_kernel
 from mmerge.workers.runtime.host_memory import SharedPages, empty_host, resident_bytes, returned_at_once
-from mmerge.workers.load_adapters import route_adapters
+from mmerge.workers.composite.load_adapters import route_adapters
 from mmerge.workers.modalities.processor_encoder import load_tokenizer, make_config, make_model
-from mmerge.workers.parallel import join_ranks, spread_layers
-from mmerge.workers.placement import Placement
-from mmerge.workers.ranks import Ranks, check_device, in_torchrun, open_ranks
+from mmerge.workers.composite.model_parallel import join_ranks, spread_layers
+from mmerge.workers.composite.placement import Placement
+from mmerge.workers.composite.process_group import Ranks, check_device, in_torchrun, open_ranks
 from mmerge.workers.reconstruction.build_reader import HEAD_NAME, BuildReader
-from mmerge.workers.routing import Policy, RoutedBias, RoutedLinear, RoutedWeights, Routing
-from mmerge.workers.skeleton import find_text_class, make_skeleton, set_parameter
+from mmerge.workers.composite.routed_linear import Policy, RoutedBias, RoutedLinear, RoutedWeights, Routing
+from mmerge.workers.composite.meta_model import find_text_class, make_skeleton, set_parameter
 
 Mode = Literal["expansion", "retention"]
 Ahead = ReadAhead[dict[str, torch.Tensor]]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mmerge.workers.reconstruction.masked_weights import can_form, can_form_on_device, form
-from mmerge.workers.groups import Group, is_tracked, make_groups
+from mmerge.workers.composite.token_groups import Group, is_tracked, make_groups
 from mmerge.workers.runtime.host_memory import empty_host
 from mmerge.workers.reconstruction.bitmask import unpack_rows
 

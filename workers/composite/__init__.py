@@ -1,0 +1,1 @@
+"""The model at inference: load, route, place, parallelise."""
