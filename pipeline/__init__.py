@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mmerge.pipeline.recipe import Recipe, make_recipe_schema, parse_recipe, read_recipe
     from mmerge.pipeline.show import read_build
     from mmerge.workers.composite.model import Composite
-    from mmerge.workers.export import export
+    from mmerge.workers.exports.checkpoint import export
     from mmerge.workers.composite.loader import load_composite
     from mmerge.workers.modalities.prompt import Part
 
@@ -41,7 +41,7 @@ _PLACES = {
     "Composite": "mmerge.workers.composite.model",
     "load_composite": "mmerge.workers.composite.loader",
     "Part": "mmerge.workers.modalities.prompt",
-    "export": "mmerge.workers.export",
+    "export": "mmerge.workers.exports.checkpoint",
     "ActorComposite": "mmerge.pipeline.actors",
     "load_on_actors": "mmerge.pipeline.actors",
 }

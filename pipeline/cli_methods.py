@@ -26,7 +26,7 @@ def average_lora(
     The average of the factors is not the average of the products that a model is made of. To merge adapters, give them as
     experts of a recipe.
     """
-    from mmerge.workers.lora_average import write_average
+    from mmerge.workers.exports.lora_average import write_average
 
     written = write_average(adapters, to, strategy=strategy, density=density)
     out.print(f"wrote {written} factors to {escape(str(to))}")

@@ -111,7 +111,7 @@ def export(
 
     if lora_rank is not None:
         from mmerge.pipeline.report import print_adapter
-        from mmerge.workers.export_adapter import export_adapter
+        from mmerge.workers.exports.lora import export_adapter
 
         print_adapter(export_adapter(uri, to, rank=lora_rank, base=base, expert=expert), out)
         return

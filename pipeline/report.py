@@ -16,7 +16,7 @@ from mmerge.pipeline.build import RunReport
 from mmerge.pipeline.plan import CopyShard, MergePlan, MergeShard
 from mmerge.pipeline.progress import to_size
 from mmerge.pipeline.show import BuildSummary, summarise_masks
-from mmerge.workers.export_adapter import AdapterReport
+from mmerge.workers.exports.lora import AdapterReport
 
 
 def plan_to_json(plan: MergePlan) -> dict[str, Any]:

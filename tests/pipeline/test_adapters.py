@@ -16,8 +16,8 @@ from mmerge.manifests.errors import CheckpointError, ManifestError, MmergeError,
 from mmerge.pipeline import make_plan, read_recipe, run
 from mmerge.pipeline.answers import read_answers
 from mmerge.pipeline.cli import app
-from mmerge.workers.export_adapter import export_adapter
-from mmerge.workers.lora_average import write_average
+from mmerge.workers.exports.lora import export_adapter
+from mmerge.workers.exports.lora_average import write_average
 from mmerge.workers.checkpoints.lora_weights import low_rank_rows
 from mmerge.workers.reconstruction.build_reader import BuildReader
 

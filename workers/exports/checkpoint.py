@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from mmerge.manifests.errors import ManifestError, StoreError
 from mmerge.manifests.format.manifest import FileEntry, read_file
-from mmerge.workers.export_folder import to_export_folder
+from mmerge.workers.exports.folder import to_export_folder
 from mmerge.workers.modalities.processor_encoder import write_files
 from mmerge.workers.reconstruction.build_reader import BuildReader
 

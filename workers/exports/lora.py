@@ -16,7 +16,7 @@ from mmerge.manifests.errors import CheckpointError, ManifestError, ShapeMismatc
 from mmerge.workers.checkpoints.lora_adapter import CONFIG_FILE, WEIGHT_FILES
 from mmerge.workers.checkpoints.checkpoint import Checkpoint, OpenStores, read_source
 from mmerge.workers.checkpoints.dtypes import to_tensor
-from mmerge.workers.export_folder import to_export_folder
+from mmerge.workers.exports.folder import to_export_folder
 from mmerge.workers.methods.matrix import is_layer_matrix
 from mmerge.workers.reconstruction.build_reader import BuildReader
 from mmerge.workers.runtime.cores import one_thread

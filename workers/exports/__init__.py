@@ -1,0 +1,1 @@
+"""Ordinary checkpoints and LoRA adapters written from a build."""
