@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from mmerge.pipeline import make_plan, parse_recipe, run
 from mmerge.pipeline.dispatch import Follow, Outcomes
-from mmerge.workers.run_task import run_task
+from mmerge.workers.tasks.run import run_task
 from mmerge.workers.task import MergeTask, Task, TaskResult
 
 NUM_EXPERTS = 3

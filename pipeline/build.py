@@ -29,9 +29,9 @@ from mmerge.pipeline.stages import StageRun
 from mmerge.pipeline.survey import InputSurvey, make_survey_tasks
 from mmerge.workers.checkpoints.lora_adapter import open_expert
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
-from mmerge.workers.measure import parse_numbers
+from mmerge.workers.tasks.measure import parse_numbers
 from mmerge.workers.methods import find_method
-from mmerge.workers.survey import survey_key
+from mmerge.workers.tasks.survey import survey_key
 from mmerge.workers.task import CopyTask, MeasureTask, MergeTask, RefineTask, SurveyTask, Task, TaskResult
 
 FOLLOWING = {RefineTask: "thresholds", MergeTask: "merge", CopyTask: "carry"}

@@ -31,7 +31,7 @@ from mmerge.workers.methods import find_method
 from mmerge.workers.task import AnswerTask
 
 if TYPE_CHECKING:
-    from mmerge.workers.answering import Likelihood
+    from mmerge.workers.tasks.answer import Likelihood
 
 SCALES = {"mmer": (0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 1.0, 1.25, 1.5, 1.75, 2.0), "tall_masks": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5)}
 """Mask scales to try, by method. Published are 0.6 to 0.9 for MMER, 0.2 to 0.6 for TALL masks; the grids reach beyond on both sides."""
@@ -198,7 +198,7 @@ class _Sweep:
         return Point(density, scale, name, rebuilt, expanded, _agreement(mixed) if mixed else None)
 
     def _likelihoods(self, task: AnswerTask) -> list[Likelihood]:
-        from mmerge.workers.answering import Likelihood, read_answers
+        from mmerge.workers.tasks.answer import Likelihood, read_answers
 
         return [each for each in read_answers(self.asking.store, task.key) if isinstance(each, Likelihood)]
 

@@ -28,7 +28,7 @@ from mmerge.pipeline.cli_cluster import (
     simulation_to_json,
 )
 from mmerge.pipeline.cli_options import JsonOption
-from mmerge.workers.begin import import_numba, load_kernels
+from mmerge.workers.tasks.worker_startup import import_numba, load_kernels
 from mmerge.workers.runtime.lazy_torch import postpone_torch
 
 if TYPE_CHECKING:

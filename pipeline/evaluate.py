@@ -152,7 +152,7 @@ def evaluate(
         for model in models
     }
     run_answers([task for found in tasks.values() for task in found], store, executor=executor, progress=progress, fresh=fresh)
-    from mmerge.workers.answering import Answer, read_answers
+    from mmerge.workers.tasks.answer import Answer, read_answers
 
     rows = []
     for model in models:

@@ -159,7 +159,7 @@ class RayCluster:
 
     def start(self, attempt: Attempt) -> None:
         """Hand an attempt to Ray: beside warm caches if it has any, elsewhere than its predecessors, else on the emptiest node."""
-        from mmerge.workers.ray_tasks import run_task_remote
+        from mmerge.workers.tasks.ray_remote import run_task_remote
 
         resources = attempt.resources
         options: dict[str, Any] = {

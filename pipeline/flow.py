@@ -14,7 +14,7 @@ from mmerge.pipeline.shard_tasks import make_copy_task, make_merge_task
 from mmerge.pipeline.survey import InputSurvey, Thresholds, ThresholdSearch, read_task_survey
 from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Known, Trimming
-from mmerge.workers.survey import SparseHistogram
+from mmerge.workers.tasks.survey import SparseHistogram
 from mmerge.workers.task import CopyTask, MergeTask, RefineTask, SurveyTask, Task
 
 FlowTask = TypeVar("FlowTask", MergeTask, CopyTask)

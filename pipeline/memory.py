@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mmerge.manifests.errors import RecipeError
 from mmerge.manifests.format.safetensors_header import DTYPE_BYTES
 from mmerge.manifests.stores.writer import WRITER_BUFFER_BYTES, WRITER_CONCURRENCY
-from mmerge.workers.blocks import entries_at_once, num_columns
+from mmerge.workers.tasks.blocks import entries_at_once, num_columns
 from mmerge.workers.checkpoints.checkpoint import LowRankSource, ahead_bytes
 from mmerge.workers.compiled.registry import FAST_PATHS
 from mmerge.workers.statistics.magnitude_histograms import survey_bytes

@@ -15,7 +15,7 @@ from mmerge.manifests.stores.object_store import was_any_opened
 from mmerge.pipeline.dispatch import Follow, Outcomes, nothing_follows
 from mmerge.pipeline.memory import PROCESS_BYTES
 from mmerge.pipeline.threads import run_in_pool
-from mmerge.workers.begin import begin_process
+from mmerge.workers.tasks.worker_startup import begin_process
 from mmerge.workers.task import Task, TaskResult
 from mmerge.workers.runtime.cores import num_cores
 

@@ -14,10 +14,10 @@ from mmerge.manifests.errors import MmergeError, RecipeError
 from mmerge.manifests.stores.object_store import Store
 from mmerge.pipeline.plan import MergePlan
 from mmerge.pipeline.survey import Thresholds
-from mmerge.workers.measure import parse_numbers
+from mmerge.workers.tasks.measure import parse_numbers
 from mmerge.workers.methods.interface import Known, Method, Numbers, Stage, TensorKnown, TensorVectors
 from mmerge.workers.statistics.exact_sums import NUM_RANK_BINS, NUM_SUM_BINS, to_ranked, to_sum
-from mmerge.workers.survey import SparseHistogram, Survey, piece_name, read_survey
+from mmerge.workers.tasks.survey import SparseHistogram, Survey, piece_name, read_survey
 from mmerge.workers.task import MeasureTask, SurveyTask, TensorTask
 from mmerge.workers.statistics.order_statistics import Counts, add_sparse, find_bin
 

@@ -13,7 +13,7 @@ from mmerge.pipeline.plan import CopyShard, MergePlan, MergeShard
 from mmerge.workers.checkpoints.checkpoint import TensorSource, identity_digest
 from mmerge.workers.statistics.magnitude_histograms import NUM_LOWER, HistogramSum, add_histograms, find_bin, is_exact, to_magnitude
 from mmerge.workers.methods.interface import Trimming
-from mmerge.workers.survey import SparseHistogram, Survey, piece_name, read_survey
+from mmerge.workers.tasks.survey import SparseHistogram, Survey, piece_name, read_survey
 from mmerge.workers.task import CopyTensor, RefineTask, SurveyTask, TensorTask
 from mmerge.workers.statistics.order_statistics import trim_rank
 

@@ -135,7 +135,7 @@ def _answer(models: Mapping[str, Model], prompts: Mapping[str, Sequence[Prompt]]
         name: make_answer_task(model, prompts[name], shard=f"{name} itself", settings=asking.settings) for name, model in models.items()
     }
     asking.run(list(tasks.values()))
-    from mmerge.workers.answering import Answer, read_answers
+    from mmerge.workers.tasks.answer import Answer, read_answers
 
     return {
         name: [each.tokens for each in read_answers(asking.store, task.key) if isinstance(each, Answer)] for name, task in tasks.items()
@@ -160,7 +160,7 @@ def _score(
         if prompts[name]
     }
     asking.run(list(tasks.values()))
-    from mmerge.workers.answering import Likelihood, read_answers
+    from mmerge.workers.tasks.answer import Likelihood, read_answers
 
     found = {
         name: [each.log_probability for each in read_answers(asking.store, task.key) if isinstance(each, Likelihood)]

@@ -13,7 +13,7 @@ from mmerge.manifests.stores.object_store import Store, open_store
 from mmerge.pipeline.dispatch import Follow, Outcomes, nothing_follows
 from mmerge.pipeline.uninterrupted import uninterrupted
 from mmerge.workers.runtime.lazy_torch import torch_is_loaded
-from mmerge.workers.run_task import run_task
+from mmerge.workers.tasks.run import run_task
 from mmerge.workers.task import Task, TaskResult
 
 SETTLING_THREADS = 4

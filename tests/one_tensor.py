@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mmerge.workers.measure import count_quantities
+from mmerge.workers.tasks.measure import count_quantities
 from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Block, MergedBlock, TensorKnown
 from mmerge.workers.methods.ranking import ranked_value

@@ -72,7 +72,7 @@ class Faults:
 
             import ray
 
-            import mmerge.workers.run_task as module
+            import mmerge.workers.tasks.run as module
 
             root, original = Path(folder), module.run_task
 

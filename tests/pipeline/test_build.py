@@ -301,6 +301,6 @@ def test_the_compiled_path_and_the_method_write_the_same_objects(lab: Any, metho
     lab.config |= {"hidden_size": 192, "intermediate_size": 301, "head_dim": 48, "vocab_size": 301}
     raw = lab.make_all() | {"method": method}
     run(make_plan(read_recipe(lab.write_recipe(raw | {"output": "compiled"})), block_entries=1 << 16))
-    monkeypatch.setattr("mmerge.workers.merge.find_fast_path", lambda *_: None)
+    monkeypatch.setattr("mmerge.workers.tasks.merge.find_fast_path", lambda *_: None)
     run(make_plan(read_recipe(lab.write_recipe(raw | {"output": "reference"})), block_entries=1 << 17))
     assert digests(lab.folder / "compiled") == digests(lab.folder / "reference")

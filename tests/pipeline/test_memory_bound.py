@@ -15,7 +15,7 @@ import json, sys
 from pathlib import Path
 from mmerge.pipeline import make_plan, read_recipe, run
 from mmerge.pipeline.executor import SerialExecutor
-from mmerge.workers.run_task import run_task
+from mmerge.workers.tasks.run import run_task
 
 def memory(key):
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))

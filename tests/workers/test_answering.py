@@ -13,7 +13,7 @@ import torch
 from mmerge.manifests.errors import PromptError, RecipeError
 from mmerge.manifests.stores.object_store import open_store
 from mmerge.pipeline import Part, load_composite
-from mmerge.workers.answering import Answer, answer_prompts, answers_key, read_answers, register_from
+from mmerge.workers.tasks.answer import Answer, answer_prompts, answers_key, read_answers, register_from
 from mmerge.workers.task import AnswerTask
 
 SAMPLES = Path(__file__).resolve().parent.parent.parent / "examples" / "lab" / "samples"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mmerge.manifests.format.safetensors_header import TensorSpec
 from mmerge.workers.kernels import tiles as kernels
-from mmerge.workers.blocks import num_columns
+from mmerge.workers.tasks.blocks import num_columns
 from mmerge.workers.checkpoints.checkpoint import TensorSource
 from mmerge.workers.checkpoints.dtypes import SAFETENSORS_DTYPES, TORCH_DTYPES, to_bytes, with_one_nan
 from mmerge.workers.compiled.inner_products import VECTORS, measure_gram

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from mmerge.workers.pulse import Pulse
+from mmerge.workers.tasks.heartbeat import Pulse
 
 
 def test_a_long_task_says_which_tensor_it_is_at(caplog: pytest.LogCaptureFixture) -> None:

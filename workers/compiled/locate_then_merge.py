@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from mmerge.workers.blocks import num_columns
+from mmerge.workers.tasks.blocks import num_columns
 from mmerge.workers.statistics.magnitude_histograms import Histogram, MagnitudeCounter, count_lower, find_top
 from mmerge.workers.checkpoints.block_reader import InputBlock
 from mmerge.workers.kernels.della import merge_by_row

@@ -12,13 +12,13 @@ import torch
 from numpy.typing import NDArray
 
 from mmerge.manifests.stores.object_store import Store
-from mmerge.workers.blocks import read_blocks
+from mmerge.workers.tasks.blocks import read_blocks
 from mmerge.workers.compiled.inner_products import VECTORS, measure_gram
 from mmerge.workers.checkpoints.block_reader import InputReader
 from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Block, Method, Numbers
 from mmerge.workers.statistics.exact_sums import count_sum, high_ranks, low_ranks
-from mmerge.workers.survey import SparseHistogram, Survey, piece_name, read_survey, survey_key
+from mmerge.workers.tasks.survey import SparseHistogram, Survey, piece_name, read_survey, survey_key
 from mmerge.workers.task import MeasureTask, TaskResult, TensorTask
 from mmerge.workers.statistics.order_statistics import Counts, to_sparse
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import ray
 import torch
 
-from mmerge.workers.run_task import run_task
+from mmerge.workers.tasks.run import run_task
 from mmerge.workers.task import Task, TaskResult
 
 

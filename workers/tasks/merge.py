@@ -19,17 +19,17 @@ from mmerge.manifests.format.safetensors_header import DTYPE_BYTES, TensorSpec, 
 from mmerge.manifests.format.object_header import delta_name, make_metadata, mask_name
 from mmerge.manifests.stores.object_store import Store
 from mmerge.manifests.stores.writer import ObjectWriter
-from mmerge.workers.blocks import entries_at_once, read_blocks
+from mmerge.workers.tasks.blocks import entries_at_once, read_blocks
 from mmerge.workers.checkpoints.dtypes import to_bytes, with_one_nan
 from mmerge.workers.compiled.registry import find_fast_path
 from mmerge.workers.checkpoints.block_reader import InputBlock, InputReader
 from mmerge.workers.kernels.tiles import TILE_ENTRIES, add_squares
 from mmerge.workers.reconstruction.bitmask import packed_bytes
-from mmerge.workers.measure import parse_numbers
+from mmerge.workers.tasks.measure import parse_numbers
 from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Block, MergedBlock, Method
 from mmerge.workers.compiled.interface import FastPath, MaskPath, PathRequest, ReadBlocks
-from mmerge.workers.pulse import Pulse
+from mmerge.workers.tasks.heartbeat import Pulse
 from mmerge.workers.task import MergeTask, TaskResult, TensorTask
 
 

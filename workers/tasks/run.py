@@ -10,10 +10,10 @@ from dataclasses import replace
 from mmerge.manifests.errors import StoreUnavailable
 from mmerge.manifests.stores.deferred_commit import collect_pending
 from mmerge.manifests.stores.object_store import Store, open_store
-from mmerge.workers.copy import copy_shard
-from mmerge.workers.measure import measure_shard
-from mmerge.workers.merge import merge_shard
-from mmerge.workers.survey import refine_shard, survey_shard
+from mmerge.workers.tasks.copy import copy_shard
+from mmerge.workers.tasks.measure import measure_shard
+from mmerge.workers.tasks.merge import merge_shard
+from mmerge.workers.tasks.survey import refine_shard, survey_shard
 from mmerge.workers.task import AnswerTask, MeasureTask, MergeTask, RefineTask, SurveyTask, Task, TaskResult
 from mmerge.workers.runtime.cores import one_thread
 
@@ -59,7 +59,7 @@ def _run(task: Task, store: Store) -> TaskResult:
     if isinstance(task, MergeTask):
         return merge_shard(task, store)
     if isinstance(task, AnswerTask):
-        from mmerge.workers.answering import answer_prompts  # transformers takes seconds to import; merging does not need it
+        from mmerge.workers.tasks.answer import answer_prompts  # transformers takes seconds to import; merging does not need it
 
         return answer_prompts(task, store)
     return copy_shard(task, store)
