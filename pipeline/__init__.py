@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mmerge.pipeline.build import RunReport, run
     from mmerge.pipeline.executor import open_executor
     from mmerge.pipeline.plan import MergePlan, make_plan
-    from mmerge.pipeline.recipe import Recipe, make_recipe_schema, parse_recipe, read_recipe
+    from mmerge.pipeline.recipes.recipe import Recipe, make_recipe_schema, parse_recipe, read_recipe
     from mmerge.pipeline.show import read_build
     from mmerge.workers.composite.model import Composite
     from mmerge.workers.exports.checkpoint import export
@@ -30,10 +30,10 @@ _PLACES = {
     "verify": "mmerge.manifests.maintenance.verify",
     "MergePlan": "mmerge.pipeline.plan",
     "make_plan": "mmerge.pipeline.plan",
-    "Recipe": "mmerge.pipeline.recipe",
-    "make_recipe_schema": "mmerge.pipeline.recipe",
-    "parse_recipe": "mmerge.pipeline.recipe",
-    "read_recipe": "mmerge.pipeline.recipe",
+    "Recipe": "mmerge.pipeline.recipes.recipe",
+    "make_recipe_schema": "mmerge.pipeline.recipes.recipe",
+    "parse_recipe": "mmerge.pipeline.recipes.recipe",
+    "read_recipe": "mmerge.pipeline.recipes.recipe",
     "RunReport": "mmerge.pipeline.build",
     "run": "mmerge.pipeline.build",
     "open_executor": "mmerge.pipeline.executor",

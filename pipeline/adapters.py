@@ -8,7 +8,7 @@ from typing import Any
 
 from mmerge.manifests.errors import CheckpointError, RecipeError, ShapeMismatch
 from mmerge.manifests.format.manifest import AdapterRecord
-from mmerge.pipeline.recipe import Recipe
+from mmerge.pipeline.recipes.recipe import Recipe
 from mmerge.workers.checkpoints.lora_adapter import DEFAULT_ADAPTER, AdapterCheckpoint, AdapterFolder, AdapterPair, find_linear
 from mmerge.workers.checkpoints.checkpoint import Checkpoint, TensorSource
 

@@ -25,7 +25,7 @@ from mmerge.pipeline.executor import Executor, SerialExecutor
 from mmerge.pipeline.plan import make_plan
 from mmerge.pipeline.progress import LogProgress, Progress
 from mmerge.pipeline.questions import Question
-from mmerge.pipeline.recipe import Recipe
+from mmerge.pipeline.recipes.recipe import Recipe
 from mmerge.pipeline.targets import Asking, Targets, ask_experts
 from mmerge.workers.methods import find_method
 from mmerge.workers.task import AnswerTask

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from rich.console import Console
 from rich.markup import escape
 
-from mmerge.pipeline.schedule import is_number
+from mmerge.pipeline.recipes.parameter_schedule import is_number
 from mmerge.workers.methods import METHODS
 from mmerge.workers.methods.interface import Method, Parameters
 

@@ -48,7 +48,7 @@ def calibrate(
     from mmerge.pipeline.calibrate import write_recipe
     from mmerge.pipeline.evaluation_report import check_plot
     from mmerge.pipeline.progress import show_progress
-    from mmerge.pipeline.recipe import read_recipe
+    from mmerge.pipeline.recipes.recipe import read_recipe
 
     if plot is not None:
         check_plot(plot)

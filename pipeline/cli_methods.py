@@ -69,6 +69,6 @@ def methods(
 
 def schema() -> None:
     """Print the JSON schema of recipes, for editors and for validation elsewhere."""
-    from mmerge.pipeline.recipe import make_recipe_schema
+    from mmerge.pipeline.recipes.recipe import make_recipe_schema
 
     print(json.dumps(make_recipe_schema(), indent=2))

@@ -49,7 +49,7 @@ BlockOption = Annotated[
 
 def _make_plan(recipe: Path, block_entries: int | None, memory_bytes: int | None = None) -> MergePlan:
     from mmerge.pipeline.plan import make_plan
-    from mmerge.pipeline.recipe import read_recipe
+    from mmerge.pipeline.recipes.recipe import read_recipe
 
     try:
         return make_plan(read_recipe(recipe), block_entries=block_entries, memory_bytes=memory_bytes)

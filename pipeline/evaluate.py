@@ -19,7 +19,7 @@ from mmerge.pipeline.executor import Executor, SerialExecutor
 from mmerge.pipeline.plan import make_plan
 from mmerge.pipeline.progress import LogProgress, Progress
 from mmerge.pipeline.questions import Question
-from mmerge.pipeline.recipe import parse_recipe
+from mmerge.pipeline.recipes.recipe import parse_recipe
 from mmerge.pipeline.scores import performance_retention, score_answer
 from mmerge.workers.modalities.prompt import Part
 from mmerge.workers.task import AnswerTask, TaskResult

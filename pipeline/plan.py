@@ -15,7 +15,7 @@ from mmerge.manifests.format.manifest import AdapterRecord
 from mmerge.pipeline.adapters import list_adapters
 from mmerge.pipeline.layout import CarriedTensor, Layout, SharedTensor, make_layout
 from mmerge.pipeline.memory import COPY_PEAK_BYTES, MIN_BLOCK_ENTRIES, Working, merge_peak_bytes, process_bytes, too_little_memory
-from mmerge.pipeline.recipe import Recipe, pin_recipe
+from mmerge.pipeline.recipes.recipe import Recipe, pin_recipe
 from mmerge.workers.checkpoints.lora_adapter import open_expert
 from mmerge.workers.checkpoints.checkpoint import Checkpoint, TensorSource, ahead_bytes
 from mmerge.workers.checkpoints.dtypes import NAMED_DTYPES

@@ -21,7 +21,7 @@ import yaml
 
 from mmerge.manifests.digest import SHOWN_DIGITS, digest_json
 from mmerge.manifests.errors import MmergeError, RecipeError
-from mmerge.pipeline.recipe import Recipe, read_recipe
+from mmerge.pipeline.recipes.recipe import Recipe, read_recipe
 
 IfRunning = Literal["follow", "skip", "fail"]
 PACKAGES = ("manifests", "workers", "pipeline")

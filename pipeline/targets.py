@@ -16,7 +16,7 @@ from mmerge.pipeline.executor import Executor
 from mmerge.pipeline.plan import make_plan
 from mmerge.pipeline.progress import Progress
 from mmerge.pipeline.questions import Question
-from mmerge.pipeline.recipe import Recipe, parse_recipe
+from mmerge.pipeline.recipes.recipe import Recipe, parse_recipe
 from mmerge.workers.modalities.prompt import Part
 from mmerge.workers.task import AnswerTask
 

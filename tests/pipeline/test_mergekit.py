@@ -11,7 +11,7 @@ from golden import Case, cases, check_close, expected, input_folders, merged_of,
 
 from mmerge.manifests.errors import RecipeError
 from mmerge.pipeline import load_composite, make_plan, parse_recipe, read_recipe, run
-from mmerge.pipeline.mergekit import from_mergekit, is_mergekit
+from mmerge.pipeline.recipes.mergekit import from_mergekit, is_mergekit
 from mmerge.workers.reconstruction.build_reader import BuildReader
 
 

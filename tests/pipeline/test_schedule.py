@@ -9,7 +9,7 @@ import torch
 
 from mmerge.manifests.errors import RecipeError
 from mmerge.pipeline import make_plan, make_recipe_schema, parse_recipe, read_recipe, run
-from mmerge.pipeline.schedule import numeric_fields, parse_schedule
+from mmerge.pipeline.recipes.parameter_schedule import numeric_fields, parse_schedule
 from mmerge.workers.methods import METHODS
 from mmerge.workers.methods.locate import SumParameters
 from mmerge.workers.methods.ties import TiesExpertParameters, TiesParameters

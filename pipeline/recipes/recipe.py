@@ -17,8 +17,8 @@ from mmerge.manifests.stores.hub import pin_uri
 from mmerge.manifests.format.references import NAME_PATTERN
 from mmerge.manifests.stores.object_store import is_local, to_local_path
 from mmerge.manifests.format.table import layer_of
-from mmerge.pipeline.mergekit import from_mergekit, is_mergekit
-from mmerge.pipeline.schedule import Schedule, numeric_fields, resolve, schedule_schema, take_schedules
+from mmerge.pipeline.recipes.mergekit import from_mergekit, is_mergekit
+from mmerge.pipeline.recipes.parameter_schedule import Schedule, numeric_fields, resolve, schedule_schema, take_schedules
 from mmerge.workers.methods import METHODS, find_method
 from mmerge.workers.methods.interface import Method, Numbers, Parameters
 

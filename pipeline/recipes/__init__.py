@@ -1,0 +1,1 @@
+"""What the user writes: recipes, parameter schedules, mergekit YAML."""
