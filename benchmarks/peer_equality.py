@@ -23,7 +23,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from mmerge.pipeline import export, make_plan, read_recipe, run
-from mmerge.pipeline.layout import find_renames, rename
+from mmerge.pipeline.planning.tensor_layout import find_renames, rename
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
 from mmerge.workers.methods import METHODS
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mmerge.pipeline.actors import ActorComposite, load_on_actors
     from mmerge.pipeline.build import RunReport, run
     from mmerge.pipeline.executor import open_executor
-    from mmerge.pipeline.plan import MergePlan, make_plan
+    from mmerge.pipeline.planning.plan import MergePlan, make_plan
     from mmerge.pipeline.recipes.recipe import Recipe, make_recipe_schema, parse_recipe, read_recipe
     from mmerge.pipeline.show import read_build
     from mmerge.workers.composite.model import Composite
@@ -28,8 +28,8 @@ _PLACES = {
     "Manifest": "mmerge.manifests.format.manifest",
     "VerifyReport": "mmerge.manifests.maintenance.verify",
     "verify": "mmerge.manifests.maintenance.verify",
-    "MergePlan": "mmerge.pipeline.plan",
-    "make_plan": "mmerge.pipeline.plan",
+    "MergePlan": "mmerge.pipeline.planning.plan",
+    "make_plan": "mmerge.pipeline.planning.plan",
     "Recipe": "mmerge.pipeline.recipes.recipe",
     "make_recipe_schema": "mmerge.pipeline.recipes.recipe",
     "parse_recipe": "mmerge.pipeline.recipes.recipe",

@@ -23,7 +23,7 @@ from mmerge.pipeline.cli_options import JsonOption
 
 if TYPE_CHECKING:
     from mmerge.manifests.stores.object_store import Store
-    from mmerge.pipeline.plan import MergePlan
+    from mmerge.pipeline.planning.plan import MergePlan
     from mmerge.pipeline.progress import Progress
     from mmerge.pipeline.simulate import Simulation
     from mmerge.pipeline.status import RunStatus

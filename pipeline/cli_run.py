@@ -33,7 +33,7 @@ from mmerge.workers.runtime.lazy_torch import postpone_torch
 
 if TYPE_CHECKING:
     from mmerge.pipeline.executor import Executor, ExecutorName
-    from mmerge.pipeline.plan import MergePlan
+    from mmerge.pipeline.planning.plan import MergePlan
 
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
@@ -48,7 +48,7 @@ BlockOption = Annotated[
 
 
 def _make_plan(recipe: Path, block_entries: int | None, memory_bytes: int | None = None) -> MergePlan:
-    from mmerge.pipeline.plan import make_plan
+    from mmerge.pipeline.planning.plan import make_plan
     from mmerge.pipeline.recipes.recipe import read_recipe
 
     try:

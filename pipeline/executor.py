@@ -17,7 +17,7 @@ from typing_extensions import override
 from mmerge.manifests.errors import AlreadyExists, MmergeError, NotFound, StoreError
 from mmerge.pipeline.dispatch import Attempt, Event, Follow, Policy, Resources, dispatch, nothing_follows
 from mmerge.pipeline.dispatch import Outcomes as Outcomes
-from mmerge.pipeline.memory import PROCESS_BYTES
+from mmerge.pipeline.planning.memory_bounds import PROCESS_BYTES
 from mmerge.pipeline.processes import ProcessExecutor
 from mmerge.pipeline.threads import run_in_threads
 from mmerge.workers.task import Task

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from mmerge.manifests.stores.object_store import Store
-from mmerge.pipeline.plan import MergePlan, MergeShard
+from mmerge.pipeline.planning.plan import MergePlan, MergeShard
 from mmerge.pipeline.shard_tasks import make_copy_task, make_merge_task
 from mmerge.pipeline.survey import InputSurvey, Thresholds, ThresholdSearch, read_task_survey
 from mmerge.workers.methods import find_method

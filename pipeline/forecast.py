@@ -17,7 +17,7 @@ from mmerge.pipeline.build import Builder, RunReport
 from mmerge.pipeline.dispatch import Follow, Outcomes, nothing_follows
 from mmerge.pipeline.executor import Executor, SerialExecutor
 from mmerge.pipeline.inputs import describe_inputs, explain
-from mmerge.pipeline.plan import MergePlan
+from mmerge.pipeline.planning.plan import MergePlan
 from mmerge.pipeline.progress import Progress
 from mmerge.pipeline.survey import InputSurvey
 from mmerge.workers.task import CopyTask, MergeTask, SurveyTask, Task, TaskResult

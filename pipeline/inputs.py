@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from mmerge.manifests.digest import digest_json
 from mmerge.manifests.format.entry import ObjectEntry, ShardEntry
-from mmerge.pipeline.plan import MergePlan
+from mmerge.pipeline.planning.plan import MergePlan
 from mmerge.pipeline.stages import to_hex
 from mmerge.pipeline.survey import InputSurvey
 from mmerge.workers.task import MergeTask

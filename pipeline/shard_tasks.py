@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mmerge.manifests.digest import digest_json
-from mmerge.pipeline.plan import CopyShard, MergePlan, MergeShard
+from mmerge.pipeline.planning.plan import CopyShard, MergePlan, MergeShard
 from mmerge.pipeline.stages import to_hex
 from mmerge.pipeline.survey import InputSurvey
 from mmerge.workers.methods.interface import Known

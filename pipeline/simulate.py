@@ -13,7 +13,7 @@ from typing import Literal, cast
 
 from mmerge.manifests.errors import MmergeError
 from mmerge.pipeline.dispatch import Attempt, Cluster, Event, Policy, Resources, dispatch
-from mmerge.pipeline.plan import MergePlan
+from mmerge.pipeline.planning.plan import MergePlan
 from mmerge.workers.task import Task, TaskResult
 
 Limit = Literal["cores", "reading", "writing", "too few shards"]

@@ -12,7 +12,7 @@ import torch
 from mmerge.manifests.digest import digest_json
 from mmerge.manifests.errors import MmergeError, RecipeError
 from mmerge.manifests.stores.object_store import Store
-from mmerge.pipeline.plan import MergePlan
+from mmerge.pipeline.planning.plan import MergePlan
 from mmerge.pipeline.survey import Thresholds
 from mmerge.workers.tasks.measure import parse_numbers
 from mmerge.workers.methods.interface import Known, Method, Numbers, Stage, TensorKnown, TensorVectors

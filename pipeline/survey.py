@@ -9,7 +9,7 @@ from mmerge.manifests.digest import digest_json
 from mmerge.manifests.errors import MmergeError, RecipeError
 from mmerge.manifests.format.manifest import FileEntry
 from mmerge.manifests.stores.object_store import Store
-from mmerge.pipeline.plan import CopyShard, MergePlan, MergeShard
+from mmerge.pipeline.planning.plan import CopyShard, MergePlan, MergeShard
 from mmerge.workers.checkpoints.checkpoint import TensorSource, identity_digest
 from mmerge.workers.statistics.magnitude_histograms import NUM_LOWER, HistogramSum, add_histograms, find_bin, is_exact, to_magnitude
 from mmerge.workers.methods.interface import Trimming

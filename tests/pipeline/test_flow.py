@@ -135,8 +135,8 @@ def test_nothing_follows_a_failure_and_what_was_merged_is_kept(lab: Any) -> None
 
 
 def test_a_shard_whose_tensor_lies_in_two_shards_waits(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmerge.pipeline.plan.MAX_SHARD_BYTES", 512)
-    monkeypatch.setattr("mmerge.pipeline.plan.MAX_PIECE_BYTES", 512)
+    monkeypatch.setattr("mmerge.pipeline.planning.plan.MAX_SHARD_BYTES", 512)
+    monkeypatch.setattr("mmerge.pipeline.planning.plan.MAX_PIECE_BYTES", 512)
     changes = {"method": "ties", "density": 0.2, "scope": "tensor"}
     waited, _ = build(lab, changes | {"output": "waited"}, InPhases(num_threads=1))
     flowed, told = build(lab, changes | {"output": "flowed"}, SerialExecutor(num_threads=1))

@@ -15,8 +15,8 @@ from mmerge.manifests.errors import MmergeError, RecipeError
 from mmerge.pipeline import make_plan, read_recipe
 from mmerge.pipeline.cli_run import parse_size
 from mmerge.pipeline.executor import RayExecutor, SerialExecutor, open_executor
-from mmerge.pipeline.memory import PROCESS_BYTES
-from mmerge.pipeline.plan import MAX_PIECE_BYTES
+from mmerge.pipeline.planning.memory_bounds import PROCESS_BYTES
+from mmerge.pipeline.planning.plan import MAX_PIECE_BYTES
 from mmerge.pipeline.threads import run_in_threads
 from mmerge.workers.task import TaskResult
 
@@ -79,7 +79,7 @@ def test_the_plan_of_a_tensor_of_gigabytes_needs_no_more_memory_than_a_piece(
     lab: Any, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw = lab.make_all() | {"method": method}
-    monkeypatch.setattr("mmerge.pipeline.plan.MAX_PIECE_BYTES", 400)
+    monkeypatch.setattr("mmerge.pipeline.planning.plan.MAX_PIECE_BYTES", 400)
     plan = make_plan(read_recipe(lab.write_recipe(raw)))
     pieces = [tensor for shard in plan.merge_shards for tensor in shard.tensors if tensor.name == "model.embed_tokens.weight"]
     assert (len(pieces) > 1) == (method == "mmer"), "what must see a whole tensor streams over it"

@@ -12,9 +12,9 @@ from mmerge.manifests.format.entry import Role
 from mmerge.manifests.errors import CheckpointError
 from mmerge.manifests.format.safetensors_header import DTYPE_BYTES, FLOAT_DTYPES
 from mmerge.manifests.format.manifest import AdapterRecord
-from mmerge.pipeline.adapters import list_adapters
-from mmerge.pipeline.layout import CarriedTensor, Layout, SharedTensor, make_layout
-from mmerge.pipeline.memory import COPY_PEAK_BYTES, MIN_BLOCK_ENTRIES, Working, merge_peak_bytes, process_bytes, too_little_memory
+from mmerge.pipeline.planning.adapters import list_adapters
+from mmerge.pipeline.planning.tensor_layout import CarriedTensor, Layout, SharedTensor, make_layout
+from mmerge.pipeline.planning.memory_bounds import COPY_PEAK_BYTES, MIN_BLOCK_ENTRIES, Working, merge_peak_bytes, process_bytes, too_little_memory
 from mmerge.pipeline.recipes.recipe import Recipe, pin_recipe
 from mmerge.workers.checkpoints.lora_adapter import open_expert
 from mmerge.workers.checkpoints.checkpoint import Checkpoint, TensorSource, ahead_bytes

@@ -1,0 +1,1 @@
+"""Recipe to plan: shards, memory bounds, tensor layout."""
