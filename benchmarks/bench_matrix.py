@@ -27,7 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mmerge.pipeline import make_plan, parse_recipe, run
-from mmerge.pipeline.dispatch import Follow, Outcomes
+from mmerge.pipeline.execution.scheduler import Follow, Outcomes
 from mmerge.workers.tasks.run import run_task
 from mmerge.workers.task import MergeTask, Task, TaskResult
 

@@ -101,7 +101,7 @@ def main() -> int:
     os.environ["RAY_AUTH_MODE"] = "disabled"
 
     from mmerge.pipeline import run
-    from mmerge.pipeline.executor import RayExecutor, SerialExecutor
+    from mmerge.pipeline.execution.executor import RayExecutor, SerialExecutor
 
     work = ROOT / "build" / "bench" / "ray-overhead"
     work.mkdir(parents=True, exist_ok=True)
@@ -182,7 +182,7 @@ def make_row(builds: dict[str, list[Build]], options: argparse.Namespace) -> dic
 
 def forecast(plan: Any, builds: list[Build], options: argparse.Namespace, task_seconds: float) -> dict[str, Any]:
     """Return how far the simulation is from each run, with the rates of that run and with those of the run before it."""
-    from mmerge.pipeline.simulate import Nodes, simulate
+    from mmerge.pipeline.execution.simulation import Nodes, simulate
     from mmerge.pipeline.status import to_rates
 
     nodes = Nodes(options.nodes, options.workers // options.nodes, 1e12, 1e12)

@@ -74,7 +74,7 @@ def main() -> int:
     options = parser.parse_args()
 
     from mmerge.pipeline import make_plan, parse_recipe
-    from mmerge.pipeline.simulate import GB, Nodes, simulate
+    from mmerge.pipeline.execution.simulation import GB, Nodes, simulate
 
     curves: dict[str, list[float]] = {}
     print("| model | in | nodes | seconds | limited by | read per node | memory per node |\n|---|---|---|---|---|---|---|")

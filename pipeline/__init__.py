@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mmerge.manifests.maintenance.verify import VerifyReport, verify
     from mmerge.pipeline.actors import ActorComposite, load_on_actors
     from mmerge.pipeline.build import RunReport, run
-    from mmerge.pipeline.executor import open_executor
+    from mmerge.pipeline.execution.executor import open_executor
     from mmerge.pipeline.planning.plan import MergePlan, make_plan
     from mmerge.pipeline.recipes.recipe import Recipe, make_recipe_schema, parse_recipe, read_recipe
     from mmerge.pipeline.show import read_build
@@ -36,7 +36,7 @@ _PLACES = {
     "read_recipe": "mmerge.pipeline.recipes.recipe",
     "RunReport": "mmerge.pipeline.build",
     "run": "mmerge.pipeline.build",
-    "open_executor": "mmerge.pipeline.executor",
+    "open_executor": "mmerge.pipeline.execution.executor",
     "read_build": "mmerge.pipeline.show",
     "Composite": "mmerge.workers.composite.model",
     "load_composite": "mmerge.workers.composite.loader",

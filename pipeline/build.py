@@ -18,7 +18,7 @@ from mmerge.manifests.stores.create_check import check_store
 from mmerge.manifests.format.references import Reference, write_reference
 from mmerge.manifests.stores.object_store import open_store
 from mmerge.manifests.format.table import make_table
-from mmerge.pipeline.executor import Executor, SerialExecutor
+from mmerge.pipeline.execution.executor import Executor, SerialExecutor
 from mmerge.pipeline.flow import Flow
 from mmerge.pipeline.inputs import add_inputs, describe_inputs
 from mmerge.pipeline.planning.plan import MergePlan

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from mmerge.manifests.stores.object_store import Store
     from mmerge.pipeline.planning.plan import MergePlan
     from mmerge.pipeline.progress import Progress
-    from mmerge.pipeline.simulate import Simulation
+    from mmerge.pipeline.execution.simulation import Simulation
     from mmerge.pipeline.status import RunStatus
-    from mmerge.pipeline.submit import Job
+    from mmerge.pipeline.execution.jobs import Job
 
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
@@ -110,7 +110,7 @@ def simulate_plan(
     """Return the simulated run of a plan. Raises MmergeError where a node is too small, or no run was measured."""
     from mmerge.manifests.format.references import split_uri
     from mmerge.manifests.stores.object_store import open_store
-    from mmerge.pipeline.simulate import GB, Nodes, simulate
+    from mmerge.pipeline.execution.simulation import GB, Nodes, simulate
     from mmerge.pipeline.status import to_rates
 
     rates = None
@@ -161,7 +161,7 @@ def submit(
     block_entries: Annotated[int | None, typer.Option("--block-entries", help="as for 'run'", show_default=False)] = None,
 ) -> None:
     """Build a recipe as a job of a Ray cluster: this package goes along, the log comes back. Ctrl-C leaves the job running."""
-    from mmerge.pipeline.submit import Jobs, to_exit_code
+    from mmerge.pipeline.execution.jobs import Jobs, to_exit_code
 
     if if_running not in ("follow", "skip", "fail"):
         raise RecipeError(f"--if-running: expected 'follow', 'skip' or 'fail', got {if_running!r}")
@@ -196,7 +196,7 @@ def _write(text: str) -> None:
 
 def jobs(address: AddressOption = None, as_json: JsonOption = False) -> None:
     """List the builds among the jobs of a Ray cluster."""
-    from mmerge.pipeline.submit import Jobs
+    from mmerge.pipeline.execution.jobs import Jobs
 
     found = Jobs(address).list_builds()
     if as_json:
@@ -236,7 +236,7 @@ def status(
 
     job = None
     if "/" not in what and "#" not in what and not Path(what).is_dir():
-        from mmerge.pipeline.submit import Jobs
+        from mmerge.pipeline.execution.jobs import Jobs
 
         job = Jobs(address).find(what)
         what = f"{job.store}#{job.recipe}"

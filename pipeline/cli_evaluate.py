@@ -18,7 +18,7 @@ from mmerge.pipeline import cli_questions as asking
 
 if TYPE_CHECKING:
     from mmerge.pipeline.evaluate import Model, TaskScore
-    from mmerge.pipeline.executor import Executor
+    from mmerge.pipeline.execution.executor import Executor
     from mmerge.pipeline.progress import Progress
 
 out = Console(soft_wrap=True)

@@ -14,7 +14,7 @@ from mmerge.manifests.errors import RecipeError
 
 if TYPE_CHECKING:
     from mmerge.pipeline.evaluate import Settings
-    from mmerge.pipeline.executor import Executor
+    from mmerge.pipeline.execution.executor import Executor
     from mmerge.pipeline.questions import Question
 
 PromptsOption = Annotated[
@@ -81,7 +81,7 @@ def make_settings(*, max_new_tokens: int, batch: int, encoders: list[str] | None
 @contextmanager
 def open_executor(name: str, *, address: str | None, workers: int | None) -> Iterator[Executor]:
     """Open the executor of that name, and close it again. Raises RecipeError for another name."""
-    from mmerge.pipeline import executor
+    from mmerge.pipeline.execution import executor
 
     if name not in ("ray", "serial"):
         raise RecipeError(f"--executor: expected 'ray' or 'serial', got {name!r}")

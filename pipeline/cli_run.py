@@ -32,7 +32,7 @@ from mmerge.workers.tasks.worker_startup import import_numba, load_kernels
 from mmerge.workers.runtime.lazy_torch import postpone_torch
 
 if TYPE_CHECKING:
-    from mmerge.pipeline.executor import Executor, ExecutorName
+    from mmerge.pipeline.execution.executor import Executor, ExecutorName
     from mmerge.pipeline.planning.plan import MergePlan
 
 out = Console(soft_wrap=True)
@@ -144,7 +144,7 @@ def run(
         postpone_torch(num_threads=1)  # Ray cannot send a function that names a stand-in to its workers
         load_kernels()
     from mmerge.pipeline.build import run as run_plan
-    from mmerge.pipeline.executor import open_executor
+    from mmerge.pipeline.execution.executor import open_executor
     from mmerge.pipeline.progress import show_progress
     from mmerge.pipeline.report import print_run
     from mmerge.pipeline.status import RunUnderWay

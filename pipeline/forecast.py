@@ -14,8 +14,8 @@ from mmerge.manifests.format.manifest import manifest_key, read_manifest
 from mmerge.manifests.format.references import list_references, read_reference
 from mmerge.manifests.stores.object_store import Store, open_store
 from mmerge.pipeline.build import Builder, RunReport
-from mmerge.pipeline.dispatch import Follow, Outcomes, nothing_follows
-from mmerge.pipeline.executor import Executor, SerialExecutor
+from mmerge.pipeline.execution.scheduler import Follow, Outcomes, nothing_follows
+from mmerge.pipeline.execution.executor import Executor, SerialExecutor
 from mmerge.pipeline.inputs import describe_inputs, explain
 from mmerge.pipeline.planning.plan import MergePlan
 from mmerge.pipeline.progress import Progress

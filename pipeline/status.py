@@ -25,7 +25,7 @@ from mmerge.manifests.digest import parse_json, to_canonical_json
 from mmerge.manifests.errors import AlreadyExists, ManifestError, MmergeError, NotFound, StoreError
 from mmerge.manifests.stores.object_store import Store
 from mmerge.pipeline.progress import Progress
-from mmerge.pipeline.simulate import Rates
+from mmerge.pipeline.execution.simulation import Rates
 from mmerge.workers.task import TaskResult
 
 HEARTBEAT_SECONDS = 5.0

@@ -12,7 +12,7 @@ from mmerge.manifests.errors import RecipeError
 from mmerge.manifests.stores.object_store import Store
 from mmerge.pipeline.build import run
 from mmerge.pipeline.evaluate import Model, Settings, make_answer_task, run_answers
-from mmerge.pipeline.executor import Executor
+from mmerge.pipeline.execution.executor import Executor
 from mmerge.pipeline.planning.plan import make_plan
 from mmerge.pipeline.progress import Progress
 from mmerge.pipeline.questions import Question

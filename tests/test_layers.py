@@ -14,10 +14,10 @@ FORBIDDEN = {"manifests": {"torch", "ray", "transformers"}, "workers": {"ray", "
 RAY_FILES = {
     "workers/tasks/ray_remote.py",
     "pipeline/actors.py",
-    "pipeline/executor.py",
+    "pipeline/execution/executor.py",
     "pipeline/metrics.py",
     "pipeline/serve.py",
-    "pipeline/submit.py",
+    "pipeline/execution/jobs.py",
 }
 
 

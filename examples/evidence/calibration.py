@@ -21,7 +21,7 @@ from mmerge.manifests.digest import digest_json
 from mmerge.pipeline import parse_recipe
 from mmerge.pipeline.calibrate import SCALES, Calibration, calibrate, weigh
 from mmerge.pipeline.evaluate import Settings
-from mmerge.pipeline.executor import SerialExecutor
+from mmerge.pipeline.execution.executor import SerialExecutor
 from mmerge.pipeline.progress import SeveralProgress
 from mmerge.pipeline.questions import Question
 

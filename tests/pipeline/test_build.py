@@ -20,7 +20,7 @@ from mmerge.manifests.errors import MmergeError, NonFiniteError, StoreError, Tas
 from mmerge.manifests.stores.object_store import open_store
 from mmerge.manifests.format.table import read_table
 from mmerge.pipeline import make_plan, read_recipe, run, verify
-from mmerge.pipeline.executor import Executor, RayExecutor, SerialExecutor, open_executor
+from mmerge.pipeline.execution.executor import Executor, RayExecutor, SerialExecutor, open_executor
 from mmerge.workers.reconstruction.build_reader import BuildReader
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from mmerge.manifests.errors import TaskErrors
 from mmerge.pipeline import make_plan, read_recipe, run, verify
-from mmerge.pipeline.dispatch import Policy, nothing_follows
-from mmerge.pipeline.executor import RayExecutor, SerialExecutor
+from mmerge.pipeline.execution.scheduler import Policy, nothing_follows
+from mmerge.pipeline.execution.executor import RayExecutor, SerialExecutor
 
 pytestmark = pytest.mark.ray
 

@@ -10,8 +10,8 @@ import pytest
 
 from mmerge.manifests.errors import MmergeError, NonFiniteError
 from mmerge.pipeline import make_plan, read_recipe
-from mmerge.pipeline.dispatch import Attempt, Event, Policy, Resources, dispatch, resources_of
-from mmerge.pipeline.simulate import Nodes, Rates, SimulatedCluster, SimulatedTask, simulate
+from mmerge.pipeline.execution.scheduler import Attempt, Event, Policy, Resources, dispatch, resources_of
+from mmerge.pipeline.execution.simulation import Nodes, Rates, SimulatedCluster, SimulatedTask, simulate
 from mmerge.workers.task import TaskResult
 
 
@@ -250,7 +250,7 @@ def test_a_task_takes_its_peak_and_a_gpu_where_the_recipe_says_so(lab: Any) -> N
 
     class Watching:
         def run(self, given: Any, store_uri: str, follow: Any) -> Any:
-            from mmerge.pipeline.executor import SerialExecutor
+            from mmerge.pipeline.execution.executor import SerialExecutor
 
             tasks.extend(given)
             return SerialExecutor().run(given, store_uri)

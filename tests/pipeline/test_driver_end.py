@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mmerge.pipeline.submit import Jobs
+from mmerge.pipeline.execution.jobs import Jobs
 
 pytestmark = pytest.mark.ray
 NUM_NODES = 1  # every driver starts workers of its own, and each of those takes seconds to start

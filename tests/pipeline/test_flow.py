@@ -13,8 +13,8 @@ from typing_extensions import override
 
 from mmerge.manifests.errors import NonFiniteError, TaskErrors
 from mmerge.pipeline import make_plan, read_recipe, run
-from mmerge.pipeline.dispatch import Follow, Outcomes, nothing_follows
-from mmerge.pipeline.executor import SerialExecutor
+from mmerge.pipeline.execution.scheduler import Follow, Outcomes, nothing_follows
+from mmerge.pipeline.execution.executor import SerialExecutor
 from mmerge.pipeline.flow import Flow
 from mmerge.pipeline.progress import LogProgress, Progress
 from mmerge.workers.task import Task, TaskResult
@@ -69,7 +69,7 @@ def build(lab: Any, changes: dict[str, Any], executor: SerialExecutor) -> tuple[
 @pytest.fixture(name="in_step")
 def let_workers_wait_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """What ends is then told in the order in which it ran."""
-    monkeypatch.setattr("mmerge.pipeline.threads.SETTLING_AT_ONCE", 0)
+    monkeypatch.setattr("mmerge.pipeline.execution.worker_pool.SETTLING_AT_ONCE", 0)
 
 
 CASES: list[tuple[dict[str, Any], torch.dtype, str]] = [

@@ -14,17 +14,17 @@ import pytest
 from mmerge.manifests.errors import MmergeError, RecipeError
 from mmerge.pipeline import make_plan, read_recipe
 from mmerge.pipeline.cli_run import parse_size
-from mmerge.pipeline.executor import RayExecutor, SerialExecutor, open_executor
+from mmerge.pipeline.execution.executor import RayExecutor, SerialExecutor, open_executor
 from mmerge.pipeline.planning.memory_bounds import PROCESS_BYTES
 from mmerge.pipeline.planning.plan import MAX_PIECE_BYTES
-from mmerge.pipeline.threads import run_in_threads
+from mmerge.pipeline.execution.worker_pool import run_in_threads
 from mmerge.workers.task import TaskResult
 
 WORKER = """
 import json, resource, sys, threading, time
 from pathlib import Path
 from mmerge.pipeline import make_plan, read_recipe, run
-from mmerge.pipeline.executor import SerialExecutor
+from mmerge.pipeline.execution.executor import SerialExecutor
 plan = make_plan(read_recipe(Path(sys.argv[1])))
 run(make_plan(read_recipe(Path(sys.argv[2]))), executor=SerialExecutor(num_threads=1))  # loads everything that is loaded once
 def resident():
@@ -112,7 +112,7 @@ def test_memory_limits_how_many_tasks_run_at_once(lab: Any, monkeypatch: pytest.
         running.remove(task.name)
         return TaskResult(task.name, 0, False, 0.0)
 
-    monkeypatch.setattr("mmerge.pipeline.threads.run_task", run_task)
+    monkeypatch.setattr("mmerge.pipeline.execution.worker_pool.run_task", run_task)
     shards: Any = plan.merge_shards
     assert len(list(run_in_threads(shards, "memory://x", num_threads=4, memory_bytes=plan.peak_bytes))) == len(shards)
     assert most[0] == 1

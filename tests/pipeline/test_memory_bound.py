@@ -14,7 +14,7 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 from mmerge.pipeline import make_plan, read_recipe, run
-from mmerge.pipeline.executor import SerialExecutor
+from mmerge.pipeline.execution.executor import SerialExecutor
 from mmerge.workers.tasks.run import run_task
 
 def memory(key):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from mmerge.manifests.errors import RecipeError
 from mmerge.pipeline import Part, export, load_composite, make_plan, parse_recipe, read_recipe, run, verify
-from mmerge.pipeline.executor import RayExecutor
+from mmerge.pipeline.execution.executor import RayExecutor
 from mmerge.workers.reconstruction.bitmask import unpack_mask
 from mmerge.workers.methods import METHODS
 from mmerge.workers.reconstruction.build_reader import BuildReader

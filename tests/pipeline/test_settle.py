@@ -14,8 +14,8 @@ from mmerge.manifests.stores.local import Pending
 from mmerge.manifests.stores.deferred_commit import collect_pending, settle
 from mmerge.manifests.stores.object_store import Store, open_store
 from mmerge.pipeline import make_plan, read_recipe, run, verify
-from mmerge.pipeline.executor import SerialExecutor
-from mmerge.pipeline.threads import SETTLING_AT_ONCE, run_in_threads
+from mmerge.pipeline.execution.executor import SerialExecutor
+from mmerge.pipeline.execution.worker_pool import SETTLING_AT_ONCE, run_in_threads
 from mmerge.workers.task import Task, TaskResult
 
 
@@ -38,8 +38,8 @@ class Disk:
             assert self.ready.wait(60)
             settle(store, pending)
 
-        monkeypatch.setattr("mmerge.pipeline.threads.settle", settle_later)
-        monkeypatch.setattr("mmerge.pipeline.threads.run_task", self.run_task)
+        monkeypatch.setattr("mmerge.pipeline.execution.worker_pool.settle", settle_later)
+        monkeypatch.setattr("mmerge.pipeline.execution.worker_pool.run_task", self.run_task)
 
     def run_task(self, task: Any, uri: str, *, settles: bool) -> TaskResult:
         assert not settles
@@ -114,7 +114,7 @@ def test_a_disk_that_fails_is_an_error_of_the_shard_and_the_others_are_kept(lab:
                 raise OSError(5, "Input/output error")
         settle(store, pending)
 
-    monkeypatch.setattr("mmerge.pipeline.threads.settle", fail_once)
+    monkeypatch.setattr("mmerge.pipeline.execution.worker_pool.settle", fail_once)
     with pytest.raises(StoreError, match=r"objects/.*Input/output error"):
         run(plan, executor=SerialExecutor(num_threads=1))
     report = run(plan)

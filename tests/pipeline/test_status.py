@@ -14,7 +14,7 @@ import pytest
 from mmerge.manifests.stores.object_store import Store, open_store
 from mmerge.pipeline import status as module
 from mmerge.pipeline.progress import JsonFormatter, LogProgress
-from mmerge.pipeline.simulate import Rates
+from mmerge.pipeline.execution.simulation import Rates
 from mmerge.pipeline.status import PhaseStatus, RunRecord, RunStatus, RunUnderWay, begin_run, list_runs, read_status, to_rates
 from mmerge.workers.task import TaskResult
 

@@ -17,7 +17,7 @@ import yaml
 
 from mmerge.manifests.errors import MmergeError, RecipeError
 from mmerge.pipeline import read_recipe
-from mmerge.pipeline.submit import Jobs, make_wheel, to_absolute, to_exit_code
+from mmerge.pipeline.execution.jobs import Jobs, make_wheel, to_absolute, to_exit_code
 
 NUM_NODES = 1  # every job starts workers of its own, and each of those takes seconds to start
 
@@ -34,7 +34,7 @@ def test_the_wheel_holds_the_code_that_runs_names_no_dependency_and_is_named_aft
     assert make_wheel(tmp_path).read_bytes() == first
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-        assert archive.read("mmerge/pipeline/submit.py") == Path(sys.modules["mmerge.pipeline.submit"].__file__ or "").read_bytes()
+        assert archive.read("mmerge/pipeline/execution/jobs.py") == Path(sys.modules["mmerge.pipeline.execution.jobs"].__file__ or "").read_bytes()
         assert {"mmerge/manifests/stores/object_store.py", "mmerge/workers/methods/mmer.py", "mmerge/pipeline/py.typed"} <= set(names)
         assert not [name for name in names if "__pycache__" in name]
         assert b"Requires-Dist" not in archive.read(next(name for name in names if name.endswith("METADATA")))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mmerge.pipeline.uninterrupted import uninterrupted
+from mmerge.pipeline.execution.signals import uninterrupted
 
 
 class Stopped(BaseException):

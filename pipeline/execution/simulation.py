@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal, cast
 
 from mmerge.manifests.errors import MmergeError
-from mmerge.pipeline.dispatch import Attempt, Cluster, Event, Policy, Resources, dispatch
+from mmerge.pipeline.execution.scheduler import Attempt, Cluster, Event, Policy, Resources, dispatch
 from mmerge.pipeline.planning.plan import MergePlan
 from mmerge.workers.task import Task, TaskResult
 

@@ -10,8 +10,8 @@ from dataclasses import replace
 from mmerge.manifests.errors import MmergeError
 from mmerge.manifests.stores.deferred_commit import settle
 from mmerge.manifests.stores.object_store import Store, open_store
-from mmerge.pipeline.dispatch import Follow, Outcomes, nothing_follows
-from mmerge.pipeline.uninterrupted import uninterrupted
+from mmerge.pipeline.execution.scheduler import Follow, Outcomes, nothing_follows
+from mmerge.pipeline.execution.signals import uninterrupted
 from mmerge.workers.runtime.lazy_torch import torch_is_loaded
 from mmerge.workers.tasks.run import run_task
 from mmerge.workers.task import Task, TaskResult

@@ -12,9 +12,9 @@ from contextlib import closing
 
 from mmerge.manifests.errors import MmergeError, StoreError
 from mmerge.manifests.stores.object_store import was_any_opened
-from mmerge.pipeline.dispatch import Follow, Outcomes, nothing_follows
+from mmerge.pipeline.execution.scheduler import Follow, Outcomes, nothing_follows
 from mmerge.pipeline.planning.memory_bounds import PROCESS_BYTES
-from mmerge.pipeline.threads import run_in_pool
+from mmerge.pipeline.execution.worker_pool import run_in_pool
 from mmerge.workers.tasks.worker_startup import begin_process
 from mmerge.workers.task import Task, TaskResult
 from mmerge.workers.runtime.cores import num_cores

@@ -15,11 +15,11 @@ from typing import Any, Literal, Protocol
 from typing_extensions import override
 
 from mmerge.manifests.errors import AlreadyExists, MmergeError, NotFound, StoreError
-from mmerge.pipeline.dispatch import Attempt, Event, Follow, Policy, Resources, dispatch, nothing_follows
-from mmerge.pipeline.dispatch import Outcomes as Outcomes
+from mmerge.pipeline.execution.scheduler import Attempt, Event, Follow, Policy, Resources, dispatch, nothing_follows
+from mmerge.pipeline.execution.scheduler import Outcomes as Outcomes
 from mmerge.pipeline.planning.memory_bounds import PROCESS_BYTES
-from mmerge.pipeline.processes import ProcessExecutor
-from mmerge.pipeline.threads import run_in_threads
+from mmerge.pipeline.execution.process_executor import ProcessExecutor
+from mmerge.pipeline.execution.worker_pool import run_in_threads
 from mmerge.workers.task import Task
 from mmerge.workers.runtime.cores import num_cores
 

@@ -1,0 +1,1 @@
+"""Where tasks run: serial, processes, Ray; scheduler and simulation."""
