@@ -56,7 +56,7 @@ def build(plan: Any, store: Path, executor: Any) -> Build:
     """Return one build from nothing."""
     from mmerge.manifests.stores.object_store import open_store
     from mmerge.pipeline import run
-    from mmerge.pipeline.status import RunRecord, begin_run
+    from mmerge.pipeline.monitoring.run_records import RunRecord, begin_run
 
     shutil.rmtree(store, ignore_errors=True)
     touch_free_memory(2 * plan.bytes_out)
@@ -183,7 +183,7 @@ def make_row(builds: dict[str, list[Build]], options: argparse.Namespace) -> dic
 def forecast(plan: Any, builds: list[Build], options: argparse.Namespace, task_seconds: float) -> dict[str, Any]:
     """Return how far the simulation is from each run, with the rates of that run and with those of the run before it."""
     from mmerge.pipeline.execution.simulation import Nodes, simulate
-    from mmerge.pipeline.status import to_rates
+    from mmerge.pipeline.monitoring.run_records import to_rates
 
     nodes = Nodes(options.nodes, options.workers // options.nodes, 1e12, 1e12)
     own, earlier = [], []

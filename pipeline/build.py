@@ -22,7 +22,7 @@ from mmerge.pipeline.execution.executor import Executor, SerialExecutor
 from mmerge.pipeline.flow import Flow
 from mmerge.pipeline.inputs import add_inputs, describe_inputs
 from mmerge.pipeline.planning.plan import MergePlan
-from mmerge.pipeline.progress import LogProgress, Progress
+from mmerge.pipeline.monitoring.progress import LogProgress, Progress
 from mmerge.pipeline.records import make_records, read_files
 from mmerge.pipeline.shard_tasks import make_copy_task, make_merge_task
 from mmerge.pipeline.stages import StageRun

@@ -23,7 +23,7 @@ from mmerge.pipeline.build import run
 from mmerge.pipeline.evaluate import Model, Settings, make_answer_task
 from mmerge.pipeline.execution.executor import Executor, SerialExecutor
 from mmerge.pipeline.planning.plan import make_plan
-from mmerge.pipeline.progress import LogProgress, Progress
+from mmerge.pipeline.monitoring.progress import LogProgress, Progress
 from mmerge.pipeline.questions import Question
 from mmerge.pipeline.recipes.recipe import Recipe
 from mmerge.pipeline.targets import Asking, Targets, ask_experts

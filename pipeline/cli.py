@@ -159,7 +159,7 @@ def _options(
     _debug = debug
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
     if log_format == "json":
-        from mmerge.pipeline.progress import JsonFormatter
+        from mmerge.pipeline.monitoring.progress import JsonFormatter
 
         for handler in logging.getLogger().handlers:
             handler.setFormatter(JsonFormatter())

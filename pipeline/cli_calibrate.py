@@ -47,7 +47,7 @@ def calibrate(
     from mmerge.pipeline.calibrate import calibrate as sweep
     from mmerge.pipeline.calibrate import write_recipe
     from mmerge.pipeline.evaluation_report import check_plot
-    from mmerge.pipeline.progress import show_progress
+    from mmerge.pipeline.monitoring.progress import show_progress
     from mmerge.pipeline.recipes.recipe import read_recipe
 
     if plot is not None:

@@ -24,9 +24,9 @@ from mmerge.pipeline.cli_options import JsonOption
 if TYPE_CHECKING:
     from mmerge.manifests.stores.object_store import Store
     from mmerge.pipeline.planning.plan import MergePlan
-    from mmerge.pipeline.progress import Progress
+    from mmerge.pipeline.monitoring.progress import Progress
     from mmerge.pipeline.execution.simulation import Simulation
-    from mmerge.pipeline.status import RunStatus
+    from mmerge.pipeline.monitoring.run_records import RunStatus
     from mmerge.pipeline.execution.jobs import Job
 
 out = Console(soft_wrap=True)
@@ -86,8 +86,8 @@ def recorded(plan: MergePlan, progress: Progress, *, exclusive: bool, metrics: b
         StoreError: the store cannot be written.
     """
     from mmerge.manifests.stores.object_store import open_store
-    from mmerge.pipeline.progress import SeveralProgress
-    from mmerge.pipeline.status import RunRecord, begin_run
+    from mmerge.pipeline.monitoring.progress import SeveralProgress
+    from mmerge.pipeline.monitoring.run_records import RunRecord, begin_run
 
     store = open_store(plan.recipe.output, create=True)
     try:
@@ -98,7 +98,7 @@ def recorded(plan: MergePlan, progress: Progress, *, exclusive: bool, metrics: b
     with RunRecord(store, begun) as record:
         parts: list[Progress] = [progress, record]
         if metrics:
-            from mmerge.pipeline.metrics import MetricsProgress
+            from mmerge.pipeline.monitoring.metrics import MetricsProgress
 
             parts.append(MetricsProgress(plan.recipe.name))
         yield SeveralProgress(parts)
@@ -111,7 +111,7 @@ def simulate_plan(
     from mmerge.manifests.format.references import split_uri
     from mmerge.manifests.stores.object_store import open_store
     from mmerge.pipeline.execution.simulation import GB, Nodes, simulate
-    from mmerge.pipeline.status import to_rates
+    from mmerge.pipeline.monitoring.run_records import to_rates
 
     rates = None
     if rates_from is not None:
@@ -128,7 +128,7 @@ def simulation_to_json(found: Simulation) -> dict[str, Any]:
 
 def print_simulation(found: Simulation) -> None:
     """Print a simulation: wall time, what limits it, bytes and memory per node."""
-    from mmerge.pipeline.progress import to_size
+    from mmerge.pipeline.monitoring.progress import to_size
 
     nodes = found.nodes
     out.print(f"\n[bold]on {nodes.num_nodes} nodes with {nodes.num_cores} cores[/] (simulated, nothing there already)", highlight=False)
@@ -253,7 +253,7 @@ def status(
 
 def _find_runs(store: Store, name: str, job: Job | None) -> list[RunStatus]:
     """Return the last run of each composite in a store, of one of them, or of one job."""
-    from mmerge.pipeline.status import list_run_names, list_runs, read_status
+    from mmerge.pipeline.monitoring.run_records import list_run_names, list_runs, read_status
 
     found = []
     for known in [name] if name else list_run_names(store):
@@ -269,7 +269,7 @@ def _find_runs(store: Store, name: str, job: Job | None) -> list[RunStatus]:
 
 
 def _print_run(run: RunStatus, job: Job | None) -> None:
-    from mmerge.pipeline.progress import to_size
+    from mmerge.pipeline.monitoring.progress import to_size
 
     build = f", build {run.build[:SHOWN_DIGITS]}" if run.build else ""
     color = {"running": "yellow", "finished": "green"}.get(run.state, "red")

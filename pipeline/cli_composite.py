@@ -102,7 +102,7 @@ def _placement_to_json(placement: Placement) -> dict[str, Any]:
 def _print_placement(placement: Placement) -> None:
     from dataclasses import fields
 
-    from mmerge.pipeline.progress import to_size
+    from mmerge.pipeline.monitoring.progress import to_size
 
     table = Table("device", "layers", "total", "of", "in detail", box=None, header_style="bold", pad_edge=False)
     for stage in placement.stages:

@@ -19,7 +19,7 @@ from mmerge.pipeline import cli_questions as asking
 if TYPE_CHECKING:
     from mmerge.pipeline.evaluate import Model, TaskScore
     from mmerge.pipeline.execution.executor import Executor
-    from mmerge.pipeline.progress import Progress
+    from mmerge.pipeline.monitoring.progress import Progress
 
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
@@ -64,7 +64,7 @@ def evaluate(
     from mmerge.pipeline.evaluate import evaluate as ask
     from mmerge.pipeline.evaluate import summarise
     from mmerge.pipeline.evaluation_report import check_matplotlib, write_report
-    from mmerge.pipeline.progress import show_progress
+    from mmerge.pipeline.monitoring.progress import show_progress
 
     asked = asking.read_all(prompts, media=media, mcub=mcub or [], answers=answers)
     check_matplotlib()

@@ -145,9 +145,9 @@ def run(
         load_kernels()
     from mmerge.pipeline.build import run as run_plan
     from mmerge.pipeline.execution.executor import open_executor
-    from mmerge.pipeline.progress import show_progress
+    from mmerge.pipeline.monitoring.progress import show_progress
     from mmerge.pipeline.report import print_run
-    from mmerge.pipeline.status import RunUnderWay
+    from mmerge.pipeline.monitoring.run_records import RunUnderWay
 
     memory_bytes = parse_size(memory) if memory is not None else None
     with ExitStack() as closing:

@@ -80,7 +80,7 @@ def verify(
 ) -> None:
     """Re-read a composite and compare every digest with its manifest. Exit code 1 if anything is damaged, with its name."""
     from mmerge.manifests.maintenance.verify import verify as verify_build
-    from mmerge.pipeline.progress import to_size
+    from mmerge.pipeline.monitoring.progress import to_size
 
     with byte_bar("verify", None) as on_bytes:
         report = verify_build(uri, sample=sample, seed=seed, on_bytes=on_bytes)
@@ -107,7 +107,7 @@ def export(
 ) -> None:
     """Write an ordinary Hugging Face checkpoint that transformers loads with from_pretrained, or the merge as a LoRA adapter."""
     from mmerge.pipeline import export as export_checkpoint
-    from mmerge.pipeline.progress import to_size
+    from mmerge.pipeline.monitoring.progress import to_size
 
     if lora_rank is not None:
         from mmerge.pipeline.report import print_adapter
@@ -137,7 +137,7 @@ def diff(
 
 
 def _print_difference(found: Difference) -> None:
-    from mmerge.pipeline.progress import to_size
+    from mmerge.pipeline.monitoring.progress import to_size
 
     if found.is_empty:
         out.print(f"both are build {found.one.build[:12]}")
@@ -194,7 +194,7 @@ def gc(
     """Delete what no live build needs. A dry run unless --delete is given; refuses while a run uses the store."""
     from mmerge.manifests.maintenance.garbage_collection import collect
     from mmerge.manifests.stores.object_store import open_store
-    from mmerge.pipeline.progress import to_size
+    from mmerge.pipeline.monitoring.progress import to_size
 
     period = parse_duration(grace, option="--grace")
     found = collect(open_store(store_uri), grace=period, keep=keep, surveys=surveys, delete=delete)
@@ -227,7 +227,7 @@ def copy(
 ) -> None:
     """Copy a build into another store, only what is missing there; every byte is checked on its way."""
     from mmerge.manifests.maintenance.copy_build import copy_build
-    from mmerge.pipeline.progress import to_size
+    from mmerge.pipeline.monitoring.progress import to_size
 
     with byte_bar("copy", None) as on_bytes:
         report = copy_build(uri, target, name=name, everything=everything, on_bytes=on_bytes)

@@ -17,7 +17,7 @@ from mmerge.manifests.stores.object_store import Store, is_local, open_store, to
 from mmerge.pipeline.build import run
 from mmerge.pipeline.execution.executor import Executor, SerialExecutor
 from mmerge.pipeline.planning.plan import make_plan
-from mmerge.pipeline.progress import LogProgress, Progress
+from mmerge.pipeline.monitoring.progress import LogProgress, Progress
 from mmerge.pipeline.questions import Question
 from mmerge.pipeline.recipes.recipe import parse_recipe
 from mmerge.pipeline.scores import performance_retention, score_answer

@@ -18,7 +18,7 @@ from mmerge.pipeline.execution.scheduler import Follow, Outcomes, nothing_follow
 from mmerge.pipeline.execution.executor import Executor, SerialExecutor
 from mmerge.pipeline.inputs import describe_inputs, explain
 from mmerge.pipeline.planning.plan import MergePlan
-from mmerge.pipeline.progress import Progress
+from mmerge.pipeline.monitoring.progress import Progress
 from mmerge.pipeline.survey import InputSurvey
 from mmerge.workers.task import CopyTask, MergeTask, SurveyTask, Task, TaskResult
 

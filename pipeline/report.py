@@ -14,7 +14,7 @@ from mmerge.manifests.digest import SHOWN_DIGITS
 from mmerge.manifests.format.references import Reference
 from mmerge.pipeline.build import RunReport
 from mmerge.pipeline.planning.plan import CopyShard, MergePlan, MergeShard
-from mmerge.pipeline.progress import to_size
+from mmerge.pipeline.monitoring.progress import to_size
 from mmerge.pipeline.show import BuildSummary, summarise_masks
 from mmerge.workers.exports.lora import AdapterReport
 

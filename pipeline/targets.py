@@ -14,7 +14,7 @@ from mmerge.pipeline.build import run
 from mmerge.pipeline.evaluate import Model, Settings, make_answer_task, run_answers
 from mmerge.pipeline.execution.executor import Executor
 from mmerge.pipeline.planning.plan import make_plan
-from mmerge.pipeline.progress import Progress
+from mmerge.pipeline.monitoring.progress import Progress
 from mmerge.pipeline.questions import Question
 from mmerge.pipeline.recipes.recipe import Recipe, parse_recipe
 from mmerge.workers.modalities.prompt import Part

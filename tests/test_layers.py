@@ -15,7 +15,7 @@ RAY_FILES = {
     "workers/tasks/ray_remote.py",
     "pipeline/actors.py",
     "pipeline/execution/executor.py",
-    "pipeline/metrics.py",
+    "pipeline/monitoring/metrics.py",
     "pipeline/serve.py",
     "pipeline/execution/jobs.py",
 }

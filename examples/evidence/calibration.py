@@ -22,7 +22,7 @@ from mmerge.pipeline import parse_recipe
 from mmerge.pipeline.calibrate import SCALES, Calibration, calibrate, weigh
 from mmerge.pipeline.evaluate import Settings
 from mmerge.pipeline.execution.executor import SerialExecutor
-from mmerge.pipeline.progress import SeveralProgress
+from mmerge.pipeline.monitoring.progress import SeveralProgress
 from mmerge.pipeline.questions import Question
 
 VERSION = 1

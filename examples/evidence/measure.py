@@ -21,7 +21,7 @@ from evidence.sets import SEEDS, Prompt, Sizes, load_set, register_lookups
 from mmerge.manifests.digest import digest_bytes, digest_json
 from mmerge.pipeline import Composite, load_composite, make_plan, parse_recipe, run
 from mmerge.pipeline.execution.executor import SerialExecutor
-from mmerge.pipeline.progress import SeveralProgress
+from mmerge.pipeline.monitoring.progress import SeveralProgress
 from mmerge.workers.modalities.prompt import Part
 
 VERSION = 3

@@ -18,7 +18,7 @@ from mmerge.pipeline import Recipe, load_composite, parse_recipe, read_recipe
 from mmerge.pipeline.calibrate import Agreement, Point, calibrate, choose
 from mmerge.pipeline.evaluate import Settings
 from mmerge.pipeline.execution.executor import SerialExecutor
-from mmerge.pipeline.progress import LogProgress
+from mmerge.pipeline.monitoring.progress import LogProgress
 from mmerge.pipeline.questions import Question, read_questions
 from mmerge.pipeline.targets import Asking, ask_experts
 

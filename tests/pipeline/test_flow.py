@@ -16,7 +16,7 @@ from mmerge.pipeline import make_plan, read_recipe, run
 from mmerge.pipeline.execution.scheduler import Follow, Outcomes, nothing_follows
 from mmerge.pipeline.execution.executor import SerialExecutor
 from mmerge.pipeline.flow import Flow
-from mmerge.pipeline.progress import LogProgress, Progress
+from mmerge.pipeline.monitoring.progress import LogProgress, Progress
 from mmerge.workers.task import Task, TaskResult
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from mmerge.manifests.stores.object_store import Store, open_store
-from mmerge.pipeline import status as module
-from mmerge.pipeline.progress import JsonFormatter, LogProgress
+from mmerge.pipeline.monitoring import run_records as module
+from mmerge.pipeline.monitoring.progress import JsonFormatter, LogProgress
 from mmerge.pipeline.execution.simulation import Rates
-from mmerge.pipeline.status import PhaseStatus, RunRecord, RunStatus, RunUnderWay, begin_run, list_runs, read_status, to_rates
+from mmerge.pipeline.monitoring.run_records import PhaseStatus, RunRecord, RunStatus, RunUnderWay, begin_run, list_runs, read_status, to_rates
 from mmerge.workers.task import TaskResult
 
 

@@ -128,7 +128,7 @@ def test_two_submits_of_one_recipe_are_one_job_and_a_stopped_job_leaves_no_orpha
 
 @pytest.mark.ray
 def test_prometheus_finds_the_metrics_that_the_dashboard_and_the_alerts_ask_for(lab: Any, ray_nodes: Any, repository: Path) -> None:
-    from mmerge.pipeline.metrics import COUNTERS, GAUGES, HISTOGRAMS
+    from mmerge.pipeline.monitoring.metrics import COUNTERS, GAUGES, HISTOGRAMS
 
     assert mmerge("submit", str(lab.write_recipe(lab.make_all())), "--address", ray_nodes.dashboard).returncode == 0
     ports = {node["MetricsExportPort"] for node in _nodes(ray_nodes)}

@@ -9,7 +9,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from mmerge.pipeline.progress import Progress
+from mmerge.pipeline.monitoring.progress import Progress
 from mmerge.workers.task import TaskResult
 
 TAGS = ("composite", "phase")

@@ -1,0 +1,1 @@
+"""Progress, run records and metrics."""
