@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mmerge.manifests.format.manifest import Manifest
     from mmerge.manifests.maintenance.verify import VerifyReport, verify
     from mmerge.pipeline.actors import ActorComposite, load_on_actors
-    from mmerge.pipeline.build import RunReport, run
+    from mmerge.pipeline.build.run import RunReport, run
     from mmerge.pipeline.execution.executor import open_executor
     from mmerge.pipeline.planning.plan import MergePlan, make_plan
     from mmerge.pipeline.recipes.recipe import Recipe, make_recipe_schema, parse_recipe, read_recipe
@@ -34,8 +34,8 @@ _PLACES = {
     "make_recipe_schema": "mmerge.pipeline.recipes.recipe",
     "parse_recipe": "mmerge.pipeline.recipes.recipe",
     "read_recipe": "mmerge.pipeline.recipes.recipe",
-    "RunReport": "mmerge.pipeline.build",
-    "run": "mmerge.pipeline.build",
+    "RunReport": "mmerge.pipeline.build.run",
+    "run": "mmerge.pipeline.build.run",
     "open_executor": "mmerge.pipeline.execution.executor",
     "read_build": "mmerge.pipeline.show",
     "Composite": "mmerge.workers.composite.model",

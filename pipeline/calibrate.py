@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from mmerge.manifests.errors import RecipeError
 from mmerge.manifests.stores.object_store import is_local, open_store
-from mmerge.pipeline.build import run
+from mmerge.pipeline.build.run import run
 from mmerge.pipeline.evaluate import Model, Settings, make_answer_task
 from mmerge.pipeline.execution.executor import Executor, SerialExecutor
 from mmerge.pipeline.planning.plan import make_plan

@@ -83,7 +83,7 @@ def plan(
     postpone_torch(num_threads=1)
     import_numba()
     from mmerge.pipeline.cli_store import print_forecast
-    from mmerge.pipeline.forecast import forecast_to_json, make_forecast
+    from mmerge.pipeline.build.forecast import forecast_to_json, make_forecast
     from mmerge.pipeline.report import plan_to_json, print_plan
 
     made = _make_plan(recipe, block_entries)
@@ -143,7 +143,7 @@ def run(
     if name != "ray":
         postpone_torch(num_threads=1)  # Ray cannot send a function that names a stand-in to its workers
         load_kernels()
-    from mmerge.pipeline.build import run as run_plan
+    from mmerge.pipeline.build.run import run as run_plan
     from mmerge.pipeline.execution.executor import open_executor
     from mmerge.pipeline.monitoring.progress import show_progress
     from mmerge.pipeline.report import print_run

@@ -20,7 +20,7 @@ from mmerge.pipeline.cli_options import JsonOption, UriArgument
 
 if TYPE_CHECKING:
     from mmerge.pipeline.compare import Difference
-    from mmerge.pipeline.forecast import Forecast
+    from mmerge.pipeline.build.forecast import Forecast
 
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)

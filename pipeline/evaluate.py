@@ -14,7 +14,7 @@ from mmerge.manifests.errors import RecipeError, TaskErrors
 from mmerge.manifests.format.manifest import Manifest, read_manifest
 from mmerge.manifests.format.references import open_build
 from mmerge.manifests.stores.object_store import Store, is_local, open_store, to_local_path
-from mmerge.pipeline.build import run
+from mmerge.pipeline.build.run import run
 from mmerge.pipeline.execution.executor import Executor, SerialExecutor
 from mmerge.pipeline.planning.plan import make_plan
 from mmerge.pipeline.monitoring.progress import LogProgress, Progress

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from mmerge.manifests.digest import SHOWN_DIGITS
 from mmerge.manifests.format.references import Reference
-from mmerge.pipeline.build import RunReport
+from mmerge.pipeline.build.run import RunReport
 from mmerge.pipeline.planning.plan import CopyShard, MergePlan, MergeShard
 from mmerge.pipeline.monitoring.progress import to_size
 from mmerge.pipeline.show import BuildSummary, summarise_masks

@@ -10,7 +10,7 @@ from typing import Any
 from mmerge.manifests.digest import digest_json
 from mmerge.manifests.errors import RecipeError
 from mmerge.manifests.stores.object_store import Store
-from mmerge.pipeline.build import run
+from mmerge.pipeline.build.run import run
 from mmerge.pipeline.evaluate import Model, Settings, make_answer_task, run_answers
 from mmerge.pipeline.execution.executor import Executor
 from mmerge.pipeline.planning.plan import make_plan

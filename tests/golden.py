@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from mmerge.manifests.stores.object_store import open_store
 from mmerge.pipeline import make_plan, parse_recipe, run
-from mmerge.pipeline.build import RunReport
+from mmerge.pipeline.build.run import RunReport
 from mmerge.workers.reconstruction.bitmask import unpack_mask
 from mmerge.workers.reconstruction.build_reader import BuildReader
 

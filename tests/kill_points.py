@@ -9,7 +9,7 @@ from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["mmerge.pipeline.build", "mmerge.pipeline.planning.plan", "mmerge.pipeline.recipes.recipe", "mmerge.workers.tasks.merge"])
+_context.set_forkserver_preload(["mmerge.pipeline.build.run", "mmerge.pipeline.planning.plan", "mmerge.pipeline.recipes.recipe", "mmerge.workers.tasks.merge"])
 
 
 def count_waits(recipe: str) -> int:

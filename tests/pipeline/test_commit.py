@@ -23,7 +23,7 @@ from mmerge.manifests.format.references import Reference, list_references, read_
 from mmerge.manifests.stores.object_store import Store, open_store
 from mmerge.manifests.format.table import StoredRow, read_table
 from mmerge.pipeline import make_plan, read_recipe, run, verify
-from mmerge.pipeline.build import RunReport
+from mmerge.pipeline.build.run import RunReport
 
 
 def digests(store: Store) -> dict[str, str]:

@@ -15,7 +15,7 @@ from mmerge.manifests.errors import NonFiniteError, TaskErrors
 from mmerge.pipeline import make_plan, read_recipe, run
 from mmerge.pipeline.execution.scheduler import Follow, Outcomes, nothing_follows
 from mmerge.pipeline.execution.executor import SerialExecutor
-from mmerge.pipeline.flow import Flow
+from mmerge.pipeline.build.shard import Flow
 from mmerge.pipeline.monitoring.progress import LogProgress, Progress
 from mmerge.workers.task import Task, TaskResult
 
@@ -173,7 +173,7 @@ def test_no_histogram_is_kept_longer_than_it_is_needed(lab: Any, monkeypatch: py
             super().__init__(*arguments, **more)
             flows.append(self)
 
-    monkeypatch.setattr("mmerge.pipeline.build.Flow", Kept)
+    monkeypatch.setattr("mmerge.pipeline.build.run.Flow", Kept)
     build(lab, {"method": "mmer", "scope": scope, "output": "store"}, SerialExecutor(num_threads=1))
     assert len(flows[0].survey.digests) == len(lab.base)
     assert flows[0].survey.histograms == {}

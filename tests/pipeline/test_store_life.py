@@ -18,11 +18,11 @@ from mmerge.manifests.maintenance.copy_build import copy_build
 from mmerge.manifests.errors import DamagedObject, ManifestError, RecipeError, StoreError
 from mmerge.manifests.stores.object_store import Store, open_store
 from mmerge.pipeline import make_plan, read_recipe, run, verify
-from mmerge.pipeline.build import RunReport
+from mmerge.pipeline.build.run import RunReport
 from mmerge.pipeline.cli import main
 from mmerge.pipeline.cli_store import parse_duration
 from mmerge.pipeline.compare import compare_builds, read_log
-from mmerge.pipeline.forecast import Forecast, make_forecast
+from mmerge.pipeline.build.forecast import Forecast, make_forecast
 
 CHANGED = "language_model.model.layers.1.mlp.up_proj.weight"
 

@@ -19,14 +19,14 @@ from mmerge.manifests.format.references import Reference, write_reference
 from mmerge.manifests.stores.object_store import open_store
 from mmerge.manifests.format.table import make_table
 from mmerge.pipeline.execution.executor import Executor, SerialExecutor
-from mmerge.pipeline.flow import Flow
-from mmerge.pipeline.inputs import add_inputs, describe_inputs
+from mmerge.pipeline.build.shard import Flow
+from mmerge.pipeline.build.provenance import add_inputs, describe_inputs
 from mmerge.pipeline.planning.plan import MergePlan
 from mmerge.pipeline.monitoring.progress import LogProgress, Progress
-from mmerge.pipeline.records import make_records, read_files
-from mmerge.pipeline.shard_tasks import make_copy_task, make_merge_task
-from mmerge.pipeline.stages import StageRun
-from mmerge.pipeline.survey import InputSurvey, make_survey_tasks
+from mmerge.pipeline.build.manifest_records import make_records, read_files
+from mmerge.pipeline.build.task_factory import make_copy_task, make_merge_task
+from mmerge.pipeline.build.method_stages import StageRun
+from mmerge.pipeline.build.input_survey import InputSurvey, make_survey_tasks
 from mmerge.workers.checkpoints.lora_adapter import open_expert
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
 from mmerge.workers.tasks.measure import parse_numbers

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from mmerge.manifests.digest import digest_json
 from mmerge.pipeline.planning.plan import CopyShard, MergePlan, MergeShard
-from mmerge.pipeline.stages import to_hex
-from mmerge.pipeline.survey import InputSurvey
+from mmerge.pipeline.build.method_stages import to_hex
+from mmerge.pipeline.build.input_survey import InputSurvey
 from mmerge.workers.methods.interface import Known
 from mmerge.workers.task import CopyTask, MergeTask
 

@@ -8,7 +8,7 @@ from typing import Any
 from mmerge.manifests.digest import digest_bytes
 from mmerge.manifests.format.manifest import BaseRecord, ExpertRecord, FileEntry
 from mmerge.pipeline.planning.plan import MergePlan
-from mmerge.pipeline.survey import InputSurvey
+from mmerge.pipeline.build.input_survey import InputSurvey
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
 
 

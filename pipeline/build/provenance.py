@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from mmerge.manifests.digest import digest_json
 from mmerge.manifests.format.entry import ObjectEntry, ShardEntry
 from mmerge.pipeline.planning.plan import MergePlan
-from mmerge.pipeline.stages import to_hex
-from mmerge.pipeline.survey import InputSurvey
+from mmerge.pipeline.build.method_stages import to_hex
+from mmerge.pipeline.build.input_survey import InputSurvey
 from mmerge.workers.task import MergeTask
 
 NUMBERS, THRESHOLDS, BASE = "numbers", "thresholds", "base"

@@ -13,7 +13,7 @@ from mmerge.manifests.digest import digest_json
 from mmerge.manifests.errors import MmergeError, RecipeError
 from mmerge.manifests.stores.object_store import Store
 from mmerge.pipeline.planning.plan import MergePlan
-from mmerge.pipeline.survey import Thresholds
+from mmerge.pipeline.build.input_survey import Thresholds
 from mmerge.workers.tasks.measure import parse_numbers
 from mmerge.workers.methods.interface import Known, Method, Numbers, Stage, TensorKnown, TensorVectors
 from mmerge.workers.statistics.exact_sums import NUM_RANK_BINS, NUM_SUM_BINS, to_ranked, to_sum

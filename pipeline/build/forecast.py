@@ -13,13 +13,13 @@ from mmerge.manifests.errors import ManifestError, NotFound
 from mmerge.manifests.format.manifest import manifest_key, read_manifest
 from mmerge.manifests.format.references import list_references, read_reference
 from mmerge.manifests.stores.object_store import Store, open_store
-from mmerge.pipeline.build import Builder, RunReport
+from mmerge.pipeline.build.run import Builder, RunReport
 from mmerge.pipeline.execution.scheduler import Follow, Outcomes, nothing_follows
 from mmerge.pipeline.execution.executor import Executor, SerialExecutor
-from mmerge.pipeline.inputs import describe_inputs, explain
+from mmerge.pipeline.build.provenance import describe_inputs, explain
 from mmerge.pipeline.planning.plan import MergePlan
 from mmerge.pipeline.monitoring.progress import Progress
-from mmerge.pipeline.survey import InputSurvey
+from mmerge.pipeline.build.input_survey import InputSurvey
 from mmerge.workers.task import CopyTask, MergeTask, SurveyTask, Task, TaskResult
 
 State = Literal["compute", "reuse", "unknown"]

@@ -10,8 +10,8 @@ from typing import TypeVar
 
 from mmerge.manifests.stores.object_store import Store
 from mmerge.pipeline.planning.plan import MergePlan, MergeShard
-from mmerge.pipeline.shard_tasks import make_copy_task, make_merge_task
-from mmerge.pipeline.survey import InputSurvey, Thresholds, ThresholdSearch, read_task_survey
+from mmerge.pipeline.build.task_factory import make_copy_task, make_merge_task
+from mmerge.pipeline.build.input_survey import InputSurvey, Thresholds, ThresholdSearch, read_task_survey
 from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Known, Trimming
 from mmerge.workers.tasks.survey import SparseHistogram
