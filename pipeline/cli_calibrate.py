@@ -16,7 +16,7 @@ from mmerge.manifests.errors import RecipeError
 from mmerge.pipeline import cli_questions as asking
 
 if TYPE_CHECKING:
-    from mmerge.pipeline.calibrate import Calibration
+    from mmerge.pipeline.evaluation.calibrate import Calibration
 
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
@@ -44,9 +44,9 @@ def calibrate(
     as_json: asking.JsonOption = False,
 ) -> None:
     """Choose mask scales (and density) from a few prompts without labels: by agreement with the experts' own answers."""
-    from mmerge.pipeline.calibrate import calibrate as sweep
-    from mmerge.pipeline.calibrate import write_recipe
-    from mmerge.pipeline.evaluation_report import check_plot
+    from mmerge.pipeline.evaluation.calibrate import calibrate as sweep
+    from mmerge.pipeline.evaluation.calibrate import write_recipe
+    from mmerge.pipeline.evaluation.report import check_plot
     from mmerge.pipeline.monitoring.progress import show_progress
     from mmerge.pipeline.recipes.recipe import read_recipe
 
@@ -103,7 +103,7 @@ def _print_calibration(found: Calibration) -> None:
 
 
 def _draw_curve(found: Calibration, path: Path) -> None:
-    from mmerge.pipeline.evaluation_report import open_figure
+    from mmerge.pipeline.evaluation.report import open_figure
 
     figure, axes = open_figure(width=6, height=3.6)
     for name in found.mask_scales:

@@ -17,7 +17,7 @@ from mmerge.manifests.errors import RecipeError
 from mmerge.pipeline import cli_questions as asking
 
 if TYPE_CHECKING:
-    from mmerge.pipeline.evaluate import Model, TaskScore
+    from mmerge.pipeline.evaluation.evaluate import Model, TaskScore
     from mmerge.pipeline.execution.executor import Executor
     from mmerge.pipeline.monitoring.progress import Progress
 
@@ -61,9 +61,9 @@ def evaluate(
 
     Writes answers.parquet, scores.parquet, report.md and plots.
     """
-    from mmerge.pipeline.evaluate import evaluate as ask
-    from mmerge.pipeline.evaluate import summarise
-    from mmerge.pipeline.evaluation_report import check_matplotlib, write_report
+    from mmerge.pipeline.evaluation.evaluate import evaluate as ask
+    from mmerge.pipeline.evaluation.evaluate import summarise
+    from mmerge.pipeline.evaluation.report import check_matplotlib, write_report
     from mmerge.pipeline.monitoring.progress import show_progress
 
     asked = asking.read_all(prompts, media=media, mcub=mcub or [], answers=answers)
@@ -91,7 +91,7 @@ def evaluate(
 
 
 def _open_models(texts: list[str], *, base: str | None, store_uri: str, where: Executor, progress: Progress) -> list[Model]:
-    from mmerge.pipeline.evaluate import Model, is_checkpoint, open_checkpoint
+    from mmerge.pipeline.evaluation.evaluate import Model, is_checkpoint, open_checkpoint
 
     found: list[Model] = []
     for text in texts:

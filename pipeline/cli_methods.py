@@ -40,7 +40,7 @@ def choose_alpha(
     as_json: JsonOption = False,
 ) -> None:
     """Choose the coefficient of AdaMMS from a model's answers at each of a grid, without labels."""
-    from mmerge.pipeline.answers import read_answers
+    from mmerge.pipeline.evaluation.answers import read_answers
     from mmerge.workers.methods.adamms import choose_alpha as choose
 
     choice = choose(read_answers(answers))

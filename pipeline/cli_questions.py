@@ -13,9 +13,9 @@ import typer
 from mmerge.manifests.errors import RecipeError
 
 if TYPE_CHECKING:
-    from mmerge.pipeline.evaluate import Settings
+    from mmerge.pipeline.evaluation.evaluate import Settings
     from mmerge.pipeline.execution.executor import Executor
-    from mmerge.pipeline.questions import Question
+    from mmerge.pipeline.evaluation.questions import Question
 
 PromptsOption = Annotated[
     list[Path] | None,
@@ -52,7 +52,7 @@ def read_all(
     prompts: list[Path] | None, *, media: Path | None, mcub: list[Path] | None = None, answers: Path | None = None
 ) -> list[Question]:
     """Return the questions of all files. Raises RecipeError: no file was given, one cannot be read, or a medium is not there."""
-    from mmerge.pipeline.questions import read_mcub, read_questions
+    from mmerge.pipeline.evaluation.questions import read_mcub, read_questions
 
     if not prompts and not mcub:
         raise RecipeError("--prompts: give a file of questions" + ("" if mcub is None else ", or --mcub"))
@@ -71,7 +71,7 @@ def read_all(
 
 def make_settings(*, max_new_tokens: int, batch: int, encoders: list[str] | None, device: str) -> Settings:
     """Return how questions are asked. Raises RecipeError for a device that there is not."""
-    from mmerge.pipeline.evaluate import Settings
+    from mmerge.pipeline.evaluation.evaluate import Settings
 
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise RecipeError(f"--device: expected 'cpu' or 'cuda', got {device!r}")

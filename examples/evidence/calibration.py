@@ -19,11 +19,11 @@ from evidence.sets import VALIDATION_SEED, load_set, set_names
 from evidence.tables import experts_of
 from mmerge.manifests.digest import digest_json
 from mmerge.pipeline import parse_recipe
-from mmerge.pipeline.calibrate import SCALES, Calibration, calibrate, weigh
-from mmerge.pipeline.evaluate import Settings
+from mmerge.pipeline.evaluation.calibrate import SCALES, Calibration, calibrate, weigh
+from mmerge.pipeline.evaluation.evaluate import Settings
 from mmerge.pipeline.execution.executor import SerialExecutor
 from mmerge.pipeline.monitoring.progress import SeveralProgress
-from mmerge.pipeline.questions import Question
+from mmerge.pipeline.evaluation.questions import Question
 
 VERSION = 1
 

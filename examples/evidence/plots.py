@@ -8,7 +8,7 @@ from pathlib import Path
 from evidence.calibration import Scales
 from evidence.rows import Row, summarise
 from evidence.tables import DENSITIES, MASK_SCALES
-from mmerge.pipeline.evaluation_report import open_figure
+from mmerge.pipeline.evaluation.report import open_figure
 
 
 def draw_all(folder: Path, rows: Sequence[Row], scales: Scales) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from evidence.rows import Figure, Row, compare, summarise
-from mmerge.pipeline.calibrate import Calibration
+from mmerge.pipeline.evaluation.calibrate import Calibration
 
 MASKED = ("MMER", "EMR", "TALL")
 

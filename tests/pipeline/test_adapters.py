@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from mmerge.manifests.errors import CheckpointError, ManifestError, MmergeError, RecipeError, ShapeMismatch
 from mmerge.pipeline import make_plan, read_recipe, run
-from mmerge.pipeline.answers import read_answers
+from mmerge.pipeline.evaluation.answers import read_answers
 from mmerge.pipeline.cli import app
 from mmerge.workers.exports.lora import export_adapter
 from mmerge.workers.exports.lora_average import write_average

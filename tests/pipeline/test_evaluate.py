@@ -15,12 +15,12 @@ from mmerge.manifests.digest import digest_json
 from mmerge.manifests.errors import RecipeError
 from mmerge.manifests.stores.object_store import open_store
 from mmerge.pipeline import Recipe, load_composite, parse_recipe, read_recipe
-from mmerge.pipeline.calibrate import Agreement, Point, calibrate, choose
-from mmerge.pipeline.evaluate import Settings
+from mmerge.pipeline.evaluation.calibrate import Agreement, Point, calibrate, choose
+from mmerge.pipeline.evaluation.evaluate import Settings
 from mmerge.pipeline.execution.executor import SerialExecutor
 from mmerge.pipeline.monitoring.progress import LogProgress
-from mmerge.pipeline.questions import Question, read_questions
-from mmerge.pipeline.targets import Asking, ask_experts
+from mmerge.pipeline.evaluation.questions import Question, read_questions
+from mmerge.pipeline.evaluation.targets import Asking, ask_experts
 
 LAB = Path(__file__).resolve().parent.parent.parent / "examples" / "lab"
 SAMPLES = LAB / "samples"
@@ -111,7 +111,7 @@ def test_plots_are_refused_before_the_work(tmp_path: Path, capsys: Any, monkeypa
     for plot, message in (("curve.xyz", "expected .png, .svg or .pdf"), (str(tmp_path / "no" / "c.png"), "there is no folder")):
         code, _, err = invoke(capsys, *given, plot)
         assert (code, message in err) == (1, True)
-    monkeypatch.setattr("mmerge.pipeline.evaluation_report.find_spec", lambda name: None)
+    monkeypatch.setattr("mmerge.pipeline.evaluation.report.find_spec", lambda name: None)
     code, _, err = invoke(capsys, *given, "curve.png")
     assert (code, "pip install 'mmerge[evaluate]'" in err) == (1, True)
 

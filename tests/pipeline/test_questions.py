@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from mmerge.manifests.errors import MmergeError, RecipeError
-from mmerge.pipeline.questions import MCUB_TEMPLATE, Question, read_mcub, read_questions
-from mmerge.pipeline.scores import performance_retention, score_answer
+from mmerge.pipeline.evaluation.questions import MCUB_TEMPLATE, Question, read_mcub, read_questions
+from mmerge.pipeline.evaluation.scores import performance_retention, score_answer
 from mmerge.workers.modalities.prompt import Part
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmerge.manifests.errors import MmergeError
-from mmerge.pipeline.evaluate import Row, TaskScore
+from mmerge.pipeline.evaluation.evaluate import Row, TaskScore
 
 
 def write_report(folder: Path, rows: Sequence[Row], scores: Sequence[TaskScore], *, original: str | None) -> list[Path]:

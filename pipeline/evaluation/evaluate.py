@@ -18,9 +18,9 @@ from mmerge.pipeline.build.run import run
 from mmerge.pipeline.execution.executor import Executor, SerialExecutor
 from mmerge.pipeline.planning.plan import make_plan
 from mmerge.pipeline.monitoring.progress import LogProgress, Progress
-from mmerge.pipeline.questions import Question
+from mmerge.pipeline.evaluation.questions import Question
 from mmerge.pipeline.recipes.recipe import parse_recipe
-from mmerge.pipeline.scores import performance_retention, score_answer
+from mmerge.pipeline.evaluation.scores import performance_retention, score_answer
 from mmerge.workers.modalities.prompt import Part
 from mmerge.workers.task import AnswerTask, TaskResult
 

@@ -20,13 +20,13 @@ from pydantic import BaseModel, ValidationError
 from mmerge.manifests.errors import RecipeError
 from mmerge.manifests.stores.object_store import is_local, open_store
 from mmerge.pipeline.build.run import run
-from mmerge.pipeline.evaluate import Model, Settings, make_answer_task
+from mmerge.pipeline.evaluation.evaluate import Model, Settings, make_answer_task
 from mmerge.pipeline.execution.executor import Executor, SerialExecutor
 from mmerge.pipeline.planning.plan import make_plan
 from mmerge.pipeline.monitoring.progress import LogProgress, Progress
-from mmerge.pipeline.questions import Question
+from mmerge.pipeline.evaluation.questions import Question
 from mmerge.pipeline.recipes.recipe import Recipe
-from mmerge.pipeline.targets import Asking, Targets, ask_experts
+from mmerge.pipeline.evaluation.targets import Asking, Targets, ask_experts
 from mmerge.workers.methods import find_method
 from mmerge.workers.task import AnswerTask
 

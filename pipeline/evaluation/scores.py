@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 from mmerge.manifests.errors import MmergeError
-from mmerge.pipeline.questions import LETTERS, Question
+from mmerge.pipeline.evaluation.questions import LETTERS, Question
 
 
 def score_answer(question: Question, answer: str) -> float:

@@ -11,11 +11,11 @@ from mmerge.manifests.digest import digest_json
 from mmerge.manifests.errors import RecipeError
 from mmerge.manifests.stores.object_store import Store
 from mmerge.pipeline.build.run import run
-from mmerge.pipeline.evaluate import Model, Settings, make_answer_task, run_answers
+from mmerge.pipeline.evaluation.evaluate import Model, Settings, make_answer_task, run_answers
 from mmerge.pipeline.execution.executor import Executor
 from mmerge.pipeline.planning.plan import make_plan
 from mmerge.pipeline.monitoring.progress import Progress
-from mmerge.pipeline.questions import Question
+from mmerge.pipeline.evaluation.questions import Question
 from mmerge.pipeline.recipes.recipe import Recipe, parse_recipe
 from mmerge.workers.modalities.prompt import Part
 from mmerge.workers.task import AnswerTask

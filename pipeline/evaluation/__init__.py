@@ -1,0 +1,1 @@
+"""Scoring composites and calibrating recipes."""
