@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mmerge.manifests.errors import MmergeError
     from mmerge.manifests.format.manifest import Manifest
     from mmerge.manifests.maintenance.verify import VerifyReport, verify
-    from mmerge.pipeline.actors import ActorComposite, load_on_actors
+    from mmerge.pipeline.serving.actors import ActorComposite, load_on_actors
     from mmerge.pipeline.build.run import RunReport, run
     from mmerge.pipeline.execution.executor import open_executor
     from mmerge.pipeline.planning.plan import MergePlan, make_plan
@@ -42,8 +42,8 @@ _PLACES = {
     "load_composite": "mmerge.workers.composite.loader",
     "Part": "mmerge.workers.modalities.prompt",
     "export": "mmerge.workers.exports.checkpoint",
-    "ActorComposite": "mmerge.pipeline.actors",
-    "load_on_actors": "mmerge.pipeline.actors",
+    "ActorComposite": "mmerge.pipeline.serving.actors",
+    "load_on_actors": "mmerge.pipeline.serving.actors",
 }
 
 __all__ = [

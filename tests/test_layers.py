@@ -13,10 +13,10 @@ FILES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py")
 FORBIDDEN = {"manifests": {"torch", "ray", "transformers"}, "workers": {"ray", "typer"}, "pipeline": set()}
 RAY_FILES = {
     "workers/tasks/ray_remote.py",
-    "pipeline/actors.py",
+    "pipeline/serving/actors.py",
     "pipeline/execution/executor.py",
     "pipeline/monitoring/metrics.py",
-    "pipeline/serve.py",
+    "pipeline/serving/serve.py",
     "pipeline/execution/jobs.py",
 }
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from mmerge.manifests.errors import PromptError
 
-serve = pytest.importorskip("mmerge.pipeline.serve")
+serve = pytest.importorskip("mmerge.pipeline.serving.serve")
 
 
 @pytest.fixture
