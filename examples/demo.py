@@ -27,8 +27,8 @@ from rich.table import Table
 from mmerge.pipeline import Composite, Part, export, load_composite, make_plan, read_recipe, run, verify
 from mmerge.pipeline.execution.executor import open_executor
 from mmerge.pipeline.monitoring.progress import BarProgress, LogProgress, to_size
-from mmerge.pipeline.report import print_build, print_run
-from mmerge.pipeline.show import read_build
+from mmerge.pipeline.views.report import print_build, print_run
+from mmerge.pipeline.views.show import read_build
 
 ROOT = Path(__file__).resolve().parent.parent
 LAB = ROOT / "examples" / "lab"

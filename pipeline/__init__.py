@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mmerge.pipeline.execution.executor import open_executor
     from mmerge.pipeline.planning.plan import MergePlan, make_plan
     from mmerge.pipeline.recipes.recipe import Recipe, make_recipe_schema, parse_recipe, read_recipe
-    from mmerge.pipeline.show import read_build
+    from mmerge.pipeline.views.show import read_build
     from mmerge.workers.composite.model import Composite
     from mmerge.workers.exports.checkpoint import export
     from mmerge.workers.composite.loader import load_composite
@@ -37,7 +37,7 @@ _PLACES = {
     "RunReport": "mmerge.pipeline.build.run",
     "run": "mmerge.pipeline.build.run",
     "open_executor": "mmerge.pipeline.execution.executor",
-    "read_build": "mmerge.pipeline.show",
+    "read_build": "mmerge.pipeline.views.show",
     "Composite": "mmerge.workers.composite.model",
     "load_composite": "mmerge.workers.composite.loader",
     "Part": "mmerge.workers.modalities.prompt",

@@ -59,7 +59,7 @@ def methods(
     as_markdown: Annotated[bool, typer.Option("--markdown", help="print the tables of docs/methods.md")] = False,
 ) -> None:
     """List the merge methods with their parameters and sources."""
-    from mmerge.pipeline.catalogue import methods_to_markdown, print_methods
+    from mmerge.pipeline.views.catalogue import methods_to_markdown, print_methods
 
     if as_markdown:
         print(methods_to_markdown(), end="")

@@ -84,7 +84,7 @@ def plan(
     import_numba()
     from mmerge.pipeline.cli_store import print_forecast
     from mmerge.pipeline.build.forecast import forecast_to_json, make_forecast
-    from mmerge.pipeline.report import plan_to_json, print_plan
+    from mmerge.pipeline.views.report import plan_to_json, print_plan
 
     made = _make_plan(recipe, block_entries)
     simulation = None
@@ -146,7 +146,7 @@ def run(
     from mmerge.pipeline.build.run import run as run_plan
     from mmerge.pipeline.execution.executor import open_executor
     from mmerge.pipeline.monitoring.progress import show_progress
-    from mmerge.pipeline.report import print_run
+    from mmerge.pipeline.views.report import print_run
     from mmerge.pipeline.monitoring.run_records import RunUnderWay
 
     memory_bytes = parse_size(memory) if memory is not None else None

@@ -19,7 +19,7 @@ from mmerge.manifests.errors import RecipeError
 from mmerge.pipeline.cli_options import JsonOption, UriArgument
 
 if TYPE_CHECKING:
-    from mmerge.pipeline.compare import Difference
+    from mmerge.pipeline.views.compare import Difference
     from mmerge.pipeline.build.forecast import Forecast
 
 out = Console(soft_wrap=True)
@@ -57,8 +57,8 @@ def show(
     """Show a composite: what it was made from, its masks, and what the experts share. Or list the composites of a store."""
     from mmerge.manifests.format.references import list_references, split_uri
     from mmerge.manifests.stores.object_store import open_store
-    from mmerge.pipeline.report import print_build, print_references
-    from mmerge.pipeline.show import read_build, read_references, to_json
+    from mmerge.pipeline.views.report import print_build, print_references
+    from mmerge.pipeline.views.show import read_build, read_references, to_json
 
     store_uri, fragment = split_uri(uri)
     if not fragment and not as_json:
@@ -110,7 +110,7 @@ def export(
     from mmerge.pipeline.monitoring.progress import to_size
 
     if lora_rank is not None:
-        from mmerge.pipeline.report import print_adapter
+        from mmerge.pipeline.views.report import print_adapter
         from mmerge.workers.exports.lora import export_adapter
 
         print_adapter(export_adapter(uri, to, rank=lora_rank, base=base, expert=expert), out)
@@ -127,7 +127,7 @@ def diff(
     as_json: JsonOption = False,
 ) -> None:
     """Show what changed from one build to another: inputs, numbers, objects, statistics per layer."""
-    from mmerge.pipeline.compare import compare_builds, difference_to_json
+    from mmerge.pipeline.views.compare import compare_builds, difference_to_json
 
     found = compare_builds(one, other)
     if as_json:
@@ -167,7 +167,7 @@ def log(uri: UriArgument, as_json: JsonOption = False) -> None:
     """List the builds behind a name, newest first: when, from what, by which versions."""
     from mmerge.manifests.format.references import split_uri
     from mmerge.manifests.stores.object_store import open_store
-    from mmerge.pipeline.compare import read_log
+    from mmerge.pipeline.views.compare import read_log
 
     store_uri, name = split_uri(uri)
     lines = read_log(open_store(store_uri), name)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from mmerge.manifests.errors import CheckpointError, ShapeMismatch
 from mmerge.pipeline import make_plan, read_recipe
-from mmerge.pipeline.report import plan_to_json
+from mmerge.pipeline.views.report import plan_to_json
 
 
 def plan_of(lab: Any, **changes: Any) -> Any:

@@ -21,7 +21,7 @@ from mmerge.pipeline import make_plan, read_recipe, run, verify
 from mmerge.pipeline.build.run import RunReport
 from mmerge.pipeline.cli import main
 from mmerge.pipeline.cli_store import parse_duration
-from mmerge.pipeline.compare import compare_builds, read_log
+from mmerge.pipeline.views.compare import compare_builds, read_log
 from mmerge.pipeline.build.forecast import Forecast, make_forecast
 
 CHANGED = "language_model.model.layers.1.mlp.up_proj.weight"

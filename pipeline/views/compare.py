@@ -11,7 +11,7 @@ from mmerge.manifests.format.manifest import Manifest, manifest_key
 from mmerge.manifests.format.references import Reference, find_build, list_references, read_reference
 from mmerge.manifests.stores.object_store import Store
 from mmerge.manifests.format.table import StoredRow, layer_of
-from mmerge.pipeline.show import BuildSummary, read_build, summarise_masks
+from mmerge.pipeline.views.show import BuildSummary, read_build, summarise_masks
 
 Change = tuple[str, Any, Any]
 """What, its value in the first build, its value in the second; None where a build has none."""

@@ -15,7 +15,7 @@ from mmerge.manifests.format.references import Reference
 from mmerge.pipeline.build.run import RunReport
 from mmerge.pipeline.planning.plan import CopyShard, MergePlan, MergeShard
 from mmerge.pipeline.monitoring.progress import to_size
-from mmerge.pipeline.show import BuildSummary, summarise_masks
+from mmerge.pipeline.views.show import BuildSummary, summarise_masks
 from mmerge.workers.exports.lora import AdapterReport
 
 
