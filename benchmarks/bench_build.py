@@ -194,7 +194,7 @@ def _recipe(name: str, paths: list[Path], output: Path, changes: Mapping[str, An
 def _run_recipe(recipe: dict[str, Any], work: Path, paths: list[Path], *more: str) -> Measured:
     file = work / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe))
-    command = [sys.executable, "-m", "mmerge.pipeline.cli", "run", str(file), "--executor", "processes", *more]
+    command = [sys.executable, "-m", "mmerge.pipeline.cli.main", "run", str(file), "--executor", "processes", *more]
     _prepare(paths)
     return measure(command, log=work / "ours.log")
 

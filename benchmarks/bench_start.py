@@ -56,7 +56,7 @@ def time_command(*arguments: str) -> float:
     best = float("inf")
     for _ in range(REPEAT):
         began = time.monotonic()
-        command = [sys.executable, "-m", "mmerge.pipeline.cli", *arguments]
+        command = [sys.executable, "-m", "mmerge.pipeline.cli.main", *arguments]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=plain_environment())
         best = min(best, time.monotonic() - began)
     return best

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mmerge.pipeline.cli import main
+from mmerge.pipeline.cli.main import main
 
 
 def invoke(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

@@ -45,7 +45,7 @@ def test_a_function_is_not_hidden_by_a_module_of_its_name() -> None:
 
 
 def test_help_does_not_load_heavy_modules() -> None:
-    code = "import sys; from mmerge.pipeline.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint([m for m in ('torch', 'ray', 'transformers', 'pyarrow', 'numpy', 'pydantic', 'rich.console') if m in sys.modules], file=sys.stderr)"
+    code = "import sys; from mmerge.pipeline.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint([m for m in ('torch', 'ray', 'transformers', 'pyarrow', 'numpy', 'pydantic', 'rich.console') if m in sys.modules], file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip().splitlines()[-1] == "[]"
 

@@ -155,7 +155,7 @@ class Jobs:
             data = Path(folder) / "data"
             data.mkdir()
             (data / "recipe.yaml").write_text(text, encoding="utf-8")
-            command = ["python", "-m", "mmerge.pipeline.cli", "run", "recipe.yaml", "--address", "auto", *options]
+            command = ["python", "-m", "mmerge.pipeline.cli.main", "run", "recipe.yaml", "--address", "auto", *options]
             end = time.monotonic() + READY_SECONDS
             while True:
                 try:

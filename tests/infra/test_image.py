@@ -107,7 +107,7 @@ def test_the_package_builds_from_what_the_image_copies(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (wheel,) = (tmp_path / "out").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"mmerge/pipeline/cli.py", "mmerge/workers/tasks/ray_remote.py", "mmerge/manifests/stores/object_store.py"} <= set(names)
+    assert {"mmerge/pipeline/cli/main.py", "mmerge/workers/tasks/ray_remote.py", "mmerge/manifests/stores/object_store.py"} <= set(names)
 
 
 def test_the_ray_up_file_fits_rays_own_schema_and_starts_every_node_with_authentication() -> None:

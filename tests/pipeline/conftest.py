@@ -162,7 +162,7 @@ DRIVER = """
 import cloudpickle, ray, sys
 hook = cloudpickle.loads(bytes.fromhex(sys.argv[1]))
 ray.init(address=sys.argv[2], runtime_env={"worker_process_setup_hook": hook}, log_to_driver=False)
-from mmerge.pipeline.cli import main
+from mmerge.pipeline.cli.main import main
 main(sys.argv[3:])
 """
 

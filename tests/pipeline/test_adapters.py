@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from mmerge.manifests.errors import CheckpointError, ManifestError, MmergeError, RecipeError, ShapeMismatch
 from mmerge.pipeline import make_plan, read_recipe, run
 from mmerge.pipeline.evaluation.answers import read_answers
-from mmerge.pipeline.cli import app
+from mmerge.pipeline.cli.main import app
 from mmerge.workers.exports.lora import export_adapter
 from mmerge.workers.exports.lora_average import write_average
 from mmerge.workers.checkpoints.lora_weights import low_rank_rows

@@ -70,7 +70,7 @@ def test_bytes_do_not_depend_on_executor_workers_or_block_size(lab: Any, ray_exe
         run(plan, executor=executor)
         found.append(digests(lab.folder / name))
     lab.write_recipe(raw | {"output": "d"}, "d.yaml")
-    command = [sys.executable, "-m", "mmerge.pipeline.cli", "run", str(lab.folder / "d.yaml"), "--workers", "1"]
+    command = [sys.executable, "-m", "mmerge.pipeline.cli.main", "run", str(lab.folder / "d.yaml"), "--workers", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     found.append(digests(lab.folder / "d"))
@@ -262,7 +262,7 @@ def test_a_run_that_was_killed_continues_and_ends_with_the_same_bytes(lab: Any) 
     raw = lab.make_all()
     run(make_plan(read_recipe(lab.write_recipe(raw | {"output": "undisturbed"}))))
     recipe = lab.write_recipe(raw | {"output": "killed"}, "killed.yaml")
-    command = [sys.executable, "-m", "mmerge.pipeline.cli", "run", str(recipe), "--executor", "serial"]
+    command = [sys.executable, "-m", "mmerge.pipeline.cli.main", "run", str(recipe), "--executor", "serial"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stderr is not None
     finished_line = re.compile(r"(merge|carry) (\S+): \S+ \w+ in ")

@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 import torch
 
-from mmerge.pipeline.cli import COMMANDS, main
+from mmerge.pipeline.cli.main import COMMANDS, main
 
 SAMPLES = Path(__file__).resolve().parent.parent.parent / "examples" / "lab" / "samples"
 Call = Callable[..., tuple[int, str, str]]

@@ -13,7 +13,7 @@ import pytest
 
 from mmerge.manifests.errors import MmergeError, RecipeError
 from mmerge.pipeline import make_plan, read_recipe
-from mmerge.pipeline.cli_run import parse_size
+from mmerge.pipeline.cli.run import parse_size
 from mmerge.pipeline.execution.executor import RayExecutor, SerialExecutor, open_executor
 from mmerge.pipeline.planning.memory_bounds import PROCESS_BYTES
 from mmerge.pipeline.planning.plan import MAX_PIECE_BYTES

@@ -39,7 +39,7 @@ def executor() -> Iterator[ProcessExecutor]:
 
 
 def start(recipe: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "mmerge.pipeline.cli", "run", str(recipe), "--executor", "processes", "--workers", "2"]
+    command = [sys.executable, "-m", "mmerge.pipeline.cli.main", "run", str(recipe), "--executor", "processes", "--workers", "2"]
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
 

@@ -125,7 +125,7 @@ def test_the_command_line_records_skips_and_tells(lab: Any) -> None:
     recipe = str(lab.write_recipe(lab.make_all()))
 
     def mmerge(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-m", "mmerge.pipeline.cli", *arguments], capture_output=True, text=True, check=False)
+        return subprocess.run([sys.executable, "-m", "mmerge.pipeline.cli.main", *arguments], capture_output=True, text=True, check=False)
 
     done = mmerge("--log-format", "json", "run", recipe, "--executor", "serial", "--exclusive")
     assert done.returncode == 0, done.stderr

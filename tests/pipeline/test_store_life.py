@@ -19,8 +19,8 @@ from mmerge.manifests.errors import DamagedObject, ManifestError, RecipeError, S
 from mmerge.manifests.stores.object_store import Store, open_store
 from mmerge.pipeline import make_plan, read_recipe, run, verify
 from mmerge.pipeline.build.run import RunReport
-from mmerge.pipeline.cli import main
-from mmerge.pipeline.cli_store import parse_duration
+from mmerge.pipeline.cli.main import main
+from mmerge.pipeline.cli.store import parse_duration
 from mmerge.pipeline.views.compare import compare_builds, read_log
 from mmerge.pipeline.build.forecast import Forecast, make_forecast
 

@@ -23,7 +23,7 @@ NUM_NODES = 1  # every job starts workers of its own, and each of those takes se
 
 
 def mmerge(*arguments: str, timeout: float = 180) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mmerge.pipeline.cli", *arguments]
+    command = [sys.executable, "-m", "mmerge.pipeline.cli.main", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from mmerge.manifests.errors import RecipeError
-from mmerge.pipeline.cli_cluster import (
+from mmerge.pipeline.cli.cluster import (
     CoresOption,
     DeadlineOption,
     ExclusiveOption,
@@ -27,7 +27,7 @@ from mmerge.pipeline.cli_cluster import (
     simulate_plan,
     simulation_to_json,
 )
-from mmerge.pipeline.cli_options import JsonOption
+from mmerge.pipeline.cli.options import JsonOption
 from mmerge.workers.tasks.worker_startup import import_numba, load_kernels
 from mmerge.workers.runtime.lazy_torch import postpone_torch
 
@@ -82,7 +82,7 @@ def plan(
     """Show what a run would read, write and hold in memory, and which shards it would compute. Reads headers and the store."""
     postpone_torch(num_threads=1)
     import_numba()
-    from mmerge.pipeline.cli_store import print_forecast
+    from mmerge.pipeline.cli.store import print_forecast
     from mmerge.pipeline.build.forecast import forecast_to_json, make_forecast
     from mmerge.pipeline.views.report import plan_to_json, print_plan
 

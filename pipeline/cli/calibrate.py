@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mmerge.manifests.errors import RecipeError
-from mmerge.pipeline import cli_questions as asking
+from mmerge.pipeline.cli import questions as asking
 
 if TYPE_CHECKING:
     from mmerge.pipeline.evaluation.calibrate import Calibration

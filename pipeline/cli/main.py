@@ -49,57 +49,57 @@ EPILOG = (
 
 COMMANDS = {
     "plan": (
-        "cli_run",
+        "cli.run",
         "Show what a run would read, write and hold in memory, and which shards it would compute. Reads headers and the store.",
     ),
     "run": (
-        "cli_run",
+        "cli.run",
         "Build the composite of a recipe. A killed run continues; a second run of the same recipe does nothing and says so.",
     ),
     "show": (
-        "cli_store",
+        "cli.store",
         "Show a composite: what it was made from, its masks, and what the experts share. Or list the composites of a store.",
     ),
     "verify": (
-        "cli_store",
+        "cli.store",
         "Re-read a composite and compare every digest with its manifest. Exit code 1 if anything is damaged, with its name.",
     ),
     "place": (
-        "cli_composite",
+        "cli.composite",
         "Show what each device would hold of a composite. Exit code 1, with the numbers, if it does not fit. Reads no tensor.",
     ),
-    "generate": ("cli_composite", "Ask a composite about text, images, sounds and videos, alone or together."),
+    "generate": ("cli.composite", "Ask a composite about text, images, sounds and videos, alone or together."),
     "export": (
-        "cli_store",
+        "cli.store",
         "Write an ordinary Hugging Face checkpoint that transformers loads with from_pretrained, or the merge as a LoRA adapter.",
     ),
     "average-lora": (
-        "cli_methods",
+        "cli.methods",
         "For comparison only: average LoRA factors A and B separately, as the official Model Composition code does.",
     ),
-    "choose-alpha": ("cli_methods", "Choose the coefficient of AdaMMS from a model's answers at each of a grid, without labels."),
-    "methods": ("cli_methods", "List the merge methods with their parameters and sources."),
-    "schema": ("cli_methods", "Print the JSON schema of recipes, for editors and for validation elsewhere."),
-    "diff": ("cli_store", "Show what changed from one build to another: inputs, numbers, objects, statistics per layer."),
-    "log": ("cli_store", "List the builds behind a name, newest first: when, from what, by which versions."),
-    "gc": ("cli_store", "Delete what no live build needs. A dry run unless --delete is given; refuses while a run uses the store."),
-    "copy": ("cli_store", "Copy a build into another store, only what is missing there; every byte is checked on its way."),
-    "push": ("cli_store", "Upload a composite or an exported checkpoint to the Hugging Face Hub, in one commit."),
+    "choose-alpha": ("cli.methods", "Choose the coefficient of AdaMMS from a model's answers at each of a grid, without labels."),
+    "methods": ("cli.methods", "List the merge methods with their parameters and sources."),
+    "schema": ("cli.methods", "Print the JSON schema of recipes, for editors and for validation elsewhere."),
+    "diff": ("cli.store", "Show what changed from one build to another: inputs, numbers, objects, statistics per layer."),
+    "log": ("cli.store", "List the builds behind a name, newest first: when, from what, by which versions."),
+    "gc": ("cli.store", "Delete what no live build needs. A dry run unless --delete is given; refuses while a run uses the store."),
+    "copy": ("cli.store", "Copy a build into another store, only what is missing there; every byte is checked on its way."),
+    "push": ("cli.store", "Upload a composite or an exported checkpoint to the Hugging Face Hub, in one commit."),
     "evaluate": (
-        "cli_evaluate",
+        "cli.evaluate",
         "Ask models the same questions and score them: exact match, multiple choice (MCUB too), captions by ROUGE-L.",
     ),
     "calibrate": (
-        "cli_calibrate",
+        "cli.calibrate",
         "Choose mask scales (and density) from a few prompts without labels: by agreement with the experts' own answers.",
     ),
     "submit": (
-        "cli_cluster",
+        "cli.cluster",
         "Build a recipe as a job of a Ray cluster: this package goes along, the log comes back. Ctrl-C leaves the job running.",
     ),
-    "jobs": ("cli_cluster", "List the builds among the jobs of a Ray cluster."),
+    "jobs": ("cli.cluster", "List the builds among the jobs of a Ray cluster."),
     "status": (
-        "cli_cluster",
+        "cli.cluster",
         "Tell how far the last run of a composite is, from any machine that can read its store. Exit code 1 if it failed.",
     ),
 }

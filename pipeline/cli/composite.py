@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmerge.manifests.errors import PromptError, RecipeError
-from mmerge.pipeline.cli_options import UriArgument
+from mmerge.pipeline.cli.options import UriArgument
 
 if TYPE_CHECKING:
     from mmerge.workers.composite.model import Composite

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mmerge.manifests.errors import RecipeError
-from mmerge.pipeline.cli_options import JsonOption, UriArgument
+from mmerge.pipeline.cli.options import JsonOption, UriArgument
 
 if TYPE_CHECKING:
     from mmerge.pipeline.views.compare import Difference

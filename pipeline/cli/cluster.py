@@ -19,7 +19,7 @@ from rich.table import Table
 
 from mmerge.manifests.digest import SHOWN_DIGITS
 from mmerge.manifests.errors import MmergeError, RecipeError, StoreError
-from mmerge.pipeline.cli_options import JsonOption
+from mmerge.pipeline.cli.options import JsonOption
 
 if TYPE_CHECKING:
     from mmerge.manifests.stores.object_store import Store

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from mmerge.pipeline.cli_options import JsonOption
+from mmerge.pipeline.cli.options import JsonOption
 
 out = Console(soft_wrap=True)
 
