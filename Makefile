@@ -27,7 +27,7 @@ test: $(STAMP)  ## run the tests
 
 test-ceph: $(STAMP)  ## the store contract against a real Ceph object gateway (needs root to install it: Debian packages)
 	command -v radosgw >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends ceph-mon ceph-osd radosgw ceph-common; }
-	$(BIN)/python -m pytest tests/manifests/test_store.py -k ceph
+	$(BIN)/python -m pytest tests/manifests/stores/test_stores.py -k ceph
 
 azurite: $(STAMP)  ## put the Azure emulator where the tests find it (needs npm)
 	npm install --silent --no-audit --no-fund --prefix $(VENV)/azurite azurite@3

@@ -3,8 +3,9 @@
     python benchmarks/bench_build.py --shape 300m
     python benchmarks/bench_build.py --shape 1.1b --peers build/peers-venv --out build/bench.json
 
-Every run is a process of its own into an empty folder; inputs are in the page cache. Each method is run in turn with its peer,
-so that both see the same machine. The floor is the time to read the inputs and write as much as the build does with nothing computed.
+Every run is a process of its own into an empty folder; inputs are in the page cache. Each method is
+run in turn with its peer, so that both see the same machine. The floor is the time to read the
+inputs and write as much as the build does with nothing computed.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ def main() -> None:
     shape = SHAPES[options.shape]
     work = ROOT / "build" / "bench" / options.shape
     paths = make_checkpoints(work / "inputs", shape, num_experts=3)
-    small = make_checkpoints(ROOT / "build" / "bench" / "60m" / "inputs", SHAPES["60m"], num_experts=3)
+    small = make_checkpoints(
+        ROOT / "build" / "bench" / "60m" / "inputs", SHAPES["60m"], num_experts=3
+    )
     rows: list[dict[str, Any]] = []
     floors: dict[tuple[int, int], float] = {}
 
@@ -86,16 +89,29 @@ def main() -> None:
         num_inputs = 2 if name == "slerp" else 4
         floor_s = find_floor(num_inputs, _output_bytes(name, shape.num_bytes))
         run_ours(name, small[:num_inputs], work)  # compiles its kernels, once on a machine
-        found = min((run_ours(name, paths[:num_inputs], work) for _ in range(options.repeat)), key=lambda run: run.wall_s)
-        row = _row(name, found, shape.num_bytes * num_inputs) | {"over_floor": found.wall_s / floor_s}
+        found = min(
+            (run_ours(name, paths[:num_inputs], work) for _ in range(options.repeat)),
+            key=lambda run: run.wall_s,
+        )
+        row = _row(name, found, shape.num_bytes * num_inputs) | {
+            "over_floor": found.wall_s / floor_s
+        }
         if options.peers and name in PEERS:
             peer = run_peer(name, paths[:num_inputs], work, options.peers)
-            row |= {"peer_wall_s": peer.wall_s, "peer_cpu_s": peer.cpu_s, "peer_peak_bytes": peer.peak_bytes}
+            row |= {
+                "peer_wall_s": peer.wall_s,
+                "peer_cpu_s": peer.cpu_s,
+                "peer_peak_bytes": peer.peak_bytes,
+            }
             row["speedup"] = peer.wall_s / found.wall_s
         rows.append(row)
         _print(row, floor_s)
         _write_report(options.out, options.shape, shape.num_bytes * 4, rows)
-    for name, change in (("ties", "density"), ("mmer_model", "mask_scale"), ("mmer_model", "density")):
+    for name, change in (
+        ("ties", "density"),
+        ("mmer_model", "mask_scale"),
+        ("mmer_model", "density"),
+    ):
         if name in names:
             again = run_again(name, paths, work, change)
             floor_s = find_floor(4, _output_bytes(name, shape.num_bytes, again=True))
@@ -105,37 +121,56 @@ def main() -> None:
     for name in COMPUTE_BOUND:
         if name in names and len(os.sched_getaffinity(0)) > 1:
             one, two = (run_ours(name, paths, work, "--workers", str(number)) for number in (1, 2))
-            row = _row(f"{name}, one worker", one, shape.num_bytes * 4) | {"two_workers": one.wall_s / two.wall_s}
+            row = _row(f"{name}, one worker", one, shape.num_bytes * 4) | {
+                "two_workers": one.wall_s / two.wall_s
+            }
             rows.append(row)
             _print(row, None)
     _write_report(options.out, options.shape, shape.num_bytes * 4, rows)
 
 
 def _output_bytes(name: str, model_bytes: int, *, again: bool = False) -> int:
-    """Return what a build writes: a model, or for MMER τ⋆, three masks of a bit per entry, and the base, which is shared by builds."""
+    """Return what a build writes: a model, or for MMER τ⋆, three masks of a bit per entry, and the
+    base, which is shared by builds.
+    """
     if not name.startswith("mmer"):
         return model_bytes
     return model_bytes + 3 * model_bytes // 16 + (0 if again else model_bytes)
 
 
 def _write_report(path: Path, shape: str, input_bytes: int, rows: list[dict[str, Any]]) -> None:
-    report = {"shape": shape, "input_bytes": input_bytes, "machine": _machine(), "load": os.getloadavg(), "rows": rows}
+    report = {
+        "shape": shape,
+        "input_bytes": input_bytes,
+        "machine": _machine(),
+        "load": os.getloadavg(),
+        "rows": rows,
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2))
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="300m")
     parser.add_argument("--methods", nargs="*", choices=OURS, help="rows to measure; all if absent")
     parser.add_argument("--peers", type=Path, help="a virtual environment that has mergekit")
-    parser.add_argument("--repeat", type=int, default=2, help="runs of ours per row; the fastest counts (a peer runs once)")
+    parser.add_argument(
+        "--repeat",
+        type=int,
+        default=2,
+        help="runs of ours per row; the fastest counts (a peer runs once)",
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench.json")
     return parser.parse_args()
 
 
 def _prepare(paths: list[Path]) -> None:
-    """Bring memory and inputs to the state in which every run begins: the first touch after a pause was seen to take many times as long."""
+    """Bring memory and inputs to the state in which every run begins: the first touch after a pause
+    was seen to take many times as long.
+    """
     touch_free_memory(TOUCHED_BYTES)
     _read_all(paths)
 
@@ -150,7 +185,9 @@ def _read_all(paths: list[Path]) -> None:
 
 
 def measure_floor(paths: list[Path], output_bytes: int, work: Path) -> tuple[float, float]:
-    """Return wall and CPU seconds to read all inputs and write an output of one model's size, by two threads, nothing computed."""
+    """Return wall and CPU seconds to read all inputs and write an output of one model's size, by
+    two threads, nothing computed.
+    """
     files = [file for path in paths for file in path.glob("*.safetensors")]
     target = work / "floor.bin"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +205,9 @@ def measure_floor(paths: list[Path], output_bytes: int, work: Path) -> tuple[flo
             for offset in range(start, start + (64 << 20), BLOCK_BYTES):
                 os.preadv(sources[file], [buffer.data], offset)
             while written < output_bytes // num_threads * (index + 1) // len(mine):
-                written += os.pwrite(descriptor, buffer.data, part * (output_bytes // num_threads) + written)
+                written += os.pwrite(
+                    descriptor, buffer.data, part * (output_bytes // num_threads) + written
+                )
 
     best = (float("inf"), 0.0)
     _prepare(paths)
@@ -186,15 +225,33 @@ def measure_floor(paths: list[Path], output_bytes: int, work: Path) -> tuple[flo
     return best
 
 
-def _recipe(name: str, paths: list[Path], output: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
+def _recipe(
+    name: str, paths: list[Path], output: Path, changes: Mapping[str, Any]
+) -> dict[str, Any]:
     experts = {path.name: {"path": str(path), "modality": "image"} for path in paths[1:]}
-    return {**OURS[name], **changes, "name": "bench", "base": str(paths[0]), "experts": experts, "output": str(output)}
+    return {
+        **OURS[name],
+        **changes,
+        "name": "bench",
+        "base": str(paths[0]),
+        "experts": experts,
+        "output": str(output),
+    }
 
 
 def _run_recipe(recipe: dict[str, Any], work: Path, paths: list[Path], *more: str) -> Measured:
     file = work / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe))
-    command = [sys.executable, "-m", "mmerge.pipeline.cli.main", "run", str(file), "--executor", "processes", *more]
+    command = [
+        sys.executable,
+        "-m",
+        "mmerge.pipeline.cli.main",
+        "run",
+        str(file),
+        "--executor",
+        "processes",
+        *more,
+    ]
     _prepare(paths)
     return measure(command, log=work / "ours.log")
 
@@ -210,7 +267,9 @@ def run_ours(name: str, paths: list[Path], work: Path, *more: str) -> Measured:
 
 
 def run_again(name: str, paths: list[Path], work: Path, change: str) -> tuple[Measured, str]:
-    """Return what a second build with another number takes, and what it says about the bytes it read."""
+    """Return what a second build with another number takes, and what it says about the bytes it
+    read.
+    """
     output = Path(tempfile.mkdtemp(dir=work))
     try:
         _run_recipe(_recipe(name, paths, output, {}), work, paths)
@@ -224,8 +283,16 @@ def run_again(name: str, paths: list[Path], work: Path, change: str) -> tuple[Me
 def run_peer(name: str, paths: list[Path], work: Path, peers: Path) -> Measured:
     """Return what mergekit takes for the same merge."""
     method, parameters, per_model = PEERS[name]
-    models = [{"model": str(path), "parameters": per_model} if per_model else {"model": str(path)} for path in paths[1:]]
-    config: dict[str, Any] = {"merge_method": method, "dtype": "bfloat16", "models": models, "parameters": parameters}
+    models = [
+        {"model": str(path), "parameters": per_model} if per_model else {"model": str(path)}
+        for path in paths[1:]
+    ]
+    config: dict[str, Any] = {
+        "merge_method": method,
+        "dtype": "bfloat16",
+        "models": models,
+        "parameters": parameters,
+    }
     if method == "slerp":
         config["models"] = [{"model": str(path)} for path in paths]
     if method != "linear":
@@ -233,7 +300,12 @@ def run_peer(name: str, paths: list[Path], work: Path, peers: Path) -> Measured:
     file, output = work / "peer.yaml", Path(tempfile.mkdtemp(dir=work))
     file.write_text(yaml.safe_dump(config))
     try:
-        command = [str(peers / "bin" / "mergekit-yaml"), str(file), str(output / "model"), "--no-copy-tokenizer"]
+        command = [
+            str(peers / "bin" / "mergekit-yaml"),
+            str(file),
+            str(output / "model"),
+            "--no-copy-tokenizer",
+        ]
         _prepare(paths)
         return measure(command, environment={"HF_HUB_OFFLINE": "1"}, log=work / "peer.log")
     finally:
@@ -248,12 +320,18 @@ def _row(name: str, found: Measured, input_bytes: int) -> dict[str, Any]:
 
 
 def _print(row: dict[str, Any], floor_s: float | None) -> None:
-    text = f"{row['method']:<34} {row['wall_s']:8.2f} s  CPU {row['cpu_s']:8.2f} s  {row['peak_bytes'] / 1e6:7.0f} MB"
+    text = (
+        f"{row['method']:<34} {row['wall_s']:8.2f} s  CPU {row['cpu_s']:8.2f} s "
+        f" {row['peak_bytes'] / 1e6:7.0f} MB"
+    )
     text += f"  ({row['peak_private_bytes'] / 1e6:5.0f} private)  {row['input_gb_s']:6.2f} GB/s"
     if floor_s:
         text += f"  {row['wall_s'] / floor_s:6.1f} x floor"
     if row["speedup"]:
-        text += f"   peer {row['peer_wall_s']:7.1f} s, {row['peer_peak_bytes'] / 1e6:6.0f} MB: {row['speedup']:.1f} x"
+        text += (
+            f"   peer {row['peer_wall_s']:7.1f} s, {row['peer_peak_bytes'] / 1e6:6.0f} MB:"
+            f" {row['speedup']:.1f} x"
+        )
     if "two_workers" in row:
         text += f"   two workers: {row['two_workers']:.2f} x"
     if "bytes_read" in row:
@@ -262,9 +340,19 @@ def _print(row: dict[str, Any], floor_s: float | None) -> None:
 
 
 def _machine() -> str:
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
+    cpu = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        "",
+    )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    return f"{len(os.sched_getaffinity(0))} cores of {cpu or platform.machine()}, {memory:.0f} GB, Python {platform.python_version()}"
+    return (
+        f"{len(os.sched_getaffinity(0))} cores of {cpu or platform.machine()}, {memory:.0f} GB,"
+        f" Python {platform.python_version()}"
+    )
 
 
 if __name__ == "__main__":

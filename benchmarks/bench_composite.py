@@ -1,11 +1,13 @@
-"""Measure a composite at work: loading, prefill and decoding beside the dense base model, memory beside separate models.
+"""Measure a composite at work: loading, prefill and decoding beside the dense base model, memory
+beside separate models.
 
     python benchmarks/bench_composite.py --shape 300m
     python benchmarks/bench_composite.py --shape 300m --dtype float32 --out build/composite.json
 
-Inputs are synthetic (benchmarks/checkpoints.py). Pairs that are compared run in turn, and the least time of each counts, so that
-both see the same machine at its quietest. Ratios are of CPU time (`cpu`), which other work on the machine changes little, and of
-time on the clock (`wall`). Loading is measured with files in the page cache (`warm`) and dropped from it (`cold`).
+Inputs are synthetic (benchmarks/checkpoints.py). Pairs that are compared run in turn, and the least
+time of each counts, so that both see the same machine at its quietest. Ratios are of CPU time
+(`cpu`), which other work on the machine changes little, and of time on the clock (`wall`). Loading
+is measured with files in the page cache (`warm`) and dropped from it (`cold`).
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from mmerge.pipeline import Composite, load_composite, make_plan, read_recipe, run
-from mmerge.workers.runtime.host_memory import empty_host
 from mmerge.workers.reconstruction.build_reader import BuildReader
+from mmerge.workers.runtime.host_memory import empty_host
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_EXPERTS = 3
@@ -50,15 +52,21 @@ LOADS = [f"{method}.{state}" for method in ("mmer", "linear") for state in ("war
 
 def main() -> None:
     """Build what is missing, measure, print one line per comparison."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=sorted(SHAPES), default="300m")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the loaded weights")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the loaded weights"
+    )
     parser.add_argument("--tokens", type=int, default=512, help="tokens per modality, and of text")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "bench")
     parser.add_argument("--only", nargs="*", default=["load", "speed", "memory"])
-    parser.add_argument("--load", nargs="*", choices=LOADS, default=LOADS, help="what is loaded, from which files")
+    parser.add_argument(
+        "--load", nargs="*", choices=LOADS, default=LOADS, help="what is loaded, from which files"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -66,11 +74,24 @@ def main() -> None:
     options.folder = options.folder.absolute()  # recipes stand elsewhere
     stores = build(options.folder, options.shape)
     dtype = getattr(torch, options.dtype)
-    found: dict[str, Any] = {"shape": options.shape, "dtype": options.dtype, "threads": options.threads, "machine": platform.processor()}
+    found: dict[str, Any] = {
+        "shape": options.shape,
+        "dtype": options.dtype,
+        "threads": options.threads,
+        "machine": platform.processor(),
+    }
     for method, state in (each.split(".") for each in options.load if "load" in options.only):
-        found |= measure_loading(stores[method], method, state, options.folder / options.shape, options.rounds)
+        found |= measure_loading(
+            stores[method], method, state, options.folder / options.shape, options.rounds
+        )
     if "speed" in options.only:
-        found |= measure_speed(stores["mmer"], options.folder / options.shape / "base", dtype, options.tokens, options.rounds)
+        found |= measure_speed(
+            stores["mmer"],
+            options.folder / options.shape / "base",
+            dtype,
+            options.tokens,
+            options.rounds,
+        )
     if "memory" in options.only:
         found |= measure_memory(stores["mmer"], dtype)
     for name, value in found.items():
@@ -89,15 +110,22 @@ LIMITS = {
     "speed.packed.prefill.wall_ratio": 1.3,
     "speed.packed.decode.wall_ratio": 1.05,
 }
-"""What the project promises on a CPU; for CPU time too, which other work on the machine changes less."""
+"""What the project promises on a CPU; for CPU time too, which other work on the machine changes
+less.
+"""
 
 
 def print_limits(found: dict[str, Any]) -> None:
-    """Print every promised ratio that was measured, of time on the clock and of CPU time, and whether it is kept."""
+    """Print every promised ratio that was measured, of time on the clock and of CPU time, and
+    whether it is kept.
+    """
     for name, limit in LIMITS.items():
         for key in (name, name.replace("wall_ratio", "cpu_ratio")):
             if key in found:
-                print(f"{key:<52} {found[key]:.3f}  limit {limit}  {'kept' if found[key] <= limit else 'NOT KEPT'}")
+                print(
+                    f"{key:<52} {found[key]:.3f}  limit {limit} "
+                    f" {'kept' if found[key] <= limit else 'NOT KEPT'}"
+                )
 
 
 def build(folder: Path, shape: str) -> dict[str, str]:
@@ -106,7 +134,9 @@ def build(folder: Path, shape: str) -> dict[str, str]:
     for path in paths:
         if not (path / "tokenizer.json").exists():
             tokenizer = Tokenizer(WordLevel({"w0": 0, "w1": 1, "w2": 2}, unk_token="w0"))
-            PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="w1", eos_token="w2", unk_token="w0").save_pretrained(path)
+            PreTrainedTokenizerFast(
+                tokenizer_object=tokenizer, bos_token="w1", eos_token="w2", unk_token="w0"
+            ).save_pretrained(path)
     stores = {}
     for method in ("mmer", "linear"):
         store = folder / shape / f"store-{method}"
@@ -114,7 +144,13 @@ def build(folder: Path, shape: str) -> dict[str, str]:
         if not list(store.glob("refs/*/*.json")):
             shutil.rmtree(store, ignore_errors=True)
             experts = {path.name: {"path": str(path), "modality": path.name} for path in paths[1:]}
-            recipe = {"name": "bench", "base": str(paths[0]), "method": method, "output": str(store), "experts": experts}
+            recipe = {
+                "name": "bench",
+                "base": str(paths[0]),
+                "method": method,
+                "output": str(store),
+                "experts": experts,
+            }
             (folder / shape / f"{method}.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
             run(make_plan(read_recipe(folder / shape / f"{method}.yaml")))
     return stores
@@ -128,7 +164,9 @@ class Least:
     cpu: float = float("inf")
 
 
-def least(rounds: int, *actions: Callable[[], Any], before: Callable[[], None] = lambda: None) -> list[Least]:
+def least(
+    rounds: int, *actions: Callable[[], Any], before: Callable[[], None] = lambda: None
+) -> list[Least]:
     """Return the least time of each action; they run in turn, `before` ahead of each."""
     best = [Least() for _ in actions]
     for _ in range(rounds):
@@ -163,14 +201,22 @@ def drop_from_cache(folder: Path) -> None:
 
 
 def fresh_memory(num_bytes: int, *, large_pages: bool) -> Any:
-    """Return uint8 [num_bytes] in ordinary pages that the process never touched, or as the loader gets it: in large ones where it is large."""
+    """Return uint8 [num_bytes] in ordinary pages that the process never touched, or as the loader
+    gets it: in large ones where it is large.
+    """
     if large_pages:
         return empty_host((num_bytes,), torch.uint8).numpy()
-    return np.frombuffer(mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)[:num_bytes]
+    return np.frombuffer(
+        mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8
+    )[:num_bytes]
 
 
-def read_raw(uri: str, rows: Sequence[Any], *, num_threads: int, large_pages: bool, digest: bool = False) -> list[Any]:
-    """Read byte ranges of a local store, each by one `readv` into fresh memory, with their digests if asked."""
+def read_raw(
+    uri: str, rows: Sequence[Any], *, num_threads: int, large_pages: bool, digest: bool = False
+) -> list[Any]:
+    """Read byte ranges of a local store, each by one `readv` into fresh memory, with their digests
+    if asked.
+    """
 
     def read(row: Any) -> Any:
         target = fresh_memory(row.num_bytes, large_pages=large_pages)
@@ -191,23 +237,35 @@ def read_raw(uri: str, rows: Sequence[Any], *, num_threads: int, large_pages: bo
 
 
 def load_plain(folder: Path) -> dict[str, Any]:
-    """Read a checkpoint with safetensors into memory of its own: what `load_file` returns lies in mapped files, not read yet."""
-    return {name: tensor.clone() for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    """Read a checkpoint with safetensors into memory of its own: what `load_file` returns lies in
+    mapped files, not read yet.
+    """
+    return {
+        name: tensor.clone()
+        for path in folder.glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
 
 
 def load_by_transformers(folder: Path) -> Any:
-    """Load a checkpoint with transformers, and touch each page of what it only maps: the weights are there then, as ours are."""
+    """Load a checkpoint with transformers, and touch each page of what it only maps: the weights
+    are there then, as ours are.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     for value in model.parameters():
         value.detach().view(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum()
     return model
 
 
-def measure_loading(uri: str, method: str, state: str, folder: Path, rounds: int) -> dict[str, float]:
-    """Loading against reading the same ranges, and against safetensors and transformers for a plain checkpoint.
+def measure_loading(
+    uri: str, method: str, state: str, folder: Path, rounds: int
+) -> dict[str, float]:
+    """Loading against reading the same ranges, and against safetensors and transformers for a plain
+    checkpoint.
 
-    The raw side reads into fresh memory, as the model's is: in ordinary pages, what a plain read gets, and in large ones, which the
-    loader asks for; each with 1, 2 and 4 threads, of which the best counts.
+    The raw side reads into fresh memory, as the model's is: in ordinary pages, what a plain read
+    gets, and in large ones, which the loader asks for; each with 1, 2 and 4 threads, of which the
+    best counts.
     """
     rows = list(BuildReader(uri).rows())
     num_bytes = sum(row.num_bytes for row in rows)
@@ -216,8 +274,12 @@ def measure_loading(uri: str, method: str, state: str, folder: Path, rounds: int
     for threads in (1, 2, 4):
         for large_pages in (False, True):
             name = f"{'large' if large_pages else 'ordinary'} pages, {threads} threads"
-            actions[name] = partial(read_raw, uri, rows, num_threads=threads, large_pages=large_pages)
-    actions["with digests, large pages, 2 threads"] = partial(read_raw, uri, rows, num_threads=2, large_pages=True, digest=True)
+            actions[name] = partial(
+                read_raw, uri, rows, num_threads=threads, large_pages=large_pages
+            )
+    actions["with digests, large pages, 2 threads"] = partial(
+        read_raw, uri, rows, num_threads=2, large_pages=True, digest=True
+    )
     if method == "linear":
         actions["safetensors"] = lambda: load_plain(folder / "base")
         actions["transformers"] = lambda: load_by_transformers(folder / "base")
@@ -233,18 +295,29 @@ def measure_loading(uri: str, method: str, state: str, folder: Path, rounds: int
     times = dict(zip(actions, least(rounds, *actions.values(), before=prepare), strict=True))
     found = {f"load.{method}.bytes": float(num_bytes)}
     for pages in ("ordinary", "large"):
-        best = min((each for name, each in times.items() if name.startswith(pages)), key=lambda each: each.wall)
+        best = min(
+            (each for name, each in times.items() if name.startswith(pages)),
+            key=lambda each: each.wall,
+        )
         key = f"load.{method}.{state}.to_raw" + ("" if pages == "ordinary" else "_in_large_pages")
         found |= compare(key, times["ours"], best)
-    for name, key in (("with digests, large pages, 2 threads", "raw_with_digests"), ("safetensors",) * 2, ("transformers",) * 2):
+    for name, key in (
+        ("with digests, large pages, 2 threads", "raw_with_digests"),
+        ("safetensors",) * 2,
+        ("transformers",) * 2,
+    ):
         if name in times:
             found |= compare(f"load.{method}.{state}.to_{key}", times["ours"], times[name])
     return found
 
 
 @torch.inference_mode()
-def measure_speed(uri: str, base: Path, dtype: torch.dtype, num_tokens: int, rounds: int) -> dict[str, float]:
-    """Prefill of text and every modality, and one decoded token behind it, against the dense base model."""
+def measure_speed(
+    uri: str, base: Path, dtype: torch.dtype, num_tokens: int, rounds: int
+) -> dict[str, float]:
+    """Prefill of text and every modality, and one decoded token behind it, against the dense base
+    model.
+    """
     dense = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
     ids = torch.arange(-1, NUM_EXPERTS).repeat_interleave(num_tokens)[None]
     embeds = 0.1 * torch.randn(1, ids.shape[1], dense.config.hidden_size).to(dtype)
@@ -257,8 +330,13 @@ def measure_speed(uri: str, base: Path, dtype: torch.dtype, num_tokens: int, rou
             with composite._routing.prefill(ids):
                 return routed(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
 
-        plain, mixed = least(rounds, lambda: dense(inputs_embeds=embeds, use_cache=True, logits_to_keep=1), prefill)
-        caches = dense(inputs_embeds=embeds, use_cache=True, logits_to_keep=1).past_key_values, prefill().past_key_values
+        plain, mixed = least(
+            rounds, lambda: dense(inputs_embeds=embeds, use_cache=True, logits_to_keep=1), prefill
+        )
+        caches = (
+            dense(inputs_embeds=embeds, use_cache=True, logits_to_keep=1).past_key_values,
+            prefill().past_key_values,
+        )
         token = torch.tensor([[5]])
 
         def decode(model: Any, cache: Any, token: torch.Tensor = token) -> None:
@@ -271,7 +349,9 @@ def measure_speed(uri: str, base: Path, dtype: torch.dtype, num_tokens: int, rou
             lambda decode=decode, caches=caches: decode(dense, caches[0]),
             lambda decode=decode, routed=routed, caches=caches: decode(routed, caches[1]),
         )
-        found |= compare(f"speed.{policy}.prefill", mixed, plain) | compare(f"speed.{policy}.decode", other, one)
+        found |= compare(f"speed.{policy}.prefill", mixed, plain) | compare(
+            f"speed.{policy}.decode", other, one
+        )
     return found
 
 
@@ -282,9 +362,14 @@ def measure_memory(uri: str, dtype: torch.dtype) -> dict[str, float]:
         model = load_composite(uri, dtype=dtype, policy=policy).language_model  # type: ignore[arg-type]
         tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
         found[policy] = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        separate = NUM_EXPERTS * sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+        separate = NUM_EXPERTS * sum(
+            tensor.numel() * tensor.element_size() for tensor in model.parameters()
+        )
     sizes = {f"memory.{policy}_bytes": float(num_bytes) for policy, num_bytes in found.items()}
-    ratios = {f"memory.{policy}_ratio_to_separate": num_bytes / separate for policy, num_bytes in found.items()}
+    ratios = {
+        f"memory.{policy}_ratio_to_separate": num_bytes / separate
+        for policy, num_bytes in found.items()
+    }
     return sizes | {"memory.separate_bytes": float(separate)} | ratios
 
 

@@ -1,4 +1,6 @@
-"""Measure the compiled paths alone, on one core: bytes of input per second, beside a plain copy of the same memory."""
+"""Measure the compiled paths alone, on one core: bytes of input per second, beside a plain copy of
+the same memory.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +11,16 @@ import numpy as np
 import torch
 
 from mmerge.manifests.format.safetensors_header import TensorSpec
-from mmerge.workers.checkpoints.checkpoint import TensorSource
-from mmerge.workers.compiled.registry import FAST_PATHS, find_fast_path
-from mmerge.workers.statistics.magnitude_histograms import MagnitudeCounter
 from mmerge.workers.checkpoints.block_reader import InputBlock
-from mmerge.workers.kernels.tiles import CODES
+from mmerge.workers.checkpoints.checkpoint import TensorSource
+from mmerge.workers.compiled.interface import PathRequest
+from mmerge.workers.compiled.registry import FAST_PATHS, find_fast_path
 from mmerge.workers.kernels.magnitudes import first_non_finite
-from mmerge.workers.reconstruction.bitmask import packed_bytes
+from mmerge.workers.kernels.tiles import CODES
 from mmerge.workers.methods import METHODS
 from mmerge.workers.methods.interface import Block
-from mmerge.workers.compiled.interface import PathRequest
+from mmerge.workers.reconstruction.bitmask import packed_bytes
+from mmerge.workers.statistics.magnitude_histograms import MagnitudeCounter
 from mmerge.workers.task import TensorTask
 
 ROWS, COLUMNS, NUM_EXPERTS = 256, 2048, 3
@@ -31,7 +33,9 @@ def make_rows() -> list[torch.Tensor]:
     """Return a base and experts near it, bfloat16."""
     generator = torch.Generator().manual_seed(0)
     base = torch.randn((ROWS, COLUMNS), generator=generator) * 0.02
-    tuned = [base + 5e-4 * torch.randn((ROWS, COLUMNS), generator=generator) for _ in range(NUM_EXPERTS)]
+    tuned = [
+        base + 5e-4 * torch.randn((ROWS, COLUMNS), generator=generator) for _ in range(NUM_EXPERTS)
+    ]
     return [row.to(torch.bfloat16) for row in (base, *tuned)]
 
 
@@ -71,7 +75,12 @@ def main() -> None:
     show("survey: magnitudes", fastest(lambda: counter.add(block)))
     show(
         "survey: non-finite check",
-        fastest(lambda: [first_non_finite(address, 1, block.num_entries) for address in block.addresses.tolist()]),
+        fastest(
+            lambda: [
+                first_non_finite(address, 1, block.num_entries)
+                for address in block.addresses.tolist()
+            ]
+        ),
     )
     for name in FAST_PATHS:
         if name == "slerp":
@@ -89,10 +98,14 @@ def show_path(name: str, rows: list[torch.Tensor], block: InputBlock, show: Any)
     spec = TensorSpec("weight", "BF16", (ROWS, COLUMNS), 0, ROWS * COLUMNS * 2)
     source = TensorSource("none", "none", spec)
     tensor = TensorTask("weight", 0, ROWS, ROWS, source, (source,) * NUM_EXPERTS)
-    path = find_fast_path(name, PathRequest(parameters, experts, thresholds, {}, tensor, names, "BF16"))
+    path = find_fast_path(
+        name, PathRequest(parameters, experts, thresholds, {}, tensor, names, "BF16")
+    )
     assert path is not None
     out = np.empty(block.num_entries * 2, np.uint8)
-    masks = np.zeros((NUM_EXPERTS if method.kind == "masks" else 0, packed_bytes(block.num_entries)), np.uint8)
+    masks = np.zeros(
+        (NUM_EXPERTS if method.kind == "masks" else 0, packed_bytes(block.num_entries)), np.uint8
+    )
 
     def run_path() -> None:
         assert path is not None
@@ -101,7 +114,16 @@ def show_path(name: str, rows: list[torch.Tensor], block: InputBlock, show: Any)
 
     def run_method() -> None:
         base, *values = (row.float() for row in rows)
-        found = Block(base, values, thresholds, torch.bfloat16, name="weight", start=0, shape=(ROWS, COLUMNS), expert_names=names)
+        found = Block(
+            base,
+            values,
+            thresholds,
+            torch.bfloat16,
+            name="weight",
+            start=0,
+            shape=(ROWS, COLUMNS),
+            expert_names=names,
+        )
         method.merge_block(found, parameters, experts)
 
     show(name, fastest(run_path), fastest(run_method, REFERENCE_REPEAT))

@@ -1,11 +1,13 @@
-"""Measure whole-matrix methods beside a plain loop of torch over the same tensors: the same arithmetic, on as many threads.
+"""Measure whole-matrix methods beside a plain loop of torch over the same tensors: the same
+arithmetic, on as many threads.
 
     python benchmarks/bench_matrix.py
     python benchmarks/bench_matrix.py --hidden 2048 --ffn 5632 --methods iso_c swudi
 
-Both take turns matrix by matrix in one process, on one thread: our merge task, and a loop that reads the tensors of base and experts
-with safetensors, computes, and writes a file. The results are compared bit by bit; peak memory is that of a process of its own. `--batch` measures what it brings on this machine to
-give equal matrices to the library in one call.
+Both take turns matrix by matrix in one process, on one thread: our merge task, and a loop that
+reads the tensors of base and experts with safetensors, computes, and writes a file. The results are
+compared bit by bit; peak memory is that of a process of its own. `--batch` measures what it brings
+on this machine to give equal matrices to the library in one call.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ from safetensors.torch import load_file, save_file
 
 from mmerge.pipeline import make_plan, parse_recipe, run
 from mmerge.pipeline.execution.scheduler import Follow, Outcomes
-from mmerge.workers.tasks.run import run_task
 from mmerge.workers.task import MergeTask, Task, TaskResult
+from mmerge.workers.tasks.run import run_task
 
 NUM_EXPERTS = 3
 Svd = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -42,44 +44,92 @@ def main() -> None:
     if options.batch:
         measure_batches(options.hidden, options.repeat)
         return
-    # What the library loads at its first use belongs to neither side: torch.optim.Adam imports for two seconds.
+    # What the library loads at its first use belongs to neither side: torch.optim.Adam imports for
+    # two seconds.
     torch.linalg.svd(torch.eye(8))
     _adam(torch.eye(8), torch.eye(8), torch.eye(8), 1)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(options.inputs or Path(place) / "inputs")
-        shape = Shape(options.hidden, options.ffn, options.layers, options.hidden // 64, max(1, options.hidden // 256), vocabulary=64)
+        shape = Shape(
+            options.hidden,
+            options.ffn,
+            options.layers,
+            options.hidden // 64,
+            max(1, options.hidden // 256),
+            vocabulary=64,
+        )
         make_checkpoints(folder, shape, num_experts=NUM_EXPERTS)
         for method in options.methods:
             numbers = {"iterations": options.iterations} if method in ("wudi", "optmerge") else {}
-            sides = _Sides(folder, PLAIN[method], numbers, Path(place) / method, repeat=options.repeat, only=options.side)
+            sides = _Sides(
+                folder,
+                PLAIN[method],
+                numbers,
+                Path(place) / method,
+                repeat=options.repeat,
+                only=options.side,
+            )
             sides.build(method)
             if not options.side:
-                peaks = [_measure_peak(options, folder, method, side, Path(place)) for side in ("ours", "plain")]
+                peaks = [
+                    _measure_peak(options, folder, method, side, Path(place))
+                    for side in ("ours", "plain")
+                ]
                 _print_row(method, sides, peaks)
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--ffn", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=1)
-    parser.add_argument("--iterations", type=int, default=30, help="of WUDI and OptMerge (a recipe's default is 300)")
+    parser.add_argument(
+        "--iterations",
+        type=int,
+        default=30,
+        help="of WUDI and OptMerge (a recipe's default is 300)",
+    )
     parser.add_argument("--methods", nargs="*", choices=PLAIN, default=list(PLAIN))
-    parser.add_argument("--repeat", type=int, default=2, help="turns of both sides for each matrix; the fastest of each counts")
-    parser.add_argument("--batch", action="store_true", help="one call for three equal matrices, beside three calls")
-    parser.add_argument("--side", choices=("ours", "plain"), help="run one side alone, once: for its peak memory")
+    parser.add_argument(
+        "--repeat",
+        type=int,
+        default=2,
+        help="turns of both sides for each matrix; the fastest of each counts",
+    )
+    parser.add_argument(
+        "--batch", action="store_true", help="one call for three equal matrices, beside three calls"
+    )
+    parser.add_argument(
+        "--side", choices=("ours", "plain"), help="run one side alone, once: for its peak memory"
+    )
     parser.add_argument("--inputs", help="folder of the checkpoints; a temporary one if absent")
     return parser.parse_args()
 
 
 class _Sides:
-    """An executor of this process: every merge task, and beside it the plain loop over the task's tensors, in turn."""
+    """An executor of this process: every merge task, and beside it the plain loop over the task's
+    tensors, in turn.
+    """
 
     def __init__(
-        self, folder: Path, merge: Callable[..., torch.Tensor], numbers: dict[str, Any], place: Path, *, repeat: int, only: str | None
+        self,
+        folder: Path,
+        merge: Callable[..., torch.Tensor],
+        numbers: dict[str, Any],
+        place: Path,
+        *,
+        repeat: int,
+        only: str | None,
     ) -> None:
         self._folder, self._merge, self._numbers, self._place = folder, merge, numbers, place
-        self._turns = [side for _ in range(1 if only else repeat) for side in ("ours", "plain") if only in (None, side)]
+        self._turns = [
+            side
+            for _ in range(1 if only else repeat)
+            for side in ("ours", "plain")
+            if only in (None, side)
+        ]
         self.wall, self.cpu = {"ours": 0.0, "plain": 0.0}, {"ours": 0.0, "plain": 0.0}
         self.num_tensors = self.num_different = 0
         self._is_alone = only is not None
@@ -87,7 +137,10 @@ class _Sides:
 
     def build(self, method: str) -> None:
         """Run a build into a new store, all its tasks here."""
-        experts = {path.name: {"path": str(path), "modality": "image"} for path in sorted(self._folder.glob("expert*"))}
+        experts = {
+            path.name: {"path": str(path), "modality": "image"}
+            for path in sorted(self._folder.glob("expert*"))
+        }
         raw = {
             "name": "matrix",
             "base": str(self._folder / "base"),
@@ -102,9 +155,18 @@ class _Sides:
             run(plan, executor=self)
 
     def run(self, tasks: Sequence[Task], store_uri: str, follow: Follow) -> Outcomes:
-        """Yield each task with its result. Nothing follows: merges have a phase of their own, in which no survey is measured."""
+        """Yield each task with its result. Nothing follows: merges have a phase of their own, in
+        which no survey is measured.
+        """
         for task in tasks:
-            yield task, self._measure(task, store_uri) if isinstance(task, MergeTask) else run_task(task, store_uri)
+            yield (
+                task,
+                (
+                    self._measure(task, store_uri)
+                    if isinstance(task, MergeTask)
+                    else run_task(task, store_uri)
+                ),
+            )
 
     def close(self) -> None:
         """Nothing is open."""
@@ -122,7 +184,10 @@ class _Sides:
         if not self._is_alone:
             for side, (wall, cpu) in best.items():
                 self.wall[side], self.cpu[side] = self.wall[side] + wall, self.cpu[side] + cpu
-            ours, plain = load_file(self._place / "store" / result.entry.object.key), load_file(self._place / "plain.safetensors")
+            ours, plain = (
+                load_file(self._place / "store" / result.entry.object.key),
+                load_file(self._place / "plain.safetensors"),
+            )
             self.num_tensors += len(plain)
             self.num_different += sum(not torch.equal(ours[name], plain[name]) for name in plain)
         return result
@@ -146,20 +211,39 @@ def _read(file: Path, name: str) -> torch.Tensor:
         return found.to(torch.float32)
 
 
-def _measure_peak(options: argparse.Namespace, folder: Path, method: str, side: str, place: Path) -> int:
+def _measure_peak(
+    options: argparse.Namespace, folder: Path, method: str, side: str, place: Path
+) -> int:
     """Return the peak memory of a process that runs one side alone."""
-    command = [sys.executable, __file__, "--side", side, "--inputs", str(folder), "--methods", method]
+    command = [
+        sys.executable,
+        __file__,
+        "--side",
+        side,
+        "--inputs",
+        str(folder),
+        "--methods",
+        method,
+    ]
     for name in ("hidden", "ffn", "layers", "iterations"):
         command += [f"--{name}", str(getattr(options, name))]
     return measure(command, log=place / "side.log").peak_bytes
 
 
 def _print_row(method: str, sides: _Sides, peaks: Sequence[int]) -> None:
-    ours, plain = ((sides.wall[side], sides.cpu[side], peak / 1e6) for side, peak in zip(("ours", "plain"), peaks, strict=True))
-    equal = f"{sides.num_different} of {sides.num_tensors} tensors differ" if sides.num_different else "equal bits"
+    ours, plain = (
+        (sides.wall[side], sides.cpu[side], peak / 1e6)
+        for side, peak in zip(("ours", "plain"), peaks, strict=True)
+    )
+    equal = (
+        f"{sides.num_different} of {sides.num_tensors} tensors differ"
+        if sides.num_different
+        else "equal bits"
+    )
     print(
-        f"{method:<10} ours {ours[0]:6.2f} s, CPU {ours[1]:6.2f} s, {ours[2]:5.0f} MB   plain loop {plain[0]:6.2f} s, CPU {plain[1]:6.2f} s, "
-        f"{plain[2]:5.0f} MB   ratio {ours[0] / plain[0]:.2f}, CPU {ours[1] / plain[1]:.2f}   {equal}",
+        f"{method:<10} ours {ours[0]:6.2f} s, CPU {ours[1]:6.2f} s, {ours[2]:5.0f} MB   plain loop"
+        f" {plain[0]:6.2f} s, CPU {plain[1]:6.2f} s, {plain[2]:5.0f} MB   ratio"
+        f" {ours[0] / plain[0]:.2f}, CPU {ours[1] / plain[1]:.2f}   {equal}",
         flush=True,
     )
 
@@ -189,7 +273,9 @@ def _sum(deltas: list[torch.Tensor]) -> torch.Tensor:
     return total
 
 
-def _quadratic(targets: list[torch.Tensor], rows: list[torch.Tensor], deltas: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def _quadratic(
+    targets: list[torch.Tensor], rows: list[torch.Tensor], deltas: list[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
     width = deltas[0].shape[1]
     c, d = torch.zeros(width, width), torch.zeros_like(deltas[0])
     for target, row, delta in zip(targets, rows, deltas, strict=True):
@@ -240,7 +326,9 @@ PLAIN: Mapping[str, Callable[..., torch.Tensor]] = {
 
 
 def measure_batches(hidden: int, repeat: int) -> None:
-    """Print the CPU seconds of one call for three square matrices, beside three calls, on one thread: the fastest of several turns."""
+    """Print the CPU seconds of one call for three square matrices, beside three calls, on one
+    thread: the fastest of several turns.
+    """
     stack = torch.randn(3, hidden, hidden, generator=torch.Generator().manual_seed(0))
     symmetric = stack @ stack.transpose(1, 2)
     calls: Mapping[str, tuple[torch.Tensor, Callable[[torch.Tensor], Any]]] = {
@@ -257,7 +345,11 @@ def measure_batches(hidden: int, repeat: int) -> None:
             for matrix in matrices:
                 call(matrix)
             one, single = min(one, middle - began), min(single, time.process_time() - middle)
-        print(f"{name:<8} 3 × {hidden}²: one call {one:.2f} s of CPU, three calls {single:.2f} s, ratio {one / single:.2f}", flush=True)
+        print(
+            f"{name:<8} 3 × {hidden}²: one call {one:.2f} s of CPU, three calls {single:.2f} s,"
+            f" ratio {one / single:.2f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

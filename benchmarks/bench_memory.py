@@ -1,9 +1,11 @@
-"""Measure the peak memory of builds, all processes together: of a model, of one with four times the layers, of one tensor of 4 GB.
+"""Measure the peak memory of builds, all processes together: of a model, of one with four times the
+layers, of one tensor of 4 GB.
 
     python benchmarks/bench_memory.py
     python benchmarks/bench_memory.py --shapes one-tensor --methods mmer_model
 
-Three experts; of the larger shapes one is written and stands for all three, to save the disk. Their files are removed afterwards.
+Three experts; of the larger shapes one is written and stands for all three, to save the disk. Their
+files are removed afterwards.
 """
 
 from __future__ import annotations
@@ -23,8 +25,12 @@ NUM_EXPERTS = 3
 
 def main() -> None:
     """Run the benchmark and print a row per shape and method."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=[REFERENCE, "4.1b", "one-tensor"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shapes", nargs="*", choices=SHAPES, default=[REFERENCE, "4.1b", "one-tensor"]
+    )
     parser.add_argument("--methods", nargs="*", choices=OURS, default=["ties", "mmer_model", "sce"])
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench-memory.json")
     options = parser.parse_args()
@@ -35,10 +41,23 @@ def main() -> None:
         for method in options.methods:
             found = run_ours(method, paths, folder)
             first.setdefault(method, found.peak_bytes)
-            rows.append({"shape": name, "method": method, "peak_bytes": found.peak_bytes, "peak_private_bytes": found.peak_private_bytes})
+            rows.append(
+                {
+                    "shape": name,
+                    "method": method,
+                    "peak_bytes": found.peak_bytes,
+                    "peak_private_bytes": found.peak_private_bytes,
+                }
+            )
             share = found.peak_bytes / first[method]
-            sizes = f"{found.peak_bytes / 1e6:6.0f} MB  ({found.peak_private_bytes / 1e6:5.0f} private)"
-            print(f"{name:<12} {method:<12} {sizes}  {share:5.2f} x the first shape  {found.wall_s:7.1f} s", flush=True)
+            sizes = (
+                f"{found.peak_bytes / 1e6:6.0f} MB  ({found.peak_private_bytes / 1e6:5.0f} private)"
+            )
+            print(
+                f"{name:<12} {method:<12} {sizes}  {share:5.2f} x the first shape "
+                f" {found.wall_s:7.1f} s",
+                flush=True,
+            )
         if name != REFERENCE:
             shutil.rmtree(folder)
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +70,8 @@ def _make_inputs(folder: Path, name: str) -> list[Path]:
     base, expert = make_checkpoints(folder, SHAPES[name], num_experts=1)
     others = [folder / f"expert{index}" for index in range(1, NUM_EXPERTS)]
     for other in others:
-        # Files linked into a folder of their own: one folder under several names counts as one expert, given twice.
+        # Files linked into a folder of their own: one folder under several names counts as one
+        # expert, given twice.
         other.mkdir(exist_ok=True)
         for file in expert.iterdir():
             if not (other / file.name).exists():

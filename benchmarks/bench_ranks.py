@@ -1,9 +1,11 @@
-"""Measure what each rank of a composite reads and how much memory it takes: torchrun on this machine, gloo.
+"""Measure what each rank of a composite reads and how much memory it takes: torchrun on this
+machine, gloo.
 
     python benchmarks/bench_ranks.py --shape 1.1b-2layers --ranks 1 2 4
 
-Memory is the most that a process had (VmHWM) beyond what it had when the libraries were imported and no weight was read. Beside it
-stands what it is meant to be near: 1/N of the weights that one process holds, and one shard, the largest as it is stored.
+Memory is the most that a process had (VmHWM) beyond what it had when the libraries were imported
+and no weight was read. Beside it stands what it is meant to be near: 1/N of the weights that one
+process holds, and one shard, the largest as it is stored.
 """
 
 from __future__ import annotations
@@ -29,11 +31,18 @@ MIB = 1 << 20
 
 def main() -> None:
     """Load with each number of ranks and print one line for each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=sorted(SHAPES), default="1.1b-2layers")
     parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4])
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "bench")
-    parser.add_argument("--load", nargs=2, metavar=("STORE", "FILE"), help="as one of several ranks: load, write the reports to a file")
+    parser.add_argument(
+        "--load",
+        nargs=2,
+        metavar=("STORE", "FILE"),
+        help="as one of several ranks: load, write the reports to a file",
+    )
     options = parser.parse_args()
     if options.load:
         load(*options.load)
@@ -44,14 +53,23 @@ def main() -> None:
         stored[row.shard] += row.num_bytes
     shard = max(stored.values())
     weights = measure(uri, 1)["held_bytes"]
-    print(f"stored {sum(stored.values()) / MIB:.0f} MiB, held by one process {weights / MIB:.0f} MiB, largest shard {shard / MIB:.0f} MiB")
-    print("ranks | read by each, MiB | peak of each, MiB | 1/N of the weights and one shard, MiB | seconds")
+    print(
+        f"stored {sum(stored.values()) / MIB:.0f} MiB, held by one process {weights / MIB:.0f} MiB,"
+        f" largest shard {shard / MIB:.0f} MiB"
+    )
+    print(
+        "ranks | read by each, MiB | peak of each, MiB | 1/N of the weights and one shard, MiB |"
+        " seconds"
+    )
     for num_ranks in options.ranks:
         reports = measure(uri, num_ranks)["reports"]
         read = [report["bytes_read"] / MIB for report in reports]
         peaks = [(report["peak_bytes"] - report["start_bytes"]) / MIB for report in reports]
         seconds = max(report["seconds"] for report in reports)
-        print(f"{num_ranks} | {to_span(read)} | {to_span(peaks)} | {(weights / num_ranks + shard) / MIB:.0f} | {seconds:.2f}")
+        print(
+            f"{num_ranks} | {to_span(read)} | {to_span(peaks)} |"
+            f" {(weights / num_ranks + shard) / MIB:.0f} | {seconds:.2f}"
+        )
 
 
 def to_span(values: list[float]) -> str:
@@ -64,7 +82,14 @@ def measure(uri: str, num_ranks: int) -> dict[str, Any]:
     """Return the load reports of every rank, and the bytes that rank 0 holds of the language model."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "found.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(num_ranks),
+        ]
         subprocess.run([*command, __file__, "--load", uri, str(target)], check=True)
         found: dict[str, Any] = json.loads(target.read_text())
     return found
@@ -78,7 +103,14 @@ def load(uri: str, target: str) -> None:
         model = composite.language_model
         tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
         held = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        Path(target).write_text(json.dumps({"held_bytes": held, "reports": [asdict(report) for report in composite.load_reports]}))
+        Path(target).write_text(
+            json.dumps(
+                {
+                    "held_bytes": held,
+                    "reports": [asdict(report) for report in composite.load_reports],
+                }
+            )
+        )
     ranks.close()
 
 

@@ -1,12 +1,15 @@
-"""Measure what Ray costs on one node: builds on a local cluster of one node against `serial`, the cluster's start excepted.
+"""Measure what Ray costs on one node: builds on a local cluster of one node against `serial`, the
+cluster's start excepted.
 
     python benchmarks/bench_ray_overhead.py --shape 1.1b --repeats 5 --forecast
-    python benchmarks/bench_ray_overhead.py --shape 1.1b --inputs build/bench/1.1b/inputs --out build/ray-overhead.json
+    python benchmarks/bench_ray_overhead.py --shape 1.1b --inputs build/bench/1.1b/inputs --out
+    build/ray-overhead.json
 
-Both executors have the same number of cores, run in turn, from a fresh store each, in one process; workers have run a small build
-before. Wall time is what a user waits; the CPU time of all processes is told beside it, because it hardly depends on who else uses the
-machine. With --forecast the scheduler's simulation of the Ray run stands beside it, with the rates that the runs themselves measured.
-Prints a table, and writes one row of JSON.
+Both executors have the same number of cores, run in turn, from a fresh store each, in one process;
+workers have run a small build before. Wall time is what a user waits; the CPU time of all processes
+is told beside it, because it hardly depends on who else uses the machine. With --forecast the
+scheduler's simulation of the Ray run stands beside it, with the rates that the runs themselves
+measured. Prints a table, and writes one row of JSON.
 """
 
 from __future__ import annotations
@@ -33,7 +36,9 @@ TICK = os.sysconf("SC_CLK_TCK")
 
 @dataclass
 class Build:
-    """One measured build: seconds of wall, of CPU in all processes, and what its record says of each phase."""
+    """One measured build: seconds of wall, of CPU in all processes, and what its record says of
+    each phase.
+    """
 
     wall_s: float
     cpu_s: float
@@ -66,7 +71,9 @@ def build(plan: Any, store: Path, executor: Any) -> Build:
         run(plan, executor=executor, progress=record)
     wall, after = time.monotonic() - began, read_cpu()
     shutil.rmtree(store)
-    return Build(wall, sum(seconds - before.get(pid, 0.0) for pid, seconds in after.items()), record.status)
+    return Build(
+        wall, sum(seconds - before.get(pid, 0.0) for pid, seconds in after.items()), record.status
+    )
 
 
 def make_bench_plan(paths: list[Path], store: Path, scope: str) -> Any:
@@ -74,23 +81,44 @@ def make_bench_plan(paths: list[Path], store: Path, scope: str) -> Any:
     from mmerge.pipeline import make_plan, parse_recipe
 
     experts = {path.name: {"path": str(path), "modality": path.name} for path in paths[1:]}
-    raw = {"name": "bench", "base": str(paths[0]), "method": "mmer", "output": str(store), "experts": experts, "scope": scope}
+    raw = {
+        "name": "bench",
+        "base": str(paths[0]),
+        "method": "mmer",
+        "output": str(store),
+        "experts": experts,
+        "scope": scope,
+    }
     return make_plan(parse_recipe(raw, folder=store.parent))
 
 
 def print_phases(label: str, found: Build) -> None:
     """Print where the wall time of a build went."""
     phases = found.status.phases
-    told = ", ".join(f"{name} {phase.wall_seconds:.2f} s ({phase.seconds:.2f} in {phase.num_done} tasks)" for name, phase in phases.items())
+    told = ", ".join(
+        f"{name} {phase.wall_seconds:.2f} s ({phase.seconds:.2f} in {phase.num_done} tasks)"
+        for name, phase in phases.items()
+    )
     outside = found.wall_s - sum(phase.wall_seconds for phase in phases.values())
-    print(f"  {label}: {found.wall_s:.2f} s, {found.cpu_s:.2f} s of CPU; {told}; between phases {outside:.2f} s", flush=True)
+    print(
+        f"  {label}: {found.wall_s:.2f} s, {found.cpu_s:.2f} s of CPU; {told}; between phases"
+        f" {outside:.2f} s",
+        flush=True,
+    )
 
 
 def main() -> int:
     """Print the measured times, and write them as a row."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=sorted(SHAPES), default="1.1b")
-    parser.add_argument("--inputs", type=Path, default=None, help="a folder of base, expert0, … that exists; made if absent")
+    parser.add_argument(
+        "--inputs",
+        type=Path,
+        default=None,
+        help="a folder of base, expert0, … that exists; made if absent",
+    )
     parser.add_argument("--scope", choices=("model", "tensor"), default="model")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
@@ -109,7 +137,9 @@ def main() -> int:
     paths = (
         sorted(inputs.iterdir())
         if inputs
-        else make_checkpoints(work.parent / options.shape / "inputs", SHAPES[options.shape], num_experts=3)
+        else make_checkpoints(
+            work.parent / options.shape / "inputs", SHAPES[options.shape], num_experts=3
+        )
     )
     for path in paths:
         for file in path.glob("*.safetensors"):
@@ -118,15 +148,30 @@ def main() -> int:
                     pass
     plan = make_bench_plan(paths, work / "store", options.scope)
     print(
-        f"{options.shape}: {plan.num_parameters / 1e9:.2f}e9 parameters, {plan.bytes_in / 1e9:.2f} GB in, {len(plan.merge_shards)} merge shards"
+        f"{options.shape}: {plan.num_parameters / 1e9:.2f}e9 parameters, {plan.bytes_in / 1e9:.2f}"
+        f" GB in, {len(plan.merge_shards)} merge shards"
     )
     cluster = start_cluster(options.nodes, options.workers) if options.nodes > 1 else None
-    ray = RayExecutor(address=cluster.address) if cluster else RayExecutor(num_workers=options.workers)
+    ray = (
+        RayExecutor(address=cluster.address)
+        if cluster
+        else RayExecutor(num_workers=options.workers)
+    )
     executors = {"serial": SerialExecutor(num_threads=options.workers), "ray": ray}
-    small = make_bench_plan(make_checkpoints(work.parent / "warm" / "inputs", WARM, num_experts=3), work / "warm-store", options.scope)
+    small = make_bench_plan(
+        make_checkpoints(work.parent / "warm" / "inputs", WARM, num_experts=3),
+        work / "warm-store",
+        options.scope,
+    )
     run(small, executor=executors["serial"], fresh=True)
-    print(f"  start of the workers {build(small, work / 'warm-store', ray).status.start_seconds:.1f} s, the cluster's included")
-    task_seconds = min(measure_task_seconds(build(small, work / "warm-store", ray), options.workers) for _ in range(3))
+    print(
+        f"  start of the workers {build(small, work / 'warm-store', ray).status.start_seconds:.1f}"
+        " s, the cluster's included"
+    )
+    task_seconds = min(
+        measure_task_seconds(build(small, work / "warm-store", ray), options.workers)
+        for _ in range(3)
+    )
     print(f"  lost between two tasks of a core: {task_seconds * 1000:.1f} ms", flush=True)
     builds: dict[str, list[Build]] = {label: [] for label in executors}
     for _ in range(options.repeats):
@@ -139,8 +184,8 @@ def main() -> int:
     shutil.rmtree(work)
     row = make_row(builds, options)
     print(
-        f"Ray against serial, {options.workers} cores: best {row['wall_ratio_best'] - 1:+.1%}, median {row['wall_ratio_median'] - 1:+.1%}, "
-        f"CPU {row['cpu_ratio_median'] - 1:+.1%}"
+        f"Ray against serial, {options.workers} cores: best {row['wall_ratio_best'] - 1:+.1%},"
+        f" median {row['wall_ratio_median'] - 1:+.1%}, CPU {row['cpu_ratio_median'] - 1:+.1%}"
     )
     if options.forecast:
         row |= forecast(plan, builds["ray"], options, task_seconds)
@@ -154,7 +199,9 @@ def start_cluster(num_nodes: int, num_workers: int) -> Any:
     """Return a Ray cluster of several raylets on this machine, which share so many workers."""
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+    )
     for _ in range(num_nodes):
         cluster.add_node(num_cpus=num_workers // num_nodes, object_store_memory=100 << 20)
     return cluster
@@ -180,21 +227,35 @@ def make_row(builds: dict[str, list[Build]], options: argparse.Namespace) -> dic
     }  # fmt: skip
 
 
-def forecast(plan: Any, builds: list[Build], options: argparse.Namespace, task_seconds: float) -> dict[str, Any]:
-    """Return how far the simulation is from each run, with the rates of that run and with those of the run before it."""
+def forecast(
+    plan: Any, builds: list[Build], options: argparse.Namespace, task_seconds: float
+) -> dict[str, Any]:
+    """Return how far the simulation is from each run, with the rates of that run and with those of
+    the run before it.
+    """
     from mmerge.pipeline.execution.simulation import Nodes, simulate
     from mmerge.pipeline.monitoring.run_records import to_rates
 
     nodes = Nodes(options.nodes, options.workers // options.nodes, 1e12, 1e12)
     own, earlier = [], []
     for index, real in enumerate(builds):
-        for label, errors, source in (("itself", own, real), ("the run before", earlier, builds[index - 1] if index else None)):
+        for label, errors, source in (
+            ("itself", own, real),
+            ("the run before", earlier, builds[index - 1] if index else None),
+        ):
             if source is not None:
                 rates = replace(to_rates(source.status), task_seconds=task_seconds)
                 seconds = simulate(plan, nodes, rates=rates).seconds
                 errors.append(seconds / real.wall_s - 1)
-                print(f"  forecast with the rates of {label}: {seconds:.2f} s, real {real.wall_s:.2f} s ({errors[-1]:+.1%})")
-    return {"task_seconds": task_seconds, "forecast_errors_own_rates": own, "forecast_errors_earlier_rates": earlier}
+                print(
+                    f"  forecast with the rates of {label}: {seconds:.2f} s, real {real.wall_s:.2f}"
+                    f" s ({errors[-1]:+.1%})"
+                )
+    return {
+        "task_seconds": task_seconds,
+        "forecast_errors_own_rates": own,
+        "forecast_errors_earlier_rates": earlier,
+    }
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""How long a rebuild takes when one expert changed in one layer: python benchmarks/bench_rebuild.py [--layers 16] [--hidden 1024].
+"""How long a rebuild takes when one expert changed in one layer: python benchmarks/bench_rebuild.py
+[--layers 16] [--hidden 1024].
 
-Writes a synthetic base and three experts, builds, changes one tensor of one expert, builds again, and lists what was written.
+Writes a synthetic base and three experts, builds, changes one tensor of one expert, builds again,
+and lists what was written.
 """
 
 from __future__ import annotations
@@ -27,20 +29,34 @@ def write_checkpoints(folder: Path, layers: int, hidden: int) -> None:
         "model_type": "llama", "hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers,
         "num_attention_heads": 8, "vocab_size": 1000, "tie_word_embeddings": False,
     }  # fmt: skip
-    shapes = {"model.embed_tokens.weight": (1000, hidden), "model.norm.weight": (hidden,), "lm_head.weight": (1000, hidden)}
+    shapes = {
+        "model.embed_tokens.weight": (1000, hidden),
+        "model.norm.weight": (hidden,),
+        "lm_head.weight": (1000, hidden),
+    }
     for layer in range(layers):
         prefix = f"model.layers.{layer}."
         shapes |= {f"{prefix}self_attn.{name}_proj.weight": (hidden, hidden) for name in "qkvo"}
-        shapes |= {f"{prefix}mlp.{name}_proj.weight": (3 * hidden, hidden) for name in ("gate", "up")}
+        shapes |= {
+            f"{prefix}mlp.{name}_proj.weight": (3 * hidden, hidden) for name in ("gate", "up")
+        }
         shapes |= {f"{prefix}mlp.down_proj.weight": (hidden, 3 * hidden)}
     generator = torch.Generator().manual_seed(0)
-    base = {name: torch.randn(shape, generator=generator).to(torch.bfloat16) for name, shape in shapes.items()}
+    base = {
+        name: torch.randn(shape, generator=generator).to(torch.bfloat16)
+        for name, shape in shapes.items()
+    }
     for name in ("base", *EXPERTS):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(config))
         noise = 0.0 if name == "base" else 0.02
         tensors = {
-            key: (value.float() + noise * torch.randn(value.shape, generator=generator)).to(torch.bfloat16) for key, value in base.items()
+            key: (
+                (value.float() + noise * torch.randn(value.shape, generator=generator)).to(
+                    torch.bfloat16
+                )
+            )
+            for key, value in base.items()
         }
         save_file(tensors, folder / name / "model.safetensors")
 
@@ -75,14 +91,28 @@ def main() -> None:
         began, spent = time.perf_counter(), time.process_time()
         report = run(make_plan(read_recipe(folder / "recipe.yaml")))
         again, again_cpu = time.perf_counter() - began, time.process_time() - spent
-        written = sorted(listed.key for listed in store.list_objects() if before.get(listed.key) != listed.modified)
-        print(f"full build {full:.2f} s, rebuild {again:.2f} s: {again / full:.0%}; computed {report.num_computed}")
-        print(f"CPU: full build {full_cpu:.2f} s, rebuild {again_cpu:.2f} s: {again_cpu / full_cpu:.0%}")
+        written = sorted(
+            listed.key
+            for listed in store.list_objects()
+            if before.get(listed.key) != listed.modified
+        )
+        print(
+            f"full build {full:.2f} s, rebuild {again:.2f} s: {again / full:.0%}; computed"
+            f" {report.num_computed}"
+        )
+        print(
+            f"CPU: full build {full_cpu:.2f} s, rebuild {again_cpu:.2f} s:"
+            f" {again_cpu / full_cpu:.0%}"
+        )
         for prefix in ("objects", "builds", "refs", "files", "surveys"):
             found = [key for key in written if key.startswith(prefix)]
             print(
                 f"  {prefix}: {len(found)} written"
-                + (f": {', '.join(found)}" if prefix != "surveys" else " (a replaced file is read again to find what changed in it)")
+                + (
+                    f": {', '.join(found)}"
+                    if prefix != "surveys"
+                    else " (a replaced file is read again to find what changed in it)"
+                )
             )
 
 

@@ -1,4 +1,5 @@
-"""Simulate builds of 7B, 70B and 400B models on 1 to 256 nodes: plans over headers of files without contents, no cluster.
+"""Simulate builds of 7B, 70B and 400B models on 1 to 256 nodes: plans over headers of files without
+contents, no cluster.
 
 Prints a table, and with --plot writes the curves as SVG.
 """
@@ -22,7 +23,9 @@ NODE_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 def write_headers(path: Path, shape: dict[str, int]) -> None:
-    """Write checkpoint files of a LLaMA-like model in bfloat16, one per layer, whose data are holes on the disk."""
+    """Write checkpoint files of a LLaMA-like model in bfloat16, one per layer, whose data are holes
+    on the disk.
+    """
     hidden, ffn, kv, vocab = shape["hidden"], shape["ffn"], shape["kv"], shape["vocab"]
     path.mkdir()
     files: list[dict[str, tuple[int, ...]]] = [
@@ -47,7 +50,11 @@ def write_headers(path: Path, shape: dict[str, int]) -> None:
         offset = 0
         for tensor, size in shapes.items():
             num_bytes = 2 * size[0] * (size[1] if len(size) > 1 else 1)
-            header[tensor] = {"dtype": "BF16", "shape": list(size), "data_offsets": [offset, offset + num_bytes]}
+            header[tensor] = {
+                "dtype": "BF16",
+                "shape": list(size),
+                "data_offsets": [offset, offset + num_bytes],
+            }
             offset += num_bytes
             weight_map[tensor] = name
         text = json.dumps(header).encode()
@@ -77,7 +84,10 @@ def main() -> int:
     from mmerge.pipeline.execution.simulation import GB, Nodes, simulate
 
     curves: dict[str, list[float]] = {}
-    print("| model | in | nodes | seconds | limited by | read per node | memory per node |\n|---|---|---|---|---|---|---|")
+    print(
+        "| model | in | nodes | seconds | limited by | read per node | memory per node"
+        " |\n|---|---|---|---|---|---|---|"
+    )
     for model, shape in SHAPES.items():
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -94,11 +104,14 @@ def main() -> int:
             plan = make_plan(parse_recipe(raw, folder=folder))
         curves[model] = []
         for count in NODE_COUNTS:
-            found = simulate(plan, Nodes(count, options.cores, options.read_gbps * GB, options.write_gbps * GB))
+            found = simulate(
+                plan, Nodes(count, options.cores, options.read_gbps * GB, options.write_gbps * GB)
+            )
             curves[model].append(found.seconds)
             print(
-                f"| {model} | {plan.bytes_in / GB:.0f} GB | {count} | {found.seconds:.0f} | {found.limit} "
-                f"| {found.bytes_read_per_node / GB:.0f} GB | {found.memory_per_node / GB:.1f} GB |",
+                f"| {model} | {plan.bytes_in / GB:.0f} GB | {count} | {found.seconds:.0f} |"
+                f" {found.limit} | {found.bytes_read_per_node / GB:.0f} GB |"
+                f" {found.memory_per_node / GB:.1f} GB |",
                 flush=True,
             )
     if options.plot:
@@ -108,7 +121,10 @@ def main() -> int:
         for model, seconds in curves.items():
             axes.loglog(NODE_COUNTS, seconds, marker="o", label=model)
         axes.set_xticks(NODE_COUNTS, [str(count) for count in NODE_COUNTS])
-        axes.set_xlabel(f"nodes ({options.cores} cores, {options.read_gbps:g} GB/s read, {options.write_gbps:g} GB/s written each)")
+        axes.set_xlabel(
+            f"nodes ({options.cores} cores, {options.read_gbps:g} GB/s read, {options.write_gbps:g}"
+            " GB/s written each)"
+        )
         axes.set_ylabel("seconds, simulated")
         axes.grid(visible=True, which="both", alpha=0.3)
         axes.legend(title=f"base + {options.experts} experts")

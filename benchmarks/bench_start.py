@@ -1,6 +1,8 @@
-"""Measure what a user waits for before anything happens: `mmerge --help`, and `mmerge plan` on the layout of a 70B model.
+"""Measure what a user waits for before anything happens: `mmerge --help`, and `mmerge plan` on the
+layout of a 70B model.
 
-The checkpoints are sparse files with true headers: they take no room on the disk, and a plan reads nothing else.
+The checkpoints are sparse files with true headers: they take no room on the disk, and a plan reads
+nothing else.
 """
 
 from __future__ import annotations
@@ -68,12 +70,23 @@ def main() -> None:
         folder = Path(place)
         for name in ("base", "expert0", "expert1", "expert2"):
             write_headers(folder / name, SHAPE_70B)
-        experts = {f"expert{index}": {"path": f"expert{index}", "modality": "image"} for index in range(3)}
-        recipe = {"name": "large", "base": "base", "experts": experts, "method": "mmer", "output": "store"}
+        experts = {
+            f"expert{index}": {"path": f"expert{index}", "modality": "image"} for index in range(3)
+        }
+        recipe = {
+            "name": "large",
+            "base": "base",
+            "experts": experts,
+            "method": "mmer",
+            "output": "store",
+        }
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
         print(f"mmerge --help          {time_command('--help'):6.2f} s")
         print(f"mmerge plan, 70B       {time_command('plan', str(folder / 'recipe.yaml')):6.2f} s")
-        print(f"mmerge plan --json     {time_command('plan', '--json', str(folder / 'recipe.yaml')):6.2f} s")
+        print(
+            "mmerge plan --json    "
+            f" {time_command('plan', '--json', str(folder / 'recipe.yaml')):6.2f} s"
+        )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Throughput to a real S3 server and back, ours beside the library alone: python benchmarks/bench_store.py [--mib 512] [--server ceph|moto|URI].
+"""Throughput to a real S3 server and back, ours beside the library alone: python
+benchmarks/bench_store.py [--mib 512] [--server ceph|moto|URI].
 
-With `ceph` (the default) a Ceph object gateway on this machine is started and stopped (Debian: radosgw, ceph-mon, ceph-osd,
-ceph-common). A URI measures the store that it names, with credentials from the environment. Both sides use the same client and
-take turns, in another order each round; speeds are medians of the rounds, ratios the median of the ratios of one round. Ours also
-computes and checks BLAKE3 digests. CPU seconds are those of this process alone.
+With `ceph` (the default) a Ceph object gateway on this machine is started and stopped (Debian:
+radosgw, ceph-mon, ceph-osd, ceph-common). A URI measures the store that it names, with credentials
+from the environment. Both sides use the same client and take turns, in another order each round;
+speeds are medians of the rounds, ratios the median of the ratios of one round. Ours also computes
+and checks BLAKE3 digests. CPU seconds are those of this process alone.
 """
 
 from __future__ import annotations
@@ -37,7 +39,11 @@ def open_place(server: str) -> Iterator[str]:
         yield server
         return
     with tempfile.TemporaryDirectory(prefix="mmerge-bench-") as folder:
-        start = ceph_server(Path(folder), kind="bluestore") if server == "ceph" else moto_server(Path(folder))
+        start = (
+            ceph_server(Path(folder), kind="bluestore")
+            if server == "ceph"
+            else moto_server(Path(folder))
+        )
         with start as environment:
             os.environ.update(environment)
             yield "s3://bucket/bench"
@@ -64,7 +70,9 @@ def read_alone(store: Store, data: memoryview) -> None:
 def read_alone_tensors(store: Store, data: memoryview) -> None:
     """The library's get_range of 64 MiB, one after the other, as a loader reads tensors."""
     for start in range(0, len(data), 64 << 20):
-        found = obstore.get_range(store._inner, "alone", start=start, length=min(64 << 20, len(data) - start))
+        found = obstore.get_range(
+            store._inner, "alone", start=start, length=min(64 << 20, len(data) - start)
+        )
         assert len(found) == min(64 << 20, len(data) - start)
 
 
@@ -72,7 +80,9 @@ def read_ours(store: Store, data: memoryview) -> None:
     """Ranges of 64 MiB, as a loader reads tensors, with their digest."""
     digest = blake3()
     for start in range(0, len(data), 64 << 20):
-        store.read_range("ours", offset=start, num_bytes=min(64 << 20, len(data) - start), on_part=digest.update)
+        store.read_range(
+            "ours", offset=start, num_bytes=min(64 << 20, len(data) - start), on_part=digest.update
+        )
     assert digest.hexdigest() == wanted(data)
 
 
@@ -81,7 +91,9 @@ def read_forward(store: Store, data: memoryview) -> None:
     digest = blake3()
     for start in range(0, len(data), 512 << 10):
         size = min(512 << 10, len(data) - start)
-        digest.update(store.read_forward("ours", offset=start, num_bytes=size, start=0, stop=len(data)))
+        digest.update(
+            store.read_forward("ours", offset=start, num_bytes=size, start=0, stop=len(data))
+        )
     assert digest.hexdigest() == wanted(data)
 
 
@@ -105,12 +117,20 @@ STEPS: dict[str, Callable[[Store, memoryview], None]] = {
 
 PAIRS = {
     "write": ("write, mmerge", "write, library alone"),
-    "read, tensors of 64 MiB": ("read, mmerge, tensors of 64 MiB", "read, library alone, 64 MiB ranges"),
-    "read, forward in blocks": ("read, mmerge, forward in blocks", "read, library alone, one stream"),
+    "read, tensors of 64 MiB": (
+        "read, mmerge, tensors of 64 MiB",
+        "read, library alone, 64 MiB ranges",
+    ),
+    "read, forward in blocks": (
+        "read, mmerge, forward in blocks",
+        "read, library alone, one stream",
+    ),
 }
 
 
-def measure(step: Callable[[Store, memoryview], None], store: Store, data: memoryview) -> tuple[float, float]:
+def measure(
+    step: Callable[[Store, memoryview], None], store: Store, data: memoryview
+) -> tuple[float, float]:
     """Return seconds on the clock and of this process's CPU."""
     began, spent = time.perf_counter(), time.process_time()
     step(store, data)
@@ -124,12 +144,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--server", default="ceph")
     options = parser.parse_args()
-    data = memoryview(np.random.default_rng(0).integers(0, 256, options.mib << 20, dtype=np.uint8)).cast("B")
+    data = memoryview(
+        np.random.default_rng(0).integers(0, 256, options.mib << 20, dtype=np.uint8)
+    ).cast("B")
     wanted(data)
     with open_place(options.server) as uri:
         store = open_store(uri)
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in STEPS}
-        for write in (write_alone, write_ours):  # the first write of each makes connections, and is not counted
+        for write in (
+            write_alone,
+            write_ours,
+        ):  # the first write of each makes connections, and is not counted
             write(store, data)
         for number in range(options.rounds):
             names = list(STEPS)
@@ -140,10 +165,18 @@ def main() -> None:
     for name, times in found.items():
         rates = [options.mib / seconds for seconds, _ in times]
         cpu = statistics.median(spent for _, spent in times)
-        print(f"{name:34s} {statistics.median(rates):8.0f} MiB/s   ({', '.join(f'{rate:.0f}' for rate in rates)}; {cpu:.2f} s of CPU)")
+        print(
+            f"{name:34s} {statistics.median(rates):8.0f} MiB/s  "
+            f" ({', '.join(f'{rate:.0f}' for rate in rates)}; {cpu:.2f} s of CPU)"
+        )
     for name, (ours, alone) in PAIRS.items():
-        ratios = [theirs / mine for (mine, _), (theirs, _) in zip(found[ours], found[alone], strict=True)]
-        print(f"{name}: {statistics.median(ratios):.0%} of the library alone ({', '.join(f'{ratio:.0%}' for ratio in ratios)})")
+        ratios = [
+            theirs / mine for (mine, _), (theirs, _) in zip(found[ours], found[alone], strict=True)
+        ]
+        print(
+            f"{name}: {statistics.median(ratios):.0%} of the library alone"
+            f" ({', '.join(f'{ratio:.0%}' for ratio in ratios)})"
+        )
     print(f"load of the machine: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
 
 

@@ -1,6 +1,7 @@
 """Run mypy on a plain install of the package: type checkers are blind under an editable one.
 
-The package is copied into a folder as an installation would lay it out (mmerge/pipeline, …) and checked there.
+The package is copied into a folder as an installation would lay it out (mmerge/pipeline, …) and
+checked there.
 """
 
 from __future__ import annotations
@@ -35,7 +36,19 @@ def main() -> int:
         config = str(ROOT / "pyproject.toml")
         cache = str(ROOT / ".mypy_cache")
         return subprocess.run(
-            [sys.executable, "-m", "mypy", "--config-file", config, "--cache-dir", cache, "-p", "mmerge"], cwd=target, check=False
+            [
+                sys.executable,
+                "-m",
+                "mypy",
+                "--config-file",
+                config,
+                "--cache-dir",
+                cache,
+                "-p",
+                "mmerge",
+            ],
+            cwd=target,
+            check=False,
         ).returncode
 
 

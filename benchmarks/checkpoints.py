@@ -1,4 +1,6 @@
-"""Synthetic checkpoints of a LLaMA shape: a base and experts near it, bfloat16, written once and used again."""
+"""Synthetic checkpoints of a LLaMA shape: a base and experts near it, bfloat16, written once and
+used again.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ class Shape:
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Its tensors by name."""
         kv = self.kv_heads * self.hidden // self.heads
-        found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocabulary, self.hidden)}
+        found: dict[str, tuple[int, ...]] = {
+            "model.embed_tokens.weight": (self.vocabulary, self.hidden)
+        }
         for layer in range(self.layers):
             p = f"model.layers.{layer}."
             found |= {
@@ -72,7 +76,9 @@ SHAPES = {
 
 
 def make_checkpoints(folder: Path, shape: Shape, *, num_experts: int) -> list[Path]:
-    """Return the folders of base and experts below `folder`; what is there already is left as it is."""
+    """Return the folders of base and experts below `folder`; what is there already is left as it
+    is.
+    """
     paths = [folder / "base", *(folder / f"expert{index}" for index in range(num_experts))]
     missing = [path for path in paths if not (path / "config.json").exists()]
     if missing:
@@ -91,7 +97,9 @@ def _write(paths: list[Path], shape: Shape) -> None:
         count = torch.Size(sizes).numel()
         if start + count <= POOL_ENTRIES:
             return pool[start : start + count].clone().reshape(sizes)
-        return torch.cat([pool[start:], pool.repeat(-(-count // POOL_ENTRIES))])[:count].reshape(sizes)
+        return torch.cat([pool[start:], pool.repeat(-(-count // POOL_ENTRIES))])[:count].reshape(
+            sizes
+        )
 
     weight_maps: list[dict[str, str]] = [{} for _ in paths]
     waiting: list[dict[str, torch.Tensor]] = [{} for _ in paths]

@@ -17,7 +17,9 @@ SAMPLE_SECONDS = 0.02
 
 
 def plain_environment() -> dict[str, str]:
-    """Return this process's environment, in which Python keeps what it compiled: otherwise every start compiles all modules anew."""
+    """Return this process's environment, in which Python keeps what it compiled: otherwise every
+    start compiles all modules anew.
+    """
     return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
@@ -28,19 +30,27 @@ class Measured:
     wall_s: float
     cpu_s: float
     peak_bytes: int
-    """Largest sum of the resident memory of all its processes at one moment; pages of files that are mapped count."""
+    """Largest sum of the resident memory of all its processes at one moment; pages of files that
+    are mapped count.
+    """
     peak_private_bytes: int
     """The same without pages of files."""
 
 
 def touch_free_memory(num_bytes: int, *, large_pages: bool = False) -> None:
-    """Write to so many bytes of memory and give them back: what runs next then gets pages that the machine really has.
+    """Write to so many bytes of memory and give them back: what runs next then gets pages that the
+    machine really has.
 
-    A virtual machine hands memory that is free for some seconds back to its host; the first write to it afterwards was seen
-    to take ten times as long, and would be counted as the writing of the output. The system gives ordinary and large pages from
-    different parts of its memory: with `large_pages` so many bytes of both are touched, at once, so that they are different ones.
+    A virtual machine hands memory that is free for some seconds back to its host; the first write
+    to it afterwards was seen to take ten times as long, and would be counted as the writing of the
+    output. The system gives ordinary and large pages from
+    different parts of its memory: with `large_pages` so many bytes of both are touched, at once, so
+    that they are different ones.
     """
-    memories = [mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(1 + large_pages)]
+    memories = [
+        mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        for _ in range(1 + large_pages)
+    ]
     if large_pages and hasattr(mmap, "MADV_HUGEPAGE"):
         memories[0].madvise(mmap.MADV_HUGEPAGE)
     for memory in memories:
@@ -51,12 +61,19 @@ def touch_free_memory(num_bytes: int, *, large_pages: bool = False) -> None:
         memory.close()
 
 
-def measure(command: Sequence[str], *, environment: Mapping[str, str] | None = None, log: Path) -> Measured:
+def measure(
+    command: Sequence[str], *, environment: Mapping[str, str] | None = None, log: Path
+) -> Measured:
     """Return what a command took. Raises RuntimeError with the end of its output when it fails."""
     before = os.times()
     began = time.monotonic()
     with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env={**plain_environment(), **(environment or {})})
+        process = subprocess.Popen(
+            command,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env={**plain_environment(), **(environment or {})},
+        )
         peaks = [0, 0]
         stop = threading.Event()
         sampler = threading.Thread(target=_sample, args=(process.pid, peaks, stop))
@@ -67,8 +84,12 @@ def measure(command: Sequence[str], *, environment: Mapping[str, str] | None = N
         sampler.join()
     after = os.times()
     if code:
-        raise RuntimeError(f"{' '.join(command)}: exit code {code}\n{log.read_text(errors='replace')[-3000:]}")
-    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+        raise RuntimeError(
+            f"{' '.join(command)}: exit code {code}\n{log.read_text(errors='replace')[-3000:]}"
+        )
+    cpu = (
+        after.children_user + after.children_system - before.children_user - before.children_system
+    )
     return Measured(wall, cpu, peaks[0], peaks[1])
 
 
@@ -99,5 +120,7 @@ def _read_sizes(pid: int) -> dict[str, int]:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return {}
-    pairs = (line.split(":", 1) for line in lines if line.startswith(("VmRSS", "RssAnon", "RssShmem")))
+    pairs = (
+        line.split(":", 1) for line in lines if line.startswith(("VmRSS", "RssAnon", "RssShmem"))
+    )
     return {name: int(value.split()[0]) * 1024 for name, value in pairs}

@@ -1,9 +1,12 @@
-"""Run the same YAML with mergekit and with mmerge on the lab's base and experts, and compare the outputs entry by entry.
+"""Run the same YAML with mergekit and with mmerge on the lab's base and experts, and compare the
+outputs entry by entry.
 
-mergekit is a program of its own in an environment of its own (`make bench-peers` makes it); nothing of it is imported. Both compute in
-float32 and write the dtype asked for. Entries that a sort of equal magnitudes decides are set apart: which of equals is kept is open there.
+mergekit is a program of its own in an environment of its own (`make bench-peers` makes it); nothing
+of it is imported. Both compute in float32 and write the dtype asked for. Entries that a sort of
+equal magnitudes decides are set apart: which of equals is kept is open there.
 
-    python benchmarks/peer_equality.py --mergekit .venv-peers/bin/mergekit-yaml --table docs/peer-equality.md
+    python benchmarks/peer_equality.py --mergekit .venv-peers/bin/mergekit-yaml --table
+    docs/peer-equality.md
 """
 
 from __future__ import annotations
@@ -42,7 +45,9 @@ FILTERED = [
 
 @dataclass(frozen=True)
 class Result:
-    """One method in one dtype: how far the two outputs are apart, on the entries that no sort of equals decides."""
+    """One method in one dtype: how far the two outputs are apart, on the entries that no sort of
+    equals decides.
+    """
 
     label: str
     dtype: str
@@ -53,17 +58,24 @@ class Result:
     num_within_one: int
     """Entries whose two numbers are equal or neighbours in the dtype."""
     largest: float
-    """Largest distance, in units in the last place of the largest number that goes into an entry or comes out of it."""
+    """Largest distance, in units in the last place of the largest number that goes into an entry or
+    comes out of it.
+    """
 
 
 def make_configs() -> dict[str, dict[str, Any]]:
     """Return mergekit YAMLs by label, without paths and dtypes."""
 
     def models(**numbers: Any) -> list[dict[str, Any]]:
-        return [{"model": name, "parameters": {"weight": weight, **numbers}} for name, weight in zip(EXPERTS, WEIGHTS, strict=True)]
+        return [
+            {"model": name, "parameters": {"weight": weight, **numbers}}
+            for name, weight in zip(EXPERTS, WEIGHTS, strict=True)
+        ]
 
     plain = [{"model": name} for name in EXPERTS]
-    gradient = [{"model": name, "parameters": {"weight": [0.2, 1.0], "density": 0.4}} for name in EXPERTS]
+    gradient = [
+        {"model": name, "parameters": {"weight": [0.2, 1.0], "density": 0.4}} for name in EXPERTS
+    ]
     return {
         "linear": {"merge_method": "linear", "models": models()},
         "task_arithmetic": {"merge_method": "task_arithmetic", "base_model": "base", "models": models(), "parameters": {"lambda": 0.6}},
@@ -81,7 +93,9 @@ def make_configs() -> dict[str, dict[str, Any]]:
 
 
 def write_language_models(folder: Path) -> None:
-    """Write the base and each expert's language model, under the base's names and with its rows: what a text-only tool can read."""
+    """Write the base and each expert's language model, under the base's names and with its rows:
+    what a text-only tool can read.
+    """
     base = Checkpoint(str(LAB / "base"), owner="base")
     shapes = {name: source.spec.shape for name, source in base.tensors.items()}
     for name in ("base", *EXPERTS):
@@ -90,23 +104,36 @@ def write_language_models(folder: Path) -> None:
         tensors = load_file(LAB / name / "model.safetensors")
         if name != "base":
             renames = find_renames(base, Checkpoint(str(LAB / name), owner=name))
-            tensors = {own: tensors[rename(own, renames)][: shape[0]].contiguous() for own, shape in shapes.items()}
+            tensors = {
+                own: tensors[rename(own, renames)][: shape[0]].contiguous()
+                for own, shape in shapes.items()
+            }
         save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-        for file in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        for file in (
+            "config.json",
+            "generation_config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        ):
             shutil.copy(LAB / "base" / file, target / file)
 
 
 Tensors = dict[str, torch.Tensor]
 
 
-def compare(one: Tensors, other: Tensors, *, models: list[Tensors], tied: Tensors, label: str, dtype: str) -> Result:
-    """Return the distances between two checkpoints made from `models`, entries marked in `tied` left out.
+def compare(
+    one: Tensors, other: Tensors, *, models: list[Tensors], tied: Tensors, label: str, dtype: str
+) -> Result:
+    """Return the distances between two checkpoints made from `models`, entries marked in `tied`
+    left out.
 
     Raises:
         ValueError: their tensors or dtypes differ.
     """
     if one.keys() != other.keys():
-        raise ValueError(f"{label}: the outputs have different tensors: {sorted(one.keys() ^ other.keys())[:3]}")
+        raise ValueError(
+            f"{label}: the outputs have different tensors: {sorted(one.keys() ^ other.keys())[:3]}"
+        )
     steps, distances = [], []
     for name, value in one.items():
         if value.dtype != other[name].dtype:
@@ -115,24 +142,43 @@ def compare(one: Tensors, other: Tensors, *, models: list[Tensors], tied: Tensor
         steps.append((to_ordered(value) - to_ordered(other[name])).abs()[kept])
         involved = [value, other[name], *(model[name] for model in models)]
         size = torch.stack([tensor.double().abs() for tensor in involved]).amax(dim=0)
-        unit = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - 1 - MANTISSA_BITS[dtype])
-        distances.append(((value.double() - other[name].double()).abs() / unit).nan_to_num(0).reshape(-1)[kept])
+        unit = torch.ldexp(
+            torch.ones_like(size), torch.frexp(size).exponent - 1 - MANTISSA_BITS[dtype]
+        )
+        distances.append(
+            ((value.double() - other[name].double()).abs() / unit).nan_to_num(0).reshape(-1)[kept]
+        )
     step, distance = torch.cat(steps), torch.cat(distances)
     total = sum(value.numel() for value in one.values())
     return Result(
-        label, dtype, total, total - step.numel(), step.numel(), int((step == 0).sum()), int((step <= 1).sum()), float(distance.max())
+        label,
+        dtype,
+        total,
+        total - step.numel(),
+        step.numel(),
+        int((step == 0).sum()),
+        int((step <= 1).sum()),
+        float(distance.max()),
     )
 
 
 def to_ordered(values: torch.Tensor) -> torch.Tensor:
-    """Return the numbers as integers, flat, in which neighbours of their dtype differ by one; both zeros are 0."""
-    bits = values.reshape(-1).view(torch.int16 if values.element_size() == 2 else torch.int32).to(torch.int64)
+    """Return the numbers as integers, flat, in which neighbours of their dtype differ by one; both
+    zeros are 0.
+    """
+    bits = (
+        values.reshape(-1)
+        .view(torch.int16 if values.element_size() == 2 else torch.int32)
+        .to(torch.int64)
+    )
     sign_bit = 1 << (8 * values.element_size() - 1)
     return torch.where(bits < 0, -(bits + sign_bit), bits)
 
 
 def find_ties(config: dict[str, Any], models: dict[str, Tensors]) -> Tensors:
-    """Return by tensor the entries whose selection hangs on the order of equal magnitudes (of a whole tensor for SCE's weights)."""
+    """Return by tensor the entries whose selection hangs on the order of equal magnitudes (of a
+    whole tensor for SCE's weights).
+    """
     method, names = config["merge_method"], [entry["model"] for entry in config["models"]]
     base = models.get(config.get("base_model", ""), {})
     found: Tensors = {}
@@ -142,7 +188,9 @@ def find_ties(config: dict[str, Any], models: dict[str, Tensors]) -> Tensors:
         if method in ("ties", "breadcrumbs", "breadcrumbs_ties"):
             for delta, entry in zip(deltas, config["models"], strict=True):
                 kept = int(entry["parameters"]["density"] * delta.numel())
-                top = min(int(entry["parameters"].get("gamma", 0) * delta.numel()), delta.numel() - kept)
+                top = min(
+                    int(entry["parameters"].get("gamma", 0) * delta.numel()), delta.numel() - kept
+                )
                 for count in (top, top + kept):
                     marked |= border(delta.abs(), count)
         elif method == "sce":
@@ -154,7 +202,9 @@ def find_ties(config: dict[str, Any], models: dict[str, Tensors]) -> Tensors:
 
 
 def border(values: torch.Tensor, count: int, *, tolerance: float = 0.0) -> torch.Tensor:
-    """Return the entries equal to the smallest of the `count` largest, where not all such entries are among them."""
+    """Return the entries equal to the smallest of the `count` largest, where not all such entries
+    are among them.
+    """
     if not 0 < count < values.numel():
         return torch.zeros(values.shape, dtype=torch.bool)
     ordered = values.reshape(-1).sort(descending=True).values
@@ -164,7 +214,14 @@ def border(values: torch.Tensor, count: int, *, tolerance: float = 0.0) -> torch
     return (values - last).abs() <= tolerance * last
 
 
-def run_both(label: str, config: dict[str, Any], dtype: str, folder: Path, mergekit: str, models: dict[str, Tensors]) -> Result:
+def run_both(
+    label: str,
+    config: dict[str, Any],
+    dtype: str,
+    folder: Path,
+    mergekit: str,
+    models: dict[str, Tensors],
+) -> Result:
     """Run one YAML with both programs and compare what they write."""
     name = "".join(letter if letter.isalnum() else "-" for letter in f"{label}-{dtype}")
     path = folder / f"{name}.yml"
@@ -176,9 +233,17 @@ def run_both(label: str, config: dict[str, Any], dtype: str, folder: Path, merge
         raise RuntimeError(f"mergekit failed on {label}:\n{done.stderr[-2000:]}")
     run(make_plan(read_recipe(path)))
     export(str(folder / f"{name}-composite"), ours)
-    used = [models[name] for name in {config.get("base_model", "base"), *(entry["model"] for entry in config["models"])}]
+    used = [
+        models[name]
+        for name in {
+            config.get("base_model", "base"),
+            *(entry["model"] for entry in config["models"]),
+        }
+    ]
     tied = find_ties(config, models)
-    return compare(read_folder(theirs), read_folder(ours), models=used, tied=tied, label=label, dtype=dtype)
+    return compare(
+        read_folder(theirs), read_folder(ours), models=used, tied=tied, label=label, dtype=dtype
+    )
 
 
 def read_folder(folder: Path) -> Tensors:
@@ -200,34 +265,68 @@ def to_table(results: list[Result], version: str) -> str:
         "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for result in results:
-        equal, close = (f"{count / max(result.num_compared, 1):.4%}" for count in (result.num_equal, result.num_within_one))
+        equal, close = (
+            f"{count / max(result.num_compared, 1):.4%}"
+            for count in (result.num_equal, result.num_within_one)
+        )
         tied = f"{result.num_decided_by_sort / result.num_entries:.2%}"
-        lines.append(f"| {result.label} | {result.dtype} | {tied} | {equal} | {close} | {result.largest:.2g} |")
+        lines.append(
+            f"| {result.label} | {result.dtype} | {tied} | {equal} | {close} |"
+            f" {result.largest:.2g} |"
+        )
     lines += [
         "",
-        "- *Decided by a sort of equals*: bfloat16 checkpoints have many equal magnitudes. Where an exact count ends among equals (`ties`, "
-        "`breadcrumbs`; in `sce` the border of the selection changes the weights of its whole tensor), mergekit keeps what its sort puts first, "
-        "`mmerge` the lower position. These entries are not compared.",
-        "- *Equal or neighbours*: the two numbers are at most one representable number of the dtype apart.",
-        "- *Largest distance*: in units in the last place of the largest number that goes into the entry or comes out of it. A sum that nearly cancels is "
-        "many representable numbers away after one rounding more or less (mergekit's `linear` fuses multiplication and addition where the "
-        "processor can; `mmerge` does not, so that its bytes are the same on every processor).",
-        "- In float32 the coefficients show that a method takes from a whole tensor (angles of `slerp` and `model_stock`, weights of `sce`): mergekit sums in "
-        "float32 in the order of its threads, `mmerge` exactly.",
+        (
+            "- *Decided by a sort of equals*: bfloat16 checkpoints have many equal magnitudes."
+            " Where an exact count ends among equals (`ties`, `breadcrumbs`; in `sce` the border of"
+            " the selection changes the weights of its whole tensor), mergekit keeps what its sort"
+            " puts first, `mmerge` the lower position. These entries are not compared."
+        ),
+        (
+            "- *Equal or neighbours*: the two numbers are at most one representable number of the"
+            " dtype apart."
+        ),
+        (
+            "- *Largest distance*: in units in the last place of the largest number that goes into"
+            " the entry or comes out of it. A sum that nearly cancels is many representable numbers"
+            " away after one rounding more or less (mergekit's `linear` fuses multiplication and"
+            " addition where the processor can; `mmerge` does not, so that its bytes are the same"
+            " on every processor)."
+        ),
+        (
+            "- In float32 the coefficients show that a method takes from a whole tensor (angles of"
+            " `slerp` and `model_stock`, weights of `sce`): mergekit sums in float32 in the order"
+            " of its threads, `mmerge` exactly."
+        ),
     ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> int:
-    """Compare, write the table, and return 1 where outputs in bfloat16, the lab's dtype, are further apart than one unit in the last place."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mergekit", default=str(ROOT / ".venv-peers" / "bin" / "mergekit-yaml"), help="the program to compare with")
-    parser.add_argument("--table", type=Path, help="where to write the table; it is printed in any case")
+    """Compare, write the table, and return 1 where outputs in bfloat16, the lab's dtype, are
+    further apart than one unit in the last place.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--mergekit",
+        default=str(ROOT / ".venv-peers" / "bin" / "mergekit-yaml"),
+        help="the program to compare with",
+    )
+    parser.add_argument(
+        "--table", type=Path, help="where to write the table; it is printed in any case"
+    )
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     arguments = parser.parse_args()
     mergekit = str(Path(arguments.mergekit).absolute())
     code = "from importlib.metadata import version; print(version('mergekit'))"
-    version = subprocess.run([str(Path(mergekit).parent / "python"), "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    version = subprocess.run(
+        [str(Path(mergekit).parent / "python"), "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
     results = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -237,7 +336,9 @@ def main() -> int:
             if config["merge_method"] not in METHODS:
                 print(f"{label}: no such method here", file=sys.stderr)
                 continue
-            results += [run_both(label, config, dtype, folder, mergekit, models) for dtype in DTYPES]
+            results += [
+                run_both(label, config, dtype, folder, mergekit, models) for dtype in DTYPES
+            ]
     table = to_table(results, version)
     print(table)
     if arguments.table:

@@ -2,8 +2,9 @@
 
     python examples/demo.py [--examples 300]
 
-Everything is written below build/: the store, exported checkpoints, demo.json (the retention table: a list of rows with method,
-task, accuracy and performance_retention), expansion.json and retention.png.
+Everything is written below build/: the store, exported checkpoints, demo.json (the retention table:
+a list of rows with method, task, accuracy and performance_retention), expansion.json and
+retention.png.
 """
 
 from __future__ import annotations
@@ -24,7 +25,16 @@ from lab import evaluate, points, tasks
 from rich.console import Console
 from rich.table import Table
 
-from mmerge.pipeline import Composite, Part, export, load_composite, make_plan, read_recipe, run, verify
+from mmerge.pipeline import (
+    Composite,
+    Part,
+    export,
+    load_composite,
+    make_plan,
+    read_recipe,
+    run,
+    verify,
+)
 from mmerge.pipeline.execution.executor import open_executor
 from mmerge.pipeline.monitoring.progress import BarProgress, LogProgress, to_size
 from mmerge.pipeline.views.report import print_build, print_run
@@ -35,14 +45,21 @@ LAB = ROOT / "examples" / "lab"
 BUILD = ROOT / "build"
 STORE = BUILD / "demo" / "store"
 METHODS = ("naive_mc", "task_arithmetic", "ties", "mmer")
-MIXES = (("image", "audio"), ("image", "video"), ("audio", "video"), ("image", "audio", "video", "point"))
+MIXES = (
+    ("image", "audio"),
+    ("image", "video"),
+    ("audio", "video"),
+    ("image", "audio", "video", "point"),
+)
 SEED = 7
 console = Console(soft_wrap=True)
 
 
 @dataclass(frozen=True)
 class Score:
-    """One cell of the retention table: accuracy on one held-out task, and its ratio to the original expert's."""
+    """One cell of the retention table: accuracy on one held-out task, and its ratio to the original
+    expert's.
+    """
 
     method: str
     task: str
@@ -66,26 +83,58 @@ def merge_all() -> None:
         executor.close()
     report = verify(f"{STORE}#mmer")
     report.check()
-    console.print(f"[green]verified[/] {report.num_objects} objects, {to_size(report.num_bytes)}, all digests equal\n")
+    console.print(
+        f"[green]verified[/] {report.num_objects} objects, {to_size(report.num_bytes)}, all digests"
+        " equal\n"
+    )
     print_build(read_build(f"{STORE}#mmer"), console, layers=False)
 
 
 def ask(composite: Composite) -> None:
     """Print the composite's answers to a few real prompts."""
     samples = LAB / "samples"
-    table = Table("media", "question", "answer", "truth", box=None, show_lines=False, header_style="bold", pad_edge=False)
+    table = Table(
+        "media",
+        "question",
+        "answer",
+        "truth",
+        box=None,
+        show_lines=False,
+        header_style="bold",
+        pad_edge=False,
+    )
     for media, question, truth in (
         ([("image", "image_seven_light.png")], "which digit is in the image ?", "seven"),
         ([("image", "image_four_dark.png")], "which ink is in the image ?", "dark"),
-        ([("audio", "sound_three_low.wav")], "which digit comes after the digit in the sound ?", "four"),
+        (
+            [("audio", "sound_three_low.wav")],
+            "which digit comes after the digit in the sound ?",
+            "four",
+        ),
         ([("audio", "sound_nine_high.wav")], "which voice is in the sound ?", "high"),
         ([("video", "video_two_up.gif")], "which direction is in the video ?", "up"),
         ([("video", "video_two_up.gif")], "what does the video show ?", "two moving up"),
         ([("point", "cloud_eight_deep.npy")], "how many loops has the digit in the cloud ?", "two"),
-        ([("image", "image_seven_light.png"), ("audio", "sound_three_low.wav")], "which digit is in the sound ?", "three"),
-        ([("image", "image_three_light.png"), ("audio", "sound_three_low.wav")], "do the image and the sound have the same digit ?", "yes"),
-        ([("image", "image_zero_dark.png"), ("audio", "sound_eight_low.wav")], "which digit is larger , the image or the sound ?", "sound"),
-        ([("audio", "sound_nine_high.wav"), ("video", "video_two_up.gif")], "is the digit in the video odd or even ?", "even"),
+        (
+            [("image", "image_seven_light.png"), ("audio", "sound_three_low.wav")],
+            "which digit is in the sound ?",
+            "three",
+        ),
+        (
+            [("image", "image_three_light.png"), ("audio", "sound_three_low.wav")],
+            "do the image and the sound have the same digit ?",
+            "yes",
+        ),
+        (
+            [("image", "image_zero_dark.png"), ("audio", "sound_eight_low.wav")],
+            "which digit is larger , the image or the sound ?",
+            "sound",
+        ),
+        (
+            [("audio", "sound_nine_high.wav"), ("video", "video_two_up.gif")],
+            "is the digit in the video odd or even ?",
+            "even",
+        ),
         (
             [
                 ("image", "image_zero_dark.png"),
@@ -98,14 +147,20 @@ def ask(composite: Composite) -> None:
         ),
     ):
         parts = [Part(kind, samples / name) for kind, name in media]
-        answer = composite.generate(composite.prompt(question, parts), max_new_tokens=evaluate.MAX_NEW_TOKENS)
+        answer = composite.generate(
+            composite.prompt(question, parts), max_new_tokens=evaluate.MAX_NEW_TOKENS
+        )
         names = " ".join(name for _, name in media)
-        table.add_row(names, question, f"[{'green' if answer == truth else 'red'}]{answer}[/]", truth)
+        table.add_row(
+            names, question, f"[{'green' if answer == truth else 'red'}]{answer}[/]", truth
+        )
     console.print(table)
 
 
 def score_experts(num_examples: int) -> list[Score]:
-    """Return the accuracies of the original experts and of every method's export, all loaded by transformers alone."""
+    """Return the accuracies of the original experts and of every method's export, all loaded by
+    transformers alone.
+    """
     scores: list[Score] = []
     for modality in tasks.MODALITIES:
         examples = tasks.make_examples(modality, split="test", num_examples=num_examples, seed=SEED)
@@ -116,7 +171,9 @@ def score_experts(num_examples: int) -> list[Score]:
             shutil.rmtree(folder, ignore_errors=True)
             export(f"{STORE}#{method}", folder, expert=modality)
             found = evaluate.score_checkpoint(modality, folder, examples)
-            scores += [Score(method, task, value, value / original[task]) for task, value in found.items()]
+            scores += [
+                Score(method, task, value, value / original[task]) for task, value in found.items()
+            ]
     return scores
 
 
@@ -130,9 +187,20 @@ def print_retention(scores: list[Score]) -> None:
     for modality in (*tasks.MODALITIES, "all tasks"):
         cells = []
         for method in methods:
-            chosen = [s for s in scores if s.method == method and (s.task.startswith(f"{modality}/") or " " in modality)]
-            accuracy, kept = (np.mean([getattr(s, key) for s in chosen]) for key in ("accuracy", "performance_retention"))
-            cells.append(f"{accuracy:.1%} ({kept:.0%})" if method == "original" else f"{accuracy:.1%} ({kept:.1%})")
+            chosen = [
+                s
+                for s in scores
+                if s.method == method and (s.task.startswith(f"{modality}/") or " " in modality)
+            ]
+            accuracy, kept = (
+                np.mean([getattr(s, key) for s in chosen])
+                for key in ("accuracy", "performance_retention")
+            )
+            cells.append(
+                f"{accuracy:.1%} ({kept:.0%})"
+                if method == "original"
+                else f"{accuracy:.1%} ({kept:.1%})"
+            )
         table.add_row(modality, *cells)
     console.print(table)
 
@@ -146,10 +214,21 @@ def draw_retention(scores: list[Score], path: Path) -> None:
     width = 0.8 / len(METHODS)
     for position, method in enumerate(METHODS):
         means = [
-            np.mean([s.performance_retention for s in scores if s.method == method and s.task.startswith(f"{modality}/")])
+            np.mean(
+                [
+                    s.performance_retention
+                    for s in scores
+                    if s.method == method and s.task.startswith(f"{modality}/")
+                ]
+            )
             for modality in tasks.MODALITIES
         ]
-        bars = axes.bar(np.arange(len(means)) + (position - (len(METHODS) - 1) / 2) * width, means, width, label=method)
+        bars = axes.bar(
+            np.arange(len(means)) + (position - (len(METHODS) - 1) / 2) * width,
+            means,
+            width,
+            label=method,
+        )
         axes.bar_label(bars, [f"{100 * mean:.0f}" for mean in means], fontsize=8)
     axes.axhline(1, color="grey", linewidth=0.8)
     axes.set_xticks(range(len(tasks.MODALITIES)), tasks.MODALITIES)
@@ -162,27 +241,50 @@ def draw_retention(scores: list[Score], path: Path) -> None:
 
 
 def score_mixed(composite: Composite, num_examples: int) -> list[dict[str, Any]]:
-    """Return accuracies on prompts with two to four real media: the composite's, and each single expert's, which sees its own medium alone."""
+    """Return accuracies on prompts with two to four real media: the composite's, and each single
+    expert's, which sees its own medium alone.
+    """
     rows = []
-    experts = {modality: load_composite(f"{STORE}#mmer", mode="retention", expert=modality) for modality in tasks.MODALITIES}
+    experts = {
+        modality: load_composite(f"{STORE}#mmer", mode="retention", expert=modality)
+        for modality in tasks.MODALITIES
+    }
     for mix in MIXES:
         for kinds, name in (((), "+".join(mix)), ((tasks.SHARE,), "+".join(mix) + "/share")):
             if kinds and len(mix) == 2:
                 continue
-            examples = tasks.make_mixed_examples(mix, split="test", num_examples=num_examples, seed=SEED, kinds=kinds)
+            examples = tasks.make_mixed_examples(
+                mix, split="test", num_examples=num_examples, seed=SEED, kinds=kinds
+            )
             chance = float(np.mean([tasks.chance(example.task) for example in examples]))
-            row = {"task": name, "chance": chance, "expansion": evaluate.mixed_accuracy(composite, examples)}
+            row = {
+                "task": name,
+                "chance": chance,
+                "expansion": evaluate.mixed_accuracy(composite, examples),
+            }
             for modality in mix:
-                row[f"{modality} expert alone"] = evaluate.mixed_accuracy(experts[modality], examples, only=modality)
+                row[f"{modality} expert alone"] = evaluate.mixed_accuracy(
+                    experts[modality], examples, only=modality
+                )
             rows.append(row)
     return rows
 
 
 def print_mixed(rows: list[dict[str, Any]]) -> None:
     """Print the accuracies on prompts with several media."""
-    table = Table("media in one prompt", "blind guess", "expansion", "single experts", box=None, header_style="bold", pad_edge=False)
+    table = Table(
+        "media in one prompt",
+        "blind guess",
+        "expansion",
+        "single experts",
+        box=None,
+        header_style="bold",
+        pad_edge=False,
+    )
     for row in rows:
-        alone = ", ".join(f"{key.split()[0]} {value:.1%}" for key, value in row.items() if key.endswith("alone"))
+        alone = ", ".join(
+            f"{key.split()[0]} {value:.1%}" for key, value in row.items() if key.endswith("alone")
+        )
         table.add_row(row["task"], f"{row['chance']:.1%}", f"{row['expansion']:.1%}", alone)
     console.print(table)
 
@@ -208,12 +310,17 @@ def main() -> None:
     console.rule("expansion")
     mixed = score_mixed(composite, num_examples)
     print_mixed(mixed)
-    (BUILD / "demo.json").write_text(json.dumps([asdict(score) for score in scores], indent=2) + "\n")
+    (BUILD / "demo.json").write_text(
+        json.dumps([asdict(score) for score in scores], indent=2) + "\n"
+    )
     (BUILD / "expansion.json").write_text(json.dumps(mixed, indent=2) + "\n")
-    console.print(f"\nwrote build/demo.json, build/expansion.json and build/retention.png; {time.monotonic() - began:.0f} s")
     console.print(
-        'next: .venv/bin/mmerge generate "build/demo/store#mmer" --image examples/lab/samples/image_seven_light.png '
-        '"which digit is in the image ?"'
+        "\nwrote build/demo.json, build/expansion.json and build/retention.png;"
+        f" {time.monotonic() - began:.0f} s"
+    )
+    console.print(
+        'next: .venv/bin/mmerge generate "build/demo/store#mmer" --image'
+        ' examples/lab/samples/image_seven_light.png "which digit is in the image ?"'
     )
 
 

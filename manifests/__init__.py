@@ -1,7 +1,10 @@
 """The format on object storage: stores, objects, manifests, references, verification.
 
-Nothing here imports torch, ray or numpy's heavier friends: a build can be listed and verified on a laptop.
+Nothing here imports torch, ray or numpy's heavier friends: a build can be listed and verified on a
+laptop.
 """
 
 if __name__ != "mmerge.manifests":
-    raise ImportError(f"import 'mmerge.manifests', not {__name__!r}: a second copy has other classes")
+    raise ImportError(
+        f"import 'mmerge.manifests', not {__name__!r}: a second copy has other classes"
+    )

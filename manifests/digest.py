@@ -23,7 +23,9 @@ def to_canonical_json(value: Any) -> bytes:
         ValueError: `value` holds NaN or Inf.
         TypeError: `value` holds something that JSON has no form for.
     """
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    text = json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
     return text.encode()
 
 

@@ -1,4 +1,6 @@
-"""Errors that a user can act on: each names the thing, both sides where there are two, and the way out."""
+"""Errors that a user can act on: each names the thing, both sides where there are two, and the way
+out.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,10 @@ class TaskErrors(MmergeError):
     def __init__(self, failures: Sequence[str]) -> None:
         self.failures = list(failures)
         noun = "task" if len(self.failures) == 1 else "tasks"
-        super().__init__(f"{len(self.failures)} {noun} failed; finished shards are kept:\n  " + "\n  ".join(self.failures))
+        super().__init__(
+            f"{len(self.failures)} {noun} failed; finished shards are kept:\n  "
+            + "\n  ".join(self.failures)
+        )
 
     def __reduce__(self) -> tuple[type[TaskErrors], tuple[list[str]]]:
         return (type(self), (self.failures,))

@@ -1,9 +1,13 @@
-"""Decisions: recipe → plan → run → manifest, and the Python names of the project, loaded when first used."""
+"""Decisions: recipe → plan → run → manifest, and the Python names of the project, loaded when first
+used.
+"""
 
 from __future__ import annotations
 
 if __name__ != "mmerge.pipeline":
-    raise ImportError(f"import 'mmerge.pipeline', not {__name__!r}: a second copy has other classes")
+    raise ImportError(
+        f"import 'mmerge.pipeline', not {__name__!r}: a second copy has other classes"
+    )
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -12,15 +16,15 @@ if TYPE_CHECKING:
     from mmerge.manifests.errors import MmergeError
     from mmerge.manifests.format.manifest import Manifest
     from mmerge.manifests.maintenance.verify import VerifyReport, verify
-    from mmerge.pipeline.serving.actors import ActorComposite, load_on_actors
     from mmerge.pipeline.build.run import RunReport, run
     from mmerge.pipeline.execution.executor import open_executor
     from mmerge.pipeline.planning.plan import MergePlan, make_plan
     from mmerge.pipeline.recipes.recipe import Recipe, make_recipe_schema, parse_recipe, read_recipe
+    from mmerge.pipeline.serving.actors import ActorComposite, load_on_actors
     from mmerge.pipeline.views.show import read_build
+    from mmerge.workers.composite.loader import load_composite
     from mmerge.workers.composite.model import Composite
     from mmerge.workers.exports.checkpoint import export
-    from mmerge.workers.composite.loader import load_composite
     from mmerge.workers.modalities.prompt import Part
 
 _PLACES = {

@@ -1,4 +1,6 @@
-"""Tiny random composites of real transformers classes, and a naive model of them: token by token, without cache or padding."""
+"""Tiny random composites of real transformers classes, and a naive model of them: token by token,
+without cache or padding.
+"""
 
 from __future__ import annotations
 
@@ -31,32 +33,49 @@ _OWN: dict[str, dict[str, Any]] = {
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"tie_word_embeddings": False},
     # Its files name each expert's matrices apart, its class holds them fused.
-    "mixtral": {"tie_word_embeddings": False, "sliding_window": None, "num_local_experts": 3, "num_experts_per_tok": 2},
+    "mixtral": {
+        "tie_word_embeddings": False,
+        "sliding_window": None,
+        "num_local_experts": 3,
+        "num_experts_per_tok": 2,
+    },
 }
 RANK = 3
 
 
 def write_tokenizer(folder: Path) -> None:
     """Forty-two words, w0 to w41; w1 begins, w2 ends."""
-    tokenizer = Tokenizer(WordLevel({f"w{index}": index for index in range(_SIZES["vocab_size"])}, unk_token="w0"))
+    tokenizer = Tokenizer(
+        WordLevel({f"w{index}": index for index in range(_SIZES["vocab_size"])}, unk_token="w0")
+    )
     tokenizer.pre_tokenizer = WhitespaceSplit()
-    made = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="w1", eos_token="w2", unk_token="w0")
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="w1", eos_token="w2", unk_token="w0"
+    )
     made.save_pretrained(folder)
 
 
 def make_model(architecture: str, *, seed: int = 0, **sizes: Any) -> Any:
-    """A tiny model of a real class, every parameter random: biases and norms too, which are 0 and 1 in a new model."""
-    config = transformers.AutoConfig.for_model(architecture, **(_SIZES | _OWN[architecture] | sizes))
+    """A tiny model of a real class, every parameter random: biases and norms too, which are 0 and 1
+    in a new model.
+    """
+    config = transformers.AutoConfig.for_model(
+        architecture, **(_SIZES | _OWN[architecture] | sizes)
+    )
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         spread = 0.2 if parameter.ndim > 1 else 0.3
-        parameter.data = (parameter.ndim == 1) * 0.5 + spread * torch.randn(parameter.shape, generator=generator)
+        parameter.data = (parameter.ndim == 1) * 0.5 + spread * torch.randn(
+            parameter.shape, generator=generator
+        )
     model.tie_weights()
     return model
 
 
-def write_family(folder: Path, architecture: str, *, experts: Sequence[str] = EXPERTS, **sizes: Any) -> dict[str, torch.Tensor]:
+def write_family(
+    folder: Path, architecture: str, *, experts: Sequence[str] = EXPERTS, **sizes: Any
+) -> dict[str, torch.Tensor]:
     """Write a base and experts tuned from it; return the base's tensors."""
     base = make_model(architecture, **sizes)
     base.save_pretrained(folder / "base")
@@ -65,51 +84,83 @@ def write_family(folder: Path, architecture: str, *, experts: Sequence[str] = EX
     for number, name in enumerate(experts):
         generator = torch.Generator().manual_seed(100 + number)
         (folder / name).mkdir()
-        tuned = {key: value + 0.1 * torch.randn(value.shape, generator=generator) for key, value in tensors.items()}
+        tuned = {
+            key: value + 0.1 * torch.randn(value.shape, generator=generator)
+            for key, value in tensors.items()
+        }
         save_file(tuned, folder / name / "model.safetensors", metadata={"format": "pt"})
         (folder / name / "config.json").write_bytes((folder / "base" / "config.json").read_bytes())
         write_tokenizer(folder / name)
     return tensors
 
 
-def write_adapters(folder: Path, tensors: dict[str, torch.Tensor], *, experts: Sequence[str] = EXPERTS) -> None:
+def write_adapters(
+    folder: Path, tensors: dict[str, torch.Tensor], *, experts: Sequence[str] = EXPERTS
+) -> None:
     """Write experts with decoupled LoRA adapters in all Linears, as PEFT saves them."""
     for number, name in enumerate(experts):
         generator = torch.Generator().manual_seed(200 + number)
-        for place in (folder / name, folder / name / name):  # the default adapter, and the modality's in a folder of its name
+        for place in (
+            folder / name,
+            folder / name / name,
+        ):  # the default adapter, and the modality's in a folder of its name
             place.mkdir()
             factors = {}
             for key, value in tensors.items():
                 if key.endswith("_proj.weight"):
                     path = f"base_model.model.{key.removesuffix('.weight')}"
-                    factors[f"{path}.lora_A.weight"] = 0.3 * torch.randn((RANK, value.shape[1]), generator=generator)
-                    factors[f"{path}.lora_B.weight"] = 0.3 * torch.randn((value.shape[0], RANK), generator=generator)
+                    factors[f"{path}.lora_A.weight"] = 0.3 * torch.randn(
+                        (RANK, value.shape[1]), generator=generator
+                    )
+                    factors[f"{path}.lora_B.weight"] = 0.3 * torch.randn(
+                        (value.shape[0], RANK), generator=generator
+                    )
             save_file(factors, place / "adapter_model.safetensors")
-            (place / "adapter_config.json").write_text(f'{{"peft_type": "LORA", "r": {RANK}, "lora_alpha": 6}}')
+            (place / "adapter_config.json").write_text(
+                f'{{"peft_type": "LORA", "r": {RANK}, "lora_alpha": 6}}'
+            )
 
 
 def build_masks(folder: Path, architecture: str, **sizes: Any) -> str:
     """A composite of masks (MMER) over a base and three experts; its URI."""
     write_family(folder, architecture, **sizes)
-    return _build(folder, {"method": "mmer", "density": 0.7, "experts": {n: {"path": n, "modality": n} for n in EXPERTS}})
+    return _build(
+        folder,
+        {
+            "method": "mmer",
+            "density": 0.7,
+            "experts": {n: {"path": n, "modality": n} for n in EXPERTS},
+        },
+    )
 
 
 def build_plain(folder: Path, architecture: str) -> str:
     """A plain merge of a base and three experts (task arithmetic); its URI."""
     write_family(folder, architecture)
-    return _build(folder, {"method": "task_arithmetic", "scale": 0.4, "experts": {n: {"path": n, "modality": n} for n in EXPERTS}})
+    return _build(
+        folder,
+        {
+            "method": "task_arithmetic",
+            "scale": 0.4,
+            "experts": {n: {"path": n, "modality": n} for n in EXPERTS},
+        },
+    )
 
 
 def build_adapters(folder: Path, architecture: str) -> str:
     """A composite of adapters (DAMC); its URI."""
     tensors = write_family(folder, architecture, experts=())
     write_adapters(folder, tensors)
-    return _build(folder, {"method": "damc", "experts": {n: {"path": n, "modality": n} for n in EXPERTS}})
+    return _build(
+        folder, {"method": "damc", "experts": {n: {"path": n, "modality": n} for n in EXPERTS}}
+    )
 
 
 def _build(folder: Path, raw: dict[str, Any]) -> str:
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump({"name": "tiny", "base": "base", "output": "store"} | raw, sort_keys=False))
+    path.write_text(
+        yaml.safe_dump({"name": "tiny", "base": "base", "output": "store"} | raw, sort_keys=False)
+    )
     run(make_plan(read_recipe(path)))
     return str(folder / "store")
 
@@ -117,7 +168,12 @@ def _build(folder: Path, raw: dict[str, Any]) -> str:
 class NaiveLinear(nn.Module):
     """y = W x + b with the weight and bias of each token's modality, one token after the other."""
 
-    def __init__(self, weights: dict[int, torch.Tensor], biases: dict[int, torch.Tensor] | None, ids: list[int]) -> None:
+    def __init__(
+        self,
+        weights: dict[int, torch.Tensor],
+        biases: dict[int, torch.Tensor] | None,
+        ids: list[int],
+    ) -> None:
         super().__init__()
         self.weights, self.biases, self.ids = weights, biases, ids
 
@@ -131,7 +187,9 @@ class NaiveLinear(nn.Module):
 
 
 class Naive:
-    """The composite written out: every modality's weights formed from the stored bytes, every token multiplied alone."""
+    """The composite written out: every modality's weights formed from the stored bytes, every token
+    multiplied alone.
+    """
 
     def __init__(self, uri: str, architecture: str, **sizes: Any) -> None:
         self.reader = BuildReader(uri)
@@ -142,23 +200,39 @@ class Naive:
         self.model.tie_weights()
         for path, module in list(self.model.named_modules()):
             if isinstance(module, nn.Linear) and ".layers." in path:
-                weights = {index: self._weight(f"{path}.weight", index) for index in range(-1, len(EXPERTS))}
-                biases = None if module.bias is None else {i: self._weight(f"{path}.bias", i) for i in range(-1, len(EXPERTS))}
+                weights = {
+                    index: self._weight(f"{path}.weight", index)
+                    for index in range(-1, len(EXPERTS))
+                }
+                biases = (
+                    None
+                    if module.bias is None
+                    else {i: self._weight(f"{path}.bias", i) for i in range(-1, len(EXPERTS))}
+                )
                 parent, _, child = path.rpartition(".")
-                setattr(self.model.get_submodule(parent), child, NaiveLinear(weights, biases, self.ids))
+                setattr(
+                    self.model.get_submodule(parent), child, NaiveLinear(weights, biases, self.ids)
+                )
 
     def _weight(self, name: str, modality: int) -> torch.Tensor:
         base = self.reader.read(name, "base")
         if self.reader.manifest.kind == "adapters":
             return self._adapted(base, name, modality)
         delta = self.reader.read(name, "delta")
-        masks = [unpack_mask(self.reader.read_packed_mask(name, expert), base.shape).float() for expert in EXPERTS]
+        masks = [
+            unpack_mask(self.reader.read_packed_mask(name, expert), base.shape).float()
+            for expert in EXPERTS
+        ]
         return base + (sum(masks) / len(masks) if modality == -1 else masks[modality]) * delta
 
     def _adapted(self, base: torch.Tensor, name: str, modality: int) -> torch.Tensor:
         if not name.endswith("_proj.weight"):
             return base
-        chosen = [(expert, "default", 1 / len(EXPERTS)) for expert in EXPERTS] if modality == -1 else [(EXPERTS[modality],) * 2 + (1.0,)]
+        chosen = (
+            [(expert, "default", 1 / len(EXPERTS)) for expert in EXPERTS]
+            if modality == -1
+            else [(EXPERTS[modality],) * 2 + (1.0,)]
+        )
         formed = base.clone()
         for expert, adapter, coefficient in chosen:
             path = f"{name.removesuffix('.weight')}.lora_%s.{adapter}.weight"
@@ -167,9 +241,15 @@ class Naive:
         return formed
 
     @torch.inference_mode()
-    def logits(self, embeds: torch.Tensor, ids: list[int], answer: Sequence[int] = ()) -> torch.Tensor:
-        """Return the logits [tokens, vocabulary] of a prompt and the text tokens behind it, in one pass without a cache."""
+    def logits(
+        self, embeds: torch.Tensor, ids: list[int], answer: Sequence[int] = ()
+    ) -> torch.Tensor:
+        """Return the logits [tokens, vocabulary] of a prompt and the text tokens behind it, in one
+        pass without a cache.
+        """
         self.ids[:] = [*ids, *[-1] * len(answer)]
         tail = self.model.get_input_embeddings()(torch.tensor(list(answer), dtype=torch.long))
-        logits: torch.Tensor = self.model(inputs_embeds=torch.cat([embeds, tail])[None], use_cache=False).logits[0]
+        logits: torch.Tensor = self.model(
+            inputs_embeds=torch.cat([embeds, tail])[None], use_cache=False
+        ).logits[0]
         return logits

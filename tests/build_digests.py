@@ -2,8 +2,9 @@
 
     python tests/build_digests.py tests/data/build_digests.json
 
-`tests/test_build_digests.py` compares them with the committed file, so a change of the code that changes names or bytes of
-stored objects fails. Inputs are made of integers alone and therefore equal on every machine.
+`tests/test_build_digests.py` compares them with the committed file, so a change of the code that
+changes names or bytes of stored objects fails. Inputs are made of integers alone and therefore
+equal on every machine.
 """
 
 from __future__ import annotations
@@ -107,7 +108,9 @@ def _draw(rng: np.random.Generator, shape: tuple[int, ...], *, step: float) -> t
 def make_checkpoints(folder: Path) -> None:
     """Write a LLaMA base and three LLaVA-shaped experts tuned from it."""
     rng = np.random.default_rng(20)
-    base = {name: _draw(rng, shape, step=2**-9).to(torch.bfloat16) for name, shape in _shapes().items()}
+    base = {
+        name: _draw(rng, shape, step=2**-9).to(torch.bfloat16) for name, shape in _shapes().items()
+    }
     _write(folder / "base", base, SHAPE)
     for index, name in enumerate(("image", "audio", "video")):
         tensors: dict[str, torch.Tensor] = {}
@@ -116,19 +119,31 @@ def make_checkpoints(folder: Path) -> None:
             if "embed_tokens" in key or "lm_head" in key:
                 tuned = torch.cat([tuned, _draw(rng, (2, value.shape[1]), step=2**-9)])
             tensors["language_model." + key] = tuned.to(torch.bfloat16)
-        tensors["multi_modal_projector.linear_1.weight"] = _draw(rng, (48, 8), step=2**-8).to(torch.bfloat16)
-        config = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "text_config": SHAPE | {"vocab_size": 92}}
+        tensors["multi_modal_projector.linear_1.weight"] = _draw(rng, (48, 8), step=2**-8).to(
+            torch.bfloat16
+        )
+        config = {
+            "architectures": ["LlavaForConditionalGeneration"],
+            "model_type": "llava",
+            "text_config": SHAPE | {"vocab_size": 92},
+        }
         _write(folder / name, tensors, config)
 
 
 def _write(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
     folder.mkdir(parents=True)
-    save_file({key: value.contiguous() for key, value in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {key: value.contiguous() for key, value in tensors.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     (folder / "config.json").write_text(json.dumps(config))
 
 
 def describe(raw: dict[str, Any], folder: Path) -> dict[str, str]:
-    """Run a recipe and return the digests of its build: its name, its objects' keys, and what they hold."""
+    """Run a recipe and return the digests of its build: its name, its objects' keys, and what they
+    hold.
+    """
     manifest = run(make_plan(parse_recipe(raw, folder=folder))).manifest
     assert manifest is not None
     entries = [entry.model_dump(mode="json") for entry in manifest.entries]
@@ -153,7 +168,13 @@ def synthetic_digests(title: str, folder: Path) -> dict[str, str]:
     names = ("image", "audio", "video")[: options.pop("experts", 3)]
     method = options.pop("method", title)
     experts = {name: {"path": name, "modality": name} for name in names}
-    raw = {"name": "build", "base": "base", "method": method, "output": f"store-{title.replace(' ', '-')}", "experts": experts}
+    raw = {
+        "name": "build",
+        "base": "base",
+        "method": method,
+        "output": f"store-{title.replace(' ', '-')}",
+        "experts": experts,
+    }
     return describe(raw | options, folder)
 
 

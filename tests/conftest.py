@@ -1,4 +1,6 @@
-"""Fixtures that several folders of tests share: tiny checkpoints in the real layouts, recipes over them."""
+"""Fixtures that several folders of tests share: tiny checkpoints in the real layouts, recipes over
+them.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from mmerge.pipeline import make_plan, parse_recipe, run
 
 torch.set_num_threads(1)  # the tensors are tiny: more threads would only wait for each other
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    # A shell starts jobs in the background so, and processes inherit it: those that tests interrupt would not hear of it.
+    # A shell starts jobs in the background so, and processes inherit it: those that tests interrupt
+    # would not hear of it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 REPOSITORY = Path(__file__).resolve().parent.parent
 LAB = REPOSITORY / "examples" / "lab" / "checkpoints"
@@ -34,8 +37,15 @@ CONFIG: dict[str, Any] = {
 
 def llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """The tensors of a LLaMA checkpoint of this configuration."""
-    hidden, ffn, kv = config["hidden_size"], config["intermediate_size"], config["num_key_value_heads"] * config["head_dim"]
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden), "model.norm.weight": (hidden,)}
+    hidden, ffn, kv = (
+        config["hidden_size"],
+        config["intermediate_size"],
+        config["num_key_value_heads"] * config["head_dim"],
+    )
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config["vocab_size"], hidden),
+        "model.norm.weight": (hidden,),
+    }
     for layer in range(config["num_hidden_layers"]):
         p = f"model.layers.{layer}."
         shapes |= {
@@ -58,32 +68,55 @@ class Lab:
     def write(self, name: str, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> Path:
         path = self.folder / name
         path.mkdir(parents=True, exist_ok=True)
-        save_file({key: value.contiguous() for key, value in tensors.items()}, path / "model.safetensors", metadata={"format": "pt"})
+        save_file(
+            {key: value.contiguous() for key, value in tensors.items()},
+            path / "model.safetensors",
+            metadata={"format": "pt"},
+        )
         (path / "config.json").write_text(json.dumps(config))
         return path
 
     def make_base(self, *, seed: int = 0) -> Path:
         generator = torch.Generator().manual_seed(seed)
-        self.base = {name: torch.randn(shape, generator=generator).to(self.dtype) for name, shape in llama_shapes(self.config).items()}
+        self.base = {
+            name: torch.randn(shape, generator=generator).to(self.dtype)
+            for name, shape in llama_shapes(self.config).items()
+        }
         return self.write("base", self.base, self.config)
 
     def expert_tensors(self, seed: int, *, extra_rows: int = 2) -> dict[str, torch.Tensor]:
-        """The base with random changes, in the names of a LLaVA checkpoint, with a connector and added vocabulary rows."""
+        """The base with random changes, in the names of a LLaVA checkpoint, with a connector and
+        added vocabulary rows.
+        """
         generator = torch.Generator().manual_seed(1000 + seed)
         tensors = {}
         for name, value in self.base.items():
             tuned = value.float() + 0.05 * torch.randn(value.shape, generator=generator) ** 3
             if extra_rows and ("embed_tokens" in name or "lm_head" in name):
-                tuned = torch.cat([tuned, torch.randn((extra_rows, value.shape[1]), generator=generator)])
+                tuned = torch.cat(
+                    [tuned, torch.randn((extra_rows, value.shape[1]), generator=generator)]
+                )
             tensors["language_model." + name] = tuned.to(self.dtype)
-        tensors["multi_modal_projector.linear_1.weight"] = torch.randn((16, 8), generator=generator).to(self.dtype)
+        tensors["multi_modal_projector.linear_1.weight"] = torch.randn(
+            (16, 8), generator=generator
+        ).to(self.dtype)
         tensors["vision_tower.embeddings.position_ids"] = torch.arange(9)
         return tensors
 
     def expert_config(self) -> dict[str, Any]:
-        return {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "text_config": self.config | {"vocab_size": 42}}
+        return {
+            "architectures": ["LlavaForConditionalGeneration"],
+            "model_type": "llava",
+            "text_config": self.config | {"vocab_size": 42},
+        }
 
-    def make_expert(self, name: str, seed: int, *, change: Callable[[dict[str, torch.Tensor]], None] | None = None) -> Path:
+    def make_expert(
+        self,
+        name: str,
+        seed: int,
+        *,
+        change: Callable[[dict[str, torch.Tensor]], None] | None = None,
+    ) -> Path:
         tensors = self.expert_tensors(seed)
         if change:
             change(tensors)
@@ -119,10 +152,14 @@ def lab_checkpoints() -> Path:
 
 @pytest.fixture(scope="session")
 def lab_store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A store with composites of the trained experts: `mmer`, and `naive_mc` of kind plain. Not to be changed."""
+    """A store with composites of the trained experts: `mmer`, and `naive_mc` of kind plain. Not to
+    be changed.
+    """
     folder = tmp_path_factory.mktemp("lab") / "store"
     for method in ("mmer", "naive_mc"):
-        raw = yaml.safe_load((REPOSITORY / "examples" / "lab" / "recipes" / f"{method}.yaml").read_text()) | {"output": str(folder)}
+        raw = yaml.safe_load(
+            (REPOSITORY / "examples" / "lab" / "recipes" / f"{method}.yaml").read_text()
+        ) | {"output": str(folder)}
         run(make_plan(parse_recipe(raw, folder=REPOSITORY / "examples" / "lab" / "recipes")))
     return str(folder)
 
@@ -139,7 +176,9 @@ class StoreServers:
         self._folder, self._stack, self._running = folder, ExitStack(), dict[str, dict[str, str]]()
 
     def environment(self, name: str) -> dict[str, str]:
-        """The variables that a client of this server needs. Skips the test where the server is not installed."""
+        """The variables that a client of this server needs. Skips the test where the server is not
+        installed.
+        """
         start, is_there, reason = SERVERS[name]
         if not is_there():
             pytest.skip(reason)

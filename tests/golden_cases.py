@@ -1,10 +1,9 @@
-"""Golden cases: numbers that official implementations gave, read from one folder that MMERGE_GOLDEN=DIR changes."""
+"""Golden cases: results of official implementations, stored in `tests/golden`."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -22,17 +21,22 @@ from mmerge.pipeline.build.run import RunReport
 from mmerge.workers.reconstruction.bitmask import unpack_mask
 from mmerge.workers.reconstruction.build_reader import BuildReader
 
-GOLDEN = Path(os.environ.get("MMERGE_GOLDEN", Path(__file__).resolve().parents[2] / "shared" / "golden"))
-MANIFEST: dict[str, Any] = json.loads((GOLDEN / "cases.json").read_text()) if (GOLDEN / "cases.json").is_file() else {"cases": []}
-needs_golden = pytest.mark.skipif(not MANIFEST["cases"], reason=f"no golden data at {GOLDEN} (set MMERGE_GOLDEN)")
-NAMES = [(item["name"], tuple(item["shape"])) for item in MANIFEST.get("flat_order", ())]
+GOLDEN = Path(__file__).resolve().parent / "golden"
+MANIFEST: dict[str, Any] = json.loads((GOLDEN / "cases.json").read_text())
+NAMES = [(item["name"], tuple(item["shape"])) for item in MANIFEST["flat_order"]]
 Case = dict[str, Any]
 _numbers = itertools.count()
 
 
 def cases(*methods: str) -> Any:
-    """Return the decorator that runs a test once for every case of these methods; informational ones are no test."""
-    found = [case for case in MANIFEST["cases"] if case["method"] in methods and case["tolerance"]["kind"] != "informational"]
+    """Return the decorator that runs a test once for every case of these methods; informational
+    ones are no test.
+    """
+    found = [
+        case
+        for case in MANIFEST["cases"]
+        if case["method"] in methods and case["tolerance"]["kind"] != "informational"
+    ]
     return pytest.mark.parametrize("case", found, ids=[case["id"] for case in found])
 
 
@@ -50,7 +54,11 @@ def expected(case: Case, name: str) -> torch.Tensor | None:
 def expected_bits(case: Case, name: str) -> NDArray[np.bool_] | None:
     """Return one expected mask, boolean [P] or [experts, P]."""
     packed = expected(case, name)
-    return None if packed is None else np.unpackbits(packed.numpy(), axis=-1)[..., : MANIFEST["n_parameters"]].astype(bool)
+    return (
+        None
+        if packed is None
+        else np.unpackbits(packed.numpy(), axis=-1)[..., : MANIFEST["n_parameters"]].astype(bool)
+    )
 
 
 def to_flat(named: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -61,7 +69,10 @@ def to_flat(named: dict[str, torch.Tensor]) -> torch.Tensor:
 def from_flat(flat: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return the tensors that a flat vector holds."""
     sizes = [int(np.prod(shape)) for _, shape in NAMES]
-    return {name: part.reshape(shape) for (name, shape), part in zip(NAMES, flat.split(sizes), strict=True)}
+    return {
+        name: part.reshape(shape)
+        for (name, shape), part in zip(NAMES, flat.split(sizes), strict=True)
+    }
 
 
 def input_folders(case: Case) -> list[Path]:
@@ -72,7 +83,13 @@ def input_folders(case: Case) -> list[Path]:
 @cache
 def read_inputs(*folders: Path) -> list[dict[str, torch.Tensor]]:
     """Return the tensors of checkpoints, widened to float32."""
-    return [{name: value.to(torch.float32) for name, value in load_file(folder / "model.safetensors").items()} for folder in folders]
+    return [
+        {
+            name: value.to(torch.float32)
+            for name, value in load_file(folder / "model.safetensors").items()
+        }
+        for folder in folders
+    ]
 
 
 def base_of(case: Case) -> torch.Tensor:
@@ -80,16 +97,28 @@ def base_of(case: Case) -> torch.Tensor:
     return to_flat(read_inputs(*input_folders(case))[0])
 
 
-def build(case: Case, method: str, *, experts: Sequence[dict[str, Any]] | None = None, **keys: Any) -> tuple[BuildReader, RunReport]:
-    """Run the whole pipeline on the inputs of a case, in a store of this process, and open what it built.
+def build(
+    case: Case, method: str, *, experts: Sequence[dict[str, Any]] | None = None, **keys: Any
+) -> tuple[BuildReader, RunReport]:
+    """Run the whole pipeline on the inputs of a case, in a store of this process, and open what it
+    built.
 
     `keys` are keys of the recipe, `experts` those of each expert.
     """
     base, *folders = input_folders(case)
     numbers = experts or [{} for _ in folders]
-    listed = {f"expert{i}": {"path": str(path), "modality": f"m{i}"} | numbers[i] for i, path in enumerate(folders)}
+    listed = {
+        f"expert{i}": {"path": str(path), "modality": f"m{i}"} | numbers[i]
+        for i, path in enumerate(folders)
+    }
     output = f"memory://golden-{next(_numbers)}"
-    raw = {"method": method, "base": str(base), "experts": listed, "output": output, "dtype": "float32"} | keys
+    raw = {
+        "method": method,
+        "base": str(base),
+        "experts": listed,
+        "output": output,
+        "dtype": "float32",
+    } | keys
     store = open_store(output, create=True)  # a store in memory lives while somebody holds it
     report = run(make_plan(parse_recipe(raw, folder=GOLDEN)))
     reader = BuildReader(output)
@@ -110,7 +139,12 @@ def delta_of(reader: BuildReader) -> torch.Tensor:
 def masks_of(reader: BuildReader) -> NDArray[np.bool_]:
     """Return the masks of a build, boolean [experts, P]."""
     rows = [
-        to_flat({name: unpack_mask(reader.read_packed_mask(name, expert), shape) for name, shape in NAMES})
+        to_flat(
+            {
+                name: unpack_mask(reader.read_packed_mask(name, expert), shape)
+                for name, shape in NAMES
+            }
+        )
         for expert in reader.expert_names
     ]
     return torch.stack(rows).numpy().astype(bool)
@@ -119,10 +153,17 @@ def masks_of(reader: BuildReader) -> NDArray[np.bool_]:
 def check_close(case: Case, actual: torch.Tensor, wanted: torch.Tensor) -> None:
     """Assert |x − y| ≤ atol + rtol·|y| outside the positions that the case marks as ambiguous."""
     ambiguous = expected_bits(case, "ambiguous")
-    keep = torch.ones(actual.numel(), dtype=torch.bool) if ambiguous is None else torch.from_numpy(~ambiguous)
+    keep = (
+        torch.ones(actual.numel(), dtype=torch.bool)
+        if ambiguous is None
+        else torch.from_numpy(~ambiguous)
+    )
     tolerance = case["tolerance"]
     torch.testing.assert_close(
-        actual.reshape(-1)[keep], wanted.reshape(-1).to(torch.float32)[keep], rtol=tolerance["rtol"], atol=tolerance["atol"]
+        actual.reshape(-1)[keep],
+        wanted.reshape(-1).to(torch.float32)[keep],
+        rtol=tolerance["rtol"],
+        atol=tolerance["atol"],
     )
 
 

@@ -1,4 +1,6 @@
-"""A model hub of one process: what huggingface_hub asks of it to list, download and commit, over files in memory."""
+"""A model hub of one process: what huggingface_hub asks of it to list, download and commit, over
+files in memory.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from urllib.parse import unquote, urlsplit
 class HubServer:
     """Repositories by name; every commit keeps its files. `requests` counts what was asked.
 
-    As on the real hub, weights are sent as large files (Git LFS): asked for in a batch, put by their digest, named in the commit.
+    As on the real hub, weights are sent as large files (Git LFS): asked for in a batch, put by
+    their digest, named in the commit.
     """
 
     def __init__(self) -> None:
@@ -36,7 +39,9 @@ class HubServer:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        threading.Thread(
+            target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        ).start()
 
     def close(self) -> None:
         self.server.shutdown()
@@ -48,7 +53,13 @@ class HubServer:
         before = commits.get(branches.get(branch, ""), {})
         after = before | files
         name = hashlib.sha1(
-            repr([repo, len(commits), sorted((key, hashlib.sha1(data).hexdigest()) for key, data in after.items())]).encode()
+            repr(
+                [
+                    repo,
+                    len(commits),
+                    sorted((key, hashlib.sha1(data).hexdigest()) for key, data in after.items()),
+                ]
+            ).encode()
         ).hexdigest()
         commits[name], branches[branch] = after, name
         return name
@@ -60,16 +71,24 @@ class HubServer:
         self.requests.append(f"{request.command} {path}" + (f" {asked}" if asked else ""))
         if path == "/api/repos/create":
             wanted = json.loads(body)
-            repo = f"{wanted['organization']}/{wanted['name']}" if wanted.get("organization") else wanted["name"]
+            repo = (
+                f"{wanted['organization']}/{wanted['name']}"
+                if wanted.get("organization")
+                else wanted["name"]
+            )
             if repo in self.branches:
-                return self._json(request, {"url": f"{self.endpoint}/{repo}", "error": "exists"}, status=409)
+                return self._json(
+                    request, {"url": f"{self.endpoint}/{repo}", "error": "exists"}, status=409
+                )
             self.commit(repo, {})
             return self._json(request, {"url": f"{self.endpoint}/{repo}"})
         if path.startswith("/lfs/"):
             return self._large_file(request, path.rpartition("/")[2], body)
         if path.endswith(".git/info/lfs/objects/batch"):
             return self._batch(request, json.loads(body)["objects"])
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(revision|tree|preupload|commit)/([^/]+)", path):
+        if match := re.fullmatch(
+            r"/api/models/([^/]+/[^/]+)/(revision|tree|preupload|commit)/([^/]+)", path
+        ):
             return self._api(request, *match.groups(), body=body)
         if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self._file(request, *match.groups())
@@ -77,43 +96,94 @@ class HubServer:
 
     def _find(self, request: BaseHTTPRequestHandler, repo: str, revision: str) -> str | None:
         if repo not in self.branches:
-            self._json(request, {"error": "Repository not found"}, status=404, headers={"X-Error-Code": "RepoNotFound"})
+            self._json(
+                request,
+                {"error": "Repository not found"},
+                status=404,
+                headers={"X-Error-Code": "RepoNotFound"},
+            )
             return None
         commit = self.branches[repo].get(revision, revision)
         if commit not in self.commits[repo]:
-            self._json(request, {"error": "Revision not found"}, status=404, headers={"X-Error-Code": "RevisionNotFound"})
+            self._json(
+                request,
+                {"error": "Revision not found"},
+                status=404,
+                headers={"X-Error-Code": "RevisionNotFound"},
+            )
             return None
         return commit
 
-    def _api(self, request: BaseHTTPRequestHandler, repo: str, verb: str, revision: str, *, body: bytes) -> None:
+    def _api(
+        self, request: BaseHTTPRequestHandler, repo: str, verb: str, revision: str, *, body: bytes
+    ) -> None:
         commit = self._find(request, repo, revision)
         if commit is None:
             return
         files = self.commits[repo][commit]
         if verb == "revision":
-            self._json(request, {"id": repo, "modelId": repo, "sha": commit, "siblings": [{"rfilename": name} for name in files]})
+            self._json(
+                request,
+                {
+                    "id": repo,
+                    "modelId": repo,
+                    "sha": commit,
+                    "siblings": [{"rfilename": name} for name in files],
+                },
+            )
         elif verb == "tree":
             entries = [
-                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()} for name, data in files.items()
+                {
+                    "type": "file",
+                    "path": name,
+                    "size": len(data),
+                    "oid": hashlib.sha1(data).hexdigest(),
+                }
+                for name, data in files.items()
             ]
             self._json(request, entries)
         elif verb == "preupload":
             names = [file["path"] for file in json.loads(body)["files"]]
-            modes = ["lfs" if name.endswith((".safetensors", ".parquet")) else "regular" for name in names]
-            found = [{"path": name, "uploadMode": mode, "shouldIgnore": False} for name, mode in zip(names, modes, strict=True)]
+            modes = [
+                "lfs" if name.endswith((".safetensors", ".parquet")) else "regular"
+                for name in names
+            ]
+            found = [
+                {"path": name, "uploadMode": mode, "shouldIgnore": False}
+                for name, mode in zip(names, modes, strict=True)
+            ]
             self._json(request, {"files": found})
         else:
             lines = [json.loads(line) for line in body.splitlines()]
-            added = {line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"}
-            added |= {line["value"]["path"]: self.large[line["value"]["oid"]] for line in lines if line["key"] == "lfsFile"}
+            added = {
+                line["value"]["path"]: base64.b64decode(line["value"]["content"])
+                for line in lines
+                if line["key"] == "file"
+            }
+            added |= {
+                line["value"]["path"]: self.large[line["value"]["oid"]]
+                for line in lines
+                if line["key"] == "lfsFile"
+            }
             new = self.commit(repo, added, branch=revision)
-            self._json(request, {"commitUrl": f"{self.endpoint}/{repo}/commit/{new}", "commitOid": new, "success": True})
+            self._json(
+                request,
+                {
+                    "commitUrl": f"{self.endpoint}/{repo}/commit/{new}",
+                    "commitOid": new,
+                    "success": True,
+                },
+            )
 
     def _batch(self, request: BaseHTTPRequestHandler, wanted: list[dict[str, Any]]) -> None:
         """Say where each large file is to be put; nothing of what is there already."""
         objects = [
             {"oid": one["oid"], "size": one["size"]}
-            | ({} if one["oid"] in self.large else {"actions": {"upload": {"href": f"{self.endpoint}/lfs/{one['oid']}"}}})
+            | (
+                {}
+                if one["oid"] in self.large
+                else {"actions": {"upload": {"href": f"{self.endpoint}/lfs/{one['oid']}"}}}
+            )
             for one in wanted
         ]
         self._json(request, {"transfer": "basic", "objects": objects})
@@ -130,20 +200,46 @@ class HubServer:
             return
         data = self.commits[repo][commit].get(name)
         if data is None:
-            self._json(request, {"error": "Entry not found"}, status=404, headers={"X-Error-Code": "EntryNotFound"})
+            self._json(
+                request,
+                {"error": "Entry not found"},
+                status=404,
+                headers={"X-Error-Code": "EntryNotFound"},
+            )
             return
-        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        headers = {
+            "ETag": f'"{hashlib.sha1(data).hexdigest()}"',
+            "X-Repo-Commit": commit,
+            "Accept-Ranges": "bytes",
+        }
         status, part = 200, data
         if match := re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range") or ""):
-            start, stop = int(match[1]), min(int(match[2]) + 1 if match[2] else len(data), len(data))
+            start, stop = (
+                int(match[1]),
+                min(int(match[2]) + 1 if match[2] else len(data), len(data)),
+            )
             status, part = 206, data[start:stop]
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
         self._send(request, status, headers | {"Content-Type": "application/octet-stream"}, part)
 
-    def _json(self, request: BaseHTTPRequestHandler, value: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        self._send(request, status, {"Content-Type": "application/json"} | (headers or {}), json.dumps(value).encode())
+    def _json(
+        self,
+        request: BaseHTTPRequestHandler,
+        value: Any,
+        *,
+        status: int = 200,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        self._send(
+            request,
+            status,
+            {"Content-Type": "application/json"} | (headers or {}),
+            json.dumps(value).encode(),
+        )
 
-    def _send(self, request: BaseHTTPRequestHandler, status: int, headers: dict[str, str], data: bytes) -> None:
+    def _send(
+        self, request: BaseHTTPRequestHandler, status: int, headers: dict[str, str], data: bytes
+    ) -> None:
         request.send_response(status)
         for name, value in headers.items():
             request.send_header(name, value)

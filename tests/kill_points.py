@@ -1,4 +1,6 @@
-"""A run in a process of its own that kills itself at a given wait for the disk: exact points, and no start-up to pay."""
+"""A run in a process of its own that kills itself at a given wait for the disk: exact points, and
+no start-up to pay.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,14 @@ from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["mmerge.pipeline.build.run", "mmerge.pipeline.planning.plan", "mmerge.pipeline.recipes.recipe", "mmerge.workers.tasks.merge"])
+_context.set_forkserver_preload(
+    [
+        "mmerge.pipeline.build.run",
+        "mmerge.pipeline.planning.plan",
+        "mmerge.pipeline.recipes.recipe",
+        "mmerge.workers.tasks.merge",
+    ]
+)
 
 
 def count_waits(recipe: str) -> int:

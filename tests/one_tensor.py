@@ -1,4 +1,6 @@
-"""One tensor merged by a method in memory, with the stages and thresholds that the pipeline would find for it alone."""
+"""One tensor merged by a method in memory, with the stages and thresholds that the pipeline would
+find for it alone.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,18 @@ from typing import Any
 
 import torch
 
-from mmerge.workers.tasks.measure import count_quantities
 from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Block, MergedBlock, TensorKnown
 from mmerge.workers.methods.ranking import ranked_value
 from mmerge.workers.statistics.exact_sums import to_sum
-from mmerge.workers.statistics.order_statistics import find_bin, high_histogram, low_histogram, to_threshold, trim_rank
+from mmerge.workers.statistics.order_statistics import (
+    find_bin,
+    high_histogram,
+    low_histogram,
+    to_threshold,
+    trim_rank,
+)
+from mmerge.workers.tasks.measure import count_quantities
 
 
 def merge_tensor(
@@ -25,32 +33,61 @@ def merge_tensor(
     names: Sequence[str] | None = None,
     name: str = "w",
 ) -> tuple[MergedBlock, tuple[float, ...] | None]:
-    """Return what a method makes of a float32 tensor that is the whole model, and the rescalers of its masks."""
+    """Return what a method makes of a float32 tensor that is the whole model, and the rescalers of
+    its masks.
+    """
     method = find_method(method_name)
     parameters = method.parameters_model.model_validate(raw or {})
-    numbers = [method.expert_parameters_model.model_validate(given) for given in expert_raw or [{} for _ in experts]]
+    numbers = [
+        method.expert_parameters_model.model_validate(given)
+        for given in expert_raw or [{} for _ in experts]
+    ]
     names = tuple(names or (f"expert{index}" for index in range(len(experts))))
     granularity = method.granularity(parameters, numbers)
-    shape = {"entry": (-1,), "row": base.shape if base.ndim == 2 else (1, -1), "tensor": base.shape}[granularity]
+    shape = {
+        "entry": (-1,),
+        "row": base.shape if base.ndim == 2 else (1, -1),
+        "tensor": base.shape,
+    }[granularity]
     given = base.reshape(shape), [expert.reshape(shape) for expert in experts]
     trimming = method.trimming(parameters, numbers)
     thresholds: list[float] = []
     if trimming is not None:
         for expert, density in zip(experts, trimming.densities, strict=True):
-            thresholds.append(_threshold(expert - base, trim_rank(base.numel(), density, rounding=trimming.rounding)))
+            thresholds.append(
+                _threshold(
+                    expert - base, trim_rank(base.numel(), density, rounding=trimming.rounding)
+                )
+            )
     known: dict[str, tuple[float, ...]] = {}
     for stage in method.stages(parameters, numbers):
-        block = Block(*given, thresholds, torch.float32, name, 0, tuple(base.shape), names, dict(known))
+        block = Block(
+            *given, thresholds, torch.float32, name, 0, tuple(base.shape), names, dict(known)
+        )
         measured = method.measure_block(block, parameters, numbers, stage=stage.name)
         for quantity, values in measured.items():
             if stage.measures == "sums":
-                known[quantity] = (to_sum(count_quantities({quantity: values}, measures="sums", high_bins=None)[quantity]),)
+                known[quantity] = (
+                    to_sum(
+                        count_quantities({quantity: values}, measures="sums", high_bins=None)[
+                            quantity
+                        ]
+                    ),
+                )
             else:
-                ranks = method.ranks(parameters, numbers, stage=stage.name, quantity=quantity, num_entries=values.numel())
+                ranks = method.ranks(
+                    parameters,
+                    numbers,
+                    stage=stage.name,
+                    quantity=quantity,
+                    num_entries=values.numel(),
+                )
                 known[quantity] = tuple(ranked_value(values, rank) for rank in ranks)
     block = Block(*given, thresholds, torch.float32, name, 0, tuple(base.shape), names, known)
     merged = method.merge_block(block, parameters, numbers)
-    return merged, method.rescalers([TensorKnown(name, base.numel(), known)], num_experts=len(experts))
+    return merged, method.rescalers(
+        [TensorKnown(name, base.numel(), known)], num_experts=len(experts)
+    )
 
 
 def _threshold(delta: torch.Tensor, rank: int) -> float:

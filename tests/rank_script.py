@@ -1,4 +1,6 @@
-"""Run by torchrun, one process per rank: load a composite together, compute, and let rank 0 write what was found."""
+"""Run by torchrun, one process per rank: load a composite together, compute, and let rank 0 write
+what was found.
+"""
 
 from __future__ import annotations
 
@@ -24,30 +26,50 @@ def media(kind: str, num_tokens: int, width: int, seed: int) -> Part:
 
 def make_prompts(width: int) -> list[list[Part]]:
     return [
-        [Part.text("w5 w6"), media("image", 5, width, 1), media("audio", 3, width, 2), Part.text("w7 w8")],
+        [
+            Part.text("w5 w6"),
+            media("image", 5, width, 1),
+            media("audio", 3, width, 2),
+            Part.text("w7 w8"),
+        ],
         [media("video", 2, width, 3), Part.text("w9")],
     ]
 
 
 def make_lab_prompts(composite: Composite) -> list[list[Part]]:
-    image, sound = Part("image", SAMPLES / "image_seven_light.png"), Part("audio", SAMPLES / "sound_three_low.wav")
-    return [composite.prompt("which digit is in the image ?", [image, sound]), composite.prompt("which digit is in the sound ?", [sound])]
+    image, sound = (
+        Part("image", SAMPLES / "image_seven_light.png"),
+        Part("audio", SAMPLES / "sound_three_low.wav"),
+    )
+    return [
+        composite.prompt("which digit is in the image ?", [image, sound]),
+        composite.prompt("which digit is in the sound ?", [sound]),
+    ]
 
 
 def held_bytes(composite: Composite) -> int:
     tensors = [*composite.language_model.parameters(), *composite.language_model.buffers()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in {id(tensor): tensor for tensor in tensors}.values())
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for tensor in {id(tensor): tensor for tensor in tensors}.values()
+    )
 
 
 def measure(ranks: Ranks, case: dict[str, Any]) -> dict[str, Any]:
     composite = load_composite(case["uri"], ranks=ranks, dtype=torch.float32, **case["options"])
     is_lab = case["uri"].endswith("#mmer")
-    prompts = make_lab_prompts(composite) if is_lab else make_prompts(composite.language_model.config.hidden_size)
+    prompts = (
+        make_lab_prompts(composite)
+        if is_lab
+        else make_prompts(composite.language_model.config.hidden_size)
+    )
     broken = Part("image", Path(__file__)) if is_lab else Part("image", torch.zeros(2, 3))
     found = {
         "logits": [composite.logits(prompt).tolist() for prompt in prompts],
         "answers": composite.generate_batch(prompts, max_new_tokens=5),
-        "sampled": ranks.collect(composite.generate(prompts[0], max_new_tokens=8, do_sample=True, temperature=2.0)),
+        "sampled": ranks.collect(
+            composite.generate(prompts[0], max_new_tokens=8, do_sample=True, temperature=2.0)
+        ),
         "bytes_read": [report.bytes_read for report in composite.load_reports],
         "held_bytes": ranks.collect(held_bytes(composite)),
     }
@@ -81,4 +103,7 @@ if __name__ == "__main__":
     except MmergeError as error:
         sys.exit(str(error))
     if left := gloo_threads():
-        sys.exit(f"threads of the exchange are left when it is closed, and can abort the process at its exit: {left}")
+        sys.exit(
+            "threads of the exchange are left when it is closed, and can abort the process at its"
+            f" exit: {left}"
+        )

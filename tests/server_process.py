@@ -1,4 +1,6 @@
-"""What the servers of tests have in common: a free port, a wait, an end by pid, and a bucket of an S3 server."""
+"""What the servers of tests have in common: a free port, a wait, an end by pid, and a bucket of an
+S3 server.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def wait_for(port: int, *, seconds: float = 90, process: subprocess.Popen[bytes] | None = None) -> None:
+def wait_for(
+    port: int, *, seconds: float = 90, process: subprocess.Popen[bytes] | None = None
+) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if process is not None and process.poll() is not None:
@@ -63,8 +67,14 @@ def _put_bucket(url: str, environment: dict[str, str]) -> None:
     from botocore.credentials import Credentials
 
     request = AWSRequest(method="PUT", url=url)
-    request.headers["x-amz-content-sha256"] = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
-    SigV4Auth(Credentials(environment["AWS_ACCESS_KEY_ID"], environment["AWS_SECRET_ACCESS_KEY"]), "s3", "us-east-1").add_auth(request)
+    request.headers["x-amz-content-sha256"] = (
+        "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    )
+    SigV4Auth(
+        Credentials(environment["AWS_ACCESS_KEY_ID"], environment["AWS_SECRET_ACCESS_KEY"]),
+        "s3",
+        "us-east-1",
+    ).add_auth(request)
     host, _, path = url.removeprefix("http://").partition("/")
     connection = http.client.HTTPConnection(host, timeout=60)
     connection.request("PUT", "/" + path, headers=dict(request.headers))

@@ -1,4 +1,6 @@
-"""Object storage servers for tests and benchmarks: each started with its own ports and folder, and ended by its pid."""
+"""Object storage servers for tests and benchmarks: each started with its own ports and folder, and
+ended by its pid.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ from swift_server import find_swift, keeps_attributes, swift_server
 REPOSITORY = Path(__file__).resolve().parent.parent
 Fault = Literal["500", "503", "reset", "truncated", "stall"]
 FAULTS: tuple[Fault, ...] = ("500", "503", "reset", "truncated", "stall")
-AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+AZURITE_KEY = (
+    "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+)
 """The published key of the emulator's only account."""
 
 
@@ -48,7 +52,11 @@ def moto_server(folder: Path) -> Iterator[dict[str, str]]:
 def find_azurite() -> str | None:
     """The Azure emulator: on PATH, or where `make azurite` puts it."""
     local = REPOSITORY / ".venv" / "azurite" / "node_modules" / ".bin" / "azurite-blob"
-    return os.environ.get("AZURITE_BLOB") or shutil.which("azurite-blob") or (str(local) if local.exists() else None)
+    return (
+        os.environ.get("AZURITE_BLOB")
+        or shutil.which("azurite-blob")
+        or (str(local) if local.exists() else None)
+    )
 
 
 @contextmanager
@@ -56,9 +64,21 @@ def azurite_server(folder: Path) -> Iterator[dict[str, str]]:
     port = free_port()
     program = find_azurite()
     assert program is not None
-    command = [program, "--blobHost", "127.0.0.1", "--blobPort", str(port), "--location", str(folder), "--silent", "--disableTelemetry"]
+    command = [
+        program,
+        "--blobHost",
+        "127.0.0.1",
+        "--blobPort",
+        str(port),
+        "--location",
+        str(folder),
+        "--silent",
+        "--disableTelemetry",
+    ]
     with (folder / "azurite.log").open("wb") as log:
-        process = subprocess.Popen([*command, "--skipApiVersionCheck"], stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            [*command, "--skipApiVersionCheck"], stdout=log, stderr=log, start_new_session=True
+        )
     try:
         wait_for(port, process=process)
         environment = {
@@ -82,10 +102,14 @@ def _make_container(port: int) -> None:
     headers = {"x-ms-date": date, "x-ms-version": "2023-11-03", "Content-Length": "0"}
     account = "devstoreaccount1"
     signed = f"PUT\n\n\n\n\n\n\n\n\n\n\n\nx-ms-date:{date}\nx-ms-version:2023-11-03\n/{account}/{account}/bucket\nrestype:container"
-    signature = base64.b64encode(hmac.new(base64.b64decode(AZURITE_KEY), signed.encode(), hashlib.sha256).digest()).decode()
+    signature = base64.b64encode(
+        hmac.new(base64.b64decode(AZURITE_KEY), signed.encode(), hashlib.sha256).digest()
+    ).decode()
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     connection.request(
-        "PUT", f"/{account}/bucket?restype=container", headers=headers | {"Authorization": f"SharedKey {account}:{signature}"}
+        "PUT",
+        f"/{account}/bucket?restype=container",
+        headers=headers | {"Authorization": f"SharedKey {account}:{signature}"},
     )
     answer = connection.getresponse()
     if answer.status != 201:
@@ -94,7 +118,17 @@ def _make_container(port: int) -> None:
 
 
 def has_ceph() -> bool:
-    return all(shutil.which(name) for name in ("ceph-mon", "ceph-osd", "radosgw", "ceph-authtool", "monmaptool", "radosgw-admin"))
+    return all(
+        shutil.which(name)
+        for name in (
+            "ceph-mon",
+            "ceph-osd",
+            "radosgw",
+            "ceph-authtool",
+            "monmaptool",
+            "radosgw-admin",
+        )
+    )
 
 
 _CEPH_CONF = """
@@ -137,34 +171,71 @@ rgw dns name = localhost
 
 
 @contextmanager
-def ceph_server(folder: Path, *, kind: Literal["memstore", "bluestore"] = "memstore") -> Iterator[dict[str, str]]:
-    """A real S3 gateway of Ceph with one monitor and one disk; its create is atomic, and it checks signatures."""
+def ceph_server(
+    folder: Path, *, kind: Literal["memstore", "bluestore"] = "memstore"
+) -> Iterator[dict[str, str]]:
+    """A real S3 gateway of Ceph with one monitor and one disk; its create is atomic, and it checks
+    signatures.
+    """
     for name in ("mon", "osd", "rgw"):
         (folder / name).mkdir(parents=True)
     port, fsid = free_port(), str(uuid.uuid4())
     conf = folder / "ceph.conf"
-    conf.write_text(_CEPH_CONF.format(fsid=fsid, folder=folder, port=port, mon1=free_port(), mon2=free_port(), kind=kind))
+    conf.write_text(
+        _CEPH_CONF.format(
+            fsid=fsid, folder=folder, port=port, mon1=free_port(), mon2=free_port(), kind=kind
+        )
+    )
     environment = os.environ | {"CEPH_CONF": str(conf)}
     processes: list[subprocess.Popen[bytes]] = []
 
     def call(*command: str) -> str:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=120
+        )
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr[-500:]}")
         return done.stdout
 
     def start(*command: str) -> None:
         with (folder / f"{command[0]}.out").open("wb") as log:
-            processes.append(subprocess.Popen([*command, "-f"], env=environment, stdout=log, stderr=log, start_new_session=True))
+            processes.append(
+                subprocess.Popen(
+                    [*command, "-f"],
+                    env=environment,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            )
 
     try:
         keyring = str(folder / "keyring")
         caps = ["--cap", "mon", "allow *", "--cap", "osd", "allow *", "--cap", "mgr", "allow *"]
         for index, name in enumerate(("client.admin", "mon.", "osd.0", "client.rgw.a")):
-            call("ceph-authtool", keyring, *(["--create-keyring"] if index == 0 else []), "--gen-key", "-n", name, *caps)
+            call(
+                "ceph-authtool",
+                keyring,
+                *(["--create-keyring"] if index == 0 else []),
+                "--gen-key",
+                "-n",
+                name,
+                *caps,
+            )
         monmap = conf.read_text().split("mon host = ")[1].splitlines()[0]
-        call("monmaptool", "--create", "--fsid", fsid, "--addv", "a", monmap, str(folder / "monmap"))
-        call("ceph-mon", "--mkfs", "-i", "a", "--monmap", str(folder / "monmap"), "--keyring", keyring)
+        call(
+            "monmaptool", "--create", "--fsid", fsid, "--addv", "a", monmap, str(folder / "monmap")
+        )
+        call(
+            "ceph-mon",
+            "--mkfs",
+            "-i",
+            "a",
+            "--monmap",
+            str(folder / "monmap"),
+            "--keyring",
+            keyring,
+        )
         start("ceph-mon", "-i", "a")
         disk = str(uuid.uuid4())
         call("ceph", "osd", "new", disk)
@@ -175,7 +246,15 @@ def ceph_server(folder: Path, *, kind: Literal["memstore", "bluestore"] = "memst
             time.sleep(0.3)
         start("radosgw", "-n", "client.rgw.a")
         wait_for(port, process=processes[-1])
-        call("radosgw-admin", "user", "create", "--uid=t", "--display-name=t", "--access-key=AK", "--secret-key=SK")
+        call(
+            "radosgw-admin",
+            "user",
+            "create",
+            "--uid=t",
+            "--display-name=t",
+            "--access-key=AK",
+            "--secret-key=SK",
+        )
         found = s3_environment(f"http://127.0.0.1:{port}")
         make_bucket(found, "bucket")
         yield found
@@ -201,7 +280,12 @@ class FaultProxy:
         racy_create: bool = False,
     ) -> None:
         self.upstream = endpoint.removeprefix("http://")
-        self.share, self.faults, self.stall_seconds, self.racy_create = share, faults, stall_seconds, racy_create
+        self.share, self.faults, self.stall_seconds, self.racy_create = (
+            share,
+            faults,
+            stall_seconds,
+            racy_create,
+        )
         self.counts: dict[str, int] = {}
         self._random = random.Random(seed)
         self._lock = threading.Lock()
@@ -223,7 +307,9 @@ class FaultProxy:
 
         self.server = Server(("127.0.0.1", 0), Handler)
         self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"
-        self._thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        self._thread = threading.Thread(
+            target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        )
 
     def __enter__(self) -> FaultProxy:
         self._thread.start()
@@ -235,7 +321,9 @@ class FaultProxy:
 
     def _choose(self) -> str:
         with self._lock:
-            fault = self._random.choice(self.faults) if self._random.random() < self.share else "none"
+            fault = (
+                self._random.choice(self.faults) if self._random.random() < self.share else "none"
+            )
             self.counts[fault] = self.counts.get(fault, 0) + 1
         return fault
 
@@ -245,7 +333,9 @@ class FaultProxy:
         if fault == "stall":
             time.sleep(self.stall_seconds)
         if fault == "reset":
-            request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            request.connection.setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+            )
             request.connection.close()
             return
         if fault in ("500", "503"):
@@ -258,17 +348,33 @@ class FaultProxy:
             return
         self._answer(request, status, headers, data)
 
-    def _forward(self, request: BaseHTTPRequestHandler, body: bytes) -> tuple[int, dict[str, str], bytes]:
-        headers = {name: value for name, value in request.headers.items() if name.lower() != "connection"}
-        if self.racy_create and request.command == "PUT" and headers.pop("if-none-match", headers.pop("If-None-Match", None)):
-            asking = {name: value for name, value in headers.items() if name.lower() != "content-length"}
+    def _forward(
+        self, request: BaseHTTPRequestHandler, body: bytes
+    ) -> tuple[int, dict[str, str], bytes]:
+        headers = {
+            name: value for name, value in request.headers.items() if name.lower() != "connection"
+        }
+        if (
+            self.racy_create
+            and request.command == "PUT"
+            and headers.pop("if-none-match", headers.pop("If-None-Match", None))
+        ):
+            asking = {
+                name: value for name, value in headers.items() if name.lower() != "content-length"
+            }
             status, _, _ = self._send("HEAD", request.path, asking, b"")
             if status == 200:
-                return 412, {"Content-Type": "application/xml"}, b"<Error><Code>PreconditionFailed</Code></Error>"
+                return (
+                    412,
+                    {"Content-Type": "application/xml"},
+                    b"<Error><Code>PreconditionFailed</Code></Error>",
+                )
             time.sleep(0.1)
         return self._send(request.command, request.path, headers, body)
 
-    def _send(self, command: str, path: str, headers: dict[str, str], body: bytes) -> tuple[int, dict[str, str], bytes]:
+    def _send(
+        self, command: str, path: str, headers: dict[str, str], body: bytes
+    ) -> tuple[int, dict[str, str], bytes]:
         connection = http.client.HTTPConnection(self.upstream, timeout=60)
         try:
             connection.request(command, path, body=body or None, headers=headers)
@@ -286,11 +392,19 @@ class FaultProxy:
             connection.close()
 
     def _answer(
-        self, request: BaseHTTPRequestHandler, status: int, headers: dict[str, str], data: bytes, *, promised: int | None = None
+        self,
+        request: BaseHTTPRequestHandler,
+        status: int,
+        headers: dict[str, str],
+        data: bytes,
+        *,
+        promised: int | None = None,
     ) -> None:
         request.send_response(status)
         if request.command != "HEAD" and status != 204:
-            headers = {name: value for name, value in headers.items() if name.lower() != "content-length"}
+            headers = {
+                name: value for name, value in headers.items() if name.lower() != "content-length"
+            }
             headers["Content-Length"] = str(len(data) if promised is None else promised)
         for name, value in headers.items():
             request.send_header(name, value)
@@ -308,6 +422,10 @@ SERVERS: dict[str, tuple[Server, Callable[[], bool], str]] = {
         lambda: find_swift() is not None and keeps_attributes(),
         "swift is not installed ('make swift'), or its disk keeps no attributes",
     ),
-    "azurite": (azurite_server, lambda: find_azurite() is not None, "azurite is not installed ('make azurite')"),
+    "azurite": (
+        azurite_server,
+        lambda: find_azurite() is not None,
+        "azurite is not installed ('make azurite')",
+    ),
 }
 SCHEME = {"moto": "s3", "ceph": "s3", "swift": "s3", "azurite": "az"}

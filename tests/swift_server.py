@@ -1,6 +1,8 @@
-"""A real OpenStack Swift with its S3 face (s3api): one proxy and one server each for accounts, containers and objects.
+"""A real OpenStack Swift with its S3 face (s3api): one proxy and one server each for accounts,
+containers and objects.
 
-Its create (`If-None-Match: *`) looks first and writes later, so several writers at once can all succeed.
+Its create (`If-None-Match: *`) looks first and writes later, so several writers at once can all
+succeed.
 """
 
 from __future__ import annotations
@@ -112,7 +114,9 @@ def keeps_attributes() -> bool:
 
 @contextmanager
 def swift_server(folder: Path) -> Iterator[dict[str, str]]:
-    """Start Swift with its state in a folder, and end its four processes by their pids. Yields what an S3 client needs."""
+    """Start Swift with its state in a folder, and end its four processes by their pids. Yields what
+    an S3 client needs.
+    """
     python = find_swift()
     assert python is not None
     ports = {kind: free_port() for kind in (*KINDS, "proxy")}
@@ -120,18 +124,30 @@ def swift_server(folder: Path) -> Iterator[dict[str, str]]:
     (folder / "disks" / "d1").mkdir(parents=True)
     numbers = {"folder": folder, "no_cache": free_port(), "user": pwd.getpwuid(os.getuid()).pw_name}
     for kind in KINDS:
-        (folder / f"{kind}.conf").write_text((_COMMON + _BACKEND).format(kind=kind, port=ports[kind], **numbers))
+        (folder / f"{kind}.conf").write_text(
+            (_COMMON + _BACKEND).format(kind=kind, port=ports[kind], **numbers)
+        )
         _make_ring(python, folder, kind, ports[kind])
-    (folder / "proxy.conf").write_text((_COMMON + _PROXY).format(kind="proxy", port=ports["proxy"], **numbers))
+    (folder / "proxy.conf").write_text(
+        (_COMMON + _PROXY).format(kind="proxy", port=ports["proxy"], **numbers)
+    )
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for kind in (*KINDS, "proxy"):
             with (folder / f"{kind}.out").open("wb") as log:
-                command = [str(python.parent / f"swift-{kind}-server"), str(folder / f"{kind}.conf"), "--verbose"]
-                processes.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True))
+                command = [
+                    str(python.parent / f"swift-{kind}-server"),
+                    str(folder / f"{kind}.conf"),
+                    "--verbose",
+                ]
+                processes.append(
+                    subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+                )
         for kind, process in zip((*KINDS, "proxy"), processes, strict=True):
             wait_for(ports[kind], process=process)
-        environment = s3_environment(f"http://127.0.0.1:{ports['proxy']}", key="test:tester", secret="SK")
+        environment = s3_environment(
+            f"http://127.0.0.1:{ports['proxy']}", key="test:tester", secret="SK"
+        )
         make_bucket(environment, "bucket")
         yield environment
     finally:
@@ -144,7 +160,13 @@ def _make_ring(python: Path, folder: Path, kind: str, port: int) -> None:
     steps = (["create", "2", "1", "1"], ["add", f"r1z1-127.0.0.1:{port}/d1", "1"], ["rebalance"])
     for step in steps:
         done = subprocess.run(
-            [str(python.parent / "swift-ring-builder"), builder, *step], capture_output=True, text=True, check=False, timeout=60
+            [str(python.parent / "swift-ring-builder"), builder, *step],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
         )
         if done.returncode > 1:  # 1 is a warning
-            raise RuntimeError(f"swift-ring-builder {kind} {step[0]}: {done.stdout[-500:]}{done.stderr[-500:]}")
+            raise RuntimeError(
+                f"swift-ring-builder {kind} {step[0]}: {done.stdout[-500:]}{done.stderr[-500:]}"
+            )

@@ -1,4 +1,6 @@
-"""Stored objects stay what they were: committed digests of reference builds, and a store that an earlier version wrote."""
+"""Stored objects stay what they were: committed digests of reference builds, and a store that an
+earlier version wrote.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from build_digests import LAB_RECIPES, SYNTHETIC, WHOLE_MATRIX, lab_digests, make_checkpoints, synthetic_digests
+from build_digests import (
+    LAB_RECIPES,
+    SYNTHETIC,
+    WHOLE_MATRIX,
+    lab_digests,
+    make_checkpoints,
+    synthetic_digests,
+)
 
 from mmerge.pipeline import make_plan, parse_recipe, run, verify
 
@@ -25,7 +34,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def old_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with builds of `make_checkpoints` by mmer, emr and ties, written by version 0.1 before its redesign."""
+    """A store with builds of `make_checkpoints` by mmer, emr and ties, written by version 0.1
+    before its redesign.
+    """
     path = tmp_path_factory.mktemp("old")
     with tarfile.open(DATA / "store-0.1.tar.gz") as archive:
         archive.extractall(path, filter="data")
@@ -52,22 +63,38 @@ def test_a_build_of_each_method_keeps_its_digests(title: str, folder: Path) -> N
 
 
 @pytest.mark.parametrize("method", ["mmer", "emr", "ties"])
-def test_a_build_of_an_earlier_version_is_verified_and_reused(method: str, old_store: Path, folder: Path) -> None:
+def test_a_build_of_an_earlier_version_is_verified_and_reused(
+    method: str, old_store: Path, folder: Path
+) -> None:
     verify(f"{old_store}#{method}").check()
     names = ("image", "audio", "video")
     experts = {name: {"path": name, "modality": name} for name in names}
-    raw = {"name": method, "base": "base", "method": method, "output": str(old_store), "experts": experts}
+    raw = {
+        "name": method,
+        "base": "base",
+        "method": method,
+        "output": str(old_store),
+        "experts": experts,
+    }
     report = run(make_plan(parse_recipe(raw, folder=folder)))
     assert not report.is_new
     assert not report.num_computed.get("merge")
 
 
-def test_tensors_of_an_earlier_version_are_read_bit_for_bit(old_store: Path, folder: Path, tmp_path: Path) -> None:
+def test_tensors_of_an_earlier_version_are_read_bit_for_bit(
+    old_store: Path, folder: Path, tmp_path: Path
+) -> None:
     from mmerge.workers.reconstruction.build_reader import BuildReader
 
     experts = {name: {"path": name, "modality": name} for name in ("image", "audio", "video")}
     for method in ("mmer", "emr"):
-        raw = {"name": method, "base": "base", "method": method, "output": str(tmp_path / "new"), "experts": experts}
+        raw = {
+            "name": method,
+            "base": "base",
+            "method": method,
+            "output": str(tmp_path / "new"),
+            "experts": experts,
+        }
         run(make_plan(parse_recipe(raw, folder=folder)))
         old, new = BuildReader(f"{old_store}#{method}"), BuildReader(f"{tmp_path / 'new'}#{method}")
         assert old.names("delta") == new.names("delta")

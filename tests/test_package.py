@@ -18,17 +18,25 @@ else:
     import tomli as tomllib
 
 
-def test_every_folder_with_code_is_listed_in_both_tables_of_pyproject() -> None:
+def test_every_folder_with_code_is_listed_in_pyproject() -> None:
     tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = {path.parent.relative_to(ROOT) for layer in ("pipeline", "workers", "manifests") for path in (ROOT / layer).rglob("*.py")}
-    names = {"mmerge." + ".".join(folder.parts) for folder in folders}
-    assert set(tool["packages"]) == names
-    assert {name: Path(folder) for name, folder in tool["package-dir"].items()} == {"mmerge." + ".".join(f.parts): f for f in folders}
+    layers = ("pipeline", "workers", "manifests")
+    folders = {
+        path.parent.relative_to(ROOT) for layer in layers for path in (ROOT / layer).rglob("*.py")
+    }
+    assert set(tool["packages"]) == {"mmerge." + ".".join(folder.parts) for folder in folders}
+    assert tool["package-dir"] == {f"mmerge.{layer}": layer for layer in layers}
 
 
 @pytest.mark.parametrize("folder", ["pipeline", "workers", "manifests"])
 def test_a_bare_import_from_the_repository_is_refused(folder: str) -> None:
-    done = subprocess.run([sys.executable, "-c", f"import {folder}"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {folder}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode != 0
     assert f"import 'mmerge.{folder}'" in done.stderr
 
@@ -45,18 +53,29 @@ def test_a_function_is_not_hidden_by_a_module_of_its_name() -> None:
 
 
 def test_help_does_not_load_heavy_modules() -> None:
-    code = "import sys; from mmerge.pipeline.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint([m for m in ('torch', 'ray', 'transformers', 'pyarrow', 'numpy', 'pydantic', 'rich.console') if m in sys.modules], file=sys.stderr)"
+    code = (
+        "import sys; from mmerge.pipeline.cli.main import main\ntry: main(['--help'])\nexcept"
+        " SystemExit: pass\nprint([m for m in ('torch', 'ray', 'transformers', 'pyarrow', 'numpy',"
+        " 'pydantic', 'rich.console') if m in sys.modules], file=sys.stderr)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip().splitlines()[-1] == "[]"
 
 
 def test_kernels_are_loaded_without_what_they_do_not_need_and_leave_it_to_others() -> None:
-    code = "import sys; from mmerge.workers.tasks.worker_startup import load_kernels; load_kernels(); print([m for m in ('torch', 'scipy', 'cffi') if m in sys.modules]); import scipy.linalg, cffi; print(scipy.linalg.det([[2.0]]))"
+    code = (
+        "import sys; from mmerge.workers.tasks.worker_startup import load_kernels; load_kernels();"
+        " print([m for m in ('torch', 'scipy', 'cffi') if m in sys.modules]); import scipy.linalg,"
+        " cffi; print(scipy.linalg.det([[2.0]]))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[:2] == ["[]", "2.0"]
 
 
 def test_manifests_can_be_read_without_torch_or_ray() -> None:
-    code = "import sys; import mmerge.manifests.maintenance.verify; print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
+    code = (
+        "import sys; import mmerge.manifests.maintenance.verify; print([m for m in ('torch', 'ray',"
+        " 'transformers') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

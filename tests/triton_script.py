@@ -1,4 +1,6 @@
-"""Run with TRITON_INTERPRET=1, or on a CUDA device: compare the Triton kernel with the plain torch reference, bit by bit."""
+"""Run with TRITON_INTERPRET=1, or on a CUDA device: compare the Triton kernel with the plain torch
+reference, bit by bit.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,9 @@ import sys
 
 import torch
 
+from mmerge.workers.composite.routed_linear import form_by_torch
 from mmerge.workers.kernels.masked_weights_triton import form_on_device
 from mmerge.workers.reconstruction.bitmask import pack_mask, pack_rows
-from mmerge.workers.composite.routed_linear import form_by_torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((1, 1), (3, 7), (5, 8), (2, 1023), (3, 1024), (2, 1025), (1, 2500))
@@ -24,17 +26,34 @@ def compare(device: str) -> int:
             base = torch.randn(rows, width, generator=generator).to(base_dtype)
             delta = torch.randn(rows, width, generator=generator).to(delta_dtype)
             masks = [torch.rand(rows, width, generator=generator) < 0.5 for _ in range(num_experts)]
-            packed = torch.stack([pack_rows(pack_mask(mask), mask.shape) for mask in masks]).to(device)
-            factors = [1.3, -0.7, 0.25, 1.0, -2.0][:num_experts] if number % 2 else [num_experts - 1.0] + [-1.0] * (num_experts - 1)
+            packed = torch.stack([pack_rows(pack_mask(mask), mask.shape) for mask in masks]).to(
+                device
+            )
+            factors = (
+                [1.3, -0.7, 0.25, 1.0, -2.0][:num_experts]
+                if number % 2
+                else [num_experts - 1.0] + [-1.0] * (num_experts - 1)
+            )
             numbers = {"factors": factors, "divisor": float(num_experts)}
             out_dtype = DTYPES[number % 3]
-            # Rows of a larger matrix, as a layer gives them: the experts' masks are apart by more than these rows.
+            # Rows of a larger matrix, as a layer gives them: the experts' masks are apart by more
+            # than these rows.
             for which in (slice(None), slice(rows // 2, None)):
                 given = (base[which].to(device), delta[which].to(device), packed[:, which])
-                found, wanted = (torch.empty(given[0].shape, dtype=out_dtype, device=device) for _ in range(2))
+                found, wanted = (
+                    torch.empty(given[0].shape, dtype=out_dtype, device=device) for _ in range(2)
+                )
                 form_on_device(*given, out=found, **numbers)
                 form_by_torch(*given, out=wanted, **numbers)
-                assert torch.equal(found, wanted), (rows, width, num_experts, base_dtype, delta_dtype, out_dtype, which)
+                assert torch.equal(found, wanted), (
+                    rows,
+                    width,
+                    num_experts,
+                    base_dtype,
+                    delta_dtype,
+                    out_dtype,
+                    which,
+                )
                 count += 1
     return count
 

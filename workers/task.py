@@ -80,14 +80,18 @@ class SurveyTask:
 
 @dataclass(frozen=True)
 class RefineTask:
-    """A second pass over some inputs of a shard: the thresholds that lie in bins of several magnitudes."""
+    """A second pass over some inputs of a shard: the thresholds that lie in bins of several
+    magnitudes.
+    """
 
     key: str
     shard: str
     expert_names: tuple[str, ...]
     tensors: tuple[TensorTask, ...]
     bins: tuple[tuple[int | None, ...], ...]
-    """Per tensor and expert, the bin of the survey's histogram in which the threshold lies; None where no second pass is needed."""
+    """Per tensor and expert, the bin of the survey's histogram in which the threshold lies; None
+    where no second pass is needed.
+    """
     block_entries: int
     num_bytes: int
     peak_bytes: int
@@ -96,7 +100,9 @@ class RefineTask:
 
 @dataclass(frozen=True)
 class MeasureTask:
-    """A stage of a method over the inputs of a shard: exact sums or histograms of what `measure_block` returns."""
+    """A stage of a method over the inputs of a shard: exact sums or histograms of what
+    `measure_block` returns.
+    """
 
     key: str
     shard: str
@@ -110,7 +116,9 @@ class MeasureTask:
     stage: str
     measures: Literal["sums", "ranks", "vectors"]
     high_bins: tuple[dict[str, tuple[int, ...]], ...] | None
-    """None in a first pass; in the second pass of `ranks`, per tensor and quantity, the bins in which the ranks lie."""
+    """None in a first pass; in the second pass of `ranks`, per tensor and quantity, the bins in
+    which the ranks lie.
+    """
     dtype: str
     block_entries: int
     num_bytes: int
@@ -157,7 +165,9 @@ class CopyTask:
 
 @dataclass(frozen=True)
 class AnswerTask:
-    """Let one model answer some prompts, or say how likely it finds given answers. The result lies in the store, at `answers/KEY.json`."""
+    """Let one model answer some prompts, or say how likely it finds given answers. The result lies
+    in the store, at `answers/KEY.json`.
+    """
 
     key: str
     shard: str
@@ -173,7 +183,8 @@ class AnswerTask:
     batch_size: int
     """Prompts at once."""
     encoders: tuple[str, ...]
-    """MODULE:FUNCTION, called once per process before the model is loaded: they register encoders."""
+    """MODULE:FUNCTION, called once per process before the model is loaded: they register encoders.
+    """
     device: str
     num_bytes: int
     peak_bytes: int
@@ -193,7 +204,9 @@ class TaskResult:
     reused: bool
     seconds: float
     entry: Any = None
-    """The ShardEntry of a merge or copy; None of a survey or of answers, whose result lies in the store."""
+    """The ShardEntry of a merge or copy; None of a survey or of answers, whose result lies in the
+    store.
+    """
     pending: tuple[Pending, ...] = ()
     """What the task wrote and did not settle, in its order."""
     notes: tuple[str, ...] = field(default=())

@@ -1,4 +1,6 @@
-"""MMER without one of its parts, as merge methods of their own: registered here, for they are for measuring alone."""
+"""MMER without one of its parts, as merge methods of their own: registered here, for they are for
+measuring alone.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +17,24 @@ MaskRule = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 """(trimmed task vector, stored merged task vector, mask scale) → boolean mask."""
 
 
-def without_congruence(trimmed: torch.Tensor, merged: torch.Tensor, mask_scale: float) -> torch.Tensor:
+def without_congruence(
+    trimmed: torch.Tensor, merged: torch.Tensor, mask_scale: float
+) -> torch.Tensor:
     """Dominant significance alone."""
     return (trimmed.abs() >= (mask_scale * 0.5) * merged.abs()) & (merged != 0)
 
 
-def without_significance(trimmed: torch.Tensor, merged: torch.Tensor, mask_scale: float) -> torch.Tensor:
+def without_significance(
+    trimmed: torch.Tensor, merged: torch.Tensor, mask_scale: float
+) -> torch.Tensor:
     """Directional congruence alone."""
     return (trimmed.sign() == merged.sign()) & (merged != 0)
 
 
 def euclidean(trimmed: torch.Tensor, merged: torch.Tensor, mask_scale: float) -> torch.Tensor:
-    """The mask whose m∘τ⋆ is nearest to τᵢ by Euclidean distance. No mask scale: each bit is set where that shortens the distance."""
+    """The mask whose m∘τ⋆ is nearest to τᵢ by Euclidean distance. No mask scale: each bit is set
+    where that shortens the distance.
+    """
     return ((merged - trimmed).square() <= trimmed.square()) & (merged != 0)
 
 
@@ -34,12 +42,20 @@ class _Ablation(Mmer):
     rule: MaskRule
 
     @override
-    def merge_block(self, block: Block, parameters: MmerParameters, experts: Sequence[MmerExpertParameters]) -> MergedBlock:
+    def merge_block(
+        self, block: Block, parameters: MmerParameters, experts: Sequence[MmerExpertParameters]
+    ) -> MergedBlock:
         made = super().merge_block(block, parameters, experts)
         assert made.trimmed is not None
-        scales = [parameters.mask_scale if expert.mask_scale is None else expert.mask_scale for expert in experts]
+        scales = [
+            parameters.mask_scale if expert.mask_scale is None else expert.mask_scale
+            for expert in experts
+        ]
         merged = made.values.to(torch.float32)
-        masks = [type(self).rule(trimmed, merged, scale) for trimmed, scale in zip(made.trimmed, scales, strict=True)]
+        masks = [
+            type(self).rule(trimmed, merged, scale)
+            for trimmed, scale in zip(made.trimmed, scales, strict=True)
+        ]
         return MergedBlock(made.values, masks, made.trimmed, made.sign)
 
 

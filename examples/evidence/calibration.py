@@ -1,7 +1,10 @@
-"""Mask scales chosen without labels, by `mmerge calibrate`'s own code, beside scales chosen with labels.
+"""Mask scales chosen without labels, by `mmerge calibrate`'s own code, beside scales chosen with
+labels.
 
-Both choices see the same validation prompts, the same grid, and give retention, expansion and mixed prompts the same weights. They differ in one
-thing: what is made large is the probability of the experts' own answers, or the share of right answers.
+Both choices see the same validation prompts, the same grid, and give retention, expansion and mixed
+prompts the same weights. They differ in one
+thing: what is made large is the probability of the experts' own answers, or the share of right
+answers.
 """
 
 from __future__ import annotations
@@ -21,9 +24,9 @@ from mmerge.manifests.digest import digest_json
 from mmerge.pipeline import parse_recipe
 from mmerge.pipeline.evaluation.calibrate import SCALES, Calibration, calibrate, weigh
 from mmerge.pipeline.evaluation.evaluate import Settings
+from mmerge.pipeline.evaluation.questions import Question
 from mmerge.pipeline.execution.executor import SerialExecutor
 from mmerge.pipeline.monitoring.progress import SeveralProgress
-from mmerge.pipeline.evaluation.questions import Question
 
 VERSION = 1
 
@@ -50,17 +53,25 @@ def choose_scales(place: Place, available: set[str], *, workers: int) -> Scales:
     modalities = tuple(m for m in ("image", "audio", "video", "point") if m in available)
     files = {method: _file(place, modalities, method) for method in ("mmer", "tall_masks")}
     with open_pool(place, workers) as pool:  # processes start when they are given work
-        for future in [pool.submit(_keep, path, place, modalities, method) for method, path in files.items() if not path.exists()]:
+        for future in [
+            pool.submit(_keep, path, place, modalities, method)
+            for method, path in files.items()
+            if not path.exists()
+        ]:
             future.result()
     raw = {method: _keep(path, place, modalities, method) for method, path in files.items()}
-    found = {method: TypeAdapter(Calibration).validate_python(value) for method, value in raw.items()}
+    found = {
+        method: TypeAdapter(Calibration).validate_python(value) for method, value in raw.items()
+    }
     labels, jobs = _with_labels(place, modalities, workers=workers)
     return Scales(found["mmer"], found["tall_masks"].mask_scales, labels, (*files.values(), *jobs))
 
 
 def _file(place: Place, modalities: tuple[str, ...], method: str) -> Path:
     revisions = [revision(str(Path(place.checkpoints) / name)) for name in ("base", *modalities)]
-    key = digest_json([VERSION, method, revisions, list(SCALES[method]), vars(place.sizes), VALIDATION_SEED])
+    key = digest_json(
+        [VERSION, method, revisions, list(SCALES[method]), vars(place.sizes), VALIDATION_SEED]
+    )
     return Path(place.work) / "calibrations" / f"{key}.json"
 
 
@@ -70,7 +81,13 @@ def _keep(path: Path, place: Place, modalities: tuple[str, ...], method: str) ->
 
 def _without_labels(place: Place, modalities: tuple[str, ...], method: str) -> Calibration:
     name = f"calibrated-{method.replace('_', '-')}"
-    raw = {"method": method, "name": name, "base": "base", "output": place.store, "experts": experts_of(modalities)}
+    raw = {
+        "method": method,
+        "name": name,
+        "base": "base",
+        "output": place.store,
+        "experts": experts_of(modalities),
+    }
     questions = [
         Question(f"{who}-{index}", prompt.task, parts=prompt.parts)
         for who in set_names(modalities)["validation"]
@@ -85,29 +102,46 @@ def _without_labels(place: Place, modalities: tuple[str, ...], method: str) -> C
     )
 
 
-def _with_labels(place: Place, modalities: tuple[str, ...], *, workers: int) -> tuple[dict[str, float], list[Path]]:
-    """The scale of each expert with the largest share of right answers, the smallest of equals; and the files of what was measured."""
+def _with_labels(
+    place: Place, modalities: tuple[str, ...], *, workers: int
+) -> tuple[dict[str, float], list[Path]]:
+    """The scale of each expert with the largest share of right answers, the smallest of equals; and
+    the files of what was measured.
+    """
     validation = replace(place, seeds=(VALIDATION_SEED,))
     sets = tuple(set_names(modalities)["validation"])
     jobs = {}
     for scale in SCALES["mmer"]:
         recipe = {"method": "mmer", "mask_scale": scale, "experts": experts_of(modalities)}
         jobs[(None, scale)] = Job("calibration", "", recipe, sets)
-        jobs |= {(m, scale): Job("calibration", "", recipe, (f"validation/{m}",), m) for m in modalities}
+        jobs |= {
+            (m, scale): Job("calibration", "", recipe, (f"validation/{m}",), m) for m in modalities
+        }
     places = {id(job): where for where, job in jobs.items()}
-    found = {places[id(job)]: counts for job, counts in measure_all([*jobs.values()], validation, workers=workers, seconds=math.inf)}
+    found = {
+        places[id(job)]: counts
+        for job, counts in measure_all(
+            [*jobs.values()], validation, workers=workers, seconds=math.inf
+        )
+    }
 
     def objective(m: str, scale: float) -> float:
         mixes = [name for name in sets if "+" in name and m in name.partition("/")[2].split("+")]
-        rebuilt, expanded = (_accuracy(found[(who, scale)], [f"validation/{m}"]) for who in (m, None))
+        rebuilt, expanded = (
+            _accuracy(found[(who, scale)], [f"validation/{m}"]) for who in (m, None)
+        )
         return weigh(rebuilt, expanded, _accuracy(found[(None, scale)], mixes) if mixes else None)
 
-    chosen = {m: max(SCALES["mmer"], key=lambda scale: (objective(m, scale), -scale)) for m in modalities}
+    chosen = {
+        m: max(SCALES["mmer"], key=lambda scale: (objective(m, scale), -scale)) for m in modalities
+    }
     return chosen, [job.file(validation) for job in jobs.values()]
 
 
 def _accuracy(counts: Counts, names: list[str]) -> float:
-    pairs = [pair for name in names for by_task in counts[name].values() for pair in by_task.values()]
+    pairs = [
+        pair for name in names for by_task in counts[name].values() for pair in by_task.values()
+    ]
     return sum(right for right, _ in pairs) / sum(total for _, total in pairs)
 
 
@@ -115,4 +149,6 @@ def count_prompts(place: Place, modalities: Mapping[str, object]) -> tuple[int, 
     """Validation prompts of one modality, and of several."""
     names = set_names(tuple(modalities))["validation"]
     counts = [(len(load_set(name, VALIDATION_SEED, place.sizes)), "+" in name) for name in names]
-    return sum(count for count, mixed in counts if not mixed), sum(count for count, mixed in counts if mixed)
+    return sum(count for count, mixed in counts if not mixed), sum(
+        count for count, mixed in counts if mixed
+    )

@@ -1,4 +1,6 @@
-"""How far each expert went from the base, what of it MMER's masks keep, and what leaving out a test of the masks lets in."""
+"""How far each expert went from the base, what of it MMER's masks keep, and what leaving out a test
+of the masks lets in.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,12 @@ def find_changes(place: Place, experts: tuple[str, ...], scales: Mapping[str, fl
     deltas = []
     for name in experts:
         own = BuildReader(build(original(name), place))
-        deltas.append(_flat(own.read(t, "merged").to(torch.float32)[: len(b)] - b for t, b in zip(tensors, before, strict=True)))
+        deltas.append(
+            _flat(
+                own.read(t, "merged").to(torch.float32)[: len(b)] - b
+                for t, b in zip(tensors, before, strict=True)
+            )
+        )
     kept, text_norms = find_kept(deltas, merged, [scales.get(name, 0.75) for name in experts])
     base_norm = float(_flat(before).norm())
     return Changes(
@@ -86,7 +93,8 @@ def find_changes(place: Place, experts: tuple[str, ...], scales: Mapping[str, fl
 def find_kept(
     deltas: Sequence[torch.Tensor], merged: torch.Tensor, scales: Sequence[float]
 ) -> tuple[list[dict[str, Kept]], dict[str, float]]:
-    """What masks by each rule make of τ⋆ for each expert, and the share of its norm that text tokens keep.
+    """What masks by each rule make of τ⋆ for each expert, and the share of its norm that text
+    tokens keep.
 
     `deltas`: task vectors, float32 [entries]; `merged`: τ⋆ of them; `scales`: mask scales.
     """
@@ -105,11 +113,18 @@ def find_kept(
     return found, text_norms
 
 
-def simulate(magnitudes: Mapping[str, float], *, entries: int = 1_000_000, scale: float = 0.75) -> list[dict[str, Kept]]:
-    """What masks keep of independent normal task vectors with these mean magnitudes, merged as MMER merges."""
+def simulate(
+    magnitudes: Mapping[str, float], *, entries: int = 1_000_000, scale: float = 0.75
+) -> list[dict[str, Kept]]:
+    """What masks keep of independent normal task vectors with these mean magnitudes, merged as MMER
+    merges.
+    """
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(len(magnitudes), entries, generator=generator)
-    deltas = [row * (value / float(row.abs().mean())) for row, value in zip(noise, magnitudes.values(), strict=True)]
+    deltas = [
+        row * (value / float(row.abs().mean()))
+        for row, value in zip(noise, magnitudes.values(), strict=True)
+    ]
     trimmed = _trim(deltas)
     merged = disjoint_merge(trimmed, elect_sign(trimmed), reduction="sum")
     return find_kept(deltas, merged, [scale] * len(deltas))[0]

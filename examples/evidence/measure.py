@@ -1,4 +1,6 @@
-"""Jobs: build a composite, load it one way, and count right answers on some sets. Results are kept, so that a run continues where it was."""
+"""Jobs: build a composite, load it one way, and count right answers on some sets. Results are kept,
+so that a run continues where it was.
+"""
 
 from __future__ import annotations
 
@@ -60,9 +62,10 @@ class Place:
 class Job:
     """One model and the sets it is asked.
 
-    `recipe` is that of its build, without name, base and output; experts by name and folder. `expert` is rebuilt alone, or tokens are
-    routed by modality if it is None. `only`: of other modalities' media nothing is shown.
-    `text`: the recipe of another model, whose weights text tokens run through, or None.
+    `recipe` is that of its build, without name, base and output; experts by name and folder.
+    `expert` is rebuilt alone, or tokens are routed by modality if it is None. `only`: of other
+    modalities' media nothing is shown. `text`: the recipe of another model, whose weights text
+    tokens run through, or None.
     """
 
     table: str
@@ -76,9 +79,21 @@ class Job:
     def key(self, place: Place) -> str:
         """What the result depends on."""
         folders = [expert["path"] for expert in self.recipe["experts"].values()]
-        revisions = [revision(str(Path(place.checkpoints) / folder)) for folder in ["base", *folders]]
+        revisions = [
+            revision(str(Path(place.checkpoints) / folder)) for folder in ["base", *folders]
+        ]
         return digest_json(
-            [VERSION, self.recipe, revisions, list(self.sets), self.expert, self.only, list(place.seeds), vars(place.sizes), self.text]
+            [
+                VERSION,
+                self.recipe,
+                revisions,
+                list(self.sets),
+                self.expert,
+                self.only,
+                list(place.seeds),
+                vars(place.sizes),
+                self.text,
+            ]
         )
 
     def file(self, place: Place) -> Path:
@@ -88,7 +103,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Effort:
-    """What the measurements of a page took, in seconds: of a processor in all and in this run, and of the clock in this run."""
+    """What the measurements of a page took, in seconds: of a processor in all and in this run, and
+    of the clock in this run.
+    """
 
     processor: float
     processor_now: float
@@ -98,21 +115,36 @@ class Effort:
     def describe(self) -> str:
         """Say how long it took, so that a run that continued another does not pass for a whole one."""
         whole, now = self.processor / 60, self.processor_now / 60
-        clock = f"{self.clock / 60:.0f} minutes of the clock with {self.workers} processes of one thread each"
+        clock = (
+            f"{self.clock / 60:.0f} minutes of the clock with {self.workers} processes of one"
+            " thread each"
+        )
         if now >= 0.99 * whole:
             return f"{whole:.0f} minutes of processor time, all of them in this run: {clock}"
-        return f"{whole:.0f} minutes of processor time in all; {now:.0f} of them in this run, which took {clock} and found the rest done"
+        return (
+            f"{whole:.0f} minutes of processor time in all; {now:.0f} of them in this run, which"
+            f" took {clock} and found the rest done"
+        )
 
 
 @cache
 def revision(folder: str) -> str:
     """The digest of a checkpoint's weights."""
-    return digest_json([digest_bytes(path.read_bytes()) for path in sorted(Path(folder).rglob("*.safetensors"))])
+    return digest_json(
+        [digest_bytes(path.read_bytes()) for path in sorted(Path(folder).rglob("*.safetensors"))]
+    )
 
 
 def build(recipe: dict[str, Any], place: Place) -> str:
-    """Build a recipe of the lab's checkpoints in the place's store; return the URI of that very build."""
-    raw = {"base": "base", "output": place.store, "template": "{media}question : {text} answer :", **recipe}
+    """Build a recipe of the lab's checkpoints in the place's store; return the URI of that very
+    build.
+    """
+    raw = {
+        "base": "base",
+        "output": place.store,
+        "template": "{media}question : {text} answer :",
+        **recipe,
+    }
     raw["name"] = f"job-{digest_json(raw)[:16]}"
     plan = make_plan(parse_recipe(raw, folder=Path(place.checkpoints)))
     report = run(plan, executor=SerialExecutor(num_threads=1), progress=SeveralProgress([]))
@@ -120,14 +152,23 @@ def build(recipe: dict[str, Any], place: Place) -> str:
 
 
 @torch.inference_mode()
-def count_right(composite: Composite, prompts: Sequence[Prompt], *, only: str | None = None) -> dict[str, tuple[int, int]]:
-    """By task, how many answers are right, of how many: greedy decoding gives the answer, and then the end."""
+def count_right(
+    composite: Composite, prompts: Sequence[Prompt], *, only: str | None = None
+) -> dict[str, tuple[int, int]]:
+    """By task, how many answers are right, of how many: greedy decoding gives the answer, and then
+    the end.
+    """
     found: dict[str, tuple[int, int]] = {}
     for start in range(0, len(prompts), BATCH):
         chunk = prompts[start : start + BATCH]
-        shown = [[part for part in prompt.parts if only is None or part.kind in ("text", only)] for prompt in chunk]
+        shown = [
+            [part for part in prompt.parts if only is None or part.kind in ("text", only)]
+            for prompt in chunk
+        ]
         answers = [to_tokens(composite, prompt.answer) for prompt in chunk]
-        for prompt, (_, is_right) in zip(chunk, composite.score([_named(p, composite) for p in shown], answers), strict=True):
+        for prompt, (_, is_right) in zip(
+            chunk, composite.score([_named(p, composite) for p in shown], answers), strict=True
+        ):
             right, total = found.get(prompt.task, (0, 0))
             found[prompt.task] = (right + is_right, total + 1)
     return found
@@ -135,25 +176,42 @@ def count_right(composite: Composite, prompts: Sequence[Prompt], *, only: str | 
 
 def to_tokens(composite: Composite, answer: str) -> list[int]:
     """The tokens of an answer and the end token."""
-    return [*composite.tokenizer(answer, add_special_tokens=False)["input_ids"], composite.tokenizer.eos_token_id]
+    return [
+        *composite.tokenizer(answer, add_special_tokens=False)["input_ids"],
+        composite.tokenizer.eos_token_id,
+    ]
 
 
 def _named(parts: Sequence[Part], composite: Composite) -> list[Part]:
-    """The parts, each medium under the name of the first expert of its modality, for composites with several of one."""
+    """The parts, each medium under the name of the first expert of its modality, for composites
+    with several of one.
+    """
     first: dict[str, str] = {}
     for record in composite.manifest.experts:
         if record.name in composite.encoders:
             first.setdefault(record.modality, record.name)
-    return [part if part.kind == "text" else Part(first.get(part.kind, part.kind), part.value) for part in parts]
+    return [
+        part if part.kind == "text" else Part(first.get(part.kind, part.kind), part.value)
+        for part in parts
+    ]
 
 
 def open_job(job: Job, place: Place) -> Composite:
     """The job's model, in float32, its weights resident: they are small."""
     mode = "retention" if job.expert else "expansion"
-    composite = load_composite(build(job.recipe, place), mode=mode, expert=job.expert, dtype=torch.float32, policy="resident")
+    composite = load_composite(
+        build(job.recipe, place),
+        mode=mode,
+        expert=job.expert,
+        dtype=torch.float32,
+        policy="resident",
+    )
     if job.text is not None:
-        # Weights kept per modality are buffers; the parameters are those of text tokens, by the same names in every composite.
-        other = load_composite(build(job.text, place), mode=mode, dtype=torch.float32, policy="resident")
+        # Weights kept per modality are buffers; the parameters are those of text tokens, by the
+        # same names in every composite.
+        other = load_composite(
+            build(job.text, place), mode=mode, dtype=torch.float32, policy="resident"
+        )
         weights = dict(other.language_model.named_parameters())
         for name, parameter in composite.language_model.named_parameters():
             parameter.data.copy_(weights[name])
@@ -166,7 +224,10 @@ def measure(job: Job, place: Place) -> Counts:
     def count() -> Counts:
         composite = open_job(job, place)
         return {
-            name: {str(seed): count_right(composite, load_set(name, seed, place.sizes), only=job.only) for seed in place.seeds}
+            name: {
+                str(seed): count_right(composite, load_set(name, seed, place.sizes), only=job.only)
+                for seed in place.seeds
+            }
             for name in job.sets
         }
 
@@ -174,7 +235,9 @@ def measure(job: Job, place: Place) -> Counts:
 
 
 def keep(path: Path, make: Callable[[], Any]) -> Any:
-    """A result as JSON gives it: from its file, or made now and written there with the processor time that it took."""
+    """A result as JSON gives it: from its file, or made now and written there with the processor
+    time that it took.
+    """
     if not path.exists():
         began = time.process_time()
         value = make()
@@ -186,12 +249,20 @@ def keep(path: Path, make: Callable[[], Any]) -> Any:
 
 
 def sum_seconds(files: Iterable[Path], *, since: float = 0.0) -> float:
-    """Processor time of the kept results that there are, of those alone that were made since a time of the clock."""
-    return sum(json.loads(path.read_text())["cpu_seconds"] for path in set(files) if path.exists() and path.stat().st_mtime >= since)
+    """Processor time of the kept results that there are, of those alone that were made since a time
+    of the clock.
+    """
+    return sum(
+        json.loads(path.read_text())["cpu_seconds"]
+        for path in set(files)
+        if path.exists() and path.stat().st_mtime >= since
+    )
 
 
 def start_worker(place: Place) -> None:
-    """Prepare a process for jobs: one thread, the ablations, and encoders that look up what was encoded before."""
+    """Prepare a process for jobs: one thread, the ablations, and encoders that look up what was
+    encoded before.
+    """
     torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()
     logging.getLogger("mmerge").setLevel(logging.WARNING)
@@ -201,11 +272,17 @@ def start_worker(place: Place) -> None:
 
 def open_pool(place: Place, workers: int) -> ProcessPoolExecutor:
     """Processes that are ready for jobs."""
-    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker, initargs=(place,))
+    return ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=start_worker, initargs=(place,)
+    )
 
 
-def measure_all(jobs: Sequence[Job], place: Place, *, workers: int, seconds: float) -> Iterator[tuple[Job, Counts]]:
-    """Yield the results as they come, the first jobs first; after `seconds` no further job is begun."""
+def measure_all(
+    jobs: Sequence[Job], place: Place, *, workers: int, seconds: float
+) -> Iterator[tuple[Job, Counts]]:
+    """Yield the results as they come, the first jobs first; after `seconds` no further job is
+    begun.
+    """
     end = time.monotonic() + seconds
     if workers == 1:
         start_worker(place)
@@ -214,7 +291,10 @@ def measure_all(jobs: Sequence[Job], place: Place, *, workers: int, seconds: flo
                 yield job, measure(job, place)
         return
     with open_pool(place, workers) as pool:
-        waiting = {pool.submit(_measure_before, job, place, time.time() + end - time.monotonic()): job for job in jobs}
+        waiting = {
+            pool.submit(_measure_before, job, place, time.time() + end - time.monotonic()): job
+            for job in jobs
+        }
         for future in as_completed(waiting):
             counts = future.result()
             if counts is not None:

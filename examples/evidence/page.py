@@ -21,7 +21,14 @@ Column = tuple[str, Callable[[Row], bool], str]
 
 
 def write_page(
-    docs: Path, rows: Sequence[Row], *, missing: Sequence[str], place: Place, scales: Scales, changes: Changes, effort: Effort
+    docs: Path,
+    rows: Sequence[Row],
+    *,
+    missing: Sequence[str],
+    place: Place,
+    scales: Scales,
+    changes: Changes,
+    effort: Effort,
 ) -> None:
     """Write reproduction.md, reproduction.json and the plots."""
     docs.mkdir(parents=True, exist_ok=True)
@@ -34,8 +41,21 @@ def write_page(
 
 
 class _Page:
-    def __init__(self, rows: Sequence[Row], place: Place, scales: Scales, changes: Changes, drawn: Sequence[str]) -> None:
-        self.rows, self.place, self.scales, self.changes, self.drawn = rows, place, scales, changes, drawn
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        place: Place,
+        scales: Scales,
+        changes: Changes,
+        drawn: Sequence[str],
+    ) -> None:
+        self.rows, self.place, self.scales, self.changes, self.drawn = (
+            rows,
+            place,
+            scales,
+            changes,
+            drawn,
+        )
         self.lines: list[str] = []
 
     def write(self, missing: Sequence[str], effort: Effort) -> str:
@@ -51,7 +71,12 @@ class _Page:
         self._language()
         self._calibrate()
         if missing:
-            self._say("## Not measured in this run", "", f"{len(missing)} entries, for want of time or of their checkpoints:", "")
+            self._say(
+                "## Not measured in this run",
+                "",
+                f"{len(missing)} entries, for want of time or of their checkpoints:",
+                "",
+            )
             self._say(*(f"- {name}" for name in missing), "")
         return "\n".join(self.lines).rstrip() + "\n"
 
@@ -92,14 +117,15 @@ class _Page:
         self._say(
             "## What the experts changed",
             "",
-            "| expert | ‖τ‖ / ‖θ₀‖ | mean \\|τ\\| | mask density | theirs: mask density | sign agreement |",
+            "| expert | ‖τ‖ / ‖θ₀‖ | mean \\|τ\\| | mask density | theirs: mask density | sign"
+            " agreement |",
         )
         self._say("|---|---|---|---|---|---|")
         for change in self.changes.experts:
             theirs = papers.MASK_DENSITIES.get(change.expert, "")
             self._say(
-                f"| {change.expert} | {change.relative_norm:.3f} | {change.mean_magnitude:.1e} | {100 * change.mask_density:.1f} | {theirs} | "
-                f"{100 * change.sign_agreement:.1f} |"
+                f"| {change.expert} | {change.relative_norm:.3f} | {change.mean_magnitude:.1e} |"
+                f" {100 * change.mask_density:.1f} | {theirs} | {100 * change.sign_agreement:.1f} |"
             )
         self._say(
             "",
@@ -109,13 +135,21 @@ class _Page:
             "",
         )  # fmt: skip
 
-    def _table(self, table: str, columns: Sequence[Column], *, theirs: tuple[str, dict[str, str]] | None = None) -> None:
+    def _table(
+        self,
+        table: str,
+        columns: Sequence[Column],
+        *,
+        theirs: tuple[str, dict[str, str]] | None = None,
+    ) -> None:
         methods = list(dict.fromkeys(row.method for row in self.rows if row.table == table))
         headings = [heading for heading, _, _ in columns] + ([theirs[0]] if theirs else [])
         self._say(f"| method | {' | '.join(headings)} |", "|---" * (len(headings) + 1) + "|")
         for method in methods:
             own = [row for row in self.rows if row.table == table and row.method == method]
-            cells = [_cell(summarise(own, choose=choose, value=value)) for _, choose, value in columns]
+            cells = [
+                _cell(summarise(own, choose=choose, value=value)) for _, choose, value in columns
+            ]
             cells += [theirs[1].get(method, "")] if theirs else []
             self._say(f"| {method} | {' | '.join(cells)} |")
         self._say("")
@@ -132,7 +166,11 @@ class _Page:
             return
         columns: list[Column] = [(m, _in(f"single/{m}"), "value") for m in self._modalities()]
         columns.append(("**performance retention**", lambda row: True, "performance_retention"))
-        self._table("retention", columns, theirs=("theirs: retention, captions / accuracy", papers.RETENTION))
+        self._table(
+            "retention",
+            columns,
+            theirs=("theirs: retention, captions / accuracy", papers.RETENTION),
+        )
         self._say(
             "EMR, TALL and MMER store base, one task vector and a mask per expert, and rebuild each expert; the others are one model for all. "
             "DAMC stores adapters; its original is the LoRA twin, and all default adapters are at work on text tokens.",
@@ -145,13 +183,18 @@ class _Page:
         if not self._has("expansion", "Expansion: several modalities in one prompt"):
             return
         counts = {2: "pairs", 3: "triples", 4: "all four"}
-        columns: list[Column] = [("one medium", lambda row: row.group.startswith("single/"), "value")]
+        columns: list[Column] = [
+            ("one medium", lambda row: row.group.startswith("single/"), "value")
+        ]
         columns += [(label, _mix(count), "value") for count, label in counts.items()]
         columns += [(f"share, {count}", _share(count), "value") for count in (3, 4)]
         columns.append(("**mean of mixes**", lambda row: row.group.startswith("mix/"), "value"))
-        self._table("expansion", columns, theirs=("theirs: average of nine columns", papers.EXPANSION))
+        self._table(
+            "expansion", columns, theirs=("theirs: average of nine columns", papers.EXPANSION)
+        )
         self._say(
-            "A single expert sees its own modality alone, in the mixes that contain it. *One medium*: prompts of one modality, all experts' weights at work.",
+            "A single expert sees its own modality alone, in the mixes that contain it. *One"
+            " medium*: prompts of one modality, all experts' weights at work.",
             "",
             *readings.expansion(self.rows),
         )
@@ -163,23 +206,36 @@ class _Page:
         columns: list[Column] = [
             ("expansion, mixes", lambda row: row.group.startswith("mix/"), "value"),
             ("expansion, share", lambda row: row.group.startswith("share/"), "value"),
-            ("performance retention", lambda row: row.group.startswith("single/"), "performance_retention"),
+            (
+                "performance retention",
+                lambda row: row.group.startswith("single/"),
+                "performance_retention",
+            ),
         ]
         self._table("ablations", columns, theirs=("theirs: expansion", papers.ABLATIONS))
         self._say(*readings.ablations(self.rows))
         self._explain_ablations()
 
     def _explain_ablations(self) -> None:
-        if not self.changes.experts or not self._has("text tokens", "Why: media tokens and text tokens"):
+        if not self.changes.experts or not self._has(
+            "text tokens", "Why: media tokens and text tokens"
+        ):
             return
         columns: list[Column] = [
             ("expansion, mixes", lambda row: row.group.startswith("mix/"), "value"),
             ("expansion, share", lambda row: row.group.startswith("share/"), "value"),
         ]
         self._table("text tokens", columns)
-        self._say("Media tokens run through the first model's weights, text tokens and generated ones through the second one's.", "")
+        self._say(
+            "Media tokens run through the first model's weights, text tokens and generated ones"
+            " through the second one's.",
+            "",
+        )
         simulated = simulate(papers.MEAN_MAGNITUDES)
-        self._say(*reasons.mask_table(self.changes, simulated), *reasons.text_tokens(self.rows, self.changes, simulated))
+        self._say(
+            *reasons.mask_table(self.changes, simulated),
+            *reasons.text_tokens(self.rows, self.changes, simulated),
+        )
 
     def _forgetting(self) -> None:
         for count, words in ((1, "one new task"), (2, "two new tasks")):
@@ -189,15 +245,28 @@ class _Page:
             columns: list[Column] = []
             for m in ("image", "audio"):
                 if any(row.table == table and row.group == f"new/{m}" for row in self.rows):
-                    columns += [(f"{m}: previous tasks", _in(f"single/{m}"), "value"), (f"{m}: new task", _in(f"new/{m}"), "value")]
+                    columns += [
+                        (f"{m}: previous tasks", _in(f"single/{m}"), "value"),
+                        (f"{m}: new task", _in(f"new/{m}"), "value"),
+                    ]
             self._table(table, columns)
-            self._say("The mask scales are those of the four experts above, not calibrated again; a new expert has its original's.", "")
-            self._say(f"Theirs ({papers.MMER}): {papers.FORGETTING}.", "", *readings.forgetting(self.rows, table))
+            self._say(
+                "The mask scales are those of the four experts above, not calibrated again; a new"
+                " expert has its original's.",
+                "",
+            )
+            self._say(
+                f"Theirs ({papers.MMER}): {papers.FORGETTING}.",
+                "",
+                *readings.forgetting(self.rows, table),
+            )
 
     def _number(self) -> None:
         if not self._has("number of experts", "Number of experts"):
             return
-        columns: list[Column] = [(m, _in(f"single/{m}"), "performance_retention") for m in self._modalities()]
+        columns: list[Column] = [
+            (m, _in(f"single/{m}"), "performance_retention") for m in self._modalities()
+        ]
         columns.append(("**performance retention**", lambda row: True, "performance_retention"))
         self._table("number of experts", columns, theirs=("theirs", papers.NUMBER))
         self._say("Means over all composites of so many experts.", "", *readings.number(self.rows))
@@ -206,7 +275,11 @@ class _Page:
         if not self._has("variants", "Sum or mean, scope, and what is merged"):
             return
         columns: list[Column] = [
-            ("performance retention", lambda row: row.group.startswith("single/"), "performance_retention"),
+            (
+                "performance retention",
+                lambda row: row.group.startswith("single/"),
+                "performance_retention",
+            ),
             ("all four", lambda row: row.group.startswith("mix/"), "value"),
             ("share, all four", lambda row: row.group.startswith("share/"), "value"),
         ]
@@ -221,13 +294,23 @@ class _Page:
             ("Performance retention", "single/", "performance_retention"),
             ("All four modalities", "mix/", "value"),
         ):
-            self._say(f"{heading}:", "", f"| density | {' | '.join(f'λ {scale:g}' for scale in MASK_SCALES)} |")
+            self._say(
+                f"{heading}:",
+                "",
+                f"| density | {' | '.join(f'λ {scale:g}' for scale in MASK_SCALES)} |",
+            )
             self._say("|---" * (len(MASK_SCALES) + 1) + "|")
             for density in DENSITIES:
                 cells = []
                 for scale in MASK_SCALES:
                     label = f"density {density:g}, λ {scale:g}"
-                    own = [row for row in self.rows if row.table == table and row.method == label and row.group.startswith(group)]
+                    own = [
+                        row
+                        for row in self.rows
+                        if row.table == table
+                        and row.method == label
+                        and row.group.startswith(group)
+                    ]
                     cells.append(_cell(summarise(own, value=value)))
                 self._say(f"| {density:g} | {' | '.join(cells)} |")
             self._say("")
@@ -251,12 +334,21 @@ class _Page:
             return
         found = self.scales
         assert found.without_labels is not None  # the jobs of this table follow from it
-        chosen = {"without labels": found.without_labels.mask_scales, "with labels": found.with_labels}
+        chosen = {
+            "without labels": found.without_labels.mask_scales,
+            "with labels": found.with_labels,
+        }
         for label, scales in chosen.items():
-            self._say(f"- {label}: " + ", ".join(f"{name} {scale:g}" for name, scale in scales.items()))
+            self._say(
+                f"- {label}: " + ", ".join(f"{name} {scale:g}" for name, scale in scales.items())
+            )
         self._say("")
         columns: list[Column] = [
-            ("performance retention", lambda row: row.group.startswith("many single/"), "performance_retention"),
+            (
+                "performance retention",
+                lambda row: row.group.startswith("many single/"),
+                "performance_retention",
+            ),
             ("accuracy, one modality", lambda row: row.group.startswith("many single/"), "value"),
             ("accuracy, mixes", lambda row: row.group.startswith("many mix/"), "value"),
         ]
@@ -274,8 +366,12 @@ class _Page:
 
     def _revisions(self) -> list[tuple[str, str]]:
         root = Path(self.place.checkpoints)
-        folders = sorted({str(path.parent.relative_to(root)) for path in root.rglob("*.safetensors")})
-        return [(folder, revision(str(root / folder))) for folder in folders if folder.count("/") < 2]
+        folders = sorted(
+            {str(path.parent.relative_to(root)) for path in root.rglob("*.safetensors")}
+        )
+        return [
+            (folder, revision(str(root / folder))) for folder in folders if folder.count("/") < 2
+        ]
 
     def _modalities(self) -> list[str]:
         return [m for m in MODALITIES if any(row.group == f"single/{m}" for row in self.rows)]

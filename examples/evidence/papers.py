@@ -11,9 +11,20 @@ RETENTION = {
     "MMER": "99.8 / 99.4",
 }
 """Performance retention in per cent, caption scores / accuracy."""
-EXPANSION = {"NaiveMC": "53.23", "task arithmetic": "53.90", "TIES": "54.10", "PCB": "54.92", "MMER": "56.82"}
+EXPANSION = {
+    "NaiveMC": "53.23",
+    "task arithmetic": "53.90",
+    "TIES": "54.10",
+    "PCB": "54.92",
+    "MMER": "56.82",
+}
 """Average of nine columns."""
-ABLATIONS = {"MMER": "56.82", "without directional congruence": "7.20", "without dominant significance": "33.87", "λ = 1": "54.02"}
+ABLATIONS = {
+    "MMER": "56.82",
+    "without directional congruence": "7.20",
+    "without dominant significance": "33.87",
+    "λ = 1": "54.02",
+}
 """On expansion."""
 NUMBER = {"2 experts": "≈ 100", "3 experts": "99.7", "4 experts": "99.4"}
 FORGETTING = "new task 57.71 against 57.80 for full fine-tuning, previous tasks 62.20 against 62.23"

@@ -19,10 +19,25 @@ def draw_all(folder: Path, rows: Sequence[Row], scales: Scales) -> list[str]:
         (
             "retention",
             _bars(
-                folder, rows, "retention", "performance_retention", lambda row: row.group.startswith("single/"), "performance retention, %"
+                folder,
+                rows,
+                "retention",
+                "performance_retention",
+                lambda row: row.group.startswith("single/"),
+                "performance retention, %",
             ),
         ),
-        ("expansion", _bars(folder, rows, "expansion", "value", lambda row: row.group.startswith("mix/"), "accuracy on mixes, %")),
+        (
+            "expansion",
+            _bars(
+                folder,
+                rows,
+                "expansion",
+                "value",
+                lambda row: row.group.startswith("mix/"),
+                "accuracy on mixes, %",
+            ),
+        ),
         ("density", _density(folder, rows)),
         ("calibration", _curve(folder, scales)),
     ):
@@ -31,23 +46,47 @@ def draw_all(folder: Path, rows: Sequence[Row], scales: Scales) -> list[str]:
     return drawn
 
 
-def _bars(folder: Path, rows: Sequence[Row], table: str, value: str, choose: Callable[[Row], bool], label: str) -> bool:
-    own = [row for row in rows if row.table == table and choose(row) and not row.method.startswith("original")]
+def _bars(
+    folder: Path,
+    rows: Sequence[Row],
+    table: str,
+    value: str,
+    choose: Callable[[Row], bool],
+    label: str,
+) -> bool:
+    own = [
+        row
+        for row in rows
+        if row.table == table and choose(row) and not row.method.startswith("original")
+    ]
     methods = list(dict.fromkeys(row.method for row in own))
-    figures = {m: f for m in methods if (f := summarise([row for row in own if row.method == m], value=value)) is not None}
+    figures = {
+        m: f
+        for m in methods
+        if (f := summarise([row for row in own if row.method == m], value=value)) is not None
+    }
     if not figures:
         return False
     figure, axes = open_figure(width=7, height=0.28 * len(figures) + 1)
     names = sorted(figures, key=lambda name: figures[name].mean)
     colours = ["tab:orange" if name == "MMER" else "tab:blue" for name in names]
-    axes.barh(names, [100 * figures[n].mean for n in names], xerr=[100 * figures[n].spread for n in names], color=colours)
+    axes.barh(
+        names,
+        [100 * figures[n].mean for n in names],
+        xerr=[100 * figures[n].spread for n in names],
+        color=colours,
+    )
     axes.set_xlabel(label)
     figure.savefig(folder / f"{table}.png", dpi=120)
     return True
 
 
 def _density(folder: Path, rows: Sequence[Row]) -> bool:
-    own = [row for row in rows if row.table == "density × mask scale" and row.group.startswith("single/")]
+    own = [
+        row
+        for row in rows
+        if row.table == "density × mask scale" and row.group.startswith("single/")
+    ]
     if not own:
         return False
     figure, axes = open_figure(width=6, height=3.6)
@@ -55,7 +94,9 @@ def _density(folder: Path, rows: Sequence[Row]) -> bool:
         points = []
         for scale in MASK_SCALES:
             label = f"density {density:g}, λ {scale:g}"
-            found = summarise([row for row in own if row.method == label], value="performance_retention")
+            found = summarise(
+                [row for row in own if row.method == label], value="performance_retention"
+            )
             if found is not None:
                 points.append((scale, 100 * found.mean))
         if points:
@@ -73,10 +114,24 @@ def _curve(folder: Path, scales: Scales) -> bool:
         return False
     figure, axes = open_figure(width=6, height=3.6)
     for name in found.mask_scales:
-        own = sorted((point for point in found.points if point.expert == name), key=lambda point: point.mask_scale)
+        own = sorted(
+            (point for point in found.points if point.expert == name),
+            key=lambda point: point.mask_scale,
+        )
         places = [point.mask_scale for point in own]
-        (line,) = axes.plot(places, [point.rebuilt.probability for point in own], marker="o", label=f"{name}, rebuilt")
-        axes.plot(places, [point.expanded.probability for point in own], "--", color=line.get_color(), label=f"{name}, expanded")
+        (line,) = axes.plot(
+            places,
+            [point.rebuilt.probability for point in own],
+            marker="o",
+            label=f"{name}, rebuilt",
+        )
+        axes.plot(
+            places,
+            [point.expanded.probability for point in own],
+            "--",
+            color=line.get_color(),
+            label=f"{name}, expanded",
+        )
     axes.set_xlabel("mask scale λ")
     axes.set_ylabel("probability of the expert's own answers")
     axes.legend(fontsize=7)

@@ -1,4 +1,6 @@
-"""What the numbers say about each claim, computed from them: a claim that does not hold on the lab is said not to hold."""
+"""What the numbers say about each claim, computed from them: a claim that does not hold on the lab
+is said not to hold.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,10 @@ MASKED = ("MMER", "EMR", "TALL")
 def figures_of(rows: Sequence[Row], table: str, group: str, value: str) -> dict[str, Figure]:
     """Figures of a table's methods on the sets whose names begin so."""
     own = [row for row in rows if row.table == table and row.group.startswith(group)]
-    found = {name: summarise([row for row in own if row.method == name], value=value) for name in dict.fromkeys(row.method for row in own)}
+    found = {
+        name: summarise([row for row in own if row.method == name], value=value)
+        for name in dict.fromkeys(row.method for row in own)
+    }
     return {name: figure for name, figure in found.items() if figure is not None}
 
 
@@ -25,7 +30,13 @@ def _is_static(method: str) -> bool:
 
 def verdict(holds: bool, claim: str, found: str) -> list[str]:
     """Whether a claim holds, and by which figures."""
-    return [f"- {'**Holds**' if holds else '**Does not hold on the lab**'}: {claim}. Measured: {found}.", ""]
+    return [
+        (
+            f"- {'**Holds**' if holds else '**Does not hold on the lab**'}: {claim}. Measured:"
+            f" {found}."
+        ),
+        "",
+    ]
 
 
 def retention(rows: Sequence[Row]) -> list[str]:
@@ -45,7 +56,9 @@ def retention(rows: Sequence[Row]) -> list[str]:
     if static:
         best = max(static, key=lambda name: static[name].mean)
         lines += verdict(
-            found["MMER"].mean > static[best].mean, "MMER keeps more than every static merge", f"best static merge {best} {static[best]}"
+            found["MMER"].mean > static[best].mean,
+            "MMER keeps more than every static merge",
+            f"best static merge {best} {static[best]}",
         )
     return lines
 
@@ -54,9 +67,19 @@ def expansion(rows: Sequence[Row]) -> list[str]:
     """Better than every single expert and static merge with two, three and four modalities."""
     lines = []
     for count, words in ((2, "two"), (3, "three"), (4, "four")):
-        own = [row for row in rows if row.table == "expansion" and row.group.startswith("mix/") and row.group.count("+") == count - 1]
+        own = [
+            row
+            for row in rows
+            if row.table == "expansion"
+            and row.group.startswith("mix/")
+            and row.group.count("+") == count - 1
+        ]
         names = dict.fromkeys(row.method for row in own)
-        found = {name: f for name in names if (f := summarise([row for row in own if row.method == name])) is not None}
+        found = {
+            name: f
+            for name in names
+            if (f := summarise([row for row in own if row.method == name])) is not None
+        }
         if "MMER" not in found or len(found) < 2:
             continue
         single = [name for name in found if name.endswith("alone")]
@@ -88,7 +111,11 @@ def ablations(rows: Sequence[Row]) -> list[str]:
         return []
     values = [found[name].mean for name in order]
     holds = all(first >= second for first, second in pairwise(values))
-    lines = verdict(holds, "the published order, " + " ≥ ".join(order), ", ".join(f"{name} {found[name]}" for name in order))
+    lines = verdict(
+        holds,
+        "the published order, " + " ≥ ".join(order),
+        ", ".join(f"{name} {found[name]}" for name in order),
+    )
     lines += [
         "Entry by entry, (τ⋆ − τ)² ≤ τ² and |τ⋆ − τ| ≤ |τ| say the same, and with equal signs both mean |τ| ≥ 0.5·|τ⋆|: masks by Euclidean distance "
         "are those of λ = 1 (with opposite signs the distance never shrinks). Both were built and measured by themselves.",
@@ -124,7 +151,11 @@ def number(rows: Sequence[Row]) -> list[str]:
     if len(names) < 2:
         return []
     cost = 100 * (found[names[0]].mean - found[names[-1]].mean)
-    return verdict(cost <= 1.0, "from two to four experts at most one point is lost (published: about 0.6)", f"{cost:.1f} points")
+    return verdict(
+        cost <= 1.0,
+        "from two to four experts at most one point is lost (published: about 0.6)",
+        f"{cost:.1f} points",
+    )
 
 
 def variants(rows: Sequence[Row]) -> list[str]:
@@ -133,7 +164,10 @@ def variants(rows: Sequence[Row]) -> list[str]:
     if len(found) < 2:
         return []
     ordered = sorted(found, key=lambda name: -found[name].mean)
-    return ["By performance retention: " + ", ".join(f"{name} {found[name]}" for name in ordered) + ".", ""]
+    return [
+        "By performance retention: " + ", ".join(f"{name} {found[name]}" for name in ordered) + ".",
+        "",
+    ]
 
 
 def language(rows: Sequence[Row]) -> list[str]:
@@ -145,13 +179,18 @@ def language(rows: Sequence[Row]) -> list[str]:
         prefix = f"{m}: "
         expert, base = text.get(f"{m}: expert"), text.get("base")
         both = {
-            name.removeprefix(prefix): (text[name].mean + own[name].mean) / 2 for name in own if name.startswith(prefix) and name in text
+            name.removeprefix(prefix): (text[name].mean + own[name].mean) / 2
+            for name in own
+            if name.startswith(prefix) and name in text
         }
         if expert is None or base is None or len(both) < 2:
             continue
         if expert.mean >= base.mean - 0.01:
             lines += [
-                f"- {m}: tuning took no language ({base} before, {expert} after), so there is none to give back, and no order to see.",
+                (
+                    f"- {m}: tuning took no language ({base} before, {expert} after), so there is"
+                    " none to give back, and no order to see."
+                ),
                 "",
             ]
             continue
@@ -165,8 +204,12 @@ def language(rows: Sequence[Row]) -> list[str]:
 
 
 def _cost_of_range(found: Calibration, expert: str) -> float:
-    own = [point for point in found.points if point.expert == expert and point.density == found.density]
-    return max(p.objective for p in own) - max(p.objective for p in own if 0.6 <= p.mask_scale <= 0.9)
+    own = [
+        point for point in found.points if point.expert == expert and point.density == found.density
+    ]
+    return max(p.objective for p in own) - max(
+        p.objective for p in own if 0.6 <= p.mask_scale <= 0.9
+    )
 
 
 def calibration(rows: Sequence[Row], found: Calibration) -> list[str]:
@@ -175,9 +218,17 @@ def calibration(rows: Sequence[Row], found: Calibration) -> list[str]:
     inside = all(0.6 <= scale <= 0.9 for scale in found.mask_scales.values())
     lines = verdict(inside, "the mask scales lie in the published range of 0.6 to 0.9", listed)
     if not inside:
-        outside = {name: scale for name, scale in found.mask_scales.items() if not 0.6 <= scale <= 0.9}
+        outside = {
+            name: scale for name, scale in found.mask_scales.items() if not 0.6 <= scale <= 0.9
+        }
         costs = ", ".join(f"{name} {_cost_of_range(found, name):.4f}" for name in outside)
-        lines += [f"At the best scale within that range, what is made large (0 to 1) would be smaller by: {costs}.", ""]
+        lines += [
+            (
+                "At the best scale within that range, what is made large (0 to 1) would be smaller"
+                f" by: {costs}."
+            ),
+            "",
+        ]
     for group, value, words in (
         ("many single/", "performance_retention", "performance retention"),
         ("many mix/", "value", "accuracy on mixes"),
@@ -190,13 +241,16 @@ def calibration(rows: Sequence[Row], found: Calibration) -> list[str]:
         sure = (
             "which excludes a larger loss"
             if low >= -0.5
-            else "which excludes a smaller loss"
-            if high < -0.5
-            else "so a larger loss is not excluded"
+            else (
+                "which excludes a smaller loss"
+                if high < -0.5
+                else "so a larger loss is not excluded"
+            )
         )
         lines += verdict(
             difference.mean >= -0.005,
             f"without labels within half a point of with labels, {words}",
-            f"{100 * difference.mean:+.2f} ± {100 * difference.standard_error:.2f} points, 95 % interval {low:+.2f} to {high:+.2f}, {sure}",
+            f"{100 * difference.mean:+.2f} ± {100 * difference.standard_error:.2f} points, 95 %"
+            f" interval {low:+.2f} to {high:+.2f}, {sure}",
         )
     return lines

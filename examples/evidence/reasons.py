@@ -1,4 +1,6 @@
-"""Why directional congruence costs so little on the lab, and why static merges are ahead in mixes: what was measured about it."""
+"""Why directional congruence costs so little on the lab, and why static merges are ahead in mixes:
+what was measured about it.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,14 @@ from evidence.rows import Row
 
 
 def mask_table(changes: Changes, simulated: Sequence[Mapping[str, Kept]]) -> list[str]:
-    """What masks by each rule keep, of the lab's experts and of simulated ones with the published magnitudes."""
+    """What masks by each rule keep, of the lab's experts and of simulated ones with the published
+    magnitudes.
+    """
     lines = [
-        "| masks | entries | of them with the opposite sign | ‖m∘τ⋆ − τ‖ / ‖τ‖ | ‖m̄∘τ⋆‖ / ‖τ⋆‖ | simulated: opposite | simulated: ‖m∘τ⋆ − τ‖ / ‖τ‖ |",
+        (
+            "| masks | entries | of them with the opposite sign | ‖m∘τ⋆ − τ‖ / ‖τ‖ | ‖m̄∘τ⋆‖ / ‖τ⋆‖"
+            " | simulated: opposite | simulated: ‖m∘τ⋆ − τ‖ / ‖τ‖ |"
+        ),
         "|---|---|---|---|---|---|---|",
     ]
     for rule, norm in changes.text_norms.items():
@@ -25,14 +32,23 @@ def mask_table(changes: Changes, simulated: Sequence[Mapping[str, Kept]]) -> lis
             _range([kept.distance for kept in theirs], digits=2),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
-    densities = ", ".join(f"{name} {100 * each['MMER'].density:.1f}" for name, each in zip(papers.MEAN_MAGNITUDES, simulated, strict=True))
-    published = ", ".join(f"{name} {papers.MASK_DENSITIES[name]}" for name in papers.MEAN_MAGNITUDES)
+    densities = ", ".join(
+        f"{name} {100 * each['MMER'].density:.1f}"
+        for name, each in zip(papers.MEAN_MAGNITUDES, simulated, strict=True)
+    )
+    published = ", ".join(
+        f"{name} {papers.MASK_DENSITIES[name]}" for name in papers.MEAN_MAGNITUDES
+    )
     return [
         *lines,
         "",
-        "From the expert with the least to the one with the most; entries in per cent of all, opposite ones in per cent of the mask. *Simulated*: "
-        "independent normal task vectors with the published mean |τ|, merged and masked alike with λ = 0.75. That is no model of the paper's experts; "
-        f"its mask densities are {densities}, the published ones {published}.",
+        (
+            "From the expert with the least to the one with the most; entries in per cent of all,"
+            " opposite ones in per cent of the mask. *Simulated*: independent normal task vectors"
+            " with the published mean |τ|, merged and masked alike with λ = 0.75. That is no model"
+            f" of the paper's experts; its mask densities are {densities}, the published ones"
+            f" {published}."
+        ),
         "",
     ]
 
@@ -42,8 +58,12 @@ def _range(values: Sequence[float], *, digits: int = 1) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def text_tokens(rows: Sequence[Row], changes: Changes, simulated: Sequence[Mapping[str, Kept]]) -> list[str]:
-    """Why static merges are ahead in mixes, and why directional congruence costs so little: whose weights decide."""
+def text_tokens(
+    rows: Sequence[Row], changes: Changes, simulated: Sequence[Mapping[str, Kept]]
+) -> list[str]:
+    """Why static merges are ahead in mixes, and why directional congruence costs so little: whose
+    weights decide.
+    """
     found = figures_of(rows, "text tokens", "mix/", "value")
     static = figures_of(rows, "expansion", "mix/", "value")
     lines: list[str] = []
@@ -53,8 +73,10 @@ def text_tokens(rows: Sequence[Row], changes: Changes, simulated: Sequence[Mappi
         if mmer is not None and swapped is not None and name in static:
             lines += verdict(
                 swapped.mean >= static[name].mean - 0.005 and swapped.mean > mmer.mean,
-                f"with the text weights of {name}, MMER answers mixes at least as well as {name} (half a point aside): what MMER lacks is in its text weights",
-                f"MMER {mmer}, {name} {static[name]}, MMER with the text weights of {name} {swapped}",
+                f"with the text weights of {name}, MMER answers mixes at least as well as {name}"
+                " (half a point aside): what MMER lacks is in its text weights",
+                f"MMER {mmer}, {name} {static[name]}, MMER with the text weights of {name}"
+                f" {swapped}",
             )
     congruence, significance = "without directional congruence", "without dominant significance"
     names = [f"{each}, text tokens of MMER" for each in (congruence, significance)] + [
@@ -62,16 +84,24 @@ def text_tokens(rows: Sequence[Row], changes: Changes, simulated: Sequence[Mappi
     ]
     if mmer is None or not all(name in found for name in names):
         return lines
-    media, text = [[100 * (found[name].mean - mmer.mean) for name in part] for part in (names[:2], names[2:])]
+    media, text = [
+        [100 * (found[name].mean - mmer.mean) for name in part] for part in (names[:2], names[2:])
+    ]
     lines += verdict(
         abs(media[1]) < abs(text[1]) / 2 and abs(text[0]) < 0.5,
-        "in mixes dominant significance matters through text tokens, more than twice as much as through media tokens, and directional congruence "
-        "does not matter there (half a point aside)",
-        f"against MMER, points without congruence / without significance: in media tokens alone {media[0]:+.1f} / {media[1]:+.1f}, in text tokens alone "
-        f"{text[0]:+.1f} / {text[1]:+.1f}",
+        "in mixes dominant significance matters through text tokens, more than twice as much as"
+        " through media tokens, and directional congruence does not matter there (half a point"
+        " aside)",
+        "against MMER, points without congruence / without significance: in media tokens alone"
+        f" {media[0]:+.1f} / {media[1]:+.1f}, in text tokens alone {text[0]:+.1f} / {text[1]:+.1f}",
     )
-    ours = {rule: max(change.kept[rule].distance for change in changes.experts) for rule in (congruence, significance)}
-    theirs = {rule: max(each[rule].distance for each in simulated) for rule in (congruence, significance)}
+    ours = {
+        rule: max(change.kept[rule].distance for change in changes.experts)
+        for rule in (congruence, significance)
+    }
+    theirs = {
+        rule: max(each[rule].distance for each in simulated) for rule in (congruence, significance)
+    }
     lines += [
         "So directional congruence costs little here because text tokens do not need it: each entry of m̄ is 0 to 1, so m̄∘τ⋆ has the elected sign with the "
         "test and without it. Entries of the wrong sign reach media tokens and rebuilt experts alone. There, too, they do less than what dominant "

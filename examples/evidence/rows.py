@@ -12,7 +12,9 @@ from evidence.measure import Counts, Job
 
 @dataclass(frozen=True)
 class Row:
-    """One figure. `performance_retention` is value / value of the original on the same prompts; None where there is no original."""
+    """One figure. `performance_retention` is value / value of the original on the same prompts;
+    None where there is no original.
+    """
 
     table: str
     method: str
@@ -26,7 +28,9 @@ class Row:
 
 
 def make_rows(measured: Sequence[tuple[Job, Counts]]) -> list[Row]:
-    """The rows of all jobs. The number of experts' jobs of one count are averaged over the sets of experts."""
+    """The rows of all jobs. The number of experts' jobs of one count are averaged over the sets of
+    experts.
+    """
     originals: dict[tuple[str, str, str, str], float] = {}
     for job, counts in measured:
         if job.method in ("original", "original (LoRA twin)", "tuned on the new task", "base"):
@@ -43,7 +47,18 @@ def make_rows(measured: Sequence[tuple[Job, Counts]]) -> list[Row]:
     for (table, method, name, seed, task, is_twin), values in grouped.items():
         reference = originals.get(("twin" if is_twin else "expert", name, seed, task))
         value = mean(values)
-        rows.append(Row(table, method, task, int(seed), "accuracy", value, value / reference if reference else None, name))
+        rows.append(
+            Row(
+                table,
+                method,
+                task,
+                int(seed),
+                "accuracy",
+                value,
+                value / reference if reference else None,
+                name,
+            )
+        )
     return rows
 
 
@@ -70,17 +85,25 @@ class Difference:
         return self.mean - 1.96 * self.standard_error, self.mean + 1.96 * self.standard_error
 
 
-def compare(rows: Sequence[Row], first: str, second: str, *, value: str = "value") -> Difference | None:
-    """The first method less the second, on the same prompts: paired by set, task and seed; None with fewer than two pairs."""
+def compare(
+    rows: Sequence[Row], first: str, second: str, *, value: str = "value"
+) -> Difference | None:
+    """The first method less the second, on the same prompts: paired by set, task and seed; None
+    with fewer than two pairs.
+    """
     found: dict[str, dict[tuple[str, str, int], float]] = {first: {}, second: {}}
     for row in rows:
         figure: Any = getattr(row, value)
         if row.method in found and figure is not None:
             found[row.method][(row.group, row.task, row.seed)] = figure
-    differences = [found[first][key] - found[second][key] for key in found[first].keys() & found[second].keys()]
+    differences = [
+        found[first][key] - found[second][key] for key in found[first].keys() & found[second].keys()
+    ]
     if len(differences) < 2:
         return None
-    return Difference(mean(differences), stdev(differences) / len(differences) ** 0.5, len(differences))
+    return Difference(
+        mean(differences), stdev(differences) / len(differences) ** 0.5, len(differences)
+    )
 
 
 @dataclass(frozen=True)
@@ -94,10 +117,14 @@ class Figure:
         return f"{100 * self.mean:.1f} ± {100 * self.spread:.1f}"
 
 
-def summarise(rows: Sequence[Row], *, choose: Callable[[Row], bool] = lambda row: True, value: str = "value") -> Figure | None:
-    """Mean over the chosen rows' tasks for each seed, then over seeds; None where nothing was measured.
+def summarise(
+    rows: Sequence[Row], *, choose: Callable[[Row], bool] = lambda row: True, value: str = "value"
+) -> Figure | None:
+    """Mean over the chosen rows' tasks for each seed, then over seeds; None where nothing was
+    measured.
 
-    `value`: "value", or "performance_retention", which leaves tasks out that the original cannot do at all.
+    `value`: "value", or "performance_retention", which leaves tasks out that the original cannot do
+    at all.
     """
     by_seed: dict[int, list[float]] = {}
     for row in rows:

@@ -1,4 +1,5 @@
-"""Held-out prompts by name and seed, with keys in place of media, and what the experts' frozen encoders make of those media.
+"""Held-out prompts by name and seed, with keys in place of media, and what the experts' frozen
+encoders make of those media.
 
 Encoders are carried unchanged by every method, so each medium is encoded once for all of them.
 """
@@ -45,7 +46,9 @@ class Sizes:
 
 def mixes(modalities: Sequence[str]) -> list[tuple[str, ...]]:
     """All pairs, triples and more of the modalities."""
-    return [mix for count in range(2, len(modalities) + 1) for mix in combinations(modalities, count)]
+    return [
+        mix for count in range(2, len(modalities) + 1) for mix in combinations(modalities, count)
+    ]
 
 
 def set_names(modalities: Sequence[str]) -> dict[str, list[str]]:
@@ -56,8 +59,13 @@ def set_names(modalities: Sequence[str]) -> dict[str, list[str]]:
         "text": ["single/text"],
         "mix": ["mix/" + "+".join(mix) for mix in found],
         "share": ["share/" + "+".join(mix) for mix in found if len(mix) > 2],
-        "validation": ["validation/" + "+".join(who) for who in [*((m,) for m in modalities), *found]],
-        "many": [*(f"many single/{m}" for m in modalities), *("many mix/" + "+".join(mix) for mix in found)],
+        "validation": [
+            "validation/" + "+".join(who) for who in [*((m,) for m in modalities), *found]
+        ],
+        "many": [
+            *(f"many single/{m}" for m in modalities),
+            *("many mix/" + "+".join(mix) for mix in found),
+        ],
         "new": [f"new/{modality}" for modality in tasks.NEW_QUESTIONS if modality in modalities],
     }
 
@@ -67,13 +75,25 @@ def _examples(name: str, seed: int, sizes: Sizes) -> tuple[Any, ...]:
     group, _, who = name.partition("/")
     split = "validation" if group == "validation" else "test"
     if group == "new":
-        return tuple(tasks.make_examples(who, split=split, num_examples=sizes.new, seed=seed, kinds=(tasks.NEW_QUESTIONS[who],)))
+        return tuple(
+            tasks.make_examples(
+                who,
+                split=split,
+                num_examples=sizes.new,
+                seed=seed,
+                kinds=(tasks.NEW_QUESTIONS[who],),
+            )
+        )
     if "+" not in who:
         count = sizes.many_single if group.startswith("many") else sizes.single
         return tuple(tasks.make_examples(who, split=split, num_examples=count, seed=seed))
     kinds = (tasks.SHARE,) if group == "share" else ()
     count = {"share": sizes.share, "many mix": sizes.many_mixed}.get(group, sizes.mixed)
-    return tuple(tasks.make_mixed_examples(who.split("+"), split=split, num_examples=count, seed=seed, kinds=kinds))
+    return tuple(
+        tasks.make_mixed_examples(
+            who.split("+"), split=split, num_examples=count, seed=seed, kinds=kinds
+        )
+    )
 
 
 @cache
@@ -103,18 +123,26 @@ def encode_sets(
     """
     found: dict[tuple[str, str], torch.Tensor] = {}
     for name, seed in names:
-        for prompt, example in zip(load_set(name, seed, sizes), _examples(name, seed, sizes), strict=True):
+        for prompt, example in zip(
+            load_set(name, seed, sizes), _examples(name, seed, sizes), strict=True
+        ):
             for part, real in zip(prompt.parts, example.parts, strict=True):
                 if part.kind in owners:
                     expert = owners[part.kind]
-                    found[(expert, part.value)] = composite.encoders[expert].encode(Part(part.kind, prepare(part.kind, real.value))).clone()
+                    found[(expert, part.value)] = (
+                        composite.encoders[expert]
+                        .encode(Part(part.kind, prepare(part.kind, real.value)))
+                        .clone()
+                    )
     return found
 
 
 class Lookup:
     """An encoder that knows what was encoded before."""
 
-    def __init__(self, modality: str, expert: str, table: Mapping[tuple[str, str], torch.Tensor]) -> None:
+    def __init__(
+        self, modality: str, expert: str, table: Mapping[tuple[str, str], torch.Tensor]
+    ) -> None:
         self.modality, self._expert, self._table = modality, expert, table
 
     def encode(self, part: Part) -> torch.Tensor:
@@ -123,7 +151,9 @@ class Lookup:
 
 
 def register_lookups(paths: Sequence[str]) -> None:
-    """Let composites loaded from now on, in this process, look media up in these files of embeddings."""
+    """Let composites loaded from now on, in this process, look media up in these files of
+    embeddings.
+    """
     table: dict[tuple[str, str], torch.Tensor] = {}
     for path in paths:
         table |= torch.load(path, weights_only=True, mmap=True)  # shared by all processes

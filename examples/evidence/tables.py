@@ -37,7 +37,10 @@ TEXT_TOKENS = {
     "MMER, text tokens without dominant significance": ("MMER", "without dominant significance"),
     "MMER, text tokens of TIES": ("MMER", "TIES"),
     "MMER, text tokens of SWUDI": ("MMER", "SWUDI"),
-    "without directional congruence, text tokens of MMER": ("without directional congruence", "MMER"),
+    "without directional congruence, text tokens of MMER": (
+        "without directional congruence",
+        "MMER",
+    ),
     "without dominant significance, text tokens of MMER": ("without dominant significance", "MMER"),
 }
 """Whose weights media tokens run through, and whose text tokens run through."""
@@ -56,13 +59,22 @@ LANGUAGE = {
     "DELLA": {"method": "della"},
     "Neuron-Fusion (reconstruction), keep 10 %": {"method": "neuron_fusion"},
     "Neuron-Fusion (reconstruction), keep 50 %": {"method": "neuron_fusion", "keep_ratio": 0.5},
-    "Neuron-Fusion (reconstruction), keep 50 %, restore": {"method": "neuron_fusion", "keep_ratio": 0.5, "restore": True},
-    "Neuron-Fusion (reconstruction), keep 10 %, suppress to 0.5": {"method": "neuron_fusion", "suppress": 0.5},
+    "Neuron-Fusion (reconstruction), keep 50 %, restore": {
+        "method": "neuron_fusion",
+        "keep_ratio": 0.5,
+        "restore": True,
+    },
+    "Neuron-Fusion (reconstruction), keep 10 %, suppress to 0.5": {
+        "method": "neuron_fusion",
+        "suppress": 0.5,
+    },
 }
 
 
 def experts_of(names: Mapping[str, str] | tuple[str, ...]) -> dict[str, dict[str, str]]:
-    """The experts of a recipe: folder and modality by name (`image_new` reads images, `twins/image` too)."""
+    """The experts of a recipe: folder and modality by name (`image_new` reads images, `twins/image`
+    too).
+    """
     found = {}
     for name in names:
         modality = name.removesuffix("_new").removeprefix("twin_")
@@ -77,17 +89,29 @@ def original(name: str) -> dict[str, Any]:
 
 
 def scaled(names: tuple[str, ...], scales: Mapping[str, float]) -> dict[str, dict[str, Any]]:
-    """The experts of a recipe with their mask scales; one that learned a new task has its original's."""
+    """The experts of a recipe with their mask scales; one that learned a new task has its
+    original's.
+    """
     return {
-        name: {**expert, **({"mask_scale": scales[expert["modality"]]} if scales else {})} for name, expert in experts_of(names).items()
+        name: {**expert, **({"mask_scale": scales[expert["modality"]]} if scales else {})}
+        for name, expert in experts_of(names).items()
     }
 
 
 class Jobs:
     """All jobs of the experts that there are, in the order in which they matter."""
 
-    def __init__(self, available: set[str], *, mmer: Mapping[str, float], tall: Mapping[str, float], labelled: Mapping[str, float]) -> None:
-        """`mmer`, `tall`, `labelled`: mask scales by expert; MMER's and TALL's chosen without labels, MMER's with labels."""
+    def __init__(
+        self,
+        available: set[str],
+        *,
+        mmer: Mapping[str, float],
+        tall: Mapping[str, float],
+        labelled: Mapping[str, float],
+    ) -> None:
+        """`mmer`, `tall`, `labelled`: mask scales by expert; MMER's and TALL's chosen without
+        labels, MMER's with labels.
+        """
         self.available, self.mmer, self.tall, self.labelled = available, mmer, tall, labelled
         self.modalities = tuple(m for m in ("image", "audio", "video", "point") if m in available)
         self.sets = set_names(self.modalities)
@@ -96,25 +120,49 @@ class Jobs:
 
     def make(self) -> list[Job]:
         """The jobs."""
-        masks = {"EMR": self._recipe({"method": "emr"}), "TALL": self._tall(), "MMER": self._mmer({"method": "mmer"})}
+        masks = {
+            "EMR": self._recipe({"method": "emr"}),
+            "TALL": self._tall(),
+            "MMER": self._mmer({"method": "mmer"}),
+        }
         others = {label: self._recipe(numbers) for label, numbers in (PLAIN | UNCALIBRATED).items()}
-        jobs = [Job("retention", "original", original(m), (f"single/{m}",), m) for m in self.modalities]
+        jobs = [
+            Job("retention", "original", original(m), (f"single/{m}",), m) for m in self.modalities
+        ]
         for label, recipe in (masks | others).items():
             jobs += self._rebuilt("retention", label, recipe)
         for label, recipe in {"MMER": masks["MMER"], **others, **masks}.items():
-            jobs += [Job("expansion", label, recipe, self.mixed), Job("expansion", label, recipe, tuple(self.sets["single"]))]
+            jobs += [
+                Job("expansion", label, recipe, self.mixed),
+                Job("expansion", label, recipe, tuple(self.sets["single"])),
+            ]
         for m in self.modalities:
             own = tuple(name for name in self.mixed if m in name.partition("/")[2].split("+"))
             jobs.append(Job("expansion", f"{m} expert alone", original(m), own, m, m))
         for label, numbers in ABLATIONS.items():
             recipe = self._mmer(numbers)
-            jobs += [Job("ablations", label, recipe, self.mixed), *self._rebuilt("ablations", label, recipe)]
+            jobs += [
+                Job("ablations", label, recipe, self.mixed),
+                *self._rebuilt("ablations", label, recipe),
+            ]
         recipe = self._recipe({"method": "mmer", "mask_scale": 1.0})
-        jobs += [Job("ablations", "λ = 1", recipe, self.mixed), *self._rebuilt("ablations", "λ = 1", recipe)]
-        jobs += self._text_tokens() + self._damc() + self._calibration() + self._forgetting() + self._numbers_of_experts()
+        jobs += [
+            Job("ablations", "λ = 1", recipe, self.mixed),
+            *self._rebuilt("ablations", "λ = 1", recipe),
+        ]
+        jobs += (
+            self._text_tokens()
+            + self._damc()
+            + self._calibration()
+            + self._forgetting()
+            + self._numbers_of_experts()
+        )
         for label, numbers in VARIANTS.items():
             recipe = self._mmer(numbers)
-            jobs += [*self._rebuilt("variants", label, recipe), Job("variants", label, recipe, self.largest)]
+            jobs += [
+                *self._rebuilt("variants", label, recipe),
+                Job("variants", label, recipe, self.largest),
+            ]
         return jobs + self._language() + self._density()
 
     def _recipe(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,34 +180,74 @@ class Jobs:
     def _text_tokens(self) -> list[Job]:
         jobs = []
         for label, (media, text) in TEXT_TOKENS.items():
-            recipes = [self._mmer(ABLATIONS[each]) if each in ABLATIONS else self._recipe(PLAIN[each]) for each in (media, text)]
-            jobs.append(Job("text tokens", label, recipes[0], self.mixed, text=None if media == text else recipes[1]))
+            recipes = [
+                self._mmer(ABLATIONS[each]) if each in ABLATIONS else self._recipe(PLAIN[each])
+                for each in (media, text)
+            ]
+            jobs.append(
+                Job(
+                    "text tokens",
+                    label,
+                    recipes[0],
+                    self.mixed,
+                    text=None if media == text else recipes[1],
+                )
+            )
         return jobs
 
     def _damc(self) -> list[Job]:
         if not all(f"twins/{m}" in self.available for m in self.modalities):
             return []
-        recipe = {"method": "damc", "experts": experts_of(tuple(f"twin_{m}" for m in self.modalities))}
-        jobs = [Job("retention", "original (LoRA twin)", recipe, (f"single/{m}",), f"twin_{m}") for m in self.modalities]
-        jobs += [Job("retention", "DAMC (all adapters at work)", recipe, (f"single/{m}",)) for m in self.modalities]
-        return [*jobs, Job("expansion", "DAMC", recipe, self.mixed), Job("expansion", "DAMC", recipe, tuple(self.sets["single"]))]
+        recipe = {
+            "method": "damc",
+            "experts": experts_of(tuple(f"twin_{m}" for m in self.modalities)),
+        }
+        jobs = [
+            Job("retention", "original (LoRA twin)", recipe, (f"single/{m}",), f"twin_{m}")
+            for m in self.modalities
+        ]
+        jobs += [
+            Job("retention", "DAMC (all adapters at work)", recipe, (f"single/{m}",))
+            for m in self.modalities
+        ]
+        return [
+            *jobs,
+            Job("expansion", "DAMC", recipe, self.mixed),
+            Job("expansion", "DAMC", recipe, tuple(self.sets["single"])),
+        ]
 
     def _calibration(self) -> list[Job]:
         mixes = tuple(name for name in self.sets["many"] if "+" in name)
-        jobs = [Job("calibration", "original", original(m), (f"many single/{m}",), m) for m in self.modalities]
-        for label, scales in (("λ = 0.75 for all", {}), ("without labels", self.mmer), ("with labels", self.labelled)):
+        jobs = [
+            Job("calibration", "original", original(m), (f"many single/{m}",), m)
+            for m in self.modalities
+        ]
+        for label, scales in (
+            ("λ = 0.75 for all", {}),
+            ("without labels", self.mmer),
+            ("with labels", self.labelled),
+        ):
             recipe = {"method": "mmer", "experts": scaled(self.modalities, scales)}
-            jobs += [Job("calibration", label, recipe, (f"many single/{m}",), m) for m in self.modalities]
+            jobs += [
+                Job("calibration", label, recipe, (f"many single/{m}",), m) for m in self.modalities
+            ]
             jobs.append(Job("calibration", label, recipe, mixes))
         return jobs
 
     def _forgetting(self) -> list[Job]:
-        new = [f"{m}_new" for m in ("image", "audio") if f"{m}_new" in self.available and m in self.modalities]
+        new = [
+            f"{m}_new"
+            for m in ("image", "audio")
+            if f"{m}_new" in self.available and m in self.modalities
+        ]
         jobs = []
         for count in range(1, len(new) + 1):
             table, chosen = f"forgetting, {count} new", tuple(new[:count])
             names = (*self.modalities, *chosen)
-            recipes = {label: {**PLAIN[label], "experts": experts_of(names)} for label in ("NaiveMC", "task arithmetic", "TIES")}
+            recipes = {
+                label: {**PLAIN[label], "experts": experts_of(names)}
+                for label in ("NaiveMC", "task arithmetic", "TIES")
+            }
             recipes["EMR"] = {"method": "emr", "experts": experts_of(names)}
             recipes |= {"TALL": self._tall(names), "MMER": self._mmer({"method": "mmer"}, names)}
             pairs = [(name, name.removesuffix("_new")) for name in chosen]
@@ -178,7 +266,10 @@ class Jobs:
         for count in range(2, len(self.modalities) + 1):
             for chosen in combinations(self.modalities, count):
                 recipe = self._mmer({"method": "mmer"}, chosen)
-                jobs += [Job("number of experts", f"{count} experts", recipe, (f"single/{m}",), m) for m in chosen]
+                jobs += [
+                    Job("number of experts", f"{count} experts", recipe, (f"single/{m}",), m)
+                    for m in chosen
+                ]
         return jobs
 
     def _density(self) -> list[Job]:
@@ -196,11 +287,23 @@ class Jobs:
         jobs = []
         if chosen:
             # The base itself: an expert merged with coefficient 0.
-            recipe = {"method": "task_arithmetic", "scale": 0.0, "experts": experts_of((chosen[0],))}
+            recipe = {
+                "method": "task_arithmetic",
+                "scale": 0.0,
+                "experts": experts_of((chosen[0],)),
+            }
             jobs.append(Job("language", "base", recipe, ("single/text",), chosen[0]))
         for m in chosen:
             sets = ("single/text", f"single/{m}")
             jobs.append(Job("language", f"{m}: expert", original(m), sets, m))
             for label, numbers in LANGUAGE.items():
-                jobs.append(Job("language", f"{m}: {label}", {**numbers, "experts": experts_of((m,))}, sets, m))
+                jobs.append(
+                    Job(
+                        "language",
+                        f"{m}: {label}",
+                        {**numbers, "experts": experts_of((m,))},
+                        sets,
+                        m,
+                    )
+                )
         return jobs

@@ -49,7 +49,9 @@ class Batch:
     def right(self, found: Tensor) -> Tensor:
         """Which answers [answers] are right, of the tokens [targets] found in the places asked."""
         num_answers = int(self.answers[-1]) + 1
-        wrong = torch.zeros(num_answers, dtype=torch.long).index_add_(0, self.answers, (found.cpu() != self.targets).long())
+        wrong = torch.zeros(num_answers, dtype=torch.long).index_add_(
+            0, self.answers, (found.cpu() != self.targets).long()
+        )
         return wrong == 0
 
 
@@ -57,7 +59,9 @@ class RowWriter:
     """Writes the rows of a batch piece by piece."""
 
     def __init__(self, word_ids: dict[str, int], *, edges: int = 0) -> None:
-        """`edges`: places that a medium has beside its encoder's outputs, for learned tokens around them."""
+        """`edges`: places that a medium has beside its encoder's outputs, for learned tokens around
+        them.
+        """
         self.word_ids = word_ids
         self.edges = edges
         self.end_id = word_ids["</s>"]
@@ -79,10 +83,17 @@ class RowWriter:
         self._sources = len(self.rows[-1][0])
 
     def add_medium(self, modality: str, length: int, pool_row: int) -> None:
-        """Leave places for what the encoder makes of a real source, between the expert's own marks where it has them."""
-        marks = [self.word_ids[mark] for mark in MEDIA_MARKS.get(modality, ()) if mark in self.word_ids]
+        """Leave places for what the encoder makes of a real source, between the expert's own marks
+        where it has them.
+        """
+        marks = [
+            self.word_ids[mark] for mark in MEDIA_MARKS.get(modality, ()) if mark in self.word_ids
+        ]
         length += self.edges
-        self._write(marks[:1] + [0] * length + marks[1:], [False] * len(marks[:1]) + [True] * length + [False] * len(marks[1:]))
+        self._write(
+            marks[:1] + [0] * length + marks[1:],
+            [False] * len(marks[:1]) + [True] * length + [False] * len(marks[1:]),
+        )
         self._sources = len(self.rows[-1][0])
         self.pool_rows.append(pool_row)
 
@@ -92,7 +103,11 @@ class RowWriter:
         answer_ids = [self.word_ids[word] for word in answer.split()]
         question_ids = [self.word_ids[word] for word in question.split()]
         self._segment += 1
-        start = (len(ids) if question_ids or self._segment > 1 else self._sources) + len(question_ids) - 1
+        start = (
+            (len(ids) if question_ids or self._segment > 1 else self._sources)
+            + len(question_ids)
+            - 1
+        )
         self._write(question_ids + answer_ids, [False] * (len(question_ids) + len(answer_ids)))
         number = self.answers[-1] + 1 if self.answers else 0
         for offset, target in enumerate([*answer_ids, self.end_id]):
@@ -111,7 +126,12 @@ class RowWriter:
     def finish(self) -> Batch:
         """All rows as a batch."""
         longest = max(len(ids) for ids, *_ in self.rows)
-        columns = [torch.tensor([list(row[column]) + [0] * (longest - len(row[column])) for row in self.rows]) for column in range(4)]
+        columns = [
+            torch.tensor(
+                [list(row[column]) + [0] * (longest - len(row[column])) for row in self.rows]
+            )
+            for column in range(4)
+        ]
         ids, media, positions, segments = columns
         same = segments[:, :, None] == segments[:, None, :]
         attend = (same | (segments == 0)[:, None, :]) & torch.ones(longest, longest).tril().bool()
@@ -130,7 +150,9 @@ class RowWriter:
 class Collator:
     """Turns prompts into batches; real sources are looked up in a pool by what they show."""
 
-    def __init__(self, word_ids: dict[str, int], modality: str | None, pool: Pool | None, *, edges: int = 0) -> None:
+    def __init__(
+        self, word_ids: dict[str, int], modality: str | None, pool: Pool | None, *, edges: int = 0
+    ) -> None:
         """`edges`: see RowWriter."""
         self.word_ids = word_ids
         self.edges = edges
@@ -163,7 +185,9 @@ class Collator:
         return writer.finish()
 
 
-def target_logits(language_model: nn.Module, head: nn.Module, embeddings: Tensor, batch: Batch) -> Tensor:
+def target_logits(
+    language_model: nn.Module, head: nn.Module, embeddings: Tensor, batch: Batch
+) -> Tensor:
     """Logits [targets, vocabulary] in the places asked."""
     device = embeddings.device
     hidden = language_model(
@@ -177,14 +201,18 @@ def target_logits(language_model: nn.Module, head: nn.Module, embeddings: Tensor
 
 
 def preprocess(modality: str, preprocessor: Any, values: Sequence[Any]) -> Tensor:
-    """Encoder inputs of images, sounds, videos or point clouds; a sound's mask is its input's last row."""
+    """Encoder inputs of images, sounds, videos or point clouds; a sound's mask is its input's last
+    row.
+    """
     if modality == "point":
         return torch.from_numpy(np.stack(list(values)))
     if modality == "image":
         return preprocessor(images=list(values), return_tensors="pt")["pixel_values"]
     if modality == "video":
         frames = [frame for video in values for frame in video]
-        pixels = preprocessor(images=frames, return_tensors="pt", return_legacy_image_output=False)["pixel_values"]
+        pixels = preprocessor(images=frames, return_tensors="pt", return_legacy_image_output=False)[
+            "pixel_values"
+        ]
         return pixels.unflatten(0, (len(values), -1))
     sounds = preprocessor(
         list(values),
@@ -197,7 +225,9 @@ def preprocess(modality: str, preprocessor: Any, values: Sequence[Any]) -> Tenso
     return torch.cat([sounds["input_features"], mask], dim=1)
 
 
-def encode(modality: str, model: PreTrainedModel, inputs: Tensor, layer: int | None = None) -> tuple[Tensor, Tensor]:
+def encode(
+    modality: str, model: PreTrainedModel, inputs: Tensor, layer: int | None = None
+) -> tuple[Tensor, Tensor]:
     """What the expert's encoder makes of its inputs, and how many outputs count.
 
     Of the vision towers, as LLaVA does by default, the last layer but one is taken.

@@ -1,8 +1,9 @@
 """Pictures, sounds, films and point clouds of the digits zero to nine, drawn from a seed.
 
 Pictures and films show real handwritten digits (scikit-learn's `load_digits`), and point clouds
-are scattered over their strokes; sounds are ten "spoken" words synthesised from formants and noise. Each of the three splits has its own
-handwritten digits and its own synthetic speakers, so nothing of `test` is ever trained on.
+are scattered over their strokes; sounds are ten "spoken" words synthesised from formants and noise.
+Each of the three splits has its own handwritten digits and its own synthetic speakers, so nothing
+of `test` is ever trained on.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ def _draw_strokes(digit: int, size: int, split: str, rng: np.random.Generator) -
         middle = (size - 1) / 2
         dx, dy = middle + shift * size / 16
         matrix = (cos, sin, middle - cos * dx - sin * dy, -sin, cos, middle + sin * dx - cos * dy)
-        strokes = strokes.transform((size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+        strokes = strokes.transform(
+            (size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR
+        )
     return np.asarray(strokes, dtype=np.float64) / 255
 
 
@@ -102,7 +105,8 @@ def draw_video(digit: int, direction: str, *, split: str, rng: np.random.Generat
 
 
 def draw_cloud(digit: int, depth: str, *, split: str, rng: np.random.Generator) -> np.ndarray:
-    """Points scattered over a handwritten digit, flat or deep, turned a little about the upright axis: float32 [points, 3].
+    """Points scattered over a handwritten digit, flat or deep, turned a little about the upright
+    axis: float32 [points, 3].
 
     x points to the right, y up and z to the viewer; the digit is about 2 high.
     """
@@ -116,7 +120,9 @@ def draw_cloud(digit: int, depth: str, *, split: str, rng: np.random.Generator) 
     flat = np.stack([columns + within[0], size - 1 - rows + within[1]]) * (2 / size) - 1
     points = np.stack([flat[0], flat[1], rng.uniform(-half, half, NUM_POINTS)], axis=1)
     angle = rng.uniform(-0.4, 0.4)
-    turn = np.array([[np.cos(angle), 0, np.sin(angle)], [0, 1, 0], [-np.sin(angle), 0, np.cos(angle)]])
+    turn = np.array(
+        [[np.cos(angle), 0, np.sin(angle)], [0, 1, 0], [-np.sin(angle), 0, np.cos(angle)]]
+    )
     return (points @ turn.T + rng.normal(0, 0.01, points.shape)).astype(np.float32)
 
 

@@ -76,35 +76,59 @@ def accuracy(
                     writer.add_medium(part.kind, int(lengths[row]), row)
             writer.ask("", example.answer)
         batch = writer.finish()
-        embeddings = answerer.embed(batch, features, lengths) if answerer else embed(model, batch, features, lengths)
+        embeddings = (
+            answerer.embed(batch, features, lengths)
+            if answerer
+            else embed(model, batch, features, lengths)
+        )
         logits = target_logits(language_model, head, embeddings, batch)
-        # every word is asked for after the right ones before it: all are right just where greedy decoding gives the answer
+        # every word is asked for after the right ones before it: all are right just where greedy
+        # decoding gives the answer
         for example, is_right in zip(chunk, batch.right(logits.argmax(-1)).tolist(), strict=True):
             right.setdefault(example.task, []).append(is_right)
     return {task: sum(goods) / len(goods) for task, goods in right.items()}
 
 
-def score_checkpoint(modality: str, folder: Path, examples: Sequence[tasks.Example]) -> dict[str, float]:
+def score_checkpoint(
+    modality: str, folder: Path, examples: Sequence[tasks.Example]
+) -> dict[str, float]:
     """Share of right answers of the checkpoint in `folder`, for each task."""
     model, tokenizer = load_checkpoint("base" if modality == "text" else modality, folder)
     preprocessor = None if modality == "text" else models.build_preprocessor(modality)
     return accuracy(modality, model, tokenizer, preprocessor, examples)
 
 
-def mixed_accuracy(composite: Composite, examples: Sequence[tasks.Example], *, only: str | None = None) -> float:
-    """Share of right answers to prompts with several media; of media other than `only`, if given, nothing is shown."""
+def mixed_accuracy(
+    composite: Composite, examples: Sequence[tasks.Example], *, only: str | None = None
+) -> float:
+    """Share of right answers to prompts with several media; of media other than `only`, if given,
+    nothing is shown.
+    """
     prompts = [
-        [Part(part.kind, part.value) for part in example.parts if only is None or part.kind in ("text", only)] for example in examples
+        [
+            Part(part.kind, part.value)
+            for part in example.parts
+            if only is None or part.kind in ("text", only)
+        ]
+        for example in examples
     ]
     answers: list[str] = []
     for start in range(0, len(prompts), BATCH_SIZE):
-        answers += composite.generate_batch(prompts[start : start + BATCH_SIZE], max_new_tokens=MAX_NEW_TOKENS)
-    return float(np.mean([answer == example.answer for answer, example in zip(answers, examples, strict=True)]))
+        answers += composite.generate_batch(
+            prompts[start : start + BATCH_SIZE], max_new_tokens=MAX_NEW_TOKENS
+        )
+    return float(
+        np.mean(
+            [answer == example.answer for answer, example in zip(answers, examples, strict=True)]
+        )
+    )
 
 
 def load_checkpoint(part: str, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Load a checkpoint again and see to it that no tensor is missing and none is left over."""
-    auto = {"base": AutoModelForCausalLM, "point": PointLlamaForCausalLM}.get(part, AutoModelForMultimodalLM)
+    auto = {"base": AutoModelForCausalLM, "point": PointLlamaForCausalLM}.get(
+        part, AutoModelForMultimodalLM
+    )
     model, info = auto.from_pretrained(folder, dtype="float32", output_loading_info=True)
     problems = {name: found for name, found in info.items() if found}
     if problems:
@@ -131,7 +155,9 @@ def ask_expert(modality: str, model: PreTrainedModel, folder: Path, example: tas
         if modality == "image":
             inputs = processor(text=text, images=value, return_tensors="pt")
         else:
-            inputs = processor(text=text, audio=[value], sampling_rate=data.SAMPLE_RATE, return_tensors="pt")
+            inputs = processor(
+                text=text, audio=[value], sampling_rate=data.SAMPLE_RATE, return_tensors="pt"
+            )
     inputs.pop("token_type_ids", None)
     tokens = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
     return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

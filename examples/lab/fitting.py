@@ -1,4 +1,6 @@
-"""What all training has in common: the optimizer's loop, the loss of answers, and streams of random prompts."""
+"""What all training has in common: the optimizer's loop, the loss of answers, and streams of random
+prompts.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +32,17 @@ def _schedule(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def fit(name: str, groups: list[dict[str, Any]], loss_of_step: Callable[[int], tuple[Tensor, Tensor]], steps: int) -> None:
+def fit(
+    name: str,
+    groups: list[dict[str, Any]],
+    loss_of_step: Callable[[int], tuple[Tensor, Tensor]],
+    steps: int,
+) -> None:
     """AdamW over the parameter groups; `loss_of_step` gives the loss and the accuracy."""
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule(step, steps, min(100, steps // 10)))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: _schedule(step, steps, min(100, steps // 10))
+    )
     parameters = [p for group in groups for p in group["params"]]
     begin = time.time()
     for step in range(steps):
@@ -45,21 +54,32 @@ def fit(name: str, groups: list[dict[str, Any]], loss_of_step: Callable[[int], t
         scheduler.step()
         if (step + 1) % 100 == 0 or step + 1 == steps:
             print(
-                f"{name}: step {step + 1}/{steps} loss {loss.item():.3f} accuracy {accuracy.item():.3f} ({time.time() - begin:.0f} s)",
+                f"{name}: step {step + 1}/{steps} loss {loss.item():.3f} accuracy"
+                f" {accuracy.item():.3f} ({time.time() - begin:.0f} s)",
                 flush=True,
             )
 
 
-def answer_loss(language_model: nn.Module, head: nn.Module, embeddings: Tensor, batch: Batch, *, end_id: int) -> tuple[Tensor, Tensor]:
+def answer_loss(
+    language_model: nn.Module, head: nn.Module, embeddings: Tensor, batch: Batch, *, end_id: int
+) -> tuple[Tensor, Tensor]:
     """Cross entropy of the answers and of the end after them; share of answers that are right."""
     logits = target_logits(language_model, head, embeddings, batch)
     targets = batch.targets.to(logits.device)
     losses = nn.functional.cross_entropy(logits, targets, reduction="none")
-    loss = (losses * torch.where(targets == end_id, END_WEIGHT, 1.0)).sum() / (targets == end_id).sum()
+    loss = (losses * torch.where(targets == end_id, END_WEIGHT, 1.0)).sum() / (
+        targets == end_id
+    ).sum()
     return loss, batch.right(logits.argmax(-1)).float().mean()
 
 
-def stream_batches(make: Callable[[], tasks.Prompt], collate: Collator, *, rng: np.random.Generator, batch_size: int) -> Iterator[Batch]:
+def stream_batches(
+    make: Callable[[], tasks.Prompt],
+    collate: Collator,
+    *,
+    rng: np.random.Generator,
+    batch_size: int,
+) -> Iterator[Batch]:
     """Batches without end, each of prompts of about the same length."""
     while True:
         prompts = sorted((make() for _ in range(8 * batch_size)), key=collate.length)
@@ -67,14 +87,20 @@ def stream_batches(make: Callable[[], tasks.Prompt], collate: Collator, *, rng: 
             yield collate(prompts[index * batch_size : (index + 1) * batch_size], rng)
 
 
-def make_text_prompt(rng: np.random.Generator, *, questions: Sequence[str] = tasks.BASE_QUESTIONS) -> tasks.Prompt:
+def make_text_prompt(
+    rng: np.random.Generator, *, questions: Sequence[str] = tasks.BASE_QUESTIONS
+) -> tasks.Prompt:
     """A prompt to train on whose sources are all described in words."""
     modalities = _random_sources(rng)
-    return tasks.make_prompt(modalities, (), rng=rng, kinds=_random_kinds(modalities, questions, rng), filler=True)
+    return tasks.make_prompt(
+        modalities, (), rng=rng, kinds=_random_kinds(modalities, questions, rng), filler=True
+    )
 
 
 def make_expert_prompt(modality: str, rng: np.random.Generator) -> tasks.Prompt:
-    """A prompt to train an expert on: its real source alone, or beside described ones, or words alone."""
+    """A prompt to train an expert on: its real source alone, or beside described ones, or words
+    alone.
+    """
     share = rng.random()
     if share >= SHARE_ALONE + SHARE_TOGETHER:
         return make_text_prompt(rng)
@@ -92,10 +118,14 @@ def make_new_prompt(modality: str, rng: np.random.Generator) -> tasks.Prompt:
     if rng.random() >= 0.6:
         others = [m for m in tasks.MODALITIES if m != modality]
         modalities += rng.permutation(others)[: rng.integers(1, len(others) + 1)].tolist()
-    return tasks.make_prompt(modalities, [modality], rng=rng, kinds=[tasks.NEW_QUESTIONS[modality]], filler=True)
+    return tasks.make_prompt(
+        modalities, [modality], rng=rng, kinds=[tasks.NEW_QUESTIONS[modality]], filler=True
+    )
 
 
-def _random_kinds(modalities: Sequence[str], questions: Sequence[str], rng: np.random.Generator) -> list[str]:
+def _random_kinds(
+    modalities: Sequence[str], questions: Sequence[str], rng: np.random.Generator
+) -> list[str]:
     """The kinds of the questions of one training prompt, out of `questions`."""
     kinds = [kind for kind in questions if kind in tasks.SINGLE_QUESTIONS]
     if len(modalities) == 1:

@@ -39,7 +39,11 @@ EXTRA_TOKENS = {
     "video": ("<image>", "<video>", "<pad>"),
     "point": (),
 }
-PLACEHOLDERS = {"image": "<image>", "audio": "<|audio_bos|><|AUDIO|><|audio_eos|>", "video": "<video>"}
+PLACEHOLDERS = {
+    "image": "<image>",
+    "audio": "<|audio_bos|><|AUDIO|><|audio_eos|>",
+    "video": "<video>",
+}
 
 PATCH = 8
 AUDIO_HOP = 320
@@ -58,7 +62,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", words.index("<s>"))]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 def build_base(tokenizer: PreTrainedTokenizerFast, size: Size) -> LlamaForCausalLM:
@@ -92,7 +98,9 @@ def _vision_config(pixels: int, size: Size) -> CLIPVisionConfig:
     )
 
 
-def build_expert(modality: str, base_dir: Path, size: Size) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def build_expert(
+    modality: str, base_dir: Path, size: Size
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """An expert: the language model of `base_dir` and a random encoder and connector.
 
     The rows of its extra tokens are appended to the embedding and to the head.
@@ -172,7 +180,8 @@ def _pixel_settings(size: int) -> dict[str, Any]:
 
 
 def build_preprocessor(modality: str) -> Any:
-    """What turns an image, a sound or the frames of a video into the encoder's input; points need nothing.
+    """What turns an image, a sound or the frames of a video into the encoder's input; points need
+    nothing.
 
     None of them needs torchvision. The frames of a video pass through Video-LLaVA's image
     processor one by one, since every video processor of transformers 5 does need torchvision.
@@ -193,7 +202,9 @@ def build_preprocessor(modality: str) -> Any:
     )
 
 
-def save_preprocessor(modality: str, tokenizer: PreTrainedTokenizerFast, preprocessor: Any, folder: Path) -> None:
+def save_preprocessor(
+    modality: str, tokenizer: PreTrainedTokenizerFast, preprocessor: Any, folder: Path
+) -> None:
     """Save the tokenizer and whatever makes the expert's inputs beside its weights."""
     if modality == "image":
         LlavaProcessor(

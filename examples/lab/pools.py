@@ -1,4 +1,6 @@
-"""The training sources of a modality, its encoder's training on them, and what the frozen encoder makes of them."""
+"""The training sources of a modality, its encoder's training on them, and what the frozen encoder
+makes of them.
+"""
 
 from __future__ import annotations
 
@@ -45,8 +47,12 @@ def find_tower(modality: str, model: PreTrainedModel) -> nn.Module:
     return getattr(model.model, name)
 
 
-def train_encoder(modality: str, model: PreTrainedModel, pool: Pool, size: Size, *, seed: int) -> None:
-    """Teach the encoder, under two linear heads that are then thrown away, what sources show; then freeze it."""
+def train_encoder(
+    modality: str, model: PreTrainedModel, pool: Pool, size: Size, *, seed: int
+) -> None:
+    """Teach the encoder, under two linear heads that are then thrown away, what sources show; then
+    freeze it.
+    """
     torch.manual_seed(seed + 10)
     device = model.device
     tower = find_tower(modality, model)
@@ -69,12 +75,19 @@ def train_encoder(modality: str, model: PreTrainedModel, pool: Pool, size: Size,
         attribute_logits = attribute_head(per_frame if frames > 1 else mean)
         loss = nn.functional.cross_entropy(digit_logits, digits[rows])
         loss = loss + nn.functional.cross_entropy(attribute_logits, attributes[rows])
-        right = (digit_logits.argmax(-1) == digits[rows]) & (attribute_logits.argmax(-1) == attributes[rows])
+        right = (digit_logits.argmax(-1) == digits[rows]) & (
+            attribute_logits.argmax(-1) == attributes[rows]
+        )
         return loss, right.float().mean()
 
     parameters = [p for p in tower.parameters() if p.requires_grad]
     parameters += [*digit_head.parameters(), *attribute_head.parameters()]
-    fit(f"{modality} encoder", [{"params": parameters, "lr": size.encoder_rate}], loss_of_step, size.encoder_steps[modality])
+    fit(
+        f"{modality} encoder",
+        [{"params": parameters, "lr": size.encoder_rate}],
+        loss_of_step,
+        size.encoder_steps[modality],
+    )
     freeze_encoder(modality, model, tower.state_dict())
 
 

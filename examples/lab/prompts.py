@@ -1,7 +1,9 @@
-"""Write held-out prompts as files, for any harness: python examples/lab/prompts.py --out DIR [--split test] [--seed 7] [--examples 200].
+"""Write held-out prompts as files, for any harness: python examples/lab/prompts.py --out DIR
+[--split test] [--seed 7] [--examples 200].
 
-DIR/NAME.jsonl has one prompt per line: id, task, parts ({"text": ...}, or a modality and a file below DIR), answer and options. NAME is
-`text`, a modality, a modality's new task (`image_new`), a set of modalities (`image+audio`), or such a set with `_share`.
+DIR/NAME.jsonl has one prompt per line: id, task, parts ({"text": ...}, or a modality and a file
+below DIR), answer and options. NAME is `text`, a modality, a modality's new task (`image_new`), a
+set of modalities (`image+audio`), or such a set with `_share`.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ def write_medium(kind: str, value: Any, path: Path) -> None:
 
 
 def write_prompts(folder: Path, name: str, examples: Sequence[tasks.Example]) -> Path:
-    """Write the examples as `folder/name.jsonl` and their media below `folder/media`; returns the file."""
+    """Write the examples as `folder/name.jsonl` and their media below `folder/media`; returns the
+    file.
+    """
     media = folder / "media"
     media.mkdir(parents=True, exist_ok=True)
     lines = []
@@ -56,7 +60,13 @@ def write_prompts(folder: Path, name: str, examples: Sequence[tasks.Example]) ->
             file = media / f"{name}_{index}_{place}{SUFFIXES[part.kind]}"
             write_medium(part.kind, part.value, file)
             parts.append({part.kind: str(file.relative_to(folder))})
-        row = {"id": f"{name}_{index}", "task": example.task, "parts": parts, "answer": example.answer, "options": list(example.options)}
+        row = {
+            "id": f"{name}_{index}",
+            "task": example.task,
+            "parts": parts,
+            "answer": example.answer,
+            "options": list(example.options),
+        }
         lines.append(json.dumps(row) + "\n")
     path = folder / f"{name}.jsonl"
     path.write_text("".join(lines))
@@ -66,13 +76,18 @@ def write_prompts(folder: Path, name: str, examples: Sequence[tasks.Example]) ->
 def make_all(*, split: str, num_examples: int, seed: int) -> dict[str, list[tasks.Example]]:
     """All sets of prompts by name, each of `num_examples`."""
     common: Any = {"split": split, "num_examples": num_examples, "seed": seed}
-    sets = {modality: tasks.make_examples(modality, **common) for modality in ("text", *tasks.MODALITIES)}
+    sets = {
+        modality: tasks.make_examples(modality, **common)
+        for modality in ("text", *tasks.MODALITIES)
+    }
     for modality, kind in tasks.NEW_QUESTIONS.items():
         sets[f"{modality}_new"] = tasks.make_examples(modality, **common, kinds=[kind])
     for count in range(2, len(tasks.MODALITIES) + 1):
         for chosen in combinations(tasks.MODALITIES, count):
             sets["+".join(chosen)] = tasks.make_mixed_examples(chosen, **common)
-            sets["+".join(chosen) + "_share"] = tasks.make_mixed_examples(chosen, **common, kinds=[tasks.SHARE])
+            sets["+".join(chosen) + "_share"] = tasks.make_mixed_examples(
+                chosen, **common, kinds=[tasks.SHARE]
+            )
     return sets
 
 
@@ -84,7 +99,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--examples", type=int, default=200, help="prompts per set")
     args = parser.parse_args()
-    for name, examples in make_all(split=args.split, num_examples=args.examples, seed=args.seed).items():
+    for name, examples in make_all(
+        split=args.split, num_examples=args.examples, seed=args.seed
+    ).items():
         print(write_prompts(args.out, name, examples))
 
 

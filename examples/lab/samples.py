@@ -1,4 +1,6 @@
-"""Write a few held-out images, sounds, videos and point clouds as files: python examples/lab/samples.py."""
+"""Write a few held-out images, sounds, videos and point clouds as files: python
+examples/lab/samples.py.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,12 @@ def write_samples(folder: Path) -> None:
         *(("point", "cloud", digit, depth) for digit, depth in CLOUDS),
     ]
     for modality, name, digit, attribute in sources:
-        value = tasks.draw_source(tasks.Source(modality, digit, attribute, True), split="test", rng=rng)
-        write_medium(modality, value, folder / f"{name}_{words[digit]}_{attribute}{SUFFIXES[modality]}")
+        value = tasks.draw_source(
+            tasks.Source(modality, digit, attribute, True), split="test", rng=rng
+        )
+        write_medium(
+            modality, value, folder / f"{name}_{words[digit]}_{attribute}{SUFFIXES[modality]}"
+        )
 
 
 if __name__ == "__main__":

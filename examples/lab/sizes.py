@@ -1,4 +1,6 @@
-"""How large the lab's models are and how long they are trained: LAB_SIZE=small (committed, for a CPU) or large (for a GPU)."""
+"""How large the lab's models are and how long they are trained: LAB_SIZE=small (committed, for a
+CPU) or large (for a GPU).
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ SIZES = MappingProxyType(
 
 
 def read_size() -> tuple[str, Size]:
-    """The size that LAB_SIZE names, and its name; `small` without it. Raises SystemExit for another name."""
+    """The size that LAB_SIZE names, and its name; `small` without it. Raises SystemExit for another
+    name.
+    """
     name = os.environ.get("LAB_SIZE", "small")
     if name not in SIZES:
         raise SystemExit(f"LAB_SIZE is {name!r}; choose one of {', '.join(SIZES)}")

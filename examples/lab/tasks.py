@@ -22,7 +22,12 @@ from lab import data
 
 MODALITIES = ("image", "audio", "video", "point")
 SOURCE_WORDS = {"image": "image", "audio": "sound", "video": "video", "point": "cloud"}
-ATTRIBUTES = {"image": data.INKS, "audio": data.VOICES, "video": data.DIRECTIONS, "point": data.DEPTHS}
+ATTRIBUTES = {
+    "image": data.INKS,
+    "audio": data.VOICES,
+    "video": data.DIRECTIONS,
+    "point": data.DEPTHS,
+}
 SINGLE_QUESTIONS = ("digit", "parity", "large", "next", "attribute", "count", "describe")
 JOINT_QUESTIONS = ("same", "bigger")
 SHARE = "share"
@@ -98,7 +103,9 @@ class Prompt:
 
 
 def chance(task: str) -> float:
-    """Accuracy of the best blind guess at a task: a name such as `image/digit` or `image+audio/same`."""
+    """Accuracy of the best blind guess at a task: a name such as `image/digit` or
+    `image+audio/same`.
+    """
     modalities, question = task.split("/")
     chosen = [m for m in modalities.split("+") if m in ATTRIBUTES] or list(MODALITIES)
     if question in ("digit", "next", "before", "rest"):
@@ -121,7 +128,9 @@ def vocabulary() -> list[str]:
         texts += [*ATTRIBUTES[modality], *_DESCRIPTIONS[modality]]
         texts += [ask for question in SINGLE_QUESTIONS for ask in _ask(question, modality, None)]
     texts += [ask for question in NEW_QUESTIONS.values() for ask in _ask(question, "image", None)]
-    texts += [ask for question in (*JOINT_QUESTIONS, SHARE) for ask in _ask(question, "image", "audio")]
+    texts += [
+        ask for question in (*JOINT_QUESTIONS, SHARE) for ask in _ask(question, "image", "audio")
+    ]
     texts += ["odd even yes no", *SHARE_OPTIONS, *_FILLER]
     words = [word for text in texts for word in text.split() if "{" not in word]
     return list(dict.fromkeys(words))
@@ -163,7 +172,9 @@ def _count(modality: str, digit: int) -> int:
 
 def _is(option: str, digit: int) -> bool:
     """Whether a digit is odd, even, large (larger than four) or small."""
-    return {"odd": digit % 2 == 1, "even": digit % 2 == 0, "large": digit > 4, "small": digit <= 4}[option]
+    return {"odd": digit % 2 == 1, "even": digit % 2 == 0, "large": digit > 4, "small": digit <= 4}[
+        option
+    ]
 
 
 def _answer(question: str, one: Source, two: Source | None) -> str:
@@ -185,7 +196,9 @@ def _answer(question: str, one: Source, two: Source | None) -> str:
     if question == "count":
         return data.DIGIT_WORDS[_count(one.modality, one.digit)]
     if question == "describe":
-        return _DESCRIPTIONS[one.modality][1].format(digit=data.DIGIT_WORDS[one.digit], attribute=one.attribute)
+        return _DESCRIPTIONS[one.modality][1].format(
+            digit=data.DIGIT_WORDS[one.digit], attribute=one.attribute
+        )
     assert two is not None
     if question == "same":
         return "yes" if one.digit == two.digit else "no"
@@ -195,7 +208,9 @@ def _answer(question: str, one: Source, two: Source | None) -> str:
 def _describe(source: Source, rng: np.random.Generator) -> str:
     """A source in words."""
     ways = _DESCRIPTIONS[source.modality]
-    return ways[rng.integers(len(ways))].format(digit=data.DIGIT_WORDS[source.digit], attribute=source.attribute)
+    return ways[rng.integers(len(ways))].format(
+        digit=data.DIGIT_WORDS[source.digit], attribute=source.attribute
+    )
 
 
 def _make_question(kind: str, sources: Sequence[Source], rng: np.random.Generator) -> Question:
@@ -205,7 +220,11 @@ def _make_question(kind: str, sources: Sequence[Source], rng: np.random.Generato
         order.sort(key=lambda source: not source.real)
     one, two = order[0], None
     if kind == SHARE:
-        (answer,) = (option for option in SHARE_OPTIONS if all(_is(option, source.digit) for source in sources))
+        (answer,) = (
+            option
+            for option in SHARE_OPTIONS
+            if all(_is(option, source.digit) for source in sources)
+        )
         return Question(kind, f"question : {_ask(kind, one.modality, None)[0]} answer :", answer)
     if kind in JOINT_QUESTIONS:
         equal = kind == "same" and rng.random() < 0.8
@@ -285,7 +304,12 @@ def _join_texts(pieces: Sequence[str | Source]) -> tuple[str | Source, ...]:
 
 def draw_source(source: Source, *, split: str, rng: np.random.Generator) -> Any:
     """The real image, sound, video or point cloud of a source."""
-    draw = {"image": data.draw_image, "audio": data.draw_sound, "video": data.draw_video, "point": data.draw_cloud}
+    draw = {
+        "image": data.draw_image,
+        "audio": data.draw_sound,
+        "video": data.draw_video,
+        "point": data.draw_cloud,
+    }
     return draw[source.modality](source.digit, source.attribute, split=split, rng=rng)
 
 
@@ -293,10 +317,19 @@ def _to_example(prompt: Prompt, modality: str, split: str, rng: np.random.Genera
     """The prompt with its real sources drawn and its first question asked."""
     question = prompt.questions[0]
     parts = tuple(
-        Part("text", piece) if isinstance(piece, str) else Part(piece.modality, draw_source(piece, split=split, rng=rng))
+        (
+            Part("text", piece)
+            if isinstance(piece, str)
+            else Part(piece.modality, draw_source(piece, split=split, rng=rng))
+        )
         for piece in _join_texts([*prompt.sources, question.text])
     )
-    return Example(parts, question.answer, f"{modality}/{question.kind}", SHARE_OPTIONS if question.kind == SHARE else ())
+    return Example(
+        parts,
+        question.answer,
+        f"{modality}/{question.kind}",
+        SHARE_OPTIONS if question.kind == SHARE else (),
+    )
 
 
 def _generator(split: str, seed: int, modalities: Sequence[str]) -> np.random.Generator:
@@ -305,13 +338,15 @@ def _generator(split: str, seed: int, modalities: Sequence[str]) -> np.random.Ge
     return np.random.default_rng([data.SPLITS.index(split), seed, mark])
 
 
-def make_examples(modality: str, *, split: str, num_examples: int, seed: int, kinds: Sequence[str] = ()) -> list[Example]:
+def make_examples(
+    modality: str, *, split: str, num_examples: int, seed: int, kinds: Sequence[str] = ()
+) -> list[Example]:
     """Examples of one modality, the questions of these `kinds` in turn.
 
     For `image`, `audio`, `video` and `point` the source is real, and the only one; where two are
-    compared, a source described in words stands beside it. For `text` there are one to four sources,
-    all described in words. Without `kinds` all are asked that the base (for `text`) or the experts
-    have learned from the beginning.
+    compared, a source described in words stands beside it. For `text` there are one to four
+    sources, all described in words. Without `kinds` all are asked that the base (for `text`) or the
+    experts have learned from the beginning.
     """
     rng = _generator(split, seed, [modality])
     is_text = modality == "text"
@@ -321,15 +356,27 @@ def make_examples(modality: str, *, split: str, num_examples: int, seed: int, ki
         kind = kinds[index % len(kinds)]
         fewest = 2 if kind in (*JOINT_QUESTIONS, SHARE) else 1
         if is_text:
-            modalities = rng.permutation(MODALITIES)[: rng.integers(fewest, len(MODALITIES) + 1)].tolist()
+            modalities = rng.permutation(MODALITIES)[
+                : rng.integers(fewest, len(MODALITIES) + 1)
+            ].tolist()
         else:
-            modalities = [modality, *rng.permutation([m for m in MODALITIES if m != modality])[: fewest - 1].tolist()]
+            modalities = [
+                modality,
+                *rng.permutation([m for m in MODALITIES if m != modality])[: fewest - 1].tolist(),
+            ]
         prompt = make_prompt(modalities, () if is_text else (modality,), rng=rng, kinds=[kind])
         examples.append(_to_example(prompt, modality, split, rng))
     return examples
 
 
-def make_mixed_examples(modalities: Sequence[str], *, split: str, num_examples: int, seed: int, kinds: Sequence[str] = ()) -> list[Example]:
+def make_mixed_examples(
+    modalities: Sequence[str],
+    *,
+    split: str,
+    num_examples: int,
+    seed: int,
+    kinds: Sequence[str] = (),
+) -> list[Example]:
     """Examples with two, three or four real sources, the questions of these `kinds` in turn.
 
     Single questions ask about any one of the sources, joint questions about two of them, and

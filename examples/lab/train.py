@@ -1,9 +1,12 @@
-"""Train the laboratory from nothing: the base, four experts, two of them further on a new task, and the experts' LoRA twins.
+"""Train the laboratory from nothing: the base, four experts, two of them further on a new task, and
+the experts' LoRA twins.
 
-    python examples/lab/train.py [--out DIR] [--seed 0] [--device auto] [--only PART ...] [--keep-encoders]
+    python examples/lab/train.py [--out DIR] [--seed 0] [--device auto] [--only PART ...]
+    [--keep-encoders]
 
-writes DIR/{base,image,audio,video,point,image_new,audio_new} in the Hugging Face layout and DIR/twins/… as adapters of PEFT, all in bfloat16.
-LAB_SIZE=large trains larger ones, for a GPU, into build/lab-large.
+writes DIR/{base,image,audio,video,point,image_new,audio_new} in the Hugging Face layout and
+DIR/twins/… as adapters of PEFT, all in bfloat16. LAB_SIZE=large trains larger ones, for a GPU, into
+build/lab-large.
 """
 
 from __future__ import annotations
@@ -24,7 +27,15 @@ from lab import models, tasks
 from lab.batches import Collator, embed, find_parts
 from lab.checks import check_all
 from lab.evaluate import load_checkpoint
-from lab.fitting import answer_loss, fit, make_expert_prompt, make_new_prompt, make_text_prompt, save, stream_batches
+from lab.fitting import (
+    answer_loss,
+    fit,
+    make_expert_prompt,
+    make_new_prompt,
+    make_text_prompt,
+    save,
+    stream_batches,
+)
 from lab.pools import encode_pool, find_tower, freeze_encoder, make_pool, train_encoder
 from lab.sizes import Size, read_size
 from lab.twins import train_twin
@@ -36,7 +47,9 @@ PARTS = ("base", *tasks.MODALITIES, *NEW, *TWINS)
 
 
 def train_base(out: Path, size: Size, *, seed: int, device: torch.device) -> None:
-    """Train the base on prompts in which every source is described in words: the core questions first, then all."""
+    """Train the base on prompts in which every source is described in words: the core questions
+    first, then all.
+    """
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 1])
     tokenizer = models.build_tokenizer()
@@ -45,20 +58,28 @@ def train_base(out: Path, size: Size, *, seed: int, device: torch.device) -> Non
     make = partial(make_text_prompt, rng, questions=tasks.CORE_QUESTIONS)
     batches = stream_batches(make, collate, rng=rng, batch_size=size.batch)
 
-    # A small model finds it hard to tell which source a word belongs to, or is asked for. A linear head, thrown away
-    # afterwards, teaches the first layer to; without it the accuracy stays near 0.5 for thousands of steps.
+    # A small model finds it hard to tell which source a word belongs to, or is asked for. A linear
+    # head, thrown away afterwards, teaches the first layer to; without it the accuracy stays near
+    # 0.5 for thousands of steps.
     source_head = nn.Linear(model.config.hidden_size, len(tasks.MODALITIES)).to(device)
     first_layer: list[Tensor] = []
-    hook = model.model.layers[0].register_forward_hook(lambda module, args, output: first_layer.append(output))
+    hook = model.model.layers[0].register_forward_hook(
+        lambda module, args, output: first_layer.append(output)
+    )
 
     def loss_of_step(step: int) -> tuple[Tensor, Tensor]:
         batch = next(batches)
         first_layer.clear()
         embeddings = model.model.embed_tokens(batch.ids.to(device))
-        loss, accuracy = answer_loss(model.model, model.lm_head, embeddings, batch, end_id=tokenizer.eos_token_id)
+        loss, accuracy = answer_loss(
+            model.model, model.lm_head, embeddings, batch, end_id=tokenizer.eos_token_id
+        )
         labels = _source_labels(batch.ids, tokenizer.get_vocab()).to(device)
         logits = source_head(first_layer[0])
-        return loss + 0.5 * nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), accuracy
+        return (
+            loss + 0.5 * nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()),
+            accuracy,
+        )
 
     parameters = [*model.parameters(), *source_head.parameters()]
     fit("base", [{"params": parameters, "lr": size.base_rate}], loss_of_step, size.base_steps)
@@ -74,20 +95,31 @@ def _train_base_on_all(out: Path, size: Size, *, seed: int, device: torch.device
     model = model.to(device)
     rng = np.random.default_rng([seed, 6])
     collate = Collator(tokenizer.get_vocab(), None, None)
-    batches = stream_batches(partial(make_text_prompt, rng), collate, rng=rng, batch_size=size.batch)
+    batches = stream_batches(
+        partial(make_text_prompt, rng), collate, rng=rng, batch_size=size.batch
+    )
 
     def loss_of_step(step: int) -> tuple[Tensor, Tensor]:
         batch = next(batches)
         embeddings = model.model.embed_tokens(batch.ids.to(device))
-        return answer_loss(model.model, model.lm_head, embeddings, batch, end_id=tokenizer.eos_token_id)
+        return answer_loss(
+            model.model, model.lm_head, embeddings, batch, end_id=tokenizer.eos_token_id
+        )
 
-    fit("base, all questions", [{"params": list(model.parameters()), "lr": size.whole_rate}], loss_of_step, size.whole_steps)
+    fit(
+        "base, all questions",
+        [{"params": list(model.parameters()), "lr": size.whole_rate}],
+        loss_of_step,
+        size.whole_steps,
+    )
     save(model, out / "base")
     tokenizer.save_pretrained(out / "base")
 
 
 def _source_labels(ids: Tensor, word_ids: dict[str, int]) -> Tensor:
-    """For each token [rows, length], the source that was named last before it; -100 where none was, in its own question or before."""
+    """For each token [rows, length], the source that was named last before it; -100 where none was,
+    in its own question or before.
+    """
     words = torch.tensor([word_ids[word] for word in tasks.SOURCE_WORDS.values()])
     is_word = ids[..., None] == words
     places = torch.arange(ids.shape[1]).expand_as(ids)
@@ -97,7 +129,9 @@ def _source_labels(ids: Tensor, word_ids: dict[str, int]) -> Tensor:
     return labels.masked_fill((latest == 0) | (question > latest), -100)
 
 
-def train_expert(modality: str, out: Path, size: Size, *, seed: int, device: torch.device, keep_encoder: bool) -> None:
+def train_expert(
+    modality: str, out: Path, size: Size, *, seed: int, device: torch.device, keep_encoder: bool
+) -> None:
     """Tune an encoder, then the connector and the whole language model, on one modality.
 
     With `keep_encoder` the encoder is that of the checkpoint in `out`.
@@ -109,42 +143,66 @@ def train_expert(modality: str, out: Path, size: Size, *, seed: int, device: tor
     preprocessor = models.build_preprocessor(modality)
     pool = make_pool(modality, preprocessor, pool_size=size.pool, seed=seed)
     if keep_encoder:
-        freeze_encoder(modality, model, find_tower(modality, load_checkpoint(modality, out / modality)[0]).state_dict())
+        freeze_encoder(
+            modality,
+            model,
+            find_tower(modality, load_checkpoint(modality, out / modality)[0]).state_dict(),
+        )
     else:
         train_encoder(modality, model, pool, size, seed=seed)
     encode_pool(modality, model, pool)
     collate = Collator(tokenizer.get_vocab(), modality, pool)
-    batches = stream_batches(lambda: make_expert_prompt(modality, rng), collate, rng=rng, batch_size=size.expert_batch)
+    batches = stream_batches(
+        lambda: make_expert_prompt(modality, rng), collate, rng=rng, batch_size=size.expert_batch
+    )
     assert pool.features is not None
     pool_features, pool_lengths = pool.features, pool.lengths
     language_model, head, connector = find_parts(model)
     assert connector is not None
 
-    # What a film shows takes several of its tokens to tell. A linear head, thrown away afterwards, asks the second layer for
-    # the attribute at the medium's last token; without it the direction of a film stays near a guess.
+    # What a film shows takes several of its tokens to tell. A linear head, thrown away afterwards,
+    # asks the second layer for the attribute at the medium's last token; without it the direction
+    # of a film stays near a guess.
     torch.manual_seed(seed + 11)
-    attribute_head = nn.Linear(model.config.get_text_config().hidden_size, len(tasks.ATTRIBUTES[modality])).to(device)
+    attribute_head = nn.Linear(
+        model.config.get_text_config().hidden_size, len(tasks.ATTRIBUTES[modality])
+    ).to(device)
     attributes = torch.tensor(pool.attributes)
     second_layer: list[Tensor] = []
-    hook = language_model.layers[1].register_forward_hook(lambda module, args, output: second_layer.append(output))
+    hook = language_model.layers[1].register_forward_hook(
+        lambda module, args, output: second_layer.append(output)
+    )
 
     def loss_of_step(step: int) -> tuple[Tensor, Tensor]:
         batch = next(batches)
         second_layer.clear()
-        embeddings = embed(model, batch, pool_features[batch.pool_rows], pool_lengths[batch.pool_rows])
-        loss, accuracy = answer_loss(language_model, head, embeddings, batch, end_id=tokenizer.eos_token_id)
+        embeddings = embed(
+            model, batch, pool_features[batch.pool_rows], pool_lengths[batch.pool_rows]
+        )
+        loss, accuracy = answer_loss(
+            language_model, head, embeddings, batch, end_id=tokenizer.eos_token_id
+        )
         rows, last = batch.media.any(1), (batch.media * torch.arange(batch.media.shape[1])).amax(1)
         if rows.any():
             logits = attribute_head(second_layer[0][rows.nonzero()[:, 0], last[rows]])
-            loss = loss + 0.3 * nn.functional.cross_entropy(logits, attributes[batch.pool_rows].to(device))
+            loss = loss + 0.3 * nn.functional.cross_entropy(
+                logits, attributes[batch.pool_rows].to(device)
+            )
         return loss, accuracy
 
     fit(
         f"{modality} expert",
         [
-            {"params": [*language_model.parameters(), *head.parameters()], "lr": size.expert_rate[modality], "weight_decay": 0.0},
+            {
+                "params": [*language_model.parameters(), *head.parameters()],
+                "lr": size.expert_rate[modality],
+                "weight_decay": 0.0,
+            },
             # the connector learns the base's language; the language model itself moves little
-            {"params": [*connector.parameters(), *attribute_head.parameters()], "lr": size.connector_rate},
+            {
+                "params": [*connector.parameters(), *attribute_head.parameters()],
+                "lr": size.connector_rate,
+            },
         ],
         loss_of_step,
         size.expert_steps[modality],
@@ -155,7 +213,9 @@ def train_expert(modality: str, out: Path, size: Size, *, seed: int, device: tor
 
 
 def train_new(part: str, out: Path, size: Size, *, seed: int, device: torch.device) -> None:
-    """Tune an expert further on its new task alone: it learns that, and forgets of the rest what it may."""
+    """Tune an expert further on its new task alone: it learns that, and forgets of the rest what it
+    may.
+    """
     modality = NEW[part]
     torch.manual_seed(seed + 2)
     rng = np.random.default_rng([seed, 4, tasks.MODALITIES.index(modality)])
@@ -166,7 +226,9 @@ def train_new(part: str, out: Path, size: Size, *, seed: int, device: torch.devi
     pool = make_pool(modality, preprocessor, pool_size=size.pool // 4, seed=seed)
     encode_pool(modality, model, pool)
     collate = Collator(tokenizer.get_vocab(), modality, pool)
-    batches = stream_batches(lambda: make_new_prompt(modality, rng), collate, rng=rng, batch_size=size.expert_batch)
+    batches = stream_batches(
+        lambda: make_new_prompt(modality, rng), collate, rng=rng, batch_size=size.expert_batch
+    )
     assert pool.features is not None
     pool_features, pool_lengths = pool.features, pool.lengths
     language_model, head, connector = find_parts(model)
@@ -174,11 +236,18 @@ def train_new(part: str, out: Path, size: Size, *, seed: int, device: torch.devi
 
     def loss_of_step(step: int) -> tuple[Tensor, Tensor]:
         batch = next(batches)
-        embeddings = embed(model, batch, pool_features[batch.pool_rows], pool_lengths[batch.pool_rows])
+        embeddings = embed(
+            model, batch, pool_features[batch.pool_rows], pool_lengths[batch.pool_rows]
+        )
         return answer_loss(language_model, head, embeddings, batch, end_id=tokenizer.eos_token_id)
 
     parameters = [*language_model.parameters(), *head.parameters(), *connector.parameters()]
-    fit(f"{part}", [{"params": parameters, "lr": size.new_rate, "weight_decay": 0.0}], loss_of_step, size.new_steps)
+    fit(
+        f"{part}",
+        [{"params": parameters, "lr": size.new_rate, "weight_decay": 0.0}],
+        loss_of_step,
+        size.new_steps,
+    )
     save(model, out / part)
     models.save_preprocessor(modality, tokenizer, preprocessor, out / part)
 
@@ -188,13 +257,21 @@ def main() -> None:
     name, size = read_size()
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     committed = HERE / "checkpoints"
-    parser.add_argument("--out", type=Path, default=committed if name == "small" else HERE.parent.parent / "build" / f"lab-{name}")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=committed if name == "small" else HERE.parent.parent / "build" / f"lab-{name}",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="train these alone")
-    parser.add_argument("--keep-encoders", action="store_true", help="take the encoders from the checkpoints in DIR")
+    parser.add_argument(
+        "--keep-encoders", action="store_true", help="take the encoders from the checkpoints in DIR"
+    )
     args = parser.parse_args()
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    device = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    )
     begin = time.time()
     for part in args.only:
         if part == "base":
@@ -204,7 +281,9 @@ def main() -> None:
         elif part in TWINS:
             train_twin(TWINS[part], args.out, size, seed=args.seed, device=device)
         else:
-            train_expert(part, args.out, size, seed=args.seed, device=device, keep_encoder=args.keep_encoders)
+            train_expert(
+                part, args.out, size, seed=args.seed, device=device, keep_encoder=args.keep_encoders
+            )
     print(f"trained in {time.time() - begin:.0f} s")
     check_all(args.only, args.out, split="test", num_examples=540)
 

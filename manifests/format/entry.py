@@ -11,7 +11,8 @@ from mmerge.manifests.errors import ManifestError, NotFound, StoreError
 from mmerge.manifests.stores.object_store import Store, check_key
 
 Role = Literal["base", "delta", "mask", "merged", "carried", "extra_rows", "adapter"]
-"""What a stored tensor is: base weights, τ⋆, one packed modality mask, a merged plain tensor, a tensor copied from an
+"""What a stored tensor is: base weights, τ⋆, one packed modality mask, a merged plain tensor, a
+tensor copied from an
 expert, the vocabulary rows that an expert added, or a LoRA factor of an expert's adapter."""
 
 MAX_ENTRY_BYTES = 64 << 20
@@ -50,13 +51,17 @@ class TensorStatistics(Record):
     delta_norm: float | None = None
     """‖τ⋆‖₂ as stored."""
     consensus: tuple[int, ...] | None = None
-    """How many entries are wanted by exactly 0, 1, …, n experts (METHODS: catastrophic, selfish, …)."""
+    """How many entries are wanted by exactly 0, 1, …, n experts (METHODS: catastrophic, selfish,
+    …).
+    """
     overlaps: tuple[int, ...] | None = None
     """Entries wanted by both experts of each pair (0,1), (0,2), …, (1,2), … in recipe order."""
 
 
 class TensorRow(Record):
-    """One tensor, or a piece of its rows, in one object; `offset` counts bytes from the start of the object."""
+    """One tensor, or a piece of its rows, in one object; `offset` counts bytes from the start of
+    the object.
+    """
 
     name: str
     role: Role
@@ -72,7 +77,9 @@ class TensorRow(Record):
 
 
 class ObjectEntry(Record):
-    """One stored object as the manifest lists it: where it is, how long, and the digest of its content."""
+    """One stored object as the manifest lists it: where it is, how long, and the digest of its
+    content.
+    """
 
     key: str
     shard: str
@@ -81,7 +88,8 @@ class ObjectEntry(Record):
     num_bytes: int = Field(ge=0)
     digest: str = Field(pattern=DIGEST_PATTERN)
     inputs: dict[str, str] | None = None
-    """Of a merged object: a digest of its share of `base`, of each `expert:NAME`, of the recipe's `numbers` and of the
+    """Of a merged object: a digest of its share of `base`, of each `expert:NAME`, of the recipe's
+    `numbers` and of the
     `thresholds`. They explain a rebuild; nothing is found by them."""
 
     @field_validator("key")
@@ -122,10 +130,13 @@ def read_entry(store: Store, digest: str) -> ShardEntry | None:
         return ShardEntry.model_validate(parse_json(raw, what=key))
     except ValueError as error:
         raise ManifestError(
-            f"{store.uri}: {key} is damaged ({str(error).splitlines()[0]}). Delete it; the next run writes it again"
+            f"{store.uri}: {key} is damaged ({str(error).splitlines()[0]}). Delete it; the next run"
+            " writes it again"
         ) from error
 
 
 def write_entry(store: Store, digest: str, entry: ShardEntry) -> None:
     """Record that the object of this digest is complete. Written after the object, never before."""
-    store.put(entry_key(digest), to_canonical_json(entry.model_dump(mode="json", exclude_none=True)))
+    store.put(
+        entry_key(digest), to_canonical_json(entry.model_dump(mode="json", exclude_none=True))
+    )

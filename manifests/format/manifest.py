@@ -1,7 +1,7 @@
 """The record of a build: written last, once, never changed. From that moment on the build exists.
 
-A manifest holds no time, path or host: two builders of the same recipe write the same bytes. When, from where and with
-which versions a build was made stands in its references.
+A manifest holds no time, path or host: two builders of the same recipe write the same bytes. When,
+from where and with which versions a build was made stands in its references.
 """
 
 from __future__ import annotations
@@ -11,8 +11,14 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator
 
 from mmerge.manifests.digest import digest_bytes, parse_json, to_canonical_json
+from mmerge.manifests.errors import (
+    AlreadyExists,
+    ManifestError,
+    NotFound,
+    StoreError,
+    StoreUnavailable,
+)
 from mmerge.manifests.format.entry import DIGEST_PATTERN, ObjectEntry, Record, validate_key
-from mmerge.manifests.errors import AlreadyExists, ManifestError, NotFound, StoreError, StoreUnavailable
 from mmerge.manifests.stores.object_store import Store
 
 FORMAT = "mmerge-composite"
@@ -52,14 +58,16 @@ class BaseRecord(Record):
 
 
 class AdapterRecord(Record):
-    """How an expert's LoRA adapters are used in a build of kind `adapters` (DAMC, arXiv 2402.12750).
+    """How an expert's LoRA adapters are used in a build of kind `adapters` (DAMC, arXiv
+    2402.12750).
 
-    The factors are tensors of role `adapter`: `LINEAR.lora_A.ADAPTER.weight` [rank, in] and `LINEAR.lora_B.ADAPTER.weight`
-    [out, rank], where `LINEAR.weight` is the base's name.
+    The factors are tensors of role `adapter`: `LINEAR.lora_A.ADAPTER.weight` [rank, in] and
+    `LINEAR.lora_B.ADAPTER.weight` [out, rank], where `LINEAR.weight` is the base's name.
     """
 
     modality_adapter: str
-    """The adapter of this expert's modality tokens, its learned prefix and suffix tokens included."""
+    """The adapter of this expert's modality tokens, its learned prefix and suffix tokens included.
+    """
     default_adapter: str
     """The adapter of text tokens, generated ones included."""
     coefficient: float
@@ -129,7 +137,10 @@ class Manifest(Record):
         for expert in self.experts:
             if expert.name == name:
                 return expert
-        raise ManifestError(f"build {self.build[:12]} has no expert {name!r}; it has {', '.join(e.name for e in self.experts)}")
+        raise ManifestError(
+            f"build {self.build[:12]} has no expert {name!r}; it has"
+            f" {', '.join(e.name for e in self.experts)}"
+        )
 
     def rename(self, name: str, *, expert: str) -> str:
         """Return the name that a tensor of the base has in an expert's files."""
@@ -141,7 +152,11 @@ class Manifest(Record):
 
 def make_manifest_schema() -> dict[str, Any]:
     """Return the JSON schema of manifests, as it stands in `manifests/manifest.schema.json`."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Manifest.model_json_schema(), "title": "mmerge composite manifest"}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **Manifest.model_json_schema(),
+        "title": "mmerge composite manifest",
+    }
 
 
 def manifest_key(build: str) -> str:
@@ -186,7 +201,9 @@ def read_manifest(store: Store, build: str) -> Manifest:
     except StoreUnavailable:
         raise
     except NotFound:
-        raise ManifestError(f"{where}: no such build. 'mmerge show {store.uri}' lists what is there") from None
+        raise ManifestError(
+            f"{where}: no such build. 'mmerge show {store.uri}' lists what is there"
+        ) from None
     try:
         raw = parse_json(data, what="manifest")
     except ValueError as error:
@@ -195,26 +212,40 @@ def read_manifest(store: Store, build: str) -> Manifest:
         raise ManifestError(f"{where}: is no {FORMAT} manifest")
     if raw.get("version") != VERSION:
         raise ManifestError(
-            f"{where}: has format version {raw.get('version')!r}, this mmerge reads version {VERSION}. Use the mmerge that wrote it, or a newer one"
+            f"{where}: has format version {raw.get('version')!r}, this mmerge reads version"
+            f" {VERSION}. Use the mmerge that wrote it, or a newer one"
         )
     try:
         manifest = Manifest.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        raise ManifestError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}. The manifest is damaged") from error
+        raise ManifestError(
+            f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}. The manifest is damaged"
+        ) from error
     if manifest.build != build:
-        raise ManifestError(f"{where}: describes build {manifest.build[:12]}, not {build[:12]}. The manifest is damaged")
+        raise ManifestError(
+            f"{where}: describes build {manifest.build[:12]}, not {build[:12]}. The manifest is"
+            " damaged"
+        )
     return manifest
 
 
 def read_file(store: Store, entry: FileEntry) -> bytes:
-    """Return the bytes of a small stored file. Raises ManifestError when they are not what the manifest says."""
+    """Return the bytes of a small stored file. Raises ManifestError when they are not what the
+    manifest says.
+    """
     try:
         data = store.read(entry.key, max_bytes=entry.num_bytes)
     except (NotFound, StoreUnavailable):
         raise
     except StoreError as error:
-        raise ManifestError(f"{Exception.__str__(error)}, the manifest says {entry.num_bytes:,}: {entry.name} is damaged") from error
+        raise ManifestError(
+            f"{Exception.__str__(error)}, the manifest says {entry.num_bytes:,}: {entry.name} is"
+            " damaged"
+        ) from error
     if digest_bytes(data) != entry.digest:
-        raise ManifestError(f"{store.uri}: {entry.key} ({entry.name}) is damaged: its digest differs from the manifest's")
+        raise ManifestError(
+            f"{store.uri}: {entry.key} ({entry.name}) is damaged: its digest differs from the"
+            " manifest's"
+        )
     return data

@@ -1,4 +1,6 @@
-"""The header of a stored object: nothing in it is free, so a reader makes it from manifest and table and compares every byte."""
+"""The header of a stored object: nothing in it is free, so a reader makes it from manifest and
+table and compares every byte.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,17 @@ def mask_name(name: str, expert: str) -> str:
     return f"{name}.mask.{expert}"
 
 
-def make_metadata(digest: str, *, role: Literal["base", "merge", "carry"], method: str) -> dict[str, str]:
-    """Return the metadata in the header of the object of this digest; `method` made it if its role is `merge`."""
-    return {"mmerge": digest, "method": method} if role == "merge" else {"mmerge": digest, "role": role}
+def make_metadata(
+    digest: str, *, role: Literal["base", "merge", "carry"], method: str
+) -> dict[str, str]:
+    """Return the metadata in the header of the object of this digest; `method` made it if its role
+    is `merge`.
+    """
+    return (
+        {"mmerge": digest, "method": method}
+        if role == "merge"
+        else {"mmerge": digest, "role": role}
+    )
 
 
 def make_object_header(entry: ObjectEntry, rows: Sequence[TensorRow], *, method: str) -> bytes:
@@ -42,8 +52,11 @@ def make_object_header(entry: ObjectEntry, rows: Sequence[TensorRow], *, method:
     return make_header(layout, metadata=make_metadata(digest, role=entry.role, method=method))[0]
 
 
-def find_header_damage(store: Store, entry: ObjectEntry, rows: Sequence[TensorRow], *, method: str) -> str | None:
-    """Return how the size or the header of an object differs from what manifest and table say; None where neither does.
+def find_header_damage(
+    store: Store, entry: ObjectEntry, rows: Sequence[TensorRow], *, method: str
+) -> str | None:
+    """Return how the size or the header of an object differs from what manifest and table say; None
+    where neither does.
 
     Raises:
         NotFound: the object is missing.
@@ -55,7 +68,10 @@ def find_header_damage(store: Store, entry: ObjectEntry, rows: Sequence[TensorRo
         return describe_size(entry, rows, num_bytes)
     if found == wanted:
         return None
-    at = next((at for at, (one, other) in enumerate(zip(found, wanted, strict=False)) if one != other), min(len(found), len(wanted)))
+    at = next(
+        (at for at, (one, other) in enumerate(zip(found, wanted, strict=False)) if one != other),
+        min(len(found), len(wanted)),
+    )
     owner = _find_owner(wanted, rows, at)
     return f"{entry.key} ({entry.shard}): its header is damaged at byte {at}" + (
         f", where it describes {describe_row(owner)}" if owner else describe_held(rows)
@@ -64,17 +80,29 @@ def find_header_damage(store: Store, entry: ObjectEntry, rows: Sequence[TensorRo
 
 def describe_size(entry: ObjectEntry, rows: Sequence[TensorRow], found: int) -> str:
     """Say how long an object is and should be, and which tensor is the first that is not whole."""
-    lost = sorted((row for row in rows if row.offset + row.num_bytes > found), key=lambda row: row.offset)
-    tail = (
-        f"; {describe_row(lost[0])} breaks off at byte {found} (of {len(lost)} tensors that are not whole)" if lost else describe_held(rows)
+    lost = sorted(
+        (row for row in rows if row.offset + row.num_bytes > found), key=lambda row: row.offset
     )
-    return f"{entry.key} ({entry.shard}): has {found:,} bytes, the manifest says {entry.num_bytes:,}{tail}"
+    tail = (
+        f"; {describe_row(lost[0])} breaks off at byte {found} (of {len(lost)} tensors that are not"
+        " whole)"
+        if lost
+        else describe_held(rows)
+    )
+    return (
+        f"{entry.key} ({entry.shard}): has {found:,} bytes, the manifest says"
+        f" {entry.num_bytes:,}{tail}"
+    )
 
 
 def describe_held(rows: Sequence[TensorRow]) -> str:
     """Say which tensors an object holds, to be put behind a sentence."""
     names = sorted({row.name for row in rows})
-    return f"; it holds {names[0]}" + (f" and {len(names) - 1} more tensors" if len(names) > 1 else "") if names else ""
+    return (
+        f"; it holds {names[0]}" + (f" and {len(names) - 1} more tensors" if len(names) > 1 else "")
+        if names
+        else ""
+    )
 
 
 def describe_row(row: TensorRow) -> str:
@@ -89,7 +117,9 @@ def _name_in_object(row: TensorRow) -> str:
 
 
 def _find_owner(header: bytes, rows: Sequence[TensorRow], at: int) -> TensorRow | None:
-    """Return the tensor that byte `at` of a header is about, None where it is about the whole object."""
+    """Return the tensor that byte `at` of a header is about, None where it is about the whole
+    object.
+    """
     for row in rows:
         name = json.dumps(_name_in_object(row), ensure_ascii=False)
         begin = header.find(f'{name}:{{"data_offsets"'.encode())

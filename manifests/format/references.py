@@ -1,6 +1,8 @@
-"""Names that move: `NAME@latest` is the highest of the numbered objects refs/NAME/000042.json, each created once.
+"""Names that move: `NAME@latest` is the highest of the numbered objects refs/NAME/000042.json, each
+created once.
 
-A composite is addressed as STORE, STORE#NAME, STORE#NAME@N or STORE#DIGEST (at least 6 digits of the build's name).
+A composite is addressed as STORE, STORE#NAME, STORE#NAME@N or STORE#DIGEST (at least 6 digits of
+the build's name).
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from mmerge.manifests.digest import parse_json, to_canonical_json
-from mmerge.manifests.format.entry import DIGEST_PATTERN, Record
 from mmerge.manifests.errors import AlreadyExists, ManifestError, StoreError
+from mmerge.manifests.format.entry import DIGEST_PATTERN, Record
 from mmerge.manifests.stores.object_store import Store, open_store
 
 MAX_REFERENCE_BYTES = 1 << 20
@@ -50,13 +52,21 @@ def read_reference(store: Store, name: str, number: int) -> Reference:
     """Return one reference. Raises ManifestError when it is damaged."""
     key = f"refs/{name}/{number:06d}.json"
     try:
-        return Reference.model_validate(parse_json(store.read(key, max_bytes=MAX_REFERENCE_BYTES), what=key))
+        return Reference.model_validate(
+            parse_json(store.read(key, max_bytes=MAX_REFERENCE_BYTES), what=key)
+        )
     except (ValueError, ValidationError) as error:
-        raise ManifestError(f"{store.uri}: {key} is damaged ({str(error).splitlines()[0]})") from error
+        raise ManifestError(
+            f"{store.uri}: {key} is damaged ({str(error).splitlines()[0]})"
+        ) from error
 
 
-def write_reference(store: Store, name: str, build: str, *, sources: dict[str, str], versions: dict[str, str]) -> tuple[Reference, bool]:
-    """Let NAME@latest be `build`; return the reference and whether it was moved (False when it pointed there already)."""
+def write_reference(
+    store: Store, name: str, build: str, *, sources: dict[str, str], versions: dict[str, str]
+) -> tuple[Reference, bool]:
+    """Let NAME@latest be `build`; return the reference and whether it was moved (False when it
+    pointed there already).
+    """
     numbers = list_references(store).get(name, [])
     if numbers:
         latest = read_reference(store, name, numbers[-1])
@@ -65,7 +75,14 @@ def write_reference(store: Store, name: str, build: str, *, sources: dict[str, s
     number = (numbers[-1] if numbers else 0) + 1
     while True:
         created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        reference = Reference(name=name, number=number, build=build, created=created, sources=sources, versions=versions)
+        reference = Reference(
+            name=name,
+            number=number,
+            build=build,
+            created=created,
+            sources=sources,
+            versions=versions,
+        )
         try:
             store.put_new(reference.key, to_canonical_json(reference.model_dump(mode="json")))
         except AlreadyExists:
@@ -75,7 +92,9 @@ def write_reference(store: Store, name: str, build: str, *, sources: dict[str, s
             number += 1
             continue
         if store.is_remote and read_reference(store, name, number).build != build:
-            number += 1  # a server that lets several writers create: one of the same moment replaced ours, take the next number
+            # A server that lets several writers create: one of the same moment replaced ours, take
+            # the next number
+            number += 1
             continue
         return reference, True
 
@@ -97,19 +116,25 @@ def open_build(uri: str) -> tuple[Store, str]:
     try:
         store = open_store(store_uri)
     except StoreError as error:
-        raise StoreError(f"{Exception.__str__(error)}. Give the 'output' of a recipe that was run, as STORE or STORE#NAME") from error
+        raise StoreError(
+            f"{Exception.__str__(error)}. Give the 'output' of a recipe that was run, as STORE or"
+            " STORE#NAME"
+        ) from error
     return store, find_build(store, fragment)
 
 
 def find_build(store: Store, fragment: str) -> str:
-    """Return the digest of the build that `fragment` (NAME, NAME@N, NAME@latest, DIGEST or nothing) names in a store."""
+    """Return the digest of the build that `fragment` (NAME, NAME@N, NAME@latest, DIGEST or nothing)
+    names in a store.
+    """
     references = list_references(store)
     if not fragment:
         if len(references) == 1:
             fragment = next(iter(references))
         elif references:
             raise ManifestError(
-                f"{store.uri}: holds several composites: add one of {', '.join('#' + name for name in references)} to the URI"
+                f"{store.uri}: holds several composites: add one of"
+                f" {', '.join('#' + name for name in references)} to the URI"
             )
         else:
             raise ManifestError(f"{store.uri}: holds no composite. 'mmerge run RECIPE' makes one")
@@ -119,28 +144,52 @@ def find_build(store: Store, fragment: str) -> str:
             return read_reference(store, name, references[name][-1]).build
         if number.isdigit() and int(number) in references[name]:
             return read_reference(store, name, int(number)).build
-        raise ManifestError(f"{store.uri}: {name} has no number {number!r}; it has {', '.join(map(str, references[name]))}")
+        raise ManifestError(
+            f"{store.uri}: {name} has no number {number!r}; it has"
+            f" {', '.join(map(str, references[name]))}"
+        )
     if re.fullmatch(r"[0-9a-f]{6,64}", fragment):
-        builds = sorted({key.split("/")[1] for key in store.list("builds") if key.endswith("/manifest.json")})
+        builds = sorted(
+            {key.split("/")[1] for key in store.list("builds") if key.endswith("/manifest.json")}
+        )
         fitting = [build for build in builds if build.startswith(fragment)]
         if len(fitting) == 1:
             return fitting[0]
         if fitting:
-            raise ManifestError(f"{store.uri}: {len(fitting)} builds begin with {fragment}: give more digits")
+            raise ManifestError(
+                f"{store.uri}: {len(fitting)} builds begin with {fragment}: give more digits"
+            )
     known = ", ".join(references) or "none"
     raise ManifestError(f"{store.uri}: no composite {fragment!r}; names there: {known}")
 
 
 def find_reference(store: Store, fragment: str, build: str) -> Reference | None:
-    """Return the reference by which `fragment` names a build, or else the newest one that points to it, or None."""
+    """Return the reference by which `fragment` names a build, or else the newest one that points to
+    it, or None.
+    """
     references = list_references(store)
     name, _, number = fragment.partition("@")
     if name in references:
-        return read_reference(store, name, int(number) if number.isdigit() else references[name][-1])
-    found = [read_reference(store, name, number) for name, numbers in references.items() for number in numbers]
-    return max((one for one in found if one.build == build), key=lambda one: (one.created, one.number), default=None)
+        return read_reference(
+            store, name, int(number) if number.isdigit() else references[name][-1]
+        )
+    found = [
+        read_reference(store, name, number)
+        for name, numbers in references.items()
+        for number in numbers
+    ]
+    return max(
+        (one for one in found if one.build == build),
+        key=lambda one: (one.created, one.number),
+        default=None,
+    )
 
 
 def to_summary(reference: Reference) -> dict[str, Any]:
     """Return what `mmerge show` prints of a reference."""
-    return {"name": reference.name, "number": reference.number, "build": reference.build, "created": reference.created}
+    return {
+        "name": reference.name,
+        "number": reference.number,
+        "build": reference.build,
+        "created": reference.created,
+    }

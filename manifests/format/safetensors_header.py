@@ -1,6 +1,8 @@
-"""The safetensors header, read with suspicion and written before the data: all shapes are known from the plan.
+"""The safetensors header, read with suspicion and written before the data: all shapes are known
+from the plan.
 
-Format: u64 little-endian header length, JSON header, data. https://github.com/huggingface/safetensors
+Format: u64 little-endian header length, JSON header, data.
+https://github.com/huggingface/safetensors
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ FLOAT_DTYPES = ("F32", "BF16", "F16", "F8_E4M3", "F8_E5M2")
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of a safetensors file: what it is, and where its bytes lie (`offset` from the start of the file)."""
+    """One tensor of a safetensors file: what it is, and where its bytes lie (`offset` from the
+    start of the file).
+    """
 
     name: str
     dtype: str
@@ -42,7 +46,9 @@ class TensorSpec:
         return prod(self.shape)
 
 
-def parse_header(prefix: bytes | memoryview, *, file_bytes: int, where: str) -> dict[str, TensorSpec]:
+def parse_header(
+    prefix: bytes | memoryview, *, file_bytes: int, where: str
+) -> dict[str, TensorSpec]:
     """Return the tensors of a safetensors file by name, in the order of their offsets.
 
     Args:
@@ -51,47 +57,68 @@ def parse_header(prefix: bytes | memoryview, *, file_bytes: int, where: str) -> 
         where: names the file in errors.
 
     Raises:
-        CheckpointError: the file is truncated or breaks a rule of the format (length, JSON, dtype, shape, offsets without
-            gap or overlap).
+        CheckpointError: the file is truncated or breaks a rule of the format (length, JSON, dtype,
+            shape, offsets without gap or overlap).
     """
     header_bytes = header_length(prefix[:8], file_bytes=file_bytes, where=where)
     try:
-        raw = parse_json(bytes(prefix[8 : 8 + header_bytes]), what="safetensors header", max_bytes=MAX_HEADER_BYTES)
+        raw = parse_json(
+            bytes(prefix[8 : 8 + header_bytes]),
+            what="safetensors header",
+            max_bytes=MAX_HEADER_BYTES,
+        )
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}. The file is damaged: fetch it again") from error
     if not isinstance(raw, dict):
-        raise CheckpointError(f"{where}: the safetensors header is no JSON object. The file is damaged: fetch it again")
-    specs = [_parse_spec(name, entry, start=8 + header_bytes, where=where) for name, entry in raw.items() if name != "__metadata__"]
+        raise CheckpointError(
+            f"{where}: the safetensors header is no JSON object. The file is damaged: fetch it"
+            " again"
+        )
+    specs = [
+        _parse_spec(name, entry, start=8 + header_bytes, where=where)
+        for name, entry in raw.items()
+        if name != "__metadata__"
+    ]
     specs.sort(key=lambda spec: (spec.offset, spec.offset + spec.num_bytes))
     end = 8 + header_bytes
     for spec in specs:
         if spec.offset != end:
             raise CheckpointError(
-                f"{where}: {spec.name}: data begins at byte {spec.offset}, expected {end}. The file is damaged: fetch it again"
+                f"{where}: {spec.name}: data begins at byte {spec.offset}, expected {end}. The file"
+                " is damaged: fetch it again"
             )
         end = spec.offset + spec.num_bytes
     if end != file_bytes:
         word = "truncated" if file_bytes < end else "longer than its header says"
-        raise CheckpointError(f"{where}: the file is {word}: it has {file_bytes:,} bytes, its header describes {end:,}. Fetch it again")
+        raise CheckpointError(
+            f"{where}: the file is {word}: it has {file_bytes:,} bytes, its header describes"
+            f" {end:,}. Fetch it again"
+        )
     return {spec.name: spec for spec in specs}
 
 
 def header_length(first_eight: bytes | memoryview, *, file_bytes: int, where: str) -> int:
-    """Return the length of the JSON header in bytes, checked against the file's size and the format's limit.
+    """Return the length of the JSON header in bytes, checked against the file's size and the
+    format's limit.
 
     Raises:
-        CheckpointError: the file is too short for the header it announces, or the header is over the limit.
+        CheckpointError: the file is too short for the header it announces, or the header is over
+            the limit.
     """
     if file_bytes < 8 or len(first_eight) < 8:
-        raise CheckpointError(f"{where}: {file_bytes} bytes are too few for a safetensors file. Fetch it again")
+        raise CheckpointError(
+            f"{where}: {file_bytes} bytes are too few for a safetensors file. Fetch it again"
+        )
     length = int(struct.unpack("<Q", bytes(first_eight[:8]))[0])
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(
-            f"{where}: announces a header of {length:,} bytes, at most {MAX_HEADER_BYTES:,} are allowed. This is no safetensors file, or a damaged one"
+            f"{where}: announces a header of {length:,} bytes, at most {MAX_HEADER_BYTES:,} are"
+            " allowed. This is no safetensors file, or a damaged one"
         )
     if 8 + length > file_bytes:
         raise CheckpointError(
-            f"{where}: the file is truncated: it has {file_bytes:,} bytes, its header alone needs {8 + length:,}. Fetch it again"
+            f"{where}: the file is truncated: it has {file_bytes:,} bytes, its header alone needs"
+            f" {8 + length:,}. Fetch it again"
         )
     return length
 
@@ -111,15 +138,22 @@ def _parse_spec(name: str, entry: object, *, start: int, where: str) -> TensorSp
         raise refuse(f"data_offsets {offsets!r} are no pair of sizes")
     num_bytes = prod(shape) * DTYPE_BYTES[dtype]
     if offsets[1] - offsets[0] != num_bytes:
-        raise refuse(f"{dtype} {tuple(shape)} takes {num_bytes:,} bytes, its offsets span {offsets[1] - offsets[0]:,}")
+        raise refuse(
+            f"{dtype} {tuple(shape)} takes {num_bytes:,} bytes, its offsets span"
+            f" {offsets[1] - offsets[0]:,}"
+        )
     return TensorSpec(name, dtype, tuple(shape), start + offsets[0], num_bytes)
 
 
 def _is_sizes(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 62 for item in value)
+    return isinstance(value, list) and all(
+        type(item) is int and 0 <= item < 1 << 62 for item in value
+    )
 
 
-def make_header(tensors: Sequence[tuple[str, str, Sequence[int]]], *, metadata: Mapping[str, str]) -> tuple[bytes, list[TensorSpec]]:
+def make_header(
+    tensors: Sequence[tuple[str, str, Sequence[int]]], *, metadata: Mapping[str, str]
+) -> tuple[bytes, list[TensorSpec]]:
     """Return the header bytes of a safetensors file and where each tensor's data will lie.
 
     Args:

@@ -1,4 +1,6 @@
-"""The Parquet table of a build: one row per stored tensor piece, for loaders and for questions by DuckDB or pandas."""
+"""The Parquet table of a build: one row per stored tensor piece, for loaders and for questions by
+DuckDB or pandas.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,10 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from pydantic import TypeAdapter, ValidationError
 
 from mmerge.manifests.digest import digest_bytes
-from mmerge.manifests.format.entry import ShardEntry, TensorRow, validate_key
 from mmerge.manifests.errors import ManifestError, NotFound, StoreError, StoreUnavailable
-from mmerge.manifests.format.safetensors_header import DTYPE_BYTES
+from mmerge.manifests.format.entry import ShardEntry, TensorRow, validate_key
 from mmerge.manifests.format.manifest import TableEntry
+from mmerge.manifests.format.safetensors_header import DTYPE_BYTES
 from mmerge.manifests.stores.object_store import Store
 
 SCHEMA = pa.schema(
@@ -29,7 +31,16 @@ SCHEMA = pa.schema(
         ("consensus", pa.list_(pa.int64())), ("overlaps", pa.list_(pa.int64())),
     ]
 )  # fmt: skip
-_STATISTICS = ("num_entries", "num_kept", "num_agreeing", "num_masked", "task_vector_norm", "delta_norm", "consensus", "overlaps")
+_STATISTICS = (
+    "num_entries",
+    "num_kept",
+    "num_agreeing",
+    "num_masked",
+    "task_vector_norm",
+    "delta_norm",
+    "consensus",
+    "overlaps",
+)
 
 
 class StoredRow(TensorRow):
@@ -43,7 +54,9 @@ _ROWS = TypeAdapter(list[StoredRow])
 
 
 def layer_of(name: str) -> int | None:
-    """Return the number of the layer that a tensor belongs to, None for embeddings, the last norm and the head."""
+    """Return the number of the layer that a tensor belongs to, None for embeddings, the last norm
+    and the head.
+    """
     match = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
     return int(match[1]) if match else None
 
@@ -56,41 +69,63 @@ def make_table(entries: Iterable[ShardEntry]) -> bytes:
             row = tensor.model_dump(exclude={"statistics"})
             statistics = tensor.statistics.model_dump() if tensor.statistics else {}
             row |= {name: statistics.get(name) for name in _STATISTICS}
-            rows.append(row | {"object": entry.object.key, "shard": entry.object.shard, "layer": layer_of(tensor.name)})
+            rows.append(
+                row
+                | {
+                    "object": entry.object.key,
+                    "shard": entry.object.shard,
+                    "layer": layer_of(tensor.name),
+                }
+            )
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink, compression="zstd")
     return sink.getvalue()
 
 
 def read_table_bytes(store: Store, entry: TableEntry) -> bytes:
-    """Return the bytes of a build's table. Raises ManifestError when they are missing or not what the manifest says."""
+    """Return the bytes of a build's table. Raises ManifestError when they are missing or not what
+    the manifest says.
+    """
     try:
         data = store.read(entry.key, max_bytes=max(entry.num_bytes, 1))
     except NotFound:
-        raise ManifestError(f"{store.uri}: {entry.key} is missing: the build is not whole. Run the recipe again") from None
+        raise ManifestError(
+            f"{store.uri}: {entry.key} is missing: the build is not whole. Run the recipe again"
+        ) from None
     except StoreUnavailable:
         raise
     except StoreError as error:
-        raise ManifestError(f"{Exception.__str__(error)}: the table is damaged. Run the recipe again") from error
+        raise ManifestError(
+            f"{Exception.__str__(error)}: the table is damaged. Run the recipe again"
+        ) from error
     if digest_bytes(data) != entry.digest:
-        raise ManifestError(f"{store.uri}: {entry.key} is damaged: its digest differs from the manifest's. Run the recipe again")
+        raise ManifestError(
+            f"{store.uri}: {entry.key} is damaged: its digest differs from the manifest's. Run the"
+            " recipe again"
+        )
     return data
 
 
 def read_table(store: Store, entry: TableEntry, *, with_statistics: bool = True) -> list[StoredRow]:
-    """Return all rows of a build's table; without `with_statistics` all of them hold None there, which takes about half the time.
+    """Return all rows of a build's table; without `with_statistics` all of them hold None there,
+    which takes about half the time.
 
     Raises ManifestError when it is missing, damaged, or contradicts itself.
     """
     data = read_table_bytes(store, entry)
-    columns = None if with_statistics else [name for name in SCHEMA.names if name not in _STATISTICS]
+    columns = (
+        None if with_statistics else [name for name in SCHEMA.names if name not in _STATISTICS]
+    )
     try:
         # Without threads: of a table of this size they cost more than they save.
         raws = pq.ParquetFile(io.BytesIO(data)).read(columns, use_threads=False).to_pylist()
         return _parse_rows(raws, with_statistics=with_statistics)
     # OSError is what pyarrow says of headers of its own that it cannot take apart.
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ManifestError(f"{store.uri}: {entry.key} is no valid table ({_first_reason(error)}). Run the recipe again") from error
+        raise ManifestError(
+            f"{store.uri}: {entry.key} is no valid table ({_first_reason(error)}). Run the recipe"
+            " again"
+        ) from error
 
 
 def _first_reason(error: Exception) -> str:
@@ -111,5 +146,7 @@ def _parse_rows(raws: list[dict[str, Any]], *, with_statistics: bool) -> list[St
         validate_key(key)
     for row in rows:
         if row.role != "mask" and prod(row.shape) * DTYPE_BYTES[row.dtype] != row.num_bytes:
-            raise ValueError(f"{row.name}: {row.dtype} {row.shape} does not take {row.num_bytes:,} bytes")
+            raise ValueError(
+                f"{row.name}: {row.dtype} {row.shape} does not take {row.num_bytes:,} bytes"
+            )
     return rows

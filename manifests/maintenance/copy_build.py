@@ -1,4 +1,6 @@
-"""Copy a build from one store to another, whole or only what is missing; every byte is checked on its way."""
+"""Copy a build from one store to another, whole or only what is missing; every byte is checked on
+its way.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,27 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
-from mmerge.manifests.maintenance.lease import Claim
-from mmerge.manifests.format.entry import ObjectEntry, read_entry, write_entry
 from mmerge.manifests.errors import DamagedObject, ManifestError, NotFound
-from mmerge.manifests.format.manifest import FileEntry, Manifest, manifest_key, read_file, read_manifest, write_manifest
-from mmerge.manifests.stores.create_check import check_store
-from mmerge.manifests.format.references import Reference, find_build, find_reference, split_uri, write_reference
-from mmerge.manifests.stores.object_store import Store, open_store
+from mmerge.manifests.format.entry import ObjectEntry, read_entry, write_entry
+from mmerge.manifests.format.manifest import (
+    FileEntry,
+    Manifest,
+    manifest_key,
+    read_file,
+    read_manifest,
+    write_manifest,
+)
+from mmerge.manifests.format.references import (
+    Reference,
+    find_build,
+    find_reference,
+    split_uri,
+    write_reference,
+)
 from mmerge.manifests.format.table import read_table_bytes
+from mmerge.manifests.maintenance.lease import Claim
+from mmerge.manifests.stores.create_check import check_store
+from mmerge.manifests.stores.object_store import Store, open_store
 
 READ_BYTES = 16 << 20
 OBJECTS_AT_ONCE = 4
@@ -42,7 +57,8 @@ def copy_build(
     everything: bool = False,
     on_bytes: Callable[[int], None] = lambda num_bytes: None,
 ) -> CopyReport:
-    """Copy the build at `uri` into the store at `target_uri` and let a name there point to it; return what was done.
+    """Copy the build at `uri` into the store at `target_uri` and let a name there point to it;
+    return what was done.
 
     The manifest is written last, so that a reader of the target never sees half a build.
 
@@ -50,7 +66,8 @@ def copy_build(
         uri: the build, as STORE, STORE#NAME, STORE#NAME@N or STORE#DIGEST.
         target_uri: the store to copy into; it is made if it is a folder and missing.
         name: the name in the target; the one in the source if absent.
-        everything: copy objects that the target has already as well (they may be damaged); otherwise only what is missing.
+        everything: copy objects that the target has already as well (they may be damaged);
+            otherwise only what is missing.
         on_bytes: told of every piece that was copied.
 
     Raises:
@@ -63,13 +80,19 @@ def copy_build(
     manifest = read_manifest(source, build)
     origin = find_reference(source, fragment, build)
     if name is None and origin is None:
-        raise ManifestError(f"{uri}: no name points to build {build[:12]}. Say which one it gets with --name")
+        raise ManifestError(
+            f"{uri}: no name points to build {build[:12]}. Say which one it gets with --name"
+        )
     check_store(target)
     with Claim(target, "run") as claim:
         claim.wait_for_none("collect")
         copier = _Copier(source, target, everything, on_bytes)
         with ThreadPoolExecutor(OBJECTS_AT_ONCE) as pool:
-            copied = list(pool.map(copier.copy_object, {entry.key: entry for entry in manifest.entries}.values()))
+            copied = list(
+                pool.map(
+                    copier.copy_object, {entry.key: entry for entry in manifest.entries}.values()
+                )
+            )
             copied += list(pool.map(copier.copy_file, _files(manifest)))
         if everything or not target.exists(manifest_key(build)):
             target.put(manifest.table.key, read_table_bytes(source, manifest.table))
@@ -77,11 +100,22 @@ def copy_build(
         reference, _ = write_reference(
             target, name or (origin.name if origin else ""), build, sources=origin.sources if origin else {}, versions=origin.versions if origin else {}
         )  # fmt: skip
-    return CopyReport(f"{target.uri}#{reference.name}", build, reference, sum(size > 0 for size in copied), copied.count(0), sum(copied))
+    return CopyReport(
+        f"{target.uri}#{reference.name}",
+        build,
+        reference,
+        sum(size > 0 for size in copied),
+        copied.count(0),
+        sum(copied),
+    )
 
 
 def _files(manifest: Manifest) -> list[FileEntry]:
-    found = {file.key: file for files in (manifest.base.files, *(expert.files for expert in manifest.experts)) for file in files}
+    found = {
+        file.key: file
+        for files in (manifest.base.files, *(expert.files for expert in manifest.experts))
+        for file in files
+    }
     return list(found.values())
 
 
@@ -101,17 +135,24 @@ class _Copier:
             with self.target.open_writer(entry.key) as out:
                 for offset in range(0, entry.num_bytes, READ_BYTES):
                     data = self.source.read_forward(
-                        entry.key, offset=offset, num_bytes=min(READ_BYTES, entry.num_bytes - offset), start=0, stop=entry.num_bytes
+                        entry.key,
+                        offset=offset,
+                        num_bytes=min(READ_BYTES, entry.num_bytes - offset),
+                        start=0,
+                        stop=entry.num_bytes,
                     )
                     digest.update(data)
                     out.write(data)
                     self.on_bytes(len(data))
                 if digest.hexdigest() != entry.digest:
                     raise DamagedObject(
-                        f"{self.source.uri}: {entry.key} ({entry.shard}) is damaged. 'mmerge verify' says where; nothing was copied of it"
+                        f"{self.source.uri}: {entry.key} ({entry.shard}) is damaged. 'mmerge"
+                        " verify' says where; nothing was copied of it"
                     )
         except NotFound as error:
-            raise DamagedObject(f"{self.source.uri}: {entry.key} ({entry.shard}) is missing. Run the recipe again") from error
+            raise DamagedObject(
+                f"{self.source.uri}: {entry.key} ({entry.shard}) is missing. Run the recipe again"
+            ) from error
         stem = entry.key.removeprefix("objects/").removesuffix(".safetensors")
         if (shard := read_entry(self.source, stem)) is not None:
             write_entry(self.target, stem, shard)

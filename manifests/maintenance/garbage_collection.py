@@ -1,4 +1,6 @@
-"""Garbage collection: what no live build needs, after a grace period, and never while a run uses the store."""
+"""Garbage collection: what no live build needs, after a grace period, and never while a run uses
+the store.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +9,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from mmerge.manifests.maintenance.lease import Claim
 from mmerge.manifests.errors import StoreError
 from mmerge.manifests.format.manifest import Manifest, manifest_key, read_manifest
 from mmerge.manifests.format.references import list_references, read_reference
+from mmerge.manifests.maintenance.lease import Claim
 from mmerge.manifests.stores.object_store import Listed, Store
 
 DEFAULT_GRACE = timedelta(days=7)
 _ORDER = ("refs/", "builds/", "objects/", "files/", "surveys/", "probe/", "claims/")
-"""What names something is deleted before what it names: a collection that is killed leaves nothing that dangles."""
+"""What names something is deleted before what it names: a collection that is killed leaves nothing
+that dangles.
+"""
 _DELETES_AT_ONCE = 8
 
 
@@ -45,18 +49,27 @@ class _Live:
     builds: set[str] = field(default_factory=set)
 
 
-def collect(store: Store, *, grace: timedelta = DEFAULT_GRACE, keep: int = 1, surveys: bool = False, delete: bool = False) -> Collection:
+def collect(
+    store: Store,
+    *,
+    grace: timedelta = DEFAULT_GRACE,
+    keep: int = 1,
+    surveys: bool = False,
+    delete: bool = False,
+) -> Collection:
     """Return what is garbage in a store, and delete it if `delete` is set.
 
-    A build is live while one of the `keep` newest numbers of a name, or any reference younger than `grace`, points to it, or
-    while its manifest is younger than `grace`. An object is garbage when no live build names it and it was written longer
-    than `grace` ago: so a killed run finds what it finished.
+    A build is live while one of the `keep` newest numbers of a name, or any reference younger than
+    `grace`, points to it, or while its manifest is younger than `grace`. An object is garbage when
+    no live build names it and it was written longer than `grace` ago: so a killed run finds what it
+    finished.
 
     Args:
         store: what to look through.
         grace: how long everything stays at least.
         keep: numbers of each name that stay whatever their age.
-        surveys: whether cached surveys older than `grace` are garbage as well; the next run then reads its inputs again.
+        surveys: whether cached surveys older than `grace` are garbage as well; the next run then
+            reads its inputs again.
         delete: delete; otherwise only say what would be.
 
     Raises:
@@ -64,16 +77,25 @@ def collect(store: Store, *, grace: timedelta = DEFAULT_GRACE, keep: int = 1, su
         ManifestError: a manifest cannot be read, so that nobody knows what it needs.
     """
     if keep < 1:
-        raise StoreError(f"--keep: expected 1 or more, got {keep}: the newest build of a name always stays")
+        raise StoreError(
+            f"--keep: expected 1 or more, got {keep}: the newest build of a name always stays"
+        )
     if not delete:
         everything = list(store.list_objects())
-        return _find_garbage(store, everything, now=_now(everything), grace=grace, keep=keep, surveys=surveys)
+        return _find_garbage(
+            store, everything, now=_now(everything), grace=grace, keep=keep, surveys=surveys
+        )
     with Claim(store, "collect") as claim:
         if others := claim.find_others("run") + claim.find_others("collect"):
-            raise StoreError(f"{store.uri}: in use by another process ({others[0]}): nothing was deleted. Try again when it has ended")
+            raise StoreError(
+                f"{store.uri}: in use by another process ({others[0]}): nothing was deleted. Try"
+                " again when it has ended"
+            )
         everything = list(store.list_objects())
         # The claim was written a moment ago: its time is now by the store's own clock.
-        now = next((listed.modified for listed in everything if listed.key == claim.key), _now(everything))
+        now = next(
+            (listed.modified for listed in everything if listed.key == claim.key), _now(everything)
+        )
         found = _find_garbage(store, everything, now=now, grace=grace, keep=keep, surveys=surveys)
         _delete(store, found.garbage, claim=claim)
     return Collection(**(vars(found) | {"deleted": True}))
@@ -81,9 +103,16 @@ def collect(store: Store, *, grace: timedelta = DEFAULT_GRACE, keep: int = 1, su
 
 def _delete(store: Store, garbage: Iterable[Listed], *, claim: Claim) -> None:
     for prefix in _ORDER:
-        keys = [listed.key for listed in garbage if listed.key.startswith(prefix) and listed.key != claim.key]
+        keys = [
+            listed.key
+            for listed in garbage
+            if listed.key.startswith(prefix) and listed.key != claim.key
+        ]
         # The entry that says an object is complete goes before the object.
-        for group in ([key for key in keys if key.endswith(".json")], [key for key in keys if not key.endswith(".json")]):
+        for group in (
+            [key for key in keys if key.endswith(".json")],
+            [key for key in keys if not key.endswith(".json")],
+        ):
             with ThreadPoolExecutor(_DELETES_AT_ONCE) as pool:
                 list(pool.map(store.delete, group))
     for listed in garbage:
@@ -91,13 +120,27 @@ def _delete(store: Store, garbage: Iterable[Listed], *, claim: Claim) -> None:
             store.delete(listed.key)
 
 
-def _find_garbage(store: Store, everything: list[Listed], *, now: datetime, grace: timedelta, keep: int, surveys: bool) -> Collection:
+def _find_garbage(
+    store: Store,
+    everything: list[Listed],
+    *,
+    now: datetime,
+    grace: timedelta,
+    keep: int,
+    surveys: bool,
+) -> Collection:
     old = {listed.key for listed in everything if now - listed.modified > grace}
     live = _find_live(store, everything, old, keep=keep)
-    garbage = [listed for listed in everything if listed.key in old and _may_go(listed.key, live, surveys=surveys)]
+    garbage = [
+        listed
+        for listed in everything
+        if listed.key in old and _may_go(listed.key, live, surveys=surveys)
+    ]
     partials = [listed for listed in store.list_partials() if now - listed.modified > grace]
     gone = {listed.key for listed in garbage}
-    all_builds = {key.split("/")[1] for listed in everything if (key := listed.key).startswith("builds/")}
+    all_builds = {
+        key.split("/")[1] for listed in everything if (key := listed.key).startswith("builds/")
+    }
     kept = [listed for listed in everything if listed.key not in gone]
     return Collection(
         uri=store.uri,
@@ -110,7 +153,9 @@ def _find_garbage(store: Store, everything: list[Listed], *, now: datetime, grac
 
 
 def _now(everything: list[Listed]) -> datetime:
-    """Return this moment by this machine's clock, or the newest time in the store where that is later."""
+    """Return this moment by this machine's clock, or the newest time in the store where that is
+    later.
+    """
     here = datetime.now().astimezone()
     return max([here, *(listed.modified for listed in everything)])
 
@@ -126,7 +171,12 @@ def _find_live(store: Store, everything: list[Listed], old: set[str], *, keep: i
     there = {listed.key for listed in everything}
     for key in there:
         parts = key.split("/")
-        if len(parts) == 3 and parts[0] == "builds" and parts[2] == "manifest.json" and key not in old:
+        if (
+            len(parts) == 3
+            and parts[0] == "builds"
+            and parts[2] == "manifest.json"
+            and key not in old
+        ):
             live.builds.add(parts[1])
     for build in sorted(live.builds):
         if manifest_key(build) in there:
@@ -135,8 +185,14 @@ def _find_live(store: Store, everything: list[Listed], old: set[str], *, keep: i
 
 
 def needed_keys(manifest: Manifest) -> set[str]:
-    """Return every key that a build consists of, and the entries by which a later run finds its objects."""
-    files = {file.key for files in (manifest.base.files, *(expert.files for expert in manifest.experts)) for file in files}
+    """Return every key that a build consists of, and the entries by which a later run finds its
+    objects.
+    """
+    files = {
+        file.key
+        for files in (manifest.base.files, *(expert.files for expert in manifest.experts))
+        for file in files
+    }
     objects = {entry.key for entry in manifest.entries}
     entries = {key.removesuffix(".safetensors") + ".json" for key in objects}
     return {manifest_key(manifest.build), manifest.table.key} | files | objects | entries

@@ -1,8 +1,9 @@
-"""Claims: a run says that it is using a store, a collection says that it is deleting there; neither ignores the other.
+"""Claims: a run says that it is using a store, a collection says that it is deleting there; neither
+ignores the other.
 
-Each writes its own claim first and looks for the other's then. Object stores answer a listing with every write that ended
-before it, so at least one of two that meet sees the other: a collection then deletes nothing, a run waits. Age is measured
-with the store's own clock, between two objects of it.
+Each writes its own claim first and looks for the other's then. Object stores answer a listing with
+every write that ended before it, so at least one of two that meet sees the other: a collection then
+deletes nothing, a run waits. Age is measured with the store's own clock, between two objects of it.
 """
 
 from __future__ import annotations
@@ -42,10 +43,17 @@ class Claim:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._done.set()
         self._thread.join()
-        with suppress(StoreError):  # the work is done or failed by itself; a claim that stays is stale in minutes
+        with suppress(
+            StoreError
+        ):  # the work is done or failed by itself; a claim that stays is stale in minutes
             self.store.delete(self.key)
 
     def _write(self) -> None:
@@ -58,21 +66,33 @@ class Claim:
 
     def find_others(self, kind: ClaimKind) -> list[str]:
         """Return the keys of the live claims of a kind, without this one."""
-        modified: dict[str, datetime] = {listed.key: listed.modified for listed in self.store.list_objects("claims")}
+        modified: dict[str, datetime] = {
+            listed.key: listed.modified for listed in self.store.list_objects("claims")
+        }
         now = max(modified.values(), default=None)
         return [
             key
             for key, when in sorted(modified.items())
-            if key != self.key and key.startswith(f"claims/{kind}-") and now is not None and now - when < STALE
+            if key != self.key
+            and key.startswith(f"claims/{kind}-")
+            and now is not None
+            and now - when < STALE
         ]
 
-    def wait_for_none(self, kind: ClaimKind, *, seconds: float = 3600.0, pause: float = 2.0) -> None:
-        """Return when no live claim of a kind is left. Raises StoreError when that takes longer than `seconds`."""
+    def wait_for_none(
+        self, kind: ClaimKind, *, seconds: float = 3600.0, pause: float = 2.0
+    ) -> None:
+        """Return when no live claim of a kind is left. Raises StoreError when that takes longer
+        than `seconds`.
+        """
         deadline = time.monotonic() + seconds
         told = False
         while others := self.find_others(kind):
             if time.monotonic() > deadline:
-                raise StoreError(f"{self.store.uri}: {others[0]} is held by another process. Wait for it to end, or delete that object")
+                raise StoreError(
+                    f"{self.store.uri}: {others[0]} is held by another process. Wait for it to end,"
+                    " or delete that object"
+                )
             if not told:
                 log.info("%s: waiting for 'mmerge gc' to end (%s)", self.store.uri, others[0])
                 told = True

@@ -1,4 +1,6 @@
-"""Upload a composite, or an exported checkpoint, to the Hugging Face Hub: one commit, so that nobody sees half of it."""
+"""Upload a composite, or an exported checkpoint, to the Hugging Face Hub: one commit, so that
+nobody sees half of it.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmerge.manifests.maintenance.garbage_collection import needed_keys
-from mmerge.manifests.maintenance.copy_build import copy_build
 from mmerge.manifests.digest import to_canonical_json
 from mmerge.manifests.errors import ManifestError, NotFound, StoreError
-from mmerge.manifests.stores.hub import hub_api, open_hub, split_hub_uri, translate_errors
 from mmerge.manifests.format.manifest import read_manifest
-from mmerge.manifests.format.references import Reference, find_reference, list_references, open_build, read_reference, split_uri
-from mmerge.manifests.stores.object_store import is_local, open_store, to_local_path
+from mmerge.manifests.format.references import (
+    Reference,
+    find_reference,
+    list_references,
+    open_build,
+    read_reference,
+    split_uri,
+)
+from mmerge.manifests.maintenance.copy_build import copy_build
+from mmerge.manifests.maintenance.garbage_collection import needed_keys
 from mmerge.manifests.maintenance.verify import verify
+from mmerge.manifests.stores.hub import hub_api, open_hub, split_hub_uri, translate_errors
+from mmerge.manifests.stores.object_store import is_local, open_store, to_local_path
 
 
 @dataclass(frozen=True)
@@ -28,8 +37,11 @@ class PushReport:
     num_files: int
 
 
-def push(source: str, target: str, *, private: bool = False, message: str | None = None) -> PushReport:
-    """Upload `source` to the repository `target` (hf://ORG/REPO or hf://ORG/REPO@BRANCH), which is made if it is missing.
+def push(
+    source: str, target: str, *, private: bool = False, message: str | None = None
+) -> PushReport:
+    """Upload `source` to the repository `target` (hf://ORG/REPO or hf://ORG/REPO@BRANCH), which is
+    made if it is missing.
 
     A composite is verified before it is sent; it can then be loaded from `hf://ORG/REPO#NAME`.
 
@@ -46,8 +58,16 @@ def push(source: str, target: str, *, private: bool = False, message: str | None
     repo, branch = split_hub_uri(target)
     folder = to_local_path(source)
     if is_local(source) and (folder / "config.json").is_file() and not (folder / "refs").is_dir():
-        files: dict[str, Path | bytes] = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
-        return _commit(repo, branch, files, private=private, message=message or "Upload a checkpoint made by mmerge")
+        files: dict[str, Path | bytes] = {
+            path.name: path for path in sorted(folder.iterdir()) if path.is_file()
+        }
+        return _commit(
+            repo,
+            branch,
+            files,
+            private=private,
+            message=message or "Upload a checkpoint made by mmerge",
+        )
     with _local_build(source) as (local, reference):
         store, build = open_build(local)
         verify(local).check()
@@ -59,17 +79,27 @@ def push(source: str, target: str, *, private: bool = False, message: str | None
         if not is_there:
             numbered = reference.model_copy(update={"number": number})
             files[numbered.key] = to_canonical_json(numbered.model_dump(mode="json"))
-        return _commit(repo, branch, files, private=private, message=message or f"Upload {reference.name}, build {build[:12]}")
+        return _commit(
+            repo,
+            branch,
+            files,
+            private=private,
+            message=message or f"Upload {reference.name}, build {build[:12]}",
+        )
 
 
 @contextmanager
 def _local_build(uri: str) -> Iterator[tuple[str, Reference]]:
-    """Yield the URI of a build in a folder, copied there for the time where it is not, and its reference."""
+    """Yield the URI of a build in a folder, copied there for the time where it is not, and its
+    reference.
+    """
     store_uri, fragment = split_uri(uri)
     store, build = open_build(uri)
     reference = find_reference(store, fragment, build)
     if reference is None:
-        raise ManifestError(f"{uri}: no name points to build {build[:12]}. Give it one with 'mmerge copy --name'")
+        raise ManifestError(
+            f"{uri}: no name points to build {build[:12]}. Give it one with 'mmerge copy --name'"
+        )
     if is_local(store_uri):
         yield f"{store_uri}#{build}", reference
         return
@@ -79,7 +109,9 @@ def _local_build(uri: str) -> Iterator[tuple[str, Reference]]:
 
 
 def _next_number(uri: str, name: str, build: str) -> tuple[int, bool]:
-    """Return the number that a reference gets on the hub, and whether the newest one there names this build already."""
+    """Return the number that a reference gets on the hub, and whether the newest one there names
+    this build already.
+    """
     try:
         hub = open_store(uri)
         numbers = list_references(hub).get(name, [])
@@ -91,16 +123,22 @@ def _next_number(uri: str, name: str, build: str) -> tuple[int, bool]:
 
 
 def _make_repo(repo: str, *, private: bool) -> None:
-    translate_errors(repo, "create", lambda: hub_api().create_repo(repo, private=private, exist_ok=True))
+    translate_errors(
+        repo, "create", lambda: hub_api().create_repo(repo, private=private, exist_ok=True)
+    )
 
 
-def _commit(repo: str, branch: str, files: dict[str, Path | bytes], *, private: bool, message: str) -> PushReport:
+def _commit(
+    repo: str, branch: str, files: dict[str, Path | bytes], *, private: bool, message: str
+) -> PushReport:
     from huggingface_hub import CommitOperationAdd
 
     if not files:
         raise StoreError(f"hf://{repo}: nothing to push")
     _make_repo(repo, private=private)
-    operations: list[Any] = [CommitOperationAdd(path_in_repo=key, path_or_fileobj=data) for key, data in files.items()]
+    operations: list[Any] = [
+        CommitOperationAdd(path_in_repo=key, path_or_fileobj=data) for key, data in files.items()
+    ]
 
     def send() -> str:
         found = hub_api().create_commit(repo, operations, commit_message=message, revision=branch)

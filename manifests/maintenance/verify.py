@@ -10,13 +10,18 @@ from dataclasses import dataclass, field
 
 from blake3 import blake3
 
-from mmerge.manifests.format.entry import ObjectEntry
 from mmerge.manifests.errors import DamagedObject, ManifestError, NotFound, StoreError
+from mmerge.manifests.format.entry import ObjectEntry
 from mmerge.manifests.format.manifest import FileEntry, Manifest, read_file, read_manifest
-from mmerge.manifests.format.object_header import describe_held, describe_row, describe_size, find_header_damage
+from mmerge.manifests.format.object_header import (
+    describe_held,
+    describe_row,
+    describe_size,
+    find_header_damage,
+)
 from mmerge.manifests.format.references import open_build
-from mmerge.manifests.stores.object_store import Store
 from mmerge.manifests.format.table import StoredRow, read_table
+from mmerge.manifests.stores.object_store import Store
 
 READ_BYTES = 16 << 20
 """Bytes read at once, of each object."""
@@ -47,20 +52,25 @@ class VerifyReport:
 
 
 def verify(
-    uri: str, *, sample: float = 1.0, seed: int | None = None, on_bytes: Callable[[int], None] = lambda num_bytes: None
+    uri: str,
+    *,
+    sample: float = 1.0,
+    seed: int | None = None,
+    on_bytes: Callable[[int], None] = lambda num_bytes: None,
 ) -> VerifyReport:
     """Return what a re-read of the build at `uri` finds.
 
     Args:
         uri: the build.
-        sample: share of the tensors that is read, in (0, 1]; of 1 everything is read. Size and header of every object are
-            compared in any case.
+        sample: share of the tensors that is read, in (0, 1]; of 1 everything is read. Size and
+            header of every object are compared in any case.
         seed: which tensors a sample takes; other ones each time if absent.
         on_bytes: told of every piece read.
 
     Raises:
         ManifestError: `sample` is no share; or
-        ManifestError: the manifest or its table is missing or damaged, so that nothing else can be checked.
+        ManifestError: the manifest or its table is missing or damaged, so that nothing else can be
+            checked.
     """
     if not 0 < sample <= 1:
         raise ManifestError(f"--sample: expected a share in (0, 1], got {sample:g}")
@@ -69,18 +79,35 @@ def verify(
     rows = group_rows(read_table(store, manifest.table))
     report = VerifyReport(uri=uri, build=build)
     objects = list({entry.key: entry for entry in manifest.entries}.values())
-    chosen = _choose([rows[_group(entry)] for entry in objects], sample, random.Random(seed)) if sample < 1 else None
+    chosen = (
+        _choose([rows[_group(entry)] for entry in objects], sample, random.Random(seed))
+        if sample < 1
+        else None
+    )
 
     def check(entry: ObjectEntry) -> list[str]:
         if chosen is None:
-            return verify_object(store, entry, rows[_group(entry)], method=manifest.method, on_bytes=on_bytes)
-        return verify_tensors(store, entry, rows[_group(entry)], chosen[_group(entry)], method=manifest.method, on_bytes=on_bytes)
+            return verify_object(
+                store, entry, rows[_group(entry)], method=manifest.method, on_bytes=on_bytes
+            )
+        return verify_tensors(
+            store,
+            entry,
+            rows[_group(entry)],
+            chosen[_group(entry)],
+            method=manifest.method,
+            on_bytes=on_bytes,
+        )
 
     with ThreadPoolExecutor(OBJECTS_AT_ONCE) as pool:
         for entry, damages in zip(objects, pool.map(check, objects), strict=True):
             report.damages += damages
             report.num_objects += 1
-            report.num_bytes += entry.num_bytes if chosen is None else sum(row.num_bytes for row in chosen[_group(entry)])
+            report.num_bytes += (
+                entry.num_bytes
+                if chosen is None
+                else sum(row.num_bytes for row in chosen[_group(entry)])
+            )
     for file in _files(manifest):
         try:
             read_file(store, file)
@@ -103,14 +130,18 @@ def _group(entry: ObjectEntry) -> Group:
 
 
 def group_rows(rows: Iterable[StoredRow]) -> defaultdict[Group, list[StoredRow]]:
-    """Return a table's rows by object and shard: one object may be two shards of a build, as where two experts carry one encoder."""
+    """Return a table's rows by object and shard: one object may be two shards of a build, as where
+    two experts carry one encoder.
+    """
     groups: defaultdict[Group, list[StoredRow]] = defaultdict(list)
     for row in rows:
         groups[row.object, row.shard].append(row)
     return groups
 
 
-def _choose(rows: Sequence[Sequence[StoredRow]], sample: float, chance: random.Random) -> defaultdict[Group, list[StoredRow]]:
+def _choose(
+    rows: Sequence[Sequence[StoredRow]], sample: float, chance: random.Random
+) -> defaultdict[Group, list[StoredRow]]:
     """Return a share of all tensors, at least one, by object and shard."""
     every = [row for found in rows for row in found]
     return group_rows(chance.sample(every, min(len(every), max(1, round(sample * len(every))))))
@@ -132,7 +163,11 @@ def verify_tensors(
         for row in chosen if not damages else ():
             digest = blake3()
             for offset in range(0, row.num_bytes, READ_BYTES):
-                data = store.read_range(entry.key, offset=row.offset + offset, num_bytes=min(READ_BYTES, row.num_bytes - offset))
+                data = store.read_range(
+                    entry.key,
+                    offset=row.offset + offset,
+                    num_bytes=min(READ_BYTES, row.num_bytes - offset),
+                )
                 digest.update(data)
                 on_bytes(len(data))
             if digest.hexdigest() != row.digest:
@@ -152,7 +187,9 @@ def verify_object(
     method: str,
     on_bytes: Callable[[int], None] = lambda num_bytes: None,
 ) -> list[str]:
-    """Return the damages of one object: none, or one sentence per damaged tensor (or for the whole object)."""
+    """Return the damages of one object: none, or one sentence per damaged tensor (or for the whole
+    object).
+    """
     try:
         found = store.num_bytes(entry.key)
         if found != entry.num_bytes:
@@ -170,14 +207,22 @@ def verify_object(
         return [_describe_missing(entry, rows)]
     except StoreError as error:
         return [Exception.__str__(error)]
-    damages = [_describe_damage(entry, row) for row in rows if parts[id(row)].hexdigest() != row.digest]
+    damages = [
+        _describe_damage(entry, row) for row in rows if parts[id(row)].hexdigest() != row.digest
+    ]
     if header:
         damages.insert(0, header)
-    return damages or [f"{entry.key} ({entry.shard}): its digest is not that of the manifest, though all of its tensors' are"]
+    return damages or [
+        f"{entry.key} ({entry.shard}): its digest is not that of the manifest, though all of its"
+        " tensors' are"
+    ]
 
 
 def _describe_damage(entry: ObjectEntry, row: StoredRow) -> str:
-    return f"{entry.key}: {describe_row(row)}: damaged within bytes {row.offset} to {row.offset + row.num_bytes}"
+    return (
+        f"{entry.key}: {describe_row(row)}: damaged within bytes {row.offset} to"
+        f" {row.offset + row.num_bytes}"
+    )
 
 
 def _describe_missing(entry: ObjectEntry, rows: list[StoredRow]) -> str:
@@ -189,12 +234,18 @@ def _read_pieces(store: Store, entry: ObjectEntry) -> Iterator[tuple[int, memory
         yield (
             offset,
             store.read_forward(
-                entry.key, offset=offset, num_bytes=min(READ_BYTES, entry.num_bytes - offset), start=0, stop=entry.num_bytes
+                entry.key,
+                offset=offset,
+                num_bytes=min(READ_BYTES, entry.num_bytes - offset),
+                start=0,
+                stop=entry.num_bytes,
             ),
         )
 
 
-def _update_tensors(parts: dict[int, blake3], rows: list[StoredRow], data: memoryview, offset: int) -> None:
+def _update_tensors(
+    parts: dict[int, blake3], rows: list[StoredRow], data: memoryview, offset: int
+) -> None:
     for row in rows:
         begin, stop = max(row.offset, offset), min(row.offset + row.num_bytes, offset + len(data))
         if begin < stop:

@@ -1,7 +1,8 @@
-"""From a URI to the library's client: `s3://`, `gs://` and `az://`, with limits on time and repeats.
+"""From a URI to the library's client: `s3://`, `gs://` and `az://`, with limits on time and
+repeats.
 
-Credentials, endpoint, region and path style come from the environment or from the vendor's own files (for S3
-`~/.aws/credentials` and `~/.aws/config`), never from a URI, a recipe or a manifest.
+Credentials, endpoint, region and path style come from the environment or from the vendor's own
+files (for S3 `~/.aws/credentials` and `~/.aws/config`), never from a URI, a recipe or a manifest.
 """
 
 from __future__ import annotations
@@ -27,19 +28,28 @@ CONNECT_TIMEOUT_SECONDS = 10.0
 MAX_RETRIES = 8
 
 _from_url: Any = from_url  # its overloads list every vendor's options one by one
-_PROFILE_NEEDS_BOTO3 = ("role_arn", "sso_session", "sso_start_url", "credential_process", "web_identity_token_file")
+_PROFILE_NEEDS_BOTO3 = (
+    "role_arn",
+    "sso_session",
+    "sso_start_url",
+    "credential_process",
+    "web_identity_token_file",
+)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How long is waited, in seconds: for one request with its body, and for all repeats of one request."""
+    """How long is waited, in seconds: for one request with its body, and for all repeats of one
+    request.
+    """
 
     request_seconds: float = 60.0
     retry_seconds: float = 60.0
 
 
 def read_limits() -> Limits:
-    """Return the limits that the environment sets (MMERGE_REQUEST_TIMEOUT, MMERGE_RETRY_TIMEOUT, in seconds), or the defaults.
+    """Return the limits that the environment sets (MMERGE_REQUEST_TIMEOUT, MMERGE_RETRY_TIMEOUT, in
+    seconds), or the defaults.
 
     Raises:
         StoreError: a value is no positive number.
@@ -67,23 +77,34 @@ def _read_seconds(variable: str, default: float) -> float:
 def scheme_of(uri: str) -> str:
     """Return the scheme of a URI in lower case, empty for a path."""
     head, colons, _ = uri.partition("://")
-    return head.lower() if colons and head.replace("+", "").replace("-", "").replace(".", "").isalnum() else ""
+    return (
+        head.lower()
+        if colons and head.replace("+", "").replace("-", "").replace(".", "").isalnum()
+        else ""
+    )
 
 
 def make_client(uri: str) -> Any:
-    """Return the library's store for an `s3://`, `gs://` or `az://` URI; nothing is asked of the server yet.
+    """Return the library's store for an `s3://`, `gs://` or `az://` URI; nothing is asked of the
+    server yet.
 
     Raises:
-        StoreError: the scheme is unknown, the URI holds credentials or options, or the configuration does not fit.
+        StoreError: the scheme is unknown, the URI holds credentials or options, or the
+            configuration does not fit.
     """
     scheme = scheme_of(uri)
     if scheme not in SCHEMES:
         known = ", ".join(f"{name}://" for name in SCHEMES)
-        raise StoreError(f"{uri}: unknown scheme {scheme!r}. Use a folder, {known} or (for inputs) hf://")
+        raise StoreError(
+            f"{uri}: unknown scheme {scheme!r}. Use a folder, {known} or (for inputs) hf://"
+        )
     parts = urlsplit(uri)
     if "@" in parts.netloc or ":" in parts.netloc or parts.query or parts.fragment:
         where = f"{scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-        raise StoreError(f"{where}: a URI holds a bucket and a path only; credentials and endpoint come from the environment")
+        raise StoreError(
+            f"{where}: a URI holds a bucket and a path only; credentials and endpoint come from the"
+            " environment"
+        )
     if not parts.netloc or ".." in parts.path.split("/"):
         raise StoreError(f"{uri}: expected {scheme}://BUCKET/PATH")
     limits = read_limits()
@@ -93,23 +114,34 @@ def make_client(uri: str) -> Any:
         "connect_timeout": timedelta(seconds=min(CONNECT_TIMEOUT_SECONDS, limits.request_seconds)),
         "allow_http": _endpoint(scheme, options).startswith("http://"),
     }
-    # The library waits a random time that grows from `init_backoff` (exponential backoff with jitter).
+    # The library waits a random time that grows from `init_backoff` (exponential backoff with
+    # jitter).
     retry = {
         "max_retries": MAX_RETRIES,
         "retry_timeout": timedelta(seconds=limits.retry_seconds),
-        "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=10), "base": 2},
+        "backoff": {
+            "init_backoff": timedelta(milliseconds=100),
+            "max_backoff": timedelta(seconds=10),
+            "base": 2,
+        },
     }
     try:
         return _from_url(uri, client_options=client, retry_config=retry, **options)
     except (BaseError, ValueError) as error:
         first = str(error).splitlines()[0]
-        raise StoreError(f"{uri}: cannot be opened ({first}). Set the credentials in the environment (docs/storage.md)") from error
+        raise StoreError(
+            f"{uri}: cannot be opened ({first}). Set the credentials in the environment"
+            " (docs/storage.md)"
+        ) from error
 
 
 def _endpoint(scheme: str, options: dict[str, Any]) -> str:
     if scheme == "s3":
         named = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-        return str(options.get("endpoint") or next((os.environ[name] for name in named if os.environ.get(name)), ""))
+        return str(
+            options.get("endpoint")
+            or next((os.environ[name] for name in named if os.environ.get(name)), "")
+        )
     if scheme == "az":
         if os.environ.get("AZURE_STORAGE_USE_EMULATOR", "").lower() in ("1", "true", "yes"):
             return "http://emulator"
@@ -118,7 +150,9 @@ def _endpoint(scheme: str, options: dict[str, Any]) -> str:
 
 
 def _s3_options() -> dict[str, Any]:
-    """Return what the library does not read by itself: the standard files of AWS, and how a body is signed."""
+    """Return what the library does not read by itself: the standard files of AWS, and how a body is
+    signed.
+    """
     options: dict[str, Any] = {}
     if not os.environ.get("AWS_ACCESS_KEY_ID"):
         options = read_aws_profile()
@@ -132,10 +166,12 @@ def _s3_options() -> dict[str, Any]:
 
 
 def read_aws_profile() -> dict[str, Any]:
-    """Return keys, region, endpoint and path style of the profile AWS_PROFILE (or `default`) of the standard files of AWS.
+    """Return keys, region, endpoint and path style of the profile AWS_PROFILE (or `default`) of the
+    standard files of AWS.
 
     Raises:
-        StoreError: AWS_PROFILE names a profile that is in neither file, or one that needs boto3 where it is not installed.
+        StoreError: AWS_PROFILE names a profile that is in neither file, or one that needs boto3
+            where it is not installed.
     """
     name = os.environ.get("AWS_PROFILE") or "default"
     credentials = _read_ini("AWS_SHARED_CREDENTIALS_FILE", "credentials")
@@ -145,11 +181,21 @@ def read_aws_profile() -> dict[str, Any]:
     found |= dict(credentials[name]) if credentials.has_section(name) else {}
     if not found:
         if os.environ.get("AWS_PROFILE"):
-            raise StoreError(f"AWS_PROFILE: profile {name!r} is in neither ~/.aws/credentials nor ~/.aws/config")
+            raise StoreError(
+                f"AWS_PROFILE: profile {name!r} is in neither ~/.aws/credentials nor ~/.aws/config"
+            )
         return {}
-    keys = {"aws_access_key_id": "access_key_id", "aws_secret_access_key": "secret_access_key", "aws_session_token": "session_token"}
-    options: dict[str, Any] = {ours: found[theirs] for theirs, ours in keys.items() if theirs in found}
-    if "region" in found and not (os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")):
+    keys = {
+        "aws_access_key_id": "access_key_id",
+        "aws_secret_access_key": "secret_access_key",
+        "aws_session_token": "session_token",
+    }
+    options: dict[str, Any] = {
+        ours: found[theirs] for theirs, ours in keys.items() if theirs in found
+    }
+    if "region" in found and not (
+        os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    ):
         options["region"] = found["region"]
     if "endpoint_url" in found and not _endpoint("s3", {}):
         options["endpoint"] = found["endpoint_url"]
@@ -165,7 +211,10 @@ def _make_boto3_provider(profile: str) -> Any:
         import boto3  # type: ignore[import-untyped, import-not-found, unused-ignore]
         from obstore.auth.boto3 import Boto3CredentialProvider
     except ImportError as error:
-        raise StoreError(f"profile {profile!r} needs boto3 for its credentials: pip install boto3, or set AWS_ACCESS_KEY_ID") from error
+        raise StoreError(
+            f"profile {profile!r} needs boto3 for its credentials: pip install boto3, or set"
+            " AWS_ACCESS_KEY_ID"
+        ) from error
     return Boto3CredentialProvider(boto3.session.Session(profile_name=profile))
 
 

@@ -1,4 +1,6 @@
-"""What is written to a folder and has no name yet: collected where it is made, settled by who waits for the disk."""
+"""What is written to a folder and has no name yet: collected where it is made, settled by who waits
+for the disk.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,11 @@ from mmerge.manifests.stores.object_store import Store, check_key
 
 @contextmanager
 def collect_pending(store: Store) -> Iterator[Sequence[Pending]]:
-    """Let what is put and streamed meanwhile wait for `settle`, and collect it in its order; after an error it is deleted.
+    """Let what is put and streamed meanwhile wait for `settle`, and collect it in its order; after
+    an error it is deleted.
 
-    For who has more to do than to wait for a disk. Other stores than folders have nothing that waits.
+    For who has more to do than to wait for a disk. Other stores than folders have nothing that
+    waits.
     """
     if store.folder is None:
         yield []
@@ -31,7 +35,8 @@ def collect_pending(store: Store) -> Iterator[Sequence[Pending]]:
 
 
 def settle(store: Store, pending: Sequence[Pending]) -> None:
-    """Give what is pending its names, one after the other, each once its bytes are on the disk; after an error the rest is deleted.
+    """Give what is pending its names, one after the other, each once its bytes are on the disk;
+    after an error the rest is deleted.
 
     Raises:
         StoreError: the disk refuses, or a name would leave the folder.

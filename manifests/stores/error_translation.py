@@ -10,7 +10,9 @@ from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, NotF
 from mmerge.manifests.errors import AlreadyExists, NotFound, StoreError, StoreUnavailable
 
 METADATA_SERVERS = ("169.254.169.254", "metadata.google.internal", "fd00:ec2::254")
-"""Where a machine of a cloud asks for credentials, after the environment and the vendor's files: here as elsewhere the last resort."""
+"""Where a machine of a cloud asks for credentials, after the environment and the vendor's files:
+here as elsewhere the last resort.
+"""
 
 
 class Translated:
@@ -23,7 +25,12 @@ class Translated:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if value is None or isinstance(value, StoreError):
             return
         if isinstance(value, (NotFoundError, FileNotFoundError, NotADirectoryError)):
@@ -31,8 +38,14 @@ class Translated:
         if isinstance(value, (AlreadyExistsError, FileExistsError)):
             raise AlreadyExists(f"{self._where}: already exists") from value
         if self._is_remote and any(server in str(value) for server in METADATA_SERVERS):
-            raise StoreError(f"{self._where}: the environment holds no credentials. {_remedy(self._where)}") from value
-        if self._is_remote and isinstance(value, (GenericError, ConnectionError, TimeoutError)) and not _is_refusal(value):
+            raise StoreError(
+                f"{self._where}: the environment holds no credentials. {_remedy(self._where)}"
+            ) from value
+        if (
+            self._is_remote
+            and isinstance(value, (GenericError, ConnectionError, TimeoutError))
+            and not _is_refusal(value)
+        ):
             raise StoreUnavailable(f"{self._where}: {first_line(value)}") from value
         if isinstance(value, (BaseError, OSError, ValueError)):
             raise StoreError(f"{self._where}: {first_line(value)}") from value
@@ -49,7 +62,9 @@ def _remedy(where: str) -> str:
 
 
 def _is_refusal(error: BaseException) -> bool:
-    """Return whether a server understood and said no (no permission, a range behind the end): asking again changes nothing."""
+    """Return whether a server understood and said no (no permission, a range behind the end):
+    asking again changes nothing.
+    """
     status = re.search(r"[Ss]tatus:? (4\d\d)", str(error))
     return "nvalid" in first_line(error) or (status is not None and status[1] not in ("408", "429"))
 

@@ -1,7 +1,9 @@
-"""A store in a local folder: writes that survive a power failure, and names that cannot lead out of the folder.
+"""A store in a local folder: writes that survive a power failure, and names that cannot lead out of
+the folder.
 
-The library writes to a temporary name and renames, but does not wait for the disk; here a name appears only when the
-bytes under it are on the disk. Who writes need not wait for that: `settle` may do it elsewhere, while the next file is made.
+The library writes to a temporary name and renames, but does not wait for the disk; here a name
+appears only when the bytes under it are on the disk. Who writes need not wait for that: `settle`
+may do it elsewhere, while the next file is made.
 """
 
 from __future__ import annotations
@@ -25,10 +27,14 @@ PARTIAL_SUFFIX = ".partial"
 BUFFER_BYTES = 4 << 20
 """Bytes that go to the disk at once."""
 NUM_BUFFERS = 4
-"""Buffers of a writer: one is filled while the others are on their way, so that a disk that pauses stops nobody at once."""
+"""Buffers of a writer: one is filled while the others are on their way, so that a disk that pauses
+stops nobody at once.
+"""
 WRITING_THREADS = 4
 _free_buffers: deque[mmap.mmap] = deque(maxlen=NUM_BUFFERS)
-"""Buffers of writers that are done, for the next one: memory that is touched for the first time costs more than the copy into it."""
+"""Buffers of writers that are done, for the next one: memory that is touched for the first time
+costs more than the copy into it.
+"""
 
 
 def is_partial(name: str) -> bool:
@@ -55,21 +61,29 @@ class Folder:
         self.path = path
         self._roots = [path.resolve()]
         if path.parent.name == "snapshots":
-            # The layout of the Hugging Face cache: snapshots/REVISION/file is a link to ../../blobs/DIGEST.
+            # The layout of the Hugging Face cache: snapshots/REVISION/file is a link to
+            # ../../blobs/DIGEST.
             self._roots.append((path.parent.parent / "blobs").resolve())
         self._inside: dict[str, Path] = {}
         """Paths that were found to stay inside, by key."""
         self.pending: list[Pending] | None = None
-        """Where writers leave what is to be settled later, in their order; None where each one waits for the disk itself."""
+        """Where writers leave what is to be settled later, in their order; None where each one
+        waits for the disk itself.
+        """
 
     def place(self, key: str) -> Path:
-        """Return the path of a key. Raises StoreError when a link on the way leads out of the folder."""
+        """Return the path of a key. Raises StoreError when a link on the way leads out of the
+        folder.
+        """
         path = self._inside.get(key)
         if path is None:
             path = self.path / key
             real = Path(os.path.realpath(path))
             if not any(real == root or root in real.parents for root in self._roots):
-                raise StoreError(f"{self.path}: {key} is a link that leads out of the folder, to {real}. Put a copy there instead")
+                raise StoreError(
+                    f"{self.path}: {key} is a link that leads out of the folder, to {real}. Put a"
+                    " copy there instead"
+                )
             self._inside[key] = path
         return path
 
@@ -84,7 +98,9 @@ class Folder:
             out.write(data)
 
     def settle(self, pending: Pending) -> None:
-        """Give a pending file its name, once its bytes are on the disk. Raises OSError, and then the file is gone."""
+        """Give a pending file its name, once its bytes are on the disk. Raises OSError, and then
+        the file is gone.
+        """
         target = self.place(pending.key)
         partial = target.with_name(pending.partial)
         try:
@@ -109,10 +125,12 @@ class Folder:
 
 
 class FolderWriter:
-    """Streams one file under a temporary name, which becomes its name when the bytes are on the disk.
+    """Streams one file under a temporary name, which becomes its name when the bytes are on the
+    disk.
 
-    Whole buffers go to the disk past the page cache, behind the caller's back, where the file system allows that: a composite is
-    written once and read elsewhere, and its pages would only push out those of the inputs.
+    Whole buffers go to the disk past the page cache, behind the caller's back, where the file
+    system allows that: a composite is written once and read elsewhere, and its pages would only
+    push out those of the inputs.
     """
 
     def __init__(self, folder: Folder, key: str, *, replace: bool = True) -> None:
@@ -120,8 +138,12 @@ class FolderWriter:
         self._pending = folder.pending if replace else None
         self._target = folder.place(key)
         self._target.parent.mkdir(parents=True, exist_ok=True)
-        self._partial = self._target.with_name(f".{self._target.name[:80]}.{secrets.token_hex(6)}{PARTIAL_SUFFIX}")
-        self._descriptor = os.open(self._partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+        self._partial = self._target.with_name(
+            f".{self._target.name[:80]}.{secrets.token_hex(6)}{PARTIAL_SUFFIX}"
+        )
+        self._descriptor = os.open(
+            self._partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666
+        )
         self._direct: int | None = None
         self._buffers: deque[mmap.mmap] = deque()
         """The first is being filled."""
@@ -144,7 +166,9 @@ class FolderWriter:
                 self._flush()
 
     def close(self) -> None:
-        """Give the file its name, now or when it is settled. Raises AlreadyExists when it must not be replaced and is there."""
+        """Give the file its name, now or when it is settled. Raises AlreadyExists when it must not
+        be replaced and is there.
+        """
         try:
             self._wait(0)
             if self._filled:
@@ -172,7 +196,9 @@ class FolderWriter:
         """Hand the full buffer to a thread that writes, and go on with the next one."""
         if self._position == 0:
             self._direct = _open_direct(self._partial)
-        self._flushing.append(_writing_threads().submit(self._write_buffer, self._buffers[0], self._position))
+        self._flushing.append(
+            _writing_threads().submit(self._write_buffer, self._buffers[0], self._position)
+        )
         if len(self._buffers) < NUM_BUFFERS:
             self._buffers.appendleft(_take_buffer())
         else:
@@ -242,7 +268,9 @@ def _writing_threads() -> ThreadPoolExecutor:
 
 
 def _take_buffer() -> mmap.mmap:
-    """Return memory that begins at a page, as writing past the page cache asks for; private, since shared memory is a file of its own."""
+    """Return memory that begins at a page, as writing past the page cache asks for; private, since
+    shared memory is a file of its own.
+    """
     with suppress(IndexError):
         return _free_buffers.pop()
     if hasattr(mmap, "MAP_PRIVATE"):
@@ -251,7 +279,9 @@ def _take_buffer() -> mmap.mmap:
 
 
 def _open_direct(path: Path) -> int | None:
-    """Return a descriptor that writes past the page cache, None where the system or the file system has none."""
+    """Return a descriptor that writes past the page cache, None where the system or the file system
+    has none.
+    """
     if not hasattr(os, "O_DIRECT"):
         return None
     try:

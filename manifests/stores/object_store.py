@@ -1,7 +1,8 @@
 """Object storage seen as names and bytes: few verbs over the obstore library.
 
-A store is opened by URI: a folder (`build/store` or `file:///data/store`), `memory://NAME` (this process only, for
-tests), `s3://`, `gs://` or `az://` with BUCKET/PATH, or, to read from, `hf://ORG/REPO@REVISION`.
+A store is opened by URI: a folder (`build/store` or `file:///data/store`), `memory://NAME` (this
+process only, for tests), `s3://`, `gs://` or `az://` with BUCKET/PATH, or, to read from,
+`hf://ORG/REPO@REVISION`.
 """
 
 from __future__ import annotations
@@ -23,12 +24,18 @@ from numpy.typing import NDArray
 from obstore.exceptions import BaseError
 from obstore.store import LocalStore, MemoryStore
 
-from mmerge.manifests.stores.prefetch import CHUNK_BYTES, PART_BYTES, ForwardReader, OnPart, read_in_parts
-from mmerge.manifests.stores.clients import make_client, read_limits, scheme_of
 from mmerge.manifests.errors import NotFound, StoreError, StoreUnavailable
+from mmerge.manifests.stores.clients import make_client, read_limits, scheme_of
+from mmerge.manifests.stores.error_translation import Translated, first_line
 from mmerge.manifests.stores.local import Folder, is_partial
 from mmerge.manifests.stores.local_reads import read_local, read_local_start
-from mmerge.manifests.stores.error_translation import Translated, first_line
+from mmerge.manifests.stores.prefetch import (
+    CHUNK_BYTES,
+    PART_BYTES,
+    ForwardReader,
+    OnPart,
+    read_in_parts,
+)
 from mmerge.manifests.stores.writer import ObjectWriter
 
 COALESCE_BYTES = 1 << 20
@@ -72,7 +79,9 @@ class Store:
     def __init__(self, uri: str, inner: Any, *, folder: Folder | None = None) -> None:
         self.uri = uri
         self.honours_create = True
-        """False where `check_store` found that a server lets several writers create one key (manifests/stores/create_check.py)."""
+        """False where `check_store` found that a server lets several writers create one key
+        (manifests/stores/create_check.py).
+        """
         self._inner = inner
         self._folder = folder
         self._is_remote = folder is None and not uri.startswith("memory://")
@@ -89,41 +98,59 @@ class Store:
         return self._folder
 
     def translated(self, key: str) -> Translated:
-        """Return a context in which the library's errors become ours, with this store and `key` in the message."""
+        """Return a context in which the library's errors become ours, with this store and `key` in
+        the message.
+        """
         return Translated(self.uri, key, is_remote=self._is_remote)
 
     def read(self, key: str, *, max_bytes: int = MAX_READ_BYTES) -> bytes:
-        """Return all bytes of one object. Raises NotFound, and StoreError before it reads an object of more than `max_bytes`."""
+        """Return all bytes of one object. Raises NotFound, and StoreError before it reads an object
+        of more than `max_bytes`.
+        """
 
         def read_whole() -> bytes:
             result = obstore.get(self._inner, self._place(key))
             num_bytes = int(result.meta["size"])
             if num_bytes > max_bytes:
-                raise StoreError(f"{self.uri}: {key}: has {num_bytes:,} bytes, at most {max_bytes:,} are read")
+                raise StoreError(
+                    f"{self.uri}: {key}: has {num_bytes:,} bytes, at most {max_bytes:,} are read"
+                )
             data = bytes(result.bytes())
             if len(data) != num_bytes:
-                raise StoreUnavailable(f"{self.uri}: {key}: {len(data):,} of {num_bytes:,} bytes arrived")
+                raise StoreUnavailable(
+                    f"{self.uri}: {key}: {len(data):,} of {num_bytes:,} bytes arrived"
+                )
             return data
 
         return self._retry(key, read_whole)
 
-    def read_range(self, key: str, *, offset: int, num_bytes: int, on_part: OnPart = len) -> memoryview:
-        """Return exactly `num_bytes` bytes from `offset` (bytes). Raises NotFound, StoreError when the object is shorter.
+    def read_range(
+        self, key: str, *, offset: int, num_bytes: int, on_part: OnPart = len
+    ) -> memoryview:
+        """Return exactly `num_bytes` bytes from `offset` (bytes). Raises NotFound, StoreError when
+        the object is shorter.
 
-        `on_part` is told of them in their order, of a large range over a network piece by piece while the next are on their way.
+        `on_part` is told of them in their order, of a large range over a network piece by piece
+        while the next are on their way.
         """
         if num_bytes == 0:
             return memoryview(b"")
         if self._is_remote and num_bytes > PART_BYTES:
             if num_bytes > CHECKED_BYTES:  # memory is taken only for what is there
                 self._check_length(key, 0, offset, num_bytes, end=self.num_bytes(key))
-            return read_in_parts(lambda start, part: self._read_into(key, start, part), offset, num_bytes, on_part=on_part)
+            return read_in_parts(
+                lambda start, part: self._read_into(key, start, part),
+                offset,
+                num_bytes,
+                on_part=on_part,
+            )
         data = self._read_part(key, offset, num_bytes)
         on_part(data)
         return data
 
     def read_start(self, key: str, *, num_bytes: int) -> tuple[memoryview, int]:
-        """Return the first `num_bytes` bytes of an object, fewer if it is shorter, and the size of the whole, in one request.
+        """Return the first `num_bytes` bytes of an object, fewer if it is shorter, and the size of
+        the whole, in one request.
 
         Raises NotFound; StoreError for an object without any byte.
         """
@@ -132,26 +159,39 @@ class Store:
             result = obstore.get(self._inner, self._place(key), options={"range": (0, num_bytes)})
             whole, data = int(result.meta["size"]), memoryview(result.bytes())
             if len(data) != min(num_bytes, whole):
-                raise StoreUnavailable(f"{self.uri}: {key}: {len(data):,} of {min(num_bytes, whole):,} bytes arrived")
+                raise StoreUnavailable(
+                    f"{self.uri}: {key}: {len(data):,} of {min(num_bytes, whole):,} bytes arrived"
+                )
             return data, whole
 
-        if self._folder is not None:  # the library hands each request to a thread of its own: milliseconds, where others read
+        if (
+            self._folder is not None
+        ):  # the library hands each request to a thread of its own: milliseconds, where others read
             with self.translated(key):
                 return read_local_start(self._folder.place(check_key(key)), num_bytes=num_bytes)
         return self._retry(key, read_once)
 
     def read_blocks(
-        self, key: str, *, offset: int, num_bytes: int, block_bytes: int, into: NDArray[np.uint8] | None = None
+        self,
+        key: str,
+        *,
+        offset: int,
+        num_bytes: int,
+        block_bytes: int,
+        into: NDArray[np.uint8] | None = None,
     ) -> Iterator[NDArray[np.uint8]]:
         """Yield the bytes of `read_range` in blocks, to be read from while each is the current one.
 
-        With `into`, uint8 [num_bytes], the blocks lie there one behind the other and stay. A local file is read block by block as they
-        are asked for, so that whoever reads a block finds it in a cache.
+        With `into`, uint8 [num_bytes], the blocks lie there one behind the other and stay. A local
+        file is read block by block as they are asked for, so that whoever reads a block finds it in
+        a cache.
 
         Raises NotFound, StoreError when the object is shorter or cannot be read.
         """
         if self._folder is None:
-            whole = np.frombuffer(self.read_range(key, offset=offset, num_bytes=num_bytes), np.uint8)
+            whole = np.frombuffer(
+                self.read_range(key, offset=offset, num_bytes=num_bytes), np.uint8
+            )
             for start in range(0, num_bytes, block_bytes):
                 block = whole[start : start + block_bytes]
                 if into is not None:
@@ -160,21 +200,30 @@ class Store:
             return
         with self.translated(key):
             path = self._folder.place(check_key(key))
-            blocks = read_local(path, offset=offset, num_bytes=num_bytes, block_bytes=block_bytes, into=into)
+            blocks = read_local(
+                path, offset=offset, num_bytes=num_bytes, block_bytes=block_bytes, into=into
+            )
         while True:
             try:
                 with self.translated(key):
                     found: NDArray[np.uint8] | None = next(blocks, None)
             except EOFError as end:
-                raise StoreError(f"{self.uri}: {key}: asked for bytes {offset} to {offset + num_bytes}, it ends at {end}") from None
+                raise StoreError(
+                    f"{self.uri}: {key}: asked for bytes {offset} to {offset + num_bytes}, it ends"
+                    f" at {end}"
+                ) from None
             if found is None:
                 return
             yield found
 
-    def read_forward(self, key: str, *, offset: int, num_bytes: int, start: int, stop: int) -> memoryview:
-        """Like `read_range`, for a reader that goes through bytes `start` to `stop` in order: the next ones are fetched meanwhile.
+    def read_forward(
+        self, key: str, *, offset: int, num_bytes: int, start: int, stop: int
+    ) -> memoryview:
+        """Like `read_range`, for a reader that goes through bytes `start` to `stop` in order: the
+        next ones are fetched meanwhile.
 
-        One range of a key is read forward at a time; over a network at most `ahead.AHEAD_BYTES` are held for it.
+        One range of a key is read forward at a time; over a network at most `ahead.AHEAD_BYTES` are
+        held for it.
         """
         if not self._is_remote or num_bytes == 0:
             return self.read_range(key, offset=offset, num_bytes=num_bytes)
@@ -182,7 +231,9 @@ class Store:
         if reader is None or (reader.start, reader.stop) != (start, stop):
             if reader is not None:
                 reader.close()
-            reader = ForwardReader(lambda begin, size: self._read_large_part(key, begin, size), start=start, stop=stop)
+            reader = ForwardReader(
+                lambda begin, size: self._read_large_part(key, begin, size), start=start, stop=stop
+            )
             self._forward[key] = reader
         data = reader.read(offset, num_bytes)
         if offset + num_bytes >= stop:
@@ -190,14 +241,21 @@ class Store:
         return data
 
     def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
-        """Return several ranges, (offset, bytes) each, of one object: near ones in one request, all in parallel.
+        """Return several ranges, (offset, bytes) each, of one object: near ones in one request, all
+        in parallel.
 
         Raises NotFound, StoreError when the object is shorter.
         """
         starts, lengths = [offset for offset, _ in ranges], [num_bytes for _, num_bytes in ranges]
 
         def read_all() -> list[memoryview]:
-            found = obstore.get_ranges(self._inner, self._place(key), starts=starts, lengths=lengths, coalesce=COALESCE_BYTES)
+            found = obstore.get_ranges(
+                self._inner,
+                self._place(key),
+                starts=starts,
+                lengths=lengths,
+                coalesce=COALESCE_BYTES,
+            )
             data = [memoryview(one) for one in found]
             for one, (offset, num_bytes) in zip(data, ranges, strict=True):
                 self._check_length(key, len(one), offset, num_bytes)
@@ -207,7 +265,9 @@ class Store:
 
     def _read_part(self, key: str, offset: int, num_bytes: int) -> memoryview:
         def read_once() -> memoryview:
-            data = memoryview(obstore.get_range(self._inner, self._place(key), start=offset, length=num_bytes))
+            data = memoryview(
+                obstore.get_range(self._inner, self._place(key), start=offset, length=num_bytes)
+            )
             self._check_length(key, len(data), offset, num_bytes)
             return data
 
@@ -220,7 +280,9 @@ class Store:
 
     def _read_into(self, key: str, offset: int, part: NDArray[np.uint8]) -> None:
         def read_once() -> None:
-            result = obstore.get(self._inner, self._place(key), options={"range": (offset, offset + len(part))})
+            result = obstore.get(
+                self._inner, self._place(key), options={"range": (offset, offset + len(part))}
+            )
             arrived = 0
             for chunk in result.stream(min_chunk_size=CHUNK_BYTES):
                 data = np.frombuffer(chunk, np.uint8)
@@ -230,17 +292,24 @@ class Store:
 
         self._retry(key, read_once)
 
-    def _check_length(self, key: str, arrived: int, offset: int, num_bytes: int, *, end: int | None = None) -> None:
+    def _check_length(
+        self, key: str, arrived: int, offset: int, num_bytes: int, *, end: int | None = None
+    ) -> None:
         found = offset + arrived if end is None else end
         if found < offset + num_bytes:
-            raise StoreError(f"{self.uri}: {key}: asked for bytes {offset} to {offset + num_bytes}, it ends at {found}")
+            raise StoreError(
+                f"{self.uri}: {key}: asked for bytes {offset} to {offset + num_bytes}, it ends at"
+                f" {found}"
+            )
 
     def num_bytes(self, key: str) -> int:
         """Return the size of one object in bytes. Raises NotFound."""
         return int(self._retry(key, lambda: obstore.head(self._inner, self._place(key)))["size"])
 
     def identity(self, key: str) -> str:
-        """Return a text that changes when the object is replaced: its size, entity tag and time of change. Raises NotFound."""
+        """Return a text that changes when the object is replaced: its size, entity tag and time of
+        change. Raises NotFound.
+        """
         meta = self._retry(key, lambda: obstore.head(self._inner, self._place(key)))
         return f"{meta['size']}:{meta['e_tag'] or ''}:{meta['last_modified'].isoformat()}"
 
@@ -253,9 +322,11 @@ class Store:
         return True
 
     def put_new(self, key: str, data: bytes) -> None:
-        """Create one object in a single step. Raises AlreadyExists, and then leaves the object as it was.
+        """Create one object in a single step. Raises AlreadyExists, and then leaves the object as
+        it was.
 
-        AlreadyExists may be this very call's doing, when the server's first answer was lost: compare what is there.
+        AlreadyExists may be this very call's doing, when the server's first answer was lost:
+        compare what is there.
         """
 
         def create() -> None:
@@ -268,7 +339,9 @@ class Store:
         self._retry(key, create)
 
     def put(self, key: str, data: bytes) -> None:
-        """Create or replace one object: only for names whose content is a function of the name, and for caches."""
+        """Create or replace one object: only for names whose content is a function of the name, and
+        for caches.
+        """
 
         def replace() -> None:
             place = self._place(key)
@@ -280,7 +353,9 @@ class Store:
         self._retry(key, replace)
 
     def open_writer(self, key: str) -> ObjectWriter:
-        """Return a context manager that streams one object; nothing is visible under `key` until it closes without error."""
+        """Return a context manager that streams one object; nothing is visible under `key` until it
+        closes without error.
+        """
         return ObjectWriter(self, check_key(key), inner=self._inner, folder=self._folder)
 
     def list(self, prefix: str = "") -> Iterator[str]:
@@ -289,20 +364,28 @@ class Store:
             yield listed.key
 
     def list_objects(self, prefix: str = "") -> Iterator[Listed]:
-        """Yield what lies below the folder `prefix`, in no fixed order, without what is being written."""
+        """Yield what lies below the folder `prefix`, in no fixed order, without what is being
+        written.
+        """
         for listed in self._iterate(prefix):
             if not is_partial(listed.key):
                 yield listed
 
     def list_partials(self) -> Iterator[Listed]:
         """Yield the files of a local folder that were begun and not finished."""
-        return (listed for listed in self._iterate("") if is_partial(listed.key)) if self._folder else iter(())
+        return (
+            (listed for listed in self._iterate("") if is_partial(listed.key))
+            if self._folder
+            else iter(())
+        )
 
     def _iterate(self, prefix: str) -> Iterator[Listed]:
         with self.translated(prefix):
             if self._folder:
                 for key, status in self._folder.iterate_keys(prefix):
-                    yield Listed(key, status.st_size, datetime.fromtimestamp(status.st_mtime, timezone.utc))
+                    yield Listed(
+                        key, status.st_size, datetime.fromtimestamp(status.st_mtime, timezone.utc)
+                    )
                 return
             for batch in obstore.list(self._inner, prefix=prefix or None):
                 for meta in batch:
@@ -321,14 +404,20 @@ class Store:
         return check_key(key)
 
     def _retry(self, key: str, operation: Callable[[], _Value]) -> _Value:
-        """Return what `operation` returns; over a network, begin again where a connection broke, while there is time."""
+        """Return what `operation` returns; over a network, begin again where a connection broke,
+        while there is time.
+        """
         began = time.monotonic()
         for attempt in range(1, READ_ATTEMPTS + 1):
             try:
                 with self.translated(key):
                     return operation()
             except StoreUnavailable:
-                if not self._is_remote or attempt == READ_ATTEMPTS or time.monotonic() - began > read_limits().retry_seconds:
+                if (
+                    not self._is_remote
+                    or attempt == READ_ATTEMPTS
+                    or time.monotonic() - began > read_limits().retry_seconds
+                ):
                     raise
                 time.sleep(random.uniform(0.1, 0.5) * 2**attempt)
         raise AssertionError("unreachable")
@@ -367,7 +456,9 @@ def open_store(uri: str, *, create: bool = False) -> Store:
 
 
 def was_any_opened() -> bool:
-    """Return whether this process has opened a store, so that the library behind stores may have begun threads."""
+    """Return whether this process has opened a store, so that the library behind stores may have
+    begun threads.
+    """
     return _was_opened.is_set()
 
 
@@ -380,4 +471,7 @@ def _open_folder(path: Path, *, create: bool) -> Store:
         path.mkdir(parents=True, exist_ok=True)
         return Store(str(path), LocalStore(path), folder=Folder(path))
     except (OSError, BaseError) as error:
-        raise StoreError(f"{path}: cannot be made ({first_line(error)}). Choose another 'output' or grant write access") from error
+        raise StoreError(
+            f"{path}: cannot be made ({first_line(error)}). Choose another 'output' or grant write"
+            " access"
+        ) from error

@@ -14,9 +14,13 @@ from numpy.typing import NDArray
 PART_BYTES = 8 << 20
 """Bytes of one request; a range of more is read as several at once."""
 CHUNK_BYTES = 1 << 20
-"""Bytes of a part that are taken over at once, as they arrive: the library would hold the part, and then copy it together."""
+"""Bytes of a part that are taken over at once, as they arrive: the library would hold the part, and
+then copy it together.
+"""
 RANGE_PARTS = 4
-"""Parts of one range that are on their way at once. More, and all would arrive at the end, with nothing to digest meanwhile."""
+"""Parts of one range that are on their way at once. More, and all would arrive at the end, with
+nothing to digest meanwhile.
+"""
 NUM_PARTS = 6
 """Ranged requests on their way at once, per process."""
 AHEAD_PARTS = 2
@@ -39,7 +43,9 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def read_in_parts(read: ReadInto, offset: int, num_bytes: int, *, on_part: OnPart) -> memoryview:
-    """Return a range of an object, read in parts of 8 MiB, several at once; `on_part` is told of each while the next are on their way."""
+    """Return a range of an object, read in parts of 8 MiB, several at once; `on_part` is told of
+    each while the next are on their way.
+    """
     whole = np.empty(num_bytes, np.uint8)
     view = whole.data.toreadonly()
     waiting: deque[tuple[int, Future[None]]] = deque()
@@ -47,7 +53,9 @@ def read_in_parts(read: ReadInto, offset: int, num_bytes: int, *, on_part: OnPar
     try:
         while True:
             for start in itertools.islice(starts, RANGE_PARTS - len(waiting)):
-                waiting.append((start, _pool().submit(read, offset + start, whole[start : start + PART_BYTES])))
+                waiting.append(
+                    (start, _pool().submit(read, offset + start, whole[start : start + PART_BYTES]))
+                )
             if not waiting:
                 return view
             start, part = waiting.popleft()
@@ -59,7 +67,9 @@ def read_in_parts(read: ReadInto, offset: int, num_bytes: int, *, on_part: OnPar
 
 
 class ForwardReader:
-    """Reads one range of an object piece by piece, forward, with the next parts on their way. Not for several threads."""
+    """Reads one range of an object piece by piece, forward, with the next parts on their way. Not
+    for several threads.
+    """
 
     def __init__(self, read: ReadRange, *, start: int, stop: int) -> None:
         self.start, self.stop = start, stop
@@ -68,7 +78,10 @@ class ForwardReader:
 
     def read(self, offset: int, num_bytes: int) -> memoryview:
         """Return bytes of the range; parts before `offset`, and far behind it, are forgotten."""
-        first, last = (offset - self.start) // PART_BYTES, (offset + num_bytes - 1 - self.start) // PART_BYTES
+        first, last = (
+            (offset - self.start) // PART_BYTES,
+            (offset + num_bytes - 1 - self.start) // PART_BYTES,
+        )
         for index in [index for index in self._parts if not first <= index <= last + AHEAD_PARTS]:
             self._parts.pop(index).cancel()
         for index in range(first, last + 1 + AHEAD_PARTS):
@@ -79,7 +92,9 @@ class ForwardReader:
     def _fetch(self, index: int) -> None:
         begin = self.start + index * PART_BYTES
         if index not in self._parts and begin < self.stop:
-            self._parts[index] = _pool().submit(self._read, begin, min(PART_BYTES, self.stop - begin))
+            self._parts[index] = _pool().submit(
+                self._read, begin, min(PART_BYTES, self.stop - begin)
+            )
 
     def _cut(self, index: int, offset: int, num_bytes: int) -> memoryview:
         begin = self.start + index * PART_BYTES

@@ -34,7 +34,9 @@ class ObjectWriter:
             self._writer: Any = (
                 FolderWriter(folder, key)
                 if folder
-                else obstore.open_writer(inner, key, buffer_size=WRITER_BUFFER_BYTES, max_concurrency=WRITER_CONCURRENCY)
+                else obstore.open_writer(
+                    inner, key, buffer_size=WRITER_BUFFER_BYTES, max_concurrency=WRITER_CONCURRENCY
+                )
             )
 
     def write(self, data: bytes | memoryview) -> None:
@@ -42,7 +44,8 @@ class ObjectWriter:
         self._digest.update(data)
         self.num_bytes += len(data)
         with self._store.translated(self.key):
-            # The library keeps a reference until the part is sent; a folder has taken the bytes when it returns.
+            # The library keeps a reference until the part is sent; a folder has taken the bytes
+            # when it returns.
             self._writer.write(data if self._is_folder else bytes(data))
 
     def hexdigest(self) -> str:
@@ -52,8 +55,14 @@ class ObjectWriter:
     def __enter__(self) -> ObjectWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        # Closing commits. After an error the writer is dropped unclosed, so that no half object gets a name.
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # Closing commits. After an error the writer is dropped unclosed, so that no half object
+        # gets a name.
         if kind is not None:
             if isinstance(self._writer, FolderWriter):
                 self._writer.abandon()
@@ -61,4 +70,7 @@ class ObjectWriter:
         with self._store.translated(self.key):
             self._writer.close()
         if self._store.is_remote and (found := self._store.num_bytes(self.key)) != self.num_bytes:
-            raise StoreUnavailable(f"{self._store.uri}: {self.key}: {self.num_bytes:,} bytes were written, the server keeps {found:,}")
+            raise StoreUnavailable(
+                f"{self._store.uri}: {self.key}: {self.num_bytes:,} bytes were written, the server"
+                f" keeps {found:,}"
+            )

@@ -1,4 +1,6 @@
-"""What a run of a plan would compute, what it would find in the store, and why: the run itself, stopped before its first write."""
+"""What a run of a plan would compute, what it would find in the store, and why: the run itself,
+stopped before its first write.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ class ShardForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run would do. `to_survey` are the shards whose inputs must be read before more can be said."""
+    """What a run would do. `to_survey` are the shards whose inputs must be read before more can be
+    said.
+    """
 
     shards: tuple[ShardForecast, ...]
     to_survey: tuple[str, ...] = ()
@@ -55,7 +59,9 @@ class _Stop(Exception):
 
 
 class _NothingRuns(Executor):
-    """Stops at the first phase that has tasks left; with `survey` it does the passes over the inputs that come before merging."""
+    """Stops at the first phase that has tasks left; with `survey` it does the passes over the
+    inputs that come before merging.
+    """
 
     def __init__(self, *, survey: bool) -> None:
         self._inner = SerialExecutor() if survey else None
@@ -108,12 +114,13 @@ class _Forecaster(Builder):
 
 
 def make_forecast(plan: MergePlan, *, survey: bool = False, progress: Progress | None = None) -> Forecast:
-    """Return what a run of this plan would compute. Reads headers and the store; writes nothing unless `survey` is set.
+    """Return what a run of this plan would compute. Reads headers and the store; writes nothing
+    unless `survey` is set.
 
     Args:
         plan: from `make_plan`.
-        survey: read inputs that changed since they were last read, and keep what was found in the store, as a run would;
-            without it, shards with such inputs are `unknown`.
+        survey: read inputs that changed since they were last read, and keep what was found in the
+            store, as a run would; without it, shards with such inputs are `unknown`.
         progress: told of the survey.
 
     Raises:
@@ -140,7 +147,9 @@ def _all_new(plan: MergePlan) -> Forecast:
 
 
 def _stopped(plan: MergePlan, tasks: Sequence[Task], runner: _Forecaster) -> Forecast:
-    """Say which inputs have to be read first; what the others come to may depend on them (thresholds of scope `model`)."""
+    """Say which inputs have to be read first; what the others come to may depend on them
+    (thresholds of scope `model`).
+    """
     waiting = tuple(task.shard for task in tasks)
     if not any(True for _ in runner.store.list("refs")) and not any(True for _ in runner.store.list("objects")):
         return Forecast(_all_new(plan).shards, waiting)

@@ -1,4 +1,5 @@
-"""From surveys to thresholds: which survey tasks a plan needs, and what follows from their results."""
+"""From surveys to thresholds: which survey tasks a plan needs, and what follows from their results.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +27,11 @@ Thresholds = tuple[tuple[tuple[float, ...], ...], ...]
 
 @dataclass(frozen=True)
 class InputSurvey:
-    """What is known of the inputs so far: digests of every piece, and histograms where they were asked for.
+    """What is known of the inputs so far: digests of every piece, and histograms where they were
+    asked for.
 
-    Histograms are `pooled` where all that is wanted of them is their sum over the model: the pieces of a large one would fill the memory.
+    Histograms are `pooled` where all that is wanted of them is their sum over the model: the pieces
+    of a large one would fill the memory.
     """
 
     pooled: bool = False
@@ -40,7 +43,8 @@ class InputSurvey:
     """Digest of each copied piece by expert (empty for the base), name and first row."""
 
     def add(self, task: SurveyTask, found: Survey, *, expert: str) -> None:
-        """Take what a task found; `expert` is the owner of what it only copies, empty for the base."""
+        """Take what a task found; `expert` is the owner of what it only copies, empty for the base.
+        """
         if not self.pooled:
             self.histograms.update(found.histograms)
         for tensor in task.tensors:
@@ -73,14 +77,17 @@ class InputSurvey:
         return self.copied[(shard.expert, tensor.name, tensor.row_start)]
 
     def revision(self, position: int, expert: str, files: Sequence[FileEntry]) -> str:
-        """Return the digest of a whole checkpoint: position 0 and an empty name are the base, i + 1 is expert i of the recipe."""
+        """Return the digest of a whole checkpoint: position 0 and an empty name are the base, i + 1
+        is expert i of the recipe.
+        """
         shared = {piece: digests[position] for piece, digests in self.digests.items()}
         own = {piece_name(name, row): digest for (owner, name, row), digest in self.copied.items() if owner == expert}
         return digest_json([shared, own, [[file.name, file.digest] for file in files]])
 
 
 def make_survey_tasks(plan: MergePlan, identities: dict[str, dict[str, str]], *, magnitudes: bool, fresh: bool) -> list[SurveyTask]:
-    """Return the survey tasks of a plan. Their keys follow from the identity of the files, so that nothing is read twice.
+    """Return the survey tasks of a plan. Their keys follow from the identity of the files, so that
+    nothing is read twice.
 
     Args:
         plan: what will be merged and copied.
@@ -109,7 +116,8 @@ def make_survey_tasks(plan: MergePlan, identities: dict[str, dict[str, str]], *,
 
     tasks = [make(shard.name, shard.tensors, (), "", shard.peak_bytes) for shard in plan.merge_shards]
     for copy_shard in plan.copy_shards:
-        # The base's merged tensors are surveyed with the experts'; only what is left needs a pass of its own.
+        # The base's merged tensors are surveyed with the experts'; only what is left needs a pass
+        # of its own.
         copies = tuple(copy for copy in copy_shard.tensors if copy_shard.role == "carry" or copy.name not in merged)
         if copies:
             owner = f"expert {copy_shard.expert!r}" if copy_shard.expert else "base"
@@ -128,8 +136,9 @@ def read_task_survey(store: Store, task: SurveyTask | RefineTask) -> Survey:
 class ThresholdSearch:
     """The exact trim thresholds of some shards, as far as their surveys name them.
 
-    The survey's histograms give the bin of each threshold; where a bin holds several magnitudes, a second pass over that
-    expert counts within it. Scope `model` adds the histograms of all pieces, scope `tensor` those of one tensor's pieces.
+    The survey's histograms give the bin of each threshold; where a bin holds several magnitudes, a
+    second pass over that expert counts within it. Scope `model` adds the histograms of all pieces,
+    scope `tensor` those of one tensor's pieces.
 
     Args:
         shards: all that share thresholds.
@@ -138,7 +147,8 @@ class ThresholdSearch:
         trimmings: by tensor what is kept; None for methods that do not trim.
 
     Raises:
-        RecipeError: the densities differ between tensors, though the threshold is taken over the whole model.
+        RecipeError: the densities differ between tensors, though the threshold is taken over the
+            whole model.
     """
 
     def __init__(
@@ -175,7 +185,9 @@ class ThresholdSearch:
                 self._open[(group, position)] = (bin_number, rest)
 
     def refine_tasks(self) -> list[RefineTask]:
-        """Return the second passes that the search needs: over the lower bits within the bins that hold several magnitudes."""
+        """Return the second passes that the search needs: over the lower bits within the bins that
+        hold several magnitudes.
+        """
         if self._trimming is None:
             return []
         trimming, tasks = self._trimming, []
@@ -204,7 +216,9 @@ class ThresholdSearch:
         return tasks
 
     def finish(self, refined: Iterable[Mapping[str, SparseHistogram]]) -> Thresholds:
-        """Return the thresholds; `refined` is what the tasks of `refine_tasks` found, one after the other."""
+        """Return the thresholds; `refined` is what the tasks of `refine_tasks` found, one after the
+        other.
+        """
         if self._trimming is None:
             return tuple(tuple(() for _ in shard.tensors) for shard in self._shards)
         trimming, values = self._trimming, dict(self._values)
@@ -231,7 +245,9 @@ def _histogram_name(tensor: TensorTask, position: int) -> str:
 
 
 def _make_groups(shards: Sequence[MergeShard], trimming: Trimming) -> dict[tuple[str, int], list[TensorTask]]:
-    """Return the pieces over which each threshold is taken, by group (a tensor's name, or "" for the model) and expert."""
+    """Return the pieces over which each threshold is taken, by group (a tensor's name, or "" for
+    the model) and expert.
+    """
     groups: dict[tuple[str, int], list[TensorTask]] = {}
     for shard in shards:
         for tensor in shard.tensors:

@@ -1,4 +1,6 @@
-"""The stages of a method: which measure tasks they need, and the numbers that follow from their counts."""
+"""The stages of a method: which measure tasks they need, and the numbers that follow from their
+counts.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ RunMeasure = Callable[[str, Sequence[MeasureTask]], None]
 
 @dataclass
 class StageRun:
-    """Runs the stages of a method over a plan, one after the other; each sees what the ones before it found."""
+    """Runs the stages of a method over a plan, one after the other; each sees what the ones before
+    it found.
+    """
 
     plan: MergePlan
     method: Method
@@ -102,7 +106,9 @@ class StageRun:
         return found
 
     def _vectors(self, stage: Stage) -> Mapping[str, Known]:
-        """Return what follows from the vectors of all tensors; those of a tensor's pieces are added in the order of the pieces."""
+        """Return what follows from the vectors of all tensors; those of a tensor's pieces are added
+        in the order of the pieces.
+        """
         found: dict[str, Any] = {}
         for survey in self._look(stage, None):
             found |= survey.vectors
@@ -122,7 +128,9 @@ class StageRun:
         return self.method.resolve_vectors(tensors, recipe.parameters, experts, stage=stage.name, config=self.config)
 
     def _ask_ranks(self, stage: Stage, quantity: str, tensors: Sequence[TensorTask], *, num_entries: int) -> tuple[int, ...]:
-        """Return the ranks that the method wants over these tensors, whose numbers must agree on them."""
+        """Return the ranks that the method wants over these tensors, whose numbers must agree on
+        them.
+        """
         distinct = {id(numbers): numbers for numbers in (self.numbers[tensor.name] for tensor in tensors)}
         asked = set()
         for numbers in distinct.values():

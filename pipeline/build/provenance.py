@@ -1,4 +1,6 @@
-"""Of what each merged object was made, short: so that a later plan can say why a shard would be computed again."""
+"""Of what each merged object was made, short: so that a later plan can say why a shard would be
+computed again.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ EXPERT_PREFIX = "expert:"
 
 
 def describe_inputs(plan: MergePlan, survey: InputSurvey, tasks: Sequence[MergeTask]) -> dict[str, dict[str, str]]:
-    """Return by merge shard a digest of each of its inputs: base, every expert, the recipe's numbers, the trim thresholds."""
+    """Return by merge shard a digest of each of its inputs: base, every expert, the recipe's
+    numbers, the trim thresholds.
+    """
     recipe = plan.recipe
     names = [BASE, *(EXPERT_PREFIX + expert.name for expert in recipe.experts)]
     parameters = [recipe.describe_parameters(), *(recipe.describe_parameters(expert.name) for expert in recipe.experts)]

@@ -130,7 +130,9 @@ class Builder:
         return self.store.exists(survey_key(task.key))
 
     def _run_phase(self, phase: str, tasks: Sequence[Any], is_done: Callable[[Any], bool], flow: Flow | None = None) -> None:
-        """Run the tasks that are not done yet, and those that follow from them; raise all their failures at the end."""
+        """Run the tasks that are not done yet, and those that follow from them; raise all their
+        failures at the end.
+        """
         done = [task for task in tasks if not self.fresh and is_done(task)]
         known = {id(task) for task in done}
         # The largest first: one that begins last would run alone at the end.
@@ -167,7 +169,9 @@ class Builder:
         self.progress.begin(phase, num_bytes=sum(task.num_bytes for task in waiting), num_tasks=len(waiting), num_reused=len(done))
 
     def _begin_following(self, task: Task) -> None:
-        """Tell of a phase whose tasks begin during another one: of all its shards at once, where their number is known."""
+        """Tell of a phase whose tasks begin during another one: of all its shards at once, where
+        their number is known.
+        """
         phase = FOLLOWING[type(task)]
         if phase == "thresholds":
             self._begin(phase, [task], [])
@@ -214,7 +218,9 @@ class Builder:
         return RunReport(uri, build, reference, is_new or self.fresh, moved, self.computed, self.reused, self.bytes_read, manifest)
 
     def _run_tasks(self, phase: str, tasks: Sequence[MergeTask | CopyTask]) -> list[ShardEntry]:
-        """Return the entries of these tasks in their order, from the store where they were finished before."""
+        """Return the entries of these tasks in their order, from the store where they were finished
+        before.
+        """
         unique = _unique(tasks)
         left = [task for task in unique if task.digest not in self.entries]
         found = {} if self.fresh else {task.digest: entry for task in left if (entry := read_entry(self.store, task.digest))}
@@ -248,7 +254,9 @@ def _unique(tasks: Sequence[MergeTask | CopyTask]) -> list[MergeTask | CopyTask]
 
 
 def _label(entry: ShardEntry, shard: str, expert: str) -> ShardEntry:
-    """Say to which shard and expert an entry belongs in this build: objects that builds share do not know."""
+    """Say to which shard and expert an entry belongs in this build: objects that builds share do
+    not know.
+    """
     return ShardEntry(
         object=entry.object.model_copy(update={"shard": shard, "expert": expert}),
         tensors=tuple(row.model_copy(update={"expert": expert or row.expert}) for row in entry.tensors),

@@ -1,6 +1,8 @@
-"""What may begin before all inputs are surveyed: a shard's own merge, as soon as its survey says all that the merge depends on.
+"""What may begin before all inputs are surveyed: a shard's own merge, as soon as its survey says
+all that the merge depends on.
 
-The merge then finds its inputs in the page cache, also where they are larger than memory, and the storage writes from the first shard on.
+The merge then finds its inputs in the page cache, also where they are larger than memory, and the
+storage writes from the first shard on.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ FlowTask = TypeVar("FlowTask", MergeTask, CopyTask)
 class Flow:
     """Takes the surveys of a plan as they are finished, and says which tasks follow.
 
-    A merge follows its own survey unless it depends on others: on thresholds or stages over the whole model, or on a tensor of which other
-    shards hold rows. A copy follows as soon as all that it holds is surveyed. What does not follow is left to the phases that come after.
+    A merge follows its own survey unless it depends on others: on thresholds or stages over the
+    whole model, or on a tensor of which other shards hold rows. A copy follows as soon as all that
+    it holds is surveyed. What does not follow is left to the phases that come after.
 
     Args:
         plan: what is built.
@@ -111,13 +114,15 @@ class Flow:
         return (read_task_survey(self._store, task).histograms for task in tasks)
 
     def finish(self, run_refine: Callable[[Sequence[RefineTask]], None]) -> Thresholds:
-        """Return the thresholds of all shards, once all surveys are in the store: `survey` then knows all inputs.
+        """Return the thresholds of all shards, once all surveys are in the store: `survey` then
+        knows all inputs.
 
         Args:
             run_refine: runs the second passes over shards that did not follow.
 
         Raises:
-            RecipeError: the densities differ between tensors, though the threshold is taken over the whole model.
+            RecipeError: the densities differ between tensors, though the threshold is taken over
+                the whole model.
             MmergeError: a survey is missing or damaged.
         """
         for task in self._surveys.values():

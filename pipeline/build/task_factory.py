@@ -1,4 +1,6 @@
-"""From what is known of a shard to the task that makes its object; the task's digest names everything that the object depends on."""
+"""From what is known of a shard to the task that makes its object; the task's digest names
+everything that the object depends on.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from mmerge.workers.methods.interface import Known
 from mmerge.workers.task import CopyTask, MergeTask
 
 ARITHMETIC_VERSION = 2
-"""Raised when a change of a method or of an object's layout would change bytes: no older object is then reused."""
+"""Raised when a change of a method or of an object's layout would change bytes: no older object is
+then reused.
+"""
 
 
 def make_merge_task(
@@ -79,7 +83,8 @@ def make_copy_task(plan: MergePlan, shard: CopyShard, survey: InputSurvey, *, fr
             for tensor in shard.tensors
         ],
     }
-    # The expert's name is not part of the identity: two builds, or two experts, share what they have in common.
+    # The expert's name is not part of the identity: two builds, or two experts, share what they
+    # have in common.
     return CopyTask(
         digest=digest_json(identity), shard=shard.name, role=shard.role, expert="", tensors=shard.tensors,
         block_entries=plan.block_entries, num_bytes=shard.num_bytes, peak_bytes=shard.peak_bytes, fresh=fresh,

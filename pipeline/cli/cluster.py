@@ -23,17 +23,23 @@ from mmerge.pipeline.cli.options import JsonOption
 
 if TYPE_CHECKING:
     from mmerge.manifests.stores.object_store import Store
-    from mmerge.pipeline.planning.plan import MergePlan
-    from mmerge.pipeline.monitoring.progress import Progress
-    from mmerge.pipeline.execution.simulation import Simulation
-    from mmerge.pipeline.monitoring.run_records import RunStatus
     from mmerge.pipeline.execution.jobs import Job
+    from mmerge.pipeline.execution.simulation import Simulation
+    from mmerge.pipeline.monitoring.progress import Progress
+    from mmerge.pipeline.monitoring.run_records import RunStatus
+    from mmerge.pipeline.planning.plan import MergePlan
 
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
 
 ExclusiveOption = Annotated[
-    bool, typer.Option("--exclusive", help="do nothing, and exit with 0, while another run of this composite lives; for schedules")
+    bool,
+    typer.Option(
+        "--exclusive",
+        help=(
+            "do nothing, and exit with 0, while another run of this composite lives; for schedules"
+        ),
+    ),
 ]
 DeadlineOption = Annotated[
     float | None,
@@ -41,7 +47,10 @@ DeadlineOption = Annotated[
         "--task-deadline",
         metavar="SECONDS",
         min=1,
-        help="what one task may take on Ray before a second attempt starts on another node; estimated if absent",
+        help=(
+            "what one task may take on Ray before a second attempt starts on another node;"
+            " estimated if absent"
+        ),
         show_default=False,
     ),
 ]
@@ -56,15 +65,36 @@ AddressOption = Annotated[
 ]
 NodesOption = Annotated[
     int | None,
-    typer.Option("--nodes", min=1, help="simulate the run on so many nodes: time, limit, bytes and memory per node", show_default=False),
+    typer.Option(
+        "--nodes",
+        min=1,
+        help="simulate the run on so many nodes: time, limit, bytes and memory per node",
+        show_default=False,
+    ),
 ]
 CoresOption = Annotated[int, typer.Option("--cores", min=1, help="cores per node, with --nodes")]
 ReadOption = Annotated[
-    float, typer.Option("--read-gbps", min=0.001, help="gigabytes (10⁹ bytes) per second that a node reads, with --nodes")
+    float,
+    typer.Option(
+        "--read-gbps",
+        min=0.001,
+        help="gigabytes (10⁹ bytes) per second that a node reads, with --nodes",
+    ),
 ]
-WriteOption = Annotated[float, typer.Option("--write-gbps", min=0.001, help="gigabytes per second that a node writes, with --nodes")]
+WriteOption = Annotated[
+    float,
+    typer.Option(
+        "--write-gbps", min=0.001, help="gigabytes per second that a node writes, with --nodes"
+    ),
+]
 MemoryOption = Annotated[
-    float | None, typer.Option("--node-memory", metavar="GB", help="memory per node, with --nodes; no limit if absent", show_default=False)
+    float | None,
+    typer.Option(
+        "--node-memory",
+        metavar="GB",
+        help="memory per node, with --nodes; no limit if absent",
+        show_default=False,
+    ),
 ]
 RatesOption = Annotated[
     str | None,
@@ -78,7 +108,9 @@ RatesOption = Annotated[
 
 
 @contextmanager
-def recorded(plan: MergePlan, progress: Progress, *, exclusive: bool, metrics: bool) -> Iterator[Progress]:
+def recorded(
+    plan: MergePlan, progress: Progress, *, exclusive: bool, metrics: bool
+) -> Iterator[Progress]:
     """Record a run in its store while the context lasts; yields what is to be told of its progress.
 
     Raises:
@@ -105,9 +137,18 @@ def recorded(plan: MergePlan, progress: Progress, *, exclusive: bool, metrics: b
 
 
 def simulate_plan(
-    plan: MergePlan, *, nodes: int, cores: int, read_gbps: float, write_gbps: float, node_memory: float | None, rates_from: str | None
+    plan: MergePlan,
+    *,
+    nodes: int,
+    cores: int,
+    read_gbps: float,
+    write_gbps: float,
+    node_memory: float | None,
+    rates_from: str | None,
 ) -> Simulation:
-    """Return the simulated run of a plan. Raises MmergeError where a node is too small, or no run was measured."""
+    """Return the simulated run of a plan. Raises MmergeError where a node is too small, or no run
+    was measured.
+    """
     from mmerge.manifests.format.references import split_uri
     from mmerge.manifests.stores.object_store import open_store
     from mmerge.pipeline.execution.simulation import GB, Nodes, simulate
@@ -131,12 +172,24 @@ def print_simulation(found: Simulation) -> None:
     from mmerge.pipeline.monitoring.progress import to_size
 
     nodes = found.nodes
-    out.print(f"\n[bold]on {nodes.num_nodes} nodes with {nodes.num_cores} cores[/] (simulated, nothing there already)", highlight=False)
-    start = f", {found.start_seconds:.1f} s of them until workers are there" if found.start_seconds >= 0.05 else ""
-    out.print(f"  {found.seconds:.0f} s for {found.num_tasks} tasks{start}; limited by {found.limit}", highlight=False)
     out.print(
-        f"  a node reads at most {to_size(found.bytes_read_per_node)}, writes {to_size(found.bytes_written_per_node)}, "
-        f"needs {to_size(found.memory_per_node)} of memory",
+        f"\n[bold]on {nodes.num_nodes} nodes with {nodes.num_cores} cores[/] (simulated, nothing"
+        " there already)",
+        highlight=False,
+    )
+    start = (
+        f", {found.start_seconds:.1f} s of them until workers are there"
+        if found.start_seconds >= 0.05
+        else ""
+    )
+    out.print(
+        f"  {found.seconds:.0f} s for {found.num_tasks} tasks{start}; limited by {found.limit}",
+        highlight=False,
+    )
+    out.print(
+        f"  a node reads at most {to_size(found.bytes_read_per_node)}, writes"
+        f" {to_size(found.bytes_written_per_node)}, needs {to_size(found.memory_per_node)} of"
+        " memory",
         highlight=False,
     )
     table = Table("phase", box=None, header_style="bold", pad_edge=False)
@@ -149,18 +202,35 @@ def print_simulation(found: Simulation) -> None:
 
 
 def submit(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="the recipe; paths in it are those of the cluster's nodes")],
+    recipe: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RECIPE", help="the recipe; paths in it are those of the cluster's nodes"
+        ),
+    ],
     address: AddressOption = None,
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="stream the job's log and return its exit code")] = True,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="stream the job's log and return its exit code")
+    ] = True,
     if_running: Annotated[
         str,
-        typer.Option("--if-running", metavar="follow|skip|fail", help="what to do while a job of the same recipe lives"),
+        typer.Option(
+            "--if-running",
+            metavar="follow|skip|fail",
+            help="what to do while a job of the same recipe lives",
+        ),
     ] = "follow",
-    fresh: Annotated[bool, typer.Option("--fresh", help="compute everything again, whatever the store has")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="compute everything again, whatever the store has")
+    ] = False,
     task_deadline: DeadlineOption = None,
-    block_entries: Annotated[int | None, typer.Option("--block-entries", help="as for 'run'", show_default=False)] = None,
+    block_entries: Annotated[
+        int | None, typer.Option("--block-entries", help="as for 'run'", show_default=False)
+    ] = None,
 ) -> None:
-    """Build a recipe as a job of a Ray cluster: this package goes along, the log comes back. Ctrl-C leaves the job running."""
+    """Build a recipe as a job of a Ray cluster: this package goes along, the log comes back. Ctrl-C
+    leaves the job running.
+    """
     from mmerge.pipeline.execution.jobs import Jobs, to_exit_code
 
     if if_running not in ("follow", "skip", "fail"):
@@ -177,15 +247,26 @@ def submit(
     if not wait:
         print(job.id)
         return
-    err.print(f"job {job.id}{' submitted' if is_new else ''}; Ctrl-C stops following it, 'ray job stop {job.id}' ends it", highlight=False)
+    err.print(
+        f"job {job.id}{' submitted' if is_new else ''}; Ctrl-C stops following it, 'ray job stop"
+        f" {job.id}' ends it",
+        highlight=False,
+    )
     try:
         ended = cluster.follow(job.id, _write)
     except KeyboardInterrupt:
-        err.print(f"job {job.id} goes on: 'mmerge status {job.id}' tells how far it is", highlight=False)
-        raise typer.Exit(130) from None  # not 'from' the interrupt: nothing was interrupted but the log
+        err.print(
+            f"job {job.id} goes on: 'mmerge status {job.id}' tells how far it is", highlight=False
+        )
+        raise typer.Exit(
+            130
+        ) from None  # not 'from' the interrupt: nothing was interrupted but the log
     code = to_exit_code(ended)
     if code:
-        err.print(f"[red]job {ended.id} {ended.status.lower()}[/]: {escape(ended.message)}", highlight=False)
+        err.print(
+            f"[red]job {ended.id} {ended.status.lower()}[/]: {escape(ended.message)}",
+            highlight=False,
+        )
     raise typer.Exit(code)
 
 
@@ -202,7 +283,9 @@ def jobs(address: AddressOption = None, as_json: JsonOption = False) -> None:
     if as_json:
         print(json.dumps([vars(job) for job in found], indent=2))
         return
-    table = Table("job", "status", "composite", "started", box=None, header_style="bold", pad_edge=False)
+    table = Table(
+        "job", "status", "composite", "started", box=None, header_style="bold", pad_edge=False
+    )
     table.add_column("seconds", justify="right")
     table.add_column("exit code", justify="right")
     for job in found:
@@ -218,7 +301,11 @@ def jobs(address: AddressOption = None, as_json: JsonOption = False) -> None:
 
 
 def _to_time(seconds: float | None) -> str:
-    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="seconds") if seconds else "-"
+    return (
+        datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="seconds")
+        if seconds
+        else "-"
+    )
 
 
 def _to_duration(job: Job) -> str:
@@ -226,11 +313,16 @@ def _to_duration(job: Job) -> str:
 
 
 def status(
-    what: Annotated[str, typer.Argument(metavar="URI|JOB", help="a composite (STORE or STORE#NAME), or a job's id")],
+    what: Annotated[
+        str,
+        typer.Argument(metavar="URI|JOB", help="a composite (STORE or STORE#NAME), or a job's id"),
+    ],
     address: AddressOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Tell how far the last run of a composite is, from any machine that can read its store. Exit code 1 if it failed."""
+    """Tell how far the last run of a composite is, from any machine that can read its store. Exit
+    code 1 if it failed.
+    """
     from mmerge.manifests.format.references import split_uri
     from mmerge.manifests.stores.object_store import open_store
 
@@ -264,7 +356,9 @@ def _find_runs(store: Store, name: str, job: Job | None) -> list[RunStatus]:
             found.append(last)
     if not found:
         waiting = f"; job {job.id} is {job.status.lower()}: {job.message}" if job else ""
-        raise MmergeError(f"{store.uri}: no run{' of ' + name if name else ''} is recorded here{waiting}")
+        raise MmergeError(
+            f"{store.uri}: no run{' of ' + name if name else ''} is recorded here{waiting}"
+        )
     return found
 
 
@@ -273,11 +367,18 @@ def _print_run(run: RunStatus, job: Job | None) -> None:
 
     build = f", build {run.build[:SHOWN_DIGITS]}" if run.build else ""
     color = {"running": "yellow", "finished": "green"}.get(run.state, "red")
-    out.print(f"[bold]{escape(run.name)}[/] run {run.number}: [{color}]{run.state}[/]{build}", highlight=False)
+    out.print(
+        f"[bold]{escape(run.name)}[/] run {run.number}: [{color}]{run.state}[/]{build}",
+        highlight=False,
+    )
     where = f"job {run.job} " if run.job else f"process {run.pid} "
-    out.print(f"  {where}on {run.host}, since {run.started}, last heard of {run.updated}", highlight=False)
+    out.print(
+        f"  {where}on {run.host}, since {run.started}, last heard of {run.updated}", highlight=False
+    )
     if job is not None and not job.is_alive and run.state == "running":
-        out.print(f"  [red]its job is {job.status.lower()}[/]: {escape(job.message)}", highlight=False)
+        out.print(
+            f"  [red]its job is {job.status.lower()}[/]: {escape(job.message)}", highlight=False
+        )
     table = Table("phase", box=None, header_style="bold", pad_edge=False)
     for column in ("done", "reused", "failed", "to do", "read", "written", "task seconds"):
         table.add_column(column, justify="right")

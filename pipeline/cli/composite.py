@@ -18,8 +18,8 @@ from mmerge.pipeline.cli.options import UriArgument
 if TYPE_CHECKING:
     from mmerge.workers.composite.model import Composite
     from mmerge.workers.composite.placement import Placement
-    from mmerge.workers.modalities.prompt import Part
     from mmerge.workers.composite.process_group import Ranks
+    from mmerge.workers.modalities.prompt import Part
 
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
@@ -28,19 +28,37 @@ MAX_PROMPTS_BYTES = 1 << 28
 GPUS_HELP = "devices and their memory in GB: 4x80, or 2x80,2x40"
 PolicyOption = Annotated[
     str,
-    typer.Option("--policy", metavar="packed|resident", help="keep τ⋆ and bit masks and form a modality's weights, or keep all weights"),
+    typer.Option(
+        "--policy",
+        metavar="packed|resident",
+        help="keep τ⋆ and bit masks and form a modality's weights, or keep all weights",
+    ),
 ]
 DtypeOption = Annotated[
     str | None,
-    typer.Option("--dtype", metavar="bfloat16|float16|float32", help="of the loaded weights; the build's if absent", show_default=False),
+    typer.Option(
+        "--dtype",
+        metavar="bfloat16|float16|float32",
+        help="of the loaded weights; the build's if absent",
+        show_default=False,
+    ),
 ]
 ByOption = Annotated[
     str | None,
-    typer.Option("--by", metavar="tensor|layers", help="cut every matrix, or give each device some layers", show_default=False),
+    typer.Option(
+        "--by",
+        metavar="tensor|layers",
+        help="cut every matrix, or give each device some layers",
+        show_default=False,
+    ),
 ]
 ExpertOption = Annotated[
     str | None,
-    typer.Option("--expert", help="rebuild this expert alone (retention), instead of routing by modality", show_default=False),
+    typer.Option(
+        "--expert",
+        help="rebuild this expert alone (retention), instead of routing by modality",
+        show_default=False,
+    ),
 ]
 
 
@@ -67,12 +85,19 @@ def place(
     dtype: DtypeOption = None,
     context: Annotated[
         int | None,
-        typer.Option("--context", min=1, help="tokens of prompt and answer; the model's, at most 4096, if absent", show_default=False),
+        typer.Option(
+            "--context",
+            min=1,
+            help="tokens of prompt and answer; the model's, at most 4096, if absent",
+            show_default=False,
+        ),
     ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="prompts at once")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
 ) -> None:
-    """Show what each device would hold of a composite. Exit code 1, with the numbers, if it does not fit. Reads no tensor."""
+    """Show what each device would hold of a composite. Exit code 1, with the numbers, if it does
+    not fit. Reads no tensor.
+    """
     from mmerge.workers.composite.placement import parse_devices, plan_placement
 
     placement = plan_placement(
@@ -104,69 +129,161 @@ def _print_placement(placement: Placement) -> None:
 
     from mmerge.pipeline.monitoring.progress import to_size
 
-    table = Table("device", "layers", "total", "of", "in detail", box=None, header_style="bold", pad_edge=False)
+    table = Table(
+        "device",
+        "layers",
+        "total",
+        "of",
+        "in detail",
+        box=None,
+        header_style="bold",
+        pad_edge=False,
+    )
     for stage in placement.stages:
-        layers = f"{stage.first_layer}–{stage.last_layer}" + (" (cut)" if placement.by == "tensor" and placement.num_ranks > 1 else "")
-        sizes = {field.name.replace("_", " "): getattr(stage.memory, field.name) for field in fields(stage.memory)}
-        detail = ", ".join(f"{name} {to_size(num_bytes)}" for name, num_bytes in sizes.items() if num_bytes)
-        table.add_row(stage.device, layers, to_size(stage.memory.total), to_size(stage.capacity), detail)
+        layers = f"{stage.first_layer}–{stage.last_layer}" + (
+            " (cut)" if placement.by == "tensor" and placement.num_ranks > 1 else ""
+        )
+        sizes = {
+            field.name.replace("_", " "): getattr(stage.memory, field.name)
+            for field in fields(stage.memory)
+        }
+        detail = ", ".join(
+            f"{name} {to_size(num_bytes)}" for name, num_bytes in sizes.items() if num_bytes
+        )
+        table.add_row(
+            stage.device, layers, to_size(stage.memory.total), to_size(stage.capacity), detail
+        )
     out.print(table)
-    way = f"torchrun --nproc-per-node {placement.num_ranks}" if placement.num_ranks > 1 else "one process"
-    out.print(f"by {placement.by}, {way}; {placement.context:,} tokens, {placement.batch} at once, policy {placement.policy}")
+    way = (
+        f"torchrun --nproc-per-node {placement.num_ranks}"
+        if placement.num_ranks > 1
+        else "one process"
+    )
+    out.print(
+        f"by {placement.by}, {way}; {placement.context:,} tokens, {placement.batch} at once, policy"
+        f" {placement.policy}"
+    )
 
 
 def generate(
     uri: UriArgument,
     question: Annotated[
-        str, typer.Argument(metavar="QUESTION", help="what to ask; {image}, {audio}, … in it say where a medium goes")
+        str,
+        typer.Argument(
+            metavar="QUESTION",
+            help="what to ask; {image}, {audio}, … in it say where a medium goes",
+        ),
     ] = "",
-    image: Annotated[list[Path] | None, typer.Option("--image", help="an image file; may be repeated", show_default=False)] = None,
-    audio: Annotated[list[Path] | None, typer.Option("--audio", help="a sound file; may be repeated", show_default=False)] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option("--image", help="an image file; may be repeated", show_default=False),
+    ] = None,
+    audio: Annotated[
+        list[Path] | None,
+        typer.Option("--audio", help="a sound file; may be repeated", show_default=False),
+    ] = None,
     video: Annotated[
-        list[Path] | None, typer.Option("--video", help="a video file (animated GIF, WebP or PNG); may be repeated", show_default=False)
+        list[Path] | None,
+        typer.Option(
+            "--video",
+            help="a video file (animated GIF, WebP or PNG); may be repeated",
+            show_default=False,
+        ),
     ] = None,
     media: Annotated[
         list[str] | None,
-        typer.Option("--media", metavar="KIND=FILE", help="a file for any other modality, or for an expert by name", show_default=False),
+        typer.Option(
+            "--media",
+            metavar="KIND=FILE",
+            help="a file for any other modality, or for an expert by name",
+            show_default=False,
+        ),
     ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
-            "--prompts", metavar="FILE", help='many at once: JSON lines {"question": "…", "image": ["a.png"], …}', show_default=False
+            "--prompts",
+            metavar="FILE",
+            help='many at once: JSON lines {"question": "…", "image": ["a.png"], …}',
+            show_default=False,
         ),
     ] = None,
     expert: ExpertOption = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="longest answer, in tokens")] = 64,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="longest answer, in tokens")
+    ] = 64,
     stream: Annotated[bool, typer.Option("--stream", help="print the answer as it comes")] = False,
     temperature: Annotated[
-        float | None, typer.Option("--temperature", min=0.0, help="draw tokens, at this temperature; greedy without", show_default=False)
+        float | None,
+        typer.Option(
+            "--temperature",
+            min=0.0,
+            help="draw tokens, at this temperature; greedy without",
+            show_default=False,
+        ),
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option("--top-p", min=0.0, max=1.0, help="draw from the likeliest tokens of this share", show_default=False)
+        float | None,
+        typer.Option(
+            "--top-p",
+            min=0.0,
+            max=1.0,
+            help="draw from the likeliest tokens of this share",
+            show_default=False,
+        ),
     ] = None,
-    top_k: Annotated[int | None, typer.Option("--top-k", min=1, help="draw from so many tokens", show_default=False)] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="of drawing; the same seed, the same answer", show_default=False)] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option("--top-k", min=1, help="draw from so many tokens", show_default=False),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "--seed", help="of drawing; the same seed, the same answer", show_default=False
+        ),
+    ] = None,
     cache: Annotated[
-        str, typer.Option("--cache", metavar="dynamic|static", help="keys and values: growing, or allocated at once")
+        str,
+        typer.Option(
+            "--cache",
+            metavar="dynamic|static",
+            help="keys and values: growing, or allocated at once",
+        ),
     ] = "dynamic",
     policy: PolicyOption = "packed",
     dtype: DtypeOption = None,
-    gpus: Annotated[str | None, typer.Option("--gpus", metavar="COUNTxGB", help="spread it: " + GPUS_HELP, show_default=False)] = None,
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            "--gpus", metavar="COUNTxGB", help="spread it: " + GPUS_HELP, show_default=False
+        ),
+    ] = None,
     device: Annotated[
-        str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …; cuda with --gpus, else cpu", show_default=False)
+        str | None,
+        typer.Option(
+            "--device", help="cpu, cuda, cuda:1, …; cuda with --gpus, else cpu", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Ask a composite about text, images, sounds and videos, alone or together.
 
-    On several GPUs: --gpus spreads the layers over them (--device cpu tries the plan without GPUs); started as
-    `torchrun --nproc-per-node N --no-python mmerge generate …` every matrix is cut over N processes.
+    On several GPUs: --gpus spreads the layers over them (--device cpu tries the plan without GPUs);
+    started as `torchrun --nproc-per-node N --no-python mmerge generate …` every matrix is cut over
+    N processes.
     """
     if prompts and (question or image or audio or video or media or stream):
-        raise RecipeError("--prompts: the questions and media stand in the file, and answers come together. Leave the others out")
-    asked = _read_prompts(prompts) if prompts else [(question, _make_parts(image, audio, video, media))]
+        raise RecipeError(
+            "--prompts: the questions and media stand in the file, and answers come together. Leave"
+            " the others out"
+        )
+    asked = (
+        _read_prompts(prompts) if prompts else [(question, _make_parts(image, audio, video, media))]
+    )
     if not all(text or parts for text, parts in asked):
         raise RecipeError("generate: give a question, or an --image, --audio or --video")
-    options = _sampling(temperature, top_p, top_k, seed) | {"cache": _choose(cache, ("dynamic", "static"), option="--cache")}
+    options = _sampling(temperature, top_p, top_k, seed) | {
+        "cache": _choose(cache, ("dynamic", "static"), option="--cache")
+    }
     device = _choose_device(device, gpus)
     from mmerge.workers.composite.process_group import open_ranks
 
@@ -187,14 +304,17 @@ def _choose_device(device: str | None, gpus: str | None) -> str:
     """Return where to load: on GPUs if memory of GPUs is given and nothing else is said."""
     if gpus and (device or "").startswith("cuda:"):
         raise RecipeError(
-            f"--device: --gpus takes devices from cuda:0 on, {device!r} would have no effect. Give --device cuda, or leave it out"
+            f"--device: --gpus takes devices from cuda:0 on, {device!r} would have no effect. Give"
+            " --device cuda, or leave it out"
         )
     return device or ("cuda" if gpus else "cpu")
 
 
 @contextmanager
 def _closing(ranks: Ranks) -> Iterator[None]:
-    """End the exchange with the other ranks whatever happens: its threads must not outlive the work."""
+    """End the exchange with the other ranks whatever happens: its threads must not outlive the
+    work.
+    """
     try:
         yield
     except BaseException:
@@ -219,7 +339,15 @@ def _one_voice(ranks: Ranks) -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-def _load(uri: str, ranks: Ranks, expert: str | None, device: str, policy: str, dtype: str | None, gpus: str | None) -> Composite:
+def _load(
+    uri: str,
+    ranks: Ranks,
+    expert: str | None,
+    device: str,
+    policy: str,
+    dtype: str | None,
+    gpus: str | None,
+) -> Composite:
     from mmerge.pipeline import load_composite
     from mmerge.workers.composite.placement import parse_devices, plan_placement
 
@@ -229,7 +357,13 @@ def _load(uri: str, ranks: Ranks, expert: str | None, device: str, policy: str, 
         by: Literal["tensor", "layers"] = "tensor" if ranks.num_ranks > 1 else "layers"
         kind = "cuda" if device.startswith("cuda") else "cpu"
         placement = plan_placement(
-            uri, devices=parse_devices(gpus), by=by, policy=chosen, expert=expert, dtype=_to_dtype(dtype), device_type=kind
+            uri,
+            devices=parse_devices(gpus),
+            by=by,
+            policy=chosen,
+            expert=expert,
+            dtype=_to_dtype(dtype),
+            device_type=kind,
         )
     if ranks.num_ranks > 1 and device == "cuda":
         import torch
@@ -258,25 +392,46 @@ def _bar(ranks: Ranks) -> Iterator[Callable[[int, int], None]]:
         yield lambda num_bytes, total: None
         return
     label = "load" if ranks.num_ranks == 1 else f"load (rank 0 of {ranks.num_ranks})"
-    with Progress(TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), console=err, transient=True) as bars:
+    with Progress(
+        TextColumn(label),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        console=err,
+        transient=True,
+    ) as bars:
         task = bars.add_task(label, total=None)
         yield lambda num_bytes, total: bars.update(task, completed=num_bytes, total=total)
 
 
-def _sampling(temperature: float | None, top_p: float | None, top_k: int | None, seed: int | None) -> dict[str, Any]:
+def _sampling(
+    temperature: float | None, top_p: float | None, top_k: int | None, seed: int | None
+) -> dict[str, Any]:
     drawing = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     given = {name: value for name, value in drawing.items() if value is not None}
     if temperature == 0:
         raise RecipeError("--temperature 0 is greedy: leave it out")
     if not given and seed is not None:
-        raise RecipeError("--seed has no effect on greedy answers; give --temperature, --top-p or --top-k, or leave it out")
+        raise RecipeError(
+            "--seed has no effect on greedy answers; give --temperature, --top-p or --top-k, or"
+            " leave it out"
+        )
     return given | ({"do_sample": True, "seed": seed} if given else {})
 
 
-def _make_parts(image: list[Path] | None, audio: list[Path] | None, video: list[Path] | None, media: list[str] | None) -> list[Part]:
+def _make_parts(
+    image: list[Path] | None,
+    audio: list[Path] | None,
+    video: list[Path] | None,
+    media: list[str] | None,
+) -> list[Part]:
     from mmerge.workers.modalities.prompt import Part
 
-    parts = [Part(kind, path) for kind, paths in (("image", image), ("audio", audio), ("video", video)) for path in paths or []]
+    parts = [
+        Part(kind, path)
+        for kind, paths in (("image", image), ("audio", audio), ("video", video))
+        for path in paths or []
+    ]
     for pair in media or []:
         kind, equals, path = pair.partition("=")
         if not equals or not kind or not path:
@@ -292,16 +447,22 @@ def _refuse_text(kind: str, *, where: str) -> None:
 
 
 def _read_prompts(path: Path) -> list[tuple[str, list[Part]]]:
-    """Return question and media of each line; relative files are looked for beside the file of prompts."""
+    """Return question and media of each line; relative files are looked for beside the file of
+    prompts.
+    """
     from mmerge.manifests.digest import parse_json
     from mmerge.workers.modalities.prompt import Part
 
     try:
         if path.stat().st_size > MAX_PROMPTS_BYTES:
             raise RecipeError(f"--prompts: {path} has more than {MAX_PROMPTS_BYTES:,} bytes")
-        lines = path.read_text(encoding="utf-8").split("\n")  # other line ends may stand in a string of JSON
+        lines = path.read_text(encoding="utf-8").split(
+            "\n"
+        )  # other line ends may stand in a string of JSON
     except UnicodeDecodeError as error:
-        raise RecipeError(f"--prompts: {path} is no UTF-8 text ({error}). Save it as UTF-8") from error
+        raise RecipeError(
+            f"--prompts: {path} is no UTF-8 text ({error}). Save it as UTF-8"
+        ) from error
     except OSError as error:
         raise RecipeError(f"--prompts: {path} cannot be read ({error})") from error
     found = []
@@ -314,7 +475,9 @@ def _read_prompts(path: Path) -> list[tuple[str, list[Part]]]:
         except ValueError as error:
             raise RecipeError(f"{where}: {error}") from error
         if not isinstance(raw, dict) or not isinstance(raw.get("question", ""), str):
-            raise RecipeError(f'{where}: expected an object like {{"question": "…", "image": ["a.png"]}}')
+            raise RecipeError(
+                f'{where}: expected an object like {{"question": "…", "image": ["a.png"]}}'
+            )
         parts = []
         for kind, files in raw.items():
             if kind == "question":

@@ -30,22 +30,51 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="[NAME=]MODEL[,expert=E]…",
-            help="STORE#NAME, with ',expert=image' to rebuild one; or a checkpoint FOLDER,modality=image",
+            help=(
+                "STORE#NAME, with ',expert=image' to rebuild one; or a checkpoint"
+                " FOLDER,modality=image"
+            ),
         ),
     ],
-    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="folder of the results; a run that was killed continues there")],
+    to: Annotated[
+        Path,
+        typer.Option(
+            "--to",
+            metavar="DIR",
+            help="folder of the results; a run that was killed continues there",
+        ),
+    ],
     prompts: asking.PromptsOption = None,
     mcub: Annotated[
-        list[Path] | None, typer.Option("--mcub", metavar="FILE", help="MCUB's JSON as published; may be repeated", show_default=False)
+        list[Path] | None,
+        typer.Option(
+            "--mcub",
+            metavar="FILE",
+            help="MCUB's JSON as published; may be repeated",
+            show_default=False,
+        ),
     ] = None,
-    answers: Annotated[Path | None, typer.Option("--answers", metavar="FILE", help="MCUB-answer.json", show_default=False)] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option("--answers", metavar="FILE", help="MCUB-answer.json", show_default=False),
+    ] = None,
     media: asking.MediaOption = None,
     base: Annotated[
-        str | None, typer.Option("--base", help="base LLM of models that are ordinary multimodal checkpoints", show_default=False)
+        str | None,
+        typer.Option(
+            "--base",
+            help="base LLM of models that are ordinary multimodal checkpoints",
+            show_default=False,
+        ),
     ] = None,
     original: Annotated[
         str | None,
-        typer.Option("--original", metavar="NAME", help="the model that performance retention compares with", show_default=False),
+        typer.Option(
+            "--original",
+            metavar="NAME",
+            help="the model that performance retention compares with",
+            show_default=False,
+        ),
     ] = None,
     max_new_tokens: asking.TokensOption = 64,
     batch: asking.BatchOption = 16,
@@ -57,7 +86,8 @@ def evaluate(
     fresh: Annotated[bool, typer.Option("--fresh", help="ask everything again")] = False,
     as_json: asking.JsonOption = False,
 ) -> None:
-    """Ask models the same questions and score them: exact match, multiple choice (MCUB too), captions by ROUGE-L.
+    """Ask models the same questions and score them: exact match, multiple choice (MCUB too),
+    captions by ROUGE-L.
 
     Writes answers.parquet, scores.parquet, report.md and plots.
     """
@@ -70,13 +100,29 @@ def evaluate(
     check_matplotlib()
     if to.exists() and not to.is_dir():
         raise RecipeError(f"--to: {to} is a file; give the folder of the results")
-    settings = asking.make_settings(max_new_tokens=max_new_tokens, batch=batch, encoders=encoders, device=device)
-    with asking.open_executor(executor, address=address, workers=workers) as where, show_progress(err) as progress:
+    settings = asking.make_settings(
+        max_new_tokens=max_new_tokens, batch=batch, encoders=encoders, device=device
+    )
+    with (
+        asking.open_executor(executor, address=address, workers=workers) as where,
+        show_progress(err) as progress,
+    ):
         store = str((to / "store").absolute())
         opened = _open_models(models, base=base, store_uri=store, where=where, progress=progress)
         if original is not None and original not in [model.name for model in opened]:
-            raise RecipeError(f"--original: there is no model {original!r}; there are {', '.join(model.name for model in opened)}")
-        rows = ask(opened, asked, out=store, settings=settings, executor=where, progress=progress, fresh=fresh)
+            raise RecipeError(
+                f"--original: there is no model {original!r}; there are"
+                f" {', '.join(model.name for model in opened)}"
+            )
+        rows = ask(
+            opened,
+            asked,
+            out=store,
+            settings=settings,
+            executor=where,
+            progress=progress,
+            fresh=fresh,
+        )
     scores = summarise(rows, original=original)
     written = write_report(to, rows, scores, original=original)
     if as_json:
@@ -86,11 +132,16 @@ def evaluate(
         _print_scores(scores)
     unscored = sum(not question.answers for question in asked)
     if unscored:
-        out.print(f"{unscored} of {len(asked)} questions have no 'answer' to compare with: answered, not scored")
+        out.print(
+            f"{unscored} of {len(asked)} questions have no 'answer' to compare with: answered, not"
+            " scored"
+        )
     out.print(f"wrote {escape(', '.join(str(path) for path in written))}")
 
 
-def _open_models(texts: list[str], *, base: str | None, store_uri: str, where: Executor, progress: Progress) -> list[Model]:
+def _open_models(
+    texts: list[str], *, base: str | None, store_uri: str, where: Executor, progress: Progress
+) -> list[Model]:
     from mmerge.pipeline.evaluation.evaluate import Model, is_checkpoint, open_checkpoint
 
     found: list[Model] = []
@@ -98,7 +149,10 @@ def _open_models(texts: list[str], *, base: str | None, store_uri: str, where: E
         name, uri, options = _parse_model(text)
         if is_checkpoint(uri):
             if "expert" in options:
-                raise RecipeError(f"{text}: 'expert' has no effect on a checkpoint; say what its encoder reads: modality=image")
+                raise RecipeError(
+                    f"{text}: 'expert' has no effect on a checkpoint; say what its encoder reads:"
+                    " modality=image"
+                )
             absolute = uri if "://" in uri else str(Path(uri).absolute())
             own_base = base if base is None or "://" in base else str(Path(base).absolute())
             modality = options.get("modality")
@@ -115,7 +169,10 @@ def _open_models(texts: list[str], *, base: str | None, store_uri: str, where: E
             )
         else:
             if "modality" in options:
-                raise RecipeError(f"{text}: 'modality' has no effect on a composite; to rebuild one expert say expert=NAME")
+                raise RecipeError(
+                    f"{text}: 'modality' has no effect on a composite; to rebuild one expert say"
+                    " expert=NAME"
+                )
             found.append(Model.open(name, uri, expert=options.get("expert")))
     names = [model.name for model in found]
     repeated = [name for name in names if names.count(name) > 1]
@@ -136,7 +193,11 @@ def _parse_model(text: str) -> tuple[str, str, dict[str, str]]:
     match = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9 ._-]*)=(.+)", head)
     uri = match[2] if match else head
     name = match[1] if match else uri.rstrip("/").rpartition("#")[2].rpartition("/")[2]
-    return (name if match or "expert" not in options else f"{name}-{options['expert']}"), uri, options
+    return (
+        (name if match or "expert" not in options else f"{name}-{options['expert']}"),
+        uri,
+        options,
+    )
 
 
 def _print_scores(scores: list[TaskScore]) -> None:
@@ -148,9 +209,16 @@ def _print_scores(scores: list[TaskScore]) -> None:
     for task in dict.fromkeys(score.task for score in scores):
         found = [by.get((model, task)) for model in models]
         cells = [
-            ""
-            if each is None
-            else f"{each.score:.1%}" + (f" ({each.performance_retention:.1%})" if each.performance_retention is not None else "")
+            (
+                ""
+                if each is None
+                else f"{each.score:.1%}"
+                + (
+                    f" ({each.performance_retention:.1%})"
+                    if each.performance_retention is not None
+                    else ""
+                )
+            )
             for each in found
         ]
         table.add_row(task, next(each.metric for each in found if each), *cells)

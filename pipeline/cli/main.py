@@ -1,4 +1,6 @@
-"""The command line: recipes in, composites out. A command's module is imported when the command is called, or its own help is asked for."""
+"""The command line: recipes in, composites out. A command's module is imported when the command is
+called, or its own help is asked for.
+"""
 
 from __future__ import annotations
 
@@ -44,72 +46,148 @@ A composite is addressed as STORE, or as STORE#NAME, STORE#NAME@3 or STORE#DIGES
 A run that was killed continues when the same command is given again.
 """
 EPILOG = (
-    "Exit codes: 0 done; 1 an error, explained in one message; 2 wrong usage; 130 interrupted (143 by SIGTERM), finished shards are kept."
+    "Exit codes: 0 done; 1 an error, explained in one message; 2 wrong usage; 130 interrupted (143"
+    " by SIGTERM), finished shards are kept."
 )
 
 COMMANDS = {
     "plan": (
         "cli.run",
-        "Show what a run would read, write and hold in memory, and which shards it would compute. Reads headers and the store.",
+        (
+            "Show what a run would read, write and hold in memory, and which shards it would"
+            " compute. Reads headers and the store."
+        ),
     ),
     "run": (
         "cli.run",
-        "Build the composite of a recipe. A killed run continues; a second run of the same recipe does nothing and says so.",
+        (
+            "Build the composite of a recipe. A killed run continues; a second run of the same"
+            " recipe does nothing and says so."
+        ),
     ),
     "show": (
         "cli.store",
-        "Show a composite: what it was made from, its masks, and what the experts share. Or list the composites of a store.",
+        (
+            "Show a composite: what it was made from, its masks, and what the experts share. Or"
+            " list the composites of a store."
+        ),
     ),
     "verify": (
         "cli.store",
-        "Re-read a composite and compare every digest with its manifest. Exit code 1 if anything is damaged, with its name.",
+        (
+            "Re-read a composite and compare every digest with its manifest. Exit code 1 if"
+            " anything is damaged, with its name."
+        ),
     ),
     "place": (
         "cli.composite",
-        "Show what each device would hold of a composite. Exit code 1, with the numbers, if it does not fit. Reads no tensor.",
+        (
+            "Show what each device would hold of a composite. Exit code 1, with the numbers, if it"
+            " does not fit. Reads no tensor."
+        ),
     ),
-    "generate": ("cli.composite", "Ask a composite about text, images, sounds and videos, alone or together."),
+    "generate": (
+        "cli.composite",
+        "Ask a composite about text, images, sounds and videos, alone or together.",
+    ),
     "export": (
         "cli.store",
-        "Write an ordinary Hugging Face checkpoint that transformers loads with from_pretrained, or the merge as a LoRA adapter.",
+        (
+            "Write an ordinary Hugging Face checkpoint that transformers loads with"
+            " from_pretrained, or the merge as a LoRA adapter."
+        ),
     ),
     "average-lora": (
         "cli.methods",
-        "For comparison only: average LoRA factors A and B separately, as the official Model Composition code does.",
+        (
+            "For comparison only: average LoRA factors A and B separately, as the official Model"
+            " Composition code does."
+        ),
     ),
-    "choose-alpha": ("cli.methods", "Choose the coefficient of AdaMMS from a model's answers at each of a grid, without labels."),
+    "choose-alpha": (
+        "cli.methods",
+        (
+            "Choose the coefficient of AdaMMS from a model's answers at each of a grid, without"
+            " labels."
+        ),
+    ),
     "methods": ("cli.methods", "List the merge methods with their parameters and sources."),
-    "schema": ("cli.methods", "Print the JSON schema of recipes, for editors and for validation elsewhere."),
-    "diff": ("cli.store", "Show what changed from one build to another: inputs, numbers, objects, statistics per layer."),
-    "log": ("cli.store", "List the builds behind a name, newest first: when, from what, by which versions."),
-    "gc": ("cli.store", "Delete what no live build needs. A dry run unless --delete is given; refuses while a run uses the store."),
-    "copy": ("cli.store", "Copy a build into another store, only what is missing there; every byte is checked on its way."),
-    "push": ("cli.store", "Upload a composite or an exported checkpoint to the Hugging Face Hub, in one commit."),
+    "schema": (
+        "cli.methods",
+        "Print the JSON schema of recipes, for editors and for validation elsewhere.",
+    ),
+    "diff": (
+        "cli.store",
+        (
+            "Show what changed from one build to another: inputs, numbers, objects, statistics per"
+            " layer."
+        ),
+    ),
+    "log": (
+        "cli.store",
+        "List the builds behind a name, newest first: when, from what, by which versions.",
+    ),
+    "gc": (
+        "cli.store",
+        (
+            "Delete what no live build needs. A dry run unless --delete is given; refuses while a"
+            " run uses the store."
+        ),
+    ),
+    "copy": (
+        "cli.store",
+        (
+            "Copy a build into another store, only what is missing there; every byte is checked on"
+            " its way."
+        ),
+    ),
+    "push": (
+        "cli.store",
+        "Upload a composite or an exported checkpoint to the Hugging Face Hub, in one commit.",
+    ),
     "evaluate": (
         "cli.evaluate",
-        "Ask models the same questions and score them: exact match, multiple choice (MCUB too), captions by ROUGE-L.",
+        (
+            "Ask models the same questions and score them: exact match, multiple choice (MCUB too),"
+            " captions by ROUGE-L."
+        ),
     ),
     "calibrate": (
         "cli.calibrate",
-        "Choose mask scales (and density) from a few prompts without labels: by agreement with the experts' own answers.",
+        (
+            "Choose mask scales (and density) from a few prompts without labels: by agreement with"
+            " the experts' own answers."
+        ),
     ),
     "submit": (
         "cli.cluster",
-        "Build a recipe as a job of a Ray cluster: this package goes along, the log comes back. Ctrl-C leaves the job running.",
+        (
+            "Build a recipe as a job of a Ray cluster: this package goes along, the log comes back."
+            " Ctrl-C leaves the job running."
+        ),
     ),
     "jobs": ("cli.cluster", "List the builds among the jobs of a Ray cluster."),
     "status": (
         "cli.cluster",
-        "Tell how far the last run of a composite is, from any machine that can read its store. Exit code 1 if it failed.",
+        (
+            "Tell how far the last run of a composite is, from any machine that can read its store."
+            " Exit code 1 if it failed."
+        ),
     ),
 }
-"""By name: the module that has the function of that name, and the first paragraph of the function's docstring."""
+"""By name: the module that has the function of that name, and the first paragraph of the function's
+docstring.
+"""
 
 
 class _Later(TyperCommand):
-    """A command of which only the name and a line of help are known; the real one takes its place when it is called."""
+    """A command of which only the name and a line of help are known; the real one takes its place
+    when it is called.
+    """
 
-    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
+    ) -> Any:
         """Return the context of the real command."""
         return _load_command(str(self.name)).make_context(info_name, args, parent, **extra)
 
@@ -128,7 +206,12 @@ def _load_command(name: str) -> Any:
 def _make_app() -> typer.Typer:
     # Help is plain text: what draws boxes around it would be half of the time until it is there.
     made = typer.Typer(
-        help=HELP, epilog=EPILOG, rich_markup_mode=None, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+        help=HELP,
+        epilog=EPILOG,
+        rich_markup_mode=None,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
     )
     for name, (_, line) in COMMANDS.items():
         made.command(name, cls=_Later, help=line)(lambda: None)
@@ -149,15 +232,31 @@ def _print_version(value: bool) -> None:
 
 @app.callback()
 def _options(
-    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error, and debug messages")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="show the traceback of an error, and debug messages")
+    ] = False,
     log_format: Annotated[
-        str, typer.Option("--log-format", metavar="text|json", help="lines for people, or JSON objects for collectors")
+        str,
+        typer.Option(
+            "--log-format",
+            metavar="text|json",
+            help="lines for people, or JSON objects for collectors",
+        ),
     ] = "text",
-    version: Annotated[bool, typer.Option("--version", help="print the version and exit", callback=_print_version, is_eager=True)] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="print the version and exit", callback=_print_version, is_eager=True
+        ),
+    ] = False,
 ) -> None:
     global _debug
     _debug = debug
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        stream=sys.stderr,
+    )
     if log_format == "json":
         from mmerge.pipeline.monitoring.progress import JsonFormatter
 
@@ -174,7 +273,9 @@ INTERRUPTED, TERMINATED = 130, 143
 """Exit codes after Ctrl-C and after SIGTERM, as shells count them."""
 
 _terminated = threading.Event()
-"""Set by SIGTERM, which a scheduler or `ray job stop` sends. The exception itself may be made anew on its way through libraries."""
+"""Set by SIGTERM, which a scheduler or `ray job stop` sends. The exception itself may be made anew
+on its way through libraries.
+"""
 
 
 def _terminate(number: int, frame: object) -> None:
@@ -184,9 +285,11 @@ def _terminate(number: int, frame: object) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
-    # Imports and plans make many objects that live as long as the process: looking through them again and again found nothing.
+    # Imports and plans make many objects that live as long as the process: looking through them
+    # again and again found nothing.
     gc.set_threshold(100_000, 50, 50)
-    # So did looking through them twice as the process ends, which took half a second: its memory goes back to the system as it is.
+    # So did looking through them twice as the process ends, which took half a second: its memory
+    # goes back to the system as it is.
     atexit.register(gc.freeze)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
@@ -223,7 +326,8 @@ def _print_error(text: str) -> None:
 
 def _report_interrupt() -> int:
     _open_console().print(
-        "[yellow]interrupted[/]: what was finished of a build is kept; give the same command again to continue or to begin anew"
+        "[yellow]interrupted[/]: what was finished of a build is kept; give the same command again"
+        " to continue or to begin anew"
     )
     return TERMINATED if _terminated.is_set() else INTERRUPTED
 
@@ -236,7 +340,10 @@ def _report_unknown(error: Exception) -> int:
     if _debug:
         raise error
     first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-    _print_error(f"{type(error).__name__}: {first}\nThis is not an error we expected; --debug before the command shows where it comes from")
+    _print_error(
+        f"{type(error).__name__}: {first}\nThis is not an error we expected; --debug before the"
+        " command shows where it comes from"
+    )
     return 1
 
 

@@ -6,5 +6,7 @@ from typing import Annotated
 
 import typer
 
-UriArgument = Annotated[str, typer.Argument(metavar="URI", help="the composite: STORE or STORE#NAME")]
+UriArgument = Annotated[
+    str, typer.Argument(metavar="URI", help="the composite: STORE or STORE#NAME")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]

@@ -28,8 +28,8 @@ from mmerge.pipeline.cli.cluster import (
     simulation_to_json,
 )
 from mmerge.pipeline.cli.options import JsonOption
-from mmerge.workers.tasks.worker_startup import import_numba, load_kernels
 from mmerge.workers.runtime.lazy_torch import postpone_torch
+from mmerge.workers.tasks.worker_startup import import_numba, load_kernels
 
 if TYPE_CHECKING:
     from mmerge.pipeline.execution.executor import Executor, ExecutorName
@@ -38,21 +38,30 @@ if TYPE_CHECKING:
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
 
-RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="the recipe, a YAML file ('mmerge schema' describes it)")]
+RecipeArgument = Annotated[
+    Path,
+    typer.Argument(metavar="RECIPE", help="the recipe, a YAML file ('mmerge schema' describes it)"),
+]
 BlockOption = Annotated[
     int | None,
     typer.Option(
-        "--block-entries", help="entries of a tensor in memory at once, a multiple of 65536; no effect on the result", show_default=False
+        "--block-entries",
+        help="entries of a tensor in memory at once, a multiple of 65536; no effect on the result",
+        show_default=False,
     ),
 ]
 
 
-def _make_plan(recipe: Path, block_entries: int | None, memory_bytes: int | None = None) -> MergePlan:
+def _make_plan(
+    recipe: Path, block_entries: int | None, memory_bytes: int | None = None
+) -> MergePlan:
     from mmerge.pipeline.planning.plan import make_plan
     from mmerge.pipeline.recipes.recipe import read_recipe
 
     try:
-        return make_plan(read_recipe(recipe), block_entries=block_entries, memory_bytes=memory_bytes)
+        return make_plan(
+            read_recipe(recipe), block_entries=block_entries, memory_bytes=memory_bytes
+        )
     except ValueError as error:
         raise RecipeError(str(error)) from error
 
@@ -70,8 +79,14 @@ def plan(
     recipe: RecipeArgument,
     as_json: JsonOption = False,
     block_entries: BlockOption = None,
-    reuse: Annotated[bool, typer.Option("--reuse/--no-reuse", help="say which shards a run would compute, and why")] = True,
-    survey: Annotated[bool, typer.Option("--survey", help="read inputs that changed, so that nothing stays unknown")] = False,
+    reuse: Annotated[
+        bool,
+        typer.Option("--reuse/--no-reuse", help="say which shards a run would compute, and why"),
+    ] = True,
+    survey: Annotated[
+        bool,
+        typer.Option("--survey", help="read inputs that changed, so that nothing stays unknown"),
+    ] = False,
     nodes: NodesOption = None,
     cores: CoresOption = 16,
     read_gbps: ReadOption = 1.0,
@@ -79,18 +94,26 @@ def plan(
     node_memory: MemoryOption = None,
     rates_from: RatesOption = None,
 ) -> None:
-    """Show what a run would read, write and hold in memory, and which shards it would compute. Reads headers and the store."""
+    """Show what a run would read, write and hold in memory, and which shards it would compute.
+    Reads headers and the store.
+    """
     postpone_torch(num_threads=1)
     import_numba()
-    from mmerge.pipeline.cli.store import print_forecast
     from mmerge.pipeline.build.forecast import forecast_to_json, make_forecast
+    from mmerge.pipeline.cli.store import print_forecast
     from mmerge.pipeline.views.report import plan_to_json, print_plan
 
     made = _make_plan(recipe, block_entries)
     simulation = None
     if nodes is not None:
         simulation = simulate_plan(
-            made, nodes=nodes, cores=cores, read_gbps=read_gbps, write_gbps=write_gbps, node_memory=node_memory, rates_from=rates_from
+            made,
+            nodes=nodes,
+            cores=cores,
+            read_gbps=read_gbps,
+            write_gbps=write_gbps,
+            node_memory=node_memory,
+            rates_from=rates_from,
         )
     found = make_forecast(made, survey=survey) if reuse or survey else None
     if as_json:
@@ -112,49 +135,76 @@ def run(
         typer.Option(
             "--executor",
             metavar="ray|processes|serial",
-            help="where tasks run: on Ray, in processes of this command, one per core (the quickest on one machine), or in threads of this process",
+            help=(
+                "where tasks run: on Ray, in processes of this command, one per core (the quickest"
+                " on one machine), or in threads of this process"
+            ),
         ),
     ] = "ray",
     address: Annotated[
-        str | None, typer.Option("--address", help="address of a Ray cluster; a local Ray is started without one", show_default=False)
+        str | None,
+        typer.Option(
+            "--address",
+            help="address of a Ray cluster; a local Ray is started without one",
+            show_default=False,
+        ),
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option("--workers", min=1, help="tasks at once on this machine, one core each; all cores if absent", show_default=False),
+        typer.Option(
+            "--workers",
+            min=1,
+            help="tasks at once on this machine, one core each; all cores if absent",
+            show_default=False,
+        ),
     ] = None,
     memory: Annotated[
         str | None,
         typer.Option(
             "--memory",
             metavar="SIZE",
-            help="what a run may take on this machine, as 1.5GB or 800MB: fewer tasks at once, smaller blocks",
+            help=(
+                "what a run may take on this machine, as 1.5GB or 800MB: fewer tasks at once,"
+                " smaller blocks"
+            ),
             show_default=False,
         ),
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="compute everything again, whatever the store has")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="compute everything again, whatever the store has")
+    ] = False,
     exclusive: ExclusiveOption = False,
     task_deadline: DeadlineOption = None,
     block_entries: BlockOption = None,
 ) -> None:
-    """Build the composite of a recipe. A killed run continues; a second run of the same recipe does nothing and says so."""
+    """Build the composite of a recipe. A killed run continues; a second run of the same recipe does
+    nothing and says so.
+    """
     if executor not in ("ray", "processes", "serial"):
         raise RecipeError(f"--executor: expected 'ray', 'processes' or 'serial', got {executor!r}")
     name = cast("ExecutorName", executor)
     if name != "ray":
-        postpone_torch(num_threads=1)  # Ray cannot send a function that names a stand-in to its workers
+        postpone_torch(
+            num_threads=1
+        )  # Ray cannot send a function that names a stand-in to its workers
         load_kernels()
     from mmerge.pipeline.build.run import run as run_plan
     from mmerge.pipeline.execution.executor import open_executor
     from mmerge.pipeline.monitoring.progress import show_progress
-    from mmerge.pipeline.views.report import print_run
     from mmerge.pipeline.monitoring.run_records import RunUnderWay
+    from mmerge.pipeline.views.report import print_run
 
     memory_bytes = parse_size(memory) if memory is not None else None
     with ExitStack() as closing:
 
         def open_it(peak_bytes: int) -> Executor:
             opened = open_executor(
-                name, address=address, num_workers=workers, memory_bytes=memory_bytes, peak_bytes=peak_bytes, deadline_seconds=task_deadline
+                name,
+                address=address,
+                num_workers=workers,
+                memory_bytes=memory_bytes,
+                peak_bytes=peak_bytes,
+                deadline_seconds=task_deadline,
             )
             closing.callback(opened.close)
             return opened
@@ -163,7 +213,10 @@ def run(
         made = _make_plan(recipe, block_entries, memory_bytes)
         where = forked or open_it(made.peak_bytes)
         try:
-            with show_progress(err) as shown, recorded(made, shown, exclusive=exclusive, metrics=name == "ray") as progress:
+            with (
+                show_progress(err) as shown,
+                recorded(made, shown, exclusive=exclusive, metrics=name == "ray") as progress,
+            ):
                 report = run_plan(made, executor=where, progress=progress, fresh=fresh)
         except RunUnderWay as other:
             out.print(f"[yellow]nothing done[/]: {escape(str(other))}", highlight=False)

@@ -23,17 +23,24 @@ def read_answers(path: Path) -> dict[float, list[str]]:
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(raw, dict):
-        raise RecipeError(f"{path}: expected an object of lists of answers by alpha, got a {type(raw).__name__}")
+        raise RecipeError(
+            f"{path}: expected an object of lists of answers by alpha, got a {type(raw).__name__}"
+        )
     answers: dict[float, list[str]] = {}
     for key, values in raw.items():
         try:
             alpha = float(key)
         except ValueError:
-            raise RecipeError(f"{path}: {key!r} is no coefficient; the keys are numbers, 0.0, 0.1, …") from None
+            raise RecipeError(
+                f"{path}: {key!r} is no coefficient; the keys are numbers, 0.0, 0.1, …"
+            ) from None
         if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
             raise RecipeError(f"{path}: {key}: expected a list of answers, each a text")
         answers[alpha] = values
     counts = {alpha: len(values) for alpha, values in sorted(answers.items())}
     if len(answers) < 2 or len(set(counts.values())) != 1 or 0 in counts.values():
-        raise RecipeError(f"{path}: at least two alphas are needed, with one answer each to the same questions; found {counts or 'none'}")
+        raise RecipeError(
+            f"{path}: at least two alphas are needed, with one answer each to the same questions;"
+            f" found {counts or 'none'}"
+        )
     return answers

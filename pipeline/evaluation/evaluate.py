@@ -15,12 +15,12 @@ from mmerge.manifests.format.manifest import Manifest, read_manifest
 from mmerge.manifests.format.references import open_build
 from mmerge.manifests.stores.object_store import Store, is_local, open_store, to_local_path
 from mmerge.pipeline.build.run import run
-from mmerge.pipeline.execution.executor import Executor, SerialExecutor
-from mmerge.pipeline.planning.plan import make_plan
-from mmerge.pipeline.monitoring.progress import LogProgress, Progress
 from mmerge.pipeline.evaluation.questions import Question
-from mmerge.pipeline.recipes.recipe import parse_recipe
 from mmerge.pipeline.evaluation.scores import performance_retention, score_answer
+from mmerge.pipeline.execution.executor import Executor, SerialExecutor
+from mmerge.pipeline.monitoring.progress import LogProgress, Progress
+from mmerge.pipeline.planning.plan import make_plan
+from mmerge.pipeline.recipes.recipe import parse_recipe
 from mmerge.workers.modalities.prompt import Part
 from mmerge.workers.task import AnswerTask, TaskResult
 
@@ -33,7 +33,9 @@ CHUNK = 64
 
 @dataclass(frozen=True)
 class Model:
-    """A model to ask: a build in a store, and the expert to rebuild from it, or None to route by modality."""
+    """A model to ask: a build in a store, and the expert to rebuild from it, or None to route by
+    modality.
+    """
 
     name: str
     uri: str
@@ -57,15 +59,23 @@ class Model:
 
 
 def open_checkpoint(
-    name: str, folder: str, *, base: str | None, modality: str | None, store_uri: str, executor: Executor, progress: Progress
+    name: str,
+    folder: str,
+    *,
+    base: str | None,
+    modality: str | None,
+    store_uri: str,
+    executor: Executor,
+    progress: Progress,
 ) -> Model:
-    """Return an ordinary checkpoint as a model: a build of it alone, in the evaluation's own store, equal to it bit for bit.
+    """Return an ordinary checkpoint as a model: a build of it alone, in the evaluation's own store,
+    equal to it bit for bit.
 
     Args:
         name: what the model is called.
         folder: the checkpoint, Hugging Face layout. URIs as in recipes.
-        base: the language model that it was tuned from, which says which of its tensors are the language model's; a checkpoint of
-            text alone needs none.
+        base: the language model that it was tuned from, which says which of its tensors are the
+            language model's; a checkpoint of text alone needs none.
         modality: what its encoder reads; of a checkpoint of text alone None.
         store_uri, executor, progress: where and how the build is made.
 
@@ -73,10 +83,21 @@ def open_checkpoint(
         RecipeError: a multimodal checkpoint without base. CheckpointError: it cannot be read.
     """
     if modality and not base:
-        raise RecipeError(f"{name}: {folder}: give its base LLM with --base, so that encoder and language model can be told apart")
-    raw: dict[str, Any] = {"name": f"model-{digest_json([folder, base, modality])[:12]}", "method": "linear", "output": store_uri}
-    raw |= {"experts": {modality or "text": {"path": folder, "modality": modality or "text"}}} | ({"base": base} if base else {})
-    report = run(make_plan(parse_recipe(raw, folder=Path.cwd())), executor=executor, progress=progress)
+        raise RecipeError(
+            f"{name}: {folder}: give its base LLM with --base, so that encoder and language model"
+            " can be told apart"
+        )
+    raw: dict[str, Any] = {
+        "name": f"model-{digest_json([folder, base, modality])[:12]}",
+        "method": "linear",
+        "output": store_uri,
+    }
+    raw |= {"experts": {modality or "text": {"path": folder, "modality": modality or "text"}}} | (
+        {"base": base} if base else {}
+    )
+    report = run(
+        make_plan(parse_recipe(raw, folder=Path.cwd())), executor=executor, progress=progress
+    )
     found = Model.open(name, report.uri, expert=modality)
     return Model(name, found.uri, found.expert, found.build, found.manifest)
 
@@ -93,7 +114,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Row:
-    """One answer: which model gave it to which question, and its score (None where no right answer is known)."""
+    """One answer: which model gave it to which question, and its score (None where no right answer
+    is known).
+    """
 
     model: str
     task: str
@@ -127,10 +150,12 @@ def evaluate(
     progress: Progress | None = None,
     fresh: bool = False,
 ) -> list[Row]:
-    """Return every model's answers to all questions, scored; a run that was killed continues where it was.
+    """Return every model's answers to all questions, scored; a run that was killed continues where
+    it was.
 
     Args:
-        models: asked with the very same prompts: the templates of the first composite that has any are used for all.
+        models: asked with the very same prompts: the templates of the first composite that has any
+            are used for all.
         questions: what is asked.
         out: folder or URI of a store for answers.
         settings: how it is asked. executor: where. progress: told of every task.
@@ -142,16 +167,31 @@ def evaluate(
     """
     check_media(models, questions)
     template, media_templates = find_templates(models)
-    prompts = [question.to_prompt(template=template, media_templates=media_templates) for question in questions]
+    prompts = [
+        question.to_prompt(template=template, media_templates=media_templates)
+        for question in questions
+    ]
     store = open_store(out, create=True)
     tasks = {
         model.name: [
-            make_answer_task(model, prompts[start : start + CHUNK], shard=f"{model.name}/{start // CHUNK}", settings=settings, fresh=fresh)
+            make_answer_task(
+                model,
+                prompts[start : start + CHUNK],
+                shard=f"{model.name}/{start // CHUNK}",
+                settings=settings,
+                fresh=fresh,
+            )
             for start in range(0, len(prompts), CHUNK)
         ]
         for model in models
     }
-    run_answers([task for found in tasks.values() for task in found], store, executor=executor, progress=progress, fresh=fresh)
+    run_answers(
+        [task for found in tasks.values() for task in found],
+        store,
+        executor=executor,
+        progress=progress,
+        fresh=fresh,
+    )
     from mmerge.workers.tasks.answer import Answer, read_answers
 
     rows = []
@@ -161,12 +201,24 @@ def evaluate(
             assert isinstance(answer, Answer)
             score = score_answer(question, answer.text) if question.answers else None
             right = question.answers[0] if question.answers else ""
-            rows.append(Row(model.name, question.task, question.id, question.metric, answer.text, right, score))
+            rows.append(
+                Row(
+                    model.name,
+                    question.task,
+                    question.id,
+                    question.metric,
+                    answer.text,
+                    right,
+                    score,
+                )
+            )
     return rows
 
 
 def check_media(models: Sequence[Model], questions: Sequence[Question]) -> None:
-    """Raise RecipeError for the first question with media that one of the models does not read, before any model is loaded."""
+    """Raise RecipeError for the first question with media that one of the models does not read,
+    before any model is loaded.
+    """
     for model in models:
         experts = model.manifest.experts if model.manifest else ()
         loaded = [record for record in experts if model.expert in (None, record.name)]
@@ -174,20 +226,29 @@ def check_media(models: Sequence[Model], questions: Sequence[Question]) -> None:
         for question in questions:
             strange = sorted({part.kind for part in (*question.parts, *question.media)} - known)
             if strange and model.manifest:
-                readable = ", ".join(dict.fromkeys(record.modality for record in loaded)) or "text alone"
+                readable = (
+                    ", ".join(dict.fromkeys(record.modality for record in loaded)) or "text alone"
+                )
                 raise RecipeError(
-                    f"question {question.id!r} of task {question.task!r}: model {model.name!r} does not read {strange[0]!r}; it reads {readable}"
+                    f"question {question.id!r} of task {question.task!r}: model {model.name!r} does"
+                    f" not read {strange[0]!r}; it reads {readable}"
                 )
 
 
 def find_templates(models: Sequence[Model]) -> tuple[str | None, dict[str, str]]:
-    """Return the prompt template and the templates of media, by modality, that the models' recipes gave; the first model's win."""
+    """Return the prompt template and the templates of media, by modality, that the models' recipes
+    gave; the first model's win.
+    """
     template: str | None = None
     media: dict[str, str] = {}
     for model in models:
         if model.manifest is not None:
             template = model.manifest.template if template is None else template
-            media = {record.modality: record.template for record in model.manifest.experts if record.template} | media
+            media = {
+                record.modality: record.template
+                for record in model.manifest.experts
+                if record.template
+            } | media
     return template, media
 
 
@@ -200,9 +261,16 @@ def make_answer_task(
     targets: Sequence[tuple[int, ...]] | None = None,
     fresh: bool = False,
 ) -> AnswerTask:
-    """Return the task of asking a model some prompts. Its key follows from the build, the prompts and the media's files."""
+    """Return the task of asking a model some prompts. Its key follows from the build, the prompts
+    and the media's files.
+    """
     described = [[[part.kind, _describe(part)] for part in parts] for parts in prompts]
-    asked = [settings.max_new_tokens, list(settings.encoders), settings.device, None if targets is None else [list(t) for t in targets]]
+    asked = [
+        settings.max_new_tokens,
+        list(settings.encoders),
+        settings.device,
+        None if targets is None else [list(t) for t in targets],
+    ]
     key = digest_json([ANSWERS_VERSION, model.build, model.expert, described, asked])
     return AnswerTask(
         key=key, shard=shard, model=model.uri, expert=model.expert, prompts=tuple(prompts),
@@ -213,7 +281,9 @@ def make_answer_task(
 
 
 def _describe(part: Part) -> Any:
-    """Return what a part's answer depends on: its text, or path, size and time of change of its file."""
+    """Return what a part's answer depends on: its text, or path, size and time of change of its
+    file.
+    """
     if part.kind == "text" or not isinstance(part.value, str):
         return part.value
     try:
@@ -224,14 +294,25 @@ def _describe(part: Part) -> Any:
 
 
 def run_answers(
-    tasks: Sequence[AnswerTask], store: Store, *, executor: Executor | None = None, progress: Progress | None = None, fresh: bool = False
+    tasks: Sequence[AnswerTask],
+    store: Store,
+    *,
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+    fresh: bool = False,
 ) -> None:
-    """Run the tasks whose answers are not in the store yet. Raises the failure, or all of them in one."""
+    """Run the tasks whose answers are not in the store yet. Raises the failure, or all of them in
+    one.
+    """
     executor, progress = executor or SerialExecutor(), progress or LogProgress()
     unique = {task.key: task for task in tasks}
-    waiting = [task for task in unique.values() if fresh or not store.exists(f"answers/{task.key}.json")]
+    waiting = [
+        task for task in unique.values() if fresh or not store.exists(f"answers/{task.key}.json")
+    ]
     total = sum(task.num_bytes for task in waiting)
-    progress.begin("answer", num_bytes=total, num_tasks=len(waiting), num_reused=len(unique) - len(waiting))
+    progress.begin(
+        "answer", num_bytes=total, num_tasks=len(waiting), num_reused=len(unique) - len(waiting)
+    )
     failures: list[Exception] = []
     with closing(executor.run(waiting, store.uri)) as outcomes:
         for task, outcome in outcomes:
@@ -247,7 +328,8 @@ def run_answers(
 
 
 def summarise(rows: Sequence[Row], *, original: str | None = None) -> list[TaskScore]:
-    """Return every model's score on every task; with `original` (a model's name), the ratios to that model's.
+    """Return every model's score on every task; with `original` (a model's name), the ratios to
+    that model's.
 
     Raises:
         RecipeError: there is no model of that name.
@@ -256,16 +338,34 @@ def summarise(rows: Sequence[Row], *, original: str | None = None) -> list[TaskS
     for row in rows:
         if row.score is not None:
             found.setdefault((row.model, row.task), []).append(row)
-    means = {key: sum(row.score or 0.0 for row in group) / len(group) for key, group in found.items()}
+    means = {
+        key: sum(row.score or 0.0 for row in group) / len(group) for key, group in found.items()
+    }
     names = list(dict.fromkeys(row.model for row in rows))
     if original is not None and original not in names:
-        raise RecipeError(f"--original: there is no model {original!r}; there are {', '.join(names)}")
+        raise RecipeError(
+            f"--original: there is no model {original!r}; there are {', '.join(names)}"
+        )
     scores = []
     for (model, task), group in found.items():
         mean, reference = means[(model, task)], means.get((original or "", task))
         variance = sum(((row.score or 0.0) - mean) ** 2 for row in group) / max(len(group) - 1, 1)
-        kept = performance_retention({task: mean}, {task: reference}) if reference is not None else None
-        scores.append(TaskScore(model, task, group[0].metric, len(group), mean, math.sqrt(variance / len(group)), kept))
+        kept = (
+            performance_retention({task: mean}, {task: reference})
+            if reference is not None
+            else None
+        )
+        scores.append(
+            TaskScore(
+                model,
+                task,
+                group[0].metric,
+                len(group),
+                mean,
+                math.sqrt(variance / len(group)),
+                kept,
+            )
+        )
     return scores
 
 
@@ -273,4 +373,6 @@ def is_checkpoint(uri: str) -> bool:
     """Return whether a URI is a folder with a config.json, not a store."""
     if "#" in uri:
         return False
-    return (to_local_path(uri) / "config.json").is_file() if is_local(uri) else uri.startswith("hf://")
+    return (
+        (to_local_path(uri) / "config.json").is_file() if is_local(uri) else uri.startswith("hf://")
+    )

@@ -14,17 +14,22 @@ from mmerge.pipeline.evaluation.questions import LETTERS, Question
 def score_answer(question: Question, answer: str) -> float:
     """Return the score of an answer in [0, 1] by the question's metric.
 
-    `exact`: 1 where it equals a right answer, upper and lower case and blanks aside. `choice`: where the right answer is a letter, 1
-    where the answer's first letter is that one (the rule of MCUB's official evaluation); else 1 where it is the right option.
-    `rouge`: the largest ROUGE-L F1 over the right answers.
+    `exact`: 1 where it equals a right answer, upper and lower case and blanks aside. `choice`:
+    where the right answer is a letter, 1 where the answer's first letter is that one (the rule of
+    MCUB's official evaluation); else 1 where it is the right option. `rouge`: the largest ROUGE-L
+    F1 over the right answers.
 
     Raises:
         MmergeError: the question has no right answer, or `rouge-score` is not installed.
     """
     if not question.answers:
-        raise MmergeError(f"question {question.id!r} of task {question.task!r} has no answer to compare with")
+        raise MmergeError(
+            f"question {question.id!r} of task {question.task!r} has no answer to compare with"
+        )
     if question.metric == "rouge":
-        return max(float(_rouge().score(right, answer)["rougeL"].fmeasure) for right in question.answers)
+        return max(
+            float(_rouge().score(right, answer)["rougeL"].fmeasure) for right in question.answers
+        )
     right = question.answers[0]
     if question.metric == "choice" and len(right) == 1 and right in LETTERS:
         return float(answer.strip()[:1] == right)
@@ -45,8 +50,11 @@ def _rouge() -> Any:
     return RougeScorer(["rougeL"], use_stemmer=False)
 
 
-def performance_retention(scores: Mapping[str, float], original: Mapping[str, float]) -> float | None:
-    """Return the mean over tasks of score / original score (METHODS.md section 2); tasks where the original has 0 are left out.
+def performance_retention(
+    scores: Mapping[str, float], original: Mapping[str, float]
+) -> float | None:
+    """Return the mean over tasks of score / original score (METHODS.md section 2); tasks where the
+    original has 0 are left out.
 
     None where no task is left.
     """

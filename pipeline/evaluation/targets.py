@@ -12,10 +12,10 @@ from mmerge.manifests.errors import RecipeError
 from mmerge.manifests.stores.object_store import Store
 from mmerge.pipeline.build.run import run
 from mmerge.pipeline.evaluation.evaluate import Model, Settings, make_answer_task, run_answers
-from mmerge.pipeline.execution.executor import Executor
-from mmerge.pipeline.planning.plan import make_plan
-from mmerge.pipeline.monitoring.progress import Progress
 from mmerge.pipeline.evaluation.questions import Question
+from mmerge.pipeline.execution.executor import Executor
+from mmerge.pipeline.monitoring.progress import Progress
+from mmerge.pipeline.planning.plan import make_plan
 from mmerge.pipeline.recipes.recipe import Recipe, parse_recipe
 from mmerge.workers.modalities.prompt import Part
 from mmerge.workers.task import AnswerTask
@@ -47,17 +47,25 @@ class Asking:
         run_answers(tasks, self.store, executor=self.executor, progress=self.progress)
 
 
-def ask_experts(recipe: Recipe, questions: Sequence[Question], asking: Asking) -> tuple[dict[str, Targets], Targets]:
-    """Let the experts, as they were tuned, answer: return the targets of each expert's own prompts, and of prompts with several modalities.
+def ask_experts(
+    recipe: Recipe, questions: Sequence[Question], asking: Asking
+) -> tuple[dict[str, Targets], Targets]:
+    """Let the experts, as they were tuned, answer: return the targets of each expert's own prompts,
+    and of prompts with several modalities.
 
-    An expert answers a prompt greedily. Of a prompt with several modalities each expert is shown its own medium alone, and the answer that an
-    expert is surest of (the largest mean log-probability per token; the first of equals) is the target.
+    An expert answers a prompt greedily. Of a prompt with several modalities each expert is shown
+    its own medium alone, and the answer that an expert is surest of (the largest mean
+    log-probability per token; the first of equals) is the target.
 
     Raises:
-        RecipeError: a prompt has no medium, or one of no expert; a modality has several experts; or an expert has no prompt of its own.
+        RecipeError: a prompt has no medium, or one of no expert; a modality has several experts; or
+            an expert has no prompt of its own.
     """
     own, mixed = assign(recipe, questions)
-    template, media = recipe.template, {e.modality: e.template for e in recipe.experts if e.template}
+    template, media = (
+        recipe.template,
+        {e.modality: e.template for e in recipe.experts if e.template},
+    )
 
     def to_prompt(question: Question) -> Prompt:
         return question.to_prompt(template=template, media_templates=media)
@@ -71,8 +79,13 @@ def ask_experts(recipe: Recipe, questions: Sequence[Question], asking: Asking) -
         }
         for name in models
     }  # fmt: skip
-    answers = _answer(models, {name: [*single[name], *shown[name].values()] for name in models}, asking)
-    alone = {name: dict(zip(shown[name], answers[name][len(single[name]) :], strict=True)) for name in models}
+    answers = _answer(
+        models, {name: [*single[name], *shown[name].values()] for name in models}, asking
+    )
+    alone = {
+        name: dict(zip(shown[name], answers[name][len(single[name]) :], strict=True))
+        for name in models
+    }
     sureness = _score(models, shown, alone, asking)
     targets = []
     for index, (_, names) in enumerate(whole):
@@ -81,11 +94,16 @@ def ask_experts(recipe: Recipe, questions: Sequence[Question], asking: Asking) -
     by_expert = {
         name: Targets(found, tuple(answers[name][: len(found)]), ((name,),) * len(found)) for name, found in single.items()
     }  # fmt: skip
-    return by_expert, Targets(tuple(prompt for prompt, _ in whole), tuple(targets), tuple(names for _, names in whole))
+    return by_expert, Targets(
+        tuple(prompt for prompt, _ in whole), tuple(targets), tuple(names for _, names in whole)
+    )
 
 
-def assign(recipe: Recipe, questions: Sequence[Question]) -> tuple[dict[str, list[Question]], list[tuple[Question, tuple[str, ...]]]]:
-    """Return each expert's own questions, and those with media of several experts beside their names, in recipe order.
+def assign(
+    recipe: Recipe, questions: Sequence[Question]
+) -> tuple[dict[str, list[Question]], list[tuple[Question, tuple[str, ...]]]]:
+    """Return each expert's own questions, and those with media of several experts beside their
+    names, in recipe order.
 
     Raises:
         RecipeError: as `ask_experts`.
@@ -96,7 +114,10 @@ def assign(recipe: Recipe, questions: Sequence[Question]) -> tuple[dict[str, lis
         kinds = {part.kind for part in (*question.parts, *question.media) if part.kind != "text"}
         owners = {_owner(kind, recipe, question) for kind in kinds}
         if not owners:
-            raise RecipeError(f"question {question.id!r}: has no medium, so no expert can say what is right. Leave it out")
+            raise RecipeError(
+                f"question {question.id!r}: has no medium, so no expert can say what is right."
+                " Leave it out"
+            )
         if len(owners) == 1:
             own[owners.pop()].append(question)
         else:
@@ -104,20 +125,27 @@ def assign(recipe: Recipe, questions: Sequence[Question]) -> tuple[dict[str, lis
     lacking = [name for name, found in own.items() if not found]
     if lacking:
         raise RecipeError(
-            f"no prompt has media of expert {lacking[0]!r} alone. Give each expert some prompts of its own modality; no labels are needed"
+            f"no prompt has media of expert {lacking[0]!r} alone. Give each expert some prompts of"
+            " its own modality; no labels are needed"
         )
     return own, mixed
 
 
 def _owner(kind: str, recipe: Recipe, question: Question) -> str:
-    fitting = [e.name for e in recipe.experts if e.name == kind] or [e.name for e in recipe.experts if e.modality == kind]
+    fitting = [e.name for e in recipe.experts if e.name == kind] or [
+        e.name for e in recipe.experts if e.modality == kind
+    ]
     if len(fitting) > 1:
         raise RecipeError(
-            f"question {question.id!r}: {len(fitting)} experts have modality {kind!r}; name the expert instead: {', '.join(fitting)}"
+            f"question {question.id!r}: {len(fitting)} experts have modality {kind!r}; name the"
+            f" expert instead: {', '.join(fitting)}"
         )
     if not fitting:
         known = ", ".join(dict.fromkeys(e.modality for e in recipe.experts))
-        raise RecipeError(f"question {question.id!r}: no expert of the recipe reads {kind!r}; they read {known}. Leave it out")
+        raise RecipeError(
+            f"question {question.id!r}: no expert of the recipe reads {kind!r}; they read {known}."
+            " Leave it out"
+        )
     return fitting[0]
 
 
@@ -130,15 +158,23 @@ def _show(prompt: Prompt, kinds: set[str]) -> Prompt:
     return tuple(part for part in prompt if part.kind == "text" or part.kind in kinds)
 
 
-def _answer(models: Mapping[str, Model], prompts: Mapping[str, Sequence[Prompt]], asking: Asking) -> dict[str, list[tuple[int, ...]]]:
+def _answer(
+    models: Mapping[str, Model], prompts: Mapping[str, Sequence[Prompt]], asking: Asking
+) -> dict[str, list[tuple[int, ...]]]:
     tasks = {
-        name: make_answer_task(model, prompts[name], shard=f"{name} itself", settings=asking.settings) for name, model in models.items()
+        name: make_answer_task(
+            model, prompts[name], shard=f"{name} itself", settings=asking.settings
+        )
+        for name, model in models.items()
     }
     asking.run(list(tasks.values()))
     from mmerge.workers.tasks.answer import Answer, read_answers
 
     return {
-        name: [each.tokens for each in read_answers(asking.store, task.key) if isinstance(each, Answer)] for name, task in tasks.items()
+        name: [
+            each.tokens for each in read_answers(asking.store, task.key) if isinstance(each, Answer)
+        ]
+        for name, task in tasks.items()
     }
 
 
@@ -163,7 +199,11 @@ def _score(
     from mmerge.workers.tasks.answer import Likelihood, read_answers
 
     found = {
-        name: [each.log_probability for each in read_answers(asking.store, task.key) if isinstance(each, Likelihood)]
+        name: [
+            each.log_probability
+            for each in read_answers(asking.store, task.key)
+            if isinstance(each, Likelihood)
+        ]
         for name, task in tasks.items()
     }
     return {name: dict(zip(prompts[name], values, strict=True)) for name, values in found.items()}
@@ -172,11 +212,22 @@ def _score(
 def _open_original(recipe: Recipe, name: str, asking: Asking) -> Model:
     """Return one expert as it is: a linear merge of it alone."""
     (expert,) = (each for each in recipe.experts if each.name == name)
-    keys = {"path": expert.uri, "modality": expert.modality, "placeholder": expert.placeholder, "template": expert.template}
+    keys = {
+        "path": expert.uri,
+        "modality": expert.modality,
+        "placeholder": expert.placeholder,
+        "template": expert.template,
+    }
     raw: dict[str, Any] = {
         "name": f"calibrate-expert-{digest_json([expert.uri, recipe.base])[:12]}", "method": "linear", "base": recipe.base, "output": recipe.output,
         "dtype": recipe.dtype, "template": recipe.template, "carry": list(recipe.carry),
         "experts": {name: {key: value for key, value in keys.items() if value is not None}},
     }  # fmt: skip
-    made = parse_recipe({key: value for key, value in raw.items() if value is not None}, folder=Path.cwd())
-    return Model.open(name, run(make_plan(made), executor=asking.executor, progress=asking.progress).uri, expert=name)
+    made = parse_recipe(
+        {key: value for key, value in raw.items() if value is not None}, folder=Path.cwd()
+    )
+    return Model.open(
+        name,
+        run(make_plan(made), executor=asking.executor, progress=asking.progress).uri,
+        expert=name,
+    )

@@ -1,4 +1,6 @@
-"""Builds as jobs of a Ray cluster: this package and a recipe go there through the dashboard, the log comes back."""
+"""Builds as jobs of a Ray cluster: this package and a recipe go there through the dashboard, the
+log comes back.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ from mmerge.pipeline.recipes.recipe import Recipe, read_recipe
 IfRunning = Literal["follow", "skip", "fail"]
 PACKAGES = ("manifests", "workers", "pipeline")
 WHEEL_TIME = (2020, 1, 1, 0, 0, 0)
-"""Written into every wheel: the same code gives the same bytes, which a cluster then stores once."""
+"""Written into every wheel: the same code gives the same bytes, which a cluster then stores once.
+"""
 ALIVE = ("PENDING", "RUNNING")
 READY_SECONDS = 120.0
 """What a cluster that has only just been started may take until it accepts a job."""
@@ -54,7 +57,8 @@ class Job:
 def make_wheel(folder: Path) -> Path:
     """Write this package, as it is running, as a wheel into `folder` and return its path.
 
-    It names no dependencies: Ray installs it with pip on every node, where the image has them all, and would fetch torch otherwise.
+    It names no dependencies: Ray installs it with pip on every node, where the image has them all,
+    and would fetch torch otherwise.
     """
     import mmerge.manifests
     import mmerge.pipeline
@@ -63,18 +67,32 @@ def make_wheel(folder: Path) -> Path:
     found = metadata("mmerge")
     name = f"mmerge-{found['Version']}"
     contents = {
-        f"{name}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: mmerge\nVersion: {found['Version']}\n".encode(),
-        f"{name}.dist-info/WHEEL": b"Wheel-Version: 1.0\nGenerator: mmerge\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{name}.dist-info/METADATA": (
+            f"Metadata-Version: 2.1\nName: mmerge\nVersion: {found['Version']}\n".encode()
+        ),
+        f"{name}.dist-info/WHEEL": (
+            b"Wheel-Version: 1.0\nGenerator: mmerge\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        ),
     }
-    for package, module in zip(PACKAGES, (mmerge.manifests, mmerge.workers, mmerge.pipeline), strict=True):
+    for package, module in zip(
+        PACKAGES, (mmerge.manifests, mmerge.workers, mmerge.pipeline), strict=True
+    ):
         root = Path(next(iter(module.__path__)))
         for path in sorted(root.rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
-                contents[f"mmerge/{package}/{path.relative_to(root).as_posix()}"] = path.read_bytes()
-    record = "".join(f"{key},sha256={_to_record_digest(data)},{len(data)}\n" for key, data in contents.items())
+                contents[f"mmerge/{package}/{path.relative_to(root).as_posix()}"] = (
+                    path.read_bytes()
+                )
+    record = "".join(
+        f"{key},sha256={_to_record_digest(data)},{len(data)}\n" for key, data in contents.items()
+    )
     contents[f"{name}.dist-info/RECORD"] = (record + f"{name}.dist-info/RECORD,,\n").encode()
-    # Ray keeps a wheel under its file's name: the digest of the contents, as a build tag, keeps versions apart.
-    wheel = folder / f"{name}-0_{hashlib.sha256(record.encode()).hexdigest()[:SHOWN_DIGITS]}-py3-none-any.whl"
+    # Ray keeps a wheel under its file's name: the digest of the contents, as a build tag, keeps
+    # versions apart.
+    wheel = (
+        folder
+        / f"{name}-0_{hashlib.sha256(record.encode()).hexdigest()[:SHOWN_DIGITS]}-py3-none-any.whl"
+    )
     with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
         for key, data in contents.items():
             archive.writestr(zipfile.ZipInfo(key, WHEEL_TIME), data)
@@ -89,17 +107,27 @@ class Jobs:
     """The jobs of the cluster whose dashboard is at `address` (http://HOST:8265)."""
 
     def __init__(self, address: str | None) -> None:
-        """Connect. Raises MmergeError when nobody answers, or when the dashboard's client is not installed."""
+        """Connect. Raises MmergeError when nobody answers, or when the dashboard's client is not
+        installed.
+        """
         try:
             from ray.job_submission import JobSubmissionClient
         except ImportError as error:
-            raise MmergeError("jobs need Ray's dashboard client: pip install 'mmerge[cluster]'") from error
-        self.address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or "http://localhost:8265"
+            raise MmergeError(
+                "jobs need Ray's dashboard client: pip install 'mmerge[cluster]'"
+            ) from error
+        self.address = (
+            address
+            or os.environ.get("RAY_API_SERVER_ADDRESS")
+            or os.environ.get("RAY_ADDRESS")
+            or "http://localhost:8265"
+        )
         try:
             self._client: Any = JobSubmissionClient(self.address)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise MmergeError(
-                f"{self.address}: no dashboard answers ({_first_line(error)}). Give its address: --address http://HEAD:8265"
+                f"{self.address}: no dashboard answers ({_first_line(error)}). Give its address:"
+                " --address http://HEAD:8265"
             ) from error
 
     def list_builds(self) -> list[Job]:
@@ -112,16 +140,21 @@ class Jobs:
         try:
             job = _to_job(self._client.get_job_info(job_id))
         except RuntimeError as error:
-            raise MmergeError(f"{self.address}: no job {job_id!r} ({_first_line(error)}). 'mmerge jobs' lists them") from error
+            raise MmergeError(
+                f"{self.address}: no job {job_id!r} ({_first_line(error)}). 'mmerge jobs' lists"
+                " them"
+            ) from error
         if job is None:
             raise MmergeError(f"{self.address}: job {job_id!r} builds no composite")
         return job
 
-    def submit(self, recipe_path: Path, *, options: list[str], if_running: IfRunning = "follow") -> tuple[Job, bool]:
+    def submit(
+        self, recipe_path: Path, *, options: list[str], if_running: IfRunning = "follow"
+    ) -> tuple[Job, bool]:
         """Return the job that builds a recipe, and whether it is new.
 
-        A cluster takes a submission id once. The id is made of the recipe and a number, so that of two that submit at the same
-        moment one is refused, and finds the other's job.
+        A cluster takes a submission id once. The id is made of the recipe and a number, so that of
+        two that submit at the same moment one is refused, and finds the other's job.
 
         Args:
             recipe_path: the recipe's file; local paths in it must be those of the cluster's nodes.
@@ -130,7 +163,8 @@ class Jobs:
 
         Raises:
             RecipeError: the recipe is not valid.
-            MmergeError: the cluster refuses, is not ready within two minutes, or `if_running` is "fail" and such a job lives.
+            MmergeError: the cluster refuses, is not ready within two minutes, or `if_running` is
+                "fail" and such a job lives.
         """
         recipe = read_recipe(recipe_path)
         text = to_absolute(recipe_path, recipe)
@@ -141,7 +175,8 @@ class Jobs:
             if alive is not None:
                 if if_running == "fail":
                     raise MmergeError(
-                        f"{recipe.name}: job {alive.id} builds this recipe already. Follow it, or end it with 'ray job stop {alive.id}'"
+                        f"{recipe.name}: job {alive.id} builds this recipe already. Follow it, or"
+                        f" end it with 'ray job stop {alive.id}'"
                     )
                 return alive, False
             number = max((int(job.id.rpartition("-")[2]) for job in earlier), default=0) + 1
@@ -155,15 +190,29 @@ class Jobs:
             data = Path(folder) / "data"
             data.mkdir()
             (data / "recipe.yaml").write_text(text, encoding="utf-8")
-            command = ["python", "-m", "mmerge.pipeline.cli.main", "run", "recipe.yaml", "--address", "auto", *options]
+            command = [
+                "python",
+                "-m",
+                "mmerge.pipeline.cli.main",
+                "run",
+                "recipe.yaml",
+                "--address",
+                "auto",
+                *options,
+            ]
             end = time.monotonic() + READY_SECONDS
             while True:
                 try:
                     self._client.submit_job(
                         submission_id=job_id,
                         entrypoint=shlex.join(command),
-                        # The code comes with the wheel; the working folder holds the recipe and nothing that is imported.
-                        runtime_env={"py_modules": [str(wheel)], "working_dir": str(data), "env_vars": {"PYTHONUNBUFFERED": "1"}},
+                        # The code comes with the wheel; the working folder holds the recipe and
+                        # nothing that is imported.
+                        runtime_env={
+                            "py_modules": [str(wheel)],
+                            "working_dir": str(data),
+                            "env_vars": {"PYTHONUNBUFFERED": "1"},
+                        },
                         metadata={"mmerge_recipe": recipe.name, "mmerge_store": recipe.output},
                     )
                     return True
@@ -173,7 +222,9 @@ class Jobs:
                     if "No available agent" in str(error) and time.monotonic() < end:
                         time.sleep(1)  # the cluster has only just been started
                         continue
-                    raise MmergeError(f"{self.address}: the job was refused ({_first_line(error)})") from error
+                    raise MmergeError(
+                        f"{self.address}: the job was refused ({_first_line(error)})"
+                    ) from error
 
     def follow(self, job_id: str, write: Callable[[str], None]) -> Job:
         """Pass the job's log on as it grows and return the ended job."""
@@ -211,7 +262,9 @@ class Jobs:
 
 
 def to_exit_code(job: Job) -> int:
-    """Return what the driver of an ended job returned; 143 where it was stopped, 1 where it never began."""
+    """Return what the driver of an ended job returned; 143 where it was stopped, 1 where it never
+    began.
+    """
     if job.status == "SUCCEEDED":
         return 0
     if job.status == "STOPPED":
@@ -226,7 +279,10 @@ def to_absolute(path: Path, recipe: Recipe) -> str:
         RecipeError: the output lies in this process's memory.
     """
     if recipe.output.startswith("memory://"):
-        raise RecipeError(f"output: {recipe.output} cannot be seen from a cluster; give a store that every node can write")
+        raise RecipeError(
+            f"output: {recipe.output} cannot be seen from a cluster; give a store that every node"
+            " can write"
+        )
     raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     raw |= {"name": recipe.name, "base": recipe.base, "output": recipe.output}
     for expert in recipe.experts:

@@ -1,4 +1,6 @@
-"""Tasks as processes of this command, one per core: threads wait for each other at the interpreter's lock and at the map of memory they share."""
+"""Tasks as processes of this command, one per core: threads wait for each other at the
+interpreter's lock and at the map of memory they share.
+"""
 
 from __future__ import annotations
 
@@ -13,40 +15,54 @@ from contextlib import closing
 from mmerge.manifests.errors import MmergeError, StoreError
 from mmerge.manifests.stores.object_store import was_any_opened
 from mmerge.pipeline.execution.scheduler import Follow, Outcomes, nothing_follows
-from mmerge.pipeline.planning.memory_bounds import PROCESS_BYTES
 from mmerge.pipeline.execution.worker_pool import run_in_pool
-from mmerge.workers.tasks.worker_startup import begin_process
-from mmerge.workers.task import Task, TaskResult
+from mmerge.pipeline.planning.memory_bounds import PROCESS_BYTES
 from mmerge.workers.runtime.cores import num_cores
+from mmerge.workers.task import Task, TaskResult
+from mmerge.workers.tasks.worker_startup import begin_process
 
 
 class ProcessExecutor:
     """Runs tasks in processes of this machine, which begin at once and end with `close`.
 
-    They are forked on Linux as long as no store was opened: a forked process has none of the threads that the library behind
-    stores begins. Elsewhere they are started anew, which takes about a second, and the program's main module must guard
-    its own start (`if __name__ == "__main__"`).
+    They are forked on Linux as long as no store was opened: a forked process has none of the
+    threads that the library behind stores begins. Elsewhere they are started anew, which takes
+    about a second, and the program's main module must guard its own start (`if __name__ ==
+    "__main__"`).
     """
 
-    def __init__(self, *, num_processes: int | None = None, memory_bytes: int | None = None) -> None:
+    def __init__(
+        self, *, num_processes: int | None = None, memory_bytes: int | None = None
+    ) -> None:
         self.num_processes = num_processes or num_cores()
         self.memory_bytes = memory_bytes
         method = "fork" if sys.platform == "linux" and not was_any_opened() else "spawn"
-        self._pool = ProcessPoolExecutor(self.num_processes, mp_context=multiprocessing.get_context(method), initializer=begin_process)
+        self._pool = ProcessPoolExecutor(
+            self.num_processes,
+            mp_context=multiprocessing.get_context(method),
+            initializer=begin_process,
+        )
         if method == "fork":
             with warnings.catch_warnings():
-                # The threads that Python warns of are those of linear algebra, which prepare for a fork themselves.
+                # The threads that Python warns of are those of linear algebra, which prepare for a
+                # fork themselves.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 self._pool.submit(int)  # forks all of them, before the pool has a thread
 
-    def run(self, tasks: Sequence[Task], store_uri: str, follow: Follow = nothing_follows) -> Outcomes:
-        """Yield each task with its result, or the error that it ended with, as they end, those that follow from others included.
+    def run(
+        self, tasks: Sequence[Task], store_uri: str, follow: Follow = nothing_follows
+    ) -> Outcomes:
+        """Yield each task with its result, or the error that it ended with, as they end, those that
+        follow from others included.
 
         Raises:
             MmergeError: a process was killed; what others finished is kept.
         """
         if tasks and store_uri.startswith("memory://"):
-            raise StoreError(f"{store_uri}: other processes cannot see it. Use --executor serial, or another 'output'")
+            raise StoreError(
+                f"{store_uri}: other processes cannot see it. Use --executor serial, or another"
+                " 'output'"
+            )
         waiting = [task.shard for task in tasks]
 
         def follow_and_note(task: Task, result: TaskResult) -> Sequence[Task]:
@@ -66,8 +82,9 @@ class ProcessExecutor:
         except BrokenProcessPool as error:
             shards = ", ".join(waiting[: self.num_processes])
             raise MmergeError(
-                f"a worker process was killed, perhaps for want of memory, while it worked on one of these shards: {shards}. "
-                "Finished shards are kept: run again, with fewer --workers or a smaller --memory"
+                "a worker process was killed, perhaps for want of memory, while it worked on one"
+                f" of these shards: {shards}. Finished shards are kept: run again, with fewer"
+                " --workers or a smaller --memory"
             ) from error
 
     def close(self) -> None:

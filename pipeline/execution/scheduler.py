@@ -1,6 +1,8 @@
-"""When which task is started: large ones first, a bounded number at once, a deadline each, another attempt elsewhere.
+"""When which task is started: large ones first, a bounded number at once, a deadline each, another
+attempt elsewhere.
 
-Pure decisions over a `Cluster`: the Ray executor gives it a real one, the simulator one with a clock of its own.
+Pure decisions over a `Cluster`: the Ray executor gives it a real one, the simulator one with a
+clock of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from mmerge.workers.task import AnswerTask, MergeTask, Task, TaskResult
 
 Outcome = tuple[Task, TaskResult | Exception]
 Outcomes = Generator[Outcome, None, None]
-"""What ends, as it ends. Whoever leaves it early closes it: what runs is then ended in good order."""
+"""What ends, as it ends. Whoever leaves it early closes it: what runs is then ended in good order.
+"""
 Follow = Callable[[Task, TaskResult], Sequence[Task]]
 
 
@@ -52,9 +55,10 @@ class Attempt:
 class Event:
     """Something happened to an attempt.
 
-    `started` on `node`; `finished` with a result; `failed` with the task's own error; `lost` when its process, its node or its
-    memory was taken away, or the store could not be reached: another attempt may succeed; `astray` when it has not begun and may
-    be on its way to a node that is gone: it is handed out anew.
+    `started` on `node`; `finished` with a result; `failed` with the task's own error; `lost` when
+    its process, its node or its memory was taken away, or the store could not be reached: another
+    attempt may succeed; `astray` when it has not begun and may be on its way to a node that is
+    gone: it is handed out anew.
     """
 
     attempt: Attempt
@@ -99,8 +103,12 @@ class Policy:
 
 
 def resources_of(task: Task) -> Resources:
-    """Return what a task takes: one core, its `peak_bytes`, and a GPU where the recipe says `device: cuda` or answers are asked of one."""
-    on_gpu = isinstance(task, MergeTask) and any(numbers.parameters.get("device") == "cuda" for numbers in task.numbers)
+    """Return what a task takes: one core, its `peak_bytes`, and a GPU where the recipe says
+    `device: cuda` or answers are asked of one.
+    """
+    on_gpu = isinstance(task, MergeTask) and any(
+        numbers.parameters.get("device") == "cuda" for numbers in task.numbers
+    )
     on_gpu = on_gpu or (isinstance(task, AnswerTask) and task.device.startswith("cuda"))
     return Resources(num_cpus=1, num_gpus=1.0 if on_gpu else 0.0, memory=task.peak_bytes)
 
@@ -116,11 +124,14 @@ def dispatch(
     """Yield each task with its result, or the error that it ended with, as they end.
 
     Args:
-        tasks: whose only effect is on the store, so that two attempts of one of them may run side by side.
+        tasks: whose only effect is on the store, so that two attempts of one of them may run side
+            by side.
         cluster: where they run.
         policy: deadlines and attempts.
-        nodes: which node read which shard; used to find warm caches, and filled for the phases that follow.
-        follow: asked for each task that has ended with a result which tasks follow from it; they begin before all that wait.
+        nodes: which node read which shard; used to find warm caches, and filled for the phases that
+            follow.
+        follow: asked for each task that has ended with a result which tasks follow from it; they
+            begin before all that wait.
     """
     yield from _Dispatch(tasks, cluster, policy, nodes if nodes is not None else {}, follow).run()
 
@@ -146,7 +157,14 @@ class _Running:
 
 
 class _Dispatch:
-    def __init__(self, tasks: Sequence[Task], cluster: Cluster, policy: Policy, nodes: dict[str, str], follow: Follow) -> None:
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        cluster: Cluster,
+        policy: Policy,
+        nodes: dict[str, str],
+        follow: Follow,
+    ) -> None:
         self.cluster, self.policy, self.nodes, self.follow = cluster, policy, nodes, follow
         # Large ones first: a large task that starts last would run alone at the end.
         ordered = sorted(tasks, key=lambda task: -task.num_bytes)
@@ -155,10 +173,14 @@ class _Dispatch:
         self.largest: Resources | None = None
         self._note_sizes(tasks)
         self.rates: dict[type[Task], list[float]] = {}
-        """Bytes per second by kind of task: a merge may take many times what a survey of the same bytes takes."""
+        """Bytes per second by kind of task: a merge may take many times what a survey of the same
+        bytes takes.
+        """
         self.last_start = 0.0
         self.silent: set[str] = set()
-        """Nodes not heard of since an attempt there was overdue: they may be cut off, and nobody may have noticed yet."""
+        """Nodes not heard of since an attempt there was overdue: they may be cut off, and nobody
+        may have noticed yet.
+        """
 
     def run(self) -> Iterator[Outcome]:
         try:
@@ -172,7 +194,8 @@ class _Dispatch:
                         yield outcome
                 yield from self._check_deadlines()
         finally:
-            # Attempts are left only after an error, Ctrl-C, or a task that another attempt finished: leave no orphan behind.
+            # Attempts are left only after an error, Ctrl-C, or a task that another attempt
+            # finished: leave no orphan behind.
             for state in self.states.values():
                 for running in state.running:
                     self.cluster.cancel(running.attempt)
@@ -190,7 +213,9 @@ class _Dispatch:
 
     def _num_running(self) -> int:
         # Overdue attempts do not count: those that hang must not keep the others from starting.
-        return sum(not running.is_overdue for state in self.states.values() for running in state.running)
+        return sum(
+            not running.is_overdue for state in self.states.values() for running in state.running
+        )
 
     def _num_slots(self) -> int:
         assert self.largest is not None
@@ -226,9 +251,14 @@ class _Dispatch:
 
     def _take(self, event: Event) -> Outcome | None:
         state = self.states.get(id(event.attempt.task))
-        running = next((found for found in state.running if found.attempt is event.attempt), None) if state else None
+        running = (
+            next((found for found in state.running if found.attempt is event.attempt), None)
+            if state
+            else None
+        )
         if state is None or running is None:
-            return None  # another attempt was first: this one wrote the same bytes under the same names
+            # Another attempt was first: this one wrote the same bytes under the same names
+            return None
         if event.kind == "started":
             running.started = self.last_start = self.cluster.now()
             running.node = event.node
@@ -265,7 +295,8 @@ class _Dispatch:
         if running.node:
             state.avoid.add(running.node)
         if event.out_of_memory:
-            state.memory *= 2  # what stands in the plan is a bound; a node that others use as well needs more distance
+            # What stands in the plan is a bound; a node that others use as well needs more distance
+            state.memory *= 2
         if state.running or state in self.waiting:
             return None
         if state.num_started >= self.policy.max_attempts:
@@ -273,8 +304,8 @@ class _Dispatch:
             return self._finish(
                 state,
                 MmergeError(
-                    f"shard {state.task.shard}: {state.num_started} attempts were lost, the last one: {reason}. "
-                    "Run the same command again: finished shards are kept"
+                    f"shard {state.task.shard}: {state.num_started} attempts were lost, the last"
+                    f" one: {reason}. Run the same command again: finished shards are kept"
                 ),
             )
         self.waiting.appendleft(state)
@@ -286,7 +317,10 @@ class _Dispatch:
             return self.policy.deadline_seconds
         rates = self.rates.get(type(task))
         if not rates:
-            return self.policy.min_deadline_seconds + task.num_bytes / self.policy.slowest_bytes_per_second
+            return (
+                self.policy.min_deadline_seconds
+                + task.num_bytes / self.policy.slowest_bytes_per_second
+            )
         expected = task.num_bytes / statistics.median(rates[-64:])
         return max(self.policy.min_deadline_seconds, self.policy.deadline_factor * expected)
 
@@ -300,14 +334,25 @@ class _Dispatch:
         return running.submitted + self._deadline(running.attempt.task) if is_stuck else None
 
     def _num_at_work(self) -> int:
-        return sum(running.started is not None for state in self.states.values() for running in state.running)
+        return sum(
+            running.started is not None
+            for state in self.states.values()
+            for running in state.running
+        )
 
     def _seconds_to_next_deadline(self) -> float | None:
-        due = [time for state in self.states.values() for running in state.running if (time := self._due(running)) is not None]
+        due = [
+            time
+            for state in self.states.values()
+            for running in state.running
+            if (time := self._due(running)) is not None
+        ]
         return max(0.0, min(due) - self.cluster.now()) if due else None
 
     def _check_deadlines(self) -> Iterator[Outcome]:
-        """Start a second attempt beside each one that is overdue: it may hang, or its node may be cut off and finish all the same."""
+        """Start a second attempt beside each one that is overdue: it may hang, or its node may be
+        cut off and finish all the same.
+        """
         now = self.cluster.now()
         for state in list(self.states.values()):
             for running in list(state.running):
@@ -321,21 +366,28 @@ class _Dispatch:
                 if running.node:
                     state.avoid.add(running.node)
                     self.silent.add(running.node)
-            if state.running and all(running.is_overdue for running in state.running) and state not in self.waiting:
+            if (
+                state.running
+                and all(running.is_overdue for running in state.running)
+                and state not in self.waiting
+            ):
                 if state.num_started >= self.policy.max_attempts:
                     seconds = self._deadline(state.task)
                     yield self._finish(
                         state,
                         MmergeError(
-                            f"shard {state.task.shard}: {state.num_started} attempts took longer than the deadline of {seconds:.0f} s each. "
-                            "Raise it with --task-deadline, or look for a node or store that hangs"
+                            f"shard {state.task.shard}: {state.num_started} attempts took longer"
+                            f" than the deadline of {seconds:.0f} s each. Raise it with"
+                            " --task-deadline, or look for a node or store that hangs"
                         ),
                     )
                 else:
                     self.waiting.appendleft(state)
 
     def _restart(self, state: _State, running: _Running) -> None:
-        """Hand a task out anew whose attempt never began: it went to a node that no longer answers, and does not count."""
+        """Hand a task out anew whose attempt never began: it went to a node that no longer answers,
+        and does not count.
+        """
         self.cluster.cancel(running.attempt)
         state.running.remove(running)
         state.num_started -= 1
@@ -344,5 +396,7 @@ class _Dispatch:
 
 
 def _place_of(task: Task) -> str:
-    """Return what names the bytes that a task reads: the base's copy of a layer is read by the layer's merge as well."""
+    """Return what names the bytes that a task reads: the base's copy of a layer is read by the
+    layer's merge as well.
+    """
     return task.shard.removeprefix("base/")

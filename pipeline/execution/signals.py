@@ -13,15 +13,19 @@ _INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let SIGINT and SIGTERM wait until the context ends, which is to be short, then handle the last of them as always.
+    """Let SIGINT and SIGTERM wait until the context ends, which is to be short, then handle the
+    last of them as always.
 
-    Python raises what a signal means between any two steps of the main thread: a task could be begun and never noted.
+    Python raises what a signal means between any two steps of the main thread: a task could be
+    begun and never noted.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # handlers run in the main thread
         return
     received: list[tuple[int, FrameType | None]] = []
-    handlers = {number: found for number in _INTERRUPTS if callable(found := signal.getsignal(number))}
+    handlers = {
+        number: found for number in _INTERRUPTS if callable(found := signal.getsignal(number))
+    }
     with ExitStack() as restored:  # all of them, even if a signal arrives between two
         for number, handler in handlers.items():
             restored.callback(signal.signal, number, handler)

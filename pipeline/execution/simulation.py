@@ -1,7 +1,8 @@
-"""How long a plan takes on a cluster that need not exist: the scheduler of real runs over nodes with a simulated clock.
+"""How long a plan takes on a cluster that need not exist: the scheduler of real runs over nodes
+with a simulated clock.
 
-A node's tasks share its two links to the store equally; each task streams, so it goes as fast as the slowest of its core, its share of
-reading and its share of writing lets it.
+A node's tasks share its two links to the store equally; each task streams, so it goes as fast as
+the slowest of its core, its share of reading and its share of writing lets it.
 """
 
 from __future__ import annotations
@@ -33,10 +34,12 @@ class Nodes:
 
 @dataclass(frozen=True)
 class Rates:
-    """Bytes of input per second that one core gets through in each phase, and seconds lost per run, per phase and per task.
+    """Bytes of input per second that one core gets through in each phase, and seconds lost per run,
+    per phase and per task.
 
-    The defaults follow from what was measured on one core, one after the other: reading 5.7 GB/s, BLAKE3 5.5, exact histograms
-    1.6, the fused merge 2.8, writing 4.1. A measured run knows better: `from_phases`.
+    The defaults follow from what was measured on one core, one after the other: reading 5.7 GB/s,
+    BLAKE3 5.5, exact histograms 1.6, the fused merge 2.8, writing 4.1. A measured run knows better:
+    `from_phases`.
     """
 
     survey: float = 1.0 * GB
@@ -49,7 +52,8 @@ class Rates:
     phase_seconds: float = 0.2
     """Between phases, when only the driver works."""
     start_seconds: float = 5.0
-    """Until the first worker has connected and imported what it needs; all workers start at once."""
+    """Until the first worker has connected and imported what it needs; all workers start at once.
+    """
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,12 @@ class SimulatedCluster(Cluster):
 
     def __init__(self, nodes: Nodes, *, task_seconds: float) -> None:
         self.nodes, self.task_seconds = nodes, task_seconds
-        self.lost: dict[Limit, float] = {"cores": 0.0, "reading": 0.0, "writing": 0.0, "too few shards": 0.0}
+        self.lost: dict[Limit, float] = {
+            "cores": 0.0,
+            "reading": 0.0,
+            "writing": 0.0,
+            "too few shards": 0.0,
+        }
         self.machines = [_Node(f"node{index}") for index in range(nodes.num_nodes)]
         self._clock = 0.0
         self._queue: list[Attempt] = []
@@ -142,7 +151,9 @@ class SimulatedCluster(Cluster):
         self._fill()
 
     def cancel(self, attempt: Attempt) -> None:
-        """Take an attempt away; nothing in a simulation calls for it but the scheduler's own clearing up."""
+        """Take an attempt away; nothing in a simulation calls for it but the scheduler's own
+        clearing up.
+        """
         self._queue = [found for found in self._queue if found is not attempt]
 
     def wait(self, timeout: float | None) -> list[Event]:
@@ -154,7 +165,8 @@ class SimulatedCluster(Cluster):
                 return []
             if end is None:
                 raise MmergeError(
-                    "the simulated nodes are too small for the largest task. Give them more memory, or use a smaller --block-entries"
+                    "the simulated nodes are too small for the largest task. Give them more memory,"
+                    " or use a smaller --block-entries"
                 )
             self._finish_until(end)
         found, self._events = self._events, []
@@ -171,7 +183,9 @@ class SimulatedCluster(Cluster):
         return self._ends[0][0] if self._ends else None
 
     def _finish_until(self, end: float) -> None:
-        """Let time pass to `end`, and end what is due on all nodes before anything else is placed: none of them is first."""
+        """Let time pass to `end`, and end what is due on all nodes before anything else is placed:
+        none of them is first.
+        """
         self._clock = end
         while (following := self._next_end()) is not None and following <= end * (1 + 1e-9):
             self._finish(heapq.heappop(self._ends)[1])
@@ -181,7 +195,9 @@ class SimulatedCluster(Cluster):
         machine = self.machines[index]
         self._pass_time(machine)
         # The one that was due, and whatever ends with it.
-        due = [job for job in machine.jobs if job.left <= 1e-6 * job.size] or [min(machine.jobs, key=lambda job: job.left)]
+        due = [job for job in machine.jobs if job.left <= 1e-6 * job.size] or [
+            min(machine.jobs, key=lambda job: job.left)
+        ]
         for job in due:
             machine.jobs.remove(job)
             machine.memory -= job.attempt.resources.memory
@@ -197,13 +213,17 @@ class SimulatedCluster(Cluster):
             free = [
                 index
                 for index, machine in enumerate(self.machines)
-                if len(machine.jobs) < self.nodes.num_cores and (self.nodes.memory is None or machine.memory + memory <= self.nodes.memory)
+                if len(machine.jobs) < self.nodes.num_cores
+                and (self.nodes.memory is None or machine.memory + memory <= self.nodes.memory)
             ]
             if not free:
                 return
             self._queue.pop(0)
             warm = [index for index in free if self.machines[index].name == attempt.prefer]
-            self._place(attempt, warm[0] if warm else min(free, key=lambda index: len(self.machines[index].jobs)))
+            self._place(
+                attempt,
+                warm[0] if warm else min(free, key=lambda index: len(self.machines[index].jobs)),
+            )
 
     def _place(self, attempt: Attempt, index: int) -> None:
         machine = self.machines[index]
@@ -227,21 +247,35 @@ class SimulatedCluster(Cluster):
             job.left -= speed * passed
             limit = self._limit_of(job, len(machine.jobs))
             # A core is no limit while others of the node have nothing to do.
-            self.lost["too few shards" if limit == "cores" and has_idle_cores else limit] += passed / len(machine.jobs)
+            self.lost["too few shards" if limit == "cores" and has_idle_cores else limit] += (
+                passed / len(machine.jobs)
+            )
         machine.since = self._clock
 
     def _plan(self, index: int) -> None:
         """Set the speeds of a node's tasks and when the first of them ends."""
         machine = self.machines[index]
         machine.version += 1
-        machine.speeds = [min(self._speeds(job, len(machine.jobs)).values()) for job in machine.jobs]
+        machine.speeds = [
+            min(self._speeds(job, len(machine.jobs)).values()) for job in machine.jobs
+        ]
         if machine.jobs:
-            left = min(job.left / speed for job, speed in zip(machine.jobs, machine.speeds, strict=True))
+            left = min(
+                job.left / speed for job, speed in zip(machine.jobs, machine.speeds, strict=True)
+            )
             heapq.heappush(self._ends, (self._clock + max(left, 0.0), index, machine.version))
 
     def _speeds(self, job: _Job, num_jobs: int) -> dict[Limit, float]:
-        writing = self.nodes.write_bandwidth / num_jobs * job.size / job.bytes_out if job.bytes_out else float("inf")
-        return {"cores": job.rate, "reading": self.nodes.read_bandwidth / num_jobs, "writing": writing}
+        writing = (
+            self.nodes.write_bandwidth / num_jobs * job.size / job.bytes_out
+            if job.bytes_out
+            else float("inf")
+        )
+        return {
+            "cores": job.rate,
+            "reading": self.nodes.read_bandwidth / num_jobs,
+            "writing": writing,
+        }
 
     def _limit_of(self, job: _Job, num_jobs: int) -> Limit:
         speeds = self._speeds(job, num_jobs)
@@ -261,18 +295,29 @@ def simulate(plan: MergePlan, nodes: Nodes, *, rates: Rates | None = None) -> Si
     known: dict[str, str] = {}
     cluster = SimulatedCluster(nodes, task_seconds=rates.task_seconds)
     for name, tasks in _make_phases(plan, rates):
-        if nodes.memory is not None and max((task.peak_bytes for task in tasks), default=0) > nodes.memory:
+        if (
+            nodes.memory is not None
+            and max((task.peak_bytes for task in tasks), default=0) > nodes.memory
+        ):
             raise MmergeError(
-                f"phase {name}: a task needs {max(task.peak_bytes for task in tasks) / GB:.1f} GB, a node has {nodes.memory / GB:.1f} GB"
+                f"phase {name}: a task needs {max(task.peak_bytes for task in tasks) / GB:.1f} GB,"
+                f" a node has {nodes.memory / GB:.1f} GB"
             )
         began, before = cluster.now(), dict(cluster.lost)
-        for _ in dispatch(cast("Sequence[Task]", tasks), cluster, policy=Policy(deadline_seconds=float("inf")), nodes=known):
+        for _ in dispatch(
+            cast("Sequence[Task]", tasks),
+            cluster,
+            policy=Policy(deadline_seconds=float("inf")),
+            nodes=known,
+        ):
             pass
         cluster.settle()
         here = {limit: seconds - before[limit] for limit, seconds in cluster.lost.items()}
         lost = {limit: lost.get(limit, 0.0) + seconds for limit, seconds in here.items()}
         seconds = cluster.now() - began + rates.phase_seconds
-        phases.append(SimulatedPhase(name, len(tasks), seconds, max(here, key=lambda limit: here[limit])))
+        phases.append(
+            SimulatedPhase(name, len(tasks), seconds, max(here, key=lambda limit: here[limit]))
+        )
         total += seconds
         num_tasks += len(tasks)
     return Simulation(
@@ -287,16 +332,32 @@ def simulate(plan: MergePlan, nodes: Nodes, *, rates: Rates | None = None) -> Si
 def _make_phases(plan: MergePlan, rates: Rates) -> list[tuple[str, list[SimulatedTask]]]:
     """Return the phases of a run with their tasks, as `run` makes them."""
     merged = {tensor.name for shard in plan.merge_shards for tensor in shard.tensors}
-    survey = [SimulatedTask(shard.name, shard.bytes_in, shard.peak_bytes, 0, rates.survey) for shard in plan.merge_shards]
+    survey = [
+        SimulatedTask(shard.name, shard.bytes_in, shard.peak_bytes, 0, rates.survey)
+        for shard in plan.merge_shards
+    ]
     for shard in plan.copy_shards:
         # Base tensors that are merged as well are read once, with the merge shard.
-        num_bytes = sum(tensor.source.spec.num_bytes for tensor in shard.tensors if shard.role == "carry" or tensor.name not in merged)
+        num_bytes = sum(
+            tensor.source.spec.num_bytes
+            for tensor in shard.tensors
+            if shard.role == "carry" or tensor.name not in merged
+        )
         if num_bytes:
             survey.append(SimulatedTask(shard.name, num_bytes, shard.peak_bytes, 0, rates.survey))
-    merge = [SimulatedTask(shard.name, shard.bytes_in, shard.peak_bytes, shard.bytes_out, rates.merge) for shard in plan.merge_shards]
-    carry = [SimulatedTask(shard.name, shard.num_bytes, shard.peak_bytes, shard.num_bytes, rates.carry) for shard in plan.copy_shards]
+    merge = [
+        SimulatedTask(shard.name, shard.bytes_in, shard.peak_bytes, shard.bytes_out, rates.merge)
+        for shard in plan.merge_shards
+    ]
+    carry = [
+        SimulatedTask(shard.name, shard.num_bytes, shard.peak_bytes, shard.num_bytes, rates.carry)
+        for shard in plan.copy_shards
+    ]
     phases = [("survey", survey), ("merge", merge), ("carry", carry)]
     if rates.thresholds is not None:
-        refine = [SimulatedTask(shard.name, shard.bytes_in, shard.peak_bytes, 0, rates.thresholds) for shard in plan.merge_shards]
+        refine = [
+            SimulatedTask(shard.name, shard.bytes_in, shard.peak_bytes, 0, rates.thresholds)
+            for shard in plan.merge_shards
+        ]
         phases.insert(1, ("thresholds", refine))
     return phases

@@ -1,6 +1,8 @@
-"""What a run tells Ray's metrics, which Prometheus collects from every node: bytes, shards, seconds.
+"""What a run tells Ray's metrics, which Prometheus collects from every node: bytes, shards,
+seconds.
 
-Names as Prometheus shows them have `ray_` in front. `infra/monitoring/` has a dashboard and alerts over them.
+Names as Prometheus shows them have `ray_` in front. `infra/monitoring/` has a dashboard and alerts
+over them.
 """
 
 from __future__ import annotations
@@ -36,9 +38,14 @@ class MetricsProgress(Progress):
 
         self._composite = composite
         self._totals: dict[str, tuple[int, int]] = {}
-        self._found: dict[str, Any] = {name: metrics.Counter(name, text, TAGS) for name, text in COUNTERS.items()}
+        self._found: dict[str, Any] = {
+            name: metrics.Counter(name, text, TAGS) for name, text in COUNTERS.items()
+        }
         self._found |= {name: metrics.Gauge(name, text, TAGS) for name, text in GAUGES.items()}
-        self._found |= {name: metrics.Histogram(name, text, BOUNDARIES, TAGS) for name, text in HISTOGRAMS.items()}
+        self._found |= {
+            name: metrics.Histogram(name, text, BOUNDARIES, TAGS)
+            for name, text in HISTOGRAMS.items()
+        }
 
     def _tags(self, phase: str) -> dict[str, str]:
         return {"composite": self._composite, "phase": phase}

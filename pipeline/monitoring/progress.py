@@ -11,7 +11,14 @@ from types import TracebackType
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.progress import Progress as RichBars
 from typing_extensions import override
 
@@ -25,7 +32,9 @@ class Progress(Protocol):
     """Told of each phase and of each finished shard."""
 
     def begin(self, phase: str, *, num_bytes: int, num_tasks: int, num_reused: int) -> None:
-        """A phase begins: what it will read, and how many of its shards were there already. Told again, it has so much more to do."""
+        """A phase begins: what it will read, and how many of its shards were there already. Told
+        again, it has so much more to do.
+        """
 
     def advance(self, phase: str, result: TaskResult) -> None:
         """One shard is finished."""
@@ -66,12 +75,21 @@ class SeveralProgress(Progress):
 
 
 class JsonFormatter(logging.Formatter):
-    """A log record as one JSON object on one line: time, level, logger, message, and what `extra` holds under `fields`."""
+    """A log record as one JSON object on one line: time, level, logger, message, and what `extra`
+    holds under `fields`.
+    """
 
     @override
     def format(self, record: logging.LogRecord) -> str:
-        time = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
-        event = {"time": time, "level": record.levelname, "logger": record.name, "message": record.getMessage()}
+        time = datetime.fromtimestamp(record.created, timezone.utc).isoformat(
+            timespec="milliseconds"
+        )
+        event = {
+            "time": time,
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
         event |= getattr(record, "fields", {})
         if record.exc_info:
             event["traceback"] = self.formatException(record.exc_info)
@@ -79,7 +97,9 @@ class JsonFormatter(logging.Formatter):
 
 
 class LogProgress(Progress):
-    """One event per line, for logs and files; with phase, shard and build as fields for `JsonFormatter`."""
+    """One event per line, for logs and files; with phase, shard and build as fields for
+    `JsonFormatter`.
+    """
 
     def __init__(self) -> None:
         self._build: str | None = None
@@ -94,16 +114,37 @@ class LogProgress(Progress):
             return
         self._begun.add(phase)
         extra = self._extra(phase, num_tasks=num_tasks, num_reused=num_reused, num_bytes=num_bytes)
-        log.info("%s: %d shards, %d there already, %s to read", phase, num_tasks + num_reused, num_reused, to_size(num_bytes), extra=extra)
+        log.info(
+            "%s: %d shards, %d there already, %s to read",
+            phase,
+            num_tasks + num_reused,
+            num_reused,
+            to_size(num_bytes),
+            extra=extra,
+        )
 
     @override
     def advance(self, phase: str, result: TaskResult) -> None:
-        extra = self._extra(phase, shard=result.shard, num_bytes=result.num_bytes, seconds=result.seconds, reused=result.reused)
+        extra = self._extra(
+            phase,
+            shard=result.shard,
+            num_bytes=result.num_bytes,
+            seconds=result.seconds,
+            reused=result.reused,
+        )
         if result.reused:
             log.info("%s %s: there already", phase, result.shard, extra=extra)
             return
         speed = to_size(round(result.num_bytes / max(result.seconds, 1e-6)))
-        log.info("%s %s: %s in %.2f s (%s/s)", phase, result.shard, to_size(result.num_bytes), result.seconds, speed, extra=extra)
+        log.info(
+            "%s %s: %s in %.2f s (%s/s)",
+            phase,
+            result.shard,
+            to_size(result.num_bytes),
+            result.seconds,
+            speed,
+            extra=extra,
+        )
 
     @override
     def fail(self, phase: str, shard: str, error: Exception) -> None:
@@ -136,7 +177,12 @@ class BarProgress(Progress):
         self._bars.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._bars.stop()
 
     @override

@@ -1,8 +1,11 @@
-"""Runs as their store knows them: numbered records that tell who builds what, how far it is, and whether it still lives.
+"""Runs as their store knows them: numbered records that tell who builds what, how far it is, and
+whether it still lives.
 
-`runs/NAME/000007.json` is created once, by the run that takes this number; `runs/NAME/000007.status.json` is replaced every few
-seconds by that run alone. A run that only one may do at a time (`--exclusive`) looks at the last number first: while its status changes, it
-lives; where it has not changed for `EXPIRY_SECONDS`, it is dead, and the next number is taken. No two clocks are compared.
+`runs/NAME/000007.json` is created once, by the run that takes this number;
+`runs/NAME/000007.status.json` is replaced every few seconds by that run alone. A run that only one
+may do at a time (`--exclusive`) looks at the last number first: while its status changes, it lives;
+where it has not changed for `EXPIRY_SECONDS`, it is dead, and the next number is taken. No two
+clocks are compared.
 """
 
 from __future__ import annotations
@@ -24,8 +27,8 @@ from typing_extensions import override
 from mmerge.manifests.digest import parse_json, to_canonical_json
 from mmerge.manifests.errors import AlreadyExists, ManifestError, MmergeError, NotFound, StoreError
 from mmerge.manifests.stores.object_store import Store
-from mmerge.pipeline.monitoring.progress import Progress
 from mmerge.pipeline.execution.simulation import Rates
+from mmerge.pipeline.monitoring.progress import Progress
 from mmerge.workers.task import TaskResult
 
 HEARTBEAT_SECONDS = 5.0
@@ -38,7 +41,9 @@ State = Literal["running", "finished", "failed", "interrupted"]
 
 
 class PhaseStatus(BaseModel):
-    """How far one phase is. `num_bytes` are bytes of input to read, `seconds` is summed over tasks, `wall_seconds` on the driver's clock."""
+    """How far one phase is. `num_bytes` are bytes of input to read, `seconds` is summed over tasks,
+    `wall_seconds` on the driver's clock.
+    """
 
     model_config = ConfigDict(extra="ignore")
 
@@ -71,7 +76,9 @@ class RunStatus(BaseModel):
     updated: str = ""
     heartbeat: int = 0
     start_seconds: float = 0.0
-    """From the beginning of the first phase with work to its first result, without the seconds of that task: workers starting."""
+    """From the beginning of the first phase with work to its first result, without the seconds of
+    that task: workers starting.
+    """
     wall_seconds: float = 0.0
     """Of the whole run, once it has ended."""
     phases: dict[str, PhaseStatus] = Field(default_factory=dict)
@@ -85,12 +92,18 @@ class RunUnderWay(MmergeError):
     def __init__(self, status: RunStatus) -> None:
         self.status = status
         job = f", job {status.job}" if status.job else ""
-        super().__init__(f"{status.name}: run {status.number} is under way on {status.host} since {status.started}{job}")
+        super().__init__(
+            f"{status.name}: run {status.number} is under way on {status.host} since"
+            f" {status.started}{job}"
+        )
 
 
 def list_runs(store: Store, name: str) -> list[int]:
     """Return the numbers of a composite's recorded runs, in ascending order."""
-    found = (re.fullmatch(rf"runs/{re.escape(name)}/(\d{{6,}})\.json", key) for key in store.list(f"runs/{name}"))
+    found = (
+        re.fullmatch(rf"runs/{re.escape(name)}/(\d{{6,}})\.json", key)
+        for key in store.list(f"runs/{name}")
+    )
     return sorted(int(match[1]) for match in found if match)
 
 
@@ -108,7 +121,9 @@ def read_status(store: Store, name: str, number: int) -> RunStatus:
     try:
         return RunStatus.model_validate(parse_json(raw, what=_status_key(name, number)))
     except (ValueError, ValidationError) as error:
-        raise ManifestError(f"{store.uri}: {_status_key(name, number)} is damaged ({str(error).splitlines()[0]})") from error
+        raise ManifestError(
+            f"{store.uri}: {_status_key(name, number)} is damaged ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _claim_key(name: str, number: int) -> str:
@@ -124,21 +139,30 @@ def _now() -> str:
 
 
 def _job_id() -> str | None:
-    """Return the submission id of the Ray job that this process drives, which Ray gives to it within a job's configuration."""
+    """Return the submission id of the Ray job that this process drives, which Ray gives to it
+    within a job's configuration.
+    """
     try:
-        found = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {}).get("job_submission_id")
+        found = (
+            json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+            .get("metadata", {})
+            .get("job_submission_id")
+        )
     except (ValueError, AttributeError):
         return None
     return str(found) if found else None
 
 
-def begin_run(store: Store, name: str, *, exclusive: bool, clock: Callable[[], float] = time.monotonic) -> RunStatus:
+def begin_run(
+    store: Store, name: str, *, exclusive: bool, clock: Callable[[], float] = time.monotonic
+) -> RunStatus:
     """Return the record of a new run, numbered after the last one.
 
     Args:
         store: where the composite is built.
         name: the composite's name.
-        exclusive: take the number only if no earlier run lives; watches the last one for up to `EXPIRY_SECONDS` to know.
+        exclusive: take the number only if no earlier run lives; watches the last one for up to
+            `EXPIRY_SECONDS` to know.
         clock: seconds, for tests.
 
     Raises:
@@ -154,7 +178,10 @@ def begin_run(store: Store, name: str, *, exclusive: bool, clock: Callable[[], f
             started=_now(), updated=_now(),
         )  # fmt: skip
         try:
-            store.put_new(_claim_key(name, number), to_canonical_json(status.model_dump(mode="json", exclude_none=True)))
+            store.put_new(
+                _claim_key(name, number),
+                to_canonical_json(status.model_dump(mode="json", exclude_none=True)),
+            )
         except AlreadyExists:
             continue  # another one was faster: look at it
         for old in numbers[: -KEPT_RUNS + 1]:
@@ -164,7 +191,9 @@ def begin_run(store: Store, name: str, *, exclusive: bool, clock: Callable[[], f
 
 
 def _await_death(store: Store, name: str, number: int, clock: Callable[[], float]) -> None:
-    """Return when the run of that number is over or dead. Raises RunUnderWay as soon as it shows that it lives."""
+    """Return when the run of that number is over or dead. Raises RunUnderWay as soon as it shows
+    that it lives.
+    """
     seen = read_status(store, name, number)
     end = clock() + EXPIRY_SECONDS
     while seen.state == "running" and clock() < end:
@@ -177,18 +206,29 @@ def _await_death(store: Store, name: str, number: int, clock: Callable[[], float
 
 
 def to_rates(status: RunStatus) -> Rates:
-    """Return what a run measured: bytes per second and core of each phase, seconds until workers were there, seconds between phases.
+    """Return what a run measured: bytes per second and core of each phase, seconds until workers
+    were there, seconds between phases.
 
-    Where it computed nothing, for the seconds lost per task, and where phases overlapped for the seconds between them, the assumed ones.
+    Where it computed nothing, for the seconds lost per task, and where phases overlapped for the
+    seconds between them, the assumed ones.
 
     Raises:
         ManifestError: the run computed nothing at all.
     """
-    found = {name: phase.bytes_read / phase.seconds for name, phase in status.phases.items() if phase.bytes_read and phase.seconds}
+    found = {
+        name: phase.bytes_read / phase.seconds
+        for name, phase in status.phases.items()
+        if phase.bytes_read and phase.seconds
+    }
     if not found:
-        raise ManifestError(f"{status.name}: run {status.number} computed nothing, so it measured nothing. Name a run that did")
+        raise ManifestError(
+            f"{status.name}: run {status.number} computed nothing, so it measured nothing. Name a"
+            " run that did"
+        )
     assumed = Rates()
-    between = status.wall_seconds - sum(phase.wall_seconds for phase in status.phases.values())  # negative where phases overlapped
+    between = status.wall_seconds - sum(
+        phase.wall_seconds for phase in status.phases.values()
+    )  # negative where phases overlapped
     return Rates(
         start_seconds=status.start_seconds,
         phase_seconds=between / len(status.phases) if status.wall_seconds and between > 0 else assumed.phase_seconds,
@@ -215,7 +255,12 @@ class RunRecord(Progress):
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._stop.set()
         self._thread.join()
         self.status.wall_seconds = time.monotonic() - self._entered
@@ -241,7 +286,9 @@ class RunRecord(Progress):
             found = self.status.phases[phase]
             found.num_done += 1
             found.bytes_read += result.num_bytes
-            found.bytes_written += 0 if result.reused or result.entry is None else result.entry.object.num_bytes
+            found.bytes_written += (
+                0 if result.reused or result.entry is None else result.entry.object.num_bytes
+            )
             found.seconds += result.seconds
             found.wall_seconds = time.monotonic() - self._began[phase]
             if not self.status.start_seconds:
@@ -268,6 +315,10 @@ class RunRecord(Progress):
             self.status.updated = _now()
             data: Any = self.status.model_dump(mode="json", exclude_none=True)
         try:
-            self._store.put(_status_key(self.status.name, self.status.number), to_canonical_json(data))
+            self._store.put(
+                _status_key(self.status.name, self.status.number), to_canonical_json(data)
+            )
         except StoreError:
-            return  # the run itself will say what is wrong with the store; a missed beat is no reason to end it
+            # The run itself will say what is wrong with the store; a missed beat is no reason to
+            # end it
+            return

@@ -1,4 +1,6 @@
-"""How much memory a task takes, stated before it runs: a bound that depends on blocks, not on the size of tensors."""
+"""How much memory a task takes, stated before it runs: a bound that depends on blocks, not on the
+size of tensors.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,14 @@ from dataclasses import dataclass
 from mmerge.manifests.errors import RecipeError
 from mmerge.manifests.format.safetensors_header import DTYPE_BYTES
 from mmerge.manifests.stores.writer import WRITER_BUFFER_BYTES, WRITER_CONCURRENCY
-from mmerge.workers.tasks.blocks import entries_at_once, num_columns
 from mmerge.workers.checkpoints.checkpoint import LowRankSource, ahead_bytes
-from mmerge.workers.compiled.registry import FAST_PATHS
-from mmerge.workers.statistics.magnitude_histograms import survey_bytes
 from mmerge.workers.checkpoints.lora_weights import TILE_ROWS
-from mmerge.workers.reconstruction.bitmask import packed_bytes
+from mmerge.workers.compiled.registry import FAST_PATHS
 from mmerge.workers.methods.interface import Granularity, Method
+from mmerge.workers.reconstruction.bitmask import packed_bytes
+from mmerge.workers.statistics.magnitude_histograms import survey_bytes
 from mmerge.workers.task import TensorTask
+from mmerge.workers.tasks.blocks import entries_at_once, num_columns
 
 WORKER_BYTES = 96 << 20
 """What a task needs beside its blocks: allocator, readers, small objects."""
@@ -36,10 +38,13 @@ class Working:
     keeps_non_finite: bool
 
     def streams(self, tensor: TensorTask) -> bool:
-        """Return whether a tensor goes through a compiled path in all passes, whatever it must see at once."""
+        """Return whether a tensor goes through a compiled path in all passes, whatever it must see
+        at once.
+        """
         if self.method.name not in FAST_PATHS:
             return False
-        # A path may decline a tensor that holds NaN or Inf, and stages have none: the method's own code then takes it, whole.
+        # A path may decline a tensor that holds NaN or Inf, and stages have none: the method's own
+        # code then takes it, whole.
         has_stages = type(self.method).measure_block is not Method.measure_block
         return tensor.granularity != "tensor" or not (self.keeps_non_finite or has_stages)
 
@@ -60,28 +65,42 @@ def _block_bytes(tensor: TensorTask, num_experts: int, working: Working) -> int:
     shape = tensor.base.spec.shape
     if working.streams(tensor):
         granularity: Granularity = "row" if tensor.granularity == "row" else "entry"
-        entries = min(entries_at_once(shape, working.block_entries, granularity=granularity), tensor.num_entries)
+        entries = min(
+            entries_at_once(shape, working.block_entries, granularity=granularity),
+            tensor.num_entries,
+        )
         widest = max(DTYPE_BYTES[source.spec.dtype] for source in (tensor.base, *tensor.experts))
-        # Inputs as stored (float8 beside its float32), the merged block, and rows of float32 where a method ranks rows.
+        # Inputs as stored (float8 beside its float32), the merged block, and rows of float32 where
+        # a method ranks rows.
         rows = num_columns(shape) * (num_experts + 7) * 4 if granularity == "row" else 0
         return entries * ((num_experts + 1) * max(widest, 5 if widest == 1 else 0) + 4) + rows
-    entries = min(entries_at_once(shape, working.block_entries, granularity=tensor.granularity), tensor.num_entries)
-    # Each input as stored and widened (8 + 4 bytes at most), and what the method says that it works with.
+    entries = min(
+        entries_at_once(shape, working.block_entries, granularity=tensor.granularity),
+        tensor.num_entries,
+    )
+    # Each input as stored and widened (8 + 4 bytes at most), and what the method says that it works
+    # with.
     own = working.method.working_bytes(entries, num_experts=num_experts, shape=shape)
     return entries * (num_experts + 1) * 12 + own
 
 
 def _forming_bytes(tensor: TensorTask, block_entries: int) -> int:
-    """Return what reading adapters takes beside the weights they make: their factors, and the buffers of one block.
+    """Return what reading adapters takes beside the weights they make: their factors, and the
+    buffers of one block.
 
-    Per entry the base once more as read, copied and widened, and the product in tiles and as one; tiles reach over the block.
+    Per entry the base once more as read, copied and widened, and the product in tiles and as one;
+    tiles reach over the block.
     """
     adapters = [source for source in tensor.experts if isinstance(source, LowRankSource)]
     if not adapters:
         return 0
     shape = tensor.base.spec.shape
-    entries = min(entries_at_once(shape, block_entries, granularity=tensor.granularity), tensor.num_entries)
-    return sum(adapter.factor_bytes for adapter in adapters) + 24 * entries + 16 * TILE_ROWS * shape[1]
+    entries = min(
+        entries_at_once(shape, block_entries, granularity=tensor.granularity), tensor.num_entries
+    )
+    return (
+        sum(adapter.factor_bytes for adapter in adapters) + 24 * entries + 16 * TILE_ROWS * shape[1]
+    )
 
 
 def process_bytes(peaks: Iterable[int]) -> int:
@@ -92,6 +111,7 @@ def process_bytes(peaks: Iterable[int]) -> int:
 def too_little_memory(needed: int, allowed: int) -> RecipeError:
     """Return the error of a limit that no block size keeps."""
     return RecipeError(
-        f"--memory: the largest task needs {needed / 1e9:.2f} GB with its process, {allowed / 1e9:.2f} GB are allowed. "
-        "Allow more, take a smaller --block-entries if you gave one, or a method that needs no whole tensors"
+        f"--memory: the largest task needs {needed / 1e9:.2f} GB with its process,"
+        f" {allowed / 1e9:.2f} GB are allowed. Allow more, take a smaller --block-entries if you"
+        " gave one, or a method that needs no whole tensors"
     )

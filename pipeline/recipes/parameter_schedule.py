@@ -2,14 +2,17 @@
 
 Where a recipe may have a number, it may have instead
 
-    density: [0.2, 0.8]                              a gradient: interpolated over the layers, first to last
+    density: [0.2, 0.8]                              a gradient: interpolated over the layers, first
+        to last
     density:                                         or rules; the first that fits a tensor decides
       - {value: 0.5, layers: [0, 15]}                layers 0 to 15, both included
-      - {value: [0.2, 0.6], pattern: "*self_attn*"}  names that fit a pattern; a gradient here as well
+      - {value: [0.2, 0.6], pattern: "*self_attn*"}  names that fit a pattern; a gradient here as
+        well
       - {value: 0.3}                                 everything else
 
-A gradient of a rule with `layers` runs over those layers. Embeddings count as before the first layer, the last norm and the head as
-after the last. Where no rule fits, the parameter has its default.
+A gradient of a rule with `layers` runs over those layers. Embeddings count as before the first
+layer, the last norm and the head as after the last. Where no rule fits, the parameter has its
+default.
 """
 
 from __future__ import annotations
@@ -33,8 +36,12 @@ class Rule(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    value: Number | list[Number] = Field(description="a number, or a gradient over the rule's layers")
-    layers: tuple[int, int] | None = Field(None, description="first and last layer, both included; −1 is the embedding")
+    value: Number | list[Number] = Field(
+        description="a number, or a gradient over the rule's layers"
+    )
+    layers: tuple[int, int] | None = Field(
+        None, description="first and last layer, both included; −1 is the embedding"
+    )
     pattern: str | None = Field(None, min_length=1, description="tensor names, with *")
 
     def holds(self, name: str, position: int) -> bool:
@@ -54,7 +61,11 @@ class Rule(BaseModel):
         scaled = depth * (len(self.value) - 1)
         low = min(int(scaled), len(self.value) - 1)
         high, share = min(low + 1, len(self.value) - 1), scaled - low
-        return self.value[low] if share == 0 else (1 - share) * self.value[low] + share * self.value[high]
+        return (
+            self.value[low]
+            if share == 0
+            else (1 - share) * self.value[low] + share * self.value[high]
+        )
 
     def values(self) -> list[Number]:
         """Return every number that stands in the rule."""
@@ -70,7 +81,10 @@ class Schedule:
     def at(self, name: str, num_layers: int) -> Number | None:
         """Return the number for a tensor, None where no rule fits."""
         position = find_position(name, num_layers)
-        return next((rule.at(position, num_layers) for rule in self.rules if rule.holds(name, position)), None)
+        return next(
+            (rule.at(position, num_layers) for rule in self.rules if rule.holds(name, position)),
+            None,
+        )
 
     def to_json(self) -> list[dict[str, Any]]:
         """Return the schedule as rules in JSON."""
@@ -78,7 +92,9 @@ class Schedule:
 
 
 def find_position(name: str, num_layers: int) -> int:
-    """Return the layer of a tensor; −1 for embeddings, `num_layers` for what comes after the layers."""
+    """Return the layer of a tensor; −1 for embeddings, `num_layers` for what comes after the
+    layers.
+    """
     layer = layer_of(name)
     if layer is not None:
         return layer
@@ -97,8 +113,11 @@ def numeric_fields(model: type[Parameters]) -> list[str]:
     return [name for name, field in model.model_fields.items() if is_number(field.annotation)]
 
 
-def take_schedules(raw: Mapping[str, Any], model: type[Parameters], *, path: str) -> tuple[dict[str, Any], dict[str, Schedule]]:
-    """Return a mapping with the first number of every schedule in its place, and the schedules by key.
+def take_schedules(
+    raw: Mapping[str, Any], model: type[Parameters], *, path: str
+) -> tuple[dict[str, Any], dict[str, Schedule]]:
+    """Return a mapping with the first number of every schedule in its place, and the schedules by
+    key.
 
     Raises:
         RecipeError: a schedule is not valid; the message begins with the key's path.
@@ -112,11 +131,18 @@ def take_schedules(raw: Mapping[str, Any], model: type[Parameters], *, path: str
     return plain, schedules
 
 
-def parse_schedule(value: Sequence[Any], model: type[Parameters], key: str, *, path: str) -> Schedule:
+def parse_schedule(
+    value: Sequence[Any], model: type[Parameters], key: str, *, path: str
+) -> Schedule:
     """Return the schedule that a list stands for. Raises RecipeError."""
     if not value:
-        raise RecipeError(f"{path}: is an empty list; give numbers (a gradient over depth) or rules {{value, layers, pattern}}")
-    items = list(value) if any(isinstance(item, dict) for item in value) else [{"value": list(value)}]
+        raise RecipeError(
+            f"{path}: is an empty list; give numbers (a gradient over depth) or rules {{value,"
+            " layers, pattern}"
+        )
+    items = (
+        list(value) if any(isinstance(item, dict) for item in value) else [{"value": list(value)}]
+    )
     field = model.model_fields[key]
     kind: Any = Annotated[(field.annotation, field, *field.metadata)]
     adapter: TypeAdapter[Any] = TypeAdapter(kind)
@@ -130,7 +156,10 @@ def parse_schedule(value: Sequence[Any], model: type[Parameters], key: str, *, p
         except ValidationError as error:
             detail = error.errors()[0]
             reason = detail["ctx"]["error"] if detail["type"] == "value_error" else detail["msg"]
-            raise RecipeError(f"{where}: {reason}; a rule has a 'value', and may have 'layers: [first, last]' and a 'pattern'") from None
+            raise RecipeError(
+                f"{where}: {reason}; a rule has a 'value', and may have 'layers: [first, last]' and"
+                " a 'pattern'"
+            ) from None
         if isinstance(rule.value, list) and not rule.value:
             raise RecipeError(f"{where}.value: is an empty list")
         if rule.layers is not None and rule.layers[0] > rule.layers[1]:
@@ -138,31 +167,54 @@ def parse_schedule(value: Sequence[Any], model: type[Parameters], key: str, *, p
         rules.append(rule)
     for index, rule in enumerate(rules[:-1]):
         if rule.layers is None and rule.pattern is None:
-            raise RecipeError(f"{path}.{index}: holds for every tensor, so the rules after it have no effect. Move it to the end")
+            raise RecipeError(
+                f"{path}.{index}: holds for every tensor, so the rules after it have no effect."
+                " Move it to the end"
+            )
     return Schedule(tuple(rules))
 
 
 def resolve(
-    parameters: Mapping[str, Any], schedules: Mapping[str, Schedule], model: type[Parameters], *, name: str, num_layers: int
+    parameters: Mapping[str, Any],
+    schedules: Mapping[str, Schedule],
+    model: type[Parameters],
+    *,
+    name: str,
+    num_layers: int,
 ) -> dict[str, Any]:
     """Return the parameters that hold for one tensor."""
     resolved = dict(parameters)
     for key, schedule in schedules.items():
         number = schedule.at(name, num_layers)
         if number is None and model.model_fields[key].is_required():
-            raise RecipeError(f"{key}: no rule fits {name}, and there is no default. Add a rule without 'layers' and 'pattern' at the end")
+            raise RecipeError(
+                f"{key}: no rule fits {name}, and there is no default. Add a rule without 'layers'"
+                " and 'pattern' at the end"
+            )
         resolved[key] = model.model_fields[key].get_default() if number is None else number
     return resolved
 
 
 def schedule_schema(number: dict[str, Any]) -> dict[str, Any]:
     """Return the JSON schema of a number for which a schedule may stand."""
-    kept: dict[str, Any] = {key: number.pop(key) for key in ("default", "description", "title") if key in number}
+    kept: dict[str, Any] = {
+        key: number.pop(key) for key in ("default", "description", "title") if key in number
+    }
     rule = Rule.model_json_schema()
     return kept | {
         "anyOf": [
             number,
-            {"type": "array", "items": {"type": "number"}, "minItems": 1, "description": "a gradient over depth"},
-            {"type": "array", "items": rule, "minItems": 1, "description": "rules; the first that fits a tensor decides"},
+            {
+                "type": "array",
+                "items": {"type": "number"},
+                "minItems": 1,
+                "description": "a gradient over depth",
+            },
+            {
+                "type": "array",
+                "items": rule,
+                "minItems": 1,
+                "description": "rules; the first that fits a tensor decides",
+            },
         ]
     }

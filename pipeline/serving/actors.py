@@ -1,4 +1,6 @@
-"""A composite held by several Ray actors in a placement group, one per device: tensor parallel, as with torchrun."""
+"""A composite held by several Ray actors in a placement group, one per device: tensor parallel, as
+with torchrun.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,16 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from mmerge.manifests.errors import MmergeError, PlacementError, RankLost
 from mmerge.pipeline.execution.executor import RayExecutor
-from mmerge.workers.composite.model import Composite
 from mmerge.workers.composite.loader import LoadReport, Mode, load_composite
-from mmerge.workers.modalities.prompt import Part
+from mmerge.workers.composite.model import Composite
 from mmerge.workers.composite.process_group import DEFAULT_TIMEOUT_S, Ranks, open_ranks
 from mmerge.workers.composite.routed_linear import Policy
+from mmerge.workers.modalities.prompt import Part
 
 GRACE_S = 10.0
-"""Seconds that the other ranks have to say what they saw when one has failed: the first to be heard need not be the cause."""
+"""Seconds that the other ranks have to say what they saw when one has failed: the first to be heard
+need not be the cause.
+"""
 START_TIMEOUT_S = 300.0
 
 
@@ -37,7 +41,9 @@ class RankActor:
         self._composite: Composite | None = None
 
     def find_place(self) -> tuple[str, int]:
-        """Return this node's address and a port that is free on it, where the ranks meet if this is the first."""
+        """Return this node's address and a port that is free on it, where the ranks meet if this is
+        the first.
+        """
         with socket.socket() as free:
             free.bind(("", 0))
             return str(ray.util.get_node_ip_address()), int(free.getsockname()[1])
@@ -46,10 +52,27 @@ class RankActor:
         """Return the process that this rank is, for those who watch it."""
         return os.getpid()
 
-    def load(self, uri: str, *, rank: int, num_ranks: int, place: tuple[str, int], timeout_s: float, options: dict[str, Any]) -> None:
-        """Join the other ranks and load this one's part. The variables are those that torchrun sets; Ray shows each actor its own GPU as the first."""
+    def load(
+        self,
+        uri: str,
+        *,
+        rank: int,
+        num_ranks: int,
+        place: tuple[str, int],
+        timeout_s: float,
+        options: dict[str, Any],
+    ) -> None:
+        """Join the other ranks and load this one's part. The variables are those that torchrun
+        sets; Ray shows each actor its own GPU as the first.
+        """
         address, port = place
-        names = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": num_ranks, "MASTER_ADDR": address, "MASTER_PORT": port}
+        names = {
+            "RANK": rank,
+            "LOCAL_RANK": 0,
+            "WORLD_SIZE": num_ranks,
+            "MASTER_ADDR": address,
+            "MASTER_PORT": port,
+        }
         os.environ.update({name: str(value) for name, value in names.items()})
         self._ranks = open_ranks(device=options["device"], timeout_s=timeout_s)
         self._composite = load_composite(uri, ranks=self._ranks, **options)
@@ -69,7 +92,9 @@ class RankActor:
         assert self._composite is not None
         return self._composite.logits(parts).cpu()
 
-    def generate_batch(self, prompts: Sequence[Sequence[Part]], options: dict[str, Any]) -> list[str]:
+    def generate_batch(
+        self, prompts: Sequence[Sequence[Part]], options: dict[str, Any]
+    ) -> list[str]:
         """See Composite."""
         assert self._composite is not None
         return self._composite.generate_batch(prompts, **options)
@@ -80,7 +105,9 @@ class RankActor:
 
 
 class ActorComposite:
-    """A composite on actors. Made by `load_on_actors`; a rank that fails to load or dies ends all of them, with one error."""
+    """A composite on actors. Made by `load_on_actors`; a rank that fails to load or dies ends all
+    of them, with one error.
+    """
 
     def __init__(self, actors: Sequence[Any], group: Any, executor: RayExecutor) -> None:
         self._actors, self._group, self._executor = list(actors), group, executor
@@ -93,14 +120,20 @@ class ActorComposite:
         return found
 
     def logits(self, parts: Sequence[Part]) -> torch.Tensor:
-        """Return the logits of every position of a prompt, [tokens, vocabulary]. Files are read by the actors, on their nodes."""
+        """Return the logits of every position of a prompt, [tokens, vocabulary]. Files are read by
+        the actors, on their nodes.
+        """
         found: torch.Tensor = self._call("logits", list(parts))[0]
         return found
 
-    def generate_batch(self, prompts: Sequence[Sequence[Part]], *, max_new_tokens: int = 64, **options: Any) -> list[str]:
+    def generate_batch(
+        self, prompts: Sequence[Sequence[Part]], *, max_new_tokens: int = 64, **options: Any
+    ) -> list[str]:
         """Return one answer per prompt. Options and errors as of `Composite.generate_batch`."""
         given = {"max_new_tokens": max_new_tokens} | options
-        found: list[str] = self._call("generate_batch", [list(parts) for parts in prompts], given)[0]
+        found: list[str] = self._call("generate_batch", [list(parts) for parts in prompts], given)[
+            0
+        ]
         return found
 
     def close(self) -> None:
@@ -115,7 +148,12 @@ class ActorComposite:
     def __enter__(self) -> ActorComposite:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def _end(self, actors: Sequence[Any]) -> None:
@@ -128,13 +166,17 @@ class ActorComposite:
         return self._gather([getattr(actor, name).remote(*arguments) for actor in self._actors])
 
     def _gather(self, waiting: Sequence[Any]) -> list[Any]:
-        """Return what every rank returns. When one is gone or out of step, all are ended and the error that says why is raised."""
+        """Return what every rank returns. When one is gone or out of step, all are ended and the
+        error that says why is raised.
+        """
         if not waiting:
             raise RankLost("this composite's actors have ended; load it again")
         failures: dict[int, BaseException] = {}
         left, until = list(waiting), None
         while left and (until is None or time.monotonic() < until):
-            ready, left = ray.wait(left, timeout=None if until is None else max(0.0, until - time.monotonic()))
+            ready, left = ray.wait(
+                left, timeout=None if until is None else max(0.0, until - time.monotonic())
+            )
             for each in ready:
                 try:
                     ray.get(each)
@@ -145,19 +187,26 @@ class ActorComposite:
             return list(ray.get(list(waiting)))
         rank, failure = _choose(failures)
         cause = _cause(failure)
-        if not isinstance(cause, MmergeError) or isinstance(cause, RankLost) or len(failures) < len(waiting):
+        if (
+            not isinstance(cause, MmergeError)
+            or isinstance(cause, RankLost)
+            or len(failures) < len(waiting)
+        ):
             actors, self._actors = self._actors, []
             self._end(actors)
         if isinstance(failure, (ActorDiedError, ActorUnavailableError)):
             first = str(failure).strip().splitlines()[0]
             raise RankLost(
-                f"rank {rank} of {len(waiting)}: its Ray actor ended ({first}). The others were ended too; load again"
+                f"rank {rank} of {len(waiting)}: its Ray actor ended ({first}). The others were"
+                " ended too; load again"
             ) from failure
         raise cause from failure
 
 
 def _choose(failures: dict[int, BaseException]) -> tuple[int, BaseException]:
-    """Return the failure that is nearest to the cause: an actor that ended, then what is no consequence of another rank's end."""
+    """Return the failure that is nearest to the cause: an actor that ended, then what is no
+    consequence of another rank's end.
+    """
 
     def distance(item: tuple[int, BaseException]) -> tuple[int, int]:
         rank, error = item
@@ -186,19 +235,22 @@ def load_on_actors(
     cpus_per_rank: float = 1,
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> ActorComposite:
-    """Return the composite at `uri` on `num_ranks` Ray actors in one placement group (PACK), each with a part of every matrix.
+    """Return the composite at `uri` on `num_ranks` Ray actors in one placement group (PACK), each
+    with a part of every matrix.
 
     Args:
         uri: as of `load_composite`; every node must see it.
         num_ranks: actors, and GPUs with `device="cuda"`.
-        address: of the Ray cluster; the one that this process is connected to or RAY_ADDRESS, else a local one, if absent.
+        address: of the Ray cluster; the one that this process is connected to or RAY_ADDRESS, else
+            a local one, if absent.
         mode, expert, dtype, policy: as of `load_composite`.
         device: `cpu` (gloo) or `cuda` (nccl; one GPU per actor).
         cpus_per_rank: cores that Ray counts for each.
         timeout_s: seconds that a rank waits for the others before it gives up.
 
     Raises:
-        PlacementError: the cluster has not the cores or GPUs, or the model cannot be divided over so many ranks.
+        PlacementError: the cluster has not the cores or GPUs, or the model cannot be divided over
+            so many ranks.
         RankLost: an actor ended.
         ManifestError, StoreError, CheckpointError: as of `load_composite`.
     """
@@ -209,15 +261,32 @@ def load_on_actors(
     _await_group(group, bundle, num_ranks, executor)
     actor_class = ray.remote(num_cpus=cpus_per_rank, num_gpus=bundle.get("GPU", 0))(RankActor)
     actors = [
-        actor_class.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)).remote()
+        actor_class.options(
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                group, placement_group_bundle_index=rank
+            )
+        ).remote()
         for rank in range(num_ranks)
     ]
     composite = ActorComposite(actors, group, executor)
     try:
         place = composite._gather([actors[0].find_place.remote()])[0]
-        options = {"mode": mode, "expert": expert, "device": device, "dtype": dtype, "policy": policy}
-        shared = {"num_ranks": num_ranks, "place": place, "timeout_s": timeout_s, "options": options}
-        composite._gather([actor.load.remote(uri, rank=rank, **shared) for rank, actor in enumerate(actors)])
+        options = {
+            "mode": mode,
+            "expert": expert,
+            "device": device,
+            "dtype": dtype,
+            "policy": policy,
+        }
+        shared = {
+            "num_ranks": num_ranks,
+            "place": place,
+            "timeout_s": timeout_s,
+            "options": options,
+        }
+        composite._gather(
+            [actor.load.remote(uri, rank=rank, **shared) for rank, actor in enumerate(actors)]
+        )
         composite.load_reports = composite._gather([actors[0].reports.remote()])[0]
     except BaseException:
         composite.close()
@@ -225,8 +294,12 @@ def load_on_actors(
     return composite
 
 
-def _await_group(group: Any, bundle: dict[str, float], num_ranks: int, executor: RayExecutor) -> None:
-    """Wait until the placement group has its devices. Raises PlacementError at once where the cluster can never have them."""
+def _await_group(
+    group: Any, bundle: dict[str, float], num_ranks: int, executor: RayExecutor
+) -> None:
+    """Wait until the placement group has its devices. Raises PlacementError at once where the
+    cluster can never have them.
+    """
     total = ray.cluster_resources()
     lacking = [name for name, amount in bundle.items() if total.get(name, 0) < amount * num_ranks]
     if not lacking and group.wait(timeout_seconds=START_TIMEOUT_S):
@@ -235,5 +308,10 @@ def _await_group(group: Any, bundle: dict[str, float], num_ranks: int, executor:
     executor.close()
     wanted = ", ".join(f"{amount * num_ranks:g} {name}" for name, amount in bundle.items())
     there = ", ".join(f"{total.get(name, 0):g} {name}" for name in bundle)
-    state = "has" if lacking else f"did not have them free within {START_TIMEOUT_S:g} s; in all it has"
-    raise PlacementError(f"{num_ranks} ranks need {wanted}; the Ray cluster {state} {there}. Use fewer ranks, or a larger cluster")
+    state = (
+        "has" if lacking else f"did not have them free within {START_TIMEOUT_S:g} s; in all it has"
+    )
+    raise PlacementError(
+        f"{num_ranks} ranks need {wanted}; the Ray cluster {state} {there}. Use fewer ranks, or a"
+        " larger cluster"
+    )

@@ -1,7 +1,8 @@
 """A composite behind HTTP, as a Ray Serve application: what `infra/kubernetes/base/service` runs.
 
-A request is JSON: `{"question": "…", "media": [{"kind": "image", "data": "<base64 of a file>"}], "max_new_tokens": 64}`; the answer is
-`{"answer": "…", "build": "…"}`, or with status 400 `{"error": "…"}`.
+A request is JSON: `{"question": "…", "media": [{"kind": "image", "data": "<base64 of a file>"}],
+"max_new_tokens": 64}`; the answer is `{"answer": "…", "build": "…"}`, or with status 400 `{"error":
+"…"}`.
 """
 
 from __future__ import annotations
@@ -57,16 +58,28 @@ class Answerer:
 
     def __init__(self, arguments: Arguments) -> None:
         mode: Any = "retention" if arguments.expert else "expansion"
-        self._composite = load_composite(arguments.uri, mode=mode, expert=arguments.expert, device=arguments.device)
+        self._composite = load_composite(
+            arguments.uri, mode=mode, expert=arguments.expert, device=arguments.device
+        )
 
     def answer(self, raw: object) -> dict[str, str]:
-        """Return the answer to a request. Raises PromptError when it cannot be understood or answered."""
+        """Return the answer to a request. Raises PromptError when it cannot be understood or
+        answered.
+        """
         try:
             asked = Question.model_validate(raw)
         except ValidationError as error:
-            raise PromptError("; ".join(f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors())) from None
+            raise PromptError(
+                "; ".join(
+                    f"{'.'.join(map(str, found['loc']))}: {found['msg']}"
+                    for found in error.errors()
+                )
+            ) from None
         with tempfile.TemporaryDirectory() as folder:
-            parts = [_to_part(medium, Path(folder) / str(index)) for index, medium in enumerate(asked.media)]
+            parts = [
+                _to_part(medium, Path(folder) / str(index))
+                for index, medium in enumerate(asked.media)
+            ]
             prompt = self._composite.prompt(asked.question, parts)
             text = self._composite.generate(prompt, max_new_tokens=asked.max_new_tokens)
         return {"answer": text, "build": self._composite.manifest.build}
@@ -104,6 +117,8 @@ class CompositeServer:
 
 
 def make_app(args: dict[str, Any]) -> Any:
-    """Return the application. Raises ValidationError when `args` do not fit `Arguments`, before a replica starts."""
+    """Return the application. Raises ValidationError when `args` do not fit `Arguments`, before a
+    replica starts.
+    """
     deployment: Any = CompositeServer  # what the decorator makes of the class
     return deployment.bind(Arguments.model_validate(args).model_dump())

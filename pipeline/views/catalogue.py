@@ -1,4 +1,6 @@
-"""The methods there are, with parameters and sources: for people on the command line, and as the tables of docs/methods.md."""
+"""The methods there are, with parameters and sources: for people on the command line, and as the
+tables of docs/methods.md.
+"""
 
 from __future__ import annotations
 
@@ -31,15 +33,29 @@ class ParameterLine:
 
 def list_parameters(method: Method) -> Iterator[ParameterLine]:
     """Yield the parameters of a method: of the recipe, then of each expert."""
-    for place, model in (("", method.parameters_model), ("experts.NAME.", method.expert_parameters_model)):
+    for place, model in (
+        ("", method.parameters_model),
+        ("experts.NAME.", method.expert_parameters_model),
+    ):
         yield from _list_fields(place, model)
 
 
 def _list_fields(place: str, model: type[Parameters]) -> Iterator[ParameterLine]:
     for name, field in model.model_fields.items():
-        default = "" if field.is_required() or field.default is None else _to_yaml(field.get_default(call_default_factory=True))
+        default = (
+            ""
+            if field.is_required() or field.default is None
+            else _to_yaml(field.get_default(call_default_factory=True))
+        )
         choices = tuple(choice for choice in get_args(field.annotation) if isinstance(choice, str))
-        yield ParameterLine(place + name, default, choices, field.is_required(), is_number(field.annotation), field.description or "")
+        yield ParameterLine(
+            place + name,
+            default,
+            choices,
+            field.is_required(),
+            is_number(field.annotation),
+            field.description or "",
+        )
 
 
 def _to_yaml(value: Any) -> str:
@@ -49,7 +65,9 @@ def _to_yaml(value: Any) -> str:
 def describe_experts(method: Method) -> str:
     """Return how many experts a method takes, and whether it needs a base."""
     low, high = method.min_experts, method.max_experts
-    count = f"{low}" if low == high else f"{low} to {high}" if high is not None else f"{low} or more"
+    count = (
+        f"{low}" if low == high else f"{low} to {high}" if high is not None else f"{low} or more"
+    )
     noun = "expert" if count == "1" else "experts"
     return f"{count} {noun}" + ("" if method.needs_base else ", the base may be left out")
 
@@ -62,20 +80,41 @@ def summarise(method: Method) -> str:
 def print_methods(console: Console) -> None:
     """Print every method with its parameters and its source."""
     for method in METHODS.values():
-        console.print(f"[bold]{method.name}[/] ({method.kind}; {describe_experts(method)}): {escape(summarise(method))}")
+        console.print(
+            f"[bold]{method.name}[/] ({method.kind}; {describe_experts(method)}):"
+            f" {escape(summarise(method))}"
+        )
         console.print(f"  {escape(method.source)}")
         for line in list_parameters(method):
-            default = " (required)" if line.is_required else f" (default {line.default})" if line.default else ""
+            default = (
+                " (required)"
+                if line.is_required
+                else f" (default {line.default})"
+                if line.default
+                else ""
+            )
             choices = f" [{', '.join(line.choices)}]" if line.choices else ""
-            console.print(f"    {line.name}{default}: {escape(line.description + choices)}", highlight=False)
-    console.print("\nA number may also be a gradient over depth, or rules by layers and tensor names: docs/methods.md", highlight=False)
+            console.print(
+                f"    {line.name}{default}: {escape(line.description + choices)}", highlight=False
+            )
+    console.print(
+        "\nA number may also be a gradient over depth, or rules by layers and tensor names:"
+        " docs/methods.md",
+        highlight=False,
+    )
 
 
 def methods_to_markdown() -> str:
     """Return the tables of docs/methods.md: all methods, then the parameters of each."""
     lines = ["| method | build | takes | what it computes | source |", "|---|---|---|---|---|"]
     for method in METHODS.values():
-        cells = (f"[`{method.name}`](#{method.name})", method.kind, describe_experts(method), summarise(method), method.source)
+        cells = (
+            f"[`{method.name}`](#{method.name})",
+            method.kind,
+            describe_experts(method),
+            summarise(method),
+            method.source,
+        )
         lines.append(_to_row(cells))
     for method in METHODS.values():
         lines += ["", f"### {method.name}", ""]
@@ -85,7 +124,9 @@ def methods_to_markdown() -> str:
             continue
         lines += ["| parameter | default | meaning |", "|---|---|---|"]
         for line in found:
-            choices = f" ({', '.join(f'`{choice}`' for choice in line.choices)})" if line.choices else ""
+            choices = (
+                f" ({', '.join(f'`{choice}`' for choice in line.choices)})" if line.choices else ""
+            )
             default = "required" if line.is_required else line.default
             lines.append(_to_row((f"`{line.name}`", default, line.description + choices)))
     return "\n".join(lines) + "\n"

@@ -8,9 +8,14 @@ from typing import Any
 
 from mmerge.manifests.errors import ManifestError
 from mmerge.manifests.format.manifest import Manifest, manifest_key
-from mmerge.manifests.format.references import Reference, find_build, list_references, read_reference
-from mmerge.manifests.stores.object_store import Store
+from mmerge.manifests.format.references import (
+    Reference,
+    find_build,
+    list_references,
+    read_reference,
+)
 from mmerge.manifests.format.table import StoredRow, layer_of
+from mmerge.manifests.stores.object_store import Store
 from mmerge.pipeline.views.show import BuildSummary, read_build, summarise_masks
 
 Change = tuple[str, Any, Any]
@@ -51,9 +56,13 @@ class Difference:
 
 
 def compare_builds(uri: str, other_uri: str) -> Difference:
-    """Return what changed from the build at `uri` to the one at `other_uri`. Raises StoreError, ManifestError."""
+    """Return what changed from the build at `uri` to the one at `other_uri`. Raises StoreError,
+    ManifestError.
+    """
     one, other = read_build(uri), read_build(other_uri)
-    before, after = ({entry.key: entry.num_bytes for entry in found.manifest.entries} for found in (one, other))
+    before, after = (
+        {entry.key: entry.num_bytes for entry in found.manifest.entries} for found in (one, other)
+    )
     shared, new = before.keys() & after.keys(), after.keys() - before.keys()
     return Difference(
         one=one.manifest,
@@ -70,15 +79,26 @@ def compare_builds(uri: str, other_uri: str) -> Difference:
 
 def _changes(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
     names = [*before, *(name for name in after if name not in before)]
-    return [(name, before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)]
+    return [
+        (name, before.get(name), after.get(name))
+        for name in names
+        if before.get(name) != after.get(name)
+    ]
 
 
 def _inputs(manifest: Manifest) -> dict[str, Any]:
-    return {"base": manifest.base.revision} | {f"expert {expert.name!r}": expert.revision for expert in manifest.experts}
+    return {"base": manifest.base.revision} | {
+        f"expert {expert.name!r}": expert.revision for expert in manifest.experts
+    }
 
 
 def _numbers(manifest: Manifest) -> dict[str, Any]:
-    found: dict[str, Any] = {"method": manifest.method, "merge": manifest.merge, "dtype": manifest.dtype, "template": manifest.template}
+    found: dict[str, Any] = {
+        "method": manifest.method,
+        "merge": manifest.merge,
+        "dtype": manifest.dtype,
+        "template": manifest.template,
+    }
     found |= manifest.parameters
     for expert in manifest.experts:
         found |= {f"{expert.name}.{name}": value for name, value in expert.parameters.items()}
@@ -93,9 +113,19 @@ def _compare_layers(one: BuildSummary, other: BuildSummary) -> list[LayerChange]
             changed[layer_of(key[0])] += 1
     layers = []
     for layer in sorted(changed, key=lambda number: (number is not None, number or 0)):
-        densities = [{mask.expert: mask.density for mask in _masks(found, layer)} for found in (one, other)]
-        both = {name: (densities[0][name], densities[1][name]) for name in densities[0] if name in densities[1]}
-        layers.append(LayerChange(layer, changed[layer], both, (_norm(one.rows, layer), _norm(other.rows, layer))))
+        densities = [
+            {mask.expert: mask.density for mask in _masks(found, layer)} for found in (one, other)
+        ]
+        both = {
+            name: (densities[0][name], densities[1][name])
+            for name in densities[0]
+            if name in densities[1]
+        }
+        layers.append(
+            LayerChange(
+                layer, changed[layer], both, (_norm(one.rows, layer), _norm(other.rows, layer))
+            )
+        )
     return layers
 
 
@@ -105,11 +135,19 @@ def _masks(found: BuildSummary, layer: int | None) -> Any:
 
 
 def _digests(rows: tuple[StoredRow, ...]) -> dict[tuple[str, str, str, int], str]:
-    return {(row.name, row.role, row.expert, row.row_start): row.digest for row in rows if row.role != "base"}
+    return {
+        (row.name, row.role, row.expert, row.row_start): row.digest
+        for row in rows
+        if row.role != "base"
+    }
 
 
 def _norm(rows: tuple[StoredRow, ...], layer: int | None) -> float | None:
-    norms = [row.statistics.delta_norm for row in rows if row.role == "delta" and row.statistics and layer_of(row.name) == layer]
+    norms = [
+        row.statistics.delta_norm
+        for row in rows
+        if row.role == "delta" and row.statistics and layer_of(row.name) == layer
+    ]
     found = [norm for norm in norms if norm is not None]
     return sum(norm**2 for norm in found) ** 0.5 if found else None
 
@@ -133,7 +171,9 @@ def read_log(store: Store, name: str) -> list[LogLine]:
         find_build(store, "")
         name = next(iter(references))
     if name not in references:
-        raise ManifestError(f"{store.uri}: no composite {name!r}; names there: {', '.join(references) or 'none'}")
+        raise ManifestError(
+            f"{store.uri}: no composite {name!r}; names there: {', '.join(references) or 'none'}"
+        )
     found = [read_reference(store, name, number) for number in reversed(references[name])]
     return [LogLine(reference, store.exists(manifest_key(reference.build))) for reference in found]
 
@@ -144,6 +184,11 @@ def difference_to_json(found: Difference) -> dict[str, Any]:
         "builds": [found.one.build, found.other.build],
         "inputs": [list(change) for change in found.inputs],
         "numbers": [list(change) for change in found.numbers],
-        "objects": {"shared": found.num_shared, "shared_bytes": found.shared_bytes, "new": found.num_new, "new_bytes": found.new_bytes},
+        "objects": {
+            "shared": found.num_shared,
+            "shared_bytes": found.shared_bytes,
+            "new": found.num_new,
+            "new_bytes": found.new_bytes,
+        },
         "layers": [vars(layer) for layer in found.layers],
     }

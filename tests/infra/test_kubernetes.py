@@ -1,4 +1,6 @@
-"""The files for Kubernetes say only what the operators understand, start every node with authentication, and hold no secret."""
+"""The files for Kubernetes say only what the operators understand, start every node with
+authentication, and hold no secret.
+"""
 
 from __future__ import annotations
 
@@ -33,12 +35,16 @@ def documents(path: Path) -> list[dict[str, Any]]:
     return [document for document in yaml.safe_load_all(path.read_text()) if document]
 
 
-RESOURCES = [(path, document) for path in FILES for document in documents(path) if "kind" in document]
+RESOURCES = [
+    (path, document) for path in FILES for document in documents(path) if "kind" in document
+]
 RAY_RESOURCES = [document for _, document in RESOURCES if document["kind"] in RAY_KINDS]
 
 
 def close(schema: Any) -> Any:
-    """The structural schema with every object closed, so that a key that it does not know is an error."""
+    """The structural schema with every object closed, so that a key that it does not know is an
+    error.
+    """
     if not isinstance(schema, dict):
         return schema
     if schema.get("x-kubernetes-preserve-unknown-fields"):
@@ -71,9 +77,17 @@ def read_validator(kind: str) -> Any:
     return jsonschema.Draft202012Validator(schema)
 
 
-def walk(node: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+def walk(
+    node: Any, path: tuple[str | int, ...] = ()
+) -> Iterator[tuple[tuple[str | int, ...], Any]]:
     yield path, node
-    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    children = (
+        node.items()
+        if isinstance(node, dict)
+        else enumerate(node)
+        if isinstance(node, list)
+        else ()
+    )
     for key, child in children:
         yield from walk(child, (*path, key))
 
@@ -100,7 +114,11 @@ def test_ray_resources_fit_the_operators_schema(document: dict[str, Any]) -> Non
 def test_a_misspelt_key_fails_wherever_it_stands(document: dict[str, Any]) -> None:
     validator = read_validator(document["kind"])
     free = ("rayStartParams", "requests", "limits", "labels", "annotations", "metadata")
-    places = [path for path, node in walk(document) if isinstance(node, dict) and not set(path) & set(free)]
+    places = [
+        path
+        for path, node in walk(document)
+        if isinstance(node, dict) and not set(path) & set(free)
+    ]
     assert len(places) > 20
     for path in places:
         spoilt = copy.deepcopy(document)
@@ -121,17 +139,28 @@ def test_a_renamed_key_fails() -> None:
 
 @pytest.mark.parametrize("document", RAY_RESOURCES, ids=lambda document: document["kind"])
 def test_every_cluster_states_its_authentication(document: dict[str, Any]) -> None:
-    specs = [node for _, node in walk(document) if isinstance(node, dict) and "headGroupSpec" in node]
-    assert [spec["authOptions"] for spec in specs] == [{"mode": "token", "secretName": "mmerge-ray-token"}]
+    specs = [
+        node for _, node in walk(document) if isinstance(node, dict) and "headGroupSpec" in node
+    ]
+    assert [spec["authOptions"] for spec in specs] == [
+        {"mode": "token", "secretName": "mmerge-ray-token"}
+    ]
 
 
-@pytest.mark.parametrize("document", [document for _, document in RESOURCES if pods(document)], ids=lambda document: document["kind"])
+@pytest.mark.parametrize(
+    "document",
+    [document for _, document in RESOURCES if pods(document)],
+    ids=lambda document: document["kind"],
+)
 def test_no_container_runs_as_root_or_may_become_it(document: dict[str, Any]) -> None:
     for pod in pods(document):
         assert pod["securityContext"]["runAsNonRoot"] is True
         assert pod["automountServiceAccountToken"] is False
         for container in pod["containers"]:
-            assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "capabilities": {"drop": ["ALL"]},
+            }
             assert container["resources"]["limits"]["memory"]
 
 
@@ -165,14 +194,28 @@ def test_no_file_holds_a_secret() -> None:
     for path, document in RESOURCES:
         assert document["kind"] != "Secret", path
         for place, node in walk(document):
-            if place and isinstance(node, str) and re.search(r"(?i)secret_access_key|password|auth_token$", str(place[-1])):
+            if (
+                place
+                and isinstance(node, str)
+                and re.search(r"(?i)secret_access_key|password|auth_token$", str(place[-1]))
+            ):
                 pytest.fail(f"{path}: {place} is written in the open")
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl, for its kustomize")
-@pytest.mark.parametrize("folder", sorted((KUBERNETES / "overlays" / "s3").iterdir()), ids=lambda folder: folder.name)
-def test_the_s3_overlay_gives_every_container_the_secret_by_reference_and_stays_valid(folder: Path) -> None:
-    done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True, check=False, timeout=60)
+@pytest.mark.parametrize(
+    "folder", sorted((KUBERNETES / "overlays" / "s3").iterdir()), ids=lambda folder: folder.name
+)
+def test_the_s3_overlay_gives_every_container_the_secret_by_reference_and_stays_valid(
+    folder: Path,
+) -> None:
+    done = subprocess.run(
+        ["kubectl", "kustomize", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stderr
     rendered = [document for document in yaml.safe_load_all(done.stdout) if pods(document)]
     assert len(rendered) == 1
@@ -187,7 +230,15 @@ def test_every_kustomization_names_files_that_are_there() -> None:
     assert len(found) >= 12
     for path in found:
         (document,) = documents(path)
-        assert set(document) <= {"apiVersion", "kind", "resources", "components", "patches", "configMapGenerator", "generatorOptions"}
+        assert set(document) <= {
+            "apiVersion",
+            "kind",
+            "resources",
+            "components",
+            "patches",
+            "configMapGenerator",
+            "generatorOptions",
+        }
         for name in [*document.get("resources", []), *document.get("components", [])]:
             assert (path.parent / name).exists(), f"{path}: {name}"
 

@@ -1,4 +1,6 @@
-"""A Ray cluster of several raylets on this host, and faults that its tasks meet as a test has written them down."""
+"""A Ray cluster of several raylets on this host, and faults that its tasks meet as a test has
+written them down.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ GIB = 1 << 30
 
 
 class Faults:
-    """What happens to tasks, by shard: each fault once, in whichever worker meets it first. Workers note when they begin and end."""
+    """What happens to tasks, by shard: each fault once, in whichever worker meets it first. Workers
+    note when they begin and end.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -37,25 +41,45 @@ class Faults:
         (self.folder / "release").unlink(missing_ok=True)
 
     def set(self, shard: str, action: str) -> None:
-        """`wait` until released, `kill` the worker, `eat` memory until somebody ends it; `slow` takes a second."""
+        """`wait` until released, `kill` the worker, `eat` memory until somebody ends it; `slow`
+        takes a second.
+        """
         (self.folder / "faults" / f"{shard.replace('/', '_')}@{action}").write_text("")
 
     def await_end_of(self, begun: dict[str, Any], *, seconds: float = 30) -> None:
         """Wait until the attempt that began so has ended by itself."""
-        until(lambda: [event for event in self.events(kind="end", shard=begun["shard"]) if event["pid"] == begun["pid"]], seconds=seconds)
+        until(
+            lambda: [
+                event
+                for event in self.events(kind="end", shard=begun["shard"])
+                if event["pid"] == begun["pid"]
+            ],
+            seconds=seconds,
+        )
 
     def await_end_of_workers(self, *others: int, seconds: float = 30) -> None:
-        """Wait until no process that ever began a task of this script is left, nor any of the others."""
-        until(lambda: not any(map(is_alive, (*others, *(event["pid"] for event in self.events())))), seconds=seconds)
+        """Wait until no process that ever began a task of this script is left, nor any of the
+        others.
+        """
+        until(
+            lambda: not any(map(is_alive, (*others, *(event["pid"] for event in self.events())))),
+            seconds=seconds,
+        )
 
     def release(self) -> None:
         (self.folder / "release").write_text("")
 
     def events(self, *, kind: str = "begin", shard: str | None = None) -> list[dict[str, Any]]:
-        found = [json.loads(path.read_text()) for path in sorted((self.folder / "events").glob("*.json"))]
-        return [event for event in found if event["kind"] == kind and shard in (None, event["shard"])]
+        found = [
+            json.loads(path.read_text()) for path in sorted((self.folder / "events").glob("*.json"))
+        ]
+        return [
+            event for event in found if event["kind"] == kind and shard in (None, event["shard"])
+        ]
 
-    def await_event(self, *, kind: str = "begin", shard: str, seconds: float = 60) -> dict[str, Any]:
+    def await_event(
+        self, *, kind: str = "begin", shard: str, seconds: float = 60
+    ) -> dict[str, Any]:
         return until(lambda: self.events(kind=kind, shard=shard), seconds=seconds)[0]
 
     def make_hook(self) -> Callable[[], None]:
@@ -77,8 +101,18 @@ class Faults:
             root, original = Path(folder), module.run_task
 
             def note(kind: str, shard: str) -> None:
-                node, address = ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
-                event = {"kind": kind, "shard": shard, "pid": os.getpid(), "node": node, "address": address, "time": time.time()}
+                node, address = (
+                    ray.get_runtime_context().get_node_id(),
+                    ray.util.get_node_ip_address(),
+                )
+                event = {
+                    "kind": kind,
+                    "shard": shard,
+                    "pid": os.getpid(),
+                    "node": node,
+                    "address": address,
+                    "time": time.time(),
+                }
                 path = root / "events" / f"{time.time_ns()}-{uuid.uuid4().hex[:8]}"
                 path.write_text(json.dumps(event))
                 path.rename(path.with_suffix(".json"))
@@ -169,25 +203,54 @@ main(sys.argv[3:])
 
 @pytest.fixture
 def drive(lab: Any, faults: Faults) -> Callable[..., subprocess.Popen[str]]:
-    """Starts another driver: `mmerge run` in a process of its own, its workers with the test's faults."""
+    """Starts another driver: `mmerge run` in a process of its own, its workers with the test's
+    faults.
+    """
     import cloudpickle
 
     def start(
-        address: str, raw: dict[str, Any], *, output: str = "store", options: Sequence[str] = (), prefix: Sequence[str] = ()
+        address: str,
+        raw: dict[str, Any],
+        *,
+        output: str = "store",
+        options: Sequence[str] = (),
+        prefix: Sequence[str] = (),
     ) -> subprocess.Popen[str]:
         recipe = lab.write_recipe(raw | {"output": output}, f"{output}.yaml")
         hook = cloudpickle.dumps(faults.make_hook()).hex()
-        command = [*prefix, sys.executable, "-c", DRIVER, hook, address, "run", str(recipe), "--address", address, *options]
+        command = [
+            *prefix,
+            sys.executable,
+            "-c",
+            DRIVER,
+            hook,
+            address,
+            "run",
+            str(recipe),
+            "--address",
+            address,
+            *options,
+        ]
         environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        )
 
     return start
 
 
 def read_digests(folder: Path) -> dict[str, str]:
     """Every object, file, manifest and table of a store."""
-    found = [path for part in ("objects", "files", "builds") for path in (folder / part).rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+    found = [
+        path
+        for part in ("objects", "files", "builds")
+        for path in (folder / part).rglob("*")
+        if path.is_file()
+    ]
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in found
+    }
 
 
 @pytest.fixture
@@ -209,14 +272,24 @@ def undisturbed(lab: Any) -> tuple[dict[str, Any], dict[str, str]]:
 class RayNodes:
     """A head without cores and nodes with two logical cores each, all raylets on this host."""
 
-    def __init__(self, *, num_nodes: int, dashboard: bool = False, system_config: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        num_nodes: int,
+        dashboard: bool = False,
+        system_config: dict[str, Any] | None = None,
+    ) -> None:
         from ray.cluster_utils import Cluster
 
         os.environ["RAY_AUTH_MODE"] = "disabled"
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         # A job's entrypoint calls `python`: the one of these tests, as in an image.
         os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        fast = {"health_check_period_ms": 1000, "health_check_failure_threshold": 3, "health_check_timeout_ms": 1000}
+        fast = {
+            "health_check_period_ms": 1000,
+            "health_check_failure_threshold": 3,
+            "health_check_timeout_ms": 1000,
+        }
         if dashboard:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
@@ -236,7 +309,9 @@ class RayNodes:
         return str(self.cluster.address)
 
     def add(self) -> Any:
-        return self.cluster.add_node(num_cpus=CPUS_PER_NODE, memory=4 * GIB, object_store_memory=100 << 20)
+        return self.cluster.add_node(
+            num_cpus=CPUS_PER_NODE, memory=4 * GIB, object_store_memory=100 << 20
+        )
 
     def find(self, node_id: str) -> Any:
         return next(node for node in self.nodes if node.node_id == node_id)

@@ -1,8 +1,10 @@
-"""The bytes of base and experts, block by block: no copy on the way but the one from the page cache.
+"""The bytes of base and experts, block by block: no copy on the way but the one from the page
+cache.
 
-Local files are read by `preadv` into buffers that stay in the caches, a megabyte at a time; the system is told to fetch ahead.
-(Mapped files were tried: bringing pages into a map and out of it costs as much as the copy, and digests read a buffer that is in
-the caches sooner.) What lies behind a network is fetched ahead of its use (manifests/stores/prefetch.py).
+Local files are read by `preadv` into buffers that stay in the caches, a megabyte at a time; the
+system is told to fetch ahead. (Mapped files were tried: bringing pages into a map and out of it
+costs as much as the copy, and digests read a buffer that is in the caches sooner.) What lies behind
+a network is fetched ahead of its use (manifests/stores/prefetch.py).
 """
 
 from __future__ import annotations
@@ -23,7 +25,12 @@ from typing_extensions import override
 from mmerge.manifests.errors import NotFound, StoreError
 from mmerge.manifests.format.safetensors_header import DTYPE_BYTES
 from mmerge.manifests.stores.object_store import check_key, is_local, open_store, to_local_path
-from mmerge.workers.checkpoints.checkpoint import LowRankSource, OpenStores, TensorSource, read_source
+from mmerge.workers.checkpoints.checkpoint import (
+    LowRankSource,
+    OpenStores,
+    TensorSource,
+    read_source,
+)
 from mmerge.workers.kernels.tiles import CODES
 
 LOCAL_AHEAD_BYTES = 16 << 20
@@ -39,7 +46,8 @@ class InputBlock:
     start: int
     stop: int
     rows: Sequence[Bytes]
-    """The bytes of each source, in dtypes that kernels know; at least as many as the entries need."""
+    """The bytes of each source, in dtypes that kernels know; at least as many as the entries need.
+    """
     codes: NDArray[np.int64]
     """The dtype of each row, as kernels name it."""
     raw: tuple[memoryview, ...]
@@ -69,7 +77,9 @@ class InputBlock:
 
 
 class InputReader:
-    """Reads tensors of several checkpoints; files stay open until it closes. One per task: it is not for several threads."""
+    """Reads tensors of several checkpoints; files stay open until it closes. One per task: it is
+    not for several threads.
+    """
 
     def __init__(self) -> None:
         self._files: dict[tuple[str, str], _File] = {}
@@ -79,13 +89,21 @@ class InputReader:
     def __enter__(self) -> InputReader:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for file in self._files.values():
             file.close()
         self._files.clear()
 
-    def blocks(self, sources: Sequence[TensorSource], *, block_entries: int) -> Iterator[InputBlock]:
-        """Yield the blocks of sources that have equally many entries, in order; `block_entries` is a multiple of whole tiles.
+    def blocks(
+        self, sources: Sequence[TensorSource], *, block_entries: int
+    ) -> Iterator[InputBlock]:
+        """Yield the blocks of sources that have equally many entries, in order; `block_entries` is
+        a multiple of whole tiles.
 
         Raises:
             NotFound, StoreError: a file is gone, or shorter than its header says.
@@ -95,7 +113,10 @@ class InputReader:
         dtypes = [source.spec.dtype for source in sources]
         codes = np.array([CODES.get(dtype, 0) for dtype in dtypes], np.int64)
         streams = [self._open(source) for source in sources]
-        stays = all(stream.needs_room and dtype in CODES for stream, dtype in zip(streams, dtypes, strict=True))
+        stays = all(
+            stream.needs_room and dtype in CODES
+            for stream, dtype in zip(streams, dtypes, strict=True)
+        )
         block: InputBlock | None = None
         for start in range(0, num_entries, at_once):
             stop = min(start + at_once, num_entries)
@@ -110,12 +131,17 @@ class InputReader:
                 num_bytes = (stop - start) * DTYPE_BYTES[dtype]
                 data = stream.read(num_bytes, self._room(f"read {index}", num_bytes, stream))
                 found.append(data if stream.needs_room else self._align(data, dtype, index))
-            rows = [self._widen(data, dtype, index) for index, (data, dtype) in enumerate(zip(found, dtypes, strict=True))]
+            rows = [
+                self._widen(data, dtype, index)
+                for index, (data, dtype) in enumerate(zip(found, dtypes, strict=True))
+            ]
             block = InputBlock(start, stop, rows, codes, tuple(data.data for data in found))
             yield block
 
     def _room(self, name: str, num_bytes: int, stream: _Stream | None = None) -> Bytes:
-        """Return memory of a name that is used again and begins at a whole cache line; none for a stream that has its own."""
+        """Return memory of a name that is used again and begins at a whole cache line; none for a
+        stream that has its own.
+        """
         if stream is not None and not stream.needs_room:
             return _NO_ROOM
         if len(self._rooms.get(name, _NO_ROOM)) < num_bytes:
@@ -207,7 +233,10 @@ class _LocalStream(_Stream):
             except OSError as error:
                 raise StoreError(f"{self._file.path}: {error.strerror}") from error
             if count == 0:
-                raise StoreError(f"{self._file.path}: asked for bytes {start} to {start + num_bytes}, it ends at {self._position}")
+                raise StoreError(
+                    f"{self._file.path}: asked for bytes {start} to {start + num_bytes}, it ends at"
+                    f" {self._position}"
+                )
             view = view[count:]
             self._position += count
         return room
@@ -221,13 +250,17 @@ class _LocalStream(_Stream):
 
     def _fetch_ahead(self, num_bytes: int) -> None:
         if self._position + num_bytes + LOCAL_AHEAD_BYTES // 2 > self._fetched < self._end:
-            stop = min(max(self._fetched, self._position + num_bytes) + LOCAL_AHEAD_BYTES, self._end)
+            stop = min(
+                max(self._fetched, self._position + num_bytes) + LOCAL_AHEAD_BYTES, self._end
+            )
             self._file.fetch(self._fetched, stop)
             self._fetched = stop
 
 
 class _SourceStream(_Stream):
-    """Bytes that are fetched ahead over a network, or weights that lie in no file: a base's with a LoRA adapter."""
+    """Bytes that are fetched ahead over a network, or weights that lie in no file: a base's with a
+    LoRA adapter.
+    """
 
     needs_room = False
 
@@ -236,7 +269,9 @@ class _SourceStream(_Stream):
 
     @override
     def read(self, num_bytes: int, room: Bytes) -> Bytes:
-        data = read_source(self._source, stores=self._stores, offset=self._position, num_bytes=num_bytes)
+        data = read_source(
+            self._source, stores=self._stores, offset=self._position, num_bytes=num_bytes
+        )
         self._position += num_bytes
         return np.frombuffer(data, np.uint8)
 
@@ -247,5 +282,7 @@ def _widen_by_torch(data: memoryview, dtype: str, row: NDArray[np.uint8]) -> Non
     from mmerge.workers.checkpoints.dtypes import TORCH_DTYPES
 
     if dtype.startswith(("F", "BF")):
-        values = torch.frombuffer(data, dtype=torch.uint8).view(TORCH_DTYPES[dtype]).to(torch.float32)
+        values = (
+            torch.frombuffer(data, dtype=torch.uint8).view(TORCH_DTYPES[dtype]).to(torch.float32)
+        )
         row[: values.numel() * 4] = values.view(torch.uint8).numpy()

@@ -62,7 +62,8 @@ class _SafetensorsDtypes(Mapping["torch.dtype", str]):
 _SAFETENSORS_NAMES = {torch_name: name for name, torch_name in _NAMES.items()}
 TORCH_DTYPES: Mapping[str, torch.dtype] = _TorchDtypes()
 SAFETENSORS_DTYPES: Mapping[torch.dtype, str] = _SafetensorsDtypes()
-# Said of buffers that `view_tensor` shows. For good: filters that are put back again are not safe in threads.
+# Said of buffers that `view_tensor` shows. For good: filters that are put back again are not safe
+# in threads.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 NAMED_DTYPES: Mapping[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """The dtypes that a recipe may ask for."""
@@ -76,7 +77,9 @@ def to_tensor(data: bytes | memoryview, dtype: str) -> torch.Tensor:
 
 
 def view_tensor(data: bytes | memoryview, dtype: str) -> torch.Tensor:
-    """Return the flat tensor over these bytes without a copy; it keeps them alive, and is only to be read from."""
+    """Return the flat tensor over these bytes without a copy; it keeps them alive, and is only to
+    be read from.
+    """
     if not len(data):
         return to_tensor(data, dtype)
     raw = torch.frombuffer(data, dtype=torch.uint8)
@@ -93,21 +96,33 @@ def to_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def to_float_tensors(block: InputBlock) -> list[torch.Tensor]:
-    """Return the entries of a block of base and experts as flat float32 tensors that own their memory."""
+    """Return the entries of a block of base and experts as flat float32 tensors that own their
+    memory.
+    """
     names = ("F32", "BF16", "F16")
     found = []
     for row, code in zip(block.rows, block.codes.tolist(), strict=True):
         dtype = TORCH_DTYPES[names[code]]
-        values = torch.frombuffer(row.data, dtype=dtype, count=block.num_entries) if block.num_entries else torch.empty(0)
+        values = (
+            torch.frombuffer(row.data, dtype=dtype, count=block.num_entries)
+            if block.num_entries
+            else torch.empty(0)
+        )
         found.append(values.to(torch.float32, copy=True))
     return found
 
 
-_NAN_BITS: Mapping[str, tuple[str, int]] = {"BF16": ("I16", 0x7FC0), "F16": ("I16", 0x7E00), "F32": ("I32", 0x7FC00000)}
+_NAN_BITS: Mapping[str, tuple[str, int]] = {
+    "BF16": ("I16", 0x7FC0),
+    "F16": ("I16", 0x7E00),
+    "F32": ("I32", 0x7FC00000),
+}
 
 
 def with_one_nan(values: torch.Tensor) -> torch.Tensor:
-    """Return `values` with every NaN as the quiet NaN without sign or payload: which one arises depends on the machine."""
+    """Return `values` with every NaN as the quiet NaN without sign or payload: which one arises
+    depends on the machine.
+    """
     is_nan = values.isnan()
     if not bool(is_nan.any()):
         return values

@@ -1,7 +1,8 @@
-"""LoRA adapter folders: PEFT's, and the official ones of Model Composition, seen as names and byte ranges.
+"""LoRA adapter folders: PEFT's, and the official ones of Model Composition, seen as names and byte
+ranges.
 
-A folder holds one adapter or several by name (DAMC: `default` for text, one for the modality's tokens), in one file or, as
-PEFT saves them, one in a subfolder each.
+A folder holds one adapter or several by name (DAMC: `default` for text, one for the modality's
+tokens), in one file or, as PEFT saves them, one in a subfolder each.
 """
 
 from __future__ import annotations
@@ -16,7 +17,13 @@ from typing_extensions import override
 
 from mmerge.manifests.errors import CheckpointError, NotFound, ShapeMismatch, StoreError
 from mmerge.manifests.stores.object_store import Store, open_store
-from mmerge.workers.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, LowRankSource, TensorSource
+from mmerge.workers.checkpoints.checkpoint import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    Checkpoint,
+    LowRankSource,
+    TensorSource,
+)
 from mmerge.workers.checkpoints.torch_pickle import read_pickled_specs
 
 CONFIG_FILE = "adapter_config.json"
@@ -59,18 +66,24 @@ class AdapterFolder:
     """One folder of adapters: headers and configuration only, until a task asks for bytes."""
 
     def __init__(self, uri: str, *, owner: str) -> None:
-        """Open the folder at `uri`; `owner` ("expert 'image'") begins every error. Raises CheckpointError."""
+        """Open the folder at `uri`; `owner` ("expert 'image'") begins every error. Raises
+        CheckpointError.
+        """
         self.uri, self.owner = uri, owner
         self.checkpoint = _AdapterFiles(uri, owner=owner)
 
     @cached_property
     def tensors(self) -> dict[str, TensorSource]:
-        """All tensors by their name in the files, those of subfolders with their adapter's name put in."""
+        """All tensors by their name in the files, those of subfolders with their adapter's name put
+        in.
+        """
         return self.checkpoint.tensors
 
     @cached_property
     def pairs(self) -> tuple[AdapterPair, ...]:
-        """Every adapter in every Linear. Raises CheckpointError where a factor is missing or does not fit the other."""
+        """Every adapter in every Linear. Raises CheckpointError where a factor is missing or does
+        not fit the other.
+        """
         factors: dict[tuple[str, str], dict[str, TensorSource]] = {}
         for name, source in self.tensors.items():
             match = _FACTOR.match(_strip(name))
@@ -79,14 +92,21 @@ class AdapterFolder:
                 factors.setdefault(key, {})[match["factor"]] = source
             elif "lora_" in name or "vera_" in name or "hada_" in name:
                 raise CheckpointError(
-                    f"{self.owner}: {self.uri}: {name} is no LoRA factor of a Linear. Merge that adapter into its weights first"
+                    f"{self.owner}: {self.uri}: {name} is no LoRA factor of a Linear. Merge that"
+                    " adapter into its weights first"
                 )
         return tuple(self._make_pair(*key, found) for key, found in sorted(factors.items()))
 
     @cached_property
     def others(self) -> dict[str, TensorSource]:
-        """Everything that is no LoRA factor (connectors, learned prefix tokens, tensors saved whole), by its stripped name."""
-        return {_strip(name): source for name, source in self.tensors.items() if not _FACTOR.match(_strip(name))}
+        """Everything that is no LoRA factor (connectors, learned prefix tokens, tensors saved
+        whole), by its stripped name.
+        """
+        return {
+            _strip(name): source
+            for name, source in self.tensors.items()
+            if not _FACTOR.match(_strip(name))
+        }
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -97,28 +117,44 @@ class AdapterFolder:
         """Return the pairs of one adapter. Raises CheckpointError when there is none of that name."""
         found = tuple(pair for pair in self.pairs if pair.adapter == adapter)
         if not found:
-            raise CheckpointError(f"{self.owner}: {self.uri} has no adapter {adapter!r}; it has {', '.join(self.adapters) or 'none'}")
+            raise CheckpointError(
+                f"{self.owner}: {self.uri} has no adapter {adapter!r}; it has"
+                f" {', '.join(self.adapters) or 'none'}"
+            )
         return found
 
     def _make_pair(self, module: str, adapter: str, found: dict[str, TensorSource]) -> AdapterPair:
         where = f"{self.owner}: {self.uri}: {module}: adapter {adapter!r}"
         if set(found) != {"A", "B"}:
-            raise CheckpointError(f"{where} has only lora_{next(iter(found))}. Fetch the adapter again")
+            raise CheckpointError(
+                f"{where} has only lora_{next(iter(found))}. Fetch the adapter again"
+            )
         a, b = found["A"], found["B"]
         if len(a.spec.shape) != 2 or len(b.spec.shape) != 2 or a.spec.shape[0] != b.spec.shape[1]:
-            raise ShapeMismatch(f"{where}: lora_A has {a.spec.shape} and lora_B {b.spec.shape}; they must be (rank, in) and (out, rank)")
-        return AdapterPair(module, adapter, a, b, self._scale(module, adapter, rank=a.spec.shape[0], where=where))
+            raise ShapeMismatch(
+                f"{where}: lora_A has {a.spec.shape} and lora_B {b.spec.shape}; they must be (rank,"
+                " in) and (out, rank)"
+            )
+        return AdapterPair(
+            module, adapter, a, b, self._scale(module, adapter, rank=a.spec.shape[0], where=where)
+        )
 
     def _scale(self, module: str, adapter: str, *, rank: int, where: str) -> float:
         config = self.checkpoint.configs.get(adapter, self.checkpoint.config)
         alpha = _by_pattern(config.get("alpha_pattern"), module) or config.get("lora_alpha")
-        expected = _by_pattern(config.get("rank_pattern"), module) or config.get("r", config.get("lora_r"))
+        expected = _by_pattern(config.get("rank_pattern"), module) or config.get(
+            "r", config.get("lora_r")
+        )
         if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
             raise CheckpointError(
-                f"{where}: the configuration has no lora_alpha, so the scale alpha/rank is unknown. Add it to {CONFIG_FILE}"
+                f"{where}: the configuration has no lora_alpha, so the scale alpha/rank is unknown."
+                f" Add it to {CONFIG_FILE}"
             )
         if expected is not None and expected != rank:
-            raise CheckpointError(f"{where}: the configuration says rank {expected}, the factors have {rank}. Fetch the adapter again")
+            raise CheckpointError(
+                f"{where}: the configuration says rank {expected}, the factors have {rank}. Fetch"
+                " the adapter again"
+            )
         return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
@@ -133,7 +169,9 @@ class _AdapterFiles(Checkpoint):
         except StoreError as error:
             raise CheckpointError(f"{owner}: {Exception.__str__(error)}") from error
         file = CONFIG_FILE if self._store.exists(CONFIG_FILE) else "config.json"
-        self.config = self._read_json(file, missing=f"an adapter has {CONFIG_FILE}, an official one config.json")
+        self.config = self._read_json(
+            file, missing=f"an adapter has {CONFIG_FILE}, an official one config.json"
+        )
         self._refuse_variants(self.config, CONFIG_FILE)
 
     @cached_property
@@ -152,9 +190,10 @@ class _AdapterFiles(Checkpoint):
         kind = config.get("peft_type", "LORA")
         if kind != "LORA" or config.get("use_dora") or config.get("fan_in_fan_out"):
             raise CheckpointError(
-                f"{self.owner}: {self.uri}/{file}: only LoRA adapters of Linear layers are read, this is "
-                f"{'DoRA' if config.get('use_dora') else kind if kind != 'LORA' else 'LoRA with fan_in_fan_out'}. "
-                "Merge it into its weights first (merge_and_unload)"
+                f"{self.owner}: {self.uri}/{file}: only LoRA adapters of Linear layers are read,"
+                " this is"
+                f" {'DoRA' if config.get('use_dora') else kind if kind != 'LORA' else 'LoRA with fan_in_fan_out'}."
+                " Merge it into its weights first (merge_and_unload)"
             )
 
     @override
@@ -163,13 +202,20 @@ class _AdapterFiles(Checkpoint):
         found += [file for file in OFFICIAL_FILES if self._store.exists(file)]
         found += self._subfolders
         if not found:
-            raise CheckpointError(f"{self.owner}: {self.uri} has neither {' nor '.join(WEIGHT_FILES)}. Fetch the adapter again")
+            raise CheckpointError(
+                f"{self.owner}: {self.uri} has neither {' nor '.join(WEIGHT_FILES)}. Fetch the"
+                " adapter again"
+            )
         return dict.fromkeys(found)
 
     @cached_property
     def _subfolders(self) -> list[str]:
         """Weight files of adapters that PEFT saved in a subfolder by their name."""
-        keys = sorted(key for key in self._store.list() if key.count("/") == 1 and key.rsplit("/", 1)[1] in WEIGHT_FILES)
+        keys = sorted(
+            key
+            for key in self._store.list()
+            if key.count("/") == 1 and key.rsplit("/", 1)[1] in WEIGHT_FILES
+        )
         chosen: dict[str, str] = {}
         for key in keys:
             folder = key.split("/", 1)[0]
@@ -209,7 +255,9 @@ def _strip(name: str) -> str:
 
 
 def _by_pattern(patterns: object, module: str) -> Any:
-    """Return the value of the pattern that fits a module's path, as PEFT finds it: a regular expression for the path's end."""
+    """Return the value of the pattern that fits a module's path, as PEFT finds it: a regular
+    expression for the path's end.
+    """
     if not isinstance(patterns, dict):
         return None
     for pattern, value in patterns.items():
@@ -222,7 +270,9 @@ def _by_pattern(patterns: object, module: str) -> Any:
 
 
 def find_linear(module: str, base: dict[str, TensorSource]) -> str | None:
-    """Return the name of the base's weight that an adapter's module is, None where it is none of the language model's."""
+    """Return the name of the base's weight that an adapter's module is, None where it is none of
+    the language model's.
+    """
     for prefix in _PREFIXES:
         if not module.startswith(prefix):
             continue
@@ -234,7 +284,8 @@ def find_linear(module: str, base: dict[str, TensorSource]) -> str | None:
 
 
 class AdapterCheckpoint(Checkpoint):
-    """An expert that is a LoRA adapter: the base's language model with the products added, tensor by tensor, never whole.
+    """An expert that is a LoRA adapter: the base's language model with the products added, tensor
+    by tensor, never whole.
 
     Of a folder with several adapters it is the one called `default`: the one of text tokens (DAMC).
     """
@@ -249,7 +300,9 @@ class AdapterCheckpoint(Checkpoint):
 
     @cached_property
     def tensors(self) -> dict[str, TensorSource]:
-        """The base's tensors, those of adapted Linears formed, and whatever else the adapter's files hold."""
+        """The base's tensors, those of adapted Linears formed, and whatever else the adapter's
+        files hold.
+        """
         found = dict(self._base.tensors)
         placed: dict[str, TensorSource] = {}
         names = self.folder.adapters
@@ -259,11 +312,15 @@ class AdapterCheckpoint(Checkpoint):
                 placed[name] = self._form(name, pair)
         if not placed:
             raise CheckpointError(
-                f"{self.owner}: {self.uri}: no adapter fits a Linear of the base; the first is of {self.folder.pairs[0].module}. "
-                "Was it trained on this base?"
+                f"{self.owner}: {self.uri}: no adapter fits a Linear of the base; the first is of"
+                f" {self.folder.pairs[0].module}. Was it trained on this base?"
             )
         for name, source in self.folder.others.items():
-            own = find_linear(name.removesuffix(".weight"), found) if name.endswith(".weight") else name
+            own = (
+                find_linear(name.removesuffix(".weight"), found)
+                if name.endswith(".weight")
+                else name
+            )
             placed[own or name] = source
         return dict(sorted((found | placed).items()))
 
@@ -272,7 +329,8 @@ class AdapterCheckpoint(Checkpoint):
         shape = (pair.b.spec.shape[0], pair.a.spec.shape[1])
         if base.spec.shape != shape:
             raise ShapeMismatch(
-                f"{name}: {self.owner} has an adapter for {shape}, the base has {base.spec.shape}. Was it trained on this base?"
+                f"{name}: {self.owner} has an adapter for {shape}, the base has {base.spec.shape}."
+                " Was it trained on this base?"
             )
         return make_low_rank(base, pair)
 
@@ -283,7 +341,9 @@ class AdapterCheckpoint(Checkpoint):
 
     @override
     def read_small_files(self) -> dict[str, bytes]:
-        """Return the base's configuration and tokenizer with the adapter's own files; its config.json becomes adapter_config.json."""
+        """Return the base's configuration and tokenizer with the adapter's own files; its
+        config.json becomes adapter_config.json.
+        """
         own = self.folder.checkpoint.read_small_files()
         if "config.json" in own:
             own.setdefault(CONFIG_FILE, own.pop("config.json"))
@@ -295,13 +355,21 @@ def make_low_rank(base: TensorSource, pair: AdapterPair) -> LowRankSource:
     """Return the weights of a Linear with an adapter, as a source."""
     num_bytes = 4 * base.spec.num_entries
     spec = type(base.spec)(base.spec.name, "F32", base.spec.shape, 0, num_bytes)
-    return LowRankSource(pair.a.uri, pair.a.file, spec, base=base, a=pair.a, b=pair.b, scale=pair.scale)
+    return LowRankSource(
+        pair.a.uri, pair.a.file, spec, base=base, a=pair.a, b=pair.b, scale=pair.scale
+    )
 
 
 def open_expert(uri: str, *, owner: str, base: Checkpoint) -> Checkpoint:
-    """Return the expert at `uri`: a whole checkpoint, or an adapter of the base. Raises CheckpointError."""
+    """Return the expert at `uri`: a whole checkpoint, or an adapter of the base. Raises
+    CheckpointError.
+    """
     try:
         store = open_store(uri)
     except (NotFound, StoreError):
         return Checkpoint(uri, owner=owner)
-    return AdapterCheckpoint(uri, owner=owner, base=base) if is_adapter(store) else Checkpoint(uri, owner=owner)
+    return (
+        AdapterCheckpoint(uri, owner=owner, base=base)
+        if is_adapter(store)
+        else Checkpoint(uri, owner=owner)
+    )

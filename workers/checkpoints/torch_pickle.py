@@ -1,7 +1,8 @@
-"""Where the tensors of a file written by `torch.save` lie. Nothing but tensors is unpickled, and none of their bytes is read.
+"""Where the tensors of a file written by `torch.save` lie. Nothing but tensors is unpickled, and
+none of their bytes is read.
 
-PyTorch's own loader, restricted to weights and run without data, gives names, shapes and places; afterwards the bytes are
-read by range like those of a safetensors file.
+PyTorch's own loader, restricted to weights and run without data, gives names, shapes and places;
+afterwards the bytes are read by range like those of a safetensors file.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ _REMEDY = "Save the adapter as safetensors (safe_serialization=True)"
 
 
 def read_pickled_specs(store: Store, file: str, *, where: str) -> dict[str, TensorSpec]:
-    """Return name, dtype, shape and byte range of every tensor in a file that holds a dict of tensors.
+    """Return name, dtype, shape and byte range of every tensor in a file that holds a dict of
+    tensors.
 
     Args:
         store: where the file is.
@@ -30,10 +32,12 @@ def read_pickled_specs(store: Store, file: str, *, where: str) -> dict[str, Tens
         where: names the file in errors.
 
     Raises:
-        CheckpointError: the file holds anything but tensors by name, is in the format of before PyTorch 1.6, or a tensor in
-            it is not contiguous.
+        CheckpointError: the file holds anything but tensors by name, is in the format of before
+            PyTorch 1.6, or a tensor in it is not contiguous.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode  # takes longer to import than torch itself
+    from torch._subclasses.fake_tensor import (
+        FakeTensorMode,  # takes longer to import than torch itself
+    )
 
     try:
         opened: Any = _RangedFile(store, file)
@@ -41,21 +45,36 @@ def read_pickled_specs(store: Store, file: str, *, where: str) -> dict[str, Tens
             loaded = torch.load(opened, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{where}: cannot be read as a file of tensors ({reason[:200]}). {_REMEDY}") from error
+        raise CheckpointError(
+            f"{where}: cannot be read as a file of tensors ({reason[:200]}). {_REMEDY}"
+        ) from error
     if not isinstance(loaded, dict):
-        raise CheckpointError(f"{where}: holds a {type(loaded).__name__}, not tensors by name. {_REMEDY}")
+        raise CheckpointError(
+            f"{where}: holds a {type(loaded).__name__}, not tensors by name. {_REMEDY}"
+        )
     return {str(name): _to_spec(str(name), value, where=where) for name, value in loaded.items()}
 
 
 def _to_spec(name: str, value: object, *, where: str) -> TensorSpec:
     if not isinstance(value, torch.Tensor):
-        raise CheckpointError(f"{where}: {name} is a {type(value).__name__}, not a tensor. {_REMEDY}")
+        raise CheckpointError(
+            f"{where}: {name} is a {type(value).__name__}, not a tensor. {_REMEDY}"
+        )
     dtype = SAFETENSORS_DTYPES.get(value.dtype)
     start = getattr(value.untyped_storage(), "_checkpoint_offset", None)
     if dtype is None or start is None or not value.is_contiguous():
-        raise CheckpointError(f"{where}: {name} ({value.dtype}, strides {value.stride()}) cannot be read by byte range. {_REMEDY}")
+        raise CheckpointError(
+            f"{where}: {name} ({value.dtype}, strides {value.stride()}) cannot be read by byte"
+            f" range. {_REMEDY}"
+        )
     num_bytes = value.numel() * value.element_size()
-    return TensorSpec(name, dtype, tuple(value.shape), int(start) + int(value.storage_offset()) * value.element_size(), num_bytes)
+    return TensorSpec(
+        name,
+        dtype,
+        tuple(value.shape),
+        int(start) + int(value.storage_offset()) * value.element_size(),
+        num_bytes,
+    )
 
 
 class _RangedFile(io.RawIOBase):
@@ -87,6 +106,8 @@ class _RangedFile(io.RawIOBase):
     @override
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         wanted = min(len(buffer), max(0, self._length - self._position))
-        buffer[:wanted] = self._store.read_range(self._file, offset=self._position, num_bytes=wanted)
+        buffer[:wanted] = self._store.read_range(
+            self._file, offset=self._position, num_bytes=wanted
+        )
         self._position += wanted
         return wanted

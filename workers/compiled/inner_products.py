@@ -1,4 +1,6 @@
-"""Stages of methods that have a compiled pass: the same counts as the method's own quantities give, sooner."""
+"""Stages of methods that have a compiled pass: the same counts as the method's own quantities give,
+sooner.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from mmerge.workers.kernels.inner_products import NUM_COPIES, NUM_SUM_BINS, sum_
 from mmerge.workers.statistics.order_statistics import Counts
 
 Vectors = Callable[[Any, int], tuple[int, bool]]
-"""From the parameters and the number of experts: the first row that is a vector (0: the base), and whether the base is taken off."""
+"""From the parameters and the number of experts: the first row that is a vector (0: the base), and
+whether the base is taken off.
+"""
 
 
 def slerp_rows(_: Any, num_experts: int) -> tuple[int, bool]:
@@ -36,7 +40,9 @@ VECTORS: Mapping[tuple[str, str], Vectors] = {
 
 
 def measure_gram(vectors: tuple[int, bool], blocks: Iterable[InputBlock]) -> dict[str, Counts]:
-    """Return the counts of the products of every pair of vectors of a tensor, as `sums.count_sum` gives them."""
+    """Return the counts of the products of every pair of vectors of a tensor, as `sums.count_sum`
+    gives them.
+    """
     first, from_base = vectors
     sums = np.zeros((0, NUM_COPIES * NUM_SUM_BINS), np.int64)
     names: list[str] = []
@@ -46,5 +52,7 @@ def measure_gram(vectors: tuple[int, bool], blocks: Iterable[InputBlock]) -> dic
             pairs = itertools.combinations_with_replacement(range(len(chosen) - 1), 2)
             names = [f"{one}.{other}" for one, other in pairs]
             sums = np.zeros((len(names), NUM_COPIES * NUM_SUM_BINS), np.int64)
-        sum_products(block.addresses[chosen], block.codes[chosen], block.num_entries, from_base, sums)
+        sum_products(
+            block.addresses[chosen], block.codes[chosen], block.num_entries, from_base, sums
+        )
     return dict(zip(names, sums.reshape(-1, NUM_COPIES, NUM_SUM_BINS).sum(axis=1), strict=True))

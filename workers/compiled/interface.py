@@ -1,4 +1,6 @@
-"""What a compiled path of a method is: an object per tensor that merges its blocks as the method's own code would, sooner."""
+"""What a compiled path of a method is: an object per tensor that merges its blocks as the method's
+own code would, sooner.
+"""
 
 from __future__ import annotations
 
@@ -50,12 +52,16 @@ class FastPath(ABC):
     """Whether a block must hold whole rows."""
 
     def prepare(self, read_blocks: ReadBlocks) -> bool:
-        """Look at the whole tensor beforehand, where the method needs that; False where its own code must be used after all."""
+        """Look at the whole tensor beforehand, where the method needs that; False where its own
+        code must be used after all.
+        """
         return True
 
     @abstractmethod
     def merge(self, block: InputBlock, out: NDArray[np.uint8], masks: NDArray[np.uint8]) -> None:
-        """Write the merged values of a block to `out` (bytes), and bits to `masks`, which has a row per expert for the whole tensor."""
+        """Write the merged values of a block to `out` (bytes), and bits to `masks`, which has a row
+        per expert for the whole tensor.
+        """
 
 
 class MaskPath(FastPath):
@@ -63,6 +69,8 @@ class MaskPath(FastPath):
 
     def __init__(self, num_experts: int) -> None:
         self.counts = np.zeros((4, num_experts + 1), np.int64)
-        """Rows kept, agreeing, masked (per expert), consensus (per number of experts that want an entry)."""
+        """Rows kept, agreeing, masked (per expert), consensus (per number of experts that want an
+        entry).
+        """
         self.overlaps = np.zeros(num_experts * (num_experts - 1) // 2, np.int64)
         self.squares = np.zeros(num_experts + 1, np.float64)

@@ -1,4 +1,6 @@
-"""Compiled paths of the methods that locate and then merge: task arithmetic, TIES, DARE, DELLA, Breadcrumbs."""
+"""Compiled paths of the methods that locate and then merge: task arithmetic, TIES, DARE, DELLA,
+Breadcrumbs.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from mmerge.workers.tasks.blocks import num_columns
-from mmerge.workers.statistics.magnitude_histograms import Histogram, MagnitudeCounter, count_lower, find_top
 from mmerge.workers.checkpoints.block_reader import InputBlock
+from mmerge.workers.compiled.interface import FastPath, PathRequest, ReadBlocks
 from mmerge.workers.kernels.della import merge_by_row
 from mmerge.workers.kernels.locate import (
     DROP,
@@ -25,17 +26,29 @@ from mmerge.workers.kernels.locate import (
 )
 from mmerge.workers.methods.dare import densities
 from mmerge.workers.methods.randomness import stream_key
-from mmerge.workers.compiled.interface import FastPath, PathRequest, ReadBlocks
+from mmerge.workers.statistics.magnitude_histograms import (
+    Histogram,
+    MagnitudeCounter,
+    count_lower,
+    find_top,
+)
+from mmerge.workers.tasks.blocks import num_columns
 
 HOW: Mapping[str, int] = {"mean": ELECT_MEAN, "sum": ELECT_SUM, "max": ELECT_MAX}
 
 
 class _Merging:
-    """How located task vectors are put together: by sum, or by election where the parameters have a reduction."""
+    """How located task vectors are put together: by sum, or by election where the parameters have a
+    reduction.
+    """
 
     def __init__(self, request: PathRequest) -> None:
         parameters, weights = request.parameters, request.weights
-        self.weights, self.scale, self.code = np.array(weights, np.float32), np.float32(parameters.scale), request.code
+        self.weights, self.scale, self.code = (
+            np.array(weights, np.float32),
+            np.float32(parameters.scale),
+            request.code,
+        )
         reduction = getattr(parameters, "reduction", None)
         self.how = SUM if reduction is None else HOW[reduction]
         self.zero_sign = np.float32(_zero_sign(request) if reduction is not None else 0)
@@ -52,12 +65,19 @@ def _zero_sign(request: PathRequest) -> float:
 
 
 class LocatedPath(FastPath):
-    """Locates entry by entry: all, by threshold, at random, or by exact counts of largest magnitudes."""
+    """Locates entry by entry: all, by threshold, at random, or by exact counts of largest
+    magnitudes.
+    """
 
-    def __init__(self, request: PathRequest, kinds: Sequence[int], numbers: Sequence[Sequence[float]]) -> None:
+    def __init__(
+        self, request: PathRequest, kinds: Sequence[int], numbers: Sequence[Sequence[float]]
+    ) -> None:
         self._merging, self._start = _Merging(request), request.tensor.start
         num_experts = len(request.experts)
-        self._kinds, self._numbers = np.array(kinds, np.int64), np.zeros((num_experts, 3), np.float32)
+        self._kinds, self._numbers = (
+            np.array(kinds, np.int64),
+            np.zeros((num_experts, 3), np.float32),
+        )
         with np.errstate(over="ignore"):  # torch casts a factor beyond float32 to Inf as well
             for row, found in zip(self._numbers, numbers, strict=True):
                 row[: len(found)] = found
@@ -85,11 +105,17 @@ class DropPath(LocatedPath):
 
 
 class TopPath(LocatedPath):
-    """Keeps what lies between two exact counts of largest magnitudes; ties by position (Breadcrumbs, exact TIES)."""
+    """Keeps what lies between two exact counts of largest magnitudes; ties by position
+    (Breadcrumbs, exact TIES).
+    """
 
     def __init__(self, request: PathRequest, counts: Sequence[tuple[int, int] | None]) -> None:
-        """Make the path. `counts`: per expert the larger and the smaller count, None to keep everything."""
-        super().__init__(request, [KEEP_ALL if pair is None else TOP for pair in counts], [()] * len(counts))
+        """Make the path. `counts`: per expert the larger and the smaller count, None to keep
+        everything.
+        """
+        super().__init__(
+            request, [KEEP_ALL if pair is None else TOP for pair in counts], [()] * len(counts)
+        )
         self._counts = counts
 
     @override
@@ -107,10 +133,14 @@ class TopPath(LocatedPath):
                 continue
 
             def refine(bin_number: int, index: int = index) -> Histogram:
-                return count_lower((block.of_expert(index) for block in read_blocks()), bin_number=bin_number)
+                return count_lower(
+                    (block.of_expert(index) for block in read_blocks()), bin_number=bin_number
+                )
 
             for which, count in enumerate(pair):
-                self._numbers[index, which], self._ties[index, which, 0] = find_top(histogram, count, refine=refine)
+                self._numbers[index, which], self._ties[index, which, 0] = find_top(
+                    histogram, count, refine=refine
+                )
         return True
 
 
@@ -125,9 +155,15 @@ class RowPath(FastPath):
         self._columns = num_columns(request.tensor.base.spec.shape)
         kept, epsilon = densities(parameters, request.experts), parameters.epsilon
         divides = parameters.rescale == "probability"
-        factors = [1.0 if density == 1 else factor for density, factor in zip(kept, _norm_factors(request), strict=True)]
+        factors = [
+            1.0 if density == 1 else factor
+            for density, factor in zip(kept, _norm_factors(request), strict=True)
+        ]
         self._drops = np.array([density != 1 for density in kept], np.int64)
-        numbers = [(density - epsilon, 2 * epsilon, divides, factor, density) for density, factor in zip(kept, factors, strict=True)]
+        numbers = [
+            (density - epsilon, 2 * epsilon, divides, factor, density)
+            for density, factor in zip(kept, factors, strict=True)
+        ]
         with np.errstate(over="ignore"):  # torch casts a factor beyond float32 to Inf as well
             self._numbers = np.array(numbers, np.float32)
         self._keys = np.array(_stream_keys(request), np.uint64)
@@ -143,11 +179,15 @@ class RowPath(FastPath):
 
 def _stream_keys(request: PathRequest) -> list[int]:
     seed, name = request.parameters.seed, request.tensor.name
-    return [stream_key(seed, expert=expert, name=name) % (1 << 64) for expert in request.expert_names]
+    return [
+        stream_key(seed, expert=expert, name=name) % (1 << 64) for expert in request.expert_names
+    ]
 
 
 def _norm_factors(request: PathRequest) -> list[float]:
-    """Return the factors that restore each task vector's L1 norm, 1 where the recipe does not ask for that."""
+    """Return the factors that restore each task vector's L1 norm, 1 where the recipe does not ask
+    for that.
+    """
     factors = []
     for index in range(len(request.experts)):
         before, after = 1.0, 1.0
@@ -165,7 +205,11 @@ def keep_all(request: PathRequest) -> FastPath:
 def make_ties(request: PathRequest) -> FastPath:
     """Return the path of TIES, by threshold or by exact count."""
     if request.parameters.count == "threshold":
-        return LocatedPath(request, [TRIM] * len(request.experts), [(threshold,) for threshold in request.thresholds])
+        return LocatedPath(
+            request,
+            [TRIM] * len(request.experts),
+            [(threshold,) for threshold in request.thresholds],
+        )
     kept = densities(request.parameters, request.experts)
     return TopPath(request, [(int(density * request.tensor.num_entries), 0) for density in kept])
 
@@ -179,7 +223,9 @@ def make_breadcrumbs(request: PathRequest) -> FastPath:
     """Return the path of Breadcrumbs."""
     num_entries = request.tensor.num_entries
     counts: list[tuple[int, int] | None] = []
-    for density, expert in zip(densities(request.parameters, request.experts), request.experts, strict=True):
+    for density, expert in zip(
+        densities(request.parameters, request.experts), request.experts, strict=True
+    ):
         gamma = request.parameters.gamma if expert.gamma is None else expert.gamma
         kept = int(density * num_entries)
         top = min(int(gamma * num_entries), num_entries - kept)

@@ -1,6 +1,8 @@
-"""Which methods have a compiled path, by name. The method files remain the definition; a path gives the same bytes, sooner.
+"""Which methods have a compiled path, by name. The method files remain the definition; a path gives
+the same bytes, sooner.
 
-A path that does not fit its parameters is not taken: the block then goes through the method's `merge_block`.
+A path that does not fit its parameters is not taken: the block then goes through the method's
+`merge_block`.
 """
 
 from __future__ import annotations
@@ -11,15 +13,22 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from mmerge.workers.compiled.inner_products import slerp_rows
 from mmerge.workers.checkpoints.block_reader import InputBlock
-from mmerge.workers.kernels.tiles import CODES
+from mmerge.workers.compiled.inner_products import slerp_rows
+from mmerge.workers.compiled.interface import FastPath, MaskPath, PathRequest
+from mmerge.workers.compiled.locate_then_merge import (
+    HOW,
+    RowPath,
+    keep_all,
+    make_breadcrumbs,
+    make_dare,
+    make_ties,
+)
+from mmerge.workers.compiled.sce import ScePath
 from mmerge.workers.kernels.linear import merge_linear, merge_mean
 from mmerge.workers.kernels.mmer import merge_mmer
+from mmerge.workers.kernels.tiles import CODES
 from mmerge.workers.methods.sphere import slerp_pair
-from mmerge.workers.compiled.locate_then_merge import HOW, RowPath, keep_all, make_breadcrumbs, make_dare, make_ties
-from mmerge.workers.compiled.sce import ScePath
-from mmerge.workers.compiled.interface import FastPath, MaskPath, PathRequest
 
 
 class MmerPath(MaskPath):
@@ -28,7 +37,10 @@ class MmerPath(MaskPath):
     def __init__(self, request: PathRequest) -> None:
         super().__init__(len(request.experts))
         parameters = request.parameters
-        scales = [parameters.mask_scale if expert.mask_scale is None else expert.mask_scale for expert in request.experts]
+        scales = [
+            parameters.mask_scale if expert.mask_scale is None else expert.mask_scale
+            for expert in request.experts
+        ]
         self._half_scales = np.array([scale * 0.5 for scale in scales], np.float32)
         self._thresholds = np.array(request.thresholds, np.float32)
         self._how, self._code = HOW[parameters.reduction], request.code
@@ -50,7 +62,15 @@ class LinearPath(FastPath):
 
     @override
     def merge(self, block: InputBlock, out: NDArray[np.uint8], masks: NDArray[np.uint8]) -> None:
-        merge_linear(block.addresses, block.codes, block.num_entries, self._weights, self._divisor, self._code, out)
+        merge_linear(
+            block.addresses,
+            block.codes,
+            block.num_entries,
+            self._weights,
+            self._divisor,
+            self._code,
+            out,
+        )
 
 
 class NaiveMcPath(FastPath):
@@ -76,11 +96,14 @@ class SlerpPath(FastPath):
     @override
     def merge(self, block: InputBlock, out: NDArray[np.uint8], masks: NDArray[np.uint8]) -> None:
         addresses, codes = block.addresses[self._chosen], block.codes[self._chosen]
-        merge_linear(addresses, codes, block.num_entries, self._weights, np.float32(0), self._code, out)
+        merge_linear(
+            addresses, codes, block.num_entries, self._weights, np.float32(0), self._code, out
+        )
 
 
 def _make_linear(request: PathRequest) -> FastPath | None:
-    # Where the weights cancel, the reference divides by zero; a divisor of 0 means no division to the kernel.
+    # Where the weights cancel, the reference divides by zero; a divisor of 0 means no division to
+    # the kernel.
     if request.parameters.normalize and np.float32(sum(request.weights)) == 0:
         return None
     return LinearPath(request)
@@ -101,7 +124,9 @@ FAST_PATHS: Mapping[str, Callable[[PathRequest], FastPath | None]] = {
     "della_linear": RowPath,
     "sce": ScePath,
 }
-"""By a method's name, what makes its path for one tensor; None where the method's own code must be used."""
+"""By a method's name, what makes its path for one tensor; None where the method's own code must be
+used.
+"""
 
 
 def find_fast_path(method: str, request: PathRequest) -> FastPath | None:

@@ -6,12 +6,18 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from mmerge.workers.statistics.magnitude_histograms import NUM_LOWER, Histogram, MagnitudeCounter, find_top, to_lower
 from mmerge.workers.checkpoints.block_reader import InputBlock
-from mmerge.workers.kernels.sce import count_variances_within, merge_sce, sum_selected
-from mmerge.workers.kernels.inner_products import NUM_COPIES
 from mmerge.workers.compiled.interface import FastPath, PathRequest, ReadBlocks
+from mmerge.workers.kernels.inner_products import NUM_COPIES
+from mmerge.workers.kernels.sce import count_variances_within, merge_sce, sum_selected
 from mmerge.workers.statistics.exact_sums import NUM_SUM_BINS, to_sum
+from mmerge.workers.statistics.magnitude_histograms import (
+    NUM_LOWER,
+    Histogram,
+    MagnitudeCounter,
+    find_top,
+    to_lower,
+)
 
 
 class ScePath(FastPath):
@@ -19,7 +25,10 @@ class ScePath(FastPath):
 
     def __init__(self, request: PathRequest) -> None:
         self._num_experts, self._code = len(request.experts), request.code
-        self._select_topk, self._scale = request.parameters.select_topk, np.float32(request.parameters.scale)
+        self._select_topk, self._scale = (
+            request.parameters.select_topk,
+            np.float32(request.parameters.scale),
+        )
         self._threshold = np.float32(-1)
         self._ties = np.zeros(2, np.int64)
         self._weights = np.zeros(self._num_experts, np.float32)
@@ -30,13 +39,17 @@ class ScePath(FastPath):
             return False
         sums = np.zeros((self._num_experts, NUM_COPIES * NUM_SUM_BINS), np.int64)
         for block in read_blocks():
-            sum_selected(block.addresses, block.codes, block.num_entries, self._threshold, self._ties, sums)
+            sum_selected(
+                block.addresses, block.codes, block.num_entries, self._threshold, self._ties, sums
+            )
         self._ties[1] = 0
         if sums[:, 255].any():
             return False
         squares = [to_sum(row.reshape(NUM_COPIES, NUM_SUM_BINS).sum(axis=0)) for row in sums]
         total = sum(squares)
-        self._weights[:] = [square / total if total else 1 / self._num_experts for square in squares]
+        self._weights[:] = [
+            square / total if total else 1 / self._num_experts for square in squares
+        ]
         return True
 
     def _find_threshold(self, read_blocks: ReadBlocks) -> bool:
@@ -52,13 +65,27 @@ class ScePath(FastPath):
         def refine(bin_number: int) -> Histogram:
             lower = np.zeros(NUM_LOWER, np.int64)
             for block in read_blocks():
-                count_variances_within(block.addresses, block.codes, block.num_entries, bin_number // 2, lower)
+                count_variances_within(
+                    block.addresses, block.codes, block.num_entries, bin_number // 2, lower
+                )
             return to_lower(lower)
 
-        threshold, self._ties[0] = find_top(histogram, int(not_zero * self._select_topk), refine=refine)
+        threshold, self._ties[0] = find_top(
+            histogram, int(not_zero * self._select_topk), refine=refine
+        )
         self._threshold = np.float32(threshold)
         return True
 
     @override
     def merge(self, block: InputBlock, out: NDArray[np.uint8], masks: NDArray[np.uint8]) -> None:
-        merge_sce(block.addresses, block.codes, block.num_entries, self._threshold, self._ties, self._weights, self._scale, self._code, out)
+        merge_sce(
+            block.addresses,
+            block.codes,
+            block.num_entries,
+            self._threshold,
+            self._ties,
+            self._weights,
+            self._scale,
+            self._code,
+            out,
+        )

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 from torch import nn
 
-from mmerge.workers.composite.tensor_parallel import Division, Part
 from mmerge.workers.checkpoints.lora_weights import LowRank
-from mmerge.workers.reconstruction.build_reader import BuildReader
-from mmerge.workers.composite.routed_lora import RoutedAdapterLinear
 from mmerge.workers.composite.routed_linear import Routing
+from mmerge.workers.composite.routed_lora import RoutedAdapterLinear
+from mmerge.workers.composite.tensor_parallel import Division, Part
+from mmerge.workers.reconstruction.build_reader import BuildReader
 
 
 def route_adapters(
-    model: nn.Module, reader: BuildReader, routing: Routing, *, expert: str | None, division: Division, rank: int = 0
+    model: nn.Module,
+    reader: BuildReader,
+    routing: Routing,
+    *,
+    expert: str | None,
+    division: Division,
+    rank: int = 0,
 ) -> None:
     """Put a RoutedAdapterLinear in place of every Linear that an adapter of the build belongs to.
 
     Args:
-        model: the language model, loaded with the weights of text tokens (of `expert`, if one is given).
+        model: the language model, loaded with the weights of text tokens (of `expert`, if one is
+            given).
         reader: the build, of kind `adapters`.
         routing: says which token has which modality.
         expert: the one that is loaded alone; all if None.
-        division: how the model is divided over ranks; each reads all factors, which are small, and keeps its part.
+        division: how the model is divided over ranks; each reads all factors, which are small, and
+            keeps its part.
         rank: whose part `model` holds.
     """
     experts = [expert] if expert else reader.expert_names
@@ -32,7 +40,11 @@ def route_adapters(
         modalities: dict[int, LowRank] = {}
         for each in experts:
             record = reader.manifest.to_expert(each).adapters
-            found = None if record is None else reader.read_adapter(name, each, adapter=record.modality_adapter)
+            found = (
+                None
+                if record is None
+                else reader.read_adapter(name, each, adapter=record.modality_adapter)
+            )
             if found is not None:
                 modalities[reader.expert_names.index(each)] = found
         defaults = reader.read_defaults(name, expert)

@@ -13,10 +13,10 @@ from transformers import TextIteratorStreamer
 
 from mmerge.manifests.errors import PromptError
 from mmerge.manifests.format.manifest import Manifest
-from mmerge.workers.modalities.encoders import Encoder
-from mmerge.workers.modalities.prompt import Part, check_places, make_prompt
 from mmerge.workers.composite.process_group import Ranks
 from mmerge.workers.composite.routed_linear import TEXT, Routing
+from mmerge.workers.modalities.encoders import Encoder
+from mmerge.workers.modalities.prompt import Part, check_places, make_prompt
 
 if TYPE_CHECKING:
     from mmerge.workers.composite.loader import LoadReport
@@ -25,10 +25,11 @@ Cache = Literal["dynamic", "static"]
 
 
 class Composite:
-    """Base architecture, encoders of the experts, and the routing between them. Made by `load_composite`.
+    """Base architecture, encoders of the experts, and the routing between them. Made by
+    `load_composite`.
 
-    In retention mode one expert is rebuilt and every token runs through its weights; in expansion mode each token runs
-    through the weights of its own modality.
+    In retention mode one expert is rebuilt and every token runs through its weights; in expansion
+    mode each token runs through the weights of its own modality.
     """
 
     def __init__(
@@ -67,13 +68,23 @@ class Composite:
         return device
 
     def prompt(self, question: str, media: Sequence[Part] = ()) -> list[Part]:
-        """Return the parts of a prompt in the form that the recipe's templates give it. Raises PromptError for a place without a medium."""
-        check_places(question, media, kinds={each for record in self.manifest.experts for each in (record.name, record.modality)})
+        """Return the parts of a prompt in the form that the recipe's templates give it. Raises
+        PromptError for a place without a medium.
+        """
+        check_places(
+            question,
+            media,
+            kinds={
+                each for record in self.manifest.experts for each in (record.name, record.modality)
+            },
+        )
         templates: dict[str, str] = {}
         for record in self.manifest.experts:
             if record.template:
                 templates |= {record.modality: record.template, record.name: record.template}
-        return make_prompt(question, media, template=self.manifest.template, media_templates=templates)
+        return make_prompt(
+            question, media, template=self.manifest.template, media_templates=templates
+        )
 
     def find_expert(self, kind: str) -> str:
         """Return the expert that a part of this kind (a modality, or an expert's name) belongs to.
@@ -87,25 +98,39 @@ class Composite:
         if len(fitting) == 1:
             return fitting[0]
         if fitting:
-            raise PromptError(f"{kind}: {len(fitting)} experts have this modality; name one of {', '.join(fitting)} as the part's kind")
-        known = ", ".join(f"{name} ({encoder.modality})" for name, encoder in self.encoders.items()) or "none"
+            raise PromptError(
+                f"{kind}: {len(fitting)} experts have this modality; name one of"
+                f" {', '.join(fitting)} as the part's kind"
+            )
+        known = (
+            ", ".join(f"{name} ({encoder.modality})" for name, encoder in self.encoders.items())
+            or "none"
+        )
         hint = f" Only expert {self.expert!r} is loaded in retention mode." if self.expert else ""
         raise PromptError(f"no expert for modality {kind!r}; this composite has {known}.{hint}")
 
     @torch.inference_mode()
     def embed(self, parts: Sequence[Part]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the embeddings of a prompt, [tokens, hidden], and each token's modality id, int64 [tokens].
+        """Return the embeddings of a prompt, [tokens, hidden], and each token's modality id, int64
+        [tokens].
 
-        Text is tokenised part by part, with the tokenizer's BOS in front if it has the habit. Media count as tokens of their expert.
+        Text is tokenised part by part, with the tokenizer's BOS in front if it has the habit. Media
+        count as tokens of their expert.
 
         Raises:
             PromptError: the prompt is empty, or a part cannot be read or belongs to no expert.
         """
         table: nn.Module = self.language_model.get_input_embeddings()
         embeds, ids = [], []
-        for part in ([Part("ids", self._leading_ids())] if self._leading_ids() else []) + list(parts):
+        for part in ([Part("ids", self._leading_ids())] if self._leading_ids() else []) + list(
+            parts
+        ):
             if part.kind in ("text", "ids"):
-                tokens = part.value if part.kind == "ids" else self.tokenizer(part.value, add_special_tokens=False)["input_ids"]
+                tokens = (
+                    part.value
+                    if part.kind == "ids"
+                    else self.tokenizer(part.value, add_special_tokens=False)["input_ids"]
+                )
                 embedded = table(torch.tensor(tokens, dtype=torch.long, device=self.device))
                 modality = TEXT
             else:
@@ -124,11 +149,15 @@ class Composite:
 
     @torch.inference_mode()
     def logits(self, parts: Sequence[Part]) -> torch.Tensor:
-        """Return the logits of every position of a prompt, [tokens, vocabulary], in the model's dtype."""
+        """Return the logits of every position of a prompt, [tokens, vocabulary], in the model's
+        dtype.
+        """
         embeds, ids = self.embed(parts)
         self._check_length(len(ids), 0)
         with self._routing.prefill(ids[None]):
-            logits: torch.Tensor = self.language_model(inputs_embeds=embeds[None], use_cache=False).logits[0]
+            logits: torch.Tensor = self.language_model(
+                inputs_embeds=embeds[None], use_cache=False
+            ).logits[0]
         return logits
 
     def generate(self, parts: Sequence[Part], *, max_new_tokens: int = 64, **options: Any) -> str:
@@ -145,25 +174,37 @@ class Composite:
         seed: int | None = None,
         **options: Any,
     ) -> list[str]:
-        """Return one answer per prompt; shorter prompts are padded on the left, padding counts as text.
+        """Return one answer per prompt; shorter prompts are padded on the left, padding counts as
+        text.
 
         Args:
             prompts: of any layouts of text and media.
             max_new_tokens: longest answer.
             cache: how keys and values are kept: `dynamic` grows, `static` is allocated at once.
             seed: of sampling; the same seed gives the same answers.
-            options: of `generate` of transformers (`do_sample`, `temperature`, `top_p`, `num_beams`, …); greedy if none are given.
+            options: of `generate` of transformers (`do_sample`, `temperature`, `top_p`,
+                `num_beams`, …); greedy if none are given.
 
         Raises:
-            PromptError: a prompt is empty, cannot be read, or is too long for the model with its answer.
+            PromptError: a prompt is empty, cannot be read, or is too long for the model with its
+                answer.
         """
-        tokens = self._generate(prompts, max_new_tokens=max_new_tokens, cache=cache, seed=seed, **options)
-        return [str(answer).strip() for answer in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+        tokens = self._generate(
+            prompts, max_new_tokens=max_new_tokens, cache=cache, seed=seed, **options
+        )
+        return [
+            str(answer).strip()
+            for answer in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        ]
 
-    def stream(self, parts: Sequence[Part], *, max_new_tokens: int = 64, **options: Any) -> Iterator[str]:
-        """Yield the answer to one prompt piece by piece, as it is generated. Options and errors as of `generate_batch`, without beams.
+    def stream(
+        self, parts: Sequence[Part], *, max_new_tokens: int = 64, **options: Any
+    ) -> Iterator[str]:
+        """Yield the answer to one prompt piece by piece, as it is generated. Options and errors as
+        of `generate_batch`, without beams.
 
-        Whoever stops asking for pieces ends the generation; on several ranks it goes on to its end, since all ranks take every step.
+        Whoever stops asking for pieces ends the generation; on several ranks it goes on to its end,
+        since all ranks take every step.
         """
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=False, skip_special_tokens=True)
         failures: list[BaseException] = []
@@ -178,7 +219,9 @@ class Composite:
         def run() -> None:
             try:
                 with torch.inference_mode():
-                    self._generate([parts], max_new_tokens=max_new_tokens, streamer=streamer, **options)
+                    self._generate(
+                        [parts], max_new_tokens=max_new_tokens, streamer=streamer, **options
+                    )
             except BaseException as error:  # noqa: BLE001 - raised again where the pieces are asked for
                 failures.append(error)
                 streamer.end()
@@ -198,29 +241,46 @@ class Composite:
             raise failures[0]
 
     @torch.inference_mode()
-    def generate_tokens(self, prompts: Sequence[Sequence[Part]], *, max_new_tokens: int = 64) -> list[list[int]]:
-        """Return one greedy answer per prompt as token ids, the end token included where it came. Raises PromptError."""
+    def generate_tokens(
+        self, prompts: Sequence[Sequence[Part]], *, max_new_tokens: int = 64
+    ) -> list[list[int]]:
+        """Return one greedy answer per prompt as token ids, the end token included where it came.
+        Raises PromptError.
+        """
         stop = self.tokenizer.eos_token_id
         found = self._generate(prompts, max_new_tokens=max_new_tokens).tolist()
         return [row[: row.index(stop) + 1] if stop in row else row for row in found]
 
     @torch.inference_mode()
-    def score(self, prompts: Sequence[Sequence[Part]], answers: Sequence[Sequence[int]]) -> list[tuple[float, bool]]:
-        """Return for each prompt and answer (token ids) the mean natural log-probability of its tokens, and whether greedy decoding gives it.
+    def score(
+        self, prompts: Sequence[Sequence[Part]], answers: Sequence[Sequence[int]]
+    ) -> list[tuple[float, bool]]:
+        """Return for each prompt and answer (token ids) the mean natural log-probability of its
+        tokens, and whether greedy decoding gives it.
 
         Raises:
-            PromptError: a prompt or an answer is empty, cannot be read, or they are too long together.
+            PromptError: a prompt or an answer is empty, cannot be read, or they are too long
+                together.
         """
         if not prompts or not all(answers):
-            raise PromptError("score: give at least one prompt, and an answer of at least one token to each")
-        joined = [[*parts, Part("ids", list(tokens))] for parts, tokens in zip(prompts, answers, strict=True)]
+            raise PromptError(
+                "score: give at least one prompt, and an answer of at least one token to each"
+            )
+        joined = [
+            [*parts, Part("ids", list(tokens))]
+            for parts, tokens in zip(prompts, answers, strict=True)
+        ]
         embeds, ids, mask = self._pad([self.embed(parts) for parts in joined])
         self._check_length(ids.shape[1], 0)
         longest = max(map(len, answers))
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         with self._routing.prefill(ids):
             logits = self.language_model(
-                inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=longest + 1
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=False,
+                logits_to_keep=longest + 1,
             ).logits
         logs = torch.log_softmax(logits[:, :-1].to(torch.float32), dim=-1)
         scores = []
@@ -231,7 +291,13 @@ class Composite:
         return scores
 
     def _generate(
-        self, prompts: Sequence[Sequence[Part]], *, max_new_tokens: int, cache: Cache = "dynamic", seed: int | None = None, **options: Any
+        self,
+        prompts: Sequence[Sequence[Part]],
+        *,
+        max_new_tokens: int,
+        cache: Cache = "dynamic",
+        seed: int | None = None,
+        **options: Any,
     ) -> torch.Tensor:
         if not prompts:
             raise PromptError("no prompt was given")
@@ -252,8 +318,12 @@ class Composite:
             )
         return tokens
 
-    def _pad(self, embedded: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return embeddings [batch, tokens, hidden], modality ids and attention mask [batch, tokens] of prompts padded on the left."""
+    def _pad(
+        self, embedded: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return embeddings [batch, tokens, hidden], modality ids and attention mask [batch,
+        tokens] of prompts padded on the left.
+        """
         length = max(len(ids) for _, ids in embedded)
         embeds = embedded[0][0].new_zeros(len(embedded), length, embedded[0][0].shape[-1])
         ids = torch.full((len(embedded), length), TEXT, dtype=torch.long, device=self.device)
@@ -278,5 +348,6 @@ class Composite:
         longest = getattr(self.language_model.config, "max_position_embeddings", None)
         if longest is not None and num_tokens + max_new_tokens > longest:
             raise PromptError(
-                f"the prompt has {num_tokens} tokens and {max_new_tokens} are to be generated; the model takes {longest} together. Shorten one of them"
+                f"the prompt has {num_tokens} tokens and {max_new_tokens} are to be generated; the"
+                f" model takes {longest} together. Shorten one of them"
             )

@@ -1,4 +1,6 @@
-"""A loaded language model put to work on several ranks (tensor parallelism) or several devices (by layers)."""
+"""A loaded language model put to work on several ranks (tensor parallelism) or several devices (by
+layers).
+"""
 
 from __future__ import annotations
 
@@ -8,13 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmerge.workers.composite.tensor_parallel import Division
 from mmerge.workers.composite.placement import Stage
 from mmerge.workers.composite.process_group import Ranks
+from mmerge.workers.composite.tensor_parallel import Division
 
 
 class DividedEmbedding(nn.Module):
-    """Rows of an embedding on several ranks: each looks up the tokens it has, and the sum is the whole."""
+    """Rows of an embedding on several ranks: each looks up the tokens it has, and the sum is the
+    whole.
+    """
 
     def __init__(self, inner: nn.Embedding, ranks: Ranks, *, start: int) -> None:
         super().__init__()
@@ -30,13 +34,17 @@ class DividedEmbedding(nn.Module):
 
 
 def join_ranks(model: Any, ranks: Ranks, division: Division) -> None:
-    """Connect the parts of a model that each rank loaded: sums behind o and down, the head's columns next to each other."""
+    """Connect the parts of a model that each rank loaded: sums behind o and down, the head's
+    columns next to each other.
+    """
     if ranks.num_ranks == 1:
         return
     for name, module in list(model.named_modules()):
         last = name.rpartition(".")[2]
         if hasattr(module, "num_key_value_groups"):
-            module.num_key_value_groups = division.num_heads // division.num_ranks // division.kv_heads_per_rank
+            module.num_key_value_groups = (
+                division.num_heads // division.num_ranks // division.kv_heads_per_rank
+            )
         if last in ("o_proj", "down_proj"):
             if ranks.rank:
                 module.bias = None  # the sum over ranks has it once
@@ -44,11 +52,15 @@ def join_ranks(model: Any, ranks: Ranks, division: Division) -> None:
     vocabulary = int(model.config.vocab_size)
     start = division.part_of("embed_tokens.weight", (vocabulary, 1), rank=ranks.rank).start
     model.set_input_embeddings(DividedEmbedding(model.get_input_embeddings(), ranks, start=start))
-    model.get_output_embeddings().register_forward_hook(lambda module, args, output: ranks.join(output)[..., :vocabulary])
+    model.get_output_embeddings().register_forward_hook(
+        lambda module, args, output: ranks.join(output)[..., :vocabulary]
+    )
 
 
 def spread_layers(model: Any, stages: Sequence[Stage]) -> None:
-    """Let hidden states follow the layers from device to device; parameters are on their stage's device already."""
+    """Let hidden states follow the layers from device to device; parameters are on their stage's
+    device already.
+    """
     if not stages:
         return
     decoder = model.get_decoder()
@@ -59,7 +71,9 @@ def spread_layers(model: Any, stages: Sequence[Stage]) -> None:
     embedding, head = model.get_input_embeddings().to(first), model.get_output_embeddings()
     decoder.rotary_emb.to(first)
     if head.weight is embedding.weight and first != last:
-        head.weight = nn.Parameter(embedding.weight.detach().to(last), requires_grad=False)  # tied weights need a copy on each device
+        head.weight = nn.Parameter(
+            embedding.weight.detach().to(last), requires_grad=False
+        )  # tied weights need a copy on each device
     for module in (decoder.norm, head):
         _bring_inputs(module.to(last), last)
 

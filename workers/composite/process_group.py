@@ -30,8 +30,11 @@ class Ranks:
         """Return the ranks' tensors [..., width] next to each other in their last dimension."""
         return values
 
-    def scatter(self, parts: Iterable[torch.Tensor] | None, *, source: int, num_bytes: int) -> torch.Tensor:
-        """Return this rank's bytes (uint8 [num_bytes]) of those that rank `source` has, one per rank; the others give None.
+    def scatter(
+        self, parts: Iterable[torch.Tensor] | None, *, source: int, num_bytes: int
+    ) -> torch.Tensor:
+        """Return this rank's bytes (uint8 [num_bytes]) of those that rank `source` has, one per
+        rank; the others give None.
 
         The parts are taken one after the other, and each is sent before the next is taken.
         """
@@ -39,7 +42,9 @@ class Ranks:
         return next(iter(parts))
 
     def broadcast(self, values: torch.Tensor, *, source: int) -> torch.Tensor:
-        """Return rank `source`'s tensor; the others give one of the same shape and dtype, which is overwritten."""
+        """Return rank `source`'s tensor; the others give one of the same shape and dtype, which is
+        overwritten.
+        """
         return values
 
     def share(self, value: Any, *, source: int) -> Any:
@@ -55,7 +60,9 @@ class Ranks:
 
 
 class ProcessRanks(Ranks):
-    """Processes of torch.distributed. A rank that is gone is one error on each of the others, never a wait without end."""
+    """Processes of torch.distributed. A rank that is gone is one error on each of the others, never
+    a wait without end.
+    """
 
     def __init__(self, group: Any = None) -> None:
         self._group = group
@@ -77,7 +84,9 @@ class ProcessRanks(Ranks):
         self._guard(lambda: distributed.all_gather(found, raw, group=self._group))
         return torch.cat([each.view(values.dtype) for each in found], dim=-1)
 
-    def scatter(self, parts: Iterable[torch.Tensor] | None, *, source: int, num_bytes: int) -> torch.Tensor:
+    def scatter(
+        self, parts: Iterable[torch.Tensor] | None, *, source: int, num_bytes: int
+    ) -> torch.Tensor:
         """See Ranks."""
         device = self._device()
         if parts is None:
@@ -130,11 +139,13 @@ class ProcessRanks(Ranks):
     def _guard(self, exchange: Any) -> None:
         try:
             exchange()
-        except RuntimeError as error:  # torch raises nothing narrower for a peer that closed its connection
+        except (
+            RuntimeError
+        ) as error:  # torch raises nothing narrower for a peer that closed its connection
             first = str(error).strip().splitlines()[0]
             raise RankLost(
-                f"rank {self.rank} of {self.num_ranks}: another rank of this composite ended or did not answer ({first}). "
-                "Its own message says why; start all ranks again"
+                f"rank {self.rank} of {self.num_ranks}: another rank of this composite ended or did"
+                f" not answer ({first}). Its own message says why; start all ranks again"
             ) from error
 
 
@@ -143,12 +154,18 @@ def check_device(device: str) -> None:
     try:
         found = torch.device(device)
     except RuntimeError:
-        raise PlacementError(f"device {device!r}: torch knows no such device. Take cpu, cuda or cuda:1") from None
+        raise PlacementError(
+            f"device {device!r}: torch knows no such device. Take cpu, cuda or cuda:1"
+        ) from None
     if found.type == "cuda" and not torch.cuda.is_available():
-        raise PlacementError(f"device {device!r}: torch finds no CUDA GPU in this process. Take --device cpu, or a machine that has one")
+        raise PlacementError(
+            f"device {device!r}: torch finds no CUDA GPU in this process. Take --device cpu, or a"
+            " machine that has one"
+        )
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise PlacementError(
-            f"device {device!r}: this process has {torch.cuda.device_count()} CUDA GPUs, numbered from 0. Take one of them"
+            f"device {device!r}: this process has {torch.cuda.device_count()} CUDA GPUs, numbered"
+            " from 0. Take one of them"
         )
 
 
@@ -158,7 +175,8 @@ def in_torchrun() -> bool:
 
 
 def open_ranks(*, device: str = "cpu", timeout_s: float = DEFAULT_TIMEOUT_S) -> Ranks:
-    """Return the ranks that this process belongs to, by the variables that torchrun sets; one alone where there are none.
+    """Return the ranks that this process belongs to, by the variables that torchrun sets; one alone
+    where there are none.
 
     nccl connects CUDA devices (each rank takes the device of its LOCAL_RANK), gloo everything else.
 
@@ -170,8 +188,9 @@ def open_ranks(*, device: str = "cpu", timeout_s: float = DEFAULT_TIMEOUT_S) -> 
         return ProcessRanks()
     if not in_torchrun():
         return Ranks()
-    # This module's functions have the default group, as it is when they are imported (models of transformers do that), as a default:
-    # a group made before would live on in them behind its end, and its threads abort a process at its exit now and then.
+    # This module's functions have the default group, as it is when they are imported (models of
+    # transformers do that), as a default: a group made before would live on in them behind its end,
+    # and its threads abort a process at its exit now and then.
     import torch.distributed.nn
 
     is_cuda = device.startswith("cuda")
@@ -180,10 +199,13 @@ def open_ranks(*, device: str = "cpu", timeout_s: float = DEFAULT_TIMEOUT_S) -> 
         check_device(own)
         torch.cuda.set_device(own)
     try:
-        distributed.init_process_group("nccl" if is_cuda else "gloo", timeout=timedelta(seconds=timeout_s))
+        distributed.init_process_group(
+            "nccl" if is_cuda else "gloo", timeout=timedelta(seconds=timeout_s)
+        )
     except (RuntimeError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise RankLost(
-            f"rank {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')}: the others did not come ({first}). Start all ranks again"
+            f"rank {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')}: the others did not"
+            f" come ({first}). Start all ranks again"
         ) from error
     return ProcessRanks()

@@ -15,7 +15,9 @@ _VOCABULARY = ("embed_tokens", "lm_head")
 
 @dataclass(frozen=True)
 class Part:
-    """One rank's part of a tensor: entries `start` to `stop` of its rows or columns, padded with zeros to `size`."""
+    """One rank's part of a tensor: entries `start` to `stop` of its rows or columns, padded with
+    zeros to `size`.
+    """
 
     along: Along
     start: int = 0
@@ -31,10 +33,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Division:
-    """The heads, the width of the MLP and the vocabulary over `num_ranks` ranks (Megatron-LM, arXiv 1909.08053, section 3).
+    """The heads, the width of the MLP and the vocabulary over `num_ranks` ranks (Megatron-LM, arXiv
+    1909.08053, section 3).
 
-    Rows of q, k, v, gate and up, columns of o and down; embedding and head by rows of the vocabulary; norms are whole on
-    every rank. With fewer key-value heads than ranks, each is held by several.
+    Rows of q, k, v, gate and up, columns of o and down; embedding and head by rows of the
+    vocabulary; norms are whole on every rank. With fewer key-value heads than ranks, each is held
+    by several.
     """
 
     num_ranks: int
@@ -45,22 +49,33 @@ class Division:
 
     @classmethod
     def of(cls, config: Any, *, num_ranks: int) -> Division:
-        """Return the division of a text model of transformers. Raises PlacementError when it cannot be divided evenly."""
+        """Return the division of a text model of transformers. Raises PlacementError when it cannot
+        be divided evenly.
+        """
         heads = int(config.num_attention_heads)
         kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
         head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
         made = cls(num_ranks, heads, kv_heads, head_dim, int(config.intermediate_size))
-        fitting = [count for count in range(1, heads + 1) if cls(count, heads, kv_heads, head_dim, made.intermediate_size)._is_even()]
+        fitting = [
+            count
+            for count in range(1, heads + 1)
+            if cls(count, heads, kv_heads, head_dim, made.intermediate_size)._is_even()
+        ]
         if num_ranks > 1 and not made._is_even():
             raise PlacementError(
-                f"{heads} heads, {kv_heads} key-value heads and an MLP of {made.intermediate_size} cannot be divided over {num_ranks} ranks; "
-                f"possible are {', '.join(map(str, fitting))}"
+                f"{heads} heads, {kv_heads} key-value heads and an MLP of {made.intermediate_size}"
+                f" cannot be divided over {num_ranks} ranks; possible are"
+                f" {', '.join(map(str, fitting))}"
             )
         return made
 
     def _is_even(self) -> bool:
         shares = self.num_kv_heads % self.num_ranks == 0 or self.num_ranks % self.num_kv_heads == 0
-        return self.num_heads % self.num_ranks == 0 and self.intermediate_size % self.num_ranks == 0 and shares
+        return (
+            self.num_heads % self.num_ranks == 0
+            and self.intermediate_size % self.num_ranks == 0
+            and shares
+        )
 
     @property
     def kv_heads_per_rank(self) -> int:
@@ -90,7 +105,10 @@ class Division:
             return self._even("columns", shape[-1], rank)
         if len(shape) == 1:
             return Part("whole")
-        raise PlacementError(f"{name} {shape}: it is not known how this matrix is divided over ranks. Load on one device, or by layers")
+        raise PlacementError(
+            f"{name} {shape}: it is not known how this matrix is divided over ranks. Load on one"
+            " device, or by layers"
+        )
 
     def _even(self, along: Along, size: int, rank: int) -> Part:
         each = size // self.num_ranks

@@ -40,13 +40,15 @@ def export(
     max_file_bytes: int = MAX_FILE_BYTES,
     on_bytes: Callable[[int], None] = lambda num_bytes: None,
 ) -> ExportReport:
-    """Write a checkpoint that `transformers` loads with `from_pretrained`, and return what was written.
+    """Write a checkpoint that `transformers` loads with `from_pretrained`, and return what was
+    written.
 
     Args:
         uri: the composite.
         folder: must be empty or not exist.
-        expert: the expert to rebuild, with its encoder, processor and tokenizer. Without one: the language model for text
-            tokens alone (the merged model of a plain build, θ₀ + m̄∘τ⋆ of one with masks), with the base's tokenizer.
+        expert: the expert to rebuild, with its encoder, processor and tokenizer. Without one: the
+            language model for text tokens alone (the merged model of a plain build, θ₀ + m̄∘τ⋆ of
+            one with masks), with the base's tokenizer.
         max_file_bytes: weights are split into files of at most this size.
         on_bytes: told of every tensor that is written.
 
@@ -58,8 +60,8 @@ def export(
     record = reader.manifest.to_expert(expert) if expert else reader.manifest.base
     if expert and reader.manifest.kind == "adapters":
         raise ManifestError(
-            f"{uri}: an expert with decoupled adapters is no ordinary checkpoint: its tokens run through different weights. "
-            "Export without --expert for the weights of text tokens"
+            f"{uri}: an expert with decoupled adapters is no ordinary checkpoint: its tokens run"
+            " through different weights. Export without --expert for the weights of text tokens"
         )
     target = to_export_folder(folder)
     # A half export must not look like a whole one: it gets its name when it is complete.
@@ -73,10 +75,15 @@ def export(
             target.rmdir()
         partial.rename(target)
     except OSError as error:
-        raise StoreError(f"{target}: cannot be written ({error.strerror or error}). Choose another folder with --to") from error
+        raise StoreError(
+            f"{target}: cannot be written ({error.strerror or error}). Choose another folder with"
+            " --to"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return ExportReport(str(target), report[0], report[1], tuple(sorted(path.name for path in target.iterdir())))
+    return ExportReport(
+        str(target), report[0], report[1], tuple(sorted(path.name for path in target.iterdir()))
+    )
 
 
 def _write_small_files(reader: BuildReader, entries: tuple[FileEntry, ...], folder: Path) -> None:
@@ -108,7 +115,11 @@ def _iterate_tensors(reader: BuildReader, expert: str | None) -> Iterator[tuple[
 
 
 def _write_weights(
-    reader: BuildReader, expert: str | None, folder: Path, max_file_bytes: int, on_bytes: Callable[[int], None]
+    reader: BuildReader,
+    expert: str | None,
+    folder: Path,
+    max_file_bytes: int,
+    on_bytes: Callable[[int], None],
 ) -> tuple[int, int]:
     files: list[list[str]] = []
     waiting: dict[str, torch.Tensor] = {}
@@ -118,7 +129,9 @@ def _write_weights(
         nonlocal waiting, waiting_bytes
         path = folder / f"part{len(files)}"
         save_file(waiting, path, metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", path)  # the library makes files that their owner alone can read
+        shutil.copymode(
+            folder / "config.json", path
+        )  # the library makes files that their owner alone can read
         files.append(list(waiting))
         waiting, waiting_bytes = {}, 0
 
@@ -144,5 +157,8 @@ def _name_files(folder: Path, files: list[list[str]], total_bytes: int) -> None:
         file = f"model-{index + 1:05d}-of-{len(files):05d}.safetensors"
         (folder / f"part{index}").rename(folder / file)
         weight_map |= dict.fromkeys(names, file)
-    index_json = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    index_json = {
+        "metadata": {"total_size": total_bytes},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index_json, indent=2) + "\n")

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from mmerge.manifests.format.entry import Role
 from mmerge.manifests.errors import CheckpointError, ManifestError, ShapeMismatch, StoreError
-from mmerge.workers.checkpoints.lora_adapter import CONFIG_FILE, WEIGHT_FILES
+from mmerge.manifests.format.entry import Role
 from mmerge.workers.checkpoints.checkpoint import Checkpoint, OpenStores, read_source
 from mmerge.workers.checkpoints.dtypes import to_tensor
+from mmerge.workers.checkpoints.lora_adapter import CONFIG_FILE, WEIGHT_FILES
 from mmerge.workers.exports.folder import to_export_folder
 from mmerge.workers.methods.matrix import is_layer_matrix
 from mmerge.workers.reconstruction.build_reader import BuildReader
@@ -46,9 +46,9 @@ def export_adapter(
 ) -> AdapterReport:
     """Write a PEFT adapter of a merged language model, and return how much of the merge it holds.
 
-    Of each matrix of a layer the task vector τ = θ − θ₀ is truncated to its `rank` leading singular triplets (the best
-    approximation of that rank, Eckart and Young 1936): B = U√S [out, rank], A = √S·Vᵀ [rank, in], float32, scale 1. Where τ
-    has fewer ranks, the rest is zero.
+    Of each matrix of a layer the task vector τ = θ − θ₀ is truncated to its `rank` leading singular
+    triplets (the best approximation of that rank, Eckart and Young 1936): B = U√S [out, rank], A =
+    √S·Vᵀ [rank, in], float32, scale 1. Where τ has fewer ranks, the rest is zero.
 
     Args:
         uri: the composite; its language model for text tokens is taken.
@@ -68,7 +68,9 @@ def export_adapter(
     if expert:
         reader.manifest.to_expert(expert)
     target = to_export_folder(folder)
-    most = max((min(reader.shape(name, role)) for name, role in _layer_matrices(reader)), default=rank)
+    most = max(
+        (min(reader.shape(name, role)) for name, role in _layer_matrices(reader)), default=rank
+    )
     if rank > most:
         raise ManifestError(f"rank: no matrix of a layer of {uri} has more than {most}, got {rank}")
     report = AdapterReport(str(target), rank)
@@ -79,16 +81,25 @@ def export_adapter(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        from safetensors.torch import save_file  # it imports torch, which printing a report does not need
+        from safetensors.torch import (
+            save_file,  # it imports torch, which printing a report does not need
+        )
 
         save_file(factors, partial / WEIGHT_FILES[0], metadata={"format": "pt"})
-        (partial / CONFIG_FILE).write_text(json.dumps(_make_config(factors, rank, base), indent=2, sort_keys=True) + "\n")
-        shutil.copymode(partial / CONFIG_FILE, partial / WEIGHT_FILES[0])  # the library makes files that their owner alone can read
+        (partial / CONFIG_FILE).write_text(
+            json.dumps(_make_config(factors, rank, base), indent=2, sort_keys=True) + "\n"
+        )
+        shutil.copymode(
+            partial / CONFIG_FILE, partial / WEIGHT_FILES[0]
+        )  # the library makes files that their owner alone can read
         if target.exists():
             target.rmdir()
         partial.rename(target)
     except OSError as error:
-        raise StoreError(f"{target}: cannot be written ({error.strerror or error}). Choose another folder with --to") from error
+        raise StoreError(
+            f"{target}: cannot be written ({error.strerror or error}). Choose another folder with"
+            " --to"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return report
@@ -107,11 +118,15 @@ class _BaseReader:
             return self._reader.read(name, "base").to(torch.float32)
         if self._checkpoint is None:
             raise ManifestError(
-                f"{self._reader.uri}: a plain build does not hold its base, and an adapter is made against it. Name it with --base"
+                f"{self._reader.uri}: a plain build does not hold its base, and an adapter is made"
+                " against it. Name it with --base"
             )
         source = self._checkpoint.tensors.get(name)
         if source is None:
-            raise CheckpointError(f"base: {self._checkpoint.uri} has no {name}; the build does. Name the base that it was made from")
+            raise CheckpointError(
+                f"base: {self._checkpoint.uri} has no {name}; the build does. Name the base that it"
+                " was made from"
+            )
         data = read_source(source, stores=self._stores, offset=0, num_bytes=source.spec.num_bytes)
         return to_tensor(data, source.spec.dtype).to(torch.float32).reshape(source.spec.shape)
 
@@ -124,7 +139,11 @@ def _layer_matrices(reader: BuildReader) -> Iterator[tuple[str, Role]]:
 
 
 def _make_factors(
-    reader: BuildReader, base: _BaseReader, expert: str | None, report: AdapterReport, on_bytes: Callable[[int], None]
+    reader: BuildReader,
+    base: _BaseReader,
+    expert: str | None,
+    report: AdapterReport,
+    on_bytes: Callable[[int], None],
 ) -> dict[str, torch.Tensor]:
     factors: dict[str, torch.Tensor] = {}
     whole = missed = 0.0
@@ -136,7 +155,8 @@ def _make_factors(
             continue
         if merged.shape != original.shape:
             raise ShapeMismatch(
-                f"{name}: the build has {tuple(merged.shape)}, the base {tuple(original.shape)}. Name the base that it was made from"
+                f"{name}: the build has {tuple(merged.shape)}, the base {tuple(original.shape)}."
+                " Name the base that it was made from"
             )
         delta = merged.to(torch.float32) - original
         on_bytes(merged.numel() * merged.element_size())
@@ -152,13 +172,17 @@ def _make_factors(
         missed += float((delta - b @ a).to(torch.float64).square().sum())
         report.num_matrices += 1
     if not factors:
-        raise ManifestError(f"{reader.uri}: the merge changed no matrix of a layer, so there is no adapter to write")
+        raise ManifestError(
+            f"{reader.uri}: the merge changed no matrix of a layer, so there is no adapter to write"
+        )
     report.residual = math.sqrt(missed / whole)
     return factors
 
 
 def truncate_to_factors(delta: torch.Tensor, *, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A [rank, in] and B [out, rank], float32, with B·A the best approximation of `delta` of that rank."""
+    """Return A [rank, in] and B [out, rank], float32, with B·A the best approximation of `delta` of
+    that rank.
+    """
     u, s, vt = torch.linalg.svd(delta, full_matrices=False)
     count = min(rank, len(s))
     root = s[:count].sqrt()
@@ -167,7 +191,9 @@ def truncate_to_factors(delta: torch.Tensor, *, rank: int) -> tuple[torch.Tensor
     return a, b
 
 
-def _make_config(factors: dict[str, torch.Tensor], rank: int, base: str | None) -> dict[str, object]:
+def _make_config(
+    factors: dict[str, torch.Tensor], rank: int, base: str | None
+) -> dict[str, object]:
     modules = sorted({name.split(".lora_")[0].rsplit(".", 1)[1] for name in factors})
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank, "lora_alpha": rank, "lora_dropout": 0.0,

@@ -1,4 +1,6 @@
-"""Adapters averaged factor by factor, read from their folders and written as one: for comparison with published numbers."""
+"""Adapters averaged factor by factor, read from their folders and written as one: for comparison
+with published numbers.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +12,21 @@ import torch
 from safetensors.torch import save_file
 
 from mmerge.manifests.errors import RecipeError, ShapeMismatch, StoreError
-from mmerge.workers.checkpoints.lora_adapter import CONFIG_FILE, DEFAULT_ADAPTER, WEIGHT_FILES, AdapterFolder
 from mmerge.workers.checkpoints.checkpoint import OpenStores, TensorSource, read_source
 from mmerge.workers.checkpoints.dtypes import to_tensor
+from mmerge.workers.checkpoints.lora_adapter import (
+    CONFIG_FILE,
+    DEFAULT_ADAPTER,
+    WEIGHT_FILES,
+    AdapterFolder,
+)
 from mmerge.workers.methods.lora_factors import STRATEGIES, average_lora
 from mmerge.workers.runtime.cores import one_thread
 
 
 def write_average(uris: Sequence[str], folder: Path, *, strategy: str, density: float) -> int:
-    """Write the adapter whose factors are those of the adapters at `uris`, averaged one by one; return how many factors it has.
+    """Write the adapter whose factors are those of the adapters at `uris`, averaged one by one;
+    return how many factors it has.
 
     Of folders with several adapters the one called `default` is taken.
 
@@ -32,7 +40,9 @@ def write_average(uris: Sequence[str], folder: Path, *, strategy: str, density: 
     if len(uris) < 2:
         raise RecipeError("average-lora: give at least two adapters")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise StoreError(f"{folder}: is not empty. Choose a new folder for the adapter, or delete this one")
+        raise StoreError(
+            f"{folder}: is not empty. Choose a new folder for the adapter, or delete this one"
+        )
     folders = [AdapterFolder(uri, owner=f"adapter {uri}") for uri in uris]
     experts, scales, ranks = [], set(), set()
     for found in folders:
@@ -40,23 +50,40 @@ def write_average(uris: Sequence[str], folder: Path, *, strategy: str, density: 
         scales |= {pair.scale for pair in pairs}
         ranks |= {pair.rank for pair in pairs}
         experts.append(
-            {f"{pair.module}.lora_{letter}.weight": _read(source) for pair in pairs for letter, source in (("A", pair.a), ("B", pair.b))}
+            {
+                f"{pair.module}.lora_{letter}.weight": _read(source)
+                for pair in pairs
+                for letter, source in (("A", pair.a), ("B", pair.b))
+            }
         )
     with one_thread():
         merged = average_lora(experts, strategy=strategy, density=density)
     if len(scales) != 1 or len(ranks) != 1:
         raise ShapeMismatch(
-            f"the adapters have the scales {sorted(scales)} and ranks {sorted(ranks)}; factors can be averaged only where both are equal. "
-            "Give the adapters as experts of a recipe: their products are merged then"
+            f"the adapters have the scales {sorted(scales)} and ranks {sorted(ranks)}; factors can"
+            " be averaged only where both are equal. Give the adapters as experts of a recipe:"
+            " their products are merged then"
         )
     rank = ranks.pop()
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": scales.pop() * rank, "target_modules": _modules(merged), "bias": "none"}
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": scales.pop() * rank,
+        "target_modules": _modules(merged),
+        "bias": "none",
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({f"base_model.model.{name}": value.contiguous() for name, value in merged.items()}, folder / WEIGHT_FILES[0])
+        save_file(
+            {f"base_model.model.{name}": value.contiguous() for name, value in merged.items()},
+            folder / WEIGHT_FILES[0],
+        )
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     except OSError as error:
-        raise StoreError(f"{folder}: cannot be written ({error.strerror or error}). Choose another folder with --to") from error
+        raise StoreError(
+            f"{folder}: cannot be written ({error.strerror or error}). Choose another folder with"
+            " --to"
+        ) from error
     return len(merged)
 
 

@@ -1,4 +1,6 @@
-"""DELLA in one pass over whole rows: ranks within a row, random dropping by rank, and the sum or election of what is kept."""
+"""DELLA in one pass over whole rows: ranks within a row, random dropping by rank, and the sum or
+election of what is kept.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +8,24 @@ from typing import Any
 
 import numpy as np
 
-from mmerge.workers.kernels.tiles import TILE_ENTRIES, compiled, narrow, subtract_at, widen_at
 from mmerge.workers.kernels.locate import draw_tile, put_together
+from mmerge.workers.kernels.tiles import TILE_ENTRIES, compiled, narrow, subtract_at, widen_at
 
 NUM_BUCKETS = 1 << 15
 """One for each value of the upper 15 bits of a magnitude."""
 MAX_LATE = 256
-"""So many entries with lower bits are sorted one by one; where a row has more, all of it is sorted."""
+"""So many entries with lower bits are sorted one by one; where a row has more, all of it is sorted.
+"""
 
 
 @compiled
 def rank_row(bits: Any, count: int, sorting: Any, buckets: Any, ranks: Any) -> None:
-    """Write the ascending rank of each magnitude of a row to `ranks` (float32); of equal ones the lower position is lower.
+    """Write the ascending rank of each magnitude of a row to `ranks` (float32); of equal ones the
+    lower position is lower.
 
-    Task vectors of 16-bit checkpoints have few values, nearly all without lower 16 bits: they are counted by their upper bits,
-    and the few others of a bucket, all larger than those without lower bits, come behind them.
+    Task vectors of 16-bit checkpoints have few values, nearly all without lower 16 bits: they are
+    counted by their upper bits, and the few others of a bucket, all larger than those without lower
+    bits, come behind them.
 
     Args:
         bits: uint32, float32 values as bits.
@@ -36,7 +41,8 @@ def rank_row(bits: Any, count: int, sorting: Any, buckets: Any, ranks: Any) -> N
         keys[i] = key
         places[i] = key >> np.uint32(16)
         with_lower = np.int32(with_lower + np.int32((key & np.uint32(0xFFFF)) != 0))
-        # Less 1, so that 0, far below all others, does not widen the range of buckets; its bucket is the first.
+        # Less 1, so that 0, far below all others, does not widen the range of buckets; its bucket
+        # is the first.
         smallest, largest = min(smallest, np.uint32(key - np.uint32(1))), max(largest, key)
     if with_lower > MAX_LATE:
         sort_row(bits, count, sorting[0], sorting[1], sorting[2], sorting[3], buckets, ranks)
@@ -85,7 +91,16 @@ def rank_row(bits: Any, count: int, sorting: Any, buckets: Any, ranks: Any) -> N
 
 
 @compiled
-def sort_row(bits: Any, count: int, keys: Any, order: Any, spare_keys: Any, spare_order: Any, buckets: Any, ranks: Any) -> None:
+def sort_row(
+    bits: Any,
+    count: int,
+    keys: Any,
+    order: Any,
+    spare_keys: Any,
+    spare_order: Any,
+    buckets: Any,
+    ranks: Any,
+) -> None:
     """Write the ascending ranks of any magnitudes: a radix sort of the 31 bits by 11, 10 and 10.
 
     A digit that all have in common costs one pass and no move.
@@ -101,7 +116,10 @@ def sort_row(bits: Any, count: int, keys: Any, order: Any, spare_keys: Any, spar
         order[i] = np.uint32(i)
     source, target, source_order, target_order = keys, spare_keys, order, spare_order
     for digit in range(3):
-        shift, mask = np.uint32(0 if digit == 0 else (11 if digit == 1 else 21)), np.uint32(0x7FF if digit == 0 else 0x3FF)
+        shift, mask = (
+            np.uint32(0 if digit == 0 else (11 if digit == 1 else 21)),
+            np.uint32(0x7FF if digit == 0 else 0x3FF),
+        )
         for i in range(2048):
             buckets[i] = 0
         for i in range(count):
@@ -141,13 +159,15 @@ def merge_by_row(
     inputs: Any, codes: Any, num_entries: int, position: Any, columns: int, drops: Any, numbers: Any, keys: Any, weights: Any, how: int,
     zero_sign: Any, divisor: Any, scale: Any, out_code: int, out: Any,
 ) -> None:  # fmt: skip
-    """Write θ₀ + scale·F(Sub(τ₁), …) of whole rows to `out`: Sub drops at random, with probabilities by rank within the row.
+    """Write θ₀ + scale·F(Sub(τ₁), …) of whole rows to `out`: Sub drops at random, with
+    probabilities by rank within the row.
 
     Args:
         columns: entries of a row.
         drops: int64 per expert, whether it drops at all.
-        numbers: float32 (experts, 5): lowest keep probability, its span (0: the same for all), whether what is kept is divided
-            by its probability, a factor on what is kept, and the mean keep probability.
+        numbers: float32 (experts, 5): lowest keep probability, its span (0: the same for all),
+            whether what is kept is divided by its probability, a factor on what is kept, and the
+            mean keep probability.
     """
     num_experts = inputs.shape[0] - 1
     tiles = np.empty((4, TILE_ENTRIES), np.float32)
@@ -167,8 +187,15 @@ def merge_by_row(
             delta, weight = deltas[expert], weights[expert]
             subtract_at(inputs[expert + 1], codes[expert + 1], row_start, columns, base, delta)
             if drops[expert] == 1:
-                lowest, span, divides, factor = numbers[expert, 0], numbers[expert, 1], numbers[expert, 2], numbers[expert, 3]
-                draw_tile(keys[expert], position + np.uint64(row_start), columns, words, bits, chance)
+                lowest, span, divides, factor = (
+                    numbers[expert, 0],
+                    numbers[expert, 1],
+                    numbers[expert, 2],
+                    numbers[expert, 3],
+                )
+                draw_tile(
+                    keys[expert], position + np.uint64(row_start), columns, words, bits, chance
+                )
                 if columns > 1 and span != zero:
                     rank_row(delta.view(np.uint32), columns, sorting, buckets, ranks)
                     for i in range(columns):
@@ -185,5 +212,7 @@ def merge_by_row(
             part = base[start : start + count]
             for i in range(count):
                 base_tile[i] = part[i]
-            merged = put_together(deltas, weights, start, count, how, zero_sign, divisor, scale, base_tile, rest)
+            merged = put_together(
+                deltas, weights, start, count, how, zero_sign, divisor, scale, base_tile, rest
+            )
             narrow(merged, out_code, count, out, row_start + start)

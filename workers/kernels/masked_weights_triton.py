@@ -1,4 +1,6 @@
-"""A modality's weights formed on a CUDA device, straight from packed bits, by Triton. Imported only where such a device is used."""
+"""A modality's weights formed on a CUDA device, straight from packed bits, by Triton. Imported only
+where such a device is used.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +11,38 @@ from typing import Any
 
 import torch
 
-# Triton comes with the CUDA builds of torch and is no dependency where there is no GPU: type checkers must not look for it.
+# Triton comes with the CUDA builds of torch and is no dependency where there is no GPU: type
+# checkers must not look for it.
 triton: Any = import_module("triton")
 tl: Any = import_module("triton.language")
 
 BLOCK_ENTRIES = 1024
-"""Entries of one row that a program forms: 8 a thread with 4 warps, loads of 16 bytes in the 16-bit dtypes."""
+"""Entries of one row that a program forms: 8 a thread with 4 warps, loads of 16 bytes in the 16-bit
+dtypes.
+"""
 
 
-def _form_block(base, delta, masks, factors, out, divisor, width, expert_bytes, row_bytes, NUM_EXPERTS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803 - constants of a Triton kernel are written so
+def _form_block(
+    base,
+    delta,
+    masks,
+    factors,
+    out,
+    divisor,
+    width,
+    expert_bytes,
+    row_bytes,
+    NUM_EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_inside = columns < width
     share = tl.zeros((BLOCK,), dtype=tl.float32)
     for expert in tl.static_range(NUM_EXPERTS):
-        packed = tl.load(masks + expert * expert_bytes + row * row_bytes + columns // 8, mask=is_inside, other=0)
+        packed = tl.load(
+            masks + expert * expert_bytes + row * row_bytes + columns // 8, mask=is_inside, other=0
+        )
         bits = (packed.to(tl.int32) >> (7 - columns % 8)) & 1
         share += tl.load(factors + expert) * bits.to(tl.float32)
     places = row * width + columns
@@ -32,7 +51,8 @@ def _form_block(base, delta, masks, factors, out, divisor, width, expert_bytes, 
     # The plain division of Triton is approximate; this one is the reference's.
     value += tl.div_rn(share, divisor + tl.zeros_like(share)) * change
     if out.dtype.element_ty == tl.bfloat16:
-        # Rounded to even by hand: Triton's interpreter, in which this is tested, cuts the lower bits off.
+        # Rounded to even by hand: Triton's interpreter, in which this is tested, cuts the lower
+        # bits off.
         word = value.to(tl.uint32, bitcast=True)
         rounded = (word + 0x7FFF + ((word >> 16) & 1)) >> 16
         rounded = tl.where((word & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded)
@@ -45,13 +65,21 @@ _form_kernel: Any = triton.jit(_form_block)
 
 
 def form_on_device(
-    base: torch.Tensor, delta: torch.Tensor, masks: torch.Tensor, *, factors: Sequence[float], divisor: float, out: torch.Tensor
+    base: torch.Tensor,
+    delta: torch.Tensor,
+    masks: torch.Tensor,
+    *,
+    factors: Sequence[float],
+    divisor: float,
+    out: torch.Tensor,
 ) -> None:
-    """Write base + (Σ factorsⱼ·masksⱼ / divisor)∘delta to `out`: computed in float32 and rounded once, as the plain torch reference.
+    """Write base + (Σ factorsⱼ·masksⱼ / divisor)∘delta to `out`: computed in float32 and rounded
+    once, as the plain torch reference.
 
     Args:
         base, delta: [rows, width], contiguous, float32, bfloat16 or float16 each.
-        masks: packed by rows (`masks.pack_rows`), uint8 [experts, rows, ⌈width/8⌉]; the rows of one expert lie behind each other.
+        masks: packed by rows (`masks.pack_rows`), uint8 [experts, rows, ⌈width/8⌉]; the rows of one
+            expert lie behind each other.
         factors: one per expert.
         divisor: of their sum.
         out: [rows, width], contiguous, of any of these dtypes.

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from mmerge.workers.kernels.locate import ELECT_MAX, elect_three, elect_tile, trim_tile
 from mmerge.workers.kernels.tiles import (
     TILE_ENTRIES,
     compiled,
@@ -19,7 +20,6 @@ from mmerge.workers.kernels.tiles import (
     widen,
     widen_at,
 )
-from mmerge.workers.kernels.locate import ELECT_MAX, elect_three, elect_tile, trim_tile
 
 
 @compiled
@@ -27,12 +27,14 @@ def merge_mmer(
     inputs: Any, codes: Any, num_entries: int, thresholds: Any, how: int, half_scales: Any, out_code: int, out: Any, masks: Any,
     mask_start: int, counts: Any, overlaps: Any, squares: Any,
 ) -> None:  # fmt: skip
-    """Write τ⋆ of one block to `out` and the packed masks to `masks` (rows of bytes, from `mask_start`); add up the statistics.
+    """Write τ⋆ of one block to `out` and the packed masks to `masks` (rows of bytes, from
+    `mask_start`); add up the statistics.
 
     Args:
         how: ELECT_SUM or ELECT_MEAN.
         half_scales: λᵢ·0.5 per expert, float32.
-        counts: int64, rows kept, agreeing, masked (per expert) and consensus (per number of experts that want an entry).
+        counts: int64, rows kept, agreeing, masked (per expert) and consensus (per number of experts
+            that want an entry).
         overlaps: int64 per pair of experts.
         squares: float64, squared norm per task vector before trimming, then of τ⋆ as stored.
     """
@@ -86,7 +88,9 @@ def count_not_zero(values: Any, count: int) -> Any:
 
 @compiled
 def mask_tile(delta: Any, merged: Any, count: int, half_scale: Any, mask: Any) -> None:
-    """Set `mask` (uint8) where a trimmed task vector has the sign of τ⋆ and at least `half_scale` times its magnitude."""
+    """Set `mask` (uint8) where a trimmed task vector has the sign of τ⋆ and at least `half_scale`
+    times its magnitude.
+    """
     zero, infinite = np.float32(0), np.float32(np.inf)
     for i in range(count):
         star = merged[i]
@@ -102,17 +106,22 @@ def count_agreeing(delta: Any, total: Any, count: int) -> Any:
     found = np.int32(0)
     for i in range(count):
         value, elected = delta[i], total[i]
-        found = np.int32(found + np.int32(((value > zero) & (elected > zero)) | ((value < zero) & (elected < zero))))
+        found = np.int32(
+            found
+            + np.int32(((value > zero) & (elected > zero)) | ((value < zero) & (elected < zero)))
+        )
     return np.int64(found)
 
 
 @compiled
 def count_votes(wanted: Any, count: int, votes: Any, consensus: Any, overlaps: Any) -> None:
-    """Add how many of the first `count` entries are wanted by 0, 1, …, n experts, and by both experts of each pair.
+    """Add how many of the first `count` entries are wanted by 0, 1, …, n experts, and by both
+    experts of each pair.
 
     Args:
         wanted: uint64 (experts, a bit per entry of a tile).
-        votes: uint64 (4, as long), scratch: three binary digits of the number of experts per entry, and what is counted.
+        votes: uint64 (4, as long), scratch: three binary digits of the number of experts per entry,
+            and what is counted.
     """
     num_experts = wanted.shape[0]
     digits, chosen = votes[:3], votes[3]

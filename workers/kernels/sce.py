@@ -1,4 +1,6 @@
-"""SCE in passes over a tensor: variances counted, squares of the selected entries summed exactly, then the merge."""
+"""SCE in passes over a tensor: variances counted, squares of the selected entries summed exactly,
+then the merge.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +8,31 @@ from typing import Any
 
 import numpy as np
 
-from mmerge.workers.kernels.tiles import TILE_ENTRIES, compiled, narrow, select, subtract_at, turn_sign, widen_at
-from mmerge.workers.kernels.locate import cut_tile
 from mmerge.workers.kernels.inner_products import NUM_COPIES
+from mmerge.workers.kernels.locate import cut_tile
 from mmerge.workers.kernels.magnitudes import count_tile
+from mmerge.workers.kernels.tiles import (
+    TILE_ENTRIES,
+    compiled,
+    narrow,
+    select,
+    subtract_at,
+    turn_sign,
+    widen_at,
+)
 
 
 @compiled
-def variance_tile(inputs: Any, codes: Any, start: int, count: int, base: Any, deltas: Any, mean: Any, variance: Any) -> None:
+def variance_tile(
+    inputs: Any,
+    codes: Any,
+    start: int,
+    count: int,
+    base: Any,
+    deltas: Any,
+    mean: Any,
+    variance: Any,
+) -> None:
     """Write the task vectors of a tile to `deltas` and their variance across experts to `variance`."""
     num_experts = deltas.shape[0]
     number = np.float32(num_experts)
@@ -53,7 +72,9 @@ def variance_tile(inputs: Any, codes: Any, start: int, count: int, base: Any, de
 
 
 @compiled
-def count_variances(inputs: Any, codes: Any, num_entries: int, histogram: Any, smallest_and_largest: Any) -> None:
+def count_variances(
+    inputs: Any, codes: Any, num_entries: int, histogram: Any, smallest_and_largest: Any
+) -> None:
     """Add the variances of a block to a histogram, as `count_magnitudes` does with magnitudes."""
     tiles = np.empty((3, TILE_ENTRIES), np.float32)
     base, mean, variance = tiles[0], tiles[1], tiles[2]
@@ -66,8 +87,12 @@ def count_variances(inputs: Any, codes: Any, num_entries: int, histogram: Any, s
 
 
 @compiled
-def count_variances_within(inputs: Any, codes: Any, num_entries: int, upper: int, counts: Any) -> None:
-    """Add to `counts` (int64, 4,096) the lower 12 bits of the variances whose upper 19 bits are `upper`."""
+def count_variances_within(
+    inputs: Any, codes: Any, num_entries: int, upper: int, counts: Any
+) -> None:
+    """Add to `counts` (int64, 4,096) the lower 12 bits of the variances whose upper 19 bits are
+    `upper`.
+    """
     tiles = np.empty((3, TILE_ENTRIES), np.float32)
     base, mean, variance = tiles[0], tiles[1], tiles[2]
     bits = variance.view(np.uint32)
@@ -86,7 +111,8 @@ def count_variances_within(inputs: Any, codes: Any, num_entries: int, upper: int
 def cut_variances(variance: Any, count: int, threshold: Any, ties: Any) -> Any:
     """Return the value from which on the variances of a tile are selected.
 
-    Where only some of those at the threshold are, the tile becomes 1 for what is selected and 0 for the rest.
+    Where only some of those at the threshold are, the tile becomes 1 for what is selected and 0 for
+    the rest.
     """
     cut = cut_tile(variance, count, threshold, ties)
     if not np.isnan(cut):
@@ -101,7 +127,9 @@ def cut_variances(variance: Any, count: int, threshold: Any, ties: Any) -> Any:
 
 
 @compiled
-def sum_selected(inputs: Any, codes: Any, num_entries: int, threshold: Any, ties: Any, sums: Any) -> None:
+def sum_selected(
+    inputs: Any, codes: Any, num_entries: int, threshold: Any, ties: Any, sums: Any
+) -> None:
     """Add the squares of the selected entries to `sums`: per exponent the sum of the significands.
 
     What is not finite, selected or not, is counted in `sums[0, 255]`.
@@ -135,17 +163,36 @@ def sum_selected(inputs: Any, codes: Any, num_entries: int, threshold: Any, ties
             for i in range(found):
                 word = np.uint32(bits[i])
                 exponent = word >> np.uint32(23)
-                significand = (word & np.uint32(0x7FFFFF)) | (np.uint32(exponent != 0) << np.uint32(23))
-                total[(np.uint32(i & (NUM_COPIES - 1)) << np.uint32(9)) | exponent] += np.int64(significand)
+                significand = (word & np.uint32(0x7FFFFF)) | (
+                    np.uint32(exponent != 0) << np.uint32(23)
+                )
+                total[(np.uint32(i & (NUM_COPIES - 1)) << np.uint32(9)) | exponent] += np.int64(
+                    significand
+                )
 
 
 @compiled
 def merge_sce(
-    inputs: Any, codes: Any, num_entries: int, threshold: Any, ties: Any, weights: Any, scale: Any, out_code: int, out: Any
+    inputs: Any,
+    codes: Any,
+    num_entries: int,
+    threshold: Any,
+    ties: Any,
+    weights: Any,
+    scale: Any,
+    out_code: int,
+    out: Any,
 ) -> None:
     """Write θ₀ + scale·Σ wᵢeᵢτᵢ / Σ wᵢeᵢ over the selected entries of one block to `out` (bytes)."""
     tiles = np.empty((6, TILE_ENTRIES), np.float32)
-    base, sign, variance, total, divisor, selected = tiles[0], tiles[1], tiles[2], tiles[3], tiles[4], tiles[5]
+    base, sign, variance, total, divisor, selected = (
+        tiles[0],
+        tiles[1],
+        tiles[2],
+        tiles[3],
+        tiles[4],
+        tiles[5],
+    )
     deltas = np.empty((inputs.shape[0] - 1, TILE_ENTRIES), np.float32)
     zero, one = np.float32(0), np.float32(1)
     for start in range(0, num_entries, TILE_ENTRIES):
@@ -180,7 +227,16 @@ def merge_sce(
 
 
 @compiled
-def erase_three(deltas: Any, weights: Any, variance: Any, cut: Any, scale: Any, base: Any, count: int, merged: Any) -> None:
+def erase_three(
+    deltas: Any,
+    weights: Any,
+    variance: Any,
+    cut: Any,
+    scale: Any,
+    base: Any,
+    count: int,
+    merged: Any,
+) -> None:
     """Do what `merge_sce` does with a tile of three experts, in one loop."""
     zero, one = np.float32(0), np.float32(1)
     first, second, third = deltas[0], deltas[1], deltas[2]
@@ -193,8 +249,20 @@ def erase_three(deltas: Any, weights: Any, variance: Any, cut: Any, scale: Any, 
             select(is_selected, third[i], zero),
         )
         sign = select(value_1 + value_2 + value_3 < zero, -one, one)
-        agrees_1, agrees_2, agrees_3 = turn_sign(value_1, sign) > zero, turn_sign(value_2, sign) > zero, turn_sign(value_3, sign) > zero
+        agrees_1, agrees_2, agrees_3 = (
+            turn_sign(value_1, sign) > zero,
+            turn_sign(value_2, sign) > zero,
+            turn_sign(value_3, sign) > zero,
+        )
         total = zero + select(agrees_1, weight_1 * value_1, zero)
-        total = total + select(agrees_2, weight_2 * value_2, zero) + select(agrees_3, weight_3 * value_3, zero)
-        divisor = select(agrees_1, weight_1, zero) + select(agrees_2, weight_2, zero) + select(agrees_3, weight_3, zero)
+        total = (
+            total
+            + select(agrees_2, weight_2 * value_2, zero)
+            + select(agrees_3, weight_3 * value_3, zero)
+        )
+        divisor = (
+            select(agrees_1, weight_1, zero)
+            + select(agrees_2, weight_2, zero)
+            + select(agrees_3, weight_3, zero)
+        )
         merged[i] = base[i] + scale * (total / select(divisor == zero, one, divisor))

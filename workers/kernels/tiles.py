@@ -1,8 +1,9 @@
 """Compiled loops of the fast path: bytes to float32 tiles, float32 tiles to bytes, sums, bits.
 
-A kernel works through a block tile by tile, 2,048 entries at once: a tile of base and experts stays in the first caches, and
-loops over plain arrays of that length are what LLVM turns into vector code. All functions are single-threaded and release the
-interpreter's lock, so tasks share a node's cores as threads or as processes. Arithmetic is float32 without contraction or
+A kernel works through a block tile by tile, 2,048 entries at once: a tile of base and experts stays
+in the first caches, and loops over plain arrays of that length are what LLVM turns into vector
+code. All functions are single-threaded and release the interpreter's lock, so tasks share a node's
+cores as threads or as processes. Arithmetic is float32 without contraction or
 reordering: the bits are those of the torch reference.
 """
 
@@ -36,17 +37,21 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def _find_cache_folder() -> str:
-    """Return where compiled code is kept: a folder of the user, or a temporary one where there is none (containers).
+    """Return where compiled code is kept: a folder of the user, or a temporary one where there is
+    none (containers).
 
-    Its name is the digest of the kernels' sources: numba looks only at the file of the function itself, and one kernel
-    calls another file's.
+    Its name is the digest of the kernels' sources: numba looks only at the file of the function
+    itself, and one kernel calls another file's.
     """
     sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     name = f"kernels-{blake3(sources).hexdigest(8)}"
     own = os.environ.get("NUMBA_CACHE_DIR")
     if own:
         return str(Path(own) / name)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path(os.path.expanduser("~")) / ".cache") / "mmerge"  # noqa: PTH111 - never raises
+    cache = (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path(os.path.expanduser("~")) / ".cache")
+        / "mmerge"
+    )
     nearest = next((folder for folder in (cache, *cache.parents) if folder.exists()), cache)
     if os.access(nearest, os.W_OK):
         return str(cache / name)
@@ -57,7 +62,9 @@ _CACHE_FOLDER = _find_cache_folder()
 
 
 def compiled(function: _Function) -> _Function:
-    """Return the function compiled at its first call: no lock held, no fastmath, kept on disk for the next process."""
+    """Return the function compiled at its first call: no lock held, no fastmath, kept on disk for
+    the next process.
+    """
     with _own_cache():
         made: _Function = numba.njit(nogil=True, cache=True, error_model="numpy")(function)
     return made
@@ -151,7 +158,9 @@ def _recast(given: Any, expected: Any, other: Any) -> Any:
 
 @compiled
 def bytes_at(address: int, count: int) -> Any:
-    """Return the array of `count` bytes in memory from `address` on; whoever calls holds that memory."""
+    """Return the array of `count` bytes in memory from `address` on; whoever calls holds that
+    memory.
+    """
     return carray(_pointer(address), count, np.uint8)
 
 
@@ -179,7 +188,8 @@ def subtract_at(address: int, code: int, start: int, count: int, base: Any, out:
 @compiled
 def widen(raw: Any, code: int, start: int, count: int, out: Any) -> None:
     """Write `count` entries of a row of bytes, from entry `start`, to `out` as float32."""
-    # Slices before the loops: an index that is a plain loop variable needs no check, so that the loop becomes vector code.
+    # Slices before the loops: an index that is a plain loop variable needs no check, so that the
+    # loop becomes vector code.
     if code == 1:
         words = raw.view(np.uint16)[start : start + count]
         bits = out.view(np.uint32)
@@ -191,11 +201,16 @@ def widen(raw: Any, code: int, start: int, count: int, out: Any) -> None:
         for i in range(count):
             bits[i] = (np.uint32(words[i]) & np.uint32(0x7FFF)) << np.uint32(13)
         for i in range(count):
-            # The exponent is 112 too small; the multiplication also normalises what is subnormal in float16.
+            # The exponent is 112 too small; the multiplication also normalises what is subnormal in
+            # float16.
             out[i] = out[i] * np.float32(2.0**112)
         for i in range(count):
             word = np.uint32(words[i])
-            special = np.uint32(0x7F800000) if (word & np.uint32(0x7C00)) == np.uint32(0x7C00) else np.uint32(0)
+            special = (
+                np.uint32(0x7F800000)
+                if (word & np.uint32(0x7C00)) == np.uint32(0x7C00)
+                else np.uint32(0)
+            )
             bits[i] = bits[i] | special | ((word & np.uint32(0x8000)) << np.uint32(16))
     else:
         values = raw.view(np.float32)[start : start + count]
@@ -207,7 +222,8 @@ def widen(raw: Any, code: int, start: int, count: int, out: Any) -> None:
 def narrow(values: Any, code: int, count: int, raw: Any, start: int) -> None:
     """Write `count` float32 values to a row of bytes, from entry `start`, rounded to nearest even.
 
-    Every NaN becomes the quiet NaN without sign or payload: which one an operation returns depends on the machine.
+    Every NaN becomes the quiet NaN without sign or payload: which one an operation returns depends
+    on the machine.
     """
     bits = values.view(np.uint32)
     if code == 1:
@@ -257,9 +273,11 @@ def _to_half(word: Any) -> Any:
 
 @compiled
 def sum_squares(values: Any, count: int, scratch: Any) -> Any:
-    """Return the float64 sum of squares of the first `count` float32 values of a tile: NUM_LANES sums, then a fixed tree of them.
+    """Return the float64 sum of squares of the first `count` float32 values of a tile: NUM_LANES
+    sums, then a fixed tree of them.
 
-    `values` is a tile long, what is behind `count` in it is cleared; `scratch` is float64, NUM_LANES long at least.
+    `values` is a tile long, what is behind `count` in it is cleared; `scratch` is float64,
+    NUM_LANES long at least.
     """
     for i in range(count, TILE_ENTRIES):
         values[i] = 0
@@ -282,7 +300,8 @@ def sum_squares(values: Any, count: int, scratch: Any) -> Any:
 
 @compiled
 def pack_bits(mask: Any, count: int, out: Any, start: int) -> None:
-    """Write a tile of 0 and 1 (uint8) as bits, the first entry in the most significant bit, from byte `start` of `out`.
+    """Write a tile of 0 and 1 (uint8) as bits, the first entry in the most significant bit, from
+    byte `start` of `out`.
 
     Entries of `mask` behind `count`, up to a whole byte, are cleared.
     """
@@ -302,7 +321,9 @@ def count_bits(words: Any) -> Any:
     for i in range(len(words)):
         word = words[i]
         word = word - ((word >> np.uint64(1)) & np.uint64(0x5555555555555555))
-        word = (word & np.uint64(0x3333333333333333)) + ((word >> np.uint64(2)) & np.uint64(0x3333333333333333))
+        word = (word & np.uint64(0x3333333333333333)) + (
+            (word >> np.uint64(2)) & np.uint64(0x3333333333333333)
+        )
         word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
         found += (word * np.uint64(0x0101010101010101)) >> np.uint64(56)
     return np.int64(found)
@@ -310,7 +331,9 @@ def count_bits(words: Any) -> Any:
 
 @compiled
 def add_squares(total: float, values: Any) -> float:
-    """Return `total` plus the squares of float32 values that begin at a whole tile, added tile by tile with `sum_squares`."""
+    """Return `total` plus the squares of float32 values that begin at a whole tile, added tile by
+    tile with `sum_squares`.
+    """
     scratch = np.empty(TILE_ENTRIES, np.float64)
     tile = np.empty(TILE_ENTRIES, np.float32)
     for start in range(0, len(values), TILE_ENTRIES):

@@ -78,4 +78,6 @@ def find_method(name: str) -> Method:
     try:
         return METHODS[name]
     except KeyError:
-        raise RecipeError(f"method: there is no {name!r}; choose one of {', '.join(METHODS)}") from None
+        raise RecipeError(
+            f"method: there is no {name!r}; choose one of {', '.join(METHODS)}"
+        ) from None

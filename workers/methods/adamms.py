@@ -1,4 +1,6 @@
-"""AdaMMS: two experts that share an ancestor, interpolated; the coefficient chosen from answers without labels."""
+"""AdaMMS: two experts that share an ancestor, interpolated; the coefficient chosen from answers
+without labels.
+"""
 
 from __future__ import annotations
 
@@ -37,43 +39,57 @@ class AlphaChoice:
 
 
 def choose_alpha(answers: Mapping[float, Sequence[str]]) -> AlphaChoice:
-    """Return the coefficient at which the answers of the merged model change least between neighbours.
+    """Return the coefficient at which the answers of the merged model change least between
+    neighbours.
 
-    Needs no labels: answers count as equal when they are so but for upper and lower case. AdaMMS (arXiv 2503.23733),
-    section 3.3.
+    Needs no labels: answers count as equal when they are so but for upper and lower case. AdaMMS
+    (arXiv 2503.23733), section 3.3.
 
     Args:
-        answers: per alpha of the grid, the answers of the model merged with it, to the same questions in the same order.
+        answers: per alpha of the grid, the answers of the model merged with it, to the same
+            questions in the same order.
 
     Raises:
         ValueError: fewer than two alphas, or their numbers of answers differ.
     """
     alphas = tuple(sorted(answers))
     if len(alphas) < 2:
-        raise ValueError(f"alphas: neighbours are compared, so at least two are needed, got {len(alphas)}")
+        raise ValueError(
+            f"alphas: neighbours are compared, so at least two are needed, got {len(alphas)}"
+        )
     counts = {alpha: len(answers[alpha]) for alpha in alphas}
     if len(set(counts.values())) != 1 or not counts[alphas[0]]:
         raise ValueError(f"answers: every alpha needs one answer to each question, got {counts}")
     lowered = {alpha: [answer.lower() for answer in answers[alpha]] for alpha in alphas}
     differences = tuple(
-        sum(one != other for one, other in zip(lowered[below], lowered[above], strict=True)) for below, above in itertools.pairwise(alphas)
+        sum(one != other for one, other in zip(lowered[below], lowered[above], strict=True))
+        for below, above in itertools.pairwise(alphas)
     )
     fewest = min(differences)
-    best = tuple(above for above, count in zip(alphas[1:], differences, strict=True) if count == fewest)
+    best = tuple(
+        above for above, count in zip(alphas[1:], differences, strict=True) if count == fewest
+    )
     return AlphaChoice(alphas, differences, best)
 
 
 class AdammsParameters(Parameters):
     """Numbers of AdaMMS."""
 
-    alpha: float = Field(ge=0, le=1, description="share of the second expert; published grid 0 to 0.6 ('mmerge choose-alpha')")
-    norms: Literal["interpolate", "target"] = Field("interpolate", description="interpolate the norms too, or keep the first expert's")
+    alpha: float = Field(
+        ge=0,
+        le=1,
+        description="share of the second expert; published grid 0 to 0.6 ('mmerge choose-alpha')",
+    )
+    norms: Literal["interpolate", "target"] = Field(
+        "interpolate", description="interpolate the norms too, or keep the first expert's"
+    )
 
 
 class Adamms(Method):
     """θ = (1 − α)·θ₁ + α·θ₂ in the layers; embeddings and head stay the first expert's.
 
-    The published script multiplies embeddings and head (and norms with --noLN) by 1 − α and adds nothing; here they are kept whole.
+    The published script multiplies embeddings and head (and norms with --noLN) by 1 − α and adds
+    nothing; here they are kept whole.
     """
 
     name = "adamms"
@@ -85,7 +101,9 @@ class Adamms(Method):
     needs_base = False
 
     @override
-    def merge_block(self, block: Block, parameters: AdammsParameters, experts: Sequence[Parameters]) -> MergedBlock:
+    def merge_block(
+        self, block: Block, parameters: AdammsParameters, experts: Sequence[Parameters]
+    ) -> MergedBlock:
         target, source = block.experts
         is_norm = len(block.shape) < 2 and "norm" in block.name
         is_vocabulary = "embed_tokens" in block.name or block.name.endswith("lm_head.weight")

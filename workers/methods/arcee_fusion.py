@@ -11,7 +11,8 @@ from mmerge.workers.methods.interface import Block, Granularity, MergedBlock, Me
 
 
 def importance_of(base: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
-    """Return |τ| times the Kullback-Leibler divergence of the softmaxed rows, float32, shape of the inputs [..., width].
+    """Return |τ| times the Kullback-Leibler divergence of the softmaxed rows, float32, shape of the
+    inputs [..., width].
 
     mergekit's Arcee Fusion.
     """
@@ -22,20 +23,28 @@ def importance_of(base: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
 
 
 def importance_threshold(importance: torch.Tensor) -> float:
-    """Return median + 1.5·(third − first quartile), quartiles being the entries of rank ⌊q·(N−1)⌋ (from 0), exact."""
+    """Return median + 1.5·(third − first quartile), quartiles being the entries of rank ⌊q·(N−1)⌋
+    (from 0), exact.
+    """
     flat = importance.reshape(-1)
-    first, median, third = (float(flat.kthvalue(quarter * (flat.numel() - 1) // 4 + 1).values) for quarter in (1, 2, 3))
+    first, median, third = (
+        float(flat.kthvalue(quarter * (flat.numel() - 1) // 4 + 1).values) for quarter in (1, 2, 3)
+    )
     return float(torch.tensor(median) + 1.5 * (torch.tensor(third) - torch.tensor(first)))
 
 
 def fuse(base: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
-    """Return the base with every entry at or above the threshold of importance replaced by the expert's, float32."""
+    """Return the base with every entry at or above the threshold of importance replaced by the
+    expert's, float32.
+    """
     importance = importance_of(base, expert)
     return torch.where(importance >= importance_threshold(importance), expert, base)
 
 
 class ArceeFusion(Method):
-    """θ = θ₀ with the entries of one expert where |τ|·KL(softmax of the rows) is an outlier, per tensor."""
+    """θ = θ₀ with the entries of one expert where |τ|·KL(softmax of the rows) is an outlier, per
+    tensor.
+    """
 
     name = "arcee_fusion"
     kind = "plain"
@@ -51,5 +60,7 @@ class ArceeFusion(Method):
         return 48 * num_entries
 
     @override
-    def merge_block(self, block: Block, parameters: Parameters, experts: Sequence[Parameters]) -> MergedBlock:
+    def merge_block(
+        self, block: Block, parameters: Parameters, experts: Sequence[Parameters]
+    ) -> MergedBlock:
         return MergedBlock(fuse(block.base, block.experts[0]).to(block.dtype))

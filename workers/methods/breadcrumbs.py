@@ -1,4 +1,6 @@
-"""Model Breadcrumbs: drop the largest and the smallest magnitudes of every tensor, then add or elect signs."""
+"""Model Breadcrumbs: drop the largest and the smallest magnitudes of every tensor, then add or
+elect signs.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,13 @@ from pydantic import Field
 from typing_extensions import override
 
 from mmerge.workers.methods.interface import Block, Density, Granularity, Method, Parameters
-from mmerge.workers.methods.locate import ElectParameters, LocateThenElect, LocateThenSum, SumParameters, WeightParameters
+from mmerge.workers.methods.locate import (
+    ElectParameters,
+    LocateThenElect,
+    LocateThenSum,
+    SumParameters,
+    WeightParameters,
+)
 from mmerge.workers.methods.ranking import top_mask
 
 
@@ -18,21 +26,29 @@ class BreadcrumbsParameters(Parameters):
     """Numbers of Breadcrumbs."""
 
     density: Density = Field(0.9, description="share of each tensor's task vector that is kept")
-    gamma: float = Field(0.01, ge=0, le=1, description="share of each tensor's largest magnitudes that is dropped")
+    gamma: float = Field(
+        0.01, ge=0, le=1, description="share of each tensor's largest magnitudes that is dropped"
+    )
 
 
 class BreadcrumbsExpertParameters(WeightParameters):
     """Numbers of Breadcrumbs per expert."""
 
-    density: Density | None = Field(None, description="this expert's density, instead of the recipe's")
-    gamma: float | None = Field(None, ge=0, le=1, description="this expert's gamma, instead of the recipe's")
+    density: Density | None = Field(
+        None, description="this expert's density, instead of the recipe's"
+    )
+    gamma: float | None = Field(
+        None, ge=0, le=1, description="this expert's gamma, instead of the recipe's"
+    )
 
 
 def drop_outliers(delta: torch.Tensor, *, density: float, gamma: float) -> torch.Tensor:
-    """Return `delta` without its int(γN) largest magnitudes, then without the smallest, so that int(density·N) are kept.
+    """Return `delta` without its int(γN) largest magnitudes, then without the smallest, so that
+    int(density·N) are kept.
 
-    Model Breadcrumbs (arXiv 2312.06795), section 3. Where less than int(γN) can be dropped at the top, the top gives way;
-    density 1 keeps everything. Of equal magnitudes the lower position counts as the larger (our choice).
+    Model Breadcrumbs (arXiv 2312.06795), section 3. Where less than int(γN) can be dropped at the
+    top, the top gives way; density 1 keeps everything. Of equal magnitudes the lower position
+    counts as the larger (our choice).
     """
     if density == 1:
         return delta
@@ -54,10 +70,14 @@ class _WholeTensor(Method):
     @override
     def working_bytes(self, num_entries: int, *, num_experts: int, shape: Sequence[int]) -> int:
         # Beside what every method takes: ranks of one task vector as int64, twice, and its masks.
-        return super().working_bytes(num_entries, num_experts=num_experts, shape=shape) + num_entries * (8 * num_experts + 64)
+        return super().working_bytes(
+            num_entries, num_experts=num_experts, shape=shape
+        ) + num_entries * (8 * num_experts + 64)
 
 
-def _locate(block: Block, parameters: BreadcrumbsParameters, experts: Sequence[BreadcrumbsExpertParameters]) -> list[torch.Tensor]:
+def _locate(
+    block: Block, parameters: BreadcrumbsParameters, experts: Sequence[BreadcrumbsExpertParameters]
+) -> list[torch.Tensor]:
     return [
         drop_outliers(
             delta,
@@ -76,7 +96,10 @@ class BreadcrumbsTiesParameters(BreadcrumbsParameters, ElectParameters):
     """Numbers of Breadcrumbs with sign election."""
 
     reduction: Literal["mean", "sum", "max"] = Field(
-        "sum", description="disjoint merge by sum, by mean (over the weights that agree), or largest magnitude"
+        "sum",
+        description=(
+            "disjoint merge by sum, by mean (over the weights that agree), or largest magnitude"
+        ),
     )
 
 
@@ -89,7 +112,9 @@ class Breadcrumbs(_WholeTensor, LocateThenSum):
     expert_parameters_model = BreadcrumbsExpertParameters
 
     @override
-    def locate(self, block: Block, parameters: BreadcrumbsSumParameters, experts: Sequence[Any]) -> list[torch.Tensor]:
+    def locate(
+        self, block: Block, parameters: BreadcrumbsSumParameters, experts: Sequence[Any]
+    ) -> list[torch.Tensor]:
         return _locate(block, parameters, experts)
 
 
@@ -102,5 +127,7 @@ class BreadcrumbsTies(_WholeTensor, LocateThenElect):
     expert_parameters_model = BreadcrumbsExpertParameters
 
     @override
-    def locate(self, block: Block, parameters: BreadcrumbsTiesParameters, experts: Sequence[Any]) -> list[torch.Tensor]:
+    def locate(
+        self, block: Block, parameters: BreadcrumbsTiesParameters, experts: Sequence[Any]
+    ) -> list[torch.Tensor]:
         return _locate(block, parameters, experts)

@@ -1,4 +1,6 @@
-"""What a merge method is: its parameters, what it must know beforehand, and what it computes on one block."""
+"""What a merge method is: its parameters, what it must know beforehand, and what it computes on one
+block.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ Kind = Literal["plain", "masks", "adapters"]
 Granularity = Literal["entry", "row", "tensor"]
 """What a method must see at once: any entries, whole rows, or the whole tensor."""
 Known = Mapping[str, tuple[float, ...]]
-"""What the stages of a method found, by quantity: one number per sum, one per rank that was asked for."""
+"""What the stages of a method found, by quantity: one number per sum, one per rank that was asked
+for.
+"""
 
 
 def _check_density(value: object) -> object:
@@ -34,7 +38,9 @@ Density = Annotated[float, Field(gt=0, le=1), BeforeValidator(_check_density)]
 class Parameters(BaseModel):
     """Numbers and choices of a method; unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False, defer_build=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=False, allow_inf_nan=False, defer_build=True
+    )
 
 
 @dataclass(frozen=True)
@@ -44,16 +50,21 @@ class Trimming:
     densities: tuple[float, ...]
     scope: Scope
     rounding: Literal["kept", "dropped"] = "kept"
-    """Which count is rounded down when a share of N is no whole number: the kept or the dropped entries."""
+    """Which count is rounded down when a share of N is no whole number: the kept or the dropped
+    entries.
+    """
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One look at the inputs before shards can be merged: quantities measured on every block and reduced to numbers.
+    """One look at the inputs before shards can be merged: quantities measured on every block and
+    reduced to numbers.
 
-    `sums` adds the measured values exactly, so the result depends on no order; `ranks` finds order statistics exactly.
-    Either is taken over the whole model or per tensor. `vectors` adds vectors of one length per tensor (a number per row or
-    column, say) and gives those of all tensors to `resolve_vectors`; its blocks are whole rows of a fixed size. A stage sees the thresholds and the numbers of the stages before it.
+    `sums` adds the measured values exactly, so the result depends on no order; `ranks` finds order
+    statistics exactly. Either is taken over the whole model or per tensor. `vectors` adds vectors
+    of one length per tensor (a number per row or column, say) and gives those of all tensors to
+    `resolve_vectors`; its blocks are whole rows of a fixed size. A stage sees the thresholds and
+    the numbers of the stages before it.
     """
 
     name: str
@@ -94,14 +105,15 @@ class TensorVectors:
 class Block:
     """The same entries of base and experts, float32, and the numbers that belong to them.
 
-    With granularity `entry` every tensor is flat; with `row` it is [rows, columns] (a tensor of one dimension is one row);
-    with `tensor` it has the tensor's own shape.
+    With granularity `entry` every tensor is flat; with `row` it is [rows, columns] (a tensor of one
+    dimension is one row); with `tensor` it has the tensor's own shape.
     """
 
     base: torch.Tensor
     experts: Sequence[torch.Tensor]
     thresholds: Sequence[float]
-    """Per expert, the exact trim threshold; 0 keeps everything. Empty for methods that do not trim."""
+    """Per expert, the exact trim threshold; 0 keeps everything. Empty for methods that do not trim.
+    """
     dtype: torch.dtype
     """The dtype in which the result is stored."""
     name: str = ""
@@ -116,7 +128,9 @@ class Block:
 
     def to_device(self, device: str) -> Block:
         """Return the block on a device."""
-        return replace(self, base=self.base.to(device), experts=[expert.to(device) for expert in self.experts])
+        return replace(
+            self, base=self.base.to(device), experts=[expert.to(device) for expert in self.experts]
+        )
 
     def task_vectors(self) -> list[torch.Tensor]:
         """Return τᵢ = θᵢ − θ₀ per expert, float32 (METHODS.md, Notation)."""
@@ -125,7 +139,9 @@ class Block:
 
 @dataclass(frozen=True)
 class MergedBlock:
-    """What a method makes of a block: `values` in the storage dtype (τ⋆ of a masks build, θ of a plain one)."""
+    """What a method makes of a block: `values` in the storage dtype (τ⋆ of a masks build, θ of a
+    plain one).
+    """
 
     values: torch.Tensor
     """As many entries as the block, in the same order; the shape is free."""
@@ -140,8 +156,9 @@ class MergedBlock:
 class Method(ABC):
     """One merge method. Instances hold no state; all numbers come as arguments.
 
-    Adding a method is one file: its parameters, its arithmetic, and a docstring with the source. `parameters` and `experts`
-    are instances of the two parameter models, valid for the tensor at hand: a recipe may give numbers per tensor.
+    Adding a method is one file: its parameters, its arithmetic, and a docstring with the source.
+    `parameters` and `experts` are instances of the two parameter models, valid for the tensor at
+    hand: a recipe may give numbers per tensor.
     """
 
     name: ClassVar[str]
@@ -155,67 +172,115 @@ class Method(ABC):
     min_experts: ClassVar[int] = 1
     max_experts: ClassVar[int | None] = None
     needs_base: ClassVar[bool] = True
-    """Whether the arithmetic uses θ₀; without it a recipe may leave `base` out, and the first expert names the tensors."""
+    """Whether the arithmetic uses θ₀; without it a recipe may leave `base` out, and the first
+    expert names the tensors.
+    """
     task_unit: ClassVar[Literal["layer", "tensor"]] = "layer"
     """What one task merges; `tensor` for methods whose work on one matrix is long."""
 
     def check_recipe(self, parameters: Any, experts: Sequence[Any], *, has_base: bool) -> None:
         """Raise RecipeError where the recipe as a whole does not fit the method."""
         if self.needs_base and not has_base:
-            raise RecipeError(f"base: is missing; {self.name!r} works on task vectors, which need the base LLM")
-        if len(experts) < self.min_experts or (self.max_experts is not None and len(experts) > self.max_experts):
-            wanted = f"{self.min_experts}" if self.max_experts == self.min_experts else f"at least {self.min_experts}"
+            raise RecipeError(
+                f"base: is missing; {self.name!r} works on task vectors, which need the base LLM"
+            )
+        if len(experts) < self.min_experts or (
+            self.max_experts is not None and len(experts) > self.max_experts
+        ):
+            wanted = (
+                f"{self.min_experts}"
+                if self.max_experts == self.min_experts
+                else f"at least {self.min_experts}"
+            )
             if self.max_experts is not None and self.max_experts != self.min_experts:
                 wanted = f"{self.min_experts} to {self.max_experts}"
             raise RecipeError(
-                f"experts: {self.name!r} takes {wanted}, the recipe has {len(experts)}. Take some out, or choose another method"
+                f"experts: {self.name!r} takes {wanted}, the recipe has {len(experts)}. Take some"
+                " out, or choose another method"
             )
 
     def granularity(self, parameters: Any, experts: Sequence[Any]) -> Granularity:
-        """Return what `merge_block` and `measure_block` must see at once. Depends on choices alone, never on numbers.
+        """Return what `merge_block` and `measure_block` must see at once. Depends on choices alone,
+        never on numbers.
 
-        A build with masks takes `entry` or `tensor`: masks are packed to whole words block by block.
+        A build with masks takes `entry` or `tensor`: masks are packed to whole words block by
+        block.
         """
         return "entry"
 
-    def granularity_of(self, name: str, shape: Sequence[int], parameters: Any, experts: Sequence[Any]) -> Granularity:
+    def granularity_of(
+        self, name: str, shape: Sequence[int], parameters: Any, experts: Sequence[Any]
+    ) -> Granularity:
         """Return the granularity of one tensor, where it differs between tensors."""
         return self.granularity(parameters, experts)
 
     def trimming(self, parameters: Any, experts: Sequence[Any]) -> Trimming | None:
-        """Return what must be known of the task vectors' magnitudes before a block can be merged, None for nothing."""
+        """Return what must be known of the task vectors' magnitudes before a block can be merged,
+        None for nothing.
+        """
         return None
 
     def stages(self, parameters: Any, experts: Sequence[Any]) -> tuple[Stage, ...]:
-        """Return the further looks at the inputs that are needed, in order. Depends on choices alone, never on numbers."""
+        """Return the further looks at the inputs that are needed, in order. Depends on choices
+        alone, never on numbers.
+        """
         return ()
 
-    def measure_block(self, block: Block, parameters: Any, experts: Sequence[Any], *, stage: str) -> Mapping[str, torch.Tensor]:
-        """Return the quantities of a stage on one block: float32, any shape, to be added up or ranked; or vectors, float64."""
+    def measure_block(
+        self, block: Block, parameters: Any, experts: Sequence[Any], *, stage: str
+    ) -> Mapping[str, torch.Tensor]:
+        """Return the quantities of a stage on one block: float32, any shape, to be added up or
+        ranked; or vectors, float64.
+        """
         raise NotImplementedError(f"{self.name} has no stage {stage!r}")
 
-    def ranks(self, parameters: Any, experts: Sequence[Any], *, stage: str, quantity: str, num_entries: int) -> tuple[int, ...]:
-        """Return the ascending ranks (1-based) of a quantity that a stage of `ranks` must find among `num_entries` values."""
+    def ranks(
+        self,
+        parameters: Any,
+        experts: Sequence[Any],
+        *,
+        stage: str,
+        quantity: str,
+        num_entries: int,
+    ) -> tuple[int, ...]:
+        """Return the ascending ranks (1-based) of a quantity that a stage of `ranks` must find
+        among `num_entries` values.
+        """
         raise NotImplementedError(f"{self.name} has no stage {stage!r}")
 
     def resolve_vectors(
-        self, tensors: Sequence[TensorVectors], parameters: Any, experts: Sequence[Any], *, stage: str, config: Mapping[str, Any]
+        self,
+        tensors: Sequence[TensorVectors],
+        parameters: Any,
+        experts: Sequence[Any],
+        *,
+        stage: str,
+        config: Mapping[str, Any],
     ) -> Mapping[str, Known]:
-        """Return by tensor what follows from the vectors of all tensors. `config` is the base's, of its language model."""
+        """Return by tensor what follows from the vectors of all tensors. `config` is the base's, of
+        its language model.
+        """
         raise NotImplementedError(f"{self.name} has no stage {stage!r}")
 
-    def rescalers(self, tensors: Sequence[TensorKnown], *, num_experts: int) -> tuple[float, ...] | None:
-        """Return per expert the factor on its masked τ⋆ in a masks build (EMR), None where there is none."""
+    def rescalers(
+        self, tensors: Sequence[TensorKnown], *, num_experts: int
+    ) -> tuple[float, ...] | None:
+        """Return per expert the factor on its masked τ⋆ in a masks build (EMR), None where there is
+        none.
+        """
         return None
 
     def working_bytes(self, num_entries: int, *, num_experts: int, shape: Sequence[int]) -> int:
-        """Return a bound on the bytes that `merge_block` allocates for a block of so many entries, beside its inputs.
+        """Return a bound on the bytes that `merge_block` allocates for a block of so many entries,
+        beside its inputs.
 
-        Per expert a task vector, a trimmed one, one of each again for statistics and a mask; sign, sum, count, election and
-        histogram buffers once.
+        Per expert a task vector, a trimmed one, one of each again for statistics and a mask; sign,
+        sum, count, election and histogram buffers once.
         """
         return num_entries * (num_experts * 18 + 64)
 
     @abstractmethod
     def merge_block(self, block: Block, parameters: Any, experts: Sequence[Any]) -> MergedBlock:
-        """Return the merge of one block. Pure: depends on nothing but its arguments, entry by entry (row by row, …)."""
+        """Return the merge of one block. Pure: depends on nothing but its arguments, entry by entry
+        (row by row, …).
+        """

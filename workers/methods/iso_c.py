@@ -12,7 +12,8 @@ from mmerge.workers.methods.spectral import svd, total_of
 
 
 def iso_c_merge(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the summed task vector of one matrix with every singular value replaced by their mean, [out, in], float32.
+    """Return the summed task vector of one matrix with every singular value replaced by their mean,
+    [out, in], float32.
 
     Iso-C (arXiv 2502.04959), section 4.1.
     """
@@ -27,5 +28,7 @@ class IsoC(MatrixMethod):
     source = "Isotropic merging (Iso-C), arXiv 2502.04959"
 
     @override
-    def merge_matrix(self, deltas: Sequence[torch.Tensor], parameters: MatrixParameters) -> torch.Tensor:
+    def merge_matrix(
+        self, deltas: Sequence[torch.Tensor], parameters: MatrixParameters
+    ) -> torch.Tensor:
         return iso_c_merge(deltas)

@@ -17,11 +17,15 @@ class KarcherParameters(Parameters):
     """Numbers of the Karcher mean."""
 
     max_iter: int = Field(10, ge=0, description="most steps of the descent")
-    tol: float = Field(1e-5, gt=0, description="a step shorter than this (radians) ends the descent")
+    tol: float = Field(
+        1e-5, gt=0, description="a step shorter than this (radians) ends the descent"
+    )
 
 
 class Karcher(Method):
-    """The point on the sphere whose squared arcs to all experts add up to least, times their mean norm, per tensor."""
+    """The point on the sphere whose squared arcs to all experts add up to least, times their mean
+    norm, per tensor.
+    """
 
     name = "karcher"
     kind = "plain"
@@ -30,19 +34,30 @@ class Karcher(Method):
     needs_base = False
 
     @override
-    def stages(self, parameters: KarcherParameters, experts: Sequence[Parameters]) -> tuple[Stage, ...]:
+    def stages(
+        self, parameters: KarcherParameters, experts: Sequence[Parameters]
+    ) -> tuple[Stage, ...]:
         return (GRAM,)
 
     @override
     def measure_block(
-        self, block: Block, parameters: KarcherParameters, experts: Sequence[Parameters], *, stage: str
+        self,
+        block: Block,
+        parameters: KarcherParameters,
+        experts: Sequence[Parameters],
+        *,
+        stage: str,
     ) -> Mapping[str, torch.Tensor]:
         return measure_products(block.experts)
 
     @override
-    def merge_block(self, block: Block, parameters: KarcherParameters, experts: Sequence[Parameters]) -> MergedBlock:
+    def merge_block(
+        self, block: Block, parameters: KarcherParameters, experts: Sequence[Parameters]
+    ) -> MergedBlock:
         if len(block.experts) == 1:
             return MergedBlock(block.experts[0].to(block.dtype))
         products = read_gram(block.known, count=len(block.experts))
-        coefficients = karcher_coefficients(products, max_iterations=parameters.max_iter, tolerance=parameters.tol)
+        coefficients = karcher_coefficients(
+            products, max_iterations=parameters.max_iter, tolerance=parameters.tol
+        )
         return MergedBlock(combine(coefficients, block.experts).to(block.dtype))

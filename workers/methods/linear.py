@@ -35,15 +35,24 @@ class Linear(Method):
     expert_parameters_model = LinearExpertParameters
 
     @override
-    def check_recipe(self, parameters: LinearParameters, experts: Sequence[LinearExpertParameters], *, has_base: bool) -> None:
+    def check_recipe(
+        self,
+        parameters: LinearParameters,
+        experts: Sequence[LinearExpertParameters],
+        *,
+        has_base: bool,
+    ) -> None:
         super().check_recipe(parameters, experts, has_base=has_base)
         if parameters.normalize and not sum(expert.weight for expert in experts):
             raise RecipeError(
-                "experts: the weights sum to 0, by which 'normalize' would divide. Change a weight, or set 'normalize: false'"
+                "experts: the weights sum to 0, by which 'normalize' would divide. Change a weight,"
+                " or set 'normalize: false'"
             )
 
     @override
-    def merge_block(self, block: Block, parameters: LinearParameters, experts: Sequence[LinearExpertParameters]) -> MergedBlock:
+    def merge_block(
+        self, block: Block, parameters: LinearParameters, experts: Sequence[LinearExpertParameters]
+    ) -> MergedBlock:
         total = torch.zeros_like(block.base)
         for values, expert in zip(block.experts, experts, strict=True):
             total += expert.weight * values

@@ -1,7 +1,9 @@
-"""Locate, then merge: Sub finds what of each task vector is kept, F puts the located task vectors together.
+"""Locate, then merge: Sub finds what of each task vector is kept, F puts the located task vectors
+together.
 
-θ = θ₀ + λ·F(Sub(τ₁), …, Sub(τₙ)): the frame of arXiv 2505.16703 (METHODS.md section 4), in which task arithmetic, TIES,
-Breadcrumbs, DARE and DELLA are instances. F is the weighted sum, or sign election with a disjoint merge.
+θ = θ₀ + λ·F(Sub(τ₁), …, Sub(τₙ)): the frame of arXiv 2505.16703 (METHODS.md section 4), in which
+task arithmetic, TIES, Breadcrumbs, DARE and DELLA are instances. F is the weighted sum, or sign
+election with a disjoint merge.
 """
 
 from __future__ import annotations
@@ -14,7 +16,13 @@ import torch
 from pydantic import Field
 from typing_extensions import override
 
-from mmerge.workers.methods.election import DisjointReduction, ZeroSign, disjoint_merge, elect_sign, sum_in_order
+from mmerge.workers.methods.election import (
+    DisjointReduction,
+    ZeroSign,
+    disjoint_merge,
+    elect_sign,
+    sum_in_order,
+)
 from mmerge.workers.methods.interface import Block, MergedBlock, Method, Parameters, Scope, Stage
 
 
@@ -34,11 +42,17 @@ class ElectParameters(ScaleParameters):
     """Numbers of a merge by sign election."""
 
     reduction: DisjointReduction = Field(
-        "mean", description="disjoint merge by mean (over the weights that agree), sum, or largest magnitude"
+        "mean",
+        description=(
+            "disjoint merge by mean (over the weights that agree), sum, or largest magnitude"
+        ),
     )
     zero_sign: ZeroSign = Field(
         "nothing",
-        description="what an exact zero sum elects: nothing, +1, or the majority sign of the model (with scope: tensor, of the tensor)",
+        description=(
+            "what an exact zero sum elects: nothing, +1, or the majority sign of the model (with"
+            " scope: tensor, of the tensor)"
+        ),
     )
 
 
@@ -48,9 +62,14 @@ class WeightParameters(Parameters):
     weight: float = Field(1.0, description="weight of this expert's task vector")
 
 
-def weigh(deltas: Sequence[torch.Tensor], experts: Sequence[WeightParameters]) -> list[torch.Tensor]:
+def weigh(
+    deltas: Sequence[torch.Tensor], experts: Sequence[WeightParameters]
+) -> list[torch.Tensor]:
     """Return wᵢτᵢ."""
-    return [delta if expert.weight == 1.0 else expert.weight * delta for delta, expert in zip(deltas, experts, strict=True)]
+    return [
+        delta if expert.weight == 1.0 else expert.weight * delta
+        for delta, expert in zip(deltas, experts, strict=True)
+    ]
 
 
 class LocateThenSum(Method):
@@ -91,17 +110,25 @@ class LocateThenElect(Method):
         """Return the stages that `locate` needs."""
         return ()
 
-    def measure_located(self, block: Block, parameters: Any, experts: Sequence[Any], *, stage: str) -> Mapping[str, torch.Tensor]:
+    def measure_located(
+        self, block: Block, parameters: Any, experts: Sequence[Any], *, stage: str
+    ) -> Mapping[str, torch.Tensor]:
         """Return the quantities of a stage of `locate_stages`."""
         raise NotImplementedError(f"{self.name} has no stage {stage!r}")
 
     @override
     def stages(self, parameters: Any, experts: Sequence[Any]) -> tuple[Stage, ...]:
-        elect = (Stage("elect", "sums", self.majority_scope(parameters)),) if parameters.zero_sign == "majority" else ()
+        elect = (
+            (Stage("elect", "sums", self.majority_scope(parameters)),)
+            if parameters.zero_sign == "majority"
+            else ()
+        )
         return (*self.locate_stages(parameters, experts), *elect)
 
     @override
-    def measure_block(self, block: Block, parameters: Any, experts: Sequence[Any], *, stage: str) -> Mapping[str, torch.Tensor]:
+    def measure_block(
+        self, block: Block, parameters: Any, experts: Sequence[Any], *, stage: str
+    ) -> Mapping[str, torch.Tensor]:
         if stage != "elect":
             return self.measure_located(block, parameters, experts, stage=stage)
         return {"sign": elect_sign(weigh(self.locate(block, parameters, experts), experts))}
@@ -111,12 +138,21 @@ class LocateThenElect(Method):
         located = self.locate(block, parameters, experts)
         weighted = weigh(located, experts)
         sign = elect_sign(weighted, zero_sign=zero_sign_of(block, parameters.zero_sign))
-        merged = disjoint_merge(weighted, sign, reduction=parameters.reduction, weights=[expert.weight for expert in experts])
-        return MergedBlock((block.base + parameters.scale * merged).to(block.dtype), trimmed=located, sign=sign)
+        merged = disjoint_merge(
+            weighted,
+            sign,
+            reduction=parameters.reduction,
+            weights=[expert.weight for expert in experts],
+        )
+        return MergedBlock(
+            (block.base + parameters.scale * merged).to(block.dtype), trimmed=located, sign=sign
+        )
 
 
 def zero_sign_of(block: Block, rule: ZeroSign) -> float:
-    """Return the sign that an exact zero sum gets: by the stage `elect` where the rule is the majority."""
+    """Return the sign that an exact zero sum gets: by the stage `elect` where the rule is the
+    majority.
+    """
     if rule == "nothing":
         return 0.0
     if rule == "positive":

@@ -1,4 +1,6 @@
-"""What all whole-matrix methods have in common: one task per matrix, one thread, and what becomes of everything else."""
+"""What all whole-matrix methods have in common: one task per matrix, one thread, and what becomes
+of everything else.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +21,25 @@ class MatrixParameters(Parameters):
     scale: float = Field(1.0, description="coefficient λ on the merged task vector")
     device: Literal["cpu", "cuda"] = Field(
         "cpu",
-        description="where matrices are merged: 'cuda' needs a GPU for every task, and makes another build, since its last bits differ",
+        description=(
+            "where matrices are merged: 'cuda' needs a GPU for every task, and makes another build,"
+            " since its last bits differ"
+        ),
     )
     others: Literal["base", "task_arithmetic"] = Field(
-        "base", description="embeddings, norms, biases and head: the base's, or θ₀ + λ·Σ τᵢ (then the published 'average' is scale 1/n)"
+        "base",
+        description=(
+            "embeddings, norms, biases and head: the base's, or θ₀ + λ·Σ τᵢ (then the published"
+            " 'average' is scale 1/n)"
+        ),
     )
 
 
 class MatrixMethod(Method):
     """θ = θ₀ + λ·merge(τ₁, …, τₙ) for every matrix of a layer.
 
-    A matrix is merged whole, in float32, on one thread: how a library splits its sums over threads decides their last bits.
+    A matrix is merged whole, in float32, on one thread: how a library splits its sums over threads
+    decides their last bits.
     """
 
     kind = "plain"
@@ -38,23 +48,30 @@ class MatrixMethod(Method):
 
     @abstractmethod
     def merge_matrix(self, deltas: Sequence[torch.Tensor], parameters: Any) -> torch.Tensor:
-        """Return the merged task vector of one matrix, [out, in], float32, from the experts' task vectors."""
+        """Return the merged task vector of one matrix, [out, in], float32, from the experts' task
+        vectors.
+        """
 
     @override
     def granularity(self, parameters: Any, experts: Sequence[Any]) -> Granularity:
         return "tensor"
 
     @override
-    def granularity_of(self, name: str, shape: Sequence[int], parameters: Any, experts: Sequence[Any]) -> Granularity:
+    def granularity_of(
+        self, name: str, shape: Sequence[int], parameters: Any, experts: Sequence[Any]
+    ) -> Granularity:
         return "tensor" if is_layer_matrix(name, shape) else "entry"
 
     @override
     def working_bytes(self, num_entries: int, *, num_experts: int, shape: Sequence[int]) -> int:
         if len(shape) != 2:
             return super().working_bytes(num_entries, num_experts=num_experts, shape=shape)
-        # Task vectors, their factors and the workspace of the decomposition, which copies its input; square matrices of the
-        # smaller side (singular vectors) or of the input side (C, its eigenvectors and their workspace).
-        return 4 * (num_entries * (4 * num_experts + 12) + 8 * shape[1] * shape[1] + 8 * min(shape) ** 2)
+        # Task vectors, their factors and the workspace of the decomposition, which copies its
+        # input; square matrices of the smaller side (singular vectors) or of the input side (C, its
+        # eigenvectors and their workspace).
+        return 4 * (
+            num_entries * (4 * num_experts + 12) + 8 * shape[1] * shape[1] + 8 * min(shape) ** 2
+        )
 
     @override
     def merge_block(self, block: Block, parameters: Any, experts: Sequence[Any]) -> MergedBlock:

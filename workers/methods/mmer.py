@@ -1,4 +1,6 @@
-"""MMER: merge, then decouple. One merged task vector, and a mask per modality that keeps each expert recoverable."""
+"""MMER: merge, then decouple. One merged task vector, and a mask per modality that keeps each
+expert recoverable.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,16 @@ from pydantic import Field
 from typing_extensions import override
 
 from mmerge.workers.methods.election import disjoint_merge, elect_sign
-from mmerge.workers.methods.interface import Block, Density, MergedBlock, Method, Parameters, Reduction, Scope, Trimming
+from mmerge.workers.methods.interface import (
+    Block,
+    Density,
+    MergedBlock,
+    Method,
+    Parameters,
+    Reduction,
+    Scope,
+    Trimming,
+)
 from mmerge.workers.methods.ties import trim
 
 
@@ -30,19 +41,34 @@ def decouple(trimmed: torch.Tensor, merged: torch.Tensor, *, mask_scale: float) 
 
 
 class MmerParameters(Parameters):
-    """Numbers of MMER. Sum and scope `model` are our choices where the paper is open (METHODS.md section 2)."""
+    """Numbers of MMER. Sum and scope `model` are our choices where the paper is open (METHODS.md
+    section 2).
+    """
 
-    density: Density = Field(0.8, description="share of each task vector that is kept (published: 0.8)")
-    scope: Scope = Field("model", description="take the trim threshold over the whole model or per tensor")
+    density: Density = Field(
+        0.8, description="share of each task vector that is kept (published: 0.8)"
+    )
+    scope: Scope = Field(
+        "model", description="take the trim threshold over the whole model or per tensor"
+    )
     reduction: Reduction = Field("sum", description="disjoint merge by sum (our choice) or mean")
-    mask_scale: float = Field(0.75, gt=0, le=10, description="λ of every expert that gives none (our choice: 0.75; usable 0.6 to 0.9)")
+    mask_scale: float = Field(
+        0.75,
+        gt=0,
+        le=10,
+        description="λ of every expert that gives none (our choice: 0.75; usable 0.6 to 0.9)",
+    )
 
 
 class MmerExpertParameters(Parameters):
     """Numbers of MMER per expert."""
 
-    mask_scale: float | None = Field(None, gt=0, le=10, description="this expert's λ, instead of the recipe's")
-    density: Density | None = Field(None, description="this expert's density, instead of the recipe's")
+    mask_scale: float | None = Field(
+        None, gt=0, le=10, description="this expert's λ, instead of the recipe's"
+    )
+    density: Density | None = Field(
+        None, description="this expert's density, instead of the recipe's"
+    )
 
 
 class Mmer(Method):
@@ -55,16 +81,31 @@ class Mmer(Method):
     expert_parameters_model = MmerExpertParameters
 
     @override
-    def trimming(self, parameters: MmerParameters, experts: Sequence[MmerExpertParameters]) -> Trimming:
-        densities = tuple(parameters.density if expert.density is None else expert.density for expert in experts)
+    def trimming(
+        self, parameters: MmerParameters, experts: Sequence[MmerExpertParameters]
+    ) -> Trimming:
+        densities = tuple(
+            parameters.density if expert.density is None else expert.density for expert in experts
+        )
         return Trimming(densities, parameters.scope)
 
     @override
-    def merge_block(self, block: Block, parameters: MmerParameters, experts: Sequence[MmerExpertParameters]) -> MergedBlock:
-        trimmed = [trim(delta, threshold=threshold) for delta, threshold in zip(block.task_vectors(), block.thresholds, strict=True)]
+    def merge_block(
+        self, block: Block, parameters: MmerParameters, experts: Sequence[MmerExpertParameters]
+    ) -> MergedBlock:
+        trimmed = [
+            trim(delta, threshold=threshold)
+            for delta, threshold in zip(block.task_vectors(), block.thresholds, strict=True)
+        ]
         sign = elect_sign(trimmed)
         stored = disjoint_merge(trimmed, sign, reduction=parameters.reduction).to(block.dtype)
         merged = stored.to(torch.float32)
-        scales = [parameters.mask_scale if expert.mask_scale is None else expert.mask_scale for expert in experts]
-        masks = [decouple(delta, merged, mask_scale=scale) for delta, scale in zip(trimmed, scales, strict=True)]
+        scales = [
+            parameters.mask_scale if expert.mask_scale is None else expert.mask_scale
+            for expert in experts
+        ]
+        masks = [
+            decouple(delta, merged, mask_scale=scale)
+            for delta, scale in zip(trimmed, scales, strict=True)
+        ]
         return MergedBlock(stored, masks, trimmed, sign)

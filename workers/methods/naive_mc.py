@@ -17,7 +17,9 @@ class NaiveMc(Method):
     source = "Model Composition for Multimodal LLMs, arXiv 2402.12750 (ACL 2024)"
 
     @override
-    def merge_block(self, block: Block, parameters: Parameters, experts: Sequence[Parameters]) -> MergedBlock:
+    def merge_block(
+        self, block: Block, parameters: Parameters, experts: Sequence[Parameters]
+    ) -> MergedBlock:
         deltas = block.task_vectors()
         total = deltas[0].clone()
         for delta in deltas[1:]:

@@ -12,7 +12,9 @@ from mmerge.workers.methods.interface import Block, MergedBlock, Method, Paramet
 
 
 def nearswap(base: torch.Tensor, expert: torch.Tensor, *, t: float) -> torch.Tensor:
-    """Return base + w·τ with w = min(1, t/|τ|), float32; entries that are equal stay. mergekit's NearSwap."""
+    """Return base + w·τ with w = min(1, t/|τ|), float32; entries that are equal stay. mergekit's
+    NearSwap.
+    """
     weight = (t / (base - expert).abs()).clamp(max=1.0)
     return weight * expert + (1 - weight) * base
 
@@ -20,7 +22,12 @@ def nearswap(base: torch.Tensor, expert: torch.Tensor, *, t: float) -> torch.Ten
 class NearswapParameters(Parameters):
     """Numbers of NearSwap."""
 
-    t: float = Field(gt=0, description="differences up to this size are taken whole, larger ones in the proportion t/|τ|")
+    t: float = Field(
+        gt=0,
+        description=(
+            "differences up to this size are taken whole, larger ones in the proportion t/|τ|"
+        ),
+    )
 
 
 class Nearswap(Method):
@@ -33,5 +40,7 @@ class Nearswap(Method):
     max_experts = 1
 
     @override
-    def merge_block(self, block: Block, parameters: NearswapParameters, experts: Sequence[Parameters]) -> MergedBlock:
+    def merge_block(
+        self, block: Block, parameters: NearswapParameters, experts: Sequence[Parameters]
+    ) -> MergedBlock:
         return MergedBlock(nearswap(block.base, block.experts[0], t=parameters.t).to(block.dtype))

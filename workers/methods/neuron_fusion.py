@@ -1,8 +1,11 @@
-"""Neuron-Fusion, a reconstruction: locate the neurons that tuning changed most, suppress the others, restore the norm.
+"""Neuron-Fusion, a reconstruction: locate the neurons that tuning changed most, suppress the
+others, restore the norm.
 
-Locate-then-Merge (arXiv 2505.16703) is the frame θ = θ₀ + F(Sub(τ)): Sub locates, F merges. Task arithmetic, TIES, Breadcrumbs,
-DARE and DELLA are instances of it that locate single entries; Neuron-Fusion locates neurons. The paper's exact formulas were
-not available: results of this method are those of a reconstruction (METHODS.md section 4), and must be called so.
+Locate-then-Merge (arXiv 2505.16703) is the frame θ = θ₀ + F(Sub(τ)): Sub locates, F merges. Task
+arithmetic, TIES, Breadcrumbs, DARE and DELLA are instances of it that locate single entries;
+Neuron-Fusion locates neurons. The paper's exact formulas were
+not available: results of this method are those of a reconstruction (METHODS.md section 4), and must
+be called so.
 """
 
 from __future__ import annotations
@@ -16,7 +19,16 @@ from pydantic import Field
 from typing_extensions import override
 
 from mmerge.manifests.errors import CheckpointError, RecipeError
-from mmerge.workers.methods.interface import Block, Granularity, Known, MergedBlock, Method, Parameters, Stage, TensorVectors
+from mmerge.workers.methods.interface import (
+    Block,
+    Granularity,
+    Known,
+    MergedBlock,
+    Method,
+    Parameters,
+    Stage,
+    TensorVectors,
+)
 from mmerge.workers.methods.neurons import (
     Axis,
     NeuronGroup,
@@ -43,45 +55,89 @@ class NeuronFusionParameters(Parameters):
 
     unit: Literal["neuron", "row"] = Field(
         "neuron",
-        description="a neuron is FFN k = gate[k,:], up[k,:], down[:,k] and attention e = v[e,:], o[:,e]; or every row of every matrix",
+        description=(
+            "a neuron is FFN k = gate[k,:], up[k,:], down[:,k] and attention e = v[e,:], o[:,e]; or"
+            " every row of every matrix"
+        ),
     )
-    score: Score = Field("l2", description="how a neuron's change is measured: l2, l1, or relative = l2 over that of the base")
-    keep_ratio: float = Field(0.1, gt=0, le=1, description="share of the neurons that is kept, rounded up")
+    score: Score = Field(
+        "l2",
+        description=(
+            "how a neuron's change is measured: l2, l1, or relative = l2 over that of the base"
+        ),
+    )
+    keep_ratio: float = Field(
+        0.1, gt=0, le=1, description="share of the neurons that is kept, rounded up"
+    )
     scope: Literal["layer", "tensor", "model"] = Field(
         "layer",
-        description="where neurons compete: in their layer (FFN and attention separately), in their tensor alone, or in the whole model",
+        description=(
+            "where neurons compete: in their layer (FFN and attention separately), in their tensor"
+            " alone, or in the whole model"
+        ),
     )
-    suppress: float = Field(0.0, ge=0, le=1, description="β on the change of all other neurons; 0 drops it")
-    restore: bool = Field(False, description="scale the kept part of each matrix so that the norm of its change is that of tuning again")
+    suppress: float = Field(
+        0.0, ge=0, le=1, description="β on the change of all other neurons; 0 drops it"
+    )
+    restore: bool = Field(
+        False,
+        description=(
+            "scale the kept part of each matrix so that the norm of its change is that of tuning"
+            " again"
+        ),
+    )
     query_key: Literal["expert", "base", "neuron"] = Field(
-        "expert", description="q and k: the expert's, the base's, or part of the attention neurons of their heads"
+        "expert",
+        description=(
+            "q and k: the expert's, the base's, or part of the attention neurons of their heads"
+        ),
     )
-    embeddings: Owner = Field("expert", description="whose embeddings (new tokens live in the expert's)")
+    embeddings: Owner = Field(
+        "expert", description="whose embeddings (new tokens live in the expert's)"
+    )
     head: Owner = Field("expert", description="whose lm_head")
     norms: Owner = Field("expert", description="whose norms")
-    head_dim: int | None = Field(None, ge=1, description="entries per attention head; from the base's configuration if absent")
+    head_dim: int | None = Field(
+        None,
+        ge=1,
+        description="entries per attention head; from the base's configuration if absent",
+    )
 
 
 class NeuronFusion(Method):
-    """Reconstruction of Neuron-Fusion: θ = θ₀ + Δ on the neurons that changed most, β·Δ on the others."""
+    """Reconstruction of Neuron-Fusion: θ = θ₀ + Δ on the neurons that changed most, β·Δ on the
+    others.
+    """
 
     name = "neuron_fusion"
     kind = "plain"
-    source = "Locate-then-Merge, arXiv 2505.16703 (EMNLP Findings 2025): a reconstruction, not the authors' code"
+    source = (
+        "Locate-then-Merge, arXiv 2505.16703 (EMNLP Findings 2025): a reconstruction, not the"
+        " authors' code"
+    )
     parameters_model = NeuronFusionParameters
     max_experts = 1
 
     @override
-    def granularity(self, parameters: NeuronFusionParameters, experts: Sequence[Parameters]) -> Granularity:
+    def granularity(
+        self, parameters: NeuronFusionParameters, experts: Sequence[Parameters]
+    ) -> Granularity:
         return "row"
 
     @override
-    def stages(self, parameters: NeuronFusionParameters, experts: Sequence[Parameters]) -> tuple[Stage, ...]:
+    def stages(
+        self, parameters: NeuronFusionParameters, experts: Sequence[Parameters]
+    ) -> tuple[Stage, ...]:
         return (LOCATE,)
 
     @override
     def measure_block(
-        self, block: Block, parameters: NeuronFusionParameters, experts: Sequence[Parameters], *, stage: str
+        self,
+        block: Block,
+        parameters: NeuronFusionParameters,
+        experts: Sequence[Parameters],
+        *,
+        stage: str,
     ) -> Mapping[str, torch.Tensor]:
         if _LAYER.match(block.name) is None or "_proj." not in block.name:
             return {}
@@ -93,7 +149,9 @@ class NeuronFusion(Method):
         if axis == 1 or len(block.shape) < 2:
             return measured
         first = block.start // block.shape[1]
-        return {quantity: _place(values, first, block.shape[0]) for quantity, values in measured.items()}
+        return {
+            quantity: _place(values, first, block.shape[0]) for quantity, values in measured.items()
+        }
 
     @override
     def resolve_vectors(
@@ -106,22 +164,30 @@ class NeuronFusion(Method):
         config: Mapping[str, Any],
     ) -> Mapping[str, Known]:
         measured = {tensor.name: tensor.vectors for tensor in tensors if tensor.vectors}
-        groups = _make_groups({tensor.name: tensor.shape for tensor in tensors if tensor.vectors}, parameters, config)
+        groups = _make_groups(
+            {tensor.name: tensor.shape for tensor in tensors if tensor.vectors}, parameters, config
+        )
         scores = [score_neurons(group, measured, score=parameters.score) for group in groups]
         own = {tensor.name: tensor.parameters for tensor in tensors}
         thresholds = _find_thresholds(groups, scores, own, parameters)
         known: dict[str, Known] = {}
         for group, found, threshold in zip(groups, scores, thresholds, strict=True):
             for part in group.parts:
-                known[part.name] = _describe(part, found >= threshold, measured[part.name]["squares"], own[part.name])
+                known[part.name] = _describe(
+                    part, found >= threshold, measured[part.name]["squares"], own[part.name]
+                )
         return known
 
     @override
-    def merge_block(self, block: Block, parameters: NeuronFusionParameters, experts: Sequence[Parameters]) -> MergedBlock:
+    def merge_block(
+        self, block: Block, parameters: NeuronFusionParameters, experts: Sequence[Parameters]
+    ) -> MergedBlock:
         kept = block.known.get("kept")
         if kept is None:
             owner = _owner(block.name, block.shape, parameters)
-            return MergedBlock((block.base if owner == "base" else block.experts[0]).to(block.dtype))
+            return MergedBlock(
+                (block.base if owner == "base" else block.experts[0]).to(block.dtype)
+            )
         axis = _axis(block.name, parameters)
         length = block.shape[axis]
         factors = torch.full((length,), parameters.suppress, dtype=torch.float32)
@@ -133,27 +199,41 @@ class NeuronFusion(Method):
 
 
 def _find_thresholds(
-    groups: Sequence[NeuronGroup], scores: Sequence[torch.Tensor], own: Mapping[str, Any], parameters: NeuronFusionParameters
+    groups: Sequence[NeuronGroup],
+    scores: Sequence[torch.Tensor],
+    own: Mapping[str, Any],
+    parameters: NeuronFusionParameters,
 ) -> list[float]:
-    """Return the score from which on the neurons of each group are kept. `own` has the numbers of each tensor."""
+    """Return the score from which on the neurons of each group are kept. `own` has the numbers of
+    each tensor.
+    """
     ratios = [_agreed_ratio(group.parts, own) for group in groups]
     if parameters.scope != "model":
-        return [keep_threshold(found, keep_ratio=ratio) for found, ratio in zip(scores, ratios, strict=True)]
+        return [
+            keep_threshold(found, keep_ratio=ratio)
+            for found, ratio in zip(scores, ratios, strict=True)
+        ]
     _agreed_ratio([part for group in groups for part in group.parts], own)
     together: dict[str, list[torch.Tensor]] = {}
     for group, found in zip(groups, scores, strict=True):
         together.setdefault(group.kind, []).append(found)
-    found_for = {kind: keep_threshold(torch.cat(found), keep_ratio=ratios[0]) for kind, found in together.items()}
+    found_for = {
+        kind: keep_threshold(torch.cat(found), keep_ratio=ratios[0])
+        for kind, found in together.items()
+    }
     return [found_for[group.kind] for group in groups]
 
 
 def _agreed_ratio(parts: Sequence[Part], own: Mapping[str, Any]) -> float:
     ratios = {part.name: float(own[part.name].keep_ratio) for part in parts}
     if len(set(ratios.values())) > 1:
-        low, high = min(ratios, key=lambda name: ratios[name]), max(ratios, key=lambda name: ratios[name])
+        low, high = (
+            min(ratios, key=lambda name: ratios[name]),
+            max(ratios, key=lambda name: ratios[name]),
+        )
         raise RecipeError(
-            f"keep_ratio: is {ratios[low]} for {low} and {ratios[high]} for {high}, whose neurons compete. Give one number to tensors that "
-            "compete, or choose a narrower 'scope'"
+            f"keep_ratio: is {ratios[low]} for {low} and {ratios[high]} for {high}, whose neurons"
+            " compete. Give one number to tensors that compete, or choose a narrower 'scope'"
         )
     return next(iter(ratios.values()))
 
@@ -168,14 +248,27 @@ def _place(values: torch.Tensor, first: int, length: int) -> torch.Tensor:
     return placed
 
 
-def _describe(part: Part, kept: torch.Tensor, squares: torch.Tensor, parameters: NeuronFusionParameters) -> Known:
+def _describe(
+    part: Part, kept: torch.Tensor, squares: torch.Tensor, parameters: NeuronFusionParameters
+) -> Known:
     """Return which rows or columns of a matrix are kept, and the factor on them."""
     chosen = kept[part.neurons]
-    factor = restoring_factor(squares, chosen, suppress=parameters.suppress) if parameters.restore else 1.0
-    return {"kept": tuple(float(index) for index in chosen.nonzero().flatten().tolist()), "factor": (factor,)}
+    factor = (
+        restoring_factor(squares, chosen, suppress=parameters.suppress)
+        if parameters.restore
+        else 1.0
+    )
+    return {
+        "kept": tuple(float(index) for index in chosen.nonzero().flatten().tolist()),
+        "factor": (factor,),
+    }
 
 
-def _make_groups(shapes: Mapping[str, Sequence[int]], parameters: NeuronFusionParameters, config: Mapping[str, Any]) -> list[NeuronGroup]:
+def _make_groups(
+    shapes: Mapping[str, Sequence[int]],
+    parameters: NeuronFusionParameters,
+    config: Mapping[str, Any],
+) -> list[NeuronGroup]:
     layers: dict[str, dict[str, Sequence[int]]] = {}
     for name, shape in shapes.items():
         match = _LAYER.match(name)
@@ -186,21 +279,38 @@ def _make_groups(shapes: Mapping[str, Sequence[int]], parameters: NeuronFusionPa
         found = _layer_groups(own, parameters, config)
         if not found:
             raise CheckpointError(
-                f"{layer}: has no gate, up and down, and no v and o projections, so it has no neurons to find. Say 'unit: row'"
+                f"{layer}: has no gate, up and down, and no v and o projections, so it has no"
+                " neurons to find. Say 'unit: row'"
             )
-        groups += [part for group in found for part in split_group(group)] if parameters.scope == "tensor" else found
+        groups += (
+            [part for group in found for part in split_group(group)]
+            if parameters.scope == "tensor"
+            else found
+        )
     return groups
 
 
-def _layer_groups(shapes: Mapping[str, Sequence[int]], parameters: NeuronFusionParameters, config: Mapping[str, Any]) -> list[NeuronGroup]:
+def _layer_groups(
+    shapes: Mapping[str, Sequence[int]],
+    parameters: NeuronFusionParameters,
+    config: Mapping[str, Any],
+) -> list[NeuronGroup]:
     if parameters.unit == "row":
         names = [name for name in sorted(shapes) if len(shapes[name]) == 2]
         if parameters.query_key != "neuron":
-            names = [name for name in names if not name.endswith(("q_proj.weight", "k_proj.weight"))]
+            names = [
+                name for name in names if not name.endswith(("q_proj.weight", "k_proj.weight"))
+            ]
         return [row_groups(shapes, names)] if names else []
-    head_dim = parameters.head_dim or config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    head_dim = (
+        parameters.head_dim
+        or config.get("head_dim")
+        or config["hidden_size"] // config["num_attention_heads"]
+    )
     try:
-        attention = attention_group(shapes, head_dim=int(head_dim), with_query_key=parameters.query_key == "neuron")
+        attention = attention_group(
+            shapes, head_dim=int(head_dim), with_query_key=parameters.query_key == "neuron"
+        )
     except ValueError as error:
         raise CheckpointError(f"{error}. Give the right 'head_dim'") from error
     return [group for group in (feed_forward_group(shapes), attention) if group is not None]

@@ -1,4 +1,6 @@
-"""NuSLERP: spherical interpolation with weights, of whole tensors, rows or columns, of weights or of task vectors."""
+"""NuSLERP: spherical interpolation with weights, of whole tensors, rows or columns, of weights or
+of task vectors.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +12,41 @@ from pydantic import Field
 from typing_extensions import override
 
 from mmerge.manifests.errors import RecipeError
-from mmerge.workers.methods.interface import Block, Granularity, MergedBlock, Method, Parameters, Stage
+from mmerge.workers.methods.interface import (
+    Block,
+    Granularity,
+    MergedBlock,
+    Method,
+    Parameters,
+    Stage,
+)
 from mmerge.workers.methods.slerp import GRAM
-from mmerge.workers.methods.sphere import combine, gram, measure_products, nuslerp_coefficients, read_gram
+from mmerge.workers.methods.sphere import (
+    combine,
+    gram,
+    measure_products,
+    nuslerp_coefficients,
+    read_gram,
+)
 
 Origin = Literal["base", "zero"]
-"""Where the sphere has its centre: at the base (task vectors are rotated), or at zero (weights are)."""
+"""Where the sphere has its centre: at the base (task vectors are rotated), or at zero (weights
+are).
+"""
 
 
 class NuslerpParameters(Parameters):
     """Choices of NuSLERP."""
 
-    origin: Origin = Field("base", description="rotate the task vectors ('base') or the weights themselves ('zero')")
+    origin: Origin = Field(
+        "base", description="rotate the task vectors ('base') or the weights themselves ('zero')"
+    )
     along: Literal["tensor", "rows", "columns"] = Field(
-        "tensor", description="one rotation per tensor, per row (mergekit: nuslerp_flatten false), or per column (nuslerp_row_wise true)"
+        "tensor",
+        description=(
+            "one rotation per tensor, per row (mergekit: nuslerp_flatten false), or per column"
+            " (nuslerp_row_wise true)"
+        ),
     )
 
 
@@ -46,26 +69,46 @@ class Nuslerp(Method):
     needs_base = False
 
     @override
-    def check_recipe(self, parameters: NuslerpParameters, experts: Sequence[NuslerpExpertParameters], *, has_base: bool) -> None:
+    def check_recipe(
+        self,
+        parameters: NuslerpParameters,
+        experts: Sequence[NuslerpExpertParameters],
+        *,
+        has_base: bool,
+    ) -> None:
         super().check_recipe(parameters, experts, has_base=has_base)
         check_origin(self.name, parameters.origin, has_base=has_base)
 
     @override
-    def granularity(self, parameters: NuslerpParameters, experts: Sequence[NuslerpExpertParameters]) -> Granularity:
+    def granularity(
+        self, parameters: NuslerpParameters, experts: Sequence[NuslerpExpertParameters]
+    ) -> Granularity:
         return {"tensor": "entry", "rows": "row", "columns": "tensor"}[parameters.along]  # type: ignore[return-value]
 
     @override
-    def stages(self, parameters: NuslerpParameters, experts: Sequence[NuslerpExpertParameters]) -> tuple[Stage, ...]:
+    def stages(
+        self, parameters: NuslerpParameters, experts: Sequence[NuslerpExpertParameters]
+    ) -> tuple[Stage, ...]:
         return (GRAM,) if parameters.along == "tensor" else ()
 
     @override
     def measure_block(
-        self, block: Block, parameters: NuslerpParameters, experts: Sequence[NuslerpExpertParameters], *, stage: str
+        self,
+        block: Block,
+        parameters: NuslerpParameters,
+        experts: Sequence[NuslerpExpertParameters],
+        *,
+        stage: str,
     ) -> Mapping[str, torch.Tensor]:
         return measure_products(vectors_around(block, parameters.origin))
 
     @override
-    def merge_block(self, block: Block, parameters: NuslerpParameters, experts: Sequence[NuslerpExpertParameters]) -> MergedBlock:
+    def merge_block(
+        self,
+        block: Block,
+        parameters: NuslerpParameters,
+        experts: Sequence[NuslerpExpertParameters],
+    ) -> MergedBlock:
         total = experts[0].weight + experts[1].weight
         # Weights that cancel name no point of the arc; its middle is as good as any.
         t = experts[1].weight / total if abs(total) >= 1e-6 else 0.5
@@ -84,7 +127,8 @@ def check_origin(method: str, origin: Origin, *, has_base: bool) -> None:
     """Raise RecipeError where the sphere's centre is a base that the recipe has not."""
     if origin == "base" and not has_base:
         raise RecipeError(
-            f"base: is missing; {method!r} works on task vectors. Give the base LLM, or 'origin: zero' to work on the weights"
+            f"base: is missing; {method!r} works on task vectors. Give the base LLM, or 'origin:"
+            " zero' to work on the weights"
         )
 
 

@@ -15,31 +15,44 @@ from mmerge.workers.methods.interface import Block, MergedBlock, Method, Paramet
 class RamParameters(Parameters):
     """Numbers of RAM."""
 
-    epsilon: float = Field(1e-5, ge=0, description="an entry is changed where its task vector's magnitude is above this")
+    epsilon: float = Field(
+        1e-5,
+        ge=0,
+        description="an entry is changed where its task vector's magnitude is above this",
+    )
 
 
 class RamPlusParameters(RamParameters):
     """Numbers of RAM+."""
 
-    r: float = Field(0.1, ge=0, description="how much unique entries are amplified per unit of the overlap ratio")
+    r: float = Field(
+        0.1, ge=0, description="how much unique entries are amplified per unit of the overlap ratio"
+    )
     alpha: float = Field(0.2, ge=0, description="the overlap ratio counts up to this")
 
 
-def find_changes(deltas: Sequence[torch.Tensor], *, epsilon: float) -> tuple[list[torch.Tensor], torch.Tensor]:
+def find_changes(
+    deltas: Sequence[torch.Tensor], *, epsilon: float
+) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Return per expert the mask of changed entries, and how many experts changed each entry."""
     changed = [delta.abs() > epsilon for delta in deltas]
     return changed, torch.stack(changed).sum(dim=0)
 
 
-def merge_changes(deltas: Sequence[torch.Tensor], *, epsilon: float, factors: Sequence[float]) -> torch.Tensor:
-    """Return τ⋆: the mean of the changes where several experts changed an entry, factorᵢ·τᵢ where only expert i did.
+def merge_changes(
+    deltas: Sequence[torch.Tensor], *, epsilon: float, factors: Sequence[float]
+) -> torch.Tensor:
+    """Return τ⋆: the mean of the changes where several experts changed an entry, factorᵢ·τᵢ where
+    only expert i did.
 
     Behavior Knowledge Merge in Reinforced Agentic Models (arXiv 2601.13572), section 4.
     """
     changed, count = find_changes(deltas, epsilon=epsilon)
     merged = torch.zeros_like(deltas[0])
     for delta, mask, factor in zip(deltas, changed, factors, strict=True):
-        shared = torch.where(mask & (count > 1), delta / count.clamp(min=1), torch.zeros_like(delta))
+        shared = torch.where(
+            mask & (count > 1), delta / count.clamp(min=1), torch.zeros_like(delta)
+        )
         merged += torch.where(mask & (count == 1), factor * delta, shared)
     return merged
 
@@ -53,13 +66,19 @@ class Ram(Method):
     parameters_model = RamParameters
 
     @override
-    def merge_block(self, block: Block, parameters: RamParameters, experts: Sequence[Any]) -> MergedBlock:
-        merged = merge_changes(block.task_vectors(), epsilon=parameters.epsilon, factors=[1.0] * len(experts))
+    def merge_block(
+        self, block: Block, parameters: RamParameters, experts: Sequence[Any]
+    ) -> MergedBlock:
+        merged = merge_changes(
+            block.task_vectors(), epsilon=parameters.epsilon, factors=[1.0] * len(experts)
+        )
         return MergedBlock((block.base + merged).to(block.dtype))
 
 
 class RamPlus(Method):
-    """RAM with unique changes amplified by 1 + r·min(shared/unique, α), counted per tensor and expert."""
+    """RAM with unique changes amplified by 1 + r·min(shared/unique, α), counted per tensor and
+    expert.
+    """
 
     name = "ram_plus"
     kind = "plain"
@@ -75,11 +94,19 @@ class RamPlus(Method):
         self, block: Block, parameters: RamPlusParameters, experts: Sequence[Any], *, stage: str
     ) -> Mapping[str, torch.Tensor]:
         changed, count = find_changes(block.task_vectors(), epsilon=parameters.epsilon)
-        found = {f"shared.{index}": (mask & (count > 1)).to(torch.float32) for index, mask in enumerate(changed)}
-        return found | {f"unique.{index}": (mask & (count == 1)).to(torch.float32) for index, mask in enumerate(changed)}
+        found = {
+            f"shared.{index}": (mask & (count > 1)).to(torch.float32)
+            for index, mask in enumerate(changed)
+        }
+        return found | {
+            f"unique.{index}": (mask & (count == 1)).to(torch.float32)
+            for index, mask in enumerate(changed)
+        }
 
     @override
-    def merge_block(self, block: Block, parameters: RamPlusParameters, experts: Sequence[Any]) -> MergedBlock:
+    def merge_block(
+        self, block: Block, parameters: RamPlusParameters, experts: Sequence[Any]
+    ) -> MergedBlock:
         factors = []
         for index in range(len(experts)):
             shared, unique = block.known[f"shared.{index}"][0], block.known[f"unique.{index}"][0]

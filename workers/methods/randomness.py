@@ -1,17 +1,18 @@
-"""Random numbers that depend on a place, never on a state: a counter-based generator keyed by seed, expert and tensor.
+"""Random numbers that depend on a place, never on a state: a counter-based generator keyed by seed,
+expert and tensor.
 
 The definition, for a kernel that must give the same bits:
 
-    key   = the first 8 bytes, little-endian, of BLAKE3("SEED\\nEXPERT\\nTENSOR" in UTF-8, SEED in decimal)
-    z     = key + (⌊position / 2⌋ + 1)·0x9E3779B97F4A7C15                 all arithmetic modulo 2⁶⁴
-    z     = (z XOR (z >> 30))·0xBF58476D1CE4E5B9
-    z     = (z XOR (z >> 27))·0x94D049BB133111EB
-    z     =  z XOR (z >> 31)
-    h     = the lower 32 bits of z where position is even, else the upper 32
-    u     = (h >> 8)·2⁻²⁴                                                 a float32 in [0, 1), exact
+    key   = the first 8 bytes, little-endian, of BLAKE3("SEED\\nEXPERT\\nTENSOR" in UTF-8, SEED in
+    decimal) z     = key + (⌊position / 2⌋ + 1)·0x9E3779B97F4A7C15                 all arithmetic
+    modulo 2⁶⁴ z     = (z XOR (z >> 30))·0xBF58476D1CE4E5B9 z     = (z XOR (z >>
+    27))·0x94D049BB133111EB z     =  z XOR (z >> 31) h     = the lower 32 bits of z where position
+    is even, else the upper 32 u     = (h >> 8)·2⁻²⁴
+    a float32 in [0, 1), exact
 
-`position` counts the entries of the whole tensor in C order; two entries share a z, since each needs 24 of its bits. The mixing steps are those of SplitMix64 (Steele, Lea and Flood, 2014).
-An entry with keep probability p (float32) is kept where u < p.
+`position` counts the entries of the whole tensor in C order; two entries share a z, since each
+needs 24 of its bits. The mixing steps are those of SplitMix64 (Steele, Lea and Flood, 2014). An
+entry with keep probability p (float32) is kept where u < p.
 """
 
 from __future__ import annotations
@@ -31,8 +32,11 @@ def stream_key(seed: int, *, expert: str, name: str) -> int:
 
 
 def uniform(seed: int, *, expert: str, name: str, start: int, like: torch.Tensor) -> torch.Tensor:
-    """Return float32 numbers in [0, 1) of the shape and on the device of `like`, whose first entry is at position `start`."""
-    # int64 arithmetic wraps modulo 2^64; a logical shift is an arithmetic one without the sign's copies.
+    """Return float32 numbers in [0, 1) of the shape and on the device of `like`, whose first entry
+    is at position `start`.
+    """
+    # int64 arithmetic wraps modulo 2^64; a logical shift is an arithmetic one without the sign's
+    # copies.
     positions = torch.arange(start, start + like.numel(), dtype=torch.int64, device=like.device)
     mixed = ((positions >> 1) + 1) * _WEYL + stream_key(seed, expert=expert, name=name)
     mixed = (mixed ^ _shift(mixed, 30)) * _MIX_ONE

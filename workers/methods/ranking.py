@@ -1,4 +1,6 @@
-"""Exact numbers of largest entries, without sorting: a threshold by radix histograms, ties by position."""
+"""Exact numbers of largest entries, without sorting: a threshold by radix histograms, ties by
+position.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ _SMALL = 1 << 16
 
 
 def ranked_value(values: torch.Tensor, rank: int) -> float:
-    """Return the value of ascending `rank` (1-based) of a float32 tensor. Raises ValueError when there is no such rank."""
+    """Return the value of ascending `rank` (1-based) of a float32 tensor. Raises ValueError when
+    there is no such rank.
+    """
     if values.numel() <= _SMALL:
         return float(values.reshape(-1).kthvalue(rank).values)
     high_bin, rest = find_bin(high_ranks(values), rank)
@@ -20,10 +24,11 @@ def ranked_value(values: torch.Tensor, rank: int) -> float:
 
 
 def top_mask(values: torch.Tensor, count: int) -> torch.Tensor:
-    """Return a boolean mask, shape of `values`, of exactly the `count` largest entries of a float32 tensor.
+    """Return a boolean mask, shape of `values`, of exactly the `count` largest entries of a float32
+    tensor.
 
-    Among equal values the lower position in C order wins (our choice; published codes leave it to their sort). So the mask of
-    a smaller count is contained in that of a larger one.
+    Among equal values the lower position in C order wins (our choice; published codes leave it to
+    their sort). So the mask of a smaller count is contained in that of a larger one.
     """
     if count <= 0:
         return torch.zeros(values.shape, dtype=torch.bool, device=values.device)

@@ -18,7 +18,9 @@ GRAM = Stage("gram", "sums", "tensor")
 class SlerpParameters(Parameters):
     """Numbers of SLERP."""
 
-    t: float = Field(ge=0, le=1, description="how far to go from the first model (0) to the second (1)")
+    t: float = Field(
+        ge=0, le=1, description="how far to go from the first model (0) to the second (1)"
+    )
 
 
 class Slerp(Method):
@@ -26,30 +28,49 @@ class Slerp(Method):
 
     name = "slerp"
     kind = "plain"
-    source = "Shoemake, Animating rotation with quaternion curves, 1985; per flattened tensor as in mergekit"
+    source = (
+        "Shoemake, Animating rotation with quaternion curves, 1985; per flattened tensor as in"
+        " mergekit"
+    )
     parameters_model = SlerpParameters
     max_experts = 2
     needs_base = False
 
     @override
-    def check_recipe(self, parameters: SlerpParameters, experts: Sequence[Parameters], *, has_base: bool) -> None:
+    def check_recipe(
+        self, parameters: SlerpParameters, experts: Sequence[Parameters], *, has_base: bool
+    ) -> None:
         super().check_recipe(parameters, experts, has_base=has_base)
         if len(experts) == 1 and not has_base:
-            raise RecipeError("experts: 'slerp' takes two models: two experts, or a base and one expert. Add one of them")
+            raise RecipeError(
+                "experts: 'slerp' takes two models: two experts, or a base and one expert. Add one"
+                " of them"
+            )
 
     @override
-    def stages(self, parameters: SlerpParameters, experts: Sequence[Parameters]) -> tuple[Stage, ...]:
+    def stages(
+        self, parameters: SlerpParameters, experts: Sequence[Parameters]
+    ) -> tuple[Stage, ...]:
         return (GRAM,)
 
     @override
     def measure_block(
-        self, block: Block, parameters: SlerpParameters, experts: Sequence[Parameters], *, stage: str
+        self,
+        block: Block,
+        parameters: SlerpParameters,
+        experts: Sequence[Parameters],
+        *,
+        stage: str,
     ) -> Mapping[str, torch.Tensor]:
         return measure_products(_models(block))
 
     @override
-    def merge_block(self, block: Block, parameters: SlerpParameters, experts: Sequence[Parameters]) -> MergedBlock:
-        coefficients = torch.tensor(slerp_pair(block.known, t=parameters.t), dtype=torch.float64, device=block.base.device)
+    def merge_block(
+        self, block: Block, parameters: SlerpParameters, experts: Sequence[Parameters]
+    ) -> MergedBlock:
+        coefficients = torch.tensor(
+            slerp_pair(block.known, t=parameters.t), dtype=torch.float64, device=block.base.device
+        )
         return MergedBlock(combine(coefficients, _models(block)).to(block.dtype))
 
 

@@ -1,7 +1,9 @@
-"""What the whole-matrix methods share: singular vectors, norms and sums of the task vectors of one matrix, float32.
+"""What the whole-matrix methods share: singular vectors, norms and sums of the task vectors of one
+matrix, float32.
 
-Singular vectors that belong to a singular value of 0 (to rounding) are arbitrary: what a library returns for them differs
-from machine to machine. They are left out everywhere (our choice); matrices of full rank are not concerned.
+Singular vectors that belong to a singular value of 0 (to rounding) are arbitrary: what a library
+returns for them differs from machine to machine. They are left out everywhere (our choice);
+matrices of full rank are not concerned.
 """
 
 from __future__ import annotations
@@ -16,14 +18,18 @@ _EPSILON = 2.0**-23  # of float32
 
 
 def svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return U [out, k], S [k], Vᵀ [k, in] of a float32 matrix with k = its numerical rank, largest first."""
+    """Return U [out, k], S [k], Vᵀ [k, in] of a float32 matrix with k = its numerical rank, largest
+    first.
+    """
     u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
     rank = int((s > s[0] * max(matrix.shape) * _EPSILON).sum()) if s.numel() else 0
     return u[:, :rank], s[:rank], vt[:rank]
 
 
 def nearest_orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """Return the matrix with all its singular values set to 1 (its polar factor), those that are 0 excepted."""
+    """Return the matrix with all its singular values set to 1 (its polar factor), those that are 0
+    excepted.
+    """
     u, _, vt = svd(matrix)
     return u @ vt
 

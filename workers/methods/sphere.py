@@ -1,7 +1,9 @@
-"""Interpolation on spheres as linear combinations: every coefficient follows from the inner products of the tensors.
+"""Interpolation on spheres as linear combinations: every coefficient follows from the inner
+products of the tensors.
 
-The functions take Gram matrices, float64 [..., n, n], and give coefficients, float64 [..., n]; leading dimensions are
-independent problems (one per row of a matrix, say). So a tensor needs two passes of sums, and its size does not matter.
+The functions take Gram matrices, float64 [..., n, n], and give coefficients, float64 [..., n];
+leading dimensions are independent problems (one per row of a matrix, say). So a tensor needs two
+passes of sums, and its size does not matter.
 """
 
 from __future__ import annotations
@@ -19,24 +21,37 @@ _MIN_NORM = 1e-8
 def gram(vectors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the inner products of vectors along their last dimension, float64 [..., n, n]."""
     stacked = [vector.to(torch.float64) for vector in vectors]
-    rows = [torch.stack([(one * other).sum(dim=-1) for other in stacked], dim=-1) for one in stacked]
+    rows = [
+        torch.stack([(one * other).sum(dim=-1) for other in stacked], dim=-1) for one in stacked
+    ]
     return torch.stack(rows, dim=-2)
 
 
 def measure_products(vectors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the entrywise products whose sums over a tensor are its Gram matrix, by "row.column" with row ≤ column."""
+    """Return the entrywise products whose sums over a tensor are its Gram matrix, by "row.column"
+    with row ≤ column.
+    """
     count = len(vectors)
-    return {f"{one}.{other}": vectors[one] * vectors[other] for one in range(count) for other in range(one, count)}
+    return {
+        f"{one}.{other}": vectors[one] * vectors[other]
+        for one in range(count)
+        for other in range(one, count)
+    }
 
 
 def read_gram(known: Mapping[str, Sequence[float]], *, count: int) -> torch.Tensor:
     """Return the Gram matrix, float64 [count, count], whose sums of `measure_products` were found."""
-    rows = [[known[f"{min(one, other)}.{max(one, other)}"][0] for other in range(count)] for one in range(count)]
+    rows = [
+        [known[f"{min(one, other)}.{max(one, other)}"][0] for other in range(count)]
+        for one in range(count)
+    ]
     return torch.tensor(rows, dtype=torch.float64)
 
 
 def combine(coefficients: torch.Tensor, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return Σ cᵢ·vᵢ, float32, for coefficients [..., n] and n vectors [..., length]; summed in the order given."""
+    """Return Σ cᵢ·vᵢ, float32, for coefficients [..., n] and n vectors [..., length]; summed in the
+    order given.
+    """
     total = torch.zeros_like(vectors[0])
     for index, vector in enumerate(vectors):
         total += coefficients[..., index].unsqueeze(-1).to(torch.float32) * vector
@@ -49,12 +64,15 @@ def norms_of(products: torch.Tensor) -> torch.Tensor:
 
 
 def slerp_pair(known: Mapping[str, Sequence[float]], *, t: float) -> tuple[float, float]:
-    """Return the two coefficients of spherical interpolation from the first vector (t = 0) to the second (t = 1).
+    """Return the two coefficients of spherical interpolation from the first vector (t = 0) to the
+    second (t = 1).
 
-    Nearly colinear vectors, and vectors of norm 0, are interpolated linearly. Shoemake 1985; thresholds as in mergekit.
+    Nearly colinear vectors, and vectors of norm 0, are interpolated linearly. Shoemake 1985;
+    thresholds as in mergekit.
 
     Args:
-        known: the sums of `measure_products`, float64. NaN where a vector holds NaN or Inf, and so are the coefficients.
+        known: the sums of `measure_products`, float64. NaN where a vector holds NaN or Inf, and so
+            are the coefficients.
     """
     first, product, second = (known[name][0] for name in ("0.0", "0.1", "1.1"))
     if math.isnan(first + product + second):
@@ -69,19 +87,29 @@ def slerp_pair(known: Mapping[str, Sequence[float]], *, t: float) -> tuple[float
 
 
 def nuslerp_coefficients(products: torch.Tensor, *, t: float) -> torch.Tensor:
-    """Return the two coefficients of slerp with a fallback for exactly colinear vectors only (mergekit's NuSLERP)."""
+    """Return the two coefficients of slerp with a fallback for exactly colinear vectors only
+    (mergekit's NuSLERP).
+    """
     norms = norms_of(products).clamp(min=1e-7)
     angle = torch.arccos((products[..., 0, 1] / (norms[..., 0] * norms[..., 1])).clamp(-1, 1))
     sine = torch.sin(angle)
-    curved = torch.stack([torch.sin(angle * (1 - t)), torch.sin(angle * t)], dim=-1) / sine.unsqueeze(-1)
-    straight = torch.tensor([1 - t, t], dtype=products.dtype, device=products.device).expand_as(curved)
+    curved = torch.stack(
+        [torch.sin(angle * (1 - t)), torch.sin(angle * t)], dim=-1
+    ) / sine.unsqueeze(-1)
+    straight = torch.tensor([1 - t, t], dtype=products.dtype, device=products.device).expand_as(
+        curved
+    )
     return torch.where((sine.abs() < 1e-8).unsqueeze(-1), straight, curved)
 
 
-def multislerp_coefficients(products: torch.Tensor, *, weights: Sequence[float], normalize: bool) -> torch.Tensor | None:
-    """Return the coefficients of barycentric interpolation on the sphere, in the tangent space at the weighted mean.
+def multislerp_coefficients(
+    products: torch.Tensor, *, weights: Sequence[float], normalize: bool
+) -> torch.Tensor | None:
+    """Return the coefficients of barycentric interpolation on the sphere, in the tangent space at
+    the weighted mean.
 
-    mergekit's Multi-SLERP. None where the weighted mean of the directions vanishes, so that there is no tangent space.
+    mergekit's Multi-SLERP. None where the weighted mean of the directions vanishes, so that there
+    is no tangent space.
     """
     weight = torch.tensor(weights, dtype=products.dtype, device=products.device)
     if normalize:
@@ -100,11 +128,15 @@ def multislerp_coefficients(products: torch.Tensor, *, weights: Sequence[float],
     return result * unit * (norms * weight).sum()
 
 
-def karcher_coefficients(products: torch.Tensor, *, max_iterations: int, tolerance: float) -> torch.Tensor:
-    """Return the coefficients of the Karcher mean of the directions times the mean norm; all vectors weigh the same.
+def karcher_coefficients(
+    products: torch.Tensor, *, max_iterations: int, tolerance: float
+) -> torch.Tensor:
+    """Return the coefficients of the Karcher mean of the directions times the mean norm; all
+    vectors weigh the same.
 
-    Riemannian gradient descent on the unit sphere: mean ← exp(mean, mean of the logarithms), until the step is shorter
-    than `tolerance` (radians). Vectors of norm up to `tolerance` have no direction; they count in the mean norm only.
+    Riemannian gradient descent on the unit sphere: mean ← exp(mean, mean of the logarithms), until
+    the step is shorter than `tolerance` (radians). Vectors of norm up to `tolerance` have no
+    direction; they count in the mean norm only.
     """
     norms = norms_of(products)
     valid = norms > tolerance
@@ -138,8 +170,9 @@ def karcher_coefficients(products: torch.Tensor, *, max_iterations: int, toleran
 def model_stock_ratio(products: torch.Tensor) -> torch.Tensor:
     """Return t of Model Stock, [...]: how far to go from the base to the mean of the experts.
 
-    t = n·cosθ / (1 + (n−1)·cosθ) with cosθ the mean of the pairwise cosines of the task vectors, whose inner products are
-    given. Model Stock (arXiv 2403.19522), equation 5; the mean over pairs is mergekit's reading for n > 2.
+    t = n·cosθ / (1 + (n−1)·cosθ) with cosθ the mean of the pairwise cosines of the task vectors,
+    whose inner products are given. Model Stock (arXiv 2403.19522), equation 5; the mean over pairs
+    is mergekit's reading for n > 2.
     """
     count = products.shape[-1]
     norms = norms_of(products)

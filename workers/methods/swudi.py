@@ -16,15 +16,24 @@ from mmerge.workers.methods.wudi import wudi_quadratic
 
 Filter: TypeAlias = "Callable[[torch.Tensor], torch.Tensor]"
 """From the eigenvalues of C, ascending, to a factor in [0, 1] for each."""
-RANK_RULES = ("none", "stable_rank", "entropy", "participation", "participation_sqrt", "gavish_donoho")
+RANK_RULES = (
+    "none",
+    "stable_rank",
+    "entropy",
+    "participation",
+    "participation_sqrt",
+    "gavish_donoho",
+)
 _SMALL = 1e-30
 
 
-def spectral_merge(deltas: Sequence[torch.Tensor], *, start: Start, keep: Filter, min_eigenvalue: float) -> torch.Tensor:
+def spectral_merge(
+    deltas: Sequence[torch.Tensor], *, start: Start, keep: Filter, min_eigenvalue: float
+) -> torch.Tensor:
     """Return the merged task vector of one matrix, [out, in], float32.
 
-    With C = Σ wᵢτᵢᵀτᵢ, D = Σ wᵢτᵢτᵢᵀτᵢ, wᵢ = 1/‖τᵢ‖², C = VΛVᵀ and the filter f: τ = τ₀ − τ₀·V f Vᵀ + D·V (f/Λ) Vᵀ
-    (METHODS: SWUDI; constants as in WalkerWorldPeace/MLLMerging, swudi_aswudi.py).
+    With C = Σ wᵢτᵢᵀτᵢ, D = Σ wᵢτᵢτᵢᵀτᵢ, wᵢ = 1/‖τᵢ‖², C = VΛVᵀ and the filter f: τ = τ₀ − τ₀·V f Vᵀ
+    + D·V (f/Λ) Vᵀ (METHODS: SWUDI; constants as in WalkerWorldPeace/MLLMerging, swudi_aswudi.py).
 
     Args:
         deltas: task vectors of the matrix, [out, in], float32.
@@ -52,7 +61,9 @@ def _eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def exponential_filter(*, time: float | None, rank_ratio: float | None) -> Filter:
-    """Return f = 1 − exp(−λ·time) on the largest ⌈rank_ratio·in⌉ eigenvalues, 0 elsewhere. None of either: no such limit."""
+    """Return f = 1 − exp(−λ·time) on the largest ⌈rank_ratio·in⌉ eigenvalues, 0 elsewhere. None of
+    either: no such limit.
+    """
 
     def keep(eigenvalues: torch.Tensor) -> torch.Tensor:
         kept = torch.ones_like(eigenvalues) if time is None else 1 - torch.exp(-eigenvalues * time)
@@ -66,7 +77,9 @@ def exponential_filter(*, time: float | None, rank_ratio: float | None) -> Filte
 
 
 def adaptive_filter(*, rule: str, shape: Sequence[int], time: float | None = None) -> Filter:
-    """Return f = 1 (with `time`: 1 − exp(−λ·time)) on as many of the largest eigenvalues as `rule` says, 0 elsewhere."""
+    """Return f = 1 (with `time`: 1 − exp(−λ·time)) on as many of the largest eigenvalues as `rule`
+    says, 0 elsewhere.
+    """
 
     def keep(eigenvalues: torch.Tensor) -> torch.Tensor:
         kept = torch.ones_like(eigenvalues) if time is None else 1 - torch.exp(-eigenvalues * time)
@@ -81,8 +94,9 @@ def adaptive_rank(eigenvalues: torch.Tensor, *, rule: str, shape: Sequence[int])
 
     Args:
         eigenvalues: of C, ascending, positive.
-        rule: one of RANK_RULES, or `cumvar_F`: as many as hold the share F of the trace. The names and constants are those
-            of the official code (WalkerWorldPeace/MLLMerging, swudi_aswudi.py).
+        rule: one of RANK_RULES, or `cumvar_F`: as many as hold the share F of the trace. The names
+            and constants are those of the official code (WalkerWorldPeace/MLLMerging,
+            swudi_aswudi.py).
         shape: of the matrix, (out, in).
     """
     values = eigenvalues.flip(0)
@@ -112,10 +126,18 @@ def _ceil(value: torch.Tensor) -> int:
 
 
 def _gavish_donoho(shape: Sequence[int]) -> float:
-    """Return the threshold on singular values relative to their median, as the official code approximates it."""
+    """Return the threshold on singular values relative to their median, as the official code
+    approximates it.
+    """
     beta = min(shape) / max(shape)
-    median = math.sqrt(max((1 - beta) ** 2 + beta, 1e-3)) if beta < 0.9999 else math.sqrt(2 + math.sqrt(3))
-    optimal = math.sqrt(2 * (beta + 1) + 8 * beta / ((beta + 1) + math.sqrt(beta * beta + 14 * beta + 1)))
+    median = (
+        math.sqrt(max((1 - beta) ** 2 + beta, 1e-3))
+        if beta < 0.9999
+        else math.sqrt(2 + math.sqrt(3))
+    )
+    optimal = math.sqrt(
+        2 * (beta + 1) + 8 * beta / ((beta + 1) + math.sqrt(beta * beta + 14 * beta + 1))
+    )
     return optimal / median
 
 
@@ -129,31 +151,50 @@ class SpectralParameters(MatrixParameters):
 class SwudiParameters(SpectralParameters):
     """Numbers of SWUDI."""
 
-    time: float | None = Field(300.0, gt=0, description="t of the filter 1 − exp(−λt); null for none")
-    rank_ratio: float | None = Field(0.65, gt=0, le=1, description="share of the eigen-directions that is kept; null for all")
+    time: float | None = Field(
+        300.0, gt=0, description="t of the filter 1 − exp(−λt); null for none"
+    )
+    rank_ratio: float | None = Field(
+        0.65, gt=0, le=1, description="share of the eigen-directions that is kept; null for all"
+    )
 
 
 class Swudi(MatrixMethod):
     """The loss of WUDI in closed form, its eigenvalues filtered by time and truncated by rank."""
 
     name = "swudi"
-    source = "SWUDI (WalkerWorldPeace/MLLMerging, swudi_aswudi.py); METHODS: C = Σ wᵢτᵢᵀτᵢ, D = Σ wᵢτᵢτᵢᵀτᵢ"
+    source = (
+        "SWUDI (WalkerWorldPeace/MLLMerging, swudi_aswudi.py); METHODS: C = Σ wᵢτᵢᵀτᵢ, D = Σ"
+        " wᵢτᵢτᵢᵀτᵢ"
+    )
     parameters_model = SwudiParameters
 
     @override
-    def merge_matrix(self, deltas: Sequence[torch.Tensor], parameters: SwudiParameters) -> torch.Tensor:
+    def merge_matrix(
+        self, deltas: Sequence[torch.Tensor], parameters: SwudiParameters
+    ) -> torch.Tensor:
         keep = exponential_filter(time=parameters.time, rank_ratio=parameters.rank_ratio)
-        return spectral_merge(deltas, start=parameters.start, keep=keep, min_eigenvalue=parameters.min_eigenvalue)
+        return spectral_merge(
+            deltas, start=parameters.start, keep=keep, min_eigenvalue=parameters.min_eigenvalue
+        )
 
 
 class AswudiParameters(SpectralParameters):
     """Numbers of ASWUDI."""
 
     rank_rule: str = Field(
-        "participation_sqrt", description=f"how many eigen-directions a matrix keeps: {', '.join(RANK_RULES)}, or cumvar_F with F in (0, 1]"
+        "participation_sqrt",
+        description=(
+            f"how many eigen-directions a matrix keeps: {', '.join(RANK_RULES)}, or cumvar_F with F"
+            " in (0, 1]"
+        ),
     )
 
-    time: float | None = Field(None, gt=0, description="t of the filter 1 − exp(−λt) on the directions that are kept; null for none")
+    time: float | None = Field(
+        None,
+        gt=0,
+        description="t of the filter 1 − exp(−λt) on the directions that are kept; null for none",
+    )
 
     @field_validator("rank_rule")
     @classmethod
@@ -164,7 +205,10 @@ class AswudiParameters(SpectralParameters):
         except ValueError:
             known = False
         if not known:
-            raise ValueError(f"expected one of {', '.join(RANK_RULES)}, or cumvar_F with F in (0, 1], got {rule!r}")
+            raise ValueError(
+                f"expected one of {', '.join(RANK_RULES)}, or cumvar_F with F in (0, 1], got"
+                f" {rule!r}"
+            )
         return rule
 
 
@@ -176,6 +220,12 @@ class Aswudi(MatrixMethod):
     parameters_model = AswudiParameters
 
     @override
-    def merge_matrix(self, deltas: Sequence[torch.Tensor], parameters: AswudiParameters) -> torch.Tensor:
-        keep = adaptive_filter(rule=parameters.rank_rule, shape=deltas[0].shape, time=parameters.time)
-        return spectral_merge(deltas, start=parameters.start, keep=keep, min_eigenvalue=parameters.min_eigenvalue)
+    def merge_matrix(
+        self, deltas: Sequence[torch.Tensor], parameters: AswudiParameters
+    ) -> torch.Tensor:
+        keep = adaptive_filter(
+            rule=parameters.rank_rule, shape=deltas[0].shape, time=parameters.time
+        )
+        return spectral_merge(
+            deltas, start=parameters.start, keep=keep, min_eigenvalue=parameters.min_eigenvalue
+        )

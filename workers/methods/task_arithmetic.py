@@ -19,5 +19,7 @@ class TaskArithmetic(LocateThenSum):
     parameters_model = SumParameters
 
     @override
-    def locate(self, block: Block, parameters: SumParameters, experts: Sequence[WeightParameters]) -> list[torch.Tensor]:
+    def locate(
+        self, block: Block, parameters: SumParameters, experts: Sequence[WeightParameters]
+    ) -> list[torch.Tensor]:
         return block.task_vectors()

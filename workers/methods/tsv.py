@@ -1,4 +1,6 @@
-"""Task Singular Vectors: the leading singular vectors of every expert, made orthogonal to each other."""
+"""Task Singular Vectors: the leading singular vectors of every expert, made orthogonal to each
+other.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,9 @@ from mmerge.workers.methods.spectral import nearest_orthogonal, svd
 def tsv_merge(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the merged task vector of one matrix, [out, in], float32.
 
-    Of each expert the int(rank/n) leading singular triplets, at least one; the stacked left and right vectors are
-    orthogonalised, then multiplied with the singular values. TSV-Merge (arXiv 2412.00081), section 4.
+    Of each expert the int(rank/n) leading singular triplets, at least one; the stacked left and
+    right vectors are orthogonalised, then multiplied with the singular values. TSV-Merge (arXiv
+    2412.00081), section 4.
     """
     share = max(1, min(deltas[0].shape) // len(deltas))
     parts = [svd(delta) for delta in deltas]
@@ -28,11 +31,15 @@ def tsv_merge(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 class Tsv(MatrixMethod):
-    """Keep the leading singular vectors of every expert, orthogonalise them, and put the task vector together again."""
+    """Keep the leading singular vectors of every expert, orthogonalise them, and put the task
+    vector together again.
+    """
 
     name = "tsv"
     source = "Task Singular Vectors (TSV-Merge), arXiv 2412.00081"
 
     @override
-    def merge_matrix(self, deltas: Sequence[torch.Tensor], parameters: MatrixParameters) -> torch.Tensor:
+    def merge_matrix(
+        self, deltas: Sequence[torch.Tensor], parameters: MatrixParameters
+    ) -> torch.Tensor:
         return tsv_merge(deltas)

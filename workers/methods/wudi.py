@@ -1,4 +1,6 @@
-"""WUDI and OptMerge: the merged task vector that disturbs every expert least in the space its own rows span."""
+"""WUDI and OptMerge: the merged task vector that disturbs every expert least in the space its own
+rows span.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,11 @@ _ADAM_MEAN, _ADAM_SQUARES, _ADAM_SMALL = 0.9, 0.999, 1e-8
 def wudi_quadratic(
     targets: Sequence[torch.Tensor], subspaces: Sequence[torch.Tensor], norms: Sequence[float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return C [in, in] and D [out, in] of the loss Σ (1/‖τᵢ‖²)·‖(τ − targetᵢ)·subspaceᵢᵀ‖², whose gradient is 2(τC − D).
+    """Return C [in, in] and D [out, in] of the loss Σ (1/‖τᵢ‖²)·‖(τ − targetᵢ)·subspaceᵢᵀ‖², whose
+    gradient is 2(τC − D).
 
-    An expert whose task vector is zero disturbs nothing and has no term. WUDI-Merging (arXiv 2503.08099), section 3.
+    An expert whose task vector is zero disturbs nothing and has no term. WUDI-Merging (arXiv
+    2503.08099), section 3.
     """
     width = targets[0].shape[1]
     c = torch.zeros((width, width), dtype=targets[0].dtype, device=targets[0].device)
@@ -46,11 +50,13 @@ def descend(
 ) -> torch.Tensor:
     """Return `start` after gradient steps on the loss whose gradient is 2(τC − D).
 
-    Adam (arXiv 1412.6980) with its usual constants, or gradient descent with momentum; the same bits as torch.optim.
+    Adam (arXiv 1412.6980) with its usual constants, or gradient descent with momentum; the same
+    bits as torch.optim.
     """
     c, d = quadratic
     merged = start.clone()
-    # Written out, not taken from torch.optim: its import costs a worker four seconds and 80 MB, for these few lines.
+    # Written out, not taken from torch.optim: its import costs a worker four seconds and 80 MB, for
+    # these few lines.
     first = torch.zeros_like(merged)
     second = torch.zeros_like(merged) if optimizer == "adam" else None
     gradient = torch.empty_like(merged)
@@ -68,42 +74,76 @@ def descend(
     return merged
 
 
-def wudi_merge(deltas: Sequence[torch.Tensor], *, learning_rate: float, iterations: int) -> torch.Tensor:
-    """Return the merged task vector of one matrix, [out, in], float32: Adam from the sum of the task vectors.
+def wudi_merge(
+    deltas: Sequence[torch.Tensor], *, learning_rate: float, iterations: int
+) -> torch.Tensor:
+    """Return the merged task vector of one matrix, [out, in], float32: Adam from the sum of the
+    task vectors.
 
     WUDI-Merging (arXiv 2503.08099), algorithm 1.
     """
     quadratic = wudi_quadratic(deltas, deltas, squared_norms(deltas))
     start = total_of(deltas, "sum")
-    return descend(start, quadratic, optimizer="adam", learning_rate=learning_rate, momentum=0.0, iterations=iterations)
+    return descend(
+        start,
+        quadratic,
+        optimizer="adam",
+        learning_rate=learning_rate,
+        momentum=0.0,
+        iterations=iterations,
+    )
 
 
 def optmerge_lora_merge(
-    deltas: Sequence[torch.Tensor], *, rank: int, learning_rate: float, momentum: float, iterations: int
+    deltas: Sequence[torch.Tensor],
+    *,
+    rank: int,
+    learning_rate: float,
+    momentum: float,
+    iterations: int,
 ) -> torch.Tensor:
-    """Return OptMerge's merged task vector for experts trained with LoRA, [out, in], float32: SGD from their mean.
+    """Return OptMerge's merged task vector for experts trained with LoRA, [out, in], float32: SGD
+    from their mean.
 
-    Targets are the task vectors truncated to `rank`, subspaces their leading rows. OptMerge (arXiv 2505.19892), section 3.
+    Targets are the task vectors truncated to `rank`, subspaces their leading rows. OptMerge (arXiv
+    2505.19892), section 3.
     """
     targets = [truncate(delta, rank=rank) for delta in deltas]
     subspaces = [leading_rows(delta, rank=rank) for delta in deltas]
     quadratic = wudi_quadratic(targets, subspaces, squared_norms(deltas))
     start = total_of(deltas, "mean")
-    return descend(start, quadratic, optimizer="sgd", learning_rate=learning_rate, momentum=momentum, iterations=iterations)
+    return descend(
+        start,
+        quadratic,
+        optimizer="sgd",
+        learning_rate=learning_rate,
+        momentum=momentum,
+        iterations=iterations,
+    )
 
 
-def optmerge_full_merge(deltas: Sequence[torch.Tensor], *, rank: int, learning_rate: float, iterations: int) -> torch.Tensor:
-    """Return OptMerge's merged task vector for fully tuned experts, [out, in], float32: Adam from their sum.
+def optmerge_full_merge(
+    deltas: Sequence[torch.Tensor], *, rank: int, learning_rate: float, iterations: int
+) -> torch.Tensor:
+    """Return OptMerge's merged task vector for fully tuned experts, [out, in], float32: Adam from
+    their sum.
 
-    Targets are the mean task vector plus what is left of each, truncated to `rank`; subspaces the leading rows of the task
-    vectors themselves. OptMerge (arXiv 2505.19892), section 3.
+    Targets are the mean task vector plus what is left of each, truncated to `rank`; subspaces the
+    leading rows of the task vectors themselves. OptMerge (arXiv 2505.19892), section 3.
     """
     mean = total_of(deltas, "mean")
     targets = [truncate(delta - mean, rank=rank) + mean for delta in deltas]
     subspaces = [leading_rows(delta, rank=rank) for delta in deltas]
     quadratic = wudi_quadratic(targets, subspaces, squared_norms(deltas))
     start = total_of(deltas, "sum")
-    return descend(start, quadratic, optimizer="adam", learning_rate=learning_rate, momentum=0.0, iterations=iterations)
+    return descend(
+        start,
+        quadratic,
+        optimizer="adam",
+        learning_rate=learning_rate,
+        momentum=0.0,
+        iterations=iterations,
+    )
 
 
 class WudiParameters(MatrixParameters):
@@ -121,19 +161,35 @@ class Wudi(MatrixMethod):
     parameters_model = WudiParameters
 
     @override
-    def merge_matrix(self, deltas: Sequence[torch.Tensor], parameters: WudiParameters) -> torch.Tensor:
-        return wudi_merge(deltas, learning_rate=parameters.learning_rate, iterations=parameters.iterations)
+    def merge_matrix(
+        self, deltas: Sequence[torch.Tensor], parameters: WudiParameters
+    ) -> torch.Tensor:
+        return wudi_merge(
+            deltas, learning_rate=parameters.learning_rate, iterations=parameters.iterations
+        )
 
 
 class OptmergeParameters(MatrixParameters):
     """Numbers of OptMerge; what is not given follows from the form."""
 
     form: Literal["lora", "full"] = Field(
-        "full", description="for experts trained with LoRA (SGD from the mean, no centring) or fully tuned (Adam from the sum, centred)"
+        "full",
+        description=(
+            "for experts trained with LoRA (SGD from the mean, no centring) or fully tuned (Adam"
+            " from the sum, centred)"
+        ),
     )
-    rank: int | None = Field(None, ge=1, description="rank that task vectors are truncated to; ⌊min(out, in)/n⌋ if absent, at least 1")
+    rank: int | None = Field(
+        None,
+        ge=1,
+        description=(
+            "rank that task vectors are truncated to; ⌊min(out, in)/n⌋ if absent, at least 1"
+        ),
+    )
     iterations: int = Field(300, ge=0, description="steps of the optimiser")
-    learning_rate: float | None = Field(None, gt=0, description="step size; 1e-4 (lora) or 1e-5 (full) if absent")
+    learning_rate: float | None = Field(
+        None, gt=0, description="step size; 1e-4 (lora) or 1e-5 (full) if absent"
+    )
     momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD (lora)")
 
 
@@ -145,10 +201,20 @@ class Optmerge(MatrixMethod):
     parameters_model = OptmergeParameters
 
     @override
-    def merge_matrix(self, deltas: Sequence[torch.Tensor], parameters: OptmergeParameters) -> torch.Tensor:
+    def merge_matrix(
+        self, deltas: Sequence[torch.Tensor], parameters: OptmergeParameters
+    ) -> torch.Tensor:
         rank = parameters.rank or max(1, min(deltas[0].shape) // len(deltas))
         if parameters.form == "full":
             rate = parameters.learning_rate or 1e-5
-            return optmerge_full_merge(deltas, rank=rank, learning_rate=rate, iterations=parameters.iterations)
+            return optmerge_full_merge(
+                deltas, rank=rank, learning_rate=rate, iterations=parameters.iterations
+            )
         rate = parameters.learning_rate or 1e-4
-        return optmerge_lora_merge(deltas, rank=rank, learning_rate=rate, momentum=parameters.momentum, iterations=parameters.iterations)
+        return optmerge_lora_merge(
+            deltas,
+            rank=rank,
+            learning_rate=rate,
+            momentum=parameters.momentum,
+            iterations=parameters.iterations,
+        )

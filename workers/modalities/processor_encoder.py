@@ -1,4 +1,6 @@
-"""An expert's own encoder and connector: from an image, sound or video to embeddings for the language model."""
+"""An expert's own encoder and connector: from an image, sound or video to embeddings for the
+language model.
+"""
 
 from __future__ import annotations
 
@@ -21,38 +23,59 @@ from mmerge.workers.modalities.prompt import Part, read_image, read_sound, read_
 
 
 def make_config(files: Mapping[str, bytes], *, owner: str) -> Any:
-    """Return the transformers configuration of a model from its files. Raises CheckpointError for models it does not know."""
+    """Return the transformers configuration of a model from its files. Raises CheckpointError for
+    models it does not know.
+    """
     raw = parse_json(files["config.json"], what=f"{owner}: config.json")
     model_type = raw.get("model_type")
     if model_type not in CONFIG_MAPPING:
         raise CheckpointError(
-            f"{owner}: transformers {transformers.__version__} does not know model type {model_type!r}; models with code of their own are not run"
+            f"{owner}: transformers {transformers.__version__} does not know model type"
+            f" {model_type!r}; models with code of their own are not run"
         )
     return CONFIG_MAPPING[model_type].from_dict(raw)
 
 
-def make_model(config: Any, state: dict[str, torch.Tensor], *, dtype: torch.dtype, owner: str, may_lack: Callable[[str], bool]) -> Any:
+def make_model(
+    config: Any,
+    state: dict[str, torch.Tensor],
+    *,
+    dtype: torch.dtype,
+    owner: str,
+    may_lack: Callable[[str], bool],
+) -> Any:
     """Return the transformers model of a configuration with these weights, named as in its files.
 
     Raises:
-        CheckpointError: the class is unknown, weights are left over, or weights are missing that `may_lack` does not excuse.
+        CheckpointError: the class is unknown, weights are left over, or weights are missing that
+            `may_lack` does not excuse.
     """
     name = str((config.architectures or [""])[0])
     model_class = _find_class(name, owner=owner)
-    verbosity, has_bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    verbosity, has_bars = (
+        transformers.logging.get_verbosity(),
+        transformers.logging.is_progress_bar_enabled(),
+    )
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        model, info = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
+        model, info = model_class.from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+        )
     finally:
         transformers.logging.set_verbosity(verbosity)
         if has_bars:
             transformers.logging.enable_progress_bar()
     missing = sorted(key for key in info["missing_keys"] if not may_lack(key))
     if missing or info["unexpected_keys"] or info["mismatched_keys"]:
-        first = missing[:1] or sorted(info["unexpected_keys"])[:1] or sorted(map(str, info["mismatched_keys"]))[:1]
+        first = (
+            missing[:1]
+            or sorted(info["unexpected_keys"])[:1]
+            or sorted(map(str, info["mismatched_keys"]))[:1]
+        )
         raise CheckpointError(
-            f"{owner}: its tensors do not fit {name} of transformers {transformers.__version__}: {first[0]} and {len(missing) + len(info['unexpected_keys']) - 1} more"
+            f"{owner}: its tensors do not fit {name} of transformers {transformers.__version__}:"
+            f" {first[0]} and {len(missing) + len(info['unexpected_keys']) - 1} more"
         )
     return model.eval()
 
@@ -61,7 +84,10 @@ def _find_class(name: str, *, owner: str) -> Any:
     found: Any = getattr(transformers, name, None)
     if inspect.isclass(found) and transformers.PreTrainedModel in inspect.getmro(found):
         return found
-    raise CheckpointError(f"{owner}: transformers {transformers.__version__} has no model class {name!r} (config.json, 'architectures')")
+    raise CheckpointError(
+        f"{owner}: transformers {transformers.__version__} has no model class {name!r}"
+        " (config.json, 'architectures')"
+    )
 
 
 def write_files(files: Mapping[str, bytes], folder: Path) -> None:
@@ -73,20 +99,29 @@ def write_files(files: Mapping[str, bytes], folder: Path) -> None:
 
 
 def load_tokenizer(files: Mapping[str, bytes], *, config: Any, owner: str) -> Any:
-    """Return the tokenizer among a model's files, of the class that goes with its `config`. Raises CheckpointError when there is none."""
+    """Return the tokenizer among a model's files, of the class that goes with its `config`. Raises
+    CheckpointError when there is none.
+    """
     with tempfile.TemporaryDirectory() as folder:
         write_files(files, Path(folder))
         try:
-            return transformers.AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True)
+            return transformers.AutoTokenizer.from_pretrained(
+                folder, config=config, local_files_only=True
+            )
         except (OSError, ValueError, KeyError, ImportError) as error:
-            raise CheckpointError(f"{owner}: has no tokenizer that transformers can load ({str(error).splitlines()[0]})") from error
+            raise CheckpointError(
+                f"{owner}: has no tokenizer that transformers can load"
+                f" ({str(error).splitlines()[0]})"
+            ) from error
 
 
 class MediaEncoder:
-    """Turns media of one modality into the embeddings that the expert's own language model would see.
+    """Turns media of one modality into the embeddings that the expert's own language model would
+    see.
 
-    The expert's own class runs with a language model of zero layers; what its processor and forward pass make of the
-    placeholder is caught where it would enter the language model. So every layout of media tokens is the expert's own.
+    The expert's own class runs with a language model of zero layers; what its processor and forward
+    pass make of the placeholder is caught where it would enter the language model. So every layout
+    of media tokens is the expert's own.
     """
 
     def __init__(
@@ -138,13 +173,17 @@ class MediaEncoder:
 
     @torch.inference_mode()
     def encode(self, part: Part) -> torch.Tensor:
-        """Return the embeddings of one medium, [tokens, hidden]. Raises PromptError when it cannot be read."""
+        """Return the embeddings of one medium, [tokens, hidden]. Raises PromptError when it cannot
+        be read.
+        """
         try:
             inputs = self.inputs.make(self.placeholder, self.modality, part)
         except (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError) as error:
             name = part.value if isinstance(part.value, (str, Path)) else f"the {part.kind}"
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise PromptError(f"{name}: the processor of expert {self.expert!r} does not take it ({first})") from error
+            raise PromptError(
+                f"{name}: the processor of expert {self.expert!r} does not take it ({first})"
+            ) from error
         moved = {
             name: value.to(self.device, self.dtype if value.is_floating_point() else None)
             for name, value in inputs.items()
@@ -153,7 +192,10 @@ class MediaEncoder:
         self._caught.clear()
         self.model(**moved, use_cache=False)
         if not self._caught:
-            raise CheckpointError(f"expert {self.expert!r}: its model does not pass embeddings to its language model as inputs_embeds")
+            raise CheckpointError(
+                f"expert {self.expert!r}: its model does not pass embeddings to its language model"
+                " as inputs_embeds"
+            )
         embeds = self._caught[0][0]
         return embeds[self.inputs.without_frame(moved["input_ids"][0])]
 
@@ -162,18 +204,25 @@ class ProcessorInputs:
     """Inputs made by the expert's own processor."""
 
     def __init__(self, folder: str, *, owner: str) -> None:
-        self.processor: Any = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
+        self.processor: Any = transformers.AutoProcessor.from_pretrained(
+            folder, local_files_only=True
+        )
         self.tokenizer = self.processor.tokenizer
 
     def find_placeholder(self, modality: str, *, owner: str) -> str:
-        """Return the text that the processor expands to the tokens of one medium. Raises CheckpointError."""
+        """Return the text that the processor expands to the tokens of one medium. Raises
+        CheckpointError.
+        """
         token = getattr(self.processor, f"{modality}_token", None)
         if not isinstance(token, str):
             raise CheckpointError(
-                f"{owner}: its processor has no {modality}_token; say in the recipe which text stands for one medium: 'placeholder'"
+                f"{owner}: its processor has no {modality}_token; say in the recipe which text"
+                " stands for one medium: 'placeholder'"
             )
         vocabulary = self.tokenizer.get_vocab()
-        begin, end = (getattr(self.processor, f"{modality}_{edge}_token", None) for edge in ("bos", "eos"))
+        begin, end = (
+            getattr(self.processor, f"{modality}_{edge}_token", None) for edge in ("bos", "eos")
+        )
         if begin in vocabulary and end in vocabulary:
             return f"{begin}{token}{end}"
         return token
@@ -181,20 +230,31 @@ class ProcessorInputs:
     def make(self, placeholder: str, modality: str, part: Part) -> Mapping[str, Any]:
         """Return the model's inputs for a prompt that is one medium."""
         if modality == "image":
-            made = self.processor(text=placeholder, images=read_image(part.value), return_tensors="pt")
+            made = self.processor(
+                text=placeholder, images=read_image(part.value), return_tensors="pt"
+            )
         elif modality == "audio":
             rate = self.processor.feature_extractor.sampling_rate
             sound = read_sound(part.value, sampling_rate=rate, given_rate=part.sampling_rate)
-            made = self.processor(text=placeholder, audio=sound, sampling_rate=rate, return_tensors="pt")
+            made = self.processor(
+                text=placeholder, audio=sound, sampling_rate=rate, return_tensors="pt"
+            )
         elif modality == "video":
-            made = self.processor(text=placeholder, videos=list(read_video(part.value)), return_tensors="pt")
+            made = self.processor(
+                text=placeholder, videos=list(read_video(part.value)), return_tensors="pt"
+            )
         else:
-            raise PromptError(f"no reader for modality {modality!r}; register one with mmerge.workers.modalities.processor_encoder.register_inputs")
+            raise PromptError(
+                f"no reader for modality {modality!r}; register one with"
+                " mmerge.workers.modalities.processor_encoder.register_inputs"
+            )
         inputs: Mapping[str, Any] = made
         return inputs
 
     def without_frame(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Return which positions are the medium: all but a leading BOS and a trailing EOS that the tokenizer added."""
+        """Return which positions are the medium: all but a leading BOS and a trailing EOS that the
+        tokenizer added.
+        """
         keep = torch.ones_like(input_ids, dtype=torch.bool)
         if int(input_ids[0]) == self.tokenizer.bos_token_id:
             keep[0] = False
@@ -204,7 +264,9 @@ class ProcessorInputs:
 
 
 class VideoLlavaInputs(ProcessorInputs):
-    """Video-LLaVA without torchvision, which its processor class cannot do without: frames go through its image processor."""
+    """Video-LLaVA without torchvision, which its processor class cannot do without: frames go
+    through its image processor.
+    """
 
     def __init__(self, folder: str, *, owner: str) -> None:
         with suppress(ImportError):
@@ -212,7 +274,9 @@ class VideoLlavaInputs(ProcessorInputs):
             return
         self.processor: Any = None
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self.images = transformers.VideoLlavaImageProcessor.from_pretrained(folder, local_files_only=True)
+        self.images = transformers.VideoLlavaImageProcessor.from_pretrained(
+            folder, local_files_only=True
+        )
         raw = parse_json((Path(folder) / "config.json").read_bytes(), what=f"{owner}: config.json")
         self.token_ids = {
             "image": raw.get("image_token_index", raw.get("image_token_id")),
@@ -231,11 +295,19 @@ class VideoLlavaInputs(ProcessorInputs):
         if self.processor is not None:
             return super().make(placeholder, modality, part)
         frames = list(read_video(part.value)) if modality == "video" else [read_image(part.value)]
-        pixels = self.images(images=frames, return_tensors="pt", return_legacy_image_output=False)["pixel_values"]
-        per_frame = (pixels.shape[-2] // self.patch_size) * (pixels.shape[-1] // self.patch_size) + (1 if modality == "video" else 0)
+        pixels = self.images(images=frames, return_tensors="pt", return_legacy_image_output=False)[
+            "pixel_values"
+        ]
+        per_frame = (pixels.shape[-2] // self.patch_size) * (
+            pixels.shape[-1] // self.patch_size
+        ) + (1 if modality == "video" else 0)
         ids = torch.full((1, per_frame * len(frames)), self.token_ids[modality], dtype=torch.long)
         name = "pixel_values_videos" if modality == "video" else "pixel_values_images"
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), name: pixels[None] if modality == "video" else pixels}
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            name: pixels[None] if modality == "video" else pixels,
+        }
 
 
 InputMaker = Callable[..., ProcessorInputs]
@@ -243,7 +315,9 @@ _INPUTS: dict[str, InputMaker] = {"video_llava": VideoLlavaInputs}
 
 
 def register_inputs(model_type: str, maker: InputMaker) -> None:
-    """Let models of `model_type` get their inputs from `maker(folder, owner=…)` instead of their processor."""
+    """Let models of `model_type` get their inputs from `maker(folder, owner=…)` instead of their
+    processor.
+    """
     _INPUTS[model_type] = maker
 
 
@@ -253,4 +327,6 @@ def _open_inputs(model_type: str, files: Mapping[str, bytes], *, owner: str) -> 
         try:
             return _INPUTS.get(model_type, ProcessorInputs)(folder, owner=owner)
         except (OSError, ValueError, KeyError, ImportError) as error:
-            raise CheckpointError(f"{owner}: its processor cannot be loaded ({str(error).strip().splitlines()[0]})") from error
+            raise CheckpointError(
+                f"{owner}: its processor cannot be loaded ({str(error).strip().splitlines()[0]})"
+            ) from error

@@ -1,4 +1,6 @@
-"""Connectors of experts whose encoder is not in their files: features in, embeddings out, learned tokens around them."""
+"""Connectors of experts whose encoder is not in their files: features in, embeddings out, learned
+tokens around them.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +15,34 @@ from torch import nn
 from mmerge.manifests.errors import CheckpointError, PromptError
 from mmerge.workers.modalities.prompt import Part, read_array
 
-_LINEAR = re.compile(r"(?:^|\.)modal_projectors\.(?P<modality>[^.]+)\.(?:(?P<index>\d+)\.)?(?P<kind>weight|bias)$")
+_LINEAR = re.compile(
+    r"(?:^|\.)modal_projectors\.(?P<modality>[^.]+)\.(?:(?P<index>\d+)\.)?(?P<kind>weight|bias)$"
+)
 _TOKENS = re.compile(r"(?:^|\.)(?P<place>prefix|suffix)_tokens\.(?P<modality>[^.]+)$")
 
 
 class FeatureEncoder:
-    """Turns a modality's features into embeddings: the connector of the official Model Composition code, and its learned tokens.
+    """Turns a modality's features into embeddings: the connector of the official Model Composition
+    code, and its learned tokens.
 
-    The connector is one Linear, or several with GELU between them; without one the features are embeddings already. Learned
-    prefix and suffix tokens count as tokens of the modality (arXiv 2402.12750).
+    The connector is one Linear, or several with GELU between them; without one the features are
+    embeddings already. Learned prefix and suffix tokens count as tokens of the modality (arXiv
+    2402.12750).
     """
 
     def __init__(
-        self, *, expert: str, modality: str, state: Mapping[str, torch.Tensor], hidden_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        *,
+        expert: str,
+        modality: str,
+        state: Mapping[str, torch.Tensor],
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        """Make the encoder of an expert from its carried tensors, by name. Raises CheckpointError for connectors of another kind."""
+        """Make the encoder of an expert from its carried tensors, by name. Raises CheckpointError
+        for connectors of another kind.
+        """
         self.expert, self.modality, self.dtype, self.device = expert, modality, dtype, device
         self.hidden_size = hidden_size
         self.layers: dict[int, dict[str, torch.Tensor]] = {}
@@ -35,46 +50,66 @@ class FeatureEncoder:
         for name, value in state.items():
             linear, tokens = _LINEAR.search(name), _TOKENS.search(name)
             if linear:
-                self.layers.setdefault(int(linear["index"] or 0), {})[linear["kind"]] = value.to(device, dtype)
+                self.layers.setdefault(int(linear["index"] or 0), {})[linear["kind"]] = value.to(
+                    device, dtype
+                )
             elif tokens and value.numel():
                 self.tokens[tokens["place"]] = value.reshape(-1, hidden_size).to(device, dtype)
             elif "modal_projectors." in name:
-                raise CheckpointError(f"expert {expert!r}: {name}: only connectors of Linear layers are read")
-        if any(layer.get("weight") is None or layer["weight"].ndim != 2 for layer in self.layers.values()):
+                raise CheckpointError(
+                    f"expert {expert!r}: {name}: only connectors of Linear layers are read"
+                )
+        if any(
+            layer.get("weight") is None or layer["weight"].ndim != 2
+            for layer in self.layers.values()
+        ):
             raise CheckpointError(
-                f"expert {expert!r}: its connector has a layer that is no Linear; only connectors of Linear layers are read"
+                f"expert {expert!r}: its connector has a layer that is no Linear; only connectors"
+                " of Linear layers are read"
             )
 
     @torch.inference_mode()
     def encode(self, part: Part) -> torch.Tensor:
-        """Return the embeddings of features [tokens, width] (an array, a tensor, or an .npy file), [tokens, hidden].
+        """Return the embeddings of features [tokens, width] (an array, a tensor, or an .npy file),
+        [tokens, hidden].
 
         Raises:
-            PromptError: the features cannot be read, or have another width than the connector takes.
+            PromptError: the features cannot be read, or have another width than the connector
+                takes.
         """
         values = self._read(part.value)
         for position, index in enumerate(sorted(self.layers)):
             layer = self.layers[index]
             if values.shape[-1] != layer["weight"].shape[1]:
                 raise PromptError(
-                    f"{part.kind}: features have width {values.shape[-1]}, the connector of expert {self.expert!r} takes {layer['weight'].shape[1]}"
+                    f"{part.kind}: features have width {values.shape[-1]}, the connector of expert"
+                    f" {self.expert!r} takes {layer['weight'].shape[1]}"
                 )
-            values = nn.functional.linear(nn.functional.gelu(values) if position else values, layer["weight"], layer.get("bias"))
+            values = nn.functional.linear(
+                nn.functional.gelu(values) if position else values,
+                layer["weight"],
+                layer.get("bias"),
+            )
         if values.shape[-1] != self.hidden_size:
-            raise PromptError(f"{part.kind}: embeddings have width {values.shape[-1]}, the language model's have {self.hidden_size}")
+            raise PromptError(
+                f"{part.kind}: embeddings have width {values.shape[-1]}, the language model's have"
+                f" {self.hidden_size}"
+            )
         around = [self.tokens.get("prefix"), values, self.tokens.get("suffix")]
         return torch.cat([tokens for tokens in around if tokens is not None])
 
     def _read(self, value: object) -> torch.Tensor:
         if isinstance(value, (str, Path)):
             remedy = (
-                f"Expert {self.expert!r} has no encoder in its files: give what its encoder makes of a medium, "
-                "an array [tokens, width] saved by numpy.save"
+                f"Expert {self.expert!r} has no encoder in its files: give what its encoder makes"
+                " of a medium, an array [tokens, width] saved by numpy.save"
             )
             value = read_array(value, what="features", remedy=remedy)
         if isinstance(value, np.ndarray):
             value = torch.from_numpy(value)
         if not isinstance(value, torch.Tensor) or value.ndim != 2 or not value.is_floating_point():
             shape = tuple(getattr(value, "shape", ())) or type(value).__name__
-            raise PromptError(f"expert {self.expert!r} takes features, a float array [tokens, width], not {shape}")
+            raise PromptError(
+                f"expert {self.expert!r} takes features, a float array [tokens, width], not {shape}"
+            )
         return value.to(self.device, self.dtype)

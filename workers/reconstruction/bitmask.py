@@ -1,4 +1,6 @@
-"""Masks packed to bits: eight entries a byte, the first in the most significant bit, padded to whole 8-byte words."""
+"""Masks packed to bits: eight entries a byte, the first in the most significant bit, padded to
+whole 8-byte words.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def unpack_mask(packed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 
 def mean_mask(masks: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return m̄, the elementwise mean of boolean masks, float32 in {0, 1/n, …, 1} (METHODS.md section 2, Expansion)."""
+    """Return m̄, the elementwise mean of boolean masks, float32 in {0, 1/n, …, 1} (METHODS.md
+    section 2, Expansion).
+    """
     count = torch.zeros(masks[0].shape, dtype=torch.float32, device=masks[0].device)
     for mask in masks:
         count += mask
@@ -39,7 +43,9 @@ def mean_mask(masks: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def pack_rows(packed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """Return a packed mask of a matrix [rows, width] with each row on whole bytes, uint8 [rows, ⌈width/8⌉]."""
+    """Return a packed mask of a matrix [rows, width] with each row on whole bytes, uint8 [rows,
+    ⌈width/8⌉].
+    """
     rows, width = shape
     if width % 8 == 0:
         return packed[: rows * width // 8].reshape(rows, width // 8)

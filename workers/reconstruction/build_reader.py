@@ -1,4 +1,6 @@
-"""Tensors of a build by name: the byte ranges that the table names, with their digests and the headers of their objects checked."""
+"""Tensors of a build by name: the byte ranges that the table names, with their digests and the
+headers of their objects checked.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +14,27 @@ import torch
 from blake3 import blake3
 from numpy.typing import NDArray
 
+from mmerge.manifests.errors import (
+    DamagedObject,
+    ManifestError,
+    NotFound,
+    StoreError,
+    StoreUnavailable,
+)
 from mmerge.manifests.format.entry import Role
-from mmerge.manifests.errors import DamagedObject, ManifestError, NotFound, StoreError, StoreUnavailable
 from mmerge.manifests.format.manifest import Manifest, read_manifest
 from mmerge.manifests.format.object_header import find_header_damage
 from mmerge.manifests.format.references import open_build
-from mmerge.manifests.stores.object_store import Store
 from mmerge.manifests.format.table import StoredRow, read_table
 from mmerge.manifests.maintenance.verify import group_rows
+from mmerge.manifests.stores.object_store import Store
 from mmerge.workers.checkpoints.dtypes import TORCH_DTYPES, to_bytes
-from mmerge.workers.reconstruction.masked_read import read_formed
-from mmerge.workers.reconstruction.masked_weights import can_form, form
-from mmerge.workers.runtime.host_memory import empty_host
 from mmerge.workers.checkpoints.lora_weights import LowRank, add_adapters
 from mmerge.workers.reconstruction.bitmask import pack_mask, pack_rows, unpack_mask
+from mmerge.workers.reconstruction.masked_read import read_formed
+from mmerge.workers.reconstruction.masked_weights import can_form, form
 from mmerge.workers.reconstruction.table_checks import check_rows
+from mmerge.workers.runtime.host_memory import empty_host
 
 HEAD_NAME = "lm_head.weight"
 BLOCK_BYTES = 1 << 20
@@ -34,7 +42,9 @@ BLOCK_BYTES = 1 << 20
 
 
 class BuildReader:
-    """One build: its manifest, and its tensors read on demand. `bytes_read` counts the bytes of tensors that were fetched."""
+    """One build: its manifest, and its tensors read on demand. `bytes_read` counts the bytes of
+    tensors that were fetched.
+    """
 
     def __init__(self, uri: str) -> None:
         """Open the build at `uri`. Raises StoreError, ManifestError."""
@@ -70,7 +80,9 @@ class BuildReader:
         return itertools.chain.from_iterable(self._rows.values())
 
     def largest_shard_bytes(self) -> int:
-        """Return the stored bytes of the largest shard, θ₀ included, which objects of base weights may hold apart from what was merged."""
+        """Return the stored bytes of the largest shard, θ₀ included, which objects of base weights
+        may hold apart from what was merged.
+        """
         sizes: Counter[str] = Counter()
         for row in self.rows():
             if row.role != "carried":
@@ -79,15 +91,21 @@ class BuildReader:
 
     def names(self, role: Role, expert: str = "") -> list[str]:
         """Return the names of all tensors of a role, sorted."""
-        return sorted(name for found, owner, name in self._rows if found == role and owner == expert)
+        return sorted(
+            name for found, owner, name in self._rows if found == role and owner == expert
+        )
 
     def llm_names(self) -> list[str]:
         """Return the names of all language-model tensors, sorted."""
         return sorted({*self.names("base"), *self.names("merged")})
 
     def encoder_names(self, expert: str) -> list[str]:
-        """Return the names in an expert's files of its encoder and connector: all carried tensors but those of its language model."""
-        language_model = {self.manifest.rename(name, expert=expert) for name in [*self.llm_names(), HEAD_NAME]}
+        """Return the names in an expert's files of its encoder and connector: all carried tensors
+        but those of its language model.
+        """
+        language_model = {
+            self.manifest.rename(name, expert=expert) for name in [*self.llm_names(), HEAD_NAME]
+        }
         return [name for name in self.names("carried", expert) if name not in language_model]
 
     def has(self, name: str, role: Role, expert: str = "") -> bool:
@@ -101,7 +119,9 @@ class BuildReader:
     def shape(self, name: str, role: Role, expert: str = "") -> tuple[int, ...]:
         """Return the shape of a tensor."""
         rows = self._pieces(name, role, expert)
-        return (rows[-1].row_stop - rows[0].row_start, *rows[0].shape[1:]) if rows[0].shape else ()  # rows that were added begin later
+        return (
+            (rows[-1].row_stop - rows[0].row_start, *rows[0].shape[1:]) if rows[0].shape else ()
+        )  # rows that were added begin later
 
     def dtype_of(self, name: str, role: Role, expert: str = "") -> torch.dtype:
         """Return the dtype in which a tensor is stored."""
@@ -112,7 +132,9 @@ class BuildReader:
         return sum(row.num_bytes for row in self._rows.get((role, expert, name), ()))
 
     def read(self, name: str, role: Role, expert: str = "") -> torch.Tensor:
-        """Return one stored tensor. Raises DamagedObject when its bytes are not what the manifest says."""
+        """Return one stored tensor. Raises DamagedObject when its bytes are not what the manifest
+        says.
+        """
         rows = self._pieces(name, role, expert)
         out = empty_host(self.shape(name, role, expert), TORCH_DTYPES[rows[0].dtype])
         raw, start = np.frombuffer(to_bytes(out), np.uint8), 0
@@ -127,18 +149,25 @@ class BuildReader:
         return 1.0 if found is None else found
 
     def read_packed_mask(self, name: str, expert: str) -> torch.Tensor:
-        """Return an expert's mask of one tensor, packed (uint8, see workers/reconstruction/bitmask.py)."""
+        """Return an expert's mask of one tensor, packed (uint8, see
+        workers/reconstruction/bitmask.py).
+        """
         rows = self._pieces(name, "mask", expert)
         packed = [self._read_packed(row) for row in rows]
         if len(rows) == 1:
             return packed[0]
-        return pack_mask(torch.cat([unpack_mask(bits, row.shape) for bits, row in zip(packed, rows, strict=True)]))
+        return pack_mask(
+            torch.cat(
+                [unpack_mask(bits, row.shape) for bits, row in zip(packed, rows, strict=True)]
+            )
+        )
 
     def rebuild(self, name: str, expert: str) -> torch.Tensor:
-        """Return a language-model tensor of one expert, in the build's dtype: θ₀ + mᵢ∘τ⋆, and the vocabulary rows it added.
+        """Return a language-model tensor of one expert, in the build's dtype: θ₀ + mᵢ∘τ⋆, and the
+        vocabulary rows it added.
 
-        MMER (arXiv 2505.17110), Retention. Of a build of adapters the weights of its text tokens; of a plain build the merged tensor
-        itself, of a tensor listed under `carry` the expert's.
+        MMER (arXiv 2505.17110), Retention. Of a build of adapters the weights of its text tokens;
+        of a plain build the merged tensor itself, of a tensor listed under `carry` the expert's.
         """
         own = self.manifest.rename(name, expert=expert)
         if self.has(own, "carried", expert):
@@ -149,28 +178,40 @@ class BuildReader:
         return torch.cat([shared, self.read(name, "extra_rows", expert).to(shared.dtype)])
 
     def text_weight(self, name: str) -> torch.Tensor:
-        """Return a language-model tensor for text tokens, in the build's dtype: θ₀ + m̄∘τ⋆, of a plain build the merged one.
+        """Return a language-model tensor for text tokens, in the build's dtype: θ₀ + m̄∘τ⋆, of a
+        plain build the merged one.
 
         Of a build of adapters θ₀ + Σ cᵢ·s·B_dᵢ A_dᵢ.
         """
         return self._combine(name, None)
 
     def read_adapter(self, name: str, expert: str, *, adapter: str) -> LowRank | None:
-        """Return an expert's adapter in a Linear, given by the name of its weight; None where it has none there."""
+        """Return an expert's adapter in a Linear, given by the name of its weight; None where it
+        has none there.
+        """
         path = name.removesuffix(".weight")
         if not self.has(f"{path}.lora_A.{adapter}.weight", "adapter", expert):
             return None
         record = self.manifest.to_expert(expert).adapters
         assert record is not None
-        a, b = (self.read(f"{path}.lora_{factor}.{adapter}.weight", "adapter", expert) for factor in "AB")
+        a, b = (
+            self.read(f"{path}.lora_{factor}.{adapter}.weight", "adapter", expert)
+            for factor in "AB"
+        )
         return LowRank(a, b, record.scale_of(name, adapter))
 
     def read_defaults(self, name: str, expert: str | None) -> list[LowRank]:
-        """Return the default adapters of experts in a Linear; of one alone as it was tuned, else with the coefficients in the scales."""
+        """Return the default adapters of experts in a Linear; of one alone as it was tuned, else
+        with the coefficients in the scales.
+        """
         found = []
         for each in [expert] if expert else self.expert_names:
             record = self.manifest.to_expert(each).adapters
-            default = None if record is None else self.read_adapter(name, each, adapter=record.default_adapter)
+            default = (
+                None
+                if record is None
+                else self.read_adapter(name, each, adapter=record.default_adapter)
+            )
             if record is not None and default is not None:
                 coefficient = 1.0 if expert else record.coefficient
                 found.append(LowRank(default.a, default.b, default.scale * coefficient))
@@ -187,16 +228,27 @@ class BuildReader:
             return base.to(self.dtype) if base.is_floating_point() else base
         experts = [expert] if expert else self.expert_names
         rescalers = [self.rescaler(each) for each in experts]
-        formed = read_formed(self, self.masked_pieces(name, experts), dtype=self.dtype, factors=rescalers)
+        formed = read_formed(
+            self, self.masked_pieces(name, experts), dtype=self.dtype, factors=rescalers
+        )
         if formed is not None:
             return formed.values
         masks = [self.read_packed_mask(name, each) for each in experts]
-        return combine(self.read(name, "base"), self.read(name, "delta"), masks, dtype=self.dtype, rescalers=rescalers)
+        return combine(
+            self.read(name, "base"),
+            self.read(name, "delta"),
+            masks,
+            dtype=self.dtype,
+            rescalers=rescalers,
+        )
 
     def _pieces(self, name: str, role: Role, expert: str) -> list[StoredRow]:
         rows = self._rows.get((role, expert, name))
         if not rows:
-            raise ManifestError(f"{self.uri}: the build has no {role} tensor {name}" + (f" of expert {expert!r}" if expert else ""))
+            raise ManifestError(
+                f"{self.uri}: the build has no {role} tensor {name}"
+                + (f" of expert {expert!r}" if expert else "")
+            )
         return rows
 
     def _read_packed(self, row: StoredRow) -> torch.Tensor:
@@ -205,55 +257,84 @@ class BuildReader:
         return out
 
     def masked_pieces(self, name: str, experts: Sequence[str] = ()) -> list[Sequence[StoredRow]]:
-        """Return where the pieces of θ₀, of τ⋆ and of each expert's mask lie, of all experts if none are named."""
+        """Return where the pieces of θ₀, of τ⋆ and of each expert's mask lie, of all experts if
+        none are named.
+        """
         masks = [self._pieces(name, "mask", expert) for expert in experts or self.expert_names]
         return [self._pieces(name, "base", ""), self._pieces(name, "delta", ""), *masks]
 
     def read_into(self, row: StoredRow, into: NDArray[np.uint8]) -> None:
-        """Read a piece to `into`, uint8 [row.num_bytes]. Raises DamagedObject when its bytes are not what the manifest says."""
+        """Read a piece to `into`, uint8 [row.num_bytes]. Raises DamagedObject when its bytes are
+        not what the manifest says.
+        """
         for _ in self.read_blocks(row, block_bytes=BLOCK_BYTES, into=into):
             pass  # each block is digested while it lies in a cache
 
-    def read_blocks(self, row: StoredRow, *, block_bytes: int, into: NDArray[np.uint8] | None = None) -> Iterator[NDArray[np.uint8]]:
+    def read_blocks(
+        self, row: StoredRow, *, block_bytes: int, into: NDArray[np.uint8] | None = None
+    ) -> Iterator[NDArray[np.uint8]]:
         """Yield the bytes of a piece in blocks, as `Store.read_blocks` does.
 
-        Raises DamagedObject, behind the last block where the digest is not the manifest's: what was made of the blocks is then void.
+        Raises DamagedObject, behind the last block where the digest is not the manifest's: what was
+        made of the blocks is then void.
         """
         digest = blake3()
         try:
             self._check_object(row.object)
-            blocks = self.store.read_blocks(row.object, offset=row.offset, num_bytes=row.num_bytes, block_bytes=block_bytes, into=into)
+            blocks = self.store.read_blocks(
+                row.object,
+                offset=row.offset,
+                num_bytes=row.num_bytes,
+                block_bytes=block_bytes,
+                into=into,
+            )
             for block in blocks:
                 digest.update(block.data)
                 yield block
         except NotFound as error:
             raise DamagedObject(
-                f"{self.store.uri}: {row.object} is missing; it holds {row.name}. Run the recipe again with --fresh"
+                f"{self.store.uri}: {row.object} is missing; it holds {row.name}. Run the recipe"
+                " again with --fresh"
             ) from error
         except StoreUnavailable:
             raise
         except StoreError as error:
             raise DamagedObject(
-                f"{Exception.__str__(error)}; {row.name} ({row.role}) is not whole. Run the recipe again with --fresh"
+                f"{Exception.__str__(error)}; {row.name} ({row.role}) is not whole. Run the recipe"
+                " again with --fresh"
             ) from error
         if digest.hexdigest() != row.digest:
-            raise DamagedObject(f"{self.store.uri}: {row.object}: {row.name} ({row.role}) is damaged. Run the recipe again with --fresh")
+            raise DamagedObject(
+                f"{self.store.uri}: {row.object}: {row.name} ({row.role}) is damaged. Run the"
+                " recipe again with --fresh"
+            )
         with self._count:
             self.bytes_read += row.num_bytes
 
     def _check_object(self, key: str) -> None:
-        """Compare size and header of an object with manifest and table before its first tensor is read."""
+        """Compare size and header of an object with manifest and table before its first tensor is
+        read.
+        """
         with self._count:
             if key in self._checked:
                 return
-            self._checked.add(key)  # other threads go on with its tensors meanwhile: whoever is told first ends the load
+            self._checked.add(
+                key
+            )  # other threads go on with its tensors meanwhile: whoever is told first ends the load
         try:
             entry = self._entries.get(key)
             if entry is None:
-                raise ManifestError(f"{self.uri}: the table names {key}, the manifest does not. The build is damaged: run the recipe again")
-            damage = find_header_damage(self.store, entry, self._groups[key, entry.shard], method=self.manifest.method)
+                raise ManifestError(
+                    f"{self.uri}: the table names {key}, the manifest does not. The build is"
+                    " damaged: run the recipe again"
+                )
+            damage = find_header_damage(
+                self.store, entry, self._groups[key, entry.shard], method=self.manifest.method
+            )
             if damage:
-                raise DamagedObject(f"{self.store.uri}: {damage}. Run the recipe again with --fresh")
+                raise DamagedObject(
+                    f"{self.store.uri}: {damage}. Run the recipe again with --fresh"
+                )
         except BaseException:
             with self._count:
                 self._checked.discard(key)
@@ -261,19 +342,33 @@ class BuildReader:
 
 
 def combine(
-    base: torch.Tensor, delta: torch.Tensor, masks: list[torch.Tensor], *, dtype: torch.dtype, rescalers: Sequence[float] = ()
+    base: torch.Tensor,
+    delta: torch.Tensor,
+    masks: list[torch.Tensor],
+    *,
+    dtype: torch.dtype,
+    rescalers: Sequence[float] = (),
 ) -> torch.Tensor:
-    """Return θ₀ + m∘τ⋆ in `dtype`, where m is the mean of the packed masks given (of one mask: itself).
+    """Return θ₀ + m∘τ⋆ in `dtype`, where m is the mean of the packed masks given (of one mask:
+    itself).
 
-    With `rescalers`, one per mask, m is the mean of rᵢmᵢ (EMR-Merging, arXiv 2405.17461; the mean over experts for text tokens is
-    our choice). Computed in float32 and rounded once (METHODS.md sections 2 and 6).
+    With `rescalers`, one per mask, m is the mean of rᵢmᵢ (EMR-Merging, arXiv 2405.17461; the mean
+    over experts for text tokens is our choice). Computed in float32 and rounded once (METHODS.md
+    sections 2 and 6).
     """
     factors = list(rescalers) or [1.0] * len(masks)
     out = torch.empty(base.shape, dtype=dtype, device=base.device)
     if can_form(base, delta, out):
         flat = (1, base.numel())
         packed = torch.stack([pack_rows(mask, flat) for mask in masks])
-        form(base.view(flat), delta.view(flat), packed, factors=factors, divisor=float(len(masks)), out=out.view(flat))
+        form(
+            base.view(flat),
+            delta.view(flat),
+            packed,
+            factors=factors,
+            divisor=float(len(masks)),
+            out=out.view(flat),
+        )
         return out
     mean = torch.zeros(delta.shape, dtype=torch.float32, device=delta.device)
     for packed, factor in zip(masks, factors, strict=True):

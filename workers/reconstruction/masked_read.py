@@ -1,4 +1,6 @@
-"""Weights read from a build and formed on the way, block by block, in one pass over the bytes: θ₀ + m∘τ⋆."""
+"""Weights read from a build and formed on the way, block by block, in one pass over the bytes: θ₀ +
+m∘τ⋆.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
     from mmerge.workers.reconstruction.build_reader import BuildReader
 
 BLOCK_ENTRIES = 1 << 19
-"""Entries that are read, digested and formed at once, whole bytes of bits: θ₀, τ⋆ and bits of a block lie in a cache meanwhile."""
+"""Entries that are read, digested and formed at once, whole bytes of bits: θ₀, τ⋆ and bits of a
+block lie in a cache meanwhile.
+"""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ def read_formed(
     keeps_delta: bool = False,
     empty: Empty = empty_host,
 ) -> Formed | None:
-    """Return a tensor formed from θ₀, τ⋆ and masks, on the thread that calls; None where it cannot be formed block by block.
+    """Return a tensor formed from θ₀, τ⋆ and masks, on the thread that calls; None where it cannot
+    be formed block by block.
 
     Args:
         reader: what reads and checks the pieces.
@@ -58,23 +63,39 @@ def read_formed(
     """
     rows = [found[0] for found in pieces]
     stored = [TORCH_DTYPES[row.dtype] for row in rows[:2]]
-    if any(len(found) > 1 for found in pieces) or not can_form(*(torch.empty(0, dtype=each) for each in (*stored, dtype))):
+    if any(len(found) > 1 for found in pieces) or not can_form(
+        *(torch.empty(0, dtype=each) for each in (*stored, dtype))
+    ):
         return None
-    values, delta = empty(rows[0].shape, dtype), empty(rows[0].shape, stored[1]) if keeps_delta else None
+    values, delta = (
+        empty(rows[0].shape, dtype),
+        empty(rows[0].shape, stored[1]) if keeps_delta else None,
+    )
     masks = empty((len(factors), rows[2].num_bytes), torch.uint8)
     for row, place in zip(rows[2:], masks.numpy(), strict=True):
         reader.read_into(row, place)
-    former = BlockFormer(base=stored[0], delta=stored[1], out=dtype, factors=factors, divisor=float(len(factors)))
+    former = BlockFormer(
+        base=stored[0], delta=stored[1], out=dtype, factors=factors, divisor=float(len(factors))
+    )
     out, bits = _bytes_of(values), masks.numpy()
-    # Of the result's dtype θ₀ is read to where the result will be: what is formed then replaces bytes that lie in a cache.
+    # Of the result's dtype θ₀ is read to where the result will be: what is formed then replaces
+    # bytes that lie in a cache.
     is_in_place = stored[0] == dtype
-    bases = reader.read_blocks(rows[0], block_bytes=BLOCK_ENTRIES * stored[0].itemsize, into=out if is_in_place else None)
-    changes = reader.read_blocks(rows[1], block_bytes=BLOCK_ENTRIES * stored[1].itemsize, into=None if delta is None else _bytes_of(delta))
+    bases = reader.read_blocks(
+        rows[0], block_bytes=BLOCK_ENTRIES * stored[0].itemsize, into=out if is_in_place else None
+    )
+    changes = reader.read_blocks(
+        rows[1],
+        block_bytes=BLOCK_ENTRIES * stored[1].itemsize,
+        into=None if delta is None else _bytes_of(delta),
+    )
     start = 0
     for base, change in zip(bases, changes, strict=True):
         stop = start + len(change) // stored[1].itemsize
         place = out[start * dtype.itemsize : stop * dtype.itemsize]
-        former.form(place if is_in_place else base, change, bits[:, start // 8 : -(-stop // 8)], out=place)
+        former.form(
+            place if is_in_place else base, change, bits[:, start // 8 : -(-stop // 8)], out=place
+        )
         start = stop
     return Formed(values, delta, masks)
 

@@ -1,4 +1,6 @@
-"""Cores of a machine, and threads of a task: one, so that results do not depend on how many cores there are."""
+"""Cores of a machine, and threads of a task: one, so that results do not depend on how many cores
+there are.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""Torch when it is first used: importing it takes longer than many merges, and compiled paths never need it.
+"""Torch when it is first used: importing it takes longer than many merges, and compiled paths never
+need it.
 
-The command line puts a stand-in where `import torch` finds it. Its first attribute imports the real module. Python's own
-`importlib.util.LazyLoader` does the same, but before 3.12 two threads that need the module at once may see half of it.
+The command line puts a stand-in where `import torch` finds it. Its first attribute imports the real
+module. Python's own `importlib.util.LazyLoader` does the same, but before 3.12 two threads that
+need the module at once may see half of it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ _lock = threading.RLock()
 
 
 def postpone_torch(*, num_threads: int) -> None:
-    """Import torch only when it is used, and let it then use so many threads. Nothing happens where it was imported before."""
+    """Import torch only when it is used, and let it then use so many threads. Nothing happens where
+    it was imported before.
+    """
     if _NAME not in sys.modules:
         spec = importlib.util.find_spec(_NAME)
         if spec is not None:

@@ -1,9 +1,10 @@
 """Exact trim thresholds from histograms of magnitudes: streamed, added over shards, no sorting.
 
-A float32 magnitude is an ordered 31-bit integer. Its upper 19 bits, and whether any lower bit is set, name one of 2²⁰ bins.
-A bin without lower bits holds one value, so that a threshold that falls into it is exact: this is the rule for task vectors
-of bfloat16 and float16 checkpoints, whose differences have few significant bits. For any other bin a second pass counts the
-lower 12 bits of its entries. Either way the result equals `kthvalue`.
+A float32 magnitude is an ordered 31-bit integer. Its upper 19 bits, and whether any lower bit is
+set, name one of 2²⁰ bins. A bin without lower bits holds one value, so that a threshold that falls
+into it is exact: this is the rule for task vectors of bfloat16 and float16 checkpoints, whose
+differences have few significant bits. For any other bin a second pass counts the lower 12 bits of
+its entries. Either way the result equals `kthvalue`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmerge.workers.checkpoints.block_reader import InputBlock
+from mmerge.workers.kernels.magnitudes import (
+    NUM_COUNTERS,
+    NUM_LOWS,
+    NUM_TOPS,
+    count_lower_bits,
+    count_magnitudes,
+    drain_histogram,
+)
 from mmerge.workers.kernels.sce import count_variances
-from mmerge.workers.kernels.magnitudes import NUM_COUNTERS, NUM_LOWS, NUM_TOPS, count_lower_bits, count_magnitudes, drain_histogram
 
 NUM_BINS = NUM_TOPS * NUM_LOWS
 LOWER_BITS = 12
@@ -26,7 +34,9 @@ Histogram = tuple[NDArray[np.uint32], NDArray[np.int64]]
 
 
 class MagnitudeCounter:
-    """Counts the magnitudes of task vectors; one for a whole task, so that its tables are made once."""
+    """Counts the magnitudes of task vectors; one for a whole task, so that its tables are made
+    once.
+    """
 
     def __init__(self, num_experts: int) -> None:
         self._tables = np.zeros((num_experts, NUM_COUNTERS), np.uint32)
@@ -35,11 +45,15 @@ class MagnitudeCounter:
 
     def add(self, block: InputBlock) -> None:
         """Count one block of base and experts."""
-        count_magnitudes(block.addresses, block.codes, block.num_entries, self._tables, self._ranges)
+        count_magnitudes(
+            block.addresses, block.codes, block.num_entries, self._tables, self._ranges
+        )
 
     def add_variances(self, block: InputBlock) -> None:
         """Count, in a counter of one histogram, the variances of the task vectors across experts."""
-        count_variances(block.addresses, block.codes, block.num_entries, self._tables[0], self._ranges[0])
+        count_variances(
+            block.addresses, block.codes, block.num_entries, self._tables[0], self._ranges[0]
+        )
 
     def is_finite(self) -> bool:
         """Return whether everything that was counted is finite."""
@@ -61,13 +75,16 @@ class MagnitudeCounter:
 
 
 def survey_bytes(num_entries: Sequence[int], *, num_experts: int) -> int:
-    """Return the bytes of a counter, and of the histograms of tensors with so many entries: all values within 16 exponents."""
+    """Return the bytes of a counter, and of the histograms of tensors with so many entries: all
+    values within 16 exponents.
+    """
     histograms = sum(min(count, 1 << 17) * 12 for count in num_entries)
     return num_experts * (NUM_COUNTERS * 4 + histograms)
 
 
 def find_bin(histogram: Histogram, rank: int) -> tuple[int, int]:
-    """Return the bin that holds the entry of ascending `rank` (1-based), and its rank within that bin.
+    """Return the bin that holds the entry of ascending `rank` (1-based), and its rank within that
+    bin.
 
     Raises:
         ValueError: the histogram has fewer entries than `rank`.
@@ -103,7 +120,9 @@ def add_histograms(histograms: Sequence[Histogram], *, num_bins: int = NUM_BINS)
 
 
 class HistogramSum:
-    """Adds histograms one by one, so that none of them has to be kept: 8 bytes per bin, however many are added."""
+    """Adds histograms one by one, so that none of them has to be kept: 8 bytes per bin, however
+    many are added.
+    """
 
     def __init__(self, num_bins: int = NUM_BINS) -> None:
         self._counts = np.zeros(num_bins, np.int64)
@@ -119,10 +138,14 @@ class HistogramSum:
         return filled.astype(np.uint32), self._counts[filled]
 
 
-def find_top(histogram: Histogram, count: int, *, refine: Callable[[int], Histogram]) -> tuple[float, int]:
-    """Return the threshold of the `count` largest magnitudes, and how many at the threshold belong to them.
+def find_top(
+    histogram: Histogram, count: int, *, refine: Callable[[int], Histogram]
+) -> tuple[float, int]:
+    """Return the threshold of the `count` largest magnitudes, and how many at the threshold belong
+    to them.
 
-    −1 and Inf where all and none belong. `refine` returns the histogram of the lower bits within a bin.
+    −1 and Inf where all and none belong. `refine` returns the histogram of the lower bits within a
+    bin.
     """
     num_entries = int(histogram[1].sum())
     if count <= 0:
@@ -142,7 +165,9 @@ def _count_of(histogram: Histogram, bin_number: int) -> int:
 
 
 def count_lower(blocks: Iterable[InputBlock], *, bin_number: int) -> Histogram:
-    """Return the histogram of the lower 12 bits of the magnitudes of one bin; the blocks are of base and one expert."""
+    """Return the histogram of the lower 12 bits of the magnitudes of one bin; the blocks are of
+    base and one expert.
+    """
     counts = np.zeros(NUM_LOWER, np.int64)
     for block in blocks:
         count_lower_bits(block.addresses, block.codes, block.num_entries, bin_number // 2, counts)
@@ -150,7 +175,9 @@ def count_lower(blocks: Iterable[InputBlock], *, bin_number: int) -> Histogram:
 
 
 def to_lower(counts: NDArray[np.int64]) -> Histogram:
-    """Return counts of lower bits as a histogram, without those that have none: they have a bin of their own."""
+    """Return counts of lower bits as a histogram, without those that have none: they have a bin of
+    their own.
+    """
     counts[0] = 0
     bins = np.flatnonzero(counts)
     return bins.astype(np.uint32), counts[bins]

@@ -1,7 +1,9 @@
-"""Exact trim thresholds by two radix histograms of magnitudes: streamed, added over shards, no sorting.
+"""Exact trim thresholds by two radix histograms of magnitudes: streamed, added over shards, no
+sorting.
 
-A float32 magnitude is an ordered 31-bit integer. The first histogram counts its upper 15 bits; the rank that is sought
-falls into one bin; the second counts the lower 16 bits of that bin's entries. The result equals `kthvalue`.
+A float32 magnitude is an ordered 31-bit integer. The first histogram counts its upper 15 bits; the
+rank that is sought falls into one bin; the second counts the lower 16 bits of that bin's entries.
+The result equals `kthvalue`.
 """
 
 from __future__ import annotations
@@ -21,11 +23,14 @@ NUM_LOW_BINS = 1 << LOW_BITS
 Counts = NDArray[np.int64]
 
 
-def trim_rank(num_entries: int, density: float, *, rounding: Literal["kept", "dropped"] = "kept") -> int:
+def trim_rank(
+    num_entries: int, density: float, *, rounding: Literal["kept", "dropped"] = "kept"
+) -> int:
     """Return the ascending rank (1-based) of the trim threshold, 0 when everything is kept.
 
-    N − int(density·N), as the official TIES code computes it (METHODS.md section 2, Trim); with rounding `dropped` it is
-    int((1 − density)·N), as the code of MLLMerging computes it. 1 − density is taken in decimal: 1 − 0.8 is 0.2.
+    N − int(density·N), as the official TIES code computes it (METHODS.md section 2, Trim); with
+    rounding `dropped` it is int((1 − density)·N), as the code of MLLMerging computes it. 1 −
+    density is taken in decimal: 1 − 0.8 is 0.2.
     """
     if rounding == "kept":
         return num_entries - int(density * num_entries)
@@ -46,12 +51,15 @@ def high_histogram(delta: torch.Tensor) -> Counts:
 def low_histogram(delta: torch.Tensor, *, high_bin: int) -> Counts:
     """Return how many magnitudes of one upper bin have each value of the lower 16 bits."""
     bits = magnitude_bits(delta)
-    counts = torch.bincount(bits[(bits >> LOW_BITS) == high_bin] & (NUM_LOW_BINS - 1), minlength=NUM_LOW_BINS)
+    counts = torch.bincount(
+        bits[(bits >> LOW_BITS) == high_bin] & (NUM_LOW_BINS - 1), minlength=NUM_LOW_BINS
+    )
     return np.asarray(counts.cpu().numpy(), dtype=np.int64)
 
 
 def find_bin(counts: Counts, rank: int) -> tuple[int, int]:
-    """Return the bin that holds the entry of ascending `rank` (1-based), and its rank within that bin.
+    """Return the bin that holds the entry of ascending `rank` (1-based), and its rank within that
+    bin.
 
     Raises:
         ValueError: the histogram has fewer entries than `rank`.
@@ -83,7 +91,9 @@ def add_sparse(histograms: Iterable[tuple[NDArray[np.uint16], Counts]], *, num_b
 
 
 def exact_threshold(delta: torch.Tensor, *, density: float) -> float:
-    """Return the trim threshold of one float32 tensor held in memory: every magnitude at or above it is kept."""
+    """Return the trim threshold of one float32 tensor held in memory: every magnitude at or above
+    it is kept.
+    """
     rank = trim_rank(delta.numel(), density)
     if rank == 0:
         return 0.0

@@ -1,4 +1,6 @@
-"""Answers of a composite to some prompts, written to a store: what `mmerge evaluate` and `mmerge calibrate` are made of."""
+"""Answers of a composite to some prompts, written to a store: what `mmerge evaluate` and `mmerge
+calibrate` are made of.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ from threading import Lock
 from mmerge.manifests.digest import parse_json
 from mmerge.manifests.errors import DamagedObject, NotFound, RecipeError
 from mmerge.manifests.stores.object_store import Store
-from mmerge.workers.composite.model import Composite
 from mmerge.workers.composite.loader import Mode, load_composite
+from mmerge.workers.composite.model import Composite
 from mmerge.workers.modalities.prompt import Part
 from mmerge.workers.task import AnswerTask, TaskResult
 
@@ -44,7 +46,8 @@ def answers_key(key: str) -> str:
 
 
 def answer_prompts(task: AnswerTask, store: Store) -> TaskResult:
-    """Answer the prompts of a task, or score its targets, and write the result; nothing is done where it is there already.
+    """Answer the prompts of a task, or score its targets, and write the result; nothing is done
+    where it is there already.
 
     Raises:
         ManifestError, StoreError: the model cannot be read, or the result not be written.
@@ -53,7 +56,8 @@ def answer_prompts(task: AnswerTask, store: Store) -> TaskResult:
     began = time.monotonic()
     reused = not task.fresh and store.exists(answers_key(task.key))
     if not reused:
-        # One task at a time in a process: they share the model, and a composite answers one call at a time.
+        # One task at a time in a process: they share the model, and a composite answers one call at
+        # a time.
         with _lock:
             rows = _answer(task, _held(task))
         store.put(answers_key(task.key), json.dumps(rows).encode())
@@ -81,13 +85,17 @@ def _answer(task: AnswerTask, composite: Composite) -> dict[str, list[tuple[obje
     for start, prompts in _batches(task.prompts, task.batch_size):
         if task.targets is None:
             for tokens in composite.generate_tokens(prompts, max_new_tokens=task.max_new_tokens):
-                rows.append((composite.tokenizer.decode(tokens, skip_special_tokens=True).strip(), tokens))
+                rows.append(
+                    (composite.tokenizer.decode(tokens, skip_special_tokens=True).strip(), tokens)
+                )
         else:
             rows += composite.score(prompts, task.targets[start : start + len(prompts)])
     return {"answers" if task.targets is None else "likelihoods": rows}
 
 
-def _batches(prompts: Sequence[Sequence[Part]], size: int) -> Iterator[tuple[int, Sequence[Sequence[Part]]]]:
+def _batches(
+    prompts: Sequence[Sequence[Part]], size: int
+) -> Iterator[tuple[int, Sequence[Sequence[Part]]]]:
     for start in range(0, len(prompts), size):
         yield start, prompts[start : start + size]
 
@@ -98,19 +106,25 @@ _registered: set[str] = set()
 
 
 def _held(task: AnswerTask) -> Composite:
-    """Return the task's model; the last one that was used is kept, for the next task is likely to ask it too."""
+    """Return the task's model; the last one that was used is kept, for the next task is likely to
+    ask it too.
+    """
     wanted = (task.model, task.expert, task.device, task.encoders)
     if wanted not in _loaded:
         _loaded.clear()
         for place in task.encoders:
             register_from(place)
         mode: Mode = "retention" if task.expert else "expansion"
-        _loaded[wanted] = load_composite(task.model, mode=mode, expert=task.expert, device=task.device)
+        _loaded[wanted] = load_composite(
+            task.model, mode=mode, expert=task.expert, device=task.device
+        )
     return _loaded[wanted]
 
 
 def register_from(place: str) -> None:
-    """Call MODULE:FUNCTION of the user's own once in this process: it registers encoders (workers/modalities/encoders.py). Raises RecipeError."""
+    """Call MODULE:FUNCTION of the user's own once in this process: it registers encoders
+    (workers/modalities/encoders.py). Raises RecipeError.
+    """
     if place in _registered:
         return
     module, colon, function = place.partition(":")
@@ -119,5 +133,7 @@ def register_from(place: str) -> None:
     try:
         getattr(importlib.import_module(module), function)()
     except (ImportError, AttributeError) as error:
-        raise RecipeError(f"--encoders: {place}: {error}. The module must be on PYTHONPATH, on every node") from error
+        raise RecipeError(
+            f"--encoders: {place}: {error}. The module must be on PYTHONPATH, on every node"
+        ) from error
     _registered.add(place)

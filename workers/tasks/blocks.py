@@ -1,4 +1,6 @@
-"""Blocks of one tensor: which entries a method sees at once, read from base and experts and widened to float32."""
+"""Blocks of one tensor: which entries a method sees at once, read from base and experts and widened
+to float32.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from mmerge.workers.checkpoints.dtypes import TORCH_DTYPES, to_float_tensors
 from mmerge.workers.checkpoints.block_reader import InputReader
+from mmerge.workers.checkpoints.dtypes import TORCH_DTYPES, to_float_tensors
 from mmerge.workers.methods.interface import Block, Granularity, Known
 from mmerge.workers.task import TensorTask
 
@@ -43,14 +45,18 @@ def read_blocks(
     columns, granularity = num_columns(shape), tensor.granularity
     at_once = entries_at_once(shape, block_entries, granularity=granularity)
     for found in reader.blocks((tensor.base, *tensor.experts), block_entries=at_once):
-        base, *experts = (_to_shape(values, shape, columns, granularity) for values in to_float_tensors(found))
+        base, *experts = (
+            _to_shape(values, shape, columns, granularity) for values in to_float_tensors(found)
+        )
         yield Block(
             base=base, experts=experts, thresholds=thresholds, dtype=TORCH_DTYPES[dtype], name=tensor.name, start=tensor.start + found.start,
             shape=tensor.shape, expert_names=expert_names, known=known,
         )  # fmt: skip
 
 
-def _to_shape(values: torch.Tensor, shape: Sequence[int], columns: int, granularity: Granularity) -> torch.Tensor:
+def _to_shape(
+    values: torch.Tensor, shape: Sequence[int], columns: int, granularity: Granularity
+) -> torch.Tensor:
     if granularity == "entry":
         return values
     return values.reshape(-1, columns) if granularity == "row" else values.reshape(tuple(shape))

@@ -6,9 +6,16 @@ import time
 
 from blake3 import blake3
 
-from mmerge.manifests.format.entry import ObjectEntry, ShardEntry, TensorRow, object_key, read_entry, write_entry
-from mmerge.manifests.format.safetensors_header import DTYPE_BYTES, make_header
+from mmerge.manifests.format.entry import (
+    ObjectEntry,
+    ShardEntry,
+    TensorRow,
+    object_key,
+    read_entry,
+    write_entry,
+)
 from mmerge.manifests.format.object_header import make_metadata
+from mmerge.manifests.format.safetensors_header import DTYPE_BYTES, make_header
 from mmerge.manifests.stores.object_store import Store
 from mmerge.workers.checkpoints.block_reader import InputReader
 from mmerge.workers.task import CopyTask, TaskResult
@@ -23,14 +30,20 @@ def copy_shard(task: CopyTask, store: Store) -> TaskResult:
     found = None if task.fresh else read_entry(store, task.digest)
     if found is not None:
         return TaskResult(task.shard, 0, True, time.monotonic() - began, found)
-    layout = [(tensor.name, tensor.source.spec.dtype, tensor.source.spec.shape) for tensor in task.tensors]
-    header, specs = make_header(layout, metadata=make_metadata(task.digest, role=task.role, method=""))
+    layout = [
+        (tensor.name, tensor.source.spec.dtype, tensor.source.spec.shape) for tensor in task.tensors
+    ]
+    header, specs = make_header(
+        layout, metadata=make_metadata(task.digest, role=task.role, method="")
+    )
     rows = []
     with InputReader() as reader, store.open_writer(object_key(task.digest)) as out:
         out.write(header)
         for tensor, spec in zip(task.tensors, specs, strict=True):
             digest = blake3()
-            for block in reader.blocks((tensor.source,), block_entries=COPY_BYTES // DTYPE_BYTES[spec.dtype]):
+            for block in reader.blocks(
+                (tensor.source,), block_entries=COPY_BYTES // DTYPE_BYTES[spec.dtype]
+            ):
                 digest.update(block.raw[0])
                 out.write(block.raw[0])
             rows.append(
@@ -42,7 +55,12 @@ def copy_shard(task: CopyTask, store: Store) -> TaskResult:
             )  # fmt: skip
     entry = ShardEntry(
         object=ObjectEntry(
-            key=out.key, shard=task.shard, role=task.role, expert=task.expert, num_bytes=out.num_bytes, digest=out.hexdigest()
+            key=out.key,
+            shard=task.shard,
+            role=task.role,
+            expert=task.expert,
+            num_bytes=out.num_bytes,
+            digest=out.hexdigest(),
         ),
         tensors=tuple(rows),
     )

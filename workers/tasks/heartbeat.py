@@ -15,7 +15,9 @@ class Pulse:
     """Logs at intervals what a task is working on, until it ends."""
 
     def __init__(self, name: str, *, num_steps: int, seconds: float = PULSE_SECONDS) -> None:
-        """Name the task; `num_steps` is how many tensors it has, `seconds` how often it says where it is."""
+        """Name the task; `num_steps` is how many tensors it has, `seconds` how often it says where
+        it is.
+        """
         self._name, self._num_steps, self._seconds = name, num_steps, seconds
         self._step, self._what = 0, ""
         self._ended = threading.Event()
@@ -31,11 +33,23 @@ class Pulse:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._ended.set()
         self._thread.join()
 
     def _beat(self) -> None:
         while not self._ended.wait(self._seconds):
             passed = time.monotonic() - self._began
-            log.info("%s: %d of %d, %s, after %.0f s", self._name, self._step, self._num_steps, self._what, passed)
+            log.info(
+                "%s: %d of %d, %s, after %.0f s",
+                self._name,
+                self._step,
+                self._num_steps,
+                self._what,
+                passed,
+            )

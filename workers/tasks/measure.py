@@ -1,4 +1,6 @@
-"""A stage of a method: its quantities measured block by block, and kept as counts that add up exactly over shards."""
+"""A stage of a method: its quantities measured block by block, and kept as counts that add up
+exactly over shards.
+"""
 
 from __future__ import annotations
 
@@ -12,37 +14,47 @@ import torch
 from numpy.typing import NDArray
 
 from mmerge.manifests.stores.object_store import Store
-from mmerge.workers.tasks.blocks import read_blocks
-from mmerge.workers.compiled.inner_products import VECTORS, measure_gram
 from mmerge.workers.checkpoints.block_reader import InputReader
+from mmerge.workers.compiled.inner_products import VECTORS, measure_gram
 from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Block, Method, Numbers
 from mmerge.workers.statistics.exact_sums import count_sum, high_ranks, low_ranks
-from mmerge.workers.tasks.survey import SparseHistogram, Survey, piece_name, read_survey, survey_key
-from mmerge.workers.task import MeasureTask, TaskResult, TensorTask
 from mmerge.workers.statistics.order_statistics import Counts, to_sparse
+from mmerge.workers.task import MeasureTask, TaskResult, TensorTask
+from mmerge.workers.tasks.blocks import read_blocks
+from mmerge.workers.tasks.survey import SparseHistogram, Survey, piece_name, read_survey, survey_key
 
 VECTOR_BLOCK_ENTRIES = 1 << 18
-"""Entries at once in a stage of vectors: fixed, since float64 sums depend on what is added first."""
+"""Entries at once in a stage of vectors: fixed, since float64 sums depend on what is added first.
+"""
 
 
 def parse_numbers(method: Method, numbers: Numbers) -> tuple[Any, list[Any]]:
-    """Return the parameters of the recipe and of each expert that hold for one tensor, as the method's models."""
+    """Return the parameters of the recipe and of each expert that hold for one tensor, as the
+    method's models.
+    """
     experts = [method.expert_parameters_model.model_validate(raw) for raw in numbers.experts]
     return method.parameters_model.model_validate(numbers.parameters), experts
 
 
 def count_quantities(
-    measured: Mapping[str, torch.Tensor], *, measures: str, high_bins: Mapping[str, tuple[int, ...]] | None
+    measured: Mapping[str, torch.Tensor],
+    *,
+    measures: str,
+    high_bins: Mapping[str, tuple[int, ...]] | None,
 ) -> dict[str, Counts]:
-    """Return the counts of one block by quantity ("quantity#bin" in the second pass of ranks); they add up over blocks."""
+    """Return the counts of one block by quantity ("quantity#bin" in the second pass of ranks); they
+    add up over blocks.
+    """
     if measures == "sums":
         return {quantity: count_sum(values) for quantity, values in measured.items()}
     if high_bins is None:
         return {quantity: high_ranks(values) for quantity, values in measured.items()}
     found = {}
     for quantity, bins in high_bins.items():
-        for high_bin, counts in zip(bins, low_ranks(measured[quantity], high_bins=bins), strict=True):
+        for high_bin, counts in zip(
+            bins, low_ranks(measured[quantity], high_bins=bins), strict=True
+        ):
             found[f"{quantity}#{high_bin}"] = counts
     return found
 
@@ -58,7 +70,10 @@ def measure_shard(task: MeasureTask, store: Store) -> TaskResult:
         for index in range(len(task.tensors)):
             piece = piece_name(task.tensors[index].name, task.tensors[index].row_start)
             if task.measures == "vectors":
-                vectors |= {f"{piece}:{quantity}": values for quantity, values in _measure_vectors(task, index, reader).items()}
+                vectors |= {
+                    f"{piece}:{quantity}": values
+                    for quantity, values in _measure_vectors(task, index, reader).items()
+                }
                 continue
             for quantity, counts in _measure_tensor(task, index, reader).items():
                 histograms[f"{piece}:{quantity}"] = to_sparse(counts)
@@ -77,23 +92,34 @@ def _measure_tensor(task: MeasureTask, index: int, reader: InputReader) -> dict[
     for block in _read_blocks(task, tensor, index, reader, task.block_entries):
         measured = method.measure_block(block, parameters, experts, stage=task.stage)
         high_bins = task.high_bins[index] if task.high_bins is not None else None
-        for quantity, counts in count_quantities(measured, measures=task.measures, high_bins=high_bins).items():
+        for quantity, counts in count_quantities(
+            measured, measures=task.measures, high_bins=high_bins
+        ).items():
             total[quantity] = total[quantity] + counts if quantity in total else counts
     return total
 
 
-def _measure_vectors(task: MeasureTask, index: int, reader: InputReader) -> dict[str, NDArray[np.float64]]:
+def _measure_vectors(
+    task: MeasureTask, index: int, reader: InputReader
+) -> dict[str, NDArray[np.float64]]:
     method = find_method(task.method)
     parameters, experts = parse_numbers(method, task.numbers[index])
     total: dict[str, torch.Tensor] = {}
     tensor = replace(task.tensors[index], granularity="row")
     for block in _read_blocks(task, tensor, index, reader, VECTOR_BLOCK_ENTRIES):
-        for quantity, values in method.measure_block(block, parameters, experts, stage=task.stage).items():
+        for quantity, values in method.measure_block(
+            block, parameters, experts, stage=task.stage
+        ).items():
             total[quantity] = total[quantity] + values if quantity in total else values
-    return {quantity: np.asarray(values.cpu().numpy(), dtype=np.float64) for quantity, values in total.items()}
+    return {
+        quantity: np.asarray(values.cpu().numpy(), dtype=np.float64)
+        for quantity, values in total.items()
+    }
 
 
-def _read_blocks(task: MeasureTask, tensor: TensorTask, index: int, reader: InputReader, block_entries: int) -> Iterator[Block]:
+def _read_blocks(
+    task: MeasureTask, tensor: TensorTask, index: int, reader: InputReader, block_entries: int
+) -> Iterator[Block]:
     return read_blocks(
         tensor, reader, thresholds=task.thresholds[index], known=task.known[index], expert_names=task.expert_names,
         dtype=task.dtype, block_entries=block_entries,

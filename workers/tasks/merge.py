@@ -13,24 +13,32 @@ import torch
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from mmerge.manifests.format.entry import ObjectEntry, ShardEntry, TensorRow, TensorStatistics, object_key, read_entry, write_entry
 from mmerge.manifests.errors import RecipeError
-from mmerge.manifests.format.safetensors_header import DTYPE_BYTES, TensorSpec, make_header
+from mmerge.manifests.format.entry import (
+    ObjectEntry,
+    ShardEntry,
+    TensorRow,
+    TensorStatistics,
+    object_key,
+    read_entry,
+    write_entry,
+)
 from mmerge.manifests.format.object_header import delta_name, make_metadata, mask_name
+from mmerge.manifests.format.safetensors_header import DTYPE_BYTES, TensorSpec, make_header
 from mmerge.manifests.stores.object_store import Store
 from mmerge.manifests.stores.writer import ObjectWriter
-from mmerge.workers.tasks.blocks import entries_at_once, read_blocks
-from mmerge.workers.checkpoints.dtypes import to_bytes, with_one_nan
-from mmerge.workers.compiled.registry import find_fast_path
 from mmerge.workers.checkpoints.block_reader import InputBlock, InputReader
+from mmerge.workers.checkpoints.dtypes import to_bytes, with_one_nan
+from mmerge.workers.compiled.interface import FastPath, MaskPath, PathRequest, ReadBlocks
+from mmerge.workers.compiled.registry import find_fast_path
 from mmerge.workers.kernels.tiles import TILE_ENTRIES, add_squares
-from mmerge.workers.reconstruction.bitmask import packed_bytes
-from mmerge.workers.tasks.measure import parse_numbers
 from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Block, MergedBlock, Method
-from mmerge.workers.compiled.interface import FastPath, MaskPath, PathRequest, ReadBlocks
-from mmerge.workers.tasks.heartbeat import Pulse
+from mmerge.workers.reconstruction.bitmask import packed_bytes
 from mmerge.workers.task import MergeTask, TaskResult, TensorTask
+from mmerge.workers.tasks.blocks import entries_at_once, read_blocks
+from mmerge.workers.tasks.heartbeat import Pulse
+from mmerge.workers.tasks.measure import parse_numbers
 
 
 def merge_shard(task: MergeTask, store: Store) -> TaskResult:
@@ -40,7 +48,10 @@ def merge_shard(task: MergeTask, store: Store) -> TaskResult:
     if found is not None:
         return TaskResult(task.shard, 0, True, time.monotonic() - began, found)
     method = find_method(task.method)
-    header, specs = make_header(_make_layout(task, method), metadata=make_metadata(task.digest, role="merge", method=task.method))
+    header, specs = make_header(
+        _make_layout(task, method),
+        metadata=make_metadata(task.digest, role="merge", method=task.method),
+    )
     placed = {spec.name: spec for spec in specs}
     rows: list[TensorRow] = []
     pulse = Pulse(f"{task.shard}: {task.method}", num_steps=len(task.tensors))
@@ -50,7 +61,13 @@ def merge_shard(task: MergeTask, store: Store) -> TaskResult:
             pulse.begin(f"{tensor.name} {list(tensor.base.spec.shape)}")
             rows += _TensorMerger(task, method, index).write(out, placed, reader)
     entry = ShardEntry(
-        object=ObjectEntry(key=out.key, shard=task.shard, role="merge", num_bytes=out.num_bytes, digest=out.hexdigest()),
+        object=ObjectEntry(
+            key=out.key,
+            shard=task.shard,
+            role="merge",
+            num_bytes=out.num_bytes,
+            digest=out.hexdigest(),
+        ),
         tensors=tuple(rows),
     )
     write_entry(store, task.digest, entry)
@@ -65,7 +82,10 @@ def _make_layout(task: MergeTask, method: Method) -> list[tuple[str, str, Sequen
             layout.append((tensor.name, task.dtype, shape))
             continue
         layout.append((delta_name(tensor.name), task.dtype, shape))
-        layout += [(mask_name(tensor.name, expert), "U8", [packed_bytes(tensor.num_entries)]) for expert in task.expert_names]
+        layout += [
+            (mask_name(tensor.name, expert), "U8", [packed_bytes(tensor.num_entries)])
+            for expert in task.expert_names
+        ]
     return layout
 
 
@@ -84,13 +104,22 @@ class _Tally:
 
     def __post_init__(self) -> None:
         n = self.num_experts
-        self.kept, self.agreeing, self.masked, self.consensus = [0] * n, [0] * n, [0] * n, [0] * (n + 1)
+        self.kept, self.agreeing, self.masked, self.consensus = (
+            [0] * n,
+            [0] * n,
+            [0] * n,
+            [0] * (n + 1),
+        )
         self.overlaps, self.squares = [0] * (n * (n - 1) // 2), [_SquareSum() for _ in range(n + 1)]
 
     def take(self, path: MaskPath) -> None:
         """Take the counts of a compiled path."""
         n = self.num_experts
-        self.kept, self.agreeing, self.masked = path.counts[0, :n].tolist(), path.counts[1, :n].tolist(), path.counts[2, :n].tolist()
+        self.kept, self.agreeing, self.masked = (
+            path.counts[0, :n].tolist(),
+            path.counts[1, :n].tolist(),
+            path.counts[2, :n].tolist(),
+        )
         self.consensus, self.overlaps, self.squares = (
             path.counts[3].tolist(),
             path.overlaps.tolist(),
@@ -104,10 +133,14 @@ class _Tally:
         for index, trimmed in enumerate(merged.trimmed):
             self.kept[index] += int(trimmed.count_nonzero())
             if merged.sign is not None:
-                self.agreeing[index] += int(((trimmed.sign() == merged.sign) & (merged.sign != 0)).count_nonzero())
+                self.agreeing[index] += int(
+                    ((trimmed.sign() == merged.sign) & (merged.sign != 0)).count_nonzero()
+                )
         if merged.masks:
             masks = torch.stack([mask.reshape(-1) for mask in merged.masks])
-            for wanted, count in enumerate(torch.bincount(masks.sum(dim=0), minlength=self.num_experts + 1).tolist()):
+            for wanted, count in enumerate(
+                torch.bincount(masks.sum(dim=0), minlength=self.num_experts + 1).tolist()
+            ):
                 self.consensus[wanted] += count
             for index, mask in enumerate(merged.masks):
                 self.masked[index] += int(mask.count_nonzero())
@@ -116,7 +149,9 @@ class _Tally:
 
 
 class _SquareSum:
-    """Σ x² over a tensor, summed tile by tile whatever the blocks are: entries of an unfinished tile wait for the next block."""
+    """Σ x² over a tensor, summed tile by tile whatever the blocks are: entries of an unfinished
+    tile wait for the next block.
+    """
 
     def __init__(self, total: float = 0.0) -> None:
         self._total = total
@@ -135,7 +170,9 @@ class _SquareSum:
 
 
 class _TensorMerger:
-    """Merges one tensor of a shard: values are written as they are made, masks wait until the tensor is done."""
+    """Merges one tensor of a shard: values are written as they are made, masks wait until the
+    tensor is done.
+    """
 
     def __init__(self, task: MergeTask, method: Method, index: int) -> None:
         self.task, self.method = task, method
@@ -144,32 +181,53 @@ class _TensorMerger:
         self.parameters, self.experts = parse_numbers(method, task.numbers[index])
         self.tally = _Tally(len(self.experts))
 
-    def write(self, out: ObjectWriter, placed: dict[str, TensorSpec], reader: InputReader) -> list[TensorRow]:
+    def write(
+        self, out: ObjectWriter, placed: dict[str, TensorSpec], reader: InputReader
+    ) -> list[TensorRow]:
         digest = blake3()
         num_masks = len(self.experts) if self.method.kind == "masks" else 0
         masks = np.zeros((num_masks, packed_bytes(self.tensor.num_entries)), np.uint8)
         for data in self._merge_by_path(reader, masks) or self._merge_by_method(reader, masks):
             digest.update(data)
             out.write(data)
-        return [self._make_values_row(placed, digest.hexdigest()), *self._write_masks(out, placed, masks)]
+        return [
+            self._make_values_row(placed, digest.hexdigest()),
+            *self._write_masks(out, placed, masks),
+        ]
 
-    def _merge_by_path(self, reader: InputReader, masks: NDArray[np.uint8]) -> Iterator[memoryview] | None:
-        """Return the bytes of the merged values block by block, None where the method has no compiled path."""
+    def _merge_by_path(
+        self, reader: InputReader, masks: NDArray[np.uint8]
+    ) -> Iterator[memoryview] | None:
+        """Return the bytes of the merged values block by block, None where the method has no
+        compiled path.
+        """
         request = PathRequest(
-            self.parameters, self.experts, self.thresholds, self.known, self.tensor, self.task.expert_names, self.task.dtype
+            self.parameters,
+            self.experts,
+            self.thresholds,
+            self.known,
+            self.tensor,
+            self.task.expert_names,
+            self.task.dtype,
         )
         path = find_fast_path(self.task.method, request)
         if path is None:
             return None
         shape = self.tensor.base.spec.shape
-        at_once = entries_at_once(shape, self.task.block_entries, granularity="row" if path.by_row else "entry")
+        at_once = entries_at_once(
+            shape, self.task.block_entries, granularity="row" if path.by_row else "entry"
+        )
 
         def read_blocks() -> Iterator[InputBlock]:
             return reader.blocks((self.tensor.base, *self.tensor.experts), block_entries=at_once)
 
-        return self._run_path(path, read_blocks, masks, at_once) if path.prepare(read_blocks) else None
+        return (
+            self._run_path(path, read_blocks, masks, at_once) if path.prepare(read_blocks) else None
+        )
 
-    def _run_path(self, path: FastPath, read_blocks: ReadBlocks, masks: NDArray[np.uint8], at_once: int) -> Iterator[memoryview]:
+    def _run_path(
+        self, path: FastPath, read_blocks: ReadBlocks, masks: NDArray[np.uint8], at_once: int
+    ) -> Iterator[memoryview]:
         width = DTYPE_BYTES[self.task.dtype]
         merged = np.empty(min(at_once, self.tensor.num_entries) * width, np.uint8)
         for block in read_blocks():
@@ -178,13 +236,24 @@ class _TensorMerger:
         if isinstance(path, MaskPath):
             self.tally.take(path)
 
-    def _merge_by_method(self, reader: InputReader, masks: NDArray[np.uint8]) -> Iterator[memoryview]:
+    def _merge_by_method(
+        self, reader: InputReader, masks: NDArray[np.uint8]
+    ) -> Iterator[memoryview]:
         position = 0
-        device = getattr(self.parameters, "device", "cpu") if self.tensor.granularity == "tensor" else "cpu"
+        device = (
+            getattr(self.parameters, "device", "cpu")
+            if self.tensor.granularity == "tensor"
+            else "cpu"
+        )
         if device == "cuda" and not torch.cuda.is_available():
-            raise RecipeError("device: this machine has no CUDA device for 'cuda'. Run where there is one, or take 'device' out")
+            raise RecipeError(
+                "device: this machine has no CUDA device for 'cuda'. Run where there is one, or"
+                " take 'device' out"
+            )
         for block in self._read_blocks(reader):
-            merged = self.method.merge_block(block if device == "cpu" else block.to_device(device), self.parameters, self.experts)
+            merged = self.method.merge_block(
+                block if device == "cpu" else block.to_device(device), self.parameters, self.experts
+            )
             if self.method.kind == "masks":
                 self.tally.add(block, merged)
             for row, mask in zip(masks, merged.masks, strict=True):
@@ -199,7 +268,9 @@ class _TensorMerger:
             dtype=self.task.dtype, block_entries=self.task.block_entries,
         )  # fmt: skip
 
-    def _write_masks(self, out: ObjectWriter, placed: dict[str, TensorSpec], masks: NDArray[np.uint8]) -> list[TensorRow]:
+    def _write_masks(
+        self, out: ObjectWriter, placed: dict[str, TensorSpec], masks: NDArray[np.uint8]
+    ) -> list[TensorRow]:
         rows = []
         for index, packed in enumerate(masks):
             data = packed.data
@@ -213,7 +284,9 @@ class _TensorMerger:
                 task_vector_norm=_to_norm(self.tally.squares[index].total()),
             )
             spec = placed[mask_name(self.tensor.name, expert)]
-            rows.append(self._make_row(spec, "mask", expert, str(blake3(data).hexdigest()), statistics))
+            rows.append(
+                self._make_row(spec, "mask", expert, str(blake3(data).hexdigest()), statistics)
+            )
         return rows
 
     def _make_values_row(self, placed: dict[str, TensorSpec], digest: str) -> TensorRow:
@@ -225,9 +298,13 @@ class _TensorMerger:
             overlaps=tuple(self.tally.overlaps) if has_masks else None,
         )
         name = delta_name(self.tensor.name) if has_masks else self.tensor.name
-        return self._make_row(placed[name], "delta" if has_masks else "merged", "", digest, statistics)
+        return self._make_row(
+            placed[name], "delta" if has_masks else "merged", "", digest, statistics
+        )
 
-    def _make_row(self, spec: TensorSpec, role: str, expert: str, digest: str, statistics: TensorStatistics) -> TensorRow:
+    def _make_row(
+        self, spec: TensorSpec, role: str, expert: str, digest: str, statistics: TensorStatistics
+    ) -> TensorRow:
         return TensorRow.model_validate(
             {
                 "name": self.tensor.name, "role": role, "expert": expert, "dtype": spec.dtype, "shape": self.tensor.base.spec.shape,
@@ -240,5 +317,6 @@ class _TensorMerger:
 def _to_norm(squares: float) -> float | None:
     if not math.isfinite(squares):
         return None  # JSON knows no NaN: a tensor with kept NaN or Inf has no norm
-    # float32 keeps what every machine computes alike: the last bits of a float64 sum depend on its SIMD width.
+    # float32 keeps what every machine computes alike: the last bits of a float64 sum depend on its
+    # SIMD width.
     return float(np.float32(math.sqrt(squares)))

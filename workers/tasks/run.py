@@ -10,16 +10,26 @@ from dataclasses import replace
 from mmerge.manifests.errors import StoreUnavailable
 from mmerge.manifests.stores.deferred_commit import collect_pending
 from mmerge.manifests.stores.object_store import Store, open_store
+from mmerge.workers.runtime.cores import one_thread
+from mmerge.workers.task import (
+    AnswerTask,
+    MeasureTask,
+    MergeTask,
+    RefineTask,
+    SurveyTask,
+    Task,
+    TaskResult,
+)
 from mmerge.workers.tasks.copy import copy_shard
 from mmerge.workers.tasks.measure import measure_shard
 from mmerge.workers.tasks.merge import merge_shard
 from mmerge.workers.tasks.survey import refine_shard, survey_shard
-from mmerge.workers.task import AnswerTask, MeasureTask, MergeTask, RefineTask, SurveyTask, Task, TaskResult
-from mmerge.workers.runtime.cores import one_thread
 
 log = logging.getLogger("mmerge.run")
 ATTEMPTS = 3
-"""How often a task is begun when the store breaks off; a half-written object has no name, so it can simply begin again."""
+"""How often a task is begun when the store breaks off; a half-written object has no name, so it can
+simply begin again.
+"""
 
 
 def run_task(task: Task, store_uri: str, *, settles: bool = True) -> TaskResult:
@@ -28,7 +38,8 @@ def run_task(task: Task, store_uri: str, *, settles: bool = True) -> TaskResult:
     Args:
         task: what is done.
         store_uri: where its result goes.
-        settles: wait until it is on the disk; otherwise `settle.settle` does, with the result's `pending`.
+        settles: wait until it is on the disk; otherwise `settle.settle` does, with the result's
+            `pending`.
     """
     with one_thread():
         for attempt in range(1, ATTEMPTS):
@@ -59,7 +70,9 @@ def _run(task: Task, store: Store) -> TaskResult:
     if isinstance(task, MergeTask):
         return merge_shard(task, store)
     if isinstance(task, AnswerTask):
-        from mmerge.workers.tasks.answer import answer_prompts  # transformers takes seconds to import; merging does not need it
+        from mmerge.workers.tasks.answer import (
+            answer_prompts,  # transformers takes seconds to import; merging does not need it
+        )
 
         return answer_prompts(task, store)
     return copy_shard(task, store)

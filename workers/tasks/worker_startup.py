@@ -15,12 +15,16 @@ from types import ModuleType
 from mmerge.workers.runtime.lazy_torch import postpone_torch
 
 _NO_KERNEL_NEEDS = ("cffi", "scipy")
-"""What numba looks for as it begins: half of its start. SciPy for the BLAS behind `np.dot`, cffi for functions that others compiled."""
+"""What numba looks for as it begins: half of its start. SciPy for the BLAS behind `np.dot`, cffi
+for functions that others compiled.
+"""
 
 
 def begin_process() -> None:
     """Prepare this process for tasks: it lives no longer than its parent, and leaves Ctrl-C to it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; what runs is finished, and the parent says when to end
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # a terminal sends it to all; what runs is finished, and the parent says when to end
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     gc.freeze()  # what came from the parent stays as it is, and so do the pages that both share
     postpone_torch(num_threads=1)
@@ -29,7 +33,8 @@ def begin_process() -> None:
 
 
 def import_numba() -> None:
-    """Import numba without what no kernel needs, and NumPy without threads: nothing here calls its linear algebra.
+    """Import numba without what no kernel needs, and NumPy without threads: nothing here calls its
+    linear algebra.
 
     For processes that are ours alone: compiled code of others could not call `np.dot` afterwards.
     """
@@ -39,7 +44,9 @@ def import_numba() -> None:
 
 
 def load_kernels() -> None:
-    """Let numba load what any kernel needs. Processes that are forked afterwards share it. As `import_numba`, for processes of ours."""
+    """Let numba load what any kernel needs. Processes that are forked afterwards share it. As
+    `import_numba`, for processes of ours.
+    """
     import_numba()
     import numpy as np
 
@@ -52,7 +59,9 @@ def load_kernels() -> None:
 
 @contextmanager
 def _hidden(names: Sequence[str]) -> Iterator[None]:
-    """Let these modules not be found while the context lasts, those that were imported before excepted."""
+    """Let these modules not be found while the context lasts, those that were imported before
+    excepted.
+    """
     modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]  # None is how the import system marks what must not be found
     missing = [name for name in names if name not in modules]
     modules.update(dict.fromkeys(missing))

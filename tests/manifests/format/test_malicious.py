@@ -1,4 +1,6 @@
-"""Inputs that mean harm: refused with a clear error, without much memory, and nothing outside the folder read or written."""
+"""Inputs that mean harm: refused with a clear error, without much memory, and nothing outside the
+folder read or written.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,16 @@ from hypothesis import strategies as st
 
 from mmerge.manifests.digest import digest_bytes
 from mmerge.manifests.errors import CheckpointError, ManifestError, MmergeError, StoreError
-from mmerge.manifests.format.manifest import Manifest, manifest_key, read_file, read_manifest, to_manifest_bytes
-from mmerge.manifests.stores.object_store import Store, open_store
+from mmerge.manifests.format.manifest import (
+    Manifest,
+    manifest_key,
+    read_file,
+    read_manifest,
+    to_manifest_bytes,
+)
 from mmerge.manifests.format.table import StoredRow, read_table
 from mmerge.manifests.maintenance.verify import verify
+from mmerge.manifests.stores.object_store import Store, open_store
 from mmerge.pipeline import make_plan, read_recipe, run
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
 from mmerge.workers.reconstruction.build_reader import BuildReader
@@ -40,7 +48,11 @@ def header(entries: dict[str, Any], *, length: int | None = None, data: bytes = 
 
 
 def entry(begin: int, stop: int, shape: list[int] | None = None) -> dict[str, Any]:
-    return {"dtype": "U8", "shape": [stop - begin] if shape is None else shape, "data_offsets": [begin, stop]}
+    return {
+        "dtype": "U8",
+        "shape": [stop - begin] if shape is None else shape,
+        "data_offsets": [begin, stop],
+    }
 
 
 @pytest.fixture
@@ -60,22 +72,36 @@ def checkpoint(tmp_path: Path) -> Callable[..., Checkpoint]:
     [
         (header({}, length=1 << 60), "announces a header of 1,152,921,504,606,846,976 bytes"),
         (header({"a": entry(0, 4), "b": entry(2, 6)}, data=b"123456"), "b: data begins at byte"),
-        (header({"a": {"dtype": "U8", "shape": [4], "data_offsets": [-4, 0]}}, data=b"1234"), "no pair of sizes"),
-        (header({"a": {"dtype": "U8", "shape": [1 << 61, 8], "data_offsets": [0, 4]}}, data=b"1234"), "its offsets span 4"),
+        (
+            header({"a": {"dtype": "U8", "shape": [4], "data_offsets": [-4, 0]}}, data=b"1234"),
+            "no pair of sizes",
+        ),
+        (
+            header(
+                {"a": {"dtype": "U8", "shape": [1 << 61, 8], "data_offsets": [0, 4]}}, data=b"1234"
+            ),
+            "its offsets span 4",
+        ),
         (struct.pack("<Q", 9) + b'{"a":NaN}', "NaN is no JSON number"),
         (struct.pack("<Q", 15) + b'{"a":1,"a":2}  ', "stands twice"),
         (struct.pack("<Q", 90_000) + b"[" * 90_000, "no valid JSON"),
     ],
 )
-def test_a_safetensors_file_that_lies_is_refused(checkpoint: Callable[..., Checkpoint], data: bytes, match: str) -> None:
+def test_a_safetensors_file_that_lies_is_refused(
+    checkpoint: Callable[..., Checkpoint], data: bytes, match: str
+) -> None:
     found = checkpoint(model__safetensors=data)
     with pytest.raises(CheckpointError, match=match) as caught:
         _ = found.tensors
     assert "expert 'image'" in str(caught.value)
 
 
-@pytest.mark.parametrize("place", ["../secret.safetensors", "/etc/passwd", "a/../../b", "..\\b", "", ".."])
-def test_a_weight_map_cannot_name_a_file_elsewhere(checkpoint: Callable[..., Checkpoint], place: str) -> None:
+@pytest.mark.parametrize(
+    "place", ["../secret.safetensors", "/etc/passwd", "a/../../b", "..\\b", "", ".."]
+)
+def test_a_weight_map_cannot_name_a_file_elsewhere(
+    checkpoint: Callable[..., Checkpoint], place: str
+) -> None:
     index = json.dumps({"weight_map": {"a": place}}).encode()
     found = checkpoint(**{"model__safetensors__index__json": index})
     with pytest.raises(CheckpointError, match="only files of the same folder are read"):
@@ -93,13 +119,27 @@ def test_a_json_of_a_gigabyte_is_refused_before_it_is_read(tmp_path: Path, name:
     assert peak_bytes() - before < 100 << 20
 
 
-@pytest.mark.parametrize("data", [b'{"a": NaN}', b'{"a": Infinity}', b'{"a": 1, "a": 2}', b"[1]", b"\xff", b'{"a": 1' + b"0" * 5000 + b"}"])
-def test_a_configuration_that_is_no_strict_json_is_refused(checkpoint: Callable[..., Checkpoint], data: bytes) -> None:
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"a": NaN}',
+        b'{"a": Infinity}',
+        b'{"a": 1, "a": 2}',
+        b"[1]",
+        b"\xff",
+        b'{"a": 1' + b"0" * 5000 + b"}",
+    ],
+)
+def test_a_configuration_that_is_no_strict_json_is_refused(
+    checkpoint: Callable[..., Checkpoint], data: bytes
+) -> None:
     with pytest.raises(CheckpointError, match="Fetch the checkpoint again"):
         checkpoint(config__json=data)
 
 
-def test_a_link_out_of_a_checkpoint_is_refused_and_one_of_the_hubs_cache_is_not(tmp_path: Path) -> None:
+def test_a_link_out_of_a_checkpoint_is_refused_and_one_of_the_hubs_cache_is_not(
+    tmp_path: Path,
+) -> None:
     secret = tmp_path / "secret.json"
     secret.write_text('{"password": "x"}')
     folder = tmp_path / "model"
@@ -124,7 +164,9 @@ def test_a_link_out_of_a_checkpoint_is_refused_and_one_of_the_hubs_cache_is_not(
         Checkpoint(str(snapshot), owner="base").read_small_files()
 
 
-def test_a_link_out_of_a_store_is_neither_read_nor_written_nor_deleted_through(tmp_path: Path) -> None:
+def test_a_link_out_of_a_store_is_neither_read_nor_written_nor_deleted_through(
+    tmp_path: Path,
+) -> None:
     outside, inside = tmp_path / "outside", tmp_path / "store"
     outside.mkdir()
     inside.mkdir()
@@ -164,7 +206,9 @@ Edit = Callable[[dict[str, Any]], object]
         lambda raw: raw.update(entries="x"), lambda raw: raw.update(invented=1),
     ],
 )  # fmt: skip
-def test_a_manifest_that_reaches_elsewhere_or_has_no_sense_is_refused(good: tuple[Store, Manifest], edit: Edit) -> None:
+def test_a_manifest_that_reaches_elsewhere_or_has_no_sense_is_refused(
+    good: tuple[Store, Manifest], edit: Edit
+) -> None:
     store, manifest = good
     raw = json.loads(to_manifest_bytes(manifest))
     edit(raw)
@@ -174,16 +218,25 @@ def test_a_manifest_that_reaches_elsewhere_or_has_no_sense_is_refused(good: tupl
 
 
 def put_manifest(store: Store, manifest: Manifest, table: Any) -> None:
-    store.put(manifest_key(manifest.build), to_manifest_bytes(manifest.model_copy(update={"table": table})))
+    store.put(
+        manifest_key(manifest.build),
+        to_manifest_bytes(manifest.model_copy(update={"table": table})),
+    )
 
 
-def put_table(store: Store, manifest: Manifest, change: dict[str, Any], *, role: str | None = None) -> Any:
-    """Put a table whose first row, or first matrix of a role, is changed, with a digest that fits: only its sense is wrong."""
+def put_table(
+    store: Store, manifest: Manifest, change: dict[str, Any], *, role: str | None = None
+) -> Any:
+    """Put a table whose first row, or first matrix of a role, is changed, with a digest that fits:
+    only its sense is wrong.
+    """
     import io
 
     table = pq.read_table(io.BytesIO(store.read(manifest.table.key)))
     rows = table.to_pylist()
-    row = next(row for row in rows if role is None or (row["role"] == role and len(row["shape"]) == 2))
+    row = next(
+        row for row in rows if role is None or (row["role"] == role and len(row["shape"]) == 2)
+    )
     row |= change
     if change.get("row_stop", 0) is None:
         row["row_stop"] = row["row_start"] + row["shape"][0]
@@ -206,7 +259,9 @@ def put_table(store: Store, manifest: Manifest, change: dict[str, Any], *, role:
         {"shape": [1 << 40]},
     ],
 )
-def test_a_table_whose_rows_have_no_sense_is_refused(good: tuple[Store, Manifest], change: dict[str, Any]) -> None:
+def test_a_table_whose_rows_have_no_sense_is_refused(
+    good: tuple[Store, Manifest], change: dict[str, Any]
+) -> None:
     store, manifest = good
     entry = put_table(store, manifest, change)
     for with_statistics in (True, False):
@@ -217,23 +272,36 @@ def test_a_table_whose_rows_have_no_sense_is_refused(good: tuple[Store, Manifest
 def test_a_refused_table_names_the_row_and_the_column(good: tuple[Store, Manifest]) -> None:
     store, manifest = good
     entry = put_table(store, manifest, {"offset": -8})
-    with pytest.raises(ManifestError, match=r"no valid table \(row 0, offset: Input should be greater than or equal to 0\)"):
+    with pytest.raises(
+        ManifestError,
+        match=r"no valid table \(row 0, offset: Input should be greater than or equal to 0\)",
+    ):
         read_table(store, entry)
 
 
 @pytest.mark.parametrize(
     ("role", "change", "reason"),
     [
-        ("mask", {"num_bytes": 8}, r"\(mask of expert '\w+'\) of shape \(.*\) has 8 bytes of U8, packed bits of it take"),
+        (
+            "mask",
+            {"num_bytes": 8},
+            r"\(mask of expert '\w+'\) of shape \(.*\) has 8 bytes of U8, packed bits of it take",
+        ),
         ("mask", {"num_bytes": 0}, "has 0 bytes of U8"),
         ("mask", {"dtype": "X9"}, "has dtype X9"),
-        ("delta", {"shape": [1, 1], "row_stop": 1, "num_bytes": 2}, r"\(delta\) has shape \(1, 1\), θ₀ of that name"),
+        (
+            "delta",
+            {"shape": [1, 1], "row_stop": 1, "num_bytes": 2},
+            r"\(delta\) has shape \(1, 1\), θ₀ of that name",
+        ),
         ("base", {"row_stop": 1 << 36}, "in rows 0 to 68719476736"),
         ("base", {"row_start": 1, "row_stop": None}, "begins with row 1"),
         ("base", {"shape": [-1, -1], "num_bytes": 2}, r"has shape \(-1, -1\) from row 0 on"),
     ],
 )
-def test_rows_that_contradict_each_other_are_refused(good: tuple[Store, Manifest], role: str, change: dict[str, Any], reason: str) -> None:
+def test_rows_that_contradict_each_other_are_refused(
+    good: tuple[Store, Manifest], role: str, change: dict[str, Any], reason: str
+) -> None:
     store, manifest = good
     put_manifest(store, manifest, put_table(store, manifest, change, role=role))
     with pytest.raises(ManifestError, match=f"the table contradicts itself: .*{reason}"):
@@ -249,7 +317,9 @@ def test_a_piece_that_is_missing_in_the_middle_is_seen(good: tuple[Store, Manife
     key, (row,) = next((key, found) for key, found in rows.items() if len(found[0].shape) == 2)
     first = row.model_copy(update={"shape": (1, row.shape[1]), "row_stop": 1})
     last = row.model_copy(update={"shape": (row.shape[0] - 2, row.shape[1]), "row_start": 2})
-    with pytest.raises(ManifestError, match=r"has a piece that ends at row 1 and one that begins at row 2"):
+    with pytest.raises(
+        ManifestError, match=r"has a piece that ends at row 1 and one that begins at row 2"
+    ):
         check_rows({key: [first, last]}, uri="store")
 
 
@@ -260,7 +330,9 @@ def test_a_table_with_any_byte_changed_is_read_or_refused(good: tuple[Store, Man
         data = bytearray(whole)
         data[place] ^= 0x41
         store.put(manifest.table.key, bytes(data))
-        entry = manifest.table.model_copy(update={"digest": digest_bytes(bytes(data)), "num_bytes": len(data)})
+        entry = manifest.table.model_copy(
+            update={"digest": digest_bytes(bytes(data)), "num_bytes": len(data)}
+        )
         with suppress(ManifestError):
             read_table(store, entry)
 
@@ -268,7 +340,9 @@ def test_a_table_with_any_byte_changed_is_read_or_refused(good: tuple[Store, Man
 def test_bytes_that_are_no_parquet_are_refused(good: tuple[Store, Manifest]) -> None:
     store, manifest = good
     store.put(manifest.table.key, b"PAR1 no table")
-    entry = manifest.table.model_copy(update={"digest": digest_bytes(b"PAR1 no table"), "num_bytes": 13})
+    entry = manifest.table.model_copy(
+        update={"digest": digest_bytes(b"PAR1 no table"), "num_bytes": 13}
+    )
     with pytest.raises(ManifestError, match="no valid table"):
         read_table(store, entry)
 
@@ -295,13 +369,19 @@ def test_a_file_larger_than_its_manifest_says_is_not_read(good: tuple[Store, Man
     assert peak_bytes() - before < 100 << 20
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(noise=st.binary(max_size=20), at=st.integers(0, 5000), cut=st.booleans())
-def test_any_damage_of_a_manifest_raises_only_our_errors(good: tuple[Store, Manifest], noise: bytes, at: int, cut: bool) -> None:
+def test_any_damage_of_a_manifest_raises_only_our_errors(
+    good: tuple[Store, Manifest], noise: bytes, at: int, cut: bool
+) -> None:
     store, manifest = open_store("memory://fuzz"), good[1]
     data = to_manifest_bytes(manifest)
     at %= len(data)
-    store.put(manifest_key(manifest.build), data[:at] + noise + (b"" if cut else data[at + len(noise) :]))
+    store.put(
+        manifest_key(manifest.build), data[:at] + noise + (b"" if cut else data[at + len(noise) :])
+    )
     try:
         found = read_manifest(store, manifest.build)
     except ManifestError:
@@ -311,19 +391,29 @@ def test_any_damage_of_a_manifest_raises_only_our_errors(good: tuple[Store, Mani
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
     max_leaves=10,
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data(), value=json_values)
-def test_any_value_in_any_place_of_a_manifest_raises_only_our_errors(good: tuple[Store, Manifest], data: Any, value: Any) -> None:
+def test_any_value_in_any_place_of_a_manifest_raises_only_our_errors(
+    good: tuple[Store, Manifest], data: Any, value: Any
+) -> None:
     store, manifest = open_store("memory://fuzz"), good[1]
     raw: Any = json.loads(to_manifest_bytes(manifest))
     place = raw
     while True:
-        key: Any = data.draw(st.sampled_from(sorted(place)) if isinstance(place, dict) else st.integers(0, len(place) - 1))
+        key: Any = data.draw(
+            st.sampled_from(sorted(place))
+            if isinstance(place, dict)
+            else st.integers(0, len(place) - 1)
+        )
         if not isinstance(place[key], dict | list) or not place[key] or data.draw(st.booleans()):
             break
         place = place[key]
@@ -333,4 +423,7 @@ def test_any_value_in_any_place_of_a_manifest_raises_only_our_errors(good: tuple
         found = read_manifest(store, manifest.build)
     except ManifestError:
         return
-    assert all(".." not in entry.key.split("/") and not entry.key.startswith("/") for entry in found.entries)
+    assert all(
+        ".." not in entry.key.split("/") and not entry.key.startswith("/")
+        for entry in found.entries
+    )

@@ -7,8 +7,20 @@ from typing import Any
 import pytest
 
 from mmerge.manifests.errors import ManifestError
-from mmerge.manifests.format.manifest import BaseRecord, Manifest, TableEntry, manifest_key, read_manifest, write_manifest
-from mmerge.manifests.format.references import find_build, list_references, read_reference, write_reference
+from mmerge.manifests.format.manifest import (
+    BaseRecord,
+    Manifest,
+    TableEntry,
+    manifest_key,
+    read_manifest,
+    write_manifest,
+)
+from mmerge.manifests.format.references import (
+    find_build,
+    list_references,
+    read_reference,
+    write_reference,
+)
 from mmerge.manifests.stores.object_store import Store, open_store
 
 BUILD, OTHER = "a" * 64, "ab" * 32
@@ -62,7 +74,9 @@ def test_a_changed_manifest_is_refused(store: Store, change: dict[str, Any], mat
         read_manifest(store, BUILD)
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"a": NaN}', b'{"a": 1, "a": 1}', b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b"[]", b'{"a": NaN}', b'{"a": 1, "a": 1}', b"\xff\xfe", b"[" * 100_000]
+)
 def test_what_is_no_manifest_is_refused(store: Store, data: bytes) -> None:
     store.put(manifest_key(BUILD), data)
     with pytest.raises(ManifestError):
@@ -80,9 +94,19 @@ def test_references_are_numbered_created_once_and_the_highest_is_the_latest(stor
     assert (second.number, moved) == (2, True)
     assert list_references(store) == {"n": [1, 2]}
     assert read_reference(store, "n", 1).build == BUILD
-    assert find_build(store, "") == find_build(store, "n") == find_build(store, "n@latest") == find_build(store, "n@2") == OTHER
+    assert (
+        find_build(store, "")
+        == find_build(store, "n")
+        == find_build(store, "n@latest")
+        == find_build(store, "n@2")
+        == OTHER
+    )
     assert find_build(store, "n@1") == find_build(store, "aaaaaa") == BUILD
-    for fragment, match in (("n@7", "no number"), ("m", "names there: n"), ("ffffff", "no composite")):
+    for fragment, match in (
+        ("n@7", "no number"),
+        ("m", "names there: n"),
+        ("ffffff", "no composite"),
+    ):
         with pytest.raises(ManifestError, match=match):
             find_build(store, fragment)
     write_reference(store, "m", BUILD, sources={}, versions={})

@@ -30,20 +30,33 @@ def refused(data: bytes, match: str) -> None:
 
 
 def test_a_file_of_the_official_writer_is_read(tmp_path: Path) -> None:
-    tensors = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array(7, dtype=np.int64), "e": np.zeros((0, 4), np.float16)}
+    tensors = {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "b": np.array(7, dtype=np.int64),
+        "e": np.zeros((0, 4), np.float16),
+    }
     save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "np"})
     data = (tmp_path / "x.safetensors").read_bytes()
     specs = parse_header(data, file_bytes=len(data), where="x")
     assert set(specs) == {"a", "b", "e"}
-    found = np.frombuffer(data, np.float32, count=6, offset=specs["a"].offset).reshape(specs["a"].shape)
+    found = np.frombuffer(data, np.float32, count=6, offset=specs["a"].offset).reshape(
+        specs["a"].shape
+    )
     assert (found == tensors["a"]).all()
     assert specs["b"].shape == ()
     assert specs["b"].num_entries == 1
 
 
 def test_a_header_made_before_its_data_is_read_by_the_official_reader() -> None:
-    header, specs = make_header([("x", "F32", (2, 2)), ("m", "U8", (8,)), ("y", "F32", ())], metadata={"note": "ü"})
-    data = header + np.arange(4, dtype=np.float32).tobytes() + bytes(range(8)) + np.float32(5).tobytes()
+    header, specs = make_header(
+        [("x", "F32", (2, 2)), ("m", "U8", (8,)), ("y", "F32", ())], metadata={"note": "ü"}
+    )
+    data = (
+        header
+        + np.arange(4, dtype=np.float32).tobytes()
+        + bytes(range(8))
+        + np.float32(5).tobytes()
+    )
     loaded = load(data)
     assert loaded["x"].tolist() == [[0, 1], [2, 3]]
     assert loaded["m"].tolist() == list(range(8))
@@ -58,7 +71,10 @@ def test_every_rule_of_the_format_is_checked() -> None:
     refused(make_file({"a": entry("F32", [2], 0, 8)}, b"1234"), "truncated")
     refused(make_file({"a": entry("F32", [1], 0, 4)}, b"12345678"), "longer than its header")
     refused(make_file({"a": entry("F32", [2], 0, 4)}, b"1234"), "takes 8 bytes, its offsets span 4")
-    refused(make_file({"a": entry("F32", [1], 0, 4), "b": entry("F32", [1], 0, 4)}, b"1234"), "begins at byte")
+    refused(
+        make_file({"a": entry("F32", [1], 0, 4), "b": entry("F32", [1], 0, 4)}, b"1234"),
+        "begins at byte",
+    )
     refused(make_file({"a": entry("F32", [1], 4, 8)}, b"12345678"), "begins at byte")
     refused(make_file({"a": entry("F32", [-1], 0, 4)}, b"1234"), "no list of sizes")
     refused(make_file({"a": entry("F32", [1], -4, 0)}, b"1234"), "no pair of sizes")
@@ -78,4 +94,6 @@ def test_damaged_bytes_raise_nothing_but_a_checkpoint_error(noise: bytes, at: in
         specs = parse_header(data, file_bytes=len(data), where="fuzz")
     except CheckpointError:
         return
-    assert all(8 <= spec.offset <= spec.offset + spec.num_bytes <= len(data) for spec in specs.values())
+    assert all(
+        8 <= spec.offset <= spec.offset + spec.num_bytes <= len(data) for spec in specs.values()
+    )

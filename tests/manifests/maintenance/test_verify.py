@@ -26,7 +26,9 @@ def flip(path: Path, offset: int) -> None:
     path.write_bytes(data)
 
 
-def test_a_whole_build_verifies_and_every_byte_is_counted(built: tuple[Path, list[StoredRow]]) -> None:
+def test_a_whole_build_verifies_and_every_byte_is_counted(
+    built: tuple[Path, list[StoredRow]],
+) -> None:
     seen: list[int] = []
     report = verify(str(built[0]), on_bytes=seen.append)
     report.check()
@@ -47,7 +49,9 @@ def test_one_flipped_bit_is_found_and_named(built: tuple[Path, list[StoredRow]],
         report.check()
 
 
-def test_a_truncated_a_missing_and_a_swapped_object_are_found(built: tuple[Path, list[StoredRow]]) -> None:
+def test_a_truncated_a_missing_and_a_swapped_object_are_found(
+    built: tuple[Path, list[StoredRow]],
+) -> None:
     folder, rows = built
     one, two, three, four = sorted({row.object for row in rows})[:4]
     (folder / one).write_bytes((folder / one).read_bytes()[:-1])

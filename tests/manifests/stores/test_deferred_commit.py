@@ -1,4 +1,6 @@
-"""Files that are written and settled later: no name before their bytes are on the disk, in their order, and none of them left behind."""
+"""Files that are written and settled later: no name before their bytes are on the disk, in their
+order, and none of them left behind.
+"""
 
 from __future__ import annotations
 
@@ -38,12 +40,16 @@ def test_what_is_written_has_no_name_until_it_is_settled_by_whom_ever(store: Sto
     assert files(store) == ["a.json", "a.safetensors", "plain"]
 
 
-def test_names_come_in_order_each_behind_its_own_bytes(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_come_in_order_each_behind_its_own_bytes(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     events: list[str] = []
     sync = folder._sync
 
     def note(path: Path) -> None:
-        events.append(f"{path.name.split('.')[1]} of {sorted(store.list())}" if path.is_file() else "folder")
+        events.append(
+            f"{path.name.split('.')[1]} of {sorted(store.list())}" if path.is_file() else "folder"
+        )
         sync(path)
 
     with collect_pending(store) as found:
@@ -90,7 +96,9 @@ def test_a_file_that_cannot_be_settled_is_an_error_that_names_it_and_those_behin
     monkeypatch.setattr(folder, "_sync", fail)
     with pytest.raises(StoreError, match=r"second.*No space left"):
         settle(store, found)
-    assert files(store) == ["first"], "what has its name stays; what could not be settled, and what followed, is gone"
+    assert files(store) == ["first"], (
+        "what has its name stays; what could not be settled, and what followed, is gone"
+    )
 
 
 @pytest.mark.parametrize("partial", ["../../.x.partial", "/etc/.x.partial"])

@@ -1,4 +1,6 @@
-"""Local files are read whole, block by block, whatever the system gives at once, and nothing stays open."""
+"""Local files are read whole, block by block, whatever the system gives at once, and nothing stays
+open.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +33,18 @@ def open_files(path: Path) -> int:
     return held
 
 
-@pytest.mark.parametrize(("offset", "num_bytes"), [(0, 10_000), (1, 9_999), (4_095, 1_500), (9_999, 1), (300, 0)])
+@pytest.mark.parametrize(
+    ("offset", "num_bytes"), [(0, 10_000), (1, 9_999), (4_095, 1_500), (9_999, 1), (300, 0)]
+)
 @pytest.mark.parametrize("block_bytes", [7, 1_000, 1 << 20])
-def test_a_range_is_read_in_blocks_to_where_the_caller_wants_it(path: Path, offset: int, num_bytes: int, block_bytes: int) -> None:
+def test_a_range_is_read_in_blocks_to_where_the_caller_wants_it(
+    path: Path, offset: int, num_bytes: int, block_bytes: int
+) -> None:
     into = np.full(num_bytes, 255, np.uint8)
     start = 0
-    for block in read_local(path, offset=offset, num_bytes=num_bytes, block_bytes=block_bytes, into=into):
+    for block in read_local(
+        path, offset=offset, num_bytes=num_bytes, block_bytes=block_bytes, into=into
+    ):
         assert len(block) == min(block_bytes, num_bytes - start)
         assert np.shares_memory(block, into)
         assert np.array_equal(block, DATA[offset + start : offset + start + len(block)])
@@ -63,15 +71,21 @@ def test_readers_in_step_have_memory_of_their_own_and_later_ones_use_it_again(pa
 
 
 @pytest.mark.parametrize("most", [1, 13])
-def test_a_system_that_gives_less_than_was_asked_is_asked_again(path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+def test_a_system_that_gives_less_than_was_asked_is_asked_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
     given = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda file, views, offset: given(file, [views[0][:most]], offset))
+    monkeypatch.setattr(
+        os, "preadv", lambda file, views, offset: given(file, [views[0][:most]], offset)
+    )
     found = [block.copy() for block in read_local(path, offset=5, num_bytes=2_000, block_bytes=600)]
     assert [len(block) for block in found] == [600, 600, 600, 200]
     assert np.array_equal(np.concatenate(found), DATA[5:2_005])
 
 
-def test_a_system_without_preadv_reads_the_same(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_without_preadv_reads_the_same(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delattr(os, "preadv")
     found = [block.copy() for block in read_local(path, offset=5, num_bytes=2_000, block_bytes=600)]
     assert np.array_equal(np.concatenate(found), DATA[5:2_005])

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mmerge.manifests.stores.prefetch import read_in_parts
 from mmerge.manifests.errors import AlreadyExists, NotFound, StoreError, StoreUnavailable
 from mmerge.manifests.stores.create_check import check_store
 from mmerge.manifests.stores.object_store import Store, open_store
+from mmerge.manifests.stores.prefetch import read_in_parts
 
 
 @pytest.fixture(params=["memory", "local", "moto", "ceph", "swift", "azurite"])
@@ -45,7 +45,9 @@ def test_put_new_refuses_to_replace_and_leaves_the_first(store: Store) -> None:
     assert store.read("a") == b"first"
 
 
-def test_of_many_writers_at_once_exactly_one_creates_and_its_bytes_stay(store: Store, request: pytest.FixtureRequest) -> None:
+def test_of_many_writers_at_once_exactly_one_creates_and_its_bytes_stay(
+    store: Store, request: pytest.FixtureRequest
+) -> None:
     def create(number: int) -> bool:
         try:
             store.put_new("contested", b"%d" % number * 1000)
@@ -57,7 +59,9 @@ def test_of_many_writers_at_once_exactly_one_creates_and_its_bytes_stay(store: S
         won = list(pool.map(create, range(8)))
     is_racy = request.node.callspec.params["store"] == "swift"  # it looks first and writes later
     assert sum(won) >= 1 if is_racy else sum(won) == 1
-    assert store.read("contested") in {b"%d" % number * 1000 for number, has_won in enumerate(won) if has_won}
+    assert store.read("contested") in {
+        b"%d" % number * 1000 for number, has_won in enumerate(won) if has_won
+    }
     assert check_store(store) != is_racy
     assert store.honours_create != is_racy
     assert not list(store.list("probe"))
@@ -69,9 +73,14 @@ def test_ranges_are_read_together_forward_and_in_large_parts(store: Store) -> No
         for start in range(0, len(data), 3 << 20):
             out.write(data[start : start + (3 << 20)])
     ranges = [(5, 10), (15, 3), (20_000_000, 7), (0, 1)]
-    assert [bytes(found) for found in store.read_ranges("large", ranges)] == [data[at : at + size] for at, size in ranges]
+    assert [bytes(found) for found in store.read_ranges("large", ranges)] == [
+        data[at : at + size] for at, size in ranges
+    ]
     told: list[memoryview] = []
-    assert store.read_range("large", offset=3, num_bytes=len(data) - 5, on_part=told.append) == data[3:-2]
+    assert (
+        store.read_range("large", offset=3, num_bytes=len(data) - 5, on_part=told.append)
+        == data[3:-2]
+    )
     assert b"".join(told) == data[3:-2]
     with pytest.raises(StoreError, match="it ends at 26214400"):
         store.read_range("large", offset=5 << 20, num_bytes=len(data))
@@ -80,8 +89,14 @@ def test_ranges_are_read_together_forward_and_in_large_parts(store: Store) -> No
     begin, stop, step = 1000, len(data) - 1000, 3_000_001
     for offset in range(begin, stop, step):
         size = min(step, stop - offset)
-        assert store.read_forward("large", offset=offset, num_bytes=size, start=begin, stop=stop) == data[offset : offset + size]
-    assert store.read_forward("large", offset=begin, num_bytes=9, start=begin, stop=stop) == data[begin : begin + 9]
+        assert (
+            store.read_forward("large", offset=offset, num_bytes=size, start=begin, stop=stop)
+            == data[offset : offset + size]
+        )
+    assert (
+        store.read_forward("large", offset=begin, num_bytes=9, start=begin, stop=stop)
+        == data[begin : begin + 9]
+    )
     with pytest.raises(StoreError, match="at most 1,000 are read"):
         store.read("large", max_bytes=1000)
 

@@ -1,4 +1,6 @@
-"""What a store holds is true at every moment: runs that are killed, two builders at once, servers that fail, bytes that change."""
+"""What a store holds is true at every moment: runs that are killed, two builders at once, servers
+that fail, bytes that change.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ from mmerge.pipeline.build.run import RunReport
 
 
 def digests(store: Store) -> dict[str, str]:
-    """Every object, file, manifest and table (references hold times, surveys are caches of paths)."""
+    """Every object, file, manifest and table (references hold times, surveys are caches of paths).
+    """
     kept = ("objects/", "files/", "builds/")
     return {key: hashlib.sha256(store.read(key)).hexdigest() for key in store.list() if key.startswith(kept)}
 
@@ -86,7 +89,9 @@ def test_two_builders_at_once_both_end_well_with_one_build(
 
 
 def test_where_a_server_lets_several_writers_create_a_manifest_every_one_of_them_ends_with_the_same_build(lab: Any, places: Any) -> None:
-    """Many committers at once against Swift, again and again until it let several of them create the manifest."""
+    """Many committers at once against Swift, again and again until it let several of them create
+    the manifest.
+    """
     report = build(lab, lab.make_all(1), "source")
     manifest = report.manifest
     assert manifest is not None
@@ -184,7 +189,9 @@ def test_inputs_are_read_from_the_same_stores_as_outputs(lab: Any, places: Any) 
 
 @pytest.fixture
 def built(lab: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[StoredRow]]:
-    """A small build, with a loader that reads every tensor; models and tokenizers of three layers are not the matter here."""
+    """A small build, with a loader that reads every tensor; models and tokenizers of three layers
+    are not the matter here.
+    """
     from mmerge.workers.composite import loader as load
     from mmerge.workers.modalities import encoders
 
@@ -196,7 +203,9 @@ def built(lab: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[StoredR
 
 
 def load(folder: Path) -> None:
-    """Load the composite in every mode; each reads only what it needs, together they read every tensor."""
+    """Load the composite in every mode; each reads only what it needs, together they read every
+    tensor.
+    """
     from mmerge.pipeline import load_composite
 
     load_composite(str(folder))
@@ -228,7 +237,9 @@ def test_every_changed_byte_of_a_tensor_is_found_and_named_by_verify_and_by_the_
 
 
 def test_every_changed_byte_of_a_header_is_found_and_named_by_verify_and_by_the_loader(built: tuple[Path, list[StoredRow]]) -> None:
-    """Length, JSON, metadata and padding: in each object at its first and last bytes and at random ones, one bit each."""
+    """Length, JSON, metadata and padding: in each object at its first and last bytes and at random
+    ones, one bit each.
+    """
     folder, rows = built
     chance = random.Random(8)
     tried = 0

@@ -1,4 +1,6 @@
-"""Waiting for the disk beside the work: workers go on, nothing counts as done before it is settled, and what was made is kept."""
+"""Waiting for the disk beside the work: workers go on, nothing counts as done before it is settled,
+and what was made is kept.
+"""
 
 from __future__ import annotations
 

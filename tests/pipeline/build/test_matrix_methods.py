@@ -1,4 +1,6 @@
-"""Recipes of the slerp family, whole-matrix methods, AdaMMS and Neuron-Fusion: what they refuse, and bytes that depend on nothing else."""
+"""Recipes of the slerp family, whole-matrix methods, AdaMMS and Neuron-Fusion: what they refuse,
+and bytes that depend on nothing else.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Builds of every kind of method: bytes that depend on nothing but inputs and numbers, composites that load, recipes that are refused."""
+"""Builds of every kind of method: bytes that depend on nothing but inputs and numbers, composites
+that load, recipes that are refused.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def make_large(lab: Any) -> dict[str, Any]:
-    """Checkpoints with tensors of more entries than the smallest block, and rows that end in no block."""
+    """Checkpoints with tensors of more entries than the smallest block, and rows that end in no
+    block.
+    """
     lab.config |= {"hidden_size": 264, "intermediate_size": 390, "head_dim": 66, "vocab_size": 300, "num_hidden_layers": 1}
     return lab.make_all()
 

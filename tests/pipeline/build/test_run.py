@@ -1,4 +1,6 @@
-"""One behaviour, every executor: bytes that depend on nothing but inputs and numbers, and runs that continue."""
+"""One behaviour, every executor: bytes that depend on nothing but inputs and numbers, and runs that
+continue.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ def executor(request: pytest.FixtureRequest) -> Executor:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Every object, file, manifest and table of a store (references hold times, surveys are caches of paths).
+    """Every object, file, manifest and table of a store (references hold times, surveys are caches
+    of paths).
 
     What a killed run was writing lies under a temporary name.
     """
@@ -64,7 +67,8 @@ def test_bytes_do_not_depend_on_executor_workers_or_block_size(lab: Any, ray_exe
     lab.config |= {"hidden_size": 256, "intermediate_size": 384, "head_dim": 64, "vocab_size": 300}
     raw = lab.make_all()
     found = []
-    # `ray_executor` holds a Ray of two workers in this process; the one of one worker lives in a process of its own.
+    # `ray_executor` holds a Ray of two workers in this process; the one of one worker lives in a
+    # process of its own.
     for name, executor, block_entries in (("a", SerialExecutor(), 1 << 18), ("b", SerialExecutor(), 1 << 16), ("c", ray_executor, 1 << 16)):
         plan = make_plan(read_recipe(lab.write_recipe(raw | {"output": name})), block_entries=block_entries)
         run(plan, executor=executor)

@@ -1,4 +1,6 @@
-"""A shard is merged as soon as its own survey is done, unless it depends on others; the result is the same."""
+"""A shard is merged as soon as its own survey is done, unless it depends on others; the result is
+the same.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The life of a store: rebuilds that compute what changed, a plan that says so, and the commands log, diff, gc and copy."""
+"""The life of a store: rebuilds that compute what changed, a plan that says so, and the commands
+log, diff, gc and copy.
+"""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import torch
 
 from mmerge.pipeline.cli.main import COMMANDS, main
 
-SAMPLES = Path(__file__).resolve().parent.parent.parent / "examples" / "lab" / "samples"
+SAMPLES = Path(__file__).resolve().parent.parent.parent.parent / "examples" / "lab" / "samples"
 Call = Callable[..., tuple[int, str, str]]
 
 
@@ -43,7 +43,17 @@ def refused(call: Call, match: str, *arguments: object) -> None:
 def test_help_names_every_command_and_the_exit_codes(call: Call) -> None:
     code, out, _ = call("--help")
     assert code == 0
-    for word in ("plan", "run", "show", "verify", "generate", "export", "methods", "schema", "Exit codes"):
+    for word in (
+        "plan",
+        "run",
+        "show",
+        "verify",
+        "generate",
+        "export",
+        "methods",
+        "schema",
+        "Exit codes",
+    ):
         assert word in out
 
 
@@ -73,7 +83,12 @@ def test_a_plan_is_printed_for_people_and_for_scripts(call: Call, lab: Any) -> N
     recipe = lab.write_recipe(lab.make_all())
     code, out, _ = call("plan", recipe)
     assert code == 0
-    for word in ("layers.0", "peak memory", "multi_modal_projector", "embed_tokens.weight rows 40 to 41"):
+    for word in (
+        "layers.0",
+        "peak memory",
+        "multi_modal_projector",
+        "embed_tokens.weight rows 40 to 41",
+    ):
         assert word in out, out
     first, second = (call("plan", recipe, "--json")[1] for _ in range(2))
     assert first == second
@@ -81,7 +96,9 @@ def test_a_plan_is_printed_for_people_and_for_scripts(call: Call, lab: Any) -> N
     assert not (lab.folder / "store").exists(), "a plan writes nothing"
 
 
-def test_a_run_shows_its_shards_and_a_second_run_says_there_is_nothing_to_do(call: Call, lab: Any) -> None:
+def test_a_run_shows_its_shards_and_a_second_run_says_there_is_nothing_to_do(
+    call: Call, lab: Any
+) -> None:
     recipe = lab.write_recipe(lab.make_all())
     code, out, _ = call("run", recipe, "--executor", "serial")
     assert code == 0
@@ -94,7 +111,10 @@ def test_a_run_shows_its_shards_and_a_second_run_says_there_is_nothing_to_do(cal
     assert code == 0
     for word in ("mask density", "catastrophic", "selfish", "image+audio", "layer"):
         assert word in out, out
-    assert json.loads(call("show", store, "--json")[1])["statistics"]["masks"]["image"]["density"] > 0.1
+    assert (
+        json.loads(call("show", store, "--json")[1])["statistics"]["masks"]["image"]["density"]
+        > 0.1
+    )
     code, out, _ = call("verify", store)
     assert code == 0
     assert "all digests equal" in out
@@ -103,13 +123,25 @@ def test_a_run_shows_its_shards_and_a_second_run_says_there_is_nothing_to_do(cal
 def test_a_store_of_several_composites_is_listed_and_asks_which(call: Call, lab: Any) -> None:
     raw = lab.make_all()
     for method in ("mmer", "ties"):
-        call("run", lab.write_recipe(raw | {"method": method, "name": method}), "--executor", "serial")
+        call(
+            "run",
+            lab.write_recipe(raw | {"method": method, "name": method}),
+            "--executor",
+            "serial",
+        )
     code, out, _ = call("show", lab.folder / "store")
     assert code == 0
     assert "#mmer" in out
     assert "#ties" in out
-    refused(call, "holds several composites: add one of #mmer, #ties", "verify", lab.folder / "store")
-    refused(call, "no composite 'nothing'; names there: mmer, ties", "verify", f"{lab.folder / 'store'}#nothing")
+    refused(
+        call, "holds several composites: add one of #mmer, #ties", "verify", lab.folder / "store"
+    )
+    refused(
+        call,
+        "no composite 'nothing'; names there: mmer, ties",
+        "verify",
+        f"{lab.folder / 'store'}#nothing",
+    )
 
 
 def test_a_damage_is_found_and_a_fresh_run_repairs_it(call: Call, lab: Any) -> None:
@@ -136,22 +168,48 @@ def test_the_schema_accepts_the_committed_recipes(call: Call, repository: Path) 
 
 def test_methods_are_listed_with_source_and_parameters(call: Call) -> None:
     _, out, _ = call("methods")
-    for word in ("mmer", "arXiv 2505.17110", "density", "experts.NAME.mask_scale", "ties", "[mean, sum, max]", "the base may be left out"):
+    for word in (
+        "mmer",
+        "arXiv 2505.17110",
+        "density",
+        "experts.NAME.mask_scale",
+        "ties",
+        "[mean, sum, max]",
+        "the base may be left out",
+    ):
         assert word in out
 
 
 def test_the_documentation_lists_every_method_as_it_is(call: Call, repository: Path) -> None:
     _, out, _ = call("methods", "--markdown")
     text = (repository / "docs" / "methods.md").read_text()
-    assert out.strip() in text, "docs/methods.md is behind: put the output of 'mmerge methods --markdown' at its end"
+    assert out.strip() in text, (
+        "docs/methods.md is behind: put the output of 'mmerge methods --markdown' at its end"
+    )
 
 
 def test_a_composite_answers_on_the_command_line(call: Call, lab_store: str) -> None:
     image, sound = SAMPLES / "image_seven_light.png", SAMPLES / "sound_three_low.wav"
-    code, out, err = call("generate", f"{lab_store}#mmer", "--image", image, "which digit is in the image ?", "--max-new-tokens", 3)
+    code, out, err = call(
+        "generate",
+        f"{lab_store}#mmer",
+        "--image",
+        image,
+        "which digit is in the image ?",
+        "--max-new-tokens",
+        3,
+    )
     assert (code, out.strip()) == (0, "seven"), err
     code, out, err = call(
-        "generate", f"{lab_store}#mmer", "--image", image, "--audio", sound, "which digit is in the sound ?", "--max-new-tokens", 3
+        "generate",
+        f"{lab_store}#mmer",
+        "--image",
+        image,
+        "--audio",
+        sound,
+        "which digit is in the sound ?",
+        "--max-new-tokens",
+        3,
     )
     assert (code, out.strip()) == (0, "three"), err
     code, out, err = call(
@@ -169,24 +227,63 @@ def test_a_composite_answers_on_the_command_line(call: Call, lab_store: str) -> 
 
 
 def test_an_export_is_written_and_named(call: Call, lab_store: str, tmp_path: Path) -> None:
-    code, out, _ = call("export", f"{lab_store}#mmer", "--expert", "image", "--to", tmp_path / "image")
+    code, out, _ = call(
+        "export", f"{lab_store}#mmer", "--expert", "image", "--to", tmp_path / "image"
+    )
     assert code == 0
     assert "model.safetensors" in out
     assert (tmp_path / "image" / "config.json").is_file()
-    modes = {name: (tmp_path / "image" / name).stat().st_mode for name in ("config.json", "model.safetensors")}
+    modes = {
+        name: (tmp_path / "image" / name).stat().st_mode
+        for name in ("config.json", "model.safetensors")
+    }
     assert len(set(modes.values())) == 1, "who may read one file may read all"
     refused(call, "is not empty", "export", f"{lab_store}#mmer", "--to", tmp_path / "image")
-    refused(call, "is a file", "export", f"{lab_store}#mmer", "--to", tmp_path / "image" / "config.json")
-    refused(call, "goes to a folder of this machine", "export", f"{lab_store}#mmer", "--to", "s3://bucket/image")
-    refused(call, "has more than 128", "export", f"{lab_store}#mmer", "--lora-rank", 100000, "--to", tmp_path / "adapter")
+    refused(
+        call, "is a file", "export", f"{lab_store}#mmer", "--to", tmp_path / "image" / "config.json"
+    )
+    refused(
+        call,
+        "goes to a folder of this machine",
+        "export",
+        f"{lab_store}#mmer",
+        "--to",
+        "s3://bucket/image",
+    )
+    refused(
+        call,
+        "has more than 128",
+        "export",
+        f"{lab_store}#mmer",
+        "--lora-rank",
+        100000,
+        "--to",
+        tmp_path / "adapter",
+    )
 
 
 def test_bad_questions_are_refused(call: Call, lab_store: str, tmp_path: Path) -> None:
     uri = f"{lab_store}#mmer"
     refused(call, "give a question", "generate", uri)
-    refused(call, "no.png: no such image file", "generate", uri, "--image", tmp_path / "no.png", "what ?")
+    refused(
+        call,
+        "no.png: no such image file",
+        "generate",
+        uri,
+        "--image",
+        tmp_path / "no.png",
+        "what ?",
+    )
     refused(call, "no expert for modality 'smell'", "generate", uri, "--media", "smell=x", "what ?")
-    refused(call, "--media: expected KIND=FILE, got 'smell'", "generate", uri, "--media", "smell", "what ?")
+    refused(
+        call,
+        "--media: expected KIND=FILE, got 'smell'",
+        "generate",
+        uri,
+        "--media",
+        "smell",
+        "what ?",
+    )
 
 
 def test_bad_input_is_refused_with_one_clear_line(call: Call, lab: Any) -> None:
@@ -201,14 +298,35 @@ def test_bad_input_is_refused_with_one_clear_line(call: Call, lab: Any) -> None:
     run("nowhere: no such folder. Check the path in the recipe", base="nowhere")
     run("densty: unknown key for method 'mmer'; known are", densty=0.8)
     run("density: expected a number in (0, 1], got 80", density=80)
-    run("experts.audio.path", experts={name: {"path": "image", "modality": name} for name in ("image", "audio")})
+    run(
+        "experts.audio.path",
+        experts={name: {"path": "image", "modality": name} for name in ("image", "audio")},
+    )
     (lab.folder / "file").write_text("")
     run("Choose another 'output' or grant write access", output="file/store")
-    refused(call, "--executor: expected 'ray', 'processes' or 'serial', got 'dask'", "run", lab.write_recipe(raw), "--executor", "dask")
-    refused(call, "multiple of 65536", "run", lab.write_recipe(raw), "--executor", "serial", "--block-entries", 1000)
+    refused(
+        call,
+        "--executor: expected 'ray', 'processes' or 'serial', got 'dask'",
+        "run",
+        lab.write_recipe(raw),
+        "--executor",
+        "dask",
+    )
+    refused(
+        call,
+        "multiple of 65536",
+        "run",
+        lab.write_recipe(raw),
+        "--executor",
+        "serial",
+        "--block-entries",
+        1000,
+    )
 
 
-def test_damaged_and_foreign_checkpoints_are_refused_with_one_clear_line(call: Call, lab: Any) -> None:
+def test_damaged_and_foreign_checkpoints_are_refused_with_one_clear_line(
+    call: Call, lab: Any
+) -> None:
     recipe = lab.write_recipe(lab.make_all())
     path = lab.folder / "audio" / "model.safetensors"
     whole = path.read_bytes()
@@ -223,9 +341,17 @@ def test_damaged_and_foreign_checkpoints_are_refused_with_one_clear_line(call: C
     run("announces a header of 1,152,921,504,606,846,976 bytes")
     path.unlink()
     run("expert 'audio'")
-    lab.make_expert("audio", 1, change=lambda t: t.update({"language_model.model.norm.weight": torch.ones(17)}))
+    lab.make_expert(
+        "audio", 1, change=lambda t: t.update({"language_model.model.norm.weight": torch.ones(17)})
+    )
     run("model.norm.weight: expert 'audio' has (17,), the base has (16,)")
-    lab.make_expert("audio", 1, change=lambda t: t["language_model.model.layers.0.mlp.up_proj.weight"].__setitem__((2, 3), float("nan")))
+    lab.make_expert(
+        "audio",
+        1,
+        change=lambda t: t["language_model.model.layers.0.mlp.up_proj.weight"].__setitem__(
+            (2, 3), float("nan")
+        ),
+    )
     run("expert 'audio': language_model.model.layers.0.mlp.up_proj.weight: NaN at [2, 3]")
     config = lab.expert_config()
     config["text_config"] = config["text_config"] | {"model_type": "qwen2"}
@@ -238,7 +364,12 @@ def test_a_manifest_of_an_unknown_version_is_refused(call: Call, lab: Any) -> No
     path = next((lab.folder / "store" / "builds").glob("*/manifest.json"))
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99}))
     for command in ("show", "verify"):
-        refused(call, "has format version 99, this mmerge reads version 1", command, lab.folder / "store")
+        refused(
+            call,
+            "has format version 99, this mmerge reads version 1",
+            command,
+            lab.folder / "store",
+        )
 
 
 def test_debug_shows_where_an_error_comes_from(lab: Any) -> None:

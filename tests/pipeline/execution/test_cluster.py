@@ -12,8 +12,8 @@ import pytest
 
 from mmerge.manifests.errors import TaskErrors
 from mmerge.pipeline import make_plan, read_recipe, run, verify
-from mmerge.pipeline.execution.scheduler import Policy, nothing_follows
 from mmerge.pipeline.execution.executor import RayExecutor, SerialExecutor
+from mmerge.pipeline.execution.scheduler import Policy, nothing_follows
 
 pytestmark = pytest.mark.ray
 
@@ -24,7 +24,9 @@ def connected(ray_nodes: Any, script: Any) -> Iterator[Any]:
     import ray
 
     hook = {"worker_process_setup_hook": script.make_hook()}
-    ray.init(address=ray_nodes.address, runtime_env=hook, log_to_driver=False, logging_level="ERROR")
+    ray.init(
+        address=ray_nodes.address, runtime_env=hook, log_to_driver=False, logging_level="ERROR"
+    )
     yield ray_nodes
     ray.shutdown()
 
@@ -46,7 +48,10 @@ def test_tasks_are_spread_over_nodes_and_the_bytes_are_those_of_a_serial_run(
     assert len(per_node) == 3
     assert max(per_node.values()) <= len(begun) / 2, per_node
     running, most = 0, 0
-    marks = sorted([(event["time"], 1) for event in begun] + [(event["time"], -1) for event in faults.events(kind="end")])
+    marks = sorted(
+        [(event["time"], 1) for event in begun]
+        + [(event["time"], -1) for event in faults.events(kind="end")]
+    )
     for _, step in marks:
         running += step
         most = max(most, running)
@@ -58,7 +63,10 @@ def test_a_merge_runs_where_its_inputs_were_surveyed(
 ) -> None:
     raw, _ = undisturbed
     again: list[bool] = []
-    for build in range(3):  # tasks of milliseconds: in a single build the preferred node may be busy whenever it is asked
+    for build in range(
+        3
+        # Tasks of milliseconds: in a single build the preferred node may be busy whenever it is asked
+    ):
         before = len(faults.events())
         run(make_tiny_plan(lab, raw, f"store{build}"), executor=RayExecutor())
         places: dict[str, list[str]] = {}
@@ -84,7 +92,9 @@ def test_an_attempt_over_its_deadline_gets_a_second_elsewhere(
 ) -> None:
     raw, wanted = undisturbed
     plan = make_tiny_plan(lab, raw)
-    run(make_tiny_plan(lab, raw, "warm"), executor=RayExecutor())  # workers are there: what is measured is the deadline
+    run(
+        make_tiny_plan(lab, raw, "warm"), executor=RayExecutor()
+    )  # workers are there: what is measured is the deadline
     faults.set("layers.3", "wait")
     before = len(faults.events(shard="layers.3"))
     began = time.monotonic()
@@ -126,13 +136,17 @@ def test_sigkill_of_a_raylet_in_mid_task_ends_with_the_same_bytes(
     assert faults.events(shard="layers.1")[1]["node"] != first["node"]
 
 
-def test_one_bad_tensor_in_each_of_two_experts_fails_the_build_at_its_end_with_both_and_keeps_the_rest(lab: Any, connected: Any) -> None:
+def test_one_bad_tensor_in_each_of_two_experts_fails_the_build_at_its_end_with_both_and_keeps_the_rest(
+    lab: Any, connected: Any
+) -> None:
     raw = lab.make_all()
 
     def spoil(name: str, value: float) -> Any:
         return lambda tensors: tensors[name].view(-1).__setitem__(0, value)
 
-    lab.make_expert("audio", 1, change=spoil("language_model.model.layers.1.mlp.up_proj.weight", float("nan")))
+    lab.make_expert(
+        "audio", 1, change=spoil("language_model.model.layers.1.mlp.up_proj.weight", float("nan"))
+    )
     lab.make_expert("video", 2, change=spoil("multi_modal_projector.linear_1.weight", float("inf")))
     with pytest.raises(TaskErrors) as caught:
         run(make_tiny_plan(lab, raw), executor=RayExecutor())
@@ -149,11 +163,15 @@ def test_only_keys_and_entries_travel_through_the_driver(lab: Any, ray_nodes: An
     sizes: list[int] = []
 
     class Watching(SerialExecutor):
-        def run(self, tasks: Any, store_uri: str, follow: Any = nothing_follows) -> Generator[Any, None, None]:
+        def run(
+            self, tasks: Any, store_uri: str, follow: Any = nothing_follows
+        ) -> Generator[Any, None, None]:
             for task, outcome in super().run(tasks, store_uri, follow):
                 sizes.extend((len(pickle.dumps(task)), len(pickle.dumps(outcome))))
                 yield task, outcome
 
     run(plan, executor=Watching())
     assert len(sizes) > 20
-    assert max(sizes) < 50_000 < plan.bytes_in / 20, "a task and its result stay below what Ray puts into its object store"
+    assert max(sizes) < 50_000 < plan.bytes_in / 20, (
+        "a task and its result stay below what Ray puts into its object store"
+    )

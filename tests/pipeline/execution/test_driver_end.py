@@ -1,4 +1,6 @@
-"""A driver that is killed, interrupted or stopped in mid-build: nothing lives on, nothing half-made has a name, the next run continues."""
+"""A driver that is killed, interrupted or stopped in mid-build: nothing lives on, nothing half-made
+has a name, the next run continues.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def await_held(faults: Any) -> None:
         faults.await_event(shard=shard, seconds=240)
 
 
-def check_interrupted(store: Path, *, state: str, found: dict[str, str], wanted: dict[str, str]) -> None:
+def check_interrupted(
+    store: Path, *, state: str, found: dict[str, str], wanted: dict[str, str]
+) -> None:
     """The record tells the end, no claim is left, and each object that has a name is a whole one."""
     (record,) = (store / "runs" / "tiny").glob("*.status.json")
     assert json.loads(record.read_text())["state"] == state
@@ -41,9 +45,17 @@ def check_interrupted(store: Path, *, state: str, found: dict[str, str], wanted:
         assert not [path for path in (store / "claims").rglob("*") if path.is_file()]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name
+)
 def test_a_driver_that_ends_leaves_no_orphan_and_the_next_one_continues(
-    lab: Any, ray_nodes: Any, faults: Any, undisturbed: tuple[Any, dict[str, str]], digests: Any, number: signal.Signals, drive: Any
+    lab: Any,
+    ray_nodes: Any,
+    faults: Any,
+    undisturbed: tuple[Any, dict[str, str]],
+    digests: Any,
+    number: signal.Signals,
+    drive: Any,
 ) -> None:
     raw, wanted = undisturbed
     hold(faults)
@@ -52,7 +64,10 @@ def test_a_driver_that_ends_leaves_no_orphan_and_the_next_one_continues(
         await_held(faults)
         os.kill(process.pid, number)
         output, _ = process.communicate(timeout=30)
-        assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[number], output
+        assert (
+            process.returncode
+            == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+        ), output
         faults.await_end_of_workers()
     finally:
         process.kill()
@@ -68,7 +83,12 @@ def test_a_driver_that_ends_leaves_no_orphan_and_the_next_one_continues(
 
 
 def test_ray_job_stop_leaves_no_orphan_and_the_next_submission_continues_at_once(
-    lab: Any, ray_nodes: Any, faults: Any, undisturbed: tuple[Any, dict[str, str]], digests: Any, tmp_path: Path
+    lab: Any,
+    ray_nodes: Any,
+    faults: Any,
+    undisturbed: tuple[Any, dict[str, str]],
+    digests: Any,
+    tmp_path: Path,
 ) -> None:
     import cloudpickle
 
@@ -76,12 +96,18 @@ def test_ray_job_stop_leaves_no_orphan_and_the_next_submission_continues_at_once
     hold(faults)
     hook = tmp_path / "hooks" / "mmerge_test_hook.py"
     hook.parent.mkdir()
-    hook.write_text(f"import cloudpickle\ninstall = cloudpickle.loads({cloudpickle.dumps(faults.make_hook())!r})\n")
+    hook.write_text(
+        "import cloudpickle\ninstall ="
+        f" cloudpickle.loads({cloudpickle.dumps(faults.make_hook())!r})\n"
+    )
     jobs = Jobs(ray_nodes.dashboard)
     submit_job = jobs._client.submit_job
 
     def submit_with_faults(*, runtime_env: dict[str, Any], **options: Any) -> Any:
-        more = {"env_vars": {"PYTHONPATH": str(hook.parent)}, "worker_process_setup_hook": "mmerge_test_hook.install"}
+        more = {
+            "env_vars": {"PYTHONPATH": str(hook.parent)},
+            "worker_process_setup_hook": "mmerge_test_hook.install",
+        }
         return submit_job(runtime_env=runtime_env | more, **options)
 
     jobs._client.submit_job = submit_with_faults
@@ -91,10 +117,25 @@ def test_ray_job_stop_leaves_no_orphan_and_the_next_submission_continues_at_once
         await_held(faults)
     except pytest.fail.Exception:
         pytest.fail(f"{jobs.find(job.id)}: {jobs._client.get_job_logs(job.id)} {faults.events()}")
-    driver = int(json.loads(next((lab.folder / "store" / "runs" / "tiny").glob("*.status.json")).read_text())["pid"])
-    command = [sys.executable, "-m", "ray.scripts.scripts", "job", "stop", job.id, "--address", ray_nodes.dashboard]
+    driver = int(
+        json.loads(
+            next((lab.folder / "store" / "runs" / "tiny").glob("*.status.json")).read_text()
+        )["pid"]
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "job",
+        "stop",
+        job.id,
+        "--address",
+        ray_nodes.dashboard,
+    ]
     environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
-    stopped = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
+    stopped = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=60, env=environment
+    )
     assert stopped.returncode == 0, stopped.stderr
     assert jobs.find(job.id).status == "STOPPED"
     faults.await_end_of_workers(driver)

@@ -1,4 +1,6 @@
-"""Builds as jobs: the package goes along, the log and the exit code come back, two ticks never build side by side."""
+"""Builds as jobs: the package goes along, the log and the exit code come back, two ticks never
+build side by side.
+"""
 
 from __future__ import annotations
 
@@ -27,18 +29,38 @@ def mmerge(*arguments: str, timeout: float = 180) -> subprocess.CompletedProcess
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
 
 
-def test_the_wheel_holds_the_code_that_runs_names_no_dependency_and_is_named_after_its_contents(tmp_path: Path) -> None:
+def test_the_wheel_holds_the_code_that_runs_names_no_dependency_and_is_named_after_its_contents(
+    tmp_path: Path,
+) -> None:
     wheel = make_wheel(tmp_path)
     assert re.fullmatch(r"mmerge-[\d.]+-0_[0-9a-f]{12}-py3-none-any\.whl", wheel.name)
     first = wheel.read_bytes()
     assert make_wheel(tmp_path).read_bytes() == first
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-        assert archive.read("mmerge/pipeline/execution/jobs.py") == Path(sys.modules["mmerge.pipeline.execution.jobs"].__file__ or "").read_bytes()
-        assert {"mmerge/manifests/stores/object_store.py", "mmerge/workers/methods/mmer.py", "mmerge/pipeline/py.typed"} <= set(names)
+        assert (
+            archive.read("mmerge/pipeline/execution/jobs.py")
+            == Path(sys.modules["mmerge.pipeline.execution.jobs"].__file__ or "").read_bytes()
+        )
+        assert {
+            "mmerge/manifests/stores/object_store.py",
+            "mmerge/workers/methods/mmer.py",
+            "mmerge/pipeline/py.typed",
+        } <= set(names)
         assert not [name for name in names if "__pycache__" in name]
-        assert b"Requires-Dist" not in archive.read(next(name for name in names if name.endswith("METADATA")))
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", str(wheel), f"--target={tmp_path / 'site'}"]
+        assert b"Requires-Dist" not in archive.read(
+            next(name for name in names if name.endswith("METADATA"))
+        )
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-index",
+        str(wheel),
+        f"--target={tmp_path / 'site'}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "site" / "mmerge" / "pipeline" / "cli.py").is_file()
@@ -58,14 +80,18 @@ def test_a_recipe_that_travels_has_its_name_and_absolute_paths(lab: Any) -> None
 
 
 def test_a_cluster_that_does_not_answer_is_named(lab: Any) -> None:
-    done = mmerge("submit", str(lab.write_recipe(lab.make_all())), "--address", "http://127.0.0.1:9")
+    done = mmerge(
+        "submit", str(lab.write_recipe(lab.make_all())), "--address", "http://127.0.0.1:9"
+    )
     assert done.returncode == 1
     assert "http://127.0.0.1:9: no dashboard answers" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.ray
-def test_a_submitted_build_streams_its_log_and_ends_with_the_drivers_exit_code(lab: Any, ray_nodes: Any) -> None:
+def test_a_submitted_build_streams_its_log_and_ends_with_the_drivers_exit_code(
+    lab: Any, ray_nodes: Any
+) -> None:
     raw = lab.make_all()
     recipe = str(lab.write_recipe(raw))
     done = mmerge("submit", recipe, "--address", ray_nodes.dashboard)
@@ -80,7 +106,11 @@ def test_a_submitted_build_streams_its_log_and_ends_with_the_drivers_exit_code(l
     assert "names it already" in again.stdout
     assert len(list((lab.folder / "store" / "refs" / "tiny").iterdir())) == 1
 
-    lab.make_expert("audio", 1, change=lambda tensors: tensors["language_model.model.norm.weight"].fill_(float("nan")))
+    lab.make_expert(
+        "audio",
+        1,
+        change=lambda tensors: tensors["language_model.model.norm.weight"].fill_(float("nan")),
+    )
     broken = mmerge("submit", recipe, "--address", ray_nodes.dashboard)
     assert broken.returncode == 1
     assert "model.norm.weight: NaN" in broken.stdout
@@ -92,11 +122,18 @@ def test_a_submitted_build_streams_its_log_and_ends_with_the_drivers_exit_code(l
     told = mmerge("status", mine[-1]["id"], "--address", ray_nodes.dashboard)
     assert told.returncode == 1
     assert "model.norm.weight: NaN" in told.stdout
-    assert json.loads(mmerge("status", mine[0]["id"], "--address", ray_nodes.dashboard, "--json").stdout)[0]["state"] == "finished"
+    assert (
+        json.loads(
+            mmerge("status", mine[0]["id"], "--address", ray_nodes.dashboard, "--json").stdout
+        )[0]["state"]
+        == "finished"
+    )
 
 
 @pytest.mark.ray
-def test_two_submits_of_one_recipe_are_one_job_and_a_stopped_job_leaves_no_orphan(lab: Any, ray_nodes: Any) -> None:
+def test_two_submits_of_one_recipe_are_one_job_and_a_stopped_job_leaves_no_orphan(
+    lab: Any, ray_nodes: Any
+) -> None:
     lab.config |= {"num_hidden_layers": 6}
     recipe = lab.write_recipe(lab.make_all())
     jobs = Jobs(ray_nodes.dashboard)
@@ -106,7 +143,9 @@ def test_two_submits_of_one_recipe_are_one_job_and_a_stopped_job_leaves_no_orpha
     assert (second.id, is_new) == (first.id, False)
     with pytest.raises(MmergeError, match="builds this recipe already"):
         jobs.submit(recipe, options=[], if_running="fail")
-    skipped = mmerge("submit", str(recipe), "--address", ray_nodes.dashboard, "--if-running", "skip")
+    skipped = mmerge(
+        "submit", str(recipe), "--address", ray_nodes.dashboard, "--if-running", "skip"
+    )
     assert skipped.returncode == 0
     assert "builds this recipe already" in skipped.stderr
     folder = lab.folder / "store" / "runs" / "tiny"
@@ -127,31 +166,49 @@ def test_two_submits_of_one_recipe_are_one_job_and_a_stopped_job_leaves_no_orpha
 
 
 @pytest.mark.ray
-def test_prometheus_finds_the_metrics_that_the_dashboard_and_the_alerts_ask_for(lab: Any, ray_nodes: Any, repository: Path) -> None:
+def test_prometheus_finds_the_metrics_that_the_dashboard_and_the_alerts_ask_for(
+    lab: Any, ray_nodes: Any, repository: Path
+) -> None:
     from mmerge.pipeline.monitoring.metrics import COUNTERS, GAUGES, HISTOGRAMS
 
-    assert mmerge("submit", str(lab.write_recipe(lab.make_all())), "--address", ray_nodes.dashboard).returncode == 0
+    assert (
+        mmerge(
+            "submit", str(lab.write_recipe(lab.make_all())), "--address", ray_nodes.dashboard
+        ).returncode
+        == 0
+    )
     ports = {node["MetricsExportPort"] for node in _nodes(ray_nodes)}
     end = time.monotonic() + 40
     text = ""
     wanted = {
         f"ray_{name}"
-        for name in ("mmerge_bytes_read_total", "mmerge_bytes_written_total", "mmerge_shards_done_total", "mmerge_shards_total")
+        for name in (
+            "mmerge_bytes_read_total",
+            "mmerge_bytes_written_total",
+            "mmerge_shards_done_total",
+            "mmerge_shards_total",
+        )
     }
     while not all(name + "{" in text for name in wanted) and time.monotonic() < end:
         time.sleep(1)
         text = "".join(_scrape(port) for port in ports)
-    assert all(name + "{" in text for name in wanted), sorted({line.split("{")[0] for line in text.splitlines() if "mmerge" in line})
+    assert all(name + "{" in text for name in wanted), sorted(
+        {line.split("{")[0] for line in text.splitlines() if "mmerge" in line}
+    )
     assert 'phase="merge"' in text
     known = {f"ray_{name}" for name in (*COUNTERS, *GAUGES, *HISTOGRAMS)}
-    files = [repository / "infra" / "monitoring" / name for name in ("grafana-dashboard.json", "prometheus-rules.yaml")]
+    files = [
+        repository / "infra" / "monitoring" / name
+        for name in ("grafana-dashboard.json", "prometheus-rules.yaml")
+    ]
     for path in files:
         used = {word for word in _words(path.read_text()) if word.startswith("ray_mmerge_")}
         assert used
         for word in used:
-            assert any(word in (name, f"{name}_total", f"{name}_bucket", f"{name}_sum", f"{name}_count") for name in known), (
-                f"{path}: {word}"
-            )
+            assert any(
+                word in (name, f"{name}_total", f"{name}_bucket", f"{name}_sum", f"{name}_count")
+                for name in known
+            ), f"{path}: {word}"
     assert json.loads(files[0].read_text())["panels"]
     assert yaml.safe_load(files[1].read_text())["kind"] == "PrometheusRule"
 
@@ -161,8 +218,13 @@ def _words(text: str) -> set[str]:
 
 
 def _nodes(ray_nodes: Any) -> list[dict[str, Any]]:
-    code = f"import ray, json; ray.init(address={ray_nodes.address!r}, logging_level='ERROR'); print(json.dumps(ray.nodes()))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    code = (
+        f"import ray, json; ray.init(address={ray_nodes.address!r}, logging_level='ERROR');"
+        " print(json.dumps(ray.nodes()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
     found: list[dict[str, Any]] = json.loads(done.stdout.strip().splitlines()[-1])
     return [node for node in found if node["Alive"]]
 

@@ -1,4 +1,6 @@
-"""Nodes with addresses of their own, one cut off in mid-task: the build ends right, and what the lost node writes later is harmless."""
+"""Nodes with addresses of their own, one cut off in mid-task: the build ends right, and what the
+lost node writes later is harmless.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ DEADLINE = 20
 
 
 def ip(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["ip", *arguments], capture_output=True, text=True, check=check, timeout=20)
+    return subprocess.run(
+        ["ip", *arguments], capture_output=True, text=True, check=check, timeout=20
+    )
 
 
 def can_make_namespaces() -> bool:
@@ -24,7 +28,13 @@ def can_make_namespaces() -> bool:
         return False
     name = f"mm-probe-{os.getpid()}"
     made = ip("netns", "add", name, check=False).returncode == 0
-    linked = made and ip("-n", name, "link", "add", "x0", "type", "veth", "peer", "name", "x1", check=False).returncode == 0
+    linked = (
+        made
+        and ip(
+            "-n", name, "link", "add", "x0", "type", "veth", "peer", "name", "x1", check=False
+        ).returncode
+        == 0
+    )
     if made:
         ip("netns", "delete", name, check=False)
     return linked
@@ -32,12 +42,16 @@ def can_make_namespaces() -> bool:
 
 pytestmark = [
     pytest.mark.ray,
-    pytest.mark.skipif(not can_make_namespaces(), reason="needs root, iproute2 and network namespaces"),
+    pytest.mark.skipif(
+        not can_make_namespaces(), reason="needs root, iproute2 and network namespaces"
+    ),
 ]
 
 
 class Network:
-    """A head and two nodes, 10.77.0.1 to 3, each in a network namespace; the bridge is in the head's."""
+    """A head and two nodes, 10.77.0.1 to 3, each in a network namespace; the bridge is in the
+    head's.
+    """
 
     def __init__(self) -> None:
         self.spaces = [f"mm-{os.getpid()}-{number}" for number in (1, 2, 3)]
@@ -50,7 +64,20 @@ class Network:
         ip("-n", head, "addr", "add", "10.77.0.1/24", "dev", "br0")
         ip("-n", head, "link", "set", "br0", "up")
         for number, space in enumerate(self.spaces[1:], 2):
-            ip("-n", head, "link", "add", f"v{number}", "type", "veth", "peer", "name", "eth0", "netns", space)
+            ip(
+                "-n",
+                head,
+                "link",
+                "add",
+                f"v{number}",
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "eth0",
+                "netns",
+                space,
+            )
             ip("-n", head, "link", "set", f"v{number}", "master", "br0", "up")
             ip("-n", space, "addr", "add", f"10.77.0.{number}/24", "dev", "eth0")
             ip("-n", space, "link", "set", "eth0", "up")
@@ -60,7 +87,13 @@ class Network:
 
     def start(self, number: int, temporary: str) -> None:
         where = (
-            ["--head", "--port=6379", "--num-cpus=0", "--include-dashboard=false", f"--temp-dir={temporary}"]
+            [
+                "--head",
+                "--port=6379",
+                "--num-cpus=0",
+                "--include-dashboard=false",
+                f"--temp-dir={temporary}",
+            ]
             if number == 1
             else ["--address=10.77.0.1:6379", "--num-cpus=2"]
         )
@@ -70,12 +103,24 @@ class Network:
             "--object-store-memory=100000000",
             "--block",
         ]
-        command = [*self.enter(number), sys.executable, "-m", "ray.scripts.scripts", "start", *where, *common]
+        command = [
+            *self.enter(number),
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            "start",
+            *where,
+            *common,
+        ]
         environment = os.environ | {
             "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_health_check_period_ms": "1000",
             "RAY_health_check_failure_threshold": "5", "RAY_health_check_timeout_ms": "1000",
         }  # fmt: skip
-        self.processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment))
+        self.processes.append(
+            subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+            )
+        )
 
     def set_link(self, number: int, state: str) -> None:
         ip("-n", self.spaces[number - 1], "link", "set", "eth0", state)
@@ -102,7 +147,8 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
     try:
         for number in (1, 2, 3):
             found.start(number, temporary)
-            # One after the other: they share a folder, in which two that start at once choose the same names.
+            # One after the other: they share a folder, in which two that start at once choose the
+            # same names.
             wait_for_nodes(found, number)
         yield found
     finally:
@@ -123,17 +169,26 @@ def wait_for_nodes(network: Network, number: int) -> None:
     end = time.monotonic() + 60
     environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
     probe = [*network.enter(1), sys.executable, "-c", COUNT, str(number)]
-    while subprocess.run(probe, capture_output=True, check=False, env=environment, timeout=60).returncode:
+    while subprocess.run(
+        probe, capture_output=True, check=False, env=environment, timeout=60
+    ).returncode:
         assert time.monotonic() < end, f"node {number} does not come up"
         time.sleep(0.2)
 
 
 def test_a_node_cut_off_in_mid_task_costs_at_most_the_deadline_and_its_late_write_changes_nothing(
-    network: Network, lab: Any, undisturbed: tuple[Any, dict[str, str]], faults: Any, drive: Any, digests: Any
+    network: Network,
+    lab: Any,
+    undisturbed: tuple[Any, dict[str, str]],
+    faults: Any,
+    drive: Any,
+    digests: Any,
 ) -> None:
     raw, wanted = undisturbed
     faults.set("layers.1", "wait")
-    process = drive("10.77.0.1:6379", raw, options=["--task-deadline", str(DEADLINE)], prefix=network.enter(1))
+    process = drive(
+        "10.77.0.1:6379", raw, options=["--task-deadline", str(DEADLINE)], prefix=network.enter(1)
+    )
     try:
         held = faults.await_event(shard="layers.1", seconds=120)
         number = int(held["address"].rpartition(".")[2])
@@ -151,8 +206,12 @@ def test_a_node_cut_off_in_mid_task_costs_at_most_the_deadline_and_its_late_writ
     second = faults.events(shard="layers.1")[1]
     assert second["address"] != held["address"]
     assert second["time"] - cut <= DEADLINE + 5
-    print(f"cut off at 0 s: second attempt after {second['time'] - cut:.1f} s, build ended after {took:.1f} s")  # noqa: T201
-    # The lost node is still alive on its side, and ends its old attempt now: same names, same bytes.
+    print(
+        f"cut off at 0 s: second attempt after {second['time'] - cut:.1f} s, build ended after"
+        f" {took:.1f} s"
+    )
+    # The lost node is still alive on its side, and ends its old attempt now: same names, same
+    # bytes.
     faults.release()
     faults.await_end_of(held)
     assert digests(lab.folder / "store") == wanted

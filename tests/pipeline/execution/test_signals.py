@@ -25,8 +25,12 @@ def _handler() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
-@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Stopped)])
-def test_a_signal_waits_for_the_end_of_the_step_and_is_then_handled_as_always(number: signal.Signals, error: type[BaseException]) -> None:
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Stopped)]
+)
+def test_a_signal_waits_for_the_end_of_the_step_and_is_then_handled_as_always(
+    number: signal.Signals, error: type[BaseException]
+) -> None:
     steps = []
 
     def work() -> None:

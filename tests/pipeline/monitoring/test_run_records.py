@@ -12,10 +12,19 @@ from typing import Any
 import pytest
 
 from mmerge.manifests.stores.object_store import Store, open_store
+from mmerge.pipeline.execution.simulation import Rates
 from mmerge.pipeline.monitoring import run_records as module
 from mmerge.pipeline.monitoring.progress import JsonFormatter, LogProgress
-from mmerge.pipeline.execution.simulation import Rates
-from mmerge.pipeline.monitoring.run_records import PhaseStatus, RunRecord, RunStatus, RunUnderWay, begin_run, list_runs, read_status, to_rates
+from mmerge.pipeline.monitoring.run_records import (
+    PhaseStatus,
+    RunRecord,
+    RunStatus,
+    RunUnderWay,
+    begin_run,
+    list_runs,
+    read_status,
+    to_rates,
+)
 from mmerge.workers.task import TaskResult
 
 
@@ -35,7 +44,9 @@ def test_a_run_is_skipped_while_another_lives_and_begins_when_that_has_ended(sto
         with pytest.raises(RunUnderWay, match="omni: run 1 is under way on"):
             begin_run(store, "omni", exclusive=True)
         assert begin_run(store, "other", exclusive=True).number == 1
-        assert begin_run(store, "omni", exclusive=False).number == 2, "somebody at a terminal is not held up"
+        assert begin_run(store, "omni", exclusive=False).number == 2, (
+            "somebody at a terminal is not held up"
+        )
     assert read_status(store, "omni", 1).state == "finished"
 
 
@@ -85,7 +96,14 @@ def test_the_record_tells_phases_bytes_build_and_failures(store: Store) -> None:
     assert (found.state, found.message, found.build) == ("failed", "broken", "ab" * 32)
     (phase,) = found.phases.values()
     assert phase == PhaseStatus(
-        num_tasks=2, num_done=1, num_reused=1, num_failed=1, num_bytes=100, bytes_read=60, seconds=2.0, wall_seconds=phase.wall_seconds
+        num_tasks=2,
+        num_done=1,
+        num_reused=1,
+        num_failed=1,
+        num_bytes=100,
+        bytes_read=60,
+        seconds=2.0,
+        wall_seconds=phase.wall_seconds,
     )
     assert found.failures == ["merge layers.1: NaN at [0]"]
     assert 0 < phase.wall_seconds <= found.wall_seconds
@@ -103,8 +121,13 @@ def test_old_records_are_deleted(store: Store, monkeypatch: pytest.MonkeyPatch) 
     assert len(list(store.list("runs"))) == 6
 
 
-def test_the_job_is_named_where_ray_gives_its_id(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"metadata": {"job_submission_id": "mmerge-omni-1"}}))
+def test_the_job_is_named_where_ray_gives_its_id(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(
+        "RAY_JOB_CONFIG_JSON_ENV_VAR",
+        json.dumps({"metadata": {"job_submission_id": "mmerge-omni-1"}}),
+    )
     assert begin_run(store, "omni", exclusive=False).job == "mmerge-omni-1"
 
 
@@ -125,12 +148,20 @@ def test_the_command_line_records_skips_and_tells(lab: Any) -> None:
     recipe = str(lab.write_recipe(lab.make_all()))
 
     def mmerge(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-m", "mmerge.pipeline.cli.main", *arguments], capture_output=True, text=True, check=False)
+        return subprocess.run(
+            [sys.executable, "-m", "mmerge.pipeline.cli.main", *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
 
     done = mmerge("--log-format", "json", "run", recipe, "--executor", "serial", "--exclusive")
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stderr.splitlines()]
-    assert any(line.get("shard") == "layers.1" and line["phase"] == "merge" and len(line["build"]) == 64 for line in lines)
+    assert any(
+        line.get("shard") == "layers.1" and line["phase"] == "merge" and len(line["build"]) == 64
+        for line in lines
+    )
     told = mmerge("status", str(lab.folder / "store"))
     assert told.returncode == 0
     assert "tiny run 1: finished, build" in told.stdout
@@ -139,14 +170,23 @@ def test_the_command_line_records_skips_and_tells(lab: Any) -> None:
         skipped = mmerge("run", recipe, "--executor", "serial", "--exclusive")
         assert skipped.returncode == 0
         assert "nothing done: RunUnderWay: tiny: run 2 is under way" in skipped.stdout
-        assert json.loads(mmerge("status", f"{lab.folder / 'store'}#tiny", "--json").stdout)[0]["state"] == "running"
+        assert (
+            json.loads(mmerge("status", f"{lab.folder / 'store'}#tiny", "--json").stdout)[0][
+                "state"
+            ]
+            == "running"
+        )
     again = mmerge("run", recipe, "--executor", "serial", "--exclusive")
     assert again.returncode == 0
     assert "nothing to do" in again.stdout
     assert len(list((lab.folder / "store" / "refs" / "tiny").iterdir())) == 1
-    planned = mmerge("plan", recipe, "--nodes", "2", "--cores", "4", "--rates-from", str(lab.folder / "store"))
+    planned = mmerge(
+        "plan", recipe, "--nodes", "2", "--cores", "4", "--rates-from", str(lab.folder / "store")
+    )
     assert planned.returncode == 1, "the last run computed nothing"
     planned = mmerge("plan", recipe, "--nodes", "2", "--cores", "4", "--json")
     assert json.loads(planned.stdout)["simulation"]["num_tasks"] == 21
     assert "RunStatus" not in told.stdout
-    assert RunStatus.model_validate({"name": "x", "number": 1, "later": "ignored"}).state == "running"
+    assert (
+        RunStatus.model_validate({"name": "x", "number": 1, "later": "ignored"}).state == "running"
+    )

@@ -15,9 +15,9 @@ from mmerge.manifests.errors import MmergeError, RecipeError
 from mmerge.pipeline import make_plan, read_recipe
 from mmerge.pipeline.cli.run import parse_size
 from mmerge.pipeline.execution.executor import RayExecutor, SerialExecutor, open_executor
+from mmerge.pipeline.execution.worker_pool import run_in_threads
 from mmerge.pipeline.planning.memory_bounds import PROCESS_BYTES
 from mmerge.pipeline.planning.plan import MAX_PIECE_BYTES
-from mmerge.pipeline.execution.worker_pool import run_in_threads
 from mmerge.workers.task import TaskResult
 
 WORKER = """
@@ -51,7 +51,13 @@ def measure(lab: Any, raw: dict[str, Any], vocabulary: int) -> dict[str, int]:
     lab.folder = lab.folder / f"large{vocabulary}"
     lab.config |= {"vocab_size": vocabulary}
     large = lab.write_recipe(lab.make_all() | raw, "large.yaml")
-    done = subprocess.run([sys.executable, "-c", WORKER, str(large), str(small)], capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", WORKER, str(large), str(small)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -59,7 +65,9 @@ def measure(lab: Any, raw: dict[str, Any], vocabulary: int) -> dict[str, int]:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 @pytest.mark.parametrize("method", ["mmer", "breadcrumbs"])
-def test_a_task_takes_no_more_than_was_planned_and_a_large_tensor_no_more_than_a_small_one(lab: Any, method: str) -> None:
+def test_a_task_takes_no_more_than_was_planned_and_a_large_tensor_no_more_than_a_small_one(
+    lab: Any, method: str
+) -> None:
     folder = lab.folder
     found = {}
     for vocabulary in (40_000, 320_000):
@@ -81,9 +89,17 @@ def test_the_plan_of_a_tensor_of_gigabytes_needs_no_more_memory_than_a_piece(
     raw = lab.make_all() | {"method": method}
     monkeypatch.setattr("mmerge.pipeline.planning.plan.MAX_PIECE_BYTES", 400)
     plan = make_plan(read_recipe(lab.write_recipe(raw)))
-    pieces = [tensor for shard in plan.merge_shards for tensor in shard.tensors if tensor.name == "model.embed_tokens.weight"]
+    pieces = [
+        tensor
+        for shard in plan.merge_shards
+        for tensor in shard.tensors
+        if tensor.name == "model.embed_tokens.weight"
+    ]
     assert (len(pieces) > 1) == (method == "mmer"), "what must see a whole tensor streams over it"
-    assert all(len({tensor.name for tensor in shard.tensors}) == len(shard.tensors) for shard in plan.merge_shards)
+    assert all(
+        len({tensor.name for tensor in shard.tensors}) == len(shard.tensors)
+        for shard in plan.merge_shards
+    )
     assert plan.peak_bytes < 400 << 20
     assert MAX_PIECE_BYTES // 2 // 8 * 3 < 64 << 20, "the masks of a piece in bfloat16"
 
@@ -99,7 +115,9 @@ def test_less_memory_gives_smaller_blocks_and_too_little_is_refused(lab: Any) ->
         make_plan(recipe, memory_bytes=PROCESS_BYTES)
 
 
-def test_memory_limits_how_many_tasks_run_at_once(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_limits_how_many_tasks_run_at_once(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = make_plan(read_recipe(lab.write_recipe(lab.make_all())))
     running: list[str] = []
     most = [0]
@@ -114,21 +132,34 @@ def test_memory_limits_how_many_tasks_run_at_once(lab: Any, monkeypatch: pytest.
 
     monkeypatch.setattr("mmerge.pipeline.execution.worker_pool.run_task", run_task)
     shards: Any = plan.merge_shards
-    assert len(list(run_in_threads(shards, "memory://x", num_threads=4, memory_bytes=plan.peak_bytes))) == len(shards)
+    assert len(
+        list(run_in_threads(shards, "memory://x", num_threads=4, memory_bytes=plan.peak_bytes))
+    ) == len(shards)
     assert most[0] == 1
-    assert len(list(run_in_threads(shards, "memory://x", num_threads=4, memory_bytes=None))) == len(shards)
+    assert len(list(run_in_threads(shards, "memory://x", num_threads=4, memory_bytes=None))) == len(
+        shards
+    )
     assert most[0] > 1
-    serial = open_executor("serial", num_workers=3, memory_bytes=PROCESS_BYTES + 5, peak_bytes=plan.peak_bytes)
+    serial = open_executor(
+        "serial", num_workers=3, memory_bytes=PROCESS_BYTES + 5, peak_bytes=plan.peak_bytes
+    )
     assert isinstance(serial, SerialExecutor)
     assert (serial.num_threads, serial.memory_bytes) == (3, 5)
-    ray = open_executor("ray", num_workers=8, memory_bytes=3 * (PROCESS_BYTES + plan.peak_bytes), peak_bytes=plan.peak_bytes)
+    ray = open_executor(
+        "ray",
+        num_workers=8,
+        memory_bytes=3 * (PROCESS_BYTES + plan.peak_bytes),
+        peak_bytes=plan.peak_bytes,
+    )
     assert isinstance(ray, RayExecutor)
     assert ray.num_workers == 3
     with pytest.raises(MmergeError, match="--memory has no effect with --address"):
         open_executor("ray", address="auto", memory_bytes=1 << 30)
 
 
-@pytest.mark.parametrize(("text", "num_bytes"), [("1.5GB", 1_500_000_000), ("800 MB", 800_000_000), ("2GiB", 2 << 30)])
+@pytest.mark.parametrize(
+    ("text", "num_bytes"), [("1.5GB", 1_500_000_000), ("800 MB", 800_000_000), ("2GiB", 2 << 30)]
+)
 def test_sizes_are_read_with_their_units(text: str, num_bytes: int) -> None:
     assert parse_size(text) == num_bytes
 

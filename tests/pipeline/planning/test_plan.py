@@ -20,7 +20,13 @@ def plan_of(lab: Any, **changes: Any) -> Any:
 
 def test_shards_are_layers_and_bytes_are_those_of_the_files(lab: Any) -> None:
     plan = plan_of(lab)
-    assert [shard.name for shard in plan.merge_shards] == ["embed_tokens", "layers.0", "layers.1", "lm_head", "norm"]
+    assert [shard.name for shard in plan.merge_shards] == [
+        "embed_tokens",
+        "layers.0",
+        "layers.1",
+        "lm_head",
+        "norm",
+    ]
     data = {name: sum(t.numel() * t.element_size() for t in tensors.values()) for name, tensors in {
         "base": lab.base, **{str(seed): lab.expert_tensors(seed) for seed in range(3)}}.items()}  # fmt: skip
     assert plan.bytes_in == sum(data.values())
@@ -52,23 +58,47 @@ def test_encoders_connectors_and_extra_rows_are_carried_and_nothing_else(lab: An
         ({"model.": "model."}, "lm_head.weight"),
     ],
 )
-def test_every_layout_of_transformers_is_understood(lab: Any, base_to_expert: dict[str, str], head: str) -> None:
+def test_every_layout_of_transformers_is_understood(
+    lab: Any, base_to_expert: dict[str, str], head: str
+) -> None:
     lab.make_base()
     ((before, after),) = base_to_expert.items()
-    tensors = {(head if name == "lm_head.weight" else after + name[len(before) :]): value + 1 for name, value in lab.base.items()}
+    tensors = {
+        (head if name == "lm_head.weight" else after + name[len(before) :]): value + 1
+        for name, value in lab.base.items()
+    }
     # An encoder with layers of the same names must not be taken for the language model.
-    tensors |= {"vision." + name.removeprefix("model."): value for name, value in lab.base.items() if ".self_attn." in name}
+    tensors |= {
+        "vision." + name.removeprefix("model."): value
+        for name, value in lab.base.items()
+        if ".self_attn." in name
+    }
     lab.write("image", tensors, lab.expert_config())
-    raw = {"base": "base", "method": "ties", "output": "s", "experts": {"image": {"path": "image", "modality": "image"}}}
+    raw = {
+        "base": "base",
+        "method": "ties",
+        "output": "s",
+        "experts": {"image": {"path": "image", "modality": "image"}},
+    }
     plan = make_plan(read_recipe(lab.write_recipe(raw)))
     assert plan.num_parameters == sum(tensor.numel() for tensor in lab.base.values())
-    assert {tensor.name.split(".")[0] for shard in plan.carry_shards for tensor in shard.tensors} == {"vision"}
+    assert {
+        tensor.name.split(".")[0] for shard in plan.carry_shards for tensor in shard.tensors
+    } == {"vision"}
 
 
 def test_merge_linear_takes_the_projections_only(lab: Any) -> None:
     plan = plan_of(lab, merge="linear")
     names = {tensor.name for shard in plan.merge_shards for tensor in shard.tensors}
-    assert {name.split(".")[-2] for name in names} == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert {name.split(".")[-2] for name in names} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
 
 
 def test_a_layer_or_tensor_that_is_too_large_is_split(lab: Any) -> None:
@@ -90,7 +120,13 @@ def test_a_different_shape_is_named_with_both_sides(lab: Any) -> None:
     raw = lab.make_all()
     name = "language_model.model.layers.1.mlp.up_proj.weight"
     lab.make_expert("audio", 1, change=lambda tensors: tensors.update({name: torch.zeros(24, 17)}))
-    with pytest.raises(ShapeMismatch, match=r"layers\.1\.mlp\.up_proj\.weight: expert 'audio' has \(24, 17\), the base has \(24, 16\)"):
+    with pytest.raises(
+        ShapeMismatch,
+        match=(
+            r"layers\.1\.mlp\.up_proj\.weight: expert 'audio' has \(24, 17\), the base has \(24,"
+            r" 16\)"
+        ),
+    ):
         make_plan(read_recipe(lab.write_recipe(raw)))
 
 
@@ -98,15 +134,28 @@ def test_fewer_vocabulary_rows_than_the_base_are_refused(lab: Any) -> None:
     raw = lab.make_all()
     name = "language_model.model.embed_tokens.weight"
     lab.make_expert("audio", 1, change=lambda tensors: tensors.update({name: torch.zeros(39, 16)}))
-    with pytest.raises(ShapeMismatch, match=r"embed_tokens\.weight: expert 'audio' has \(39, 16\), the base has \(40, 16\)"):
+    with pytest.raises(
+        ShapeMismatch,
+        match=r"embed_tokens\.weight: expert 'audio' has \(39, 16\), the base has \(40, 16\)",
+    ):
         make_plan(read_recipe(lab.write_recipe(raw)))
 
 
-def test_a_tensor_listed_under_carry_may_differ_and_a_pattern_without_effect_is_refused(lab: Any) -> None:
+def test_a_tensor_listed_under_carry_may_differ_and_a_pattern_without_effect_is_refused(
+    lab: Any,
+) -> None:
     raw = lab.make_all()
-    lab.make_expert("audio", 1, change=lambda tensors: tensors.update({"language_model.model.norm.weight": torch.zeros(17)}))
+    lab.make_expert(
+        "audio",
+        1,
+        change=lambda tensors: tensors.update(
+            {"language_model.model.norm.weight": torch.zeros(17)}
+        ),
+    )
     plan = make_plan(read_recipe(lab.write_recipe(raw | {"carry": ["model.norm.*"]})))
-    assert "model.norm.weight" not in {tensor.name for shard in plan.merge_shards for tensor in shard.tensors}
+    assert "model.norm.weight" not in {
+        tensor.name for shard in plan.merge_shards for tensor in shard.tensors
+    }
     with pytest.raises(CheckpointError, match=r"carry: 'nothing\*' fits no tensor"):
         make_plan(read_recipe(lab.write_recipe(raw | {"carry": ["model.norm.*", "nothing*"]})))
 
@@ -116,7 +165,9 @@ def test_an_expert_of_another_architecture_is_refused(lab: Any) -> None:
     config = lab.expert_config()
     config["text_config"] = config["text_config"] | {"model_type": "qwen2"}
     (lab.folder / "audio" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"expert 'audio': its language model is 'qwen2'.*the base is 'llama'"):
+    with pytest.raises(
+        CheckpointError, match=r"expert 'audio': its language model is 'qwen2'.*the base is 'llama'"
+    ):
         make_plan(read_recipe(lab.write_recipe(raw)))
     config["text_config"] = lab.config | {"num_hidden_layers": 3}
     (lab.folder / "audio" / "config.json").write_text(json.dumps(config))
@@ -126,18 +177,27 @@ def test_an_expert_of_another_architecture_is_refused(lab: Any) -> None:
 
 def test_an_expert_that_lacks_a_tensor_or_a_language_model_is_refused(lab: Any) -> None:
     raw = lab.make_all()
-    lab.make_expert("audio", 1, change=lambda tensors: tensors.pop("language_model.model.norm.weight"))
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight: expert 'audio' has no language_model\.model\.norm\.weight"):
+    lab.make_expert(
+        "audio", 1, change=lambda tensors: tensors.pop("language_model.model.norm.weight")
+    )
+    with pytest.raises(
+        CheckpointError,
+        match=r"model\.norm\.weight: expert 'audio' has no language_model\.model\.norm\.weight",
+    ):
         make_plan(read_recipe(lab.write_recipe(raw)))
     lab.write("audio", {"x": torch.zeros(2)}, lab.expert_config())
-    with pytest.raises(CheckpointError, match=r"expert 'audio': .* has no tensor named \*embed_tokens\.weight"):
+    with pytest.raises(
+        CheckpointError, match=r"expert 'audio': .* has no tensor named \*embed_tokens\.weight"
+    ):
         make_plan(read_recipe(lab.write_recipe(raw)))
 
 
 def test_missing_files_and_folders_are_named(lab: Any) -> None:
     raw = lab.make_all()
     (lab.folder / "audio" / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"expert 'audio': .*has neither model.safetensors nor"):
+    with pytest.raises(
+        CheckpointError, match=r"expert 'audio': .*has neither model.safetensors nor"
+    ):
         make_plan(read_recipe(lab.write_recipe(raw)))
     (lab.folder / "audio" / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"expert 'audio': .*config\.json: no such file"):
@@ -159,7 +219,9 @@ def test_a_truncated_file_and_a_giant_header_are_refused_without_reading_them(la
         make_plan(read_recipe(lab.write_recipe(raw)))
 
 
-@pytest.mark.parametrize("file", ["../base/model.safetensors", "/etc/passwd", "a/b.safetensors", ".."])
+@pytest.mark.parametrize(
+    "file", ["../base/model.safetensors", "/etc/passwd", "a/b.safetensors", ".."]
+)
 def test_an_index_cannot_point_out_of_its_folder(lab: Any, file: str) -> None:
     raw = lab.make_all()
     index = {"weight_map": {"language_model.model.norm.weight": file}}
@@ -181,4 +243,8 @@ def test_a_checkpoint_of_several_files_is_read_through_its_index(lab: Any) -> No
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     parts = make_plan(read_recipe(lab.write_recipe(raw)))
-    assert (parts.bytes_in, parts.bytes_out, parts.num_parameters) == (whole.bytes_in, whole.bytes_out, whole.num_parameters)
+    assert (parts.bytes_in, parts.bytes_out, parts.num_parameters) == (
+        whole.bytes_in,
+        whole.bytes_out,
+        whole.num_parameters,
+    )

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from golden import Case, cases, check_close, expected, input_folders, merged_of, needs_golden
+from golden_cases import Case, cases, check_close, expected, input_folders, merged_of
 
 from mmerge.manifests.errors import RecipeError
 from mmerge.pipeline import load_composite, make_plan, parse_recipe, read_recipe, run
@@ -21,7 +21,12 @@ def make_yaml(**changes: Any) -> dict[str, Any]:
         {"model": "org/one", "parameters": {"weight": 1, "density": 0.5}},
         {"model": "org/two", "parameters": {"weight": 0.5}},
     ]
-    return {"merge_method": "ties", "base_model": "base", "models": models, "dtype": "bfloat16"} | changes
+    return {
+        "merge_method": "ties",
+        "base_model": "base",
+        "models": models,
+        "dtype": "bfloat16",
+    } | changes
 
 
 def translate(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -30,7 +35,9 @@ def translate(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def test_a_ties_yaml_becomes_a_recipe_with_mergekits_defaults(tmp_path: Path) -> None:
-    found = translate(make_yaml(parameters={"int8_mask": True, "lambda": 0.7, "normalize": False}), tmp_path)
+    found = translate(
+        make_yaml(parameters={"int8_mask": True, "lambda": 0.7, "normalize": False}), tmp_path
+    )
     assert found == {
         "method": "ties", "scope": "tensor", "count": "exact", "zero_sign": "positive", "base": "base", "dtype": "bfloat16",
         "output": "config-composite", "scale": 0.7, "reduction": "sum",
@@ -46,41 +53,78 @@ def test_a_ties_yaml_becomes_a_recipe_with_mergekits_defaults(tmp_path: Path) ->
 
 def test_filters_and_gradients_of_every_level_become_rules_from_the_inside_out(lab: Any) -> None:
     lab.make_base()
-    models = [{"model": "a", "parameters": {"weight": [{"filter": "mlp", "value": [0, 1]}]}}, {"model": "b"}]
+    models = [
+        {"model": "a", "parameters": {"weight": [{"filter": "mlp", "value": [0, 1]}]}},
+        {"model": "b"},
+    ]
     shared = {"weight": [{"filter": "q_proj", "value": 2}, {"value": [3, 5]}]}
-    raw = {"merge_method": "task_arithmetic", "base_model": "base", "models": models, "parameters": shared}
+    raw = {
+        "merge_method": "task_arithmetic",
+        "base_model": "base",
+        "models": models,
+        "parameters": shared,
+    }
     experts = translate(raw, lab.folder)["experts"]
-    inner = [{"value": 0, "layers": [2, 2], "pattern": "*mlp*"}, {"value": [0, 1], "pattern": "*mlp*"}]
+    inner = [
+        {"value": 0, "layers": [2, 2], "pattern": "*mlp*"},
+        {"value": [0, 1], "pattern": "*mlp*"},
+    ]
     outer = [{"value": 2, "pattern": "*q_proj*"}, {"value": 3, "layers": [2, 2]}, {"value": [3, 5]}]
     assert experts["a"]["weight"] == inner + outer
     assert experts["b"]["weight"] == outer
 
 
-def test_embeddings_last_norm_and_head_have_the_beginning_of_a_gradient_as_in_mergekit(lab: Any) -> None:
+def test_embeddings_last_norm_and_head_have_the_beginning_of_a_gradient_as_in_mergekit(
+    lab: Any,
+) -> None:
     # Seen in what mergekit 0.1.5 writes: the weight of each tensor of a model with one task vector.
     lab.make_base()
-    names = ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
+    names = [
+        "model.embed_tokens.weight",
+        "model.layers.0.mlp.up_proj.weight",
+        "model.layers.1.mlp.up_proj.weight",
+        "model.norm.weight",
+    ]
 
     def weights(**config: Any) -> list[float]:
         raw = {"merge_method": "task_arithmetic", "base_model": "base", **config}
-        numbers = parse_recipe(translate(raw, lab.folder), folder=lab.folder).numbers_by_tensor(names)
+        numbers = parse_recipe(translate(raw, lab.folder), folder=lab.folder).numbers_by_tensor(
+            names
+        )
         return [numbers[name].experts[0]["weight"] for name in names]
 
-    assert weights(models=[{"model": "a", "parameters": {"weight": [0.6, 0.9]}}]) == [0.6, 0.6, 0.9, 0.6]
-    sources = [[{"model": "base", "layer_range": [i, i + 1]}, {"model": "a", "layer_range": [i, i + 1]}] for i in (0, 1)]
+    assert weights(models=[{"model": "a", "parameters": {"weight": [0.6, 0.9]}}]) == [
+        0.6,
+        0.6,
+        0.9,
+        0.6,
+    ]
+    sources = [
+        [{"model": "base", "layer_range": [i, i + 1]}, {"model": "a", "layer_range": [i, i + 1]}]
+        for i in (0, 1)
+    ]
     parts = [{"sources": sources[i], "parameters": {"weight": [0.1 + i, 0.2 + i]}} for i in (0, 1)]
     assert weights(slices=parts) == [0.1, 0.2, 1.2, 1.1]
 
 
 def test_two_models_of_one_name_get_two(tmp_path: Path) -> None:
-    models = [{"model": "x/model", "parameters": {"weight": 1}}, {"model": "y/model", "parameters": {"weight": 1}}]
-    assert list(translate({"merge_method": "linear", "models": models}, tmp_path)["experts"]) == ["model", "model-1"]
+    models = [
+        {"model": "x/model", "parameters": {"weight": 1}},
+        {"model": "y/model", "parameters": {"weight": 1}},
+    ]
+    assert list(translate({"merge_method": "linear", "models": models}, tmp_path)["experts"]) == [
+        "model",
+        "model-1",
+    ]
 
 
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"merge_method": "passthrough"}, r"merge_method: 'passthrough' has no counterpart here; of mergekit's there are linear"),
+        (
+            {"merge_method": "passthrough"},
+            r"merge_method: 'passthrough' has no counterpart here; of mergekit's there are linear",
+        ),
         ({"modules": {}}, "modules: is not supported"),
         ({"tokenizer_source": "union"}, "tokenizer_source: only the base's tokenizer"),
         ({"tokenizer": {"source": "union"}}, "tokenizer: only the base's tokenizer"),
@@ -93,11 +137,16 @@ def test_two_models_of_one_name_get_two(tmp_path: Path) -> None:
         ({"models": [{"model": "a+lora", "parameters": {"weight": 1}}]}, "LoRA adapters"),
         ({"models": [{"model": "a", "weight": 1}]}, r"models\.0\.weight: is not supported"),
         ({"models": "a"}, "models: expected a list"),
-        ({"parameters": {"normalize": [{"filter": "mlp", "value": True}, {"value": False}]}}, "must be true or false for all tensors"),
+        (
+            {"parameters": {"normalize": [{"filter": "mlp", "value": True}, {"value": False}]}},
+            "must be true or false for all tensors",
+        ),
         ({"parameters": {"lambda": [{"filter": "mlp"}]}}, r"expected \{filter, value\}"),
     ],
 )
-def test_what_is_not_supported_is_said_with_its_key(changes: dict[str, Any], match: str, tmp_path: Path) -> None:
+def test_what_is_not_supported_is_said_with_its_key(
+    changes: dict[str, Any], match: str, tmp_path: Path
+) -> None:
     with pytest.raises(RecipeError, match=match):
         translate(make_yaml(**changes), tmp_path)
 
@@ -119,12 +168,21 @@ def slices(*ranges: tuple[int, int], **parameters: Any) -> list[dict[str, Any]]:
 
 def test_slices_of_equal_layer_ranges_keep_their_own_parameters(lab: Any) -> None:
     lab.make_all(2)
-    raw = {"merge_method": "task_arithmetic", "base_model": "base", "slices": slices((0, 1), (1, 2)), "dtype": "float32"}
+    raw = {
+        "merge_method": "task_arithmetic",
+        "base_model": "base",
+        "slices": slices((0, 1), (1, 2)),
+        "dtype": "float32",
+    }
     run(make_plan(read_recipe(lab.write_recipe(raw, "config.yml"))))
     reader = BuildReader(str(lab.folder / "config-composite"))
     for name, base in lab.base.items():
         weight = 1.0 if "embed" in name or "layers.0" in name else 2.0
-        total = sum(lab.expert_tensors(seed)["language_model." + name][: base.shape[0]].float() - base.float() for seed in (0, 1))
+        total = sum(
+            lab.expert_tensors(seed)["language_model." + name][: base.shape[0]].float()
+            - base.float()
+            for seed in (0, 1)
+        )
         torch.testing.assert_close(reader.read(name, "merged"), base.float() + weight * total)
 
 
@@ -133,13 +191,30 @@ def test_slices_of_equal_layer_ranges_keep_their_own_parameters(lab: Any) -> Non
     [
         (slices((0, 1)), "end at layer 1, the model has 2"),
         (slices((0, 1), (0, 2)), "begins at layer 0, expected 1"),
-        ([{"sources": [{"model": "image", "layer_range": [0, 2]}, {"model": "audio", "layer_range": [0, 1]}]}], "different layer ranges"),
+        (
+            [
+                {
+                    "sources": [
+                        {"model": "image", "layer_range": [0, 2]},
+                        {"model": "audio", "layer_range": [0, 1]},
+                    ]
+                }
+            ],
+            "different layer ranges",
+        ),
         ([{"sources": [{"model": "image"}]}], r"layer_range: expected \[first, last \+ 1\]"),
     ],
 )
-def test_slices_that_do_not_cover_the_layers_once_are_refused(found: list[dict[str, Any]], match: str, lab: Any) -> None:
+def test_slices_that_do_not_cover_the_layers_once_are_refused(
+    found: list[dict[str, Any]], match: str, lab: Any
+) -> None:
     lab.make_all(2)
-    raw = {"merge_method": "task_arithmetic", "base_model": "base", "slices": found, "parameters": {"weight": 1}}
+    raw = {
+        "merge_method": "task_arithmetic",
+        "base_model": "base",
+        "slices": found,
+        "parameters": {"weight": 1},
+    }
     with pytest.raises(RecipeError, match=match):
         read_recipe(lab.write_recipe(raw, "config.yml"))
 
@@ -147,18 +222,33 @@ def test_slices_that_do_not_cover_the_layers_once_are_refused(found: list[dict[s
 MERGEKIT_CASES = ("ties_per_tensor", "breadcrumbs", "breadcrumbs_ties", "sce", "ram", "ramplus")
 
 
-@needs_golden
 @cases(*MERGEKIT_CASES)
 def test_a_yaml_gives_the_numbers_that_mergekit_gave(case: Case, tmp_path: Path) -> None:
     base, *folders = input_folders(case)
     numbers = case["params"]
     per_model = [
-        {"weight": weight} | {key: numbers[key] for key in ("density", "gamma") if key in numbers} for weight in numbers.get("weights", [])
+        {"weight": weight} | {key: numbers[key] for key in ("density", "gamma") if key in numbers}
+        for weight in numbers.get("weights", [])
     ]
-    models = [{"model": str(path)} | ({"parameters": per_model[index]} if per_model else {}) for index, path in enumerate(folders)]
-    shared = {key: numbers[key] for key in ("normalize", "select_topk", "epsilon", "r", "alpha") if key in numbers}
-    method = {"ties_per_tensor": "ties", "ramplus": "ramplus_tl"}.get(case["method"], case["method"])
-    raw = {"merge_method": method, "base_model": str(base), "models": models, "parameters": shared, "dtype": "float32"}
+    models = [
+        {"model": str(path)} | ({"parameters": per_model[index]} if per_model else {})
+        for index, path in enumerate(folders)
+    ]
+    shared = {
+        key: numbers[key]
+        for key in ("normalize", "select_topk", "epsilon", "r", "alpha")
+        if key in numbers
+    }
+    method = {"ties_per_tensor": "ties", "ramplus": "ramplus_tl"}.get(
+        case["method"], case["method"]
+    )
+    raw = {
+        "merge_method": method,
+        "base_model": str(base),
+        "models": models,
+        "parameters": shared,
+        "dtype": "float32",
+    }
     (tmp_path / "config.yml").write_text(yaml.safe_dump(raw))
     run(make_plan(read_recipe(tmp_path / "config.yml")))
     wanted = expected(case, "merged")
@@ -166,14 +256,18 @@ def test_a_yaml_gives_the_numbers_that_mergekit_gave(case: Case, tmp_path: Path)
     check_close(case, merged_of(BuildReader(str(tmp_path / "config-composite"))), wanted)
 
 
-def test_text_models_merged_by_a_yaml_answer_as_a_composite(repository: Path, tmp_path: Path) -> None:
+def test_text_models_merged_by_a_yaml_answer_as_a_composite(
+    repository: Path, tmp_path: Path
+) -> None:
     lab = repository / "examples" / "lab" / "checkpoints"
     shutil.copytree(lab / "base", tmp_path / "twin")
     models = [
         {"model": str(lab / "base"), "parameters": {"weight": 1}},
         {"model": str(tmp_path / "twin"), "parameters": {"weight": [0.5, 1]}},
     ]
-    (tmp_path / "config.yml").write_text(yaml.safe_dump({"merge_method": "linear", "models": models}))
+    (tmp_path / "config.yml").write_text(
+        yaml.safe_dump({"merge_method": "linear", "models": models})
+    )
     run(make_plan(read_recipe(tmp_path / "config.yml")))
     composite = load_composite(str(tmp_path / "config-composite"))
     retained = load_composite(str(tmp_path / "config-composite"), mode="retention", expert="twin")

@@ -39,8 +39,19 @@ def test_the_first_rule_that_fits_decides() -> None:
     assert scales(rules) == [3, 1, 1, 2, 2, 2, 3, 3]
 
 
-def test_a_gradient_of_a_rule_runs_over_its_layers_and_where_no_rule_fits_the_default_holds() -> None:
-    assert scales([{"value": [0, 1], "layers": [1, 3]}]) == [None, None, 0, 0.5, 1, None, None, None]
+def test_a_gradient_of_a_rule_runs_over_its_layers_and_where_no_rule_fits_the_default_holds() -> (
+    None
+):
+    assert scales([{"value": [0, 1], "layers": [1, 3]}]) == [
+        None,
+        None,
+        0,
+        0.5,
+        1,
+        None,
+        None,
+        None,
+    ]
     assert scales([{"value": 5, "layers": [-1, 0]}]) == [5, 5, None, None, None, None, None, None]
 
 
@@ -55,7 +66,9 @@ def test_a_gradient_of_a_rule_runs_over_its_layers_and_where_no_rule_fits_the_de
         ([{"value": "many"}], r"density\.0:"),
     ],
 )
-def test_a_schedule_that_is_not_valid_is_refused_with_its_place(value: list[Any], match: str) -> None:
+def test_a_schedule_that_is_not_valid_is_refused_with_its_place(
+    value: list[Any], match: str
+) -> None:
     with pytest.raises(RecipeError, match=match):
         parse_schedule(value, TiesParameters, "density", path="density")
 
@@ -78,7 +91,10 @@ def test_numbers_of_recipe_and_experts_hold_tensor_by_tensor(lab: Any) -> None:
         weights = (1.0, 0.5 if "mlp" in name else 0.0, 1.0)
         total = torch.zeros(base.shape)
         for seed, weight in enumerate(weights):
-            total += weight * (lab.expert_tensors(seed)["language_model." + name][: base.shape[0]].float() - base.float())
+            total += weight * (
+                lab.expert_tensors(seed)["language_model." + name][: base.shape[0]].float()
+                - base.float()
+            )
         torch.testing.assert_close(reader.read(name, "merged"), base.float() + scale * total)
 
 
@@ -102,7 +118,11 @@ def test_numbers_that_do_not_fit_together_on_one_tensor_are_refused(lab: Any) ->
 def test_another_number_for_one_layer_merges_that_layer_alone(lab: Any) -> None:
     raw = lab.make_all() | {"method": "task_arithmetic"}
     run(make_plan(read_recipe(lab.write_recipe(raw))))
-    again = run(make_plan(read_recipe(lab.write_recipe(raw | {"scale": [{"value": 0.5, "layers": [1, 1]}]}))))
+    again = run(
+        make_plan(
+            read_recipe(lab.write_recipe(raw | {"scale": [{"value": 0.5, "layers": [1, 1]}]}))
+        )
+    )
     assert again.num_computed["merge"] == 1
 
 
@@ -110,12 +130,19 @@ def test_the_schema_takes_a_schedule_wherever_the_parser_does(tmp_path: Path) ->
     schema = make_recipe_schema()
     for name, method in METHODS.items():
         definition = "".join(word.title() for word in name.split("_")) + "Recipe"
-        validator = jsonschema.Draft202012Validator(schema | {"anyOf": [{"$ref": f"#/$defs/{definition}"}]})
+        validator = jsonschema.Draft202012Validator(
+            schema | {"anyOf": [{"$ref": f"#/$defs/{definition}"}]}
+        )
         numbers = {
-            key: field for key, field in method.parameters_model.model_fields.items() if key in numeric_fields(method.parameters_model)
+            key: field
+            for key, field in method.parameters_model.model_fields.items()
+            if key in numeric_fields(method.parameters_model)
         }
         required = {key: 0.5 for key, field in numbers.items() if field.is_required()}
-        experts = {f"e{index}": {"path": f"{index}", "modality": "image"} for index in range(method.max_experts or 2)}
+        experts = {
+            f"e{index}": {"path": f"{index}", "modality": "image"}
+            for index in range(method.max_experts or 2)
+        }
         raw = {"base": "base", "method": name, "output": "store", "experts": experts} | required
         for key, field in numbers.items():
             number = 0.5 if field.is_required() else field.get_default()
@@ -125,4 +152,7 @@ def test_the_schema_takes_a_schedule_wherever_the_parser_does(tmp_path: Path) ->
             validator.validate(scheduled)
             validator.validate(raw | {key: [number, number]})
             assert not validator.is_valid(raw | {key: [{"value": number, "layer": 1}]})
-            assert parse_recipe(scheduled, folder=tmp_path).schedules[""][key].at(NAMES[1], 5) == number
+            assert (
+                parse_recipe(scheduled, folder=tmp_path).schedules[""][key].at(NAMES[1], 5)
+                == number
+            )

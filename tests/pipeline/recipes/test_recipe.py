@@ -13,7 +13,10 @@ from mmerge.workers.methods import METHODS
 
 
 def make_raw(**changes: Any) -> dict[str, Any]:
-    experts = {"image": {"path": "a", "modality": "image"}, "audio": {"path": "b", "modality": "audio", "mask_scale": 0.6}}
+    experts = {
+        "image": {"path": "a", "modality": "image"},
+        "audio": {"path": "b", "modality": "audio", "mask_scale": 0.6},
+    }
     return {"base": "base", "method": "mmer", "output": "store", "experts": experts} | changes
 
 
@@ -29,7 +32,12 @@ def test_paths_start_at_the_recipes_folder_and_defaults_are_filled_in(tmp_path: 
     assert recipe.name == "my-recipe"
     assert recipe.base == str(tmp_path / "base")
     assert recipe.output == "s3://bucket/prefix"
-    assert recipe.parameters.model_dump() == {"density": 0.8, "scope": "model", "reduction": "sum", "mask_scale": 0.75}
+    assert recipe.parameters.model_dump() == {
+        "density": 0.8,
+        "scope": "model",
+        "reduction": "sum",
+        "mask_scale": 0.75,
+    }
     assert [expert.parameters.model_dump() for expert in recipe.experts] == [
         {"mask_scale": None, "density": None},
         {"mask_scale": 0.6, "density": None},
@@ -59,7 +67,9 @@ def test_paths_start_at_the_recipes_folder_and_defaults_are_filled_in(tmp_path: 
         ({"base": 7}, "base: .*got 7"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused_with_the_keys_path(changes: dict[str, Any], match: str, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused_with_the_keys_path(
+    changes: dict[str, Any], match: str, tmp_path: Path
+) -> None:
     refused(make_raw(**changes), match, tmp_path)
 
 

@@ -1,4 +1,6 @@
-"""Ray actors hold one composite and give what one process gives; one that dies ends all, with one error."""
+"""Ray actors hold one composite and give what one process gives; one that dies ends all, with one
+error.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return build_masks(tmp_path_factory.mktemp("composite"), "llama", hidden_size=64, intermediate_size=128)
+    return build_masks(
+        tmp_path_factory.mktemp("composite"), "llama", hidden_size=64, intermediate_size=128
+    )
 
 
 def test_two_actors_give_what_one_process_gives_and_share_the_reading(uri: str) -> None:
@@ -39,9 +43,14 @@ def test_two_actors_give_what_one_process_gives_and_share_the_reading(uri: str) 
     prompts = make_prompts(alone.language_model.config.hidden_size)
     with load_on_actors(uri, num_ranks=2, dtype=torch.float32) as composite:
         for prompt in prompts:
-            # Sums over ranks are added in another order than within one matrix: float32, for logits of about 1.
-            torch.testing.assert_close(composite.logits(prompt), alone.logits(prompt), rtol=1e-5, atol=1e-5)
-        assert composite.generate_batch(prompts, max_new_tokens=4) == alone.generate_batch(prompts, max_new_tokens=4)
+            # Sums over ranks are added in another order than within one matrix: float32, for logits
+            # of about 1.
+            torch.testing.assert_close(
+                composite.logits(prompt), alone.logits(prompt), rtol=1e-5, atol=1e-5
+            )
+        assert composite.generate_batch(prompts, max_new_tokens=4) == alone.generate_batch(
+            prompts, max_new_tokens=4
+        )
         read = [report.bytes_read for report in composite.load_reports]
         assert sum(read) == alone.load_reports[0].bytes_read
         assert max(read) < 1.15 * sum(read) / 2

@@ -1,4 +1,6 @@
-"""The serving application, without a cluster: requests in, answers out, what cannot be answered is named."""
+"""The serving application, without a cluster: requests in, answers out, what cannot be answered is
+named.
+"""
 
 from __future__ import annotations
 

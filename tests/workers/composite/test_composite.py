@@ -11,18 +11,30 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    AutoTokenizer,
+)
 
 from mmerge.manifests.errors import DamagedObject, ManifestError, PromptError, StoreError
 from mmerge.pipeline import Composite, Part, export, load_composite
-from mmerge.workers.reconstruction.bitmask import mean_mask, unpack_mask
-from mmerge.workers.modalities.prompt import read_image, read_sound, read_video
-from mmerge.workers.reconstruction.build_reader import BuildReader
 from mmerge.workers.composite.routed_linear import RoutedLinear
+from mmerge.workers.modalities.prompt import read_image, read_sound, read_video
+from mmerge.workers.reconstruction.bitmask import mean_mask, unpack_mask
+from mmerge.workers.reconstruction.build_reader import BuildReader
 
-SAMPLES = Path(__file__).resolve().parent.parent.parent / "examples" / "lab" / "samples"
-IMAGE, SOUND, FILM = (SAMPLES / name for name in ("image_seven_light.png", "sound_three_low.wav", "video_two_up.gif"))
-QUESTIONS = {"image": "which digit is in the image ?", "audio": "which digit is in the sound ?", "video": "which digit is in the video ?"}
+SAMPLES = Path(__file__).resolve().parent.parent.parent.parent / "examples" / "lab" / "samples"
+IMAGE, SOUND, FILM = (
+    SAMPLES / name for name in ("image_seven_light.png", "sound_three_low.wav", "video_two_up.gif")
+)
+QUESTIONS = {
+    "image": "which digit is in the image ?",
+    "audio": "which digit is in the sound ?",
+    "video": "which digit is in the video ?",
+}
 MEDIA = {"image": Part("image", IMAGE), "audio": Part("audio", SOUND), "video": Part("video", FILM)}
 
 
@@ -34,24 +46,45 @@ def composite(lab_store: str) -> Composite:
 def make_inputs(modality: str, folder: Path, text: str, target: Path) -> dict[str, torch.Tensor]:
     """What transformers itself makes of a prompt that holds the placeholder."""
     if modality == "video":  # its processor class needs torchvision
-        tokenizer, images = AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
+        tokenizer, images = (
+            AutoTokenizer.from_pretrained(folder),
+            AutoImageProcessor.from_pretrained(folder),
+        )
         frames = list(read_video(target))
-        pixels = images(images=frames, return_tensors="pt", return_legacy_image_output=False)["pixel_values"]
+        pixels = images(images=frames, return_tensors="pt", return_legacy_image_output=False)[
+            "pixel_values"
+        ]
         count = len(frames) * ((pixels.shape[-1] // 8) ** 2 + 1)
-        return {**tokenizer(text.replace("<video>", "<video>" * count), return_tensors="pt"), "pixel_values_videos": pixels[None]}
+        return {
+            **tokenizer(text.replace("<video>", "<video>" * count), return_tensors="pt"),
+            "pixel_values_videos": pixels[None],
+        }
     processor = AutoProcessor.from_pretrained(folder)
     if modality == "image":
         return dict(processor(text=text, images=read_image(target), return_tensors="pt"))
-    return dict(processor(text=text, audio=[read_sound(target, sampling_rate=16000)], sampling_rate=16000, return_tensors="pt"))
+    return dict(
+        processor(
+            text=text,
+            audio=[read_sound(target, sampling_rate=16000)],
+            sampling_rate=16000,
+            return_tensors="pt",
+        )
+    )
 
 
 @pytest.mark.parametrize("modality", ["image", "audio", "video"])
-def test_transformers_loads_the_export_and_its_logits_are_those_of_retention_mode(lab_store: str, tmp_path: Path, modality: str) -> None:
+def test_transformers_loads_the_export_and_its_logits_are_those_of_retention_mode(
+    lab_store: str, tmp_path: Path, modality: str
+) -> None:
     report = export(f"{lab_store}#mmer", tmp_path / "export", expert=modality)
     assert report.num_tensors > 40
-    model, info = AutoModelForMultimodalLM.from_pretrained(tmp_path / "export", dtype=torch.float32, output_loading_info=True)
+    model, info = AutoModelForMultimodalLM.from_pretrained(
+        tmp_path / "export", dtype=torch.float32, output_loading_info=True
+    )
     assert not any(info.values())
-    retained = load_composite(f"{lab_store}#mmer", mode="retention", expert=modality, dtype=torch.float32)
+    retained = load_composite(
+        f"{lab_store}#mmer", mode="retention", expert=modality, dtype=torch.float32
+    )
     parts = retained.prompt(QUESTIONS[modality], [MEDIA[modality]])
     placeholder = retained.encoders[modality].placeholder
     text = "".join(part.value if part.kind == "text" else placeholder for part in parts)
@@ -66,40 +99,62 @@ def test_transformers_loads_the_export_and_its_logits_are_those_of_retention_mod
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_a_large_export_is_split_into_files_that_transformers_joins(lab_store: str, tmp_path: Path) -> None:
+def test_a_large_export_is_split_into_files_that_transformers_joins(
+    lab_store: str, tmp_path: Path
+) -> None:
     whole = export(f"{lab_store}#mmer", tmp_path / "whole", expert="image")
     split = export(f"{lab_store}#mmer", tmp_path / "split", expert="image", max_file_bytes=400_000)
     assert "model.safetensors.index.json" in split.files
     assert sum(name.startswith("model-") for name in split.files) > 2
     assert split.num_bytes == whole.num_bytes
-    one, other = (AutoModelForMultimodalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "split"))
+    one, other = (
+        AutoModelForMultimodalLM.from_pretrained(tmp_path / name).state_dict()
+        for name in ("whole", "split")
+    )
     assert all(one[key].equal(other[key]) for key in one)
 
 
-def test_the_export_without_an_expert_is_the_text_model(lab_store: str, composite: Composite, tmp_path: Path) -> None:
+def test_the_export_without_an_expert_is_the_text_model(
+    lab_store: str, composite: Composite, tmp_path: Path
+) -> None:
     export(f"{lab_store}#mmer", tmp_path / "text")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "text", dtype=composite.language_model.dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "text", dtype=composite.language_model.dtype
+    )
     parts = composite.prompt("which digit is in the image ?")
-    ids = composite.tokenizer("".join(part.value for part in parts), return_tensors="pt")["input_ids"]
+    ids = composite.tokenizer("".join(part.value for part in parts), return_tensors="pt")[
+        "input_ids"
+    ]
     with torch.inference_mode():
-        torch.testing.assert_close(composite.logits(parts), model(ids).logits[0], rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(
+            composite.logits(parts), model(ids).logits[0], rtol=2e-2, atol=2e-2
+        )
 
 
 def test_every_linear_of_the_layers_is_routed_and_equals_formed_weights(lab_store: str) -> None:
     composite = load_composite(f"{lab_store}#mmer", dtype=torch.float32)
     reader = BuildReader(f"{lab_store}#mmer")
-    routed = {path: module for path, module in composite.language_model.named_modules() if isinstance(module, RoutedLinear)}
+    routed = {
+        path: module
+        for path, module in composite.language_model.named_modules()
+        if isinstance(module, RoutedLinear)
+    }
     assert len(routed) == 7 * composite.language_model.config.num_hidden_layers
     for path, module in routed.items():
         base, delta = (reader.read(f"{path}.weight", role).float() for role in ("base", "delta"))  # type: ignore[arg-type]
-        masks = [unpack_mask(reader.read_packed_mask(f"{path}.weight", name), base.shape) for name in reader.expert_names]
+        masks = [
+            unpack_mask(reader.read_packed_mask(f"{path}.weight", name), base.shape)
+            for name in reader.expert_names
+        ]
         torch.testing.assert_close(module.weight, base + mean_mask(masks) * delta)
         for index, mask in enumerate(masks):
             torch.testing.assert_close(module.modality_weight(index), base + mask * delta)
 
 
 def test_expansion_routes_each_part_of_a_prompt_by_its_modality(composite: Composite) -> None:
-    parts = composite.prompt("what do these share ?", [MEDIA["image"], MEDIA["audio"], MEDIA["video"]])
+    parts = composite.prompt(
+        "what do these share ?", [MEDIA["image"], MEDIA["audio"], MEDIA["video"]]
+    )
     embeds, ids = composite.embed(parts)
     assert len(embeds) == len(ids)
     runs = [int(ids[0])] + [int(now) for before, now in itertools.pairwise(ids) if now != before]
@@ -135,7 +190,12 @@ def test_a_batch_of_different_layouts_answers_as_one_by_one(composite: Composite
 def test_the_samples_are_answered(composite: Composite) -> None:
     truths = {"image": "seven", "audio": "three", "video": "two"}
     for modality, truth in truths.items():
-        assert composite.generate(composite.prompt(QUESTIONS[modality], [MEDIA[modality]]), max_new_tokens=3) == truth
+        assert (
+            composite.generate(
+                composite.prompt(QUESTIONS[modality], [MEDIA[modality]]), max_new_tokens=3
+            )
+            == truth
+        )
 
 
 def test_media_may_be_given_as_arrays(composite: Composite) -> None:
@@ -148,17 +208,31 @@ def test_media_may_be_given_as_arrays(composite: Composite) -> None:
         (Part("video", film), MEDIA["video"]),
     ):
         question = QUESTIONS[given.kind]
-        assert composite.logits(composite.prompt(question, [given])).equal(composite.logits(composite.prompt(question, [path])))
+        assert composite.logits(composite.prompt(question, [given])).equal(
+            composite.logits(composite.prompt(question, [path]))
+        )
 
 
 def test_a_plain_build_loads_and_answers(lab_store: str) -> None:
     composite = load_composite(f"{lab_store}#naive_mc")
-    assert not [module for module in composite.language_model.modules() if isinstance(module, RoutedLinear)]
-    assert isinstance(composite.generate(composite.prompt(QUESTIONS["image"], [MEDIA["image"]]), max_new_tokens=2), str)
+    assert not [
+        module for module in composite.language_model.modules() if isinstance(module, RoutedLinear)
+    ]
+    assert isinstance(
+        composite.generate(
+            composite.prompt(QUESTIONS["image"], [MEDIA["image"]]), max_new_tokens=2
+        ),
+        str,
+    )
 
 
-def test_what_cannot_be_asked_is_refused_with_the_way_out(lab_store: str, composite: Composite) -> None:
-    with pytest.raises(PromptError, match=r"no expert for modality 'smell'; this composite has image \(image\), audio"):
+def test_what_cannot_be_asked_is_refused_with_the_way_out(
+    lab_store: str, composite: Composite
+) -> None:
+    with pytest.raises(
+        PromptError,
+        match=r"no expert for modality 'smell'; this composite has image \(image\), audio",
+    ):
         composite.generate([Part("smell", "x")])
     with pytest.raises(PromptError, match=r"the prompt has \d+ tokens and 600 are to be generated"):
         composite.generate(composite.prompt("which digit ?"), max_new_tokens=600)
@@ -173,7 +247,9 @@ def test_what_cannot_be_asked_is_refused_with_the_way_out(lab_store: str, compos
         retained.generate(retained.prompt(QUESTIONS["audio"], [MEDIA["audio"]]))
 
 
-def test_words_of_the_api_that_do_not_exist_are_refused(lab_store: str, composite: Composite) -> None:
+def test_words_of_the_api_that_do_not_exist_are_refused(
+    lab_store: str, composite: Composite
+) -> None:
     for wrong in ({"mode": "merge"}, {"policy": "some"}):
         with pytest.raises(ManifestError, match=next(iter(wrong.values()))):
             load_composite(f"{lab_store}#mmer", **wrong)  # type: ignore[arg-type]
@@ -191,33 +267,74 @@ def test_an_export_never_overwrites(lab_store: str, tmp_path: Path) -> None:
 def test_a_damaged_object_is_named_when_it_is_loaded(lab_store: str, tmp_path: Path) -> None:
     shutil.copytree(lab_store, tmp_path / "store")
     reader = BuildReader(f"{tmp_path / 'store'}#mmer")
-    entry = next(entry for entry in reader.manifest.entries if entry.shard == "layers.1" and entry.role == "merge")
+    entry = next(
+        entry
+        for entry in reader.manifest.entries
+        if entry.shard == "layers.1" and entry.role == "merge"
+    )
     path = tmp_path / "store" / entry.key
     data = bytearray(path.read_bytes())
     data[-100] ^= 1
     path.write_bytes(data)
-    with pytest.raises(DamagedObject, match=rf"{entry.key}: model\.layers\.1\.\S+ \(mask\) is damaged"):
+    with pytest.raises(
+        DamagedObject, match=rf"{entry.key}: model\.layers\.1\.\S+ \(mask\) is damaged"
+    ):
         load_composite(f"{tmp_path / 'store'}#mmer")
 
 
 def test_a_shard_is_as_large_as_all_that_is_read_for_its_layer(lab_store: str) -> None:
     reader = BuildReader(f"{lab_store}#mmer")
-    layers = {row.shard: 0 for row in reader.rows() if row.role != "carried" and not row.shard.startswith("base/")}
+    layers = {
+        row.shard: 0
+        for row in reader.rows()
+        if row.role != "carried" and not row.shard.startswith("base/")
+    }
     for shard in layers:
         names = {row.name for row in reader.rows() if row.shard == shard and row.role == "delta"}
-        masks = sum(reader.stored_bytes(name, "mask", expert) for name in names for expert in reader.expert_names)
-        extra = sum(reader.stored_bytes(name, "extra_rows", expert) for name in names for expert in reader.expert_names)
-        layers[shard] = masks + extra + sum(reader.stored_bytes(name, "base") + reader.stored_bytes(name, "delta") for name in names)
+        masks = sum(
+            reader.stored_bytes(name, "mask", expert)
+            for name in names
+            for expert in reader.expert_names
+        )
+        extra = sum(
+            reader.stored_bytes(name, "extra_rows", expert)
+            for name in names
+            for expert in reader.expert_names
+        )
+        layers[shard] = (
+            masks
+            + extra
+            + sum(
+                reader.stored_bytes(name, "base") + reader.stored_bytes(name, "delta")
+                for name in names
+            )
+        )
     assert len(layers) > 2
     assert reader.largest_shard_bytes() == max(layers.values()) > 0
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="the system has no large pages")
 def test_routed_weights_lie_together_and_each_has_its_own_storage(composite: Composite) -> None:
-    routed = [module for module in composite.language_model.modules() if isinstance(module, RoutedLinear)]
-    held = [tensor for module in routed for tensor in (module.weight.detach(), module.get_buffer("delta"), module.get_buffer("masks"))]
+    routed = [
+        module for module in composite.language_model.modules() if isinstance(module, RoutedLinear)
+    ]
+    held = [
+        tensor
+        for module in routed
+        for tensor in (
+            module.weight.detach(),
+            module.get_buffer("delta"),
+            module.get_buffer("masks"),
+        )
+    ]
     places = sorted((tensor.data_ptr(), tensor.nbytes) for tensor in held)
     span = places[-1][0] + places[-1][1] - places[0][0]
-    assert span < 64 * len(held) + sum(num_bytes for _, num_bytes in places), "nothing else between them"
-    assert all(start + num_bytes <= other for (start, num_bytes), (other, _) in itertools.pairwise(places))
-    assert all(tensor.untyped_storage().nbytes() - tensor.nbytes < 64 for tensor in held), "a copy of one does not hold the others"
+    assert span < 64 * len(held) + sum(num_bytes for _, num_bytes in places), (
+        "nothing else between them"
+    )
+    assert all(
+        start + num_bytes <= other for (start, num_bytes), (other, _) in itertools.pairwise(places)
+    )
+    assert all(tensor.untyped_storage().nbytes() - tensor.nbytes < 64 for tensor in held), (
+        "a copy of one does not hold the others"
+    )

@@ -1,4 +1,6 @@
-"""Models whose tensors transformers itself renames or fuses (mixtures of experts) load whole, each byte once."""
+"""Models whose tensors transformers itself renames or fuses (mixtures of experts) load whole, each
+byte once.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ PROMPT = [5, 6, 7, 8, 9]
 def model_of(state: dict[str, torch.Tensor], folder: Path) -> torch.nn.Module:
     """What transformers itself makes of these tensors and the configuration in a folder."""
     config = transformers.AutoConfig.from_pretrained(folder)
-    return transformers.MixtralForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32).eval()
+    return transformers.MixtralForCausalLM.from_pretrained(
+        None, config=config, state_dict=state, dtype=torch.float32
+    ).eval()
 
 
 @torch.inference_mode()
@@ -29,30 +33,47 @@ def logits_of(model: torch.nn.Module) -> torch.Tensor:
     return found
 
 
-def test_a_plain_merge_of_them_is_the_model_of_its_tensors_and_reads_each_byte_once(tmp_path: Path) -> None:
+def test_a_plain_merge_of_them_is_the_model_of_its_tensors_and_reads_each_byte_once(
+    tmp_path: Path,
+) -> None:
     uri = build_plain(tmp_path, "mixtral")
     reader = BuildReader(uri)
     names = reader.llm_names()
     files = load_file(tmp_path / "base" / "model.safetensors")
-    assert set(names) == set(files) != set(dict(make_model("mixtral").named_parameters())), "files and class name them alike"
+    assert set(names) == set(files) != set(dict(make_model("mixtral").named_parameters())), (
+        "files and class name them alike"
+    )
     told: list[tuple[int, int]] = []
-    composite = load_composite(uri, on_bytes=lambda num_bytes, total: told.append((num_bytes, total)))
+    composite = load_composite(
+        uri, on_bytes=lambda num_bytes, total: told.append((num_bytes, total))
+    )
     stored = sum(reader.stored_bytes(name, "merged") for name in names)
-    assert composite.load_reports[0].bytes_read == stored == sum(value.nbytes for value in files.values())
+    assert (
+        composite.load_reports[0].bytes_read
+        == stored
+        == sum(value.nbytes for value in files.values())
+    )
     wanted = model_of({name: reader.read(name, "merged") for name in names}, tmp_path / "base")
     assert logits_of(composite.language_model).equal(logits_of(wanted))
     assert told[-1] == (stored, stored), "the progress bar ends where the model is whole"
     assert composite.generate([Part.text("w5 w6 w7")], max_new_tokens=3).split()
 
 
-def test_one_expert_of_a_build_of_masks_of_them_loads_and_all_at_once_are_refused_by_name(tmp_path: Path) -> None:
+def test_one_expert_of_a_build_of_masks_of_them_loads_and_all_at_once_are_refused_by_name(
+    tmp_path: Path,
+) -> None:
     uri = build_masks(tmp_path, "mixtral")
     reader = BuildReader(uri)
-    with pytest.raises(CheckpointError, match=r"base: its tensors do not fit MixtralForCausalLM .* one expert \(retention\)"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"base: its tensors do not fit MixtralForCausalLM .* one expert \(retention\)",
+    ):
         load_composite(uri)
     composite = load_composite(uri, mode="retention", expert="audio")
     names = reader.llm_names()
     wanted = model_of({name: reader.rebuild(name, "audio") for name in names}, tmp_path / "base")
     assert logits_of(composite.language_model).equal(logits_of(wanted))
     stored = sum(reader.stored_bytes(name, role) for name in names for role in ("base", "delta"))
-    assert composite.load_reports[0].bytes_read == stored + sum(reader.stored_bytes(name, "mask", "audio") for name in names)
+    assert composite.load_reports[0].bytes_read == stored + sum(
+        reader.stored_bytes(name, "mask", "audio") for name in names
+    )

@@ -1,4 +1,6 @@
-"""Expansion equals a naive loop over tokens, for every architecture, policy, batch, padding, prefill and decode."""
+"""Expansion equals a naive loop over tokens, for every architecture, policy, batch, padding,
+prefill and decode.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ KINDS = {"masks": build_masks, "adapters": build_adapters}
 
 
 def media(kind: str, num_tokens: int, seed: int) -> Part:
-    return Part(kind, torch.randn(num_tokens, HIDDEN, generator=torch.Generator().manual_seed(seed)))
+    return Part(
+        kind, torch.randn(num_tokens, HIDDEN, generator=torch.Generator().manual_seed(seed))
+    )
 
 
 PROMPTS = [
@@ -63,7 +67,11 @@ EVEN_PROMPTS = [
 ]
 """All of eleven tokens: a batch of them has no padding."""
 
-CASES = [(architecture, "masks", policy) for architecture in ARCHITECTURES for policy in ("packed", "resident")]
+CASES = [
+    (architecture, "masks", policy)
+    for architecture in ARCHITECTURES
+    for policy in ("packed", "resident")
+]
 CASES += [(architecture, "adapters", "packed") for architecture in ARCHITECTURES]
 BATCHES = {
     "batch 1": (PROMPTS[:1], 0),
@@ -87,30 +95,54 @@ def test_logits_of_prefill_and_of_every_decoded_token_equal_the_naive_loop(
     assert bool((mask == 0).any()) == ("padded" in batch)
     with torch.inference_mode(), composite._routing.prefill(ids):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        prefilled = composite.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        prefilled = composite.language_model(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
+        ).logits
     for cache in ("dynamic", "static"):
-        options = {"max_new_tokens": 4, "min_new_tokens": 4, "output_logits": True, "return_dict_in_generate": True}
+        options = {
+            "max_new_tokens": 4,
+            "min_new_tokens": 4,
+            "output_logits": True,
+            "return_dict_in_generate": True,
+        }
         if cache == "static":
             options["cache_implementation"] = "static"
         with torch.inference_mode(), composite._routing.prefill(ids):
             made = composite.language_model.generate(
-                inputs_embeds=embeds, attention_mask=mask, do_sample=False, eos_token_id=2, pad_token_id=2, **options
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                do_sample=False,
+                eos_token_id=2,
+                pad_token_id=2,
+                **options,
             )
         for row in range(len(prompts)):
             is_own = mask[row] == 1
-            wanted = naive.logits(embeds[row, is_own], ids[row, is_own].tolist(), made.sequences[row].tolist())
+            wanted = naive.logits(
+                embeds[row, is_own], ids[row, is_own].tolist(), made.sequences[row].tolist()
+            )
             num_tokens = int(is_own.sum())
-            torch.testing.assert_close(prefilled[row, is_own], wanted[:num_tokens], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                prefilled[row, is_own], wanted[:num_tokens], rtol=1e-5, atol=1e-5
+            )
             found = torch.stack([step[row] for step in made.logits])
             torch.testing.assert_close(found, wanted[num_tokens - 1 : -1], rtol=1e-5, atol=1e-5)
 
 
-def pad(composite: Composite, prompts: Any, num_padding: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Embeddings, modality ids and attention mask of a batch, the longest prompt with `num_padding` tokens of padding before it."""
+def pad(
+    composite: Composite, prompts: Any, num_padding: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Embeddings, modality ids and attention mask of a batch, the longest prompt with `num_padding`
+    tokens of padding before it.
+    """
     embedded = [composite.embed(prompt) for prompt in prompts]
     embeds, ids, mask = composite._pad(embedded)
     grow = torch.nn.functional.pad
-    return grow(embeds, (0, 0, num_padding, 0)), grow(ids, (num_padding, 0), value=-1), grow(mask, (num_padding, 0))
+    return (
+        grow(embeds, (0, 0, num_padding, 0)),
+        grow(ids, (num_padding, 0), value=-1),
+        grow(mask, (num_padding, 0)),
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -121,7 +153,9 @@ def test_the_public_calls_give_what_the_naive_loop_gives(family: Family, kind: s
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         embeds, ids = composite.embed(prompt)
         wanted = naive.logits(embeds, ids.tolist(), answer)
-        torch.testing.assert_close(composite.logits(prompt), wanted[: len(ids)], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            composite.logits(prompt), wanted[: len(ids)], rtol=1e-5, atol=1e-5
+        )
         assert answer == wanted[len(ids) - 1 : -1].argmax(-1).tolist()
 
 
@@ -141,18 +175,32 @@ def test_biases_of_every_modality_are_loaded(family: Family) -> None:
     assert not any(values[0].equal(other) for other in values[1:])
 
 
-@pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True, "seed": 5, "num_return_sequences": 2}])
-def test_beams_and_several_answers_route_every_row_of_the_prompt(family: Family, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, {"do_sample": True, "seed": 5, "num_return_sequences": 2}]
+)
+def test_beams_and_several_answers_route_every_row_of_the_prompt(
+    family: Family, options: dict[str, Any]
+) -> None:
     uri, naive = family.find("llama", "masks")
     composite = load_composite(uri)
     made = composite._generate(
-        [PROMPTS[0], PROMPTS[1]], max_new_tokens=1, min_new_tokens=1, output_logits=True, return_dict_in_generate=True, **options
+        [PROMPTS[0], PROMPTS[1]],
+        max_new_tokens=1,
+        min_new_tokens=1,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **options,
     )
     count = options.get("num_beams") or options["num_return_sequences"]
     for row, prompt in enumerate((PROMPTS[0], PROMPTS[1])):
         embeds, ids = composite.embed(prompt)
         for each in range(count):
-            torch.testing.assert_close(made.logits[0][row * count + each], naive.logits(embeds, ids.tolist())[-1], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                made.logits[0][row * count + each],
+                naive.logits(embeds, ids.tolist())[-1],
+                rtol=1e-5,
+                atol=1e-5,
+            )
 
 
 def test_a_prompt_in_pieces_is_routed_as_in_one_pass(family: Family) -> None:
@@ -164,7 +212,9 @@ def test_a_prompt_in_pieces_is_routed_as_in_one_pass(family: Family) -> None:
     with torch.inference_mode(), composite._routing.prefill(ids[None]):
         first = model(inputs_embeds=embeds[None, :6], use_cache=True)
         second = model(inputs_embeds=embeds[None, 6:], past_key_values=first.past_key_values)
-    torch.testing.assert_close(torch.cat([first.logits[0], second.logits[0]]), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        torch.cat([first.logits[0], second.logits[0]]), wanted, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_sampling_repeats_with_a_seed_and_leaves_the_generator_alone(family: Family) -> None:
@@ -202,7 +252,9 @@ def test_a_stream_that_is_left_ends_and_the_next_answer_is_right(family: Family)
     assert len(passes) < 5 * (100 + 8) * 0.8, "what nobody asks for is not generated"
 
 
-def test_threads_may_ask_one_composite_and_copies_of_a_model_have_their_own_turns(family: Family) -> None:
+def test_threads_may_ask_one_composite_and_copies_of_a_model_have_their_own_turns(
+    family: Family,
+) -> None:
     composite = load_composite(family.find("llama", "masks")[0])
     options: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4}
     wanted = [composite.generate(prompt, **options) for prompt in PROMPTS]
@@ -211,10 +263,16 @@ def test_threads_may_ask_one_composite_and_copies_of_a_model_have_their_own_turn
     assert found == wanted * 5
     copied = copy.deepcopy(composite.language_model)
     routings = [
-        next(each._routing for each in model.modules() if isinstance(each, RoutedLinear)) for model in (composite.language_model, copied)
+        next(each._routing for each in model.modules() if isinstance(each, RoutedLinear))
+        for model in (composite.language_model, copied)
     ]
     with routings[0].prefill(torch.zeros(1, 1, dtype=torch.long)), ThreadPoolExecutor(1) as pool:
-        assert pool.submit(lambda: routings[1].prefill(torch.zeros(1, 1, dtype=torch.long)).__enter__()).result(timeout=60) is None
+        assert (
+            pool.submit(
+                lambda: routings[1].prefill(torch.zeros(1, 1, dtype=torch.long)).__enter__()
+            ).result(timeout=60)
+            is None
+        )
 
 
 def test_what_cannot_be_generated_is_refused(family: Family) -> None:
@@ -225,7 +283,10 @@ def test_what_cannot_be_generated_is_refused(family: Family) -> None:
         composite.generate(PROMPTS[0], max_new_tokens=0)
     with pytest.raises(PromptError, match=r"embeddings have width 7, the language model's have 32"):
         composite.generate([Part("image", torch.zeros(2, 7))])
-    with pytest.raises(PromptError, match=r"the prompt has 201 tokens and 0 are to be generated; the model takes 128"):
+    with pytest.raises(
+        PromptError,
+        match=r"the prompt has 201 tokens and 0 are to be generated; the model takes 128",
+    ):
         composite.logits([media("image", 200, 1), Part.text("w5")])
 
 
@@ -237,11 +298,18 @@ def test_a_gpu_gives_the_logits_of_the_naive_loop(family: Family, policy: Any) -
     composite = load_composite(uri, device="cuda", policy=policy)
     for prompt in PROMPTS:
         embeds, ids = composite.embed(prompt)
-        torch.testing.assert_close(composite.logits(prompt).cpu(), naive.logits(embeds.cpu(), ids.tolist()), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            composite.logits(prompt).cpu(),
+            naive.logits(embeds.cpu(), ids.tolist()),
+            rtol=1e-4,
+            atol=1e-4,
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_composite_that_is_dropped_gives_its_memory_back_at_once(family: Family, kind: str) -> None:
+def test_a_composite_that_is_dropped_gives_its_memory_back_at_once(
+    family: Family, kind: str
+) -> None:
     composite = load_composite(family.find("llama", kind)[0])
     composite.generate_tokens(PROMPTS, max_new_tokens=2)
     held = [weakref.ref(each) for each in composite.language_model.parameters()]

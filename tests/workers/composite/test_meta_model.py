@@ -1,4 +1,6 @@
-"""A model without weights has no memory for them, the buffers of the real one, and leaves torch as it was."""
+"""A model without weights has no memory for them, the buffers of the real one, and leaves torch as
+it was.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mmerge.manifests.errors import CheckpointError
 from mmerge.workers.composite.meta_model import make_skeleton, set_parameter
 
-CONFIG = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=60)
+CONFIG = LlamaConfig(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=60,
+)
 
 
 def test_a_skeleton_has_the_names_and_shapes_of_the_model_no_memory_and_its_buffers() -> None:
@@ -25,7 +34,10 @@ def test_a_skeleton_has_the_names_and_shapes_of_the_model_no_memory_and_its_buff
     assert all(value.is_meta and not value.requires_grad for value in found.parameters())
     buffers = dict(found.named_buffers())
     assert buffers.keys() == dict(wanted.named_buffers()).keys()
-    assert all(torch.equal(value.float(), buffers[name].float()) for name, value in LlamaForCausalLM(CONFIG).named_buffers())
+    assert all(
+        torch.equal(value.float(), buffers[name].float())
+        for name, value in LlamaForCausalLM(CONFIG).named_buffers()
+    )
     assert not found.training
 
 
@@ -45,15 +57,23 @@ def test_models_made_afterwards_are_drawn_as_ever(fails: bool) -> None:
     before = draw()
     if fails:
         with pytest.raises(
-            CheckpointError, match=r"base: transformers .* cannot make a llama model of its config.json \(KeyError: 'unknown'\)"
+            CheckpointError,
+            match=(
+                r"base: transformers .* cannot make a llama model of its config.json \(KeyError:"
+                r" 'unknown'\)"
+            ),
         ):
             make_skeleton(
-                LlamaConfig(**CONFIG.to_dict() | {"rope_parameters": {"rope_type": "unknown"}}), dtype=torch.float16, owner="base"
+                LlamaConfig(**CONFIG.to_dict() | {"rope_parameters": {"rope_type": "unknown"}}),
+                dtype=torch.float16,
+                owner="base",
             )
     else:
         make_skeleton(CONFIG, dtype=torch.float16, owner="base")
     after = draw()
-    assert all(one.equal(other) and not other.is_meta for one, other in zip(before, after, strict=True))
+    assert all(
+        one.equal(other) and not other.is_meta for one, other in zip(before, after, strict=True)
+    )
     assert torch.get_default_dtype() == torch.float32
 
 
@@ -64,12 +84,20 @@ def test_threads_make_skeletons_at_once_and_other_modules_meanwhile() -> None:
         found = True
         while not ends.is_set():
             layer = nn.Linear(3, 4)
-            found = found and layer.weight.device.type == "cpu" and layer.weight.requires_grad and bool(layer.weight.any())
+            found = (
+                found
+                and layer.weight.device.type == "cpu"
+                and layer.weight.requires_grad
+                and bool(layer.weight.any())
+            )
         return found
 
     def make(number: int) -> bool:
         dtype = torch.bfloat16 if number % 2 else torch.float32
-        return all(value.is_meta and value.dtype == dtype for value in make_skeleton(CONFIG, dtype=dtype, owner="base").parameters())
+        return all(
+            value.is_meta and value.dtype == dtype
+            for value in make_skeleton(CONFIG, dtype=dtype, owner="base").parameters()
+        )
 
     with ThreadPoolExecutor(4) as pool:
         other = pool.submit(make_layers)
@@ -83,7 +111,10 @@ def test_threads_make_skeletons_at_once_and_other_modules_meanwhile() -> None:
 
 def test_a_value_of_another_shape_is_refused_by_name() -> None:
     model = make_skeleton(CONFIG, dtype=torch.float32, owner="base")
-    with pytest.raises(CheckpointError, match=r"model.norm.weight: has shape \(31,\), the model of transformers .* has \(32,\)"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"model.norm.weight: has shape \(31,\), the model of transformers .* has \(32,\)",
+    ):
         set_parameter(model, "model.norm.weight", torch.zeros(31), shape=(31,))
     set_parameter(model, "model.norm.weight", torch.ones(32), shape=(32,))
     assert model.model.norm.weight.equal(torch.ones(32))

@@ -1,4 +1,6 @@
-"""Plans of placement: their numbers are those of what is then loaded, and what does not fit is refused with them."""
+"""Plans of placement: their numbers are those of what is then loaded, and what does not fit is
+refused with them.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +15,29 @@ from rank_script import held_bytes
 
 from mmerge.manifests.errors import PlacementError
 from mmerge.pipeline import load_composite
-from mmerge.workers.composite.tensor_parallel import Division
 from mmerge.workers.composite.placement import parse_devices, plan_placement
+from mmerge.workers.composite.tensor_parallel import Division
 from mmerge.workers.reconstruction.build_reader import BuildReader
 
 GB = 10**9
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted"), [("4x80", [80 * GB] * 4), ("24", [24 * GB]), ("2x80,1x40GB", [80 * GB, 80 * GB, 40 * GB]), ("0.5", [GB // 2])]
+    ("text", "wanted"),
+    [
+        ("4x80", [80 * GB] * 4),
+        ("24", [24 * GB]),
+        ("2x80,1x40GB", [80 * GB, 80 * GB, 40 * GB]),
+        ("0.5", [GB // 2]),
+    ],
 )
 def test_devices_are_a_count_and_gigabytes(text: str, wanted: list[int]) -> None:
     assert parse_devices(text) == wanted
 
 
-@pytest.mark.parametrize("text", ["", "x80", "4x", "0x80", "4x0", "four", "4x80,,", "-1x80", "9999x80"])
+@pytest.mark.parametrize(
+    "text", ["", "x80", "4x", "0x80", "4x0", "four", "4x80,,", "-1x80", "9999x80"]
+)
 def test_other_texts_are_no_devices(text: str) -> None:
     with pytest.raises(PlacementError, match="expected devices as COUNTxGB"):
         parse_devices(text)
@@ -45,7 +55,9 @@ def test_planned_bytes_are_those_of_the_loaded_model(lab_store: str, policy: Any
 
 def test_every_rank_of_a_plan_by_tensor_holds_near_one_nth(lab_store: str) -> None:
     whole = plan_placement(f"{lab_store}#mmer", devices=[GB], device_type="cpu").stages[0].memory
-    placement = plan_placement(f"{lab_store}#mmer", devices=[GB] * 4, by="tensor", device_type="cpu")
+    placement = plan_placement(
+        f"{lab_store}#mmer", devices=[GB] * 4, by="tensor", device_type="cpu"
+    )
     assert placement.num_ranks == 4
     for stage in placement.stages:
         assert stage.memory.weights < 1.2 * whole.weights / 4 + 1e5
@@ -53,10 +65,14 @@ def test_every_rank_of_a_plan_by_tensor_holds_near_one_nth(lab_store: str) -> No
     assert sum(stage.memory.encoders for stage in placement.stages) == whole.encoders
 
 
-def test_a_plan_by_layers_gives_each_device_a_run_of_layers_and_every_tensor_one_device(lab_store: str) -> None:
+def test_a_plan_by_layers_gives_each_device_a_run_of_layers_and_every_tensor_one_device(
+    lab_store: str,
+) -> None:
     uri = f"{lab_store}#mmer"
     placement = plan_placement(uri, devices=[GB, GB, GB], by="layers", device_type="cpu")
-    assert [stage.first_layer for stage in placement.stages[1:]] == [stage.last_layer + 1 for stage in placement.stages[:-1]]
+    assert [stage.first_layer for stage in placement.stages[1:]] == [
+        stage.last_layer + 1 for stage in placement.stages[:-1]
+    ]
     for name in BuildReader(uri).llm_names():
         assert sum(stage.holds(name) for stage in placement.stages) == 1
     with pytest.raises(PlacementError, match="5 devices for 4 layers"):
@@ -64,7 +80,13 @@ def test_a_plan_by_layers_gives_each_device_a_run_of_layers_and_every_tensor_one
 
 
 def test_a_smaller_device_gets_fewer_layers(lab_store: str) -> None:
-    placement = plan_placement(f"{lab_store}#mmer", devices=[400 * 10**6, 100 * 10**6], by="layers", device_type="cpu", context=64)
+    placement = plan_placement(
+        f"{lab_store}#mmer",
+        devices=[400 * 10**6, 100 * 10**6],
+        by="layers",
+        device_type="cpu",
+        context=64,
+    )
     first, second = placement.stages
     assert first.last_layer - first.first_layer > second.last_layer - second.first_layer
 
@@ -81,7 +103,9 @@ def test_what_does_not_fit_is_refused_with_the_numbers_and_what_would_do(lab_sto
         plan_placement(f"{lab_store}#mmer", devices=[10**7], device_type="cpu", batch=4)
     with pytest.raises(PlacementError, match="Even 64 devices"):
         plan_placement(f"{lab_store}#mmer", devices=[10**6], device_type="cpu")
-    with pytest.raises(PlacementError, match="a context of 9999 tokens was asked for, the model takes 512"):
+    with pytest.raises(
+        PlacementError, match="a context of 9999 tokens was asked for, the model takes 512"
+    ):
         plan_placement(f"{lab_store}#mmer", devices=[GB], context=9999)
     with pytest.raises(PlacementError, match="by tensor every device gets the same"):
         plan_placement(f"{lab_store}#mmer", devices=[GB, 2 * GB], by="tensor")
@@ -97,14 +121,21 @@ def test_layers_spread_over_stages_give_the_same_logits(tmp_path: Path, architec
     torch.testing.assert_close(spread.logits(parts), load_composite(uri).logits(parts))
     # Every layer of a stage, and what stands behind the last, has its inputs brought to the device.
     decoder = spread.language_model.get_decoder()
-    assert all(len(layer._forward_pre_hooks) == 1 for layer in [*decoder.layers, decoder.norm, spread.language_model.lm_head])
+    assert all(
+        len(layer._forward_pre_hooks) == 1
+        for layer in [*decoder.layers, decoder.norm, spread.language_model.lm_head]
+    )
     assert len(embeds) == len(ids)
 
 
 def _parts() -> list[Any]:
     from mmerge.pipeline import Part
 
-    return [Part.text("w5"), Part("image", torch.randn(4, 32, generator=torch.Generator().manual_seed(0))), Part.text("w6 w7")]
+    return [
+        Part.text("w5"),
+        Part("image", torch.randn(4, 32, generator=torch.Generator().manual_seed(0))),
+        Part.text("w6 w7"),
+    ]
 
 
 def test_a_70b_shape_is_divided_over_eight_ranks_evenly() -> None:
@@ -121,8 +152,15 @@ def test_a_70b_shape_is_divided_over_eight_ranks_evenly() -> None:
     )
     division = Division.of(config, num_ranks=8)
     total = 0
-    for name, shape in {"q_proj": (8192, 8192), "k_proj": (1024, 8192), "down_proj": (8192, 28672), "embed_tokens": (128256, 8192)}.items():
-        parts = [division.part_of(f"model.layers.0.{name}.weight", shape, rank=rank) for rank in range(8)]
+    for name, shape in {
+        "q_proj": (8192, 8192),
+        "k_proj": (1024, 8192),
+        "down_proj": (8192, 28672),
+        "embed_tokens": (128256, 8192),
+    }.items():
+        parts = [
+            division.part_of(f"model.layers.0.{name}.weight", shape, rank=rank) for rank in range(8)
+        ]
         size = shape[1] if parts[0].along == "columns" else shape[0]
         assert [part.start for part in parts] == [size // 8 * rank for rank in range(8)]
         total += sum(part.size for part in parts) == size
@@ -132,15 +170,26 @@ def test_a_70b_shape_is_divided_over_eight_ranks_evenly() -> None:
 def test_a_matrix_that_nobody_knows_how_to_cut_is_refused_by_name(lab_store: str) -> None:
     division = Division(2, 4, 2, 32, 256)
     with pytest.raises(
-        PlacementError, match=r"model.layers.0.self_attn.qkv_proj.weight \(8, 8\): it is not known how this matrix is divided"
+        PlacementError,
+        match=(
+            r"model.layers.0.self_attn.qkv_proj.weight \(8, 8\): it is not known how this matrix is"
+            r" divided"
+        ),
     ):
         division.part_of("model.layers.0.self_attn.qkv_proj.weight", (8, 8), rank=0)
 
 
 def test_a_device_that_is_not_there_is_refused_before_anything_is_read() -> None:
-    with pytest.raises(PlacementError, match=r"device 'banana': torch knows no such device. Take cpu, cuda or cuda:1"):
+    with pytest.raises(
+        PlacementError,
+        match=r"device 'banana': torch knows no such device. Take cpu, cuda or cuda:1",
+    ):
         load_composite("nowhere", device="banana")
     number = torch.cuda.device_count()
-    message = "has .* numbered from 0" if number else "finds no CUDA GPU in this process. Take --device cpu"
+    message = (
+        "has .* numbered from 0"
+        if number
+        else "finds no CUDA GPU in this process. Take --device cpu"
+    )
     with pytest.raises(PlacementError, match=f"device 'cuda:{number}': .*{message}"):
         load_composite("nowhere", device=f"cuda:{number}")

@@ -17,11 +17,11 @@ from rank_script import held_bytes, make_lab_prompts, make_prompts
 
 from mmerge.manifests.errors import PlacementError
 from mmerge.pipeline import load_composite
-from mmerge.workers.composite.tensor_parallel import Division
 from mmerge.workers.composite.placement import plan_placement
+from mmerge.workers.composite.tensor_parallel import Division
 from mmerge.workers.reconstruction.build_reader import BuildReader
 
-SCRIPT = Path(__file__).resolve().parent.parent / "rank_script.py"
+SCRIPT = Path(__file__).resolve().parent.parent.parent / "rank_script.py"
 
 
 def start(cases: list[dict[str, Any]], folder: Path, num_ranks: int) -> tuple[int, str]:
@@ -31,7 +31,9 @@ def start(cases: list[dict[str, Any]], folder: Path, num_ranks: int) -> tuple[in
         json.dumps(cases), str(folder / "found.json"),
     ]  # fmt: skip
     variables = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=variables)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=300, env=variables
+    )
     return done.returncode, done.stderr
 
 
@@ -42,11 +44,19 @@ def case(uri: str, **options: Any) -> dict[str, Any]:
 def check(found: dict[str, Any], each: dict[str, Any], num_ranks: int) -> None:
     composite = load_composite(each["uri"], dtype=torch.float32, **each["options"])
     is_lab = each["uri"].endswith("#mmer")
-    prompts = make_lab_prompts(composite) if is_lab else make_prompts(composite.language_model.config.hidden_size)
+    prompts = (
+        make_lab_prompts(composite)
+        if is_lab
+        else make_prompts(composite.language_model.config.hidden_size)
+    )
     for logits, prompt in zip(found["logits"], prompts, strict=True):
-        # Sums over ranks are added in another order than within one matrix: float32, for logits of about 1.
+        # Sums over ranks are added in another order than within one matrix: float32, for logits of
+        # about 1.
         torch.testing.assert_close(
-            torch.tensor(logits), composite.logits(prompt), rtol=1e-4 if is_lab else 1e-5, atol=1e-4 if is_lab else 1e-5
+            torch.tensor(logits),
+            composite.logits(prompt),
+            rtol=1e-4 if is_lab else 1e-5,
+            atol=1e-4 if is_lab else 1e-5,
         )
     assert found["answers"] == composite.generate_batch(prompts, max_new_tokens=5)
     assert len(set(found["sampled"])) == 1, "ranks drew different tokens"
@@ -57,7 +67,8 @@ def check(found: dict[str, Any], each: dict[str, Any], num_ranks: int) -> None:
     if composite.manifest.kind == "masks":
         assert sum(found["bytes_read"]) == alone, "a byte was read twice, or not at all"
         assert max(found["bytes_read"]) < 1.15 * alone / num_ranks
-    # Norms are whole on every rank, and with more ranks than key-value heads each head is held twice.
+    # Norms are whole on every rank, and with more ranks than key-value heads each head is held
+    # twice.
     assert max(found["held_bytes"]) < 1.25 * held_bytes(composite) / num_ranks
 
 
@@ -71,7 +82,9 @@ def run_and_check(cases: list[dict[str, Any]], folder: Path, num_ranks: int) -> 
 SIZES = {"hidden_size": 64, "intermediate_size": 128}
 
 
-def test_two_ranks_give_what_one_process_gives_and_share_bytes_and_memory(tmp_path: Path, lab_store: str) -> None:
+def test_two_ranks_give_what_one_process_gives_and_share_bytes_and_memory(
+    tmp_path: Path, lab_store: str
+) -> None:
     places = {name: tmp_path / name for name in ("llama", "qwen3", "damc")}
     for place in places.values():
         place.mkdir()
@@ -88,20 +101,36 @@ def test_four_ranks_give_what_one_process_gives(tmp_path: Path) -> None:
     run_and_check([case(build_masks(tmp_path, "qwen2", **SIZES))], tmp_path, 4)
 
 
-def start_alone(cases: list[dict[str, Any]], folder: Path, num_ranks: int, **environment: str) -> list[tuple[int, str]]:
-    """Start ranks with nobody who ends them when one fails; return each one's exit code and what it printed."""
+def start_alone(
+    cases: list[dict[str, Any]], folder: Path, num_ranks: int, **environment: str
+) -> list[tuple[int, str]]:
+    """Start ranks with nobody who ends them when one fails; return each one's exit code and what it
+    printed.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, str(SCRIPT), json.dumps(cases), str(folder / "found.json")]
-    shared = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     ranks = [
         subprocess.Popen(
-            command, stderr=subprocess.PIPE, text=True, env=shared | environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            command,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=shared | environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(num_ranks)
     ]
-    return [(rank.returncode, printed) for rank in ranks for printed in [rank.communicate(timeout=120)[1]]]
+    return [
+        (rank.returncode, printed)
+        for rank in ranks
+        for printed in [rank.communicate(timeout=120)[1]]
+    ]
 
 
 def test_a_rank_that_dies_is_one_clear_error_on_the_others_and_no_hang(tmp_path: Path) -> None:
@@ -109,7 +138,9 @@ def test_a_rank_that_dies_is_one_clear_error_on_the_others_and_no_hang(tmp_path:
     (code, printed), (dead, _) = start_alone([case(uri)], tmp_path, 2, DIES="1")
     assert (code, dead) == (1, 7)
     message = printed.strip().splitlines()[-1]
-    assert message.startswith("RankLost: rank 0 of 2: another rank of this composite ended or did not answer (")
+    assert message.startswith(
+        "RankLost: rank 0 of 2: another rank of this composite ended or did not answer ("
+    )
     assert message.endswith("Its own message says why; start all ranks again")
     assert "Traceback" not in printed
     assert not (tmp_path / "found.json").exists()
@@ -117,7 +148,11 @@ def test_a_rank_that_dies_is_one_clear_error_on_the_others_and_no_hang(tmp_path:
 
 def test_a_damaged_object_ends_all_ranks_and_one_names_it(tmp_path: Path) -> None:
     uri = build_masks(tmp_path, "llama")
-    entry = next(entry for entry in BuildReader(uri).manifest.entries if entry.role == "merge" and entry.shard == "layers.1")
+    entry = next(
+        entry
+        for entry in BuildReader(uri).manifest.entries
+        if entry.role == "merge" and entry.shard == "layers.1"
+    )
     path = tmp_path / "store" / entry.key
     data = bytearray(path.read_bytes())
     data[-100] ^= 1
@@ -129,12 +164,22 @@ def test_a_damaged_object_ends_all_ranks_and_one_names_it(tmp_path: Path) -> Non
     assert any(f"{entry.key}: model.layers.1." in printed for _, printed in ended)
 
 
-def test_a_number_of_ranks_that_does_not_divide_the_heads_is_refused_with_those_that_do(lab_store: str) -> None:
+def test_a_number_of_ranks_that_does_not_divide_the_heads_is_refused_with_those_that_do(
+    lab_store: str,
+) -> None:
     config = load_composite(f"{lab_store}#mmer").language_model.config
     with pytest.raises(
-        PlacementError, match=r"4 heads, 2 key-value heads and an MLP of 256 cannot be divided over 3 ranks; possible are 1, 2, 4"
+        PlacementError,
+        match=(
+            r"4 heads, 2 key-value heads and an MLP of 256 cannot be divided over 3 ranks; possible"
+            r" are 1, 2, 4"
+        ),
     ):
         Division.of(config, num_ranks=3)
-    placement = plan_placement(f"{lab_store}#mmer", devices=[10**9] * 2, by="tensor", device_type="cpu")
-    with pytest.raises(PlacementError, match="this process is alone: start it with 'torchrun --nproc-per-node 2'"):
+    placement = plan_placement(
+        f"{lab_store}#mmer", devices=[10**9] * 2, by="tensor", device_type="cpu"
+    )
+    with pytest.raises(
+        PlacementError, match="this process is alone: start it with 'torchrun --nproc-per-node 2'"
+    ):
         load_composite(f"{lab_store}#mmer", placement=placement)

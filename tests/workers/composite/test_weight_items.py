@@ -1,4 +1,6 @@
-"""What is read ahead stays within its window, shares are even, and parts put together are the whole."""
+"""What is read ahead stays within its window, shares are even, and parts put together are the
+whole.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +19,7 @@ from typing_extensions import override
 from mmerge.manifests.errors import DamagedObject
 from mmerge.manifests.stores.object_store import Store, open_store
 from mmerge.workers.composite import weight_items as fetch
+from mmerge.workers.composite.process_group import Ranks
 from mmerge.workers.composite.tensor_parallel import Division
 from mmerge.workers.composite.weight_items import (
     LOCAL_THREADS,
@@ -31,7 +34,6 @@ from mmerge.workers.composite.weight_items import (
     share_out,
 )
 from mmerge.workers.reconstruction.bitmask import pack_mask, pack_rows, unpack_rows
-from mmerge.workers.composite.process_group import Ranks
 
 
 def make_items(*sizes: int) -> list[Item]:
@@ -67,7 +69,9 @@ def test_without_a_window_nothing_waits_for_what_was_read_before_it() -> None:
         met.wait(10)  # all three are being read at once, or this fails
         return item.name
 
-    with read_ahead(make_items(1 << 40, 1 << 40, 1 << 40), read, window_bytes=None, num_threads=3) as ready:
+    with read_ahead(
+        make_items(1 << 40, 1 << 40, 1 << 40), read, window_bytes=None, num_threads=3
+    ) as ready:
         assert list(ready) == ["t0", "t1", "t2"]
 
 
@@ -127,7 +131,15 @@ def test_threads_read_before_the_first_is_asked_for_and_end_when_the_caller_fail
 
 @pytest.mark.parametrize(
     ("cores", "ranks_here", "wanted"),
-    [(1, None, 1), (2, None, 2), (6, None, 6), (64, None, LOCAL_THREADS), (8, "2", 4), (8, "3", 2), (2, "4", 1)],
+    [
+        (1, None, 1),
+        (2, None, 2),
+        (6, None, 6),
+        (64, None, LOCAL_THREADS),
+        (8, "2", 4),
+        (8, "3", 2),
+        (2, "4", 1),
+    ],
 )
 def test_a_local_store_is_read_by_one_thread_per_core_shared_by_the_ranks_of_the_node(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int, ranks_here: str | None, wanted: int
@@ -140,7 +152,9 @@ def test_a_local_store_is_read_by_one_thread_per_core_shared_by_the_ranks_of_the
 
 
 @pytest.mark.parametrize("cores", [1, 64])
-def test_a_store_over_a_network_is_read_by_as_many_threads_on_any_machine(monkeypatch: pytest.MonkeyPatch, cores: int) -> None:
+def test_a_store_over_a_network_is_read_by_as_many_threads_on_any_machine(
+    monkeypatch: pytest.MonkeyPatch, cores: int
+) -> None:
     monkeypatch.setattr(fetch, "num_cores", lambda: cores)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert read_threads(Store("s3://bucket/store", MemoryStore())) == REMOTE_THREADS
@@ -150,17 +164,27 @@ def test_a_store_over_a_network_is_read_by_as_many_threads_on_any_machine(monkey
 def test_shares_are_even_within_the_largest_item(num_ranks: int) -> None:
     sizes = [(index * 7919) % 1000 + 1 for index in range(60)]
     owners = share_out(sizes, num_ranks=num_ranks)
-    loads = [sum(size for size, owner in zip(sizes, owners, strict=True) if owner == rank) for rank in range(num_ranks)]
+    loads = [
+        sum(size for size, owner in zip(sizes, owners, strict=True) if owner == rank)
+        for rank in range(num_ranks)
+    ]
     assert max(loads) - min(loads) <= max(sizes)
     assert owners == share_out(sizes, num_ranks=num_ranks)
     taken = [500 * rank for rank in range(num_ranks)]
     more = share_out(sizes, num_ranks=num_ranks, taken=taken)
-    assert num_ranks == 1 or sum(owner == 0 for owner in more) >= sum(owner == num_ranks - 1 for owner in more)
+    assert num_ranks == 1 or sum(owner == 0 for owner in more) >= sum(
+        owner == num_ranks - 1 for owner in more
+    )
 
 
-@pytest.mark.parametrize(("module", "width"), [("o_proj", 64), ("o_proj", 24), ("q_proj", 24), ("lm_head", 24), ("embed_tokens", 20)])
+@pytest.mark.parametrize(
+    ("module", "width"),
+    [("o_proj", 64), ("o_proj", 24), ("q_proj", 24), ("lm_head", 24), ("embed_tokens", 20)],
+)
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_parts_of_weights_and_masks_put_together_are_the_whole(module: str, width: int, num_ranks: int) -> None:
+def test_parts_of_weights_and_masks_put_together_are_the_whole(
+    module: str, width: int, num_ranks: int
+) -> None:
     division = Division(num_ranks, 4, 4, 6, 48)
     rows = 41 if module in ("lm_head", "embed_tokens") else 24
     generator = torch.Generator().manual_seed(0)
@@ -195,7 +219,9 @@ class PickyRanks(Ranks):
         self.alive: list[int] = []
 
     @override
-    def scatter(self, parts: Iterable[torch.Tensor] | None, *, source: int, num_bytes: int) -> torch.Tensor:
+    def scatter(
+        self, parts: Iterable[torch.Tensor] | None, *, source: int, num_bytes: int
+    ) -> torch.Tensor:
         assert parts is not None
         held: list[weakref.ref[torch.Tensor]] = []
         own = torch.empty(0)

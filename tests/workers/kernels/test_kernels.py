@@ -1,4 +1,6 @@
-"""Every compiled path against the method's own code, bit by bit, over dtypes, odd lengths and special values."""
+"""Every compiled path against the method's own code, bit by bit, over dtypes, odd lengths and
+special values.
+"""
 
 from __future__ import annotations
 
@@ -14,26 +16,48 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmerge.manifests.format.safetensors_header import TensorSpec
-from mmerge.workers.kernels import tiles as kernels
-from mmerge.workers.tasks.blocks import num_columns
-from mmerge.workers.checkpoints.checkpoint import TensorSource
-from mmerge.workers.checkpoints.dtypes import SAFETENSORS_DTYPES, TORCH_DTYPES, to_bytes, with_one_nan
-from mmerge.workers.compiled.inner_products import VECTORS, measure_gram
-from mmerge.workers.compiled.registry import FAST_PATHS, find_fast_path
 from mmerge.workers.checkpoints.block_reader import InputBlock
+from mmerge.workers.checkpoints.checkpoint import TensorSource
+from mmerge.workers.checkpoints.dtypes import (
+    SAFETENSORS_DTYPES,
+    TORCH_DTYPES,
+    to_bytes,
+    with_one_nan,
+)
+from mmerge.workers.compiled.inner_products import VECTORS, measure_gram
+from mmerge.workers.compiled.interface import FastPath, MaskPath, PathRequest
+from mmerge.workers.compiled.registry import FAST_PATHS, find_fast_path
+from mmerge.workers.kernels import tiles as kernels
 from mmerge.workers.kernels.magnitudes import first_non_finite
-from mmerge.workers.reconstruction.bitmask import pack_mask, packed_bytes
 from mmerge.workers.methods import METHODS
 from mmerge.workers.methods.interface import Block, Known, MergedBlock, Method
-from mmerge.workers.compiled.interface import FastPath, MaskPath, PathRequest
+from mmerge.workers.reconstruction.bitmask import pack_mask, packed_bytes
 from mmerge.workers.statistics.exact_sums import exact_sum, to_sum
 from mmerge.workers.task import TensorTask
+from mmerge.workers.tasks.blocks import num_columns
 
 DTYPES = ("BF16", "F16", "F32")
-SPECIAL = (0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1e-40, -1e-40, 6e-8, 65504.0, -65520.0, 3e38, 1.0, -1.0)
+SPECIAL = (
+    0.0,
+    -0.0,
+    float("inf"),
+    float("-inf"),
+    float("nan"),
+    1e-40,
+    -1e-40,
+    6e-8,
+    65504.0,
+    -65520.0,
+    3e38,
+    1.0,
+    -1.0,
+)
 
 PARAMETERS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
-    "mmer": [({"reduction": "sum", "mask_scale": 0.75}, {}), ({"reduction": "mean"}, {"mask_scale": 0.6})],
+    "mmer": [
+        ({"reduction": "sum", "mask_scale": 0.75}, {}),
+        ({"reduction": "mean"}, {"mask_scale": 0.6}),
+    ],
     "ties": [
         ({"reduction": "mean", "scale": 1.0}, {}),
         ({"reduction": "sum", "scale": -0.3, "zero_sign": "positive"}, {"weight": 0.3}),
@@ -41,14 +65,39 @@ PARAMETERS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({"count": "exact", "scope": "tensor", "density": 0.37}, {"weight": 0.6}),
     ],
     "linear": [({"normalize": True}, {"weight": 0.7}), ({"normalize": False}, {"weight": -1.1})],
-    "task_arithmetic": [({"scale": 0.4}, {"weight": 1.0}), ({"scale": 1.0, "normalize": True}, {"weight": 0.3})],
-    "dare_linear": [({"density": 0.6}, {}), ({"density": 0.1, "rescale": "norm", "seed": 7}, {"weight": 0.3})],
-    "dare_ties": [({"density": 0.3}, {"weight": 0.3}), ({"rescale": "none", "reduction": "mean", "zero_sign": "majority"}, {})],
-    "breadcrumbs": [({"density": 0.4, "gamma": 0.05}, {}), ({"normalize": True, "density": 1.0}, {"weight": 0.4})],
-    "breadcrumbs_ties": [({"density": 0.7, "gamma": 0.2}, {"weight": 0.9}), ({"density": 0.01, "gamma": 0.0}, {})],
-    "della_linear": [({"density": 0.5}, {}), ({"density": 0.7, "epsilon": 0.0, "rescale": "norm"}, {})],
-    "della": [({"density": 0.4, "epsilon": 0.3}, {"weight": 0.3}), ({"rescale": "none", "zero_sign": "positive"}, {"density": 1.0})],
-    "sce": [({"select_topk": 0.3}, {}), ({"select_topk": 1.0, "scale": 0.4}, {}), ({"select_topk": 0.001}, {})],
+    "task_arithmetic": [
+        ({"scale": 0.4}, {"weight": 1.0}),
+        ({"scale": 1.0, "normalize": True}, {"weight": 0.3}),
+    ],
+    "dare_linear": [
+        ({"density": 0.6}, {}),
+        ({"density": 0.1, "rescale": "norm", "seed": 7}, {"weight": 0.3}),
+    ],
+    "dare_ties": [
+        ({"density": 0.3}, {"weight": 0.3}),
+        ({"rescale": "none", "reduction": "mean", "zero_sign": "majority"}, {}),
+    ],
+    "breadcrumbs": [
+        ({"density": 0.4, "gamma": 0.05}, {}),
+        ({"normalize": True, "density": 1.0}, {"weight": 0.4}),
+    ],
+    "breadcrumbs_ties": [
+        ({"density": 0.7, "gamma": 0.2}, {"weight": 0.9}),
+        ({"density": 0.01, "gamma": 0.0}, {}),
+    ],
+    "della_linear": [
+        ({"density": 0.5}, {}),
+        ({"density": 0.7, "epsilon": 0.0, "rescale": "norm"}, {}),
+    ],
+    "della": [
+        ({"density": 0.4, "epsilon": 0.3}, {"weight": 0.3}),
+        ({"rescale": "none", "zero_sign": "positive"}, {"density": 1.0}),
+    ],
+    "sce": [
+        ({"select_topk": 0.3}, {}),
+        ({"select_topk": 1.0, "scale": 0.4}, {}),
+        ({"select_topk": 0.001}, {}),
+    ],
     "naive_mc": [({}, {})],
     "slerp": [({"t": 0.3}, {}), ({"t": 1.0}, {})],
 }
@@ -67,10 +116,14 @@ def make_block(rows: list[torch.Tensor]) -> InputBlock:
 
 
 def make_rows(dtypes: list[str], size: int, seed: int, *, special: bool) -> list[torch.Tensor]:
-    """Random rows, near each other so that there are many ties; `special` strews zeros of both signs, NaN, Inf, subnormals."""
+    """Random rows, near each other so that there are many ties; `special` strews zeros of both
+    signs, NaN, Inf, subnormals.
+    """
     generator = torch.Generator().manual_seed(seed)
     base = (torch.randn(size, generator=generator) * 8).round() / 64
-    rows = [base] + [base + (torch.randn(size, generator=generator) * 4).round() / 256 for _ in dtypes[1:]]
+    rows = [base] + [
+        base + (torch.randn(size, generator=generator) * 4).round() / 256 for _ in dtypes[1:]
+    ]
     if special:
         for row in rows:
             places = torch.randint(0, size, (max(size // 3, 1),), generator=generator)
@@ -80,19 +133,40 @@ def make_rows(dtypes: list[str], size: int, seed: int, *, special: bool) -> list
 
 
 def make_request(
-    parameters: Any, experts: list[Any], thresholds: Sequence[float], dtype: str, base: torch.Tensor, known: Known
+    parameters: Any,
+    experts: list[Any],
+    thresholds: Sequence[float],
+    dtype: str,
+    base: torch.Tensor,
+    known: Known,
 ) -> PathRequest:
-    spec = TensorSpec("weight", SAFETENSORS_DTYPES[base.dtype], tuple(base.shape), 0, base.numel() * base.itemsize)
+    spec = TensorSpec(
+        "weight", SAFETENSORS_DTYPES[base.dtype], tuple(base.shape), 0, base.numel() * base.itemsize
+    )
     source = TensorSource("memory://none", "model.safetensors", spec)
     num_rows = base.shape[0]
     tensor = TensorTask("weight", 0, num_rows, num_rows, source, (source,) * len(experts))
-    return PathRequest(parameters, experts, thresholds, known, tensor, tuple(f"expert{index}" for index in range(len(experts))), dtype)
+    return PathRequest(
+        parameters,
+        experts,
+        thresholds,
+        known,
+        tensor,
+        tuple(f"expert{index}" for index in range(len(experts))),
+        dtype,
+    )
 
 
-def make_reference(method: Method, rows: list[torch.Tensor], dtype: str, parameters: Any, experts: list[Any]) -> tuple[Block, MergedBlock]:
+def make_reference(
+    method: Method, rows: list[torch.Tensor], dtype: str, parameters: Any, experts: list[Any]
+) -> tuple[Block, MergedBlock]:
     """What the method's own code makes of the whole tensor, its stages measured before."""
     trims = method.trimming(parameters, experts) is not None
-    thresholds = [(0.0, 0.015625, 0.0078125, 0.03125)[index % 4] for index in range(len(experts))] if trims else []
+    thresholds = (
+        [(0.0, 0.015625, 0.0078125, 0.03125)[index % 4] for index in range(len(experts))]
+        if trims
+        else []
+    )
     shape = tuple(rows[0].shape)
     columns = num_columns(shape)
     granularity = method.granularity(parameters, experts)
@@ -104,7 +178,13 @@ def make_reference(method: Method, rows: list[torch.Tensor], dtype: str, paramet
     )  # fmt: skip
     for stage in method.stages(parameters, experts):
         measured = method.measure_block(block, parameters, experts, stage=stage.name)
-        block = replace(block, known={**block.known, **{name: (exact_sum(found),) for name, found in measured.items()}})
+        block = replace(
+            block,
+            known={
+                **block.known,
+                **{name: (exact_sum(found),) for name, found in measured.items()},
+            },
+        )
     return block, method.merge_block(block, parameters, experts)
 
 
@@ -117,11 +197,17 @@ def cut(block: InputBlock, start: int, stop: int) -> InputBlock:
     return InputBlock(start, stop, rows, block.codes, block.raw)
 
 
-def run_path(path: FastPath, block: InputBlock, width: int, num_masks: int, columns: int) -> tuple[bytes, np.ndarray[Any, Any]] | None:
+def run_path(
+    path: FastPath, block: InputBlock, width: int, num_masks: int, columns: int
+) -> tuple[bytes, np.ndarray[Any, Any]] | None:
     """What a path makes of the tensor in two blocks, None where it declines."""
     step = columns if path.by_row else kernels.TILE_ENTRIES
     middle = block.num_entries // 2 // step * step
-    pieces = [cut(block, *span) for span in ((0, middle), (middle, block.num_entries)) if span[0] < span[1]]
+    pieces = [
+        cut(block, *span)
+        for span in ((0, middle), (middle, block.num_entries))
+        if span[0] < span[1]
+    ]
     if not path.prepare(lambda: iter(pieces)):
         return None
     masks = np.zeros((num_masks, packed_bytes(block.num_entries)), np.uint8)
@@ -135,7 +221,9 @@ def run_path(path: FastPath, block: InputBlock, width: int, num_masks: int, colu
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.sampled_from([(name, index) for name, found in PARAMETERS.items() for index in range(len(found))]),
+    st.sampled_from(
+        [(name, index) for name, found in PARAMETERS.items() for index in range(len(found))]
+    ),
     st.lists(st.sampled_from(DTYPES), min_size=2, max_size=5),
     st.sampled_from(DTYPES),
     st.one_of(st.integers(1, 70), st.integers(2040, 2060), st.integers(4090, 6150)),
@@ -144,18 +232,34 @@ def run_path(path: FastPath, block: InputBlock, width: int, num_masks: int, colu
     st.booleans(),
 )
 def test_a_path_gives_the_bytes_of_the_method(
-    chosen: tuple[str, int], dtypes: list[str], dtype: str, size: int, columns: int | None, seed: int, special: bool
+    chosen: tuple[str, int],
+    dtypes: list[str],
+    dtype: str,
+    size: int,
+    columns: int | None,
+    seed: int,
+    special: bool,
 ) -> None:
     name, index = chosen
     method, numbers = METHODS[name], PARAMETERS[name][index]
     dtypes = dtypes[: (method.max_experts or len(dtypes)) + 1]
-    rows = make_rows(dtypes, size if columns is None else max(size // columns, 1) * columns, seed, special=special)
+    rows = make_rows(
+        dtypes,
+        size if columns is None else max(size // columns, 1) * columns,
+        seed,
+        special=special,
+    )
     if columns is not None:
         rows = [row.reshape(-1, columns) for row in rows]
     parameters = method.parameters_model.model_validate(numbers[0])
     experts = [method.expert_parameters_model.model_validate(numbers[1]) for _ in rows[1:]]
     found_block, wanted = make_reference(method, rows, dtype, parameters, experts)
-    path = find_fast_path(name, make_request(parameters, experts, found_block.thresholds, dtype, rows[0], found_block.known))
+    path = find_fast_path(
+        name,
+        make_request(
+            parameters, experts, found_block.thresholds, dtype, rows[0], found_block.known
+        ),
+    )
     assert path is not None
     width, num_masks = TORCH_DTYPES[dtype].itemsize, len(experts) if method.kind == "masks" else 0
     found = run_path(path, make_block(rows), width, num_masks, num_columns(rows[0].shape))
@@ -171,12 +275,18 @@ def test_a_path_gives_the_bytes_of_the_method(
         assert row.tobytes() == bytes(to_bytes(pack_mask(mask)))
     n = len(deltas)
     assert path.counts[0, :n].tolist() == [int((delta != 0).sum()) for delta in wanted.trimmed]
-    assert path.counts[1, :n].tolist() == [int(((delta.sign() == wanted.sign) & (wanted.sign != 0)).sum()) for delta in wanted.trimmed]
+    assert path.counts[1, :n].tolist() == [
+        int(((delta.sign() == wanted.sign) & (wanted.sign != 0)).sum()) for delta in wanted.trimmed
+    ]
     assert path.counts[2, :n].tolist() == [int(mask.sum()) for mask in wanted.masks]
     votes = torch.stack(list(wanted.masks)).sum(dim=0)
     assert path.counts[3].tolist() == torch.bincount(votes, minlength=n + 1).tolist()
-    assert path.overlaps.tolist() == [int((one & other).sum()) for one, other in itertools.combinations(wanted.masks, 2)]
-    squares = [kernels.add_squares(0.0, values.float().numpy()) for values in [*deltas, wanted.values]]
+    assert path.overlaps.tolist() == [
+        int((one & other).sum()) for one, other in itertools.combinations(wanted.masks, 2)
+    ]
+    squares = [
+        kernels.add_squares(0.0, values.float().numpy()) for values in [*deltas, wanted.values]
+    ]
     np.testing.assert_array_equal(path.squares, squares)
 
 
@@ -188,25 +298,34 @@ def test_votes_of_any_number_of_experts_are_counted(num_experts: int) -> None:
     parameters = method.parameters_model.model_validate({"mask_scale": 0.3})
     experts = [method.expert_parameters_model() for _ in rows[1:]]
     block, wanted = make_reference(method, rows, "BF16", parameters, experts)
-    path = find_fast_path("mmer", make_request(parameters, experts, block.thresholds, "BF16", rows[0], {}))
+    path = find_fast_path(
+        "mmer", make_request(parameters, experts, block.thresholds, "BF16", rows[0], {})
+    )
     assert isinstance(path, MaskPath)
     found = run_path(path, make_block(rows), 2, num_experts, size)
     assert found is not None
     assert found[0] == bytes(to_bytes(wanted.values))
     votes = torch.stack(list(wanted.masks)).sum(dim=0)
     assert path.counts[3].tolist() == torch.bincount(votes, minlength=num_experts + 1).tolist()
-    assert path.overlaps.tolist() == [int((one & other).sum()) for one, other in itertools.combinations(wanted.masks, 2)]
+    assert path.overlaps.tolist() == [
+        int((one & other).sum()) for one, other in itertools.combinations(wanted.masks, 2)
+    ]
 
 
 def test_ties_are_taken_by_position_where_both_counts_end_within_tiles() -> None:
     size = 5 * kernels.TILE_ENTRIES
-    rows = [torch.zeros(size, dtype=torch.bfloat16), *(torch.ones(size, dtype=torch.bfloat16) for _ in range(2))]
+    rows = [
+        torch.zeros(size, dtype=torch.bfloat16),
+        *(torch.ones(size, dtype=torch.bfloat16) for _ in range(2)),
+    ]
     method = METHODS["breadcrumbs"]
     # Of equal magnitudes the first tenth ends in the first tile, the 45 % behind it in the third.
     parameters = method.parameters_model.model_validate({"density": 0.45, "gamma": 0.1})
     experts = [method.expert_parameters_model() for _ in rows[1:]]
     block, wanted = make_reference(method, rows, "BF16", parameters, experts)
-    path = find_fast_path("breadcrumbs", make_request(parameters, experts, (), "BF16", rows[0], block.known))
+    path = find_fast_path(
+        "breadcrumbs", make_request(parameters, experts, (), "BF16", rows[0], block.known)
+    )
     assert path is not None
     found = run_path(path, make_block(rows), 2, 0, size)
     assert found is not None
@@ -217,7 +336,13 @@ def test_ties_are_taken_by_position_where_both_counts_end_within_tiles() -> None
 @settings(max_examples=40, deadline=None)
 @given(
     st.sampled_from(
-        [("slerp", {"t": 0.3}), ("nuslerp", {"origin": "base"}), ("multislerp", {"origin": "zero"}), ("karcher", {}), ("model_stock", {})]
+        [
+            ("slerp", {"t": 0.3}),
+            ("nuslerp", {"origin": "base"}),
+            ("multislerp", {"origin": "zero"}),
+            ("karcher", {}),
+            ("model_stock", {}),
+        ]
     ),
     st.lists(st.sampled_from(DTYPES), min_size=3, max_size=5),
     st.one_of(st.integers(1, 70), st.integers(2040, 4100)),
@@ -234,7 +359,14 @@ def test_a_compiled_stage_finds_the_sums_of_the_methods_own_quantities(
     experts = [method.expert_parameters_model() for _ in rows[1:]]
     wanted, _ = make_reference(method, rows, "BF16", parameters, experts)
     vectors = VECTORS[name, "gram"](parameters, len(experts))
-    found = measure_gram(vectors, [cut(make_block(rows), *span) for span in ((0, size // 2), (size // 2, size)) if span[0] < span[1]])
+    found = measure_gram(
+        vectors,
+        [
+            cut(make_block(rows), *span)
+            for span in ((0, size // 2), (size // 2, size))
+            if span[0] < span[1]
+        ],
+    )
     assert found.keys() == wanted.known.keys()
     for quantity, counts in found.items():
         np.testing.assert_equal(to_sum(counts), wanted.known[quantity][0])
@@ -246,8 +378,16 @@ def test_every_path_has_numbers_to_be_tried_with_and_belongs_to_a_method() -> No
 
 def test_weights_that_cancel_take_the_method_itself() -> None:
     method = METHODS["linear"]
-    experts = [method.expert_parameters_model.model_validate({"weight": weight}) for weight in (1.0, -1.0)]
-    assert find_fast_path("linear", make_request(method.parameters_model(), experts, (), "BF16", torch.zeros(3), {})) is None
+    experts = [
+        method.expert_parameters_model.model_validate({"weight": weight}) for weight in (1.0, -1.0)
+    ]
+    assert (
+        find_fast_path(
+            "linear",
+            make_request(method.parameters_model(), experts, (), "BF16", torch.zeros(3), {}),
+        )
+        is None
+    )
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
@@ -258,7 +398,9 @@ def test_every_16_bit_value_is_widened_exactly_and_comes_back(dtype: str) -> Non
     kernels.widen(words.view(np.uint8), kernels.CODES[dtype], 0, 1 << 16, found)
     is_nan = np.isnan(found)
     assert np.array_equal(is_nan, wanted.isnan().numpy())
-    assert np.array_equal(found[~is_nan].view(np.uint32), wanted.float().numpy()[~is_nan].view(np.uint32))
+    assert np.array_equal(
+        found[~is_nan].view(np.uint32), wanted.float().numpy()[~is_nan].view(np.uint32)
+    )
     back = np.empty(1 << 16, np.uint16)
     kernels.narrow(found, kernels.CODES[dtype], 1 << 16, back.view(np.uint8), 0)
     assert np.array_equal(back[~is_nan], words[~is_nan])

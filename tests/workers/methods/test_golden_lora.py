@@ -1,17 +1,18 @@
-"""Merges of LoRA adapters against golden data: the products through the whole pipeline, the factors as the official code does."""
+"""Merges of LoRA adapters against golden data: the products through the whole pipeline, the factors
+as the official code does.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
-from golden import GOLDEN, Case, cases, expected, needs_golden, read_file, to_flat
+from golden_cases import GOLDEN, Case, cases, expected, read_file, to_flat
 
 from mmerge.pipeline import make_plan, parse_recipe, run
 from mmerge.workers.methods.lora_factors import average_lora
 from mmerge.workers.reconstruction.build_reader import BuildReader
 
-pytestmark = needs_golden
 NAMES = {"ta": "sum"}
 """Names of strategies that differ from ours."""
 
@@ -19,18 +20,36 @@ NAMES = {"ta": "sum"}
 @cases("naivemc_weight_space")
 def test_adapters_as_experts_are_merged_by_their_products(case: Case, tmp_path: Path) -> None:
     base, *adapters = [Path(name).parent for name in case["inputs"]]
-    experts = {path.name: {"path": str(GOLDEN / path), "modality": path.name.removeprefix("lora_")} for path in adapters}
+    experts = {
+        path.name: {"path": str(GOLDEN / path), "modality": path.name.removeprefix("lora_")}
+        for path in adapters
+    }
     method = {"sum": "task_arithmetic", "mean": "naive_mc"}[case["params"]["strategy"]]
-    raw = {"method": method, "base": str(GOLDEN / base), "experts": experts, "output": str(tmp_path), "dtype": "float32"}
+    raw = {
+        "method": method,
+        "base": str(GOLDEN / base),
+        "experts": experts,
+        "output": str(tmp_path),
+        "dtype": "float32",
+    }
     run(make_plan(parse_recipe(raw, folder=tmp_path)))
     reader = BuildReader(str(tmp_path))
     merged = to_flat({name: reader.text_weight(name) for name in reader.llm_names()})
     wanted = expected(case, "merged")
     assert wanted is not None
-    torch.testing.assert_close(merged, wanted.reshape(-1), rtol=case["tolerance"]["rtol"], atol=case["tolerance"]["atol"])
+    torch.testing.assert_close(
+        merged, wanted.reshape(-1), rtol=case["tolerance"]["rtol"], atol=case["tolerance"]["atol"]
+    )
 
 
-@cases("naivemc", "lora_factor_ta", "lora_factor_tsv", "lora_factor_iso", "lora_factor_wudi", "lora_factor_wudi2")
+@cases(
+    "naivemc",
+    "lora_factor_ta",
+    "lora_factor_tsv",
+    "lora_factor_iso",
+    "lora_factor_wudi",
+    "lora_factor_wudi2",
+)
 def test_factors_averaged_one_by_one_are_those_of_the_official_code(case: Case) -> None:
     params = case["params"]
     strategy = params.get("strategy") or NAMES.get(params["method"], params["method"])
@@ -40,9 +59,21 @@ def test_factors_averaged_one_by_one_are_those_of_the_official_code(case: Case) 
         if path.endswith("adapter_model.safetensors")
     ]
     density = (params.get("K") or 20) / 100
-    merged = average_lora(adapters, strategy=strategy, density=density, iterations=params.get("iterations") or 300)
+    merged = average_lora(
+        adapters, strategy=strategy, density=density, iterations=params.get("iterations") or 300
+    )
     prefix = case["id"].split("/", 1)[1] + "/"
-    wanted = {name.removeprefix(prefix): value for name, value in read_file(case["output"]).items() if name.startswith(prefix)}
+    wanted = {
+        name.removeprefix(prefix): value
+        for name, value in read_file(case["output"]).items()
+        if name.startswith(prefix)
+    }
     assert len(wanted) == case["n_tensors"]
     for name, value in wanted.items():
-        torch.testing.assert_close(merged[name], value, rtol=case["tolerance"]["rtol"], atol=case["tolerance"]["atol"], msg=name)
+        torch.testing.assert_close(
+            merged[name],
+            value,
+            rtol=case["tolerance"]["rtol"],
+            atol=case["tolerance"]["atol"],
+            msg=name,
+        )

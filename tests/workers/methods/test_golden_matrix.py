@@ -1,4 +1,6 @@
-"""The slerp family, whole-matrix methods, AdaMMS and Neuron-Fusion against golden data, through the whole pipeline."""
+"""The slerp family, whole-matrix methods, AdaMMS and Neuron-Fusion against golden data, through the
+whole pipeline.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from golden import GOLDEN, Case, cases, expected, needs_golden, to_flat
+from golden_cases import GOLDEN, Case, cases, expected, to_flat
 
 from mmerge.pipeline import make_plan, parse_recipe, run
 from mmerge.workers.methods.adamms import choose_alpha
 from mmerge.workers.reconstruction.build_reader import BuildReader
-
-pytestmark = needs_golden
 
 
 def _slerp(params: dict[str, Any]) -> dict[str, Any]:
@@ -37,7 +37,12 @@ def _multislerp(params: dict[str, Any]) -> dict[str, Any]:
 
 def _optmerge(params: dict[str, Any]) -> dict[str, Any]:
     form = "full" if "centred" in params["form"] else "lora"
-    return {"method": "optmerge", "form": form, "iterations": params["iterations"], "scale": params["scaling"]}
+    return {
+        "method": "optmerge",
+        "form": form,
+        "iterations": params["iterations"],
+        "scale": params["scaling"],
+    }
 
 
 def _swudi(params: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +63,12 @@ def _aswudi(params: dict[str, Any]) -> dict[str, Any]:
 
 def _adamms(params: dict[str, Any]) -> dict[str, Any]:
     norms = "interpolate" if params["norms"] == "interpolated" else "target"
-    return {"method": "adamms", "alpha": params["alpha"], "norms": norms, "experts": [params["target"], params["source"]]}
+    return {
+        "method": "adamms",
+        "alpha": params["alpha"],
+        "norms": norms,
+        "experts": [params["target"], params["source"]],
+    }
 
 
 def _neuron_fusion(params: dict[str, Any]) -> dict[str, Any]:
@@ -72,13 +82,25 @@ RECIPES = {
     "slerp": _slerp,
     "nuslerp": _nuslerp,
     "multislerp": _multislerp,
-    "karcher": lambda params: {"method": "karcher", "max_iter": params["max_iter"], "tol": params["tol"]},
+    "karcher": lambda params: {
+        "method": "karcher",
+        "max_iter": params["max_iter"],
+        "tol": params["tol"],
+    },
     "model_stock": lambda params: {"method": "model_stock", "filter_wise": params["filter_wise"]},
     "arcee_fusion": lambda params: {"method": "arcee_fusion", "experts": [params["expert"]]},
-    "nearswap": lambda params: {"method": "nearswap", "t": params["t"], "experts": [params["expert"]]},
+    "nearswap": lambda params: {
+        "method": "nearswap",
+        "t": params["t"],
+        "experts": [params["expert"]],
+    },
     "tsv": lambda params: {"method": "tsv", "scale": params["scaling"]},
     "iso_c": lambda params: {"method": "iso_c", "scale": params["scaling"]},
-    "wudi": lambda params: {"method": "wudi", "scale": params["scaling"], "iterations": params["iterations"]},
+    "wudi": lambda params: {
+        "method": "wudi",
+        "scale": params["scaling"],
+        "iterations": params["iterations"],
+    },
     "optmerge": _optmerge,
     "swudi": _swudi,
     "aswudi": _aswudi,
@@ -93,8 +115,16 @@ def build(case: Case, folder: Path) -> torch.Tensor:
     folders = {Path(name).parent.name: str(GOLDEN / Path(name).parent) for name in case["inputs"]}
     names = recipe.pop("experts", [name for name in folders if name != "base"])
     each = recipe.pop("each", [{}] * len(names))
-    experts = {name: {"path": folders[name], "modality": "text", **numbers} for name, numbers in zip(names, each, strict=True)}
-    raw = recipe | {"base": folders["base"], "experts": experts, "output": str(folder), "dtype": "float32"}
+    experts = {
+        name: {"path": folders[name], "modality": "text", **numbers}
+        for name, numbers in zip(names, each, strict=True)
+    }
+    raw = recipe | {
+        "base": folders["base"],
+        "experts": experts,
+        "output": str(folder),
+        "dtype": "float32",
+    }
     run(make_plan(parse_recipe(raw, folder=folder)))
     reader = BuildReader(str(folder))
     return to_flat({name: reader.text_weight(name) for name in reader.llm_names()})
@@ -105,7 +135,9 @@ def test_a_build_has_the_weights_of_the_golden_case(case: Case, tmp_path: Path) 
     merged = expected(case, "merged")
     assert merged is not None
     tolerance = case["tolerance"]
-    torch.testing.assert_close(build(case, tmp_path), merged.reshape(-1), rtol=tolerance["rtol"], atol=tolerance["atol"])
+    torch.testing.assert_close(
+        build(case, tmp_path), merged.reshape(-1), rtol=tolerance["rtol"], atol=tolerance["atol"]
+    )
 
 
 @cases("adamms_search")
@@ -113,6 +145,8 @@ def test_the_alpha_chosen_from_answers_is_that_of_the_golden_case(case: Case) ->
     searches = json.loads((GOLDEN / case["output"]).read_text())["cases"]
     assert searches
     for search in searches:
-        choice = choose_alpha({float(alpha): answers for alpha, answers in search["responses"].items()})
+        choice = choose_alpha(
+            {float(alpha): answers for alpha, answers in search["responses"].items()}
+        )
         assert list(choice.differences) == search["differences"], search["name"]
         assert list(choice.best) == search["chosen_alphas"], search["name"]

@@ -1,4 +1,6 @@
-"""Random methods: keep probabilities, and mean and spread over seeds, against the official implementations."""
+"""Random methods: keep probabilities, and mean and spread over seeds, against the official
+implementations.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from golden import Case, base_of, cases, expected, expected_bits, from_flat, input_folders, needs_golden, read_inputs, to_flat
+from golden_cases import (
+    Case,
+    base_of,
+    cases,
+    expected,
+    expected_bits,
+    from_flat,
+    input_folders,
+    read_inputs,
+    to_flat,
+)
 from one_tensor import merge_tensor
 
 from mmerge.workers.methods.della import keep_probabilities
 
-pytestmark = needs_golden
 NUM_DRAWS = 200
 
 
@@ -21,20 +32,37 @@ def test_della_keeps_an_entry_with_the_golden_probability(case: Case) -> None:
     wanted, tied = expected(case, "probs"), expected_bits(case, "tied")
     assert wanted is not None
     numbers, tolerance = case["params"], case["tolerance"]
-    for index, expert in enumerate(experts[: len(wanted)]):  # some cases keep the first expert alone
+    for index, expert in enumerate(
+        experts[: len(wanted)]
+    ):  # some cases keep the first expert alone
         found = {}
         for name, values in expert.items():
             delta = values - base[name]
             rows = delta if delta.ndim == 2 else delta.reshape(1, -1)
-            found[name] = keep_probabilities(rows, density=numbers["density"], epsilon=numbers["epsilon"]).reshape(delta.shape)
-        free = torch.ones(len(wanted[index]), dtype=torch.bool) if tied is None else torch.from_numpy(~tied[index])
+            found[name] = keep_probabilities(
+                rows, density=numbers["density"], epsilon=numbers["epsilon"]
+            ).reshape(delta.shape)
+        free = (
+            torch.ones(len(wanted[index]), dtype=torch.bool)
+            if tied is None
+            else torch.from_numpy(~tied[index])
+        )
         actual = to_flat(found)
-        torch.testing.assert_close(actual[free], wanted[index][free].float(), rtol=tolerance["rtol"], atol=tolerance["atol"])
+        torch.testing.assert_close(
+            actual[free],
+            wanted[index][free].float(),
+            rtol=tolerance["rtol"],
+            atol=tolerance["atol"],
+        )
         for name, probabilities in from_flat(wanted[index].float()).items():
-            # Equal magnitudes share ranks in some order: each row has the same probabilities, whatever their order.
+            # Equal magnitudes share ranks in some order: each row has the same probabilities,
+            # whatever their order.
             rows = (1, -1) if probabilities.ndim < 2 else probabilities.shape
             torch.testing.assert_close(
-                found[name].reshape(rows).sort(dim=1).values, probabilities.reshape(rows).sort(dim=1).values, rtol=1e-5, atol=1e-6
+                found[name].reshape(rows).sort(dim=1).values,
+                probabilities.reshape(rows).sort(dim=1).values,
+                rtol=1e-5,
+                atol=1e-6,
             )
 
 
@@ -42,7 +70,12 @@ def draw(method: str, raw: dict[str, Any], inputs: list[dict[str, torch.Tensor]]
     """Return the merged checkpoint, flat: these methods look at one tensor after the other."""
     base, *experts = inputs
     merged = {
-        name: merge_tensor(method, values, [expert[name] for expert in experts], raw, name=name)[0].values for name, values in base.items()
+        name: (
+            merge_tensor(method, values, [expert[name] for expert in experts], raw, name=name)[
+                0
+            ].values
+        )
+        for name, values in base.items()
     }
     return to_flat(merged)
 
@@ -50,13 +83,20 @@ def draw(method: str, raw: dict[str, Any], inputs: list[dict[str, torch.Tensor]]
 def recipe_of(case: Case) -> tuple[str, dict[str, Any]]:
     numbers = case["params"]
     if case["method"] == "dare_task_arithmetic":
-        return "dare_linear", {"density": 1 - numbers["mask_rate"], "scale": numbers["scaling"], "rescale": "probability"}
+        return "dare_linear", {
+            "density": 1 - numbers["mask_rate"],
+            "scale": numbers["scaling"],
+            "rescale": "probability",
+        }
     keys = {"density": numbers["density"], "rescale": "norm"}
     if "epsilon" in numbers:
         keys["epsilon"] = numbers["epsilon"]
     if case["method"].endswith("linear"):
         return case["method"], keys | {"normalize": numbers["normalize"]}
-    return case["method"], keys | {"reduction": "mean" if numbers["normalize"] else "sum", "zero_sign": "positive"}
+    return case["method"], keys | {
+        "reduction": "mean" if numbers["normalize"] else "sum",
+        "zero_sign": "positive",
+    }
 
 
 @cases("dare_task_arithmetic", "dare_linear", "dare_ties", "della_linear", "della")

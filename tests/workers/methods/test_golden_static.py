@@ -1,10 +1,12 @@
-"""Static merges and masks of the whole pipeline against the numbers of the official implementations."""
+"""Static merges and masks of the whole pipeline against the numbers of the official
+implementations.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from golden import (
+from golden_cases import (
     Case,
     base_of,
     build,
@@ -16,14 +18,14 @@ from golden import (
     expected_bits,
     masks_of,
     merged_of,
-    needs_golden,
 )
-
-pytestmark = needs_golden
 
 
 def weights(case: Case) -> list[dict[str, float]]:
-    return [{"weight": weight} for weight in case["params"].get("weights", [1.0] * (len(case["inputs"]) - 1))]
+    return [
+        {"weight": weight}
+        for weight in case["params"].get("weights", [1.0] * (len(case["inputs"]) - 1))
+    ]
 
 
 def check_merged(case: Case, actual: torch.Tensor) -> None:
@@ -39,13 +41,19 @@ def test_linear_is_the_average(case: Case) -> None:
 
 @cases("task_arithmetic")
 def test_task_arithmetic_adds_scaled_task_vectors(case: Case) -> None:
-    check_merged(case, merged_of(build(case, "task_arithmetic", scale=case["params"]["scaling"])[0]))
+    check_merged(
+        case, merged_of(build(case, "task_arithmetic", scale=case["params"]["scaling"])[0])
+    )
 
 
 @cases("ties_global")
 def test_ties_over_the_whole_model(case: Case) -> None:
     numbers = case["params"]
-    keys = {"density": numbers["K_percent"] / 100, "reduction": numbers["aggregate"], "scale": numbers["scaling"]}
+    keys = {
+        "density": numbers["K_percent"] / 100,
+        "reduction": numbers["aggregate"],
+        "scale": numbers["scaling"],
+    }
     merged = merged_of(build(case, "ties", zero_sign="majority", **keys)[0])
     tau = expected(case, "tau")
     assert tau is not None
@@ -55,13 +63,17 @@ def test_ties_over_the_whole_model(case: Case) -> None:
 
 
 @cases("ties_global")
-def test_a_zero_sum_that_elects_nothing_differs_from_the_official_rule_at_zero_sums_alone(case: Case) -> None:
+def test_a_zero_sum_that_elects_nothing_differs_from_the_official_rule_at_zero_sums_alone(
+    case: Case,
+) -> None:
     numbers = case["params"]
     keys = {"density": numbers["K_percent"] / 100, "reduction": numbers["aggregate"]}
     merged = merged_of(build(case, "ties", **keys)[0])
     tau, zero_sum = expected(case, "tau"), expected_bits(case, "zero_sum")
     assert tau is not None
-    zero = torch.zeros(len(tau), dtype=torch.bool) if zero_sum is None else torch.from_numpy(zero_sum)
+    zero = (
+        torch.zeros(len(tau), dtype=torch.bool) if zero_sum is None else torch.from_numpy(zero_sum)
+    )
     base = base_of(case)
     assert merged[zero].equal(base[zero])
     check_close(case, torch.where(zero, base, merged), torch.where(zero, base, base + tau))
@@ -72,15 +84,32 @@ def test_ties_with_an_exact_count_per_tensor(case: Case) -> None:
     numbers = case["params"]
     reduction = "mean" if numbers["normalize"] else "sum"
     keys = {"density": numbers["density"], "reduction": reduction, "scale": numbers["scaling"]}
-    reader, _ = build(case, "ties", experts=weights(case), scope="tensor", count="exact", zero_sign="positive", **keys)
+    reader, _ = build(
+        case,
+        "ties",
+        experts=weights(case),
+        scope="tensor",
+        count="exact",
+        zero_sign="positive",
+        **keys,
+    )
     check_merged(case, merged_of(reader))
 
 
 @cases("ties_per_tensor_kth")
 def test_ties_with_a_threshold_per_tensor(case: Case) -> None:
     numbers = case["params"]
-    keys = {"density": round(1 - numbers["mask_rate"], 12), "reduction": numbers["aggregate"], "scale": numbers["scaling"]}
-    check_merged(case, merged_of(build(case, "ties", scope="tensor", rounding="dropped", zero_sign="majority", **keys)[0]))
+    keys = {
+        "density": round(1 - numbers["mask_rate"], 12),
+        "reduction": numbers["aggregate"],
+        "scale": numbers["scaling"],
+    }
+    check_merged(
+        case,
+        merged_of(
+            build(case, "ties", scope="tensor", rounding="dropped", zero_sign="majority", **keys)[0]
+        ),
+    )
 
 
 @cases("breadcrumbs", "breadcrumbs_ties")
@@ -101,14 +130,24 @@ def test_sce(case: Case) -> None:
 
 @cases("ram", "ramplus")
 def test_ram(case: Case) -> None:
-    keys = {name: case["params"][name] for name in ("epsilon", "r", "alpha") if name in case["params"]}
-    check_merged(case, merged_of(build(case, "ram_plus" if case["params"]["plus"] else "ram", **keys)[0]))
+    keys = {
+        name: case["params"][name] for name in ("epsilon", "r", "alpha") if name in case["params"]
+    }
+    check_merged(
+        case, merged_of(build(case, "ram_plus" if case["params"]["plus"] else "ram", **keys)[0])
+    )
 
 
 @cases("pcb_merging")
 def test_pcb(case: Case) -> None:
     numbers = case["params"]
-    reader, report = build(case, "pcb", ratio=numbers["pcb_ratio"], scale=numbers["lambdas"], clamp_ratio=numbers["clamp_ratio"])
+    reader, report = build(
+        case,
+        "pcb",
+        ratio=numbers["pcb_ratio"],
+        scale=numbers["lambdas"],
+        clamp_ratio=numbers["clamp_ratio"],
+    )
     tau = expected(case, "tau")
     assert tau is not None
     check_close(case, merged_of(reader), base_of(case) + tau)
@@ -117,7 +156,11 @@ def test_pcb(case: Case) -> None:
 
 def multi_task_keys(case: Case) -> dict[str, object]:
     is_ties = "ties" in case["params"]["multi_task_vector"].lower()
-    return {"multi_task": "ties", "density": 0.2, "zero_sign": "majority"} if is_ties else {"multi_task": "task_arithmetic"}
+    return (
+        {"multi_task": "ties", "density": 0.2, "zero_sign": "majority"}
+        if is_ties
+        else {"multi_task": "task_arithmetic"}
+    )
 
 
 @cases("tall_masks")
@@ -155,9 +198,17 @@ def test_emr(case: Case) -> None:
     check_masks(case, masks_of(reader), "masks")
     assert report.manifest is not None
     found = torch.tensor([expert.rescaler for expert in report.manifest.experts])
-    torch.testing.assert_close(found, rescalers, rtol=case["tolerance"]["rtol"], atol=case["tolerance"]["atol"])
+    torch.testing.assert_close(
+        found, rescalers, rtol=case["tolerance"]["rtol"], atol=case["tolerance"]["atol"]
+    )
     for index, name in enumerate(reader.expert_names):
         rebuilt = expected(case, f"rebuilt_expert{index}")
         if rebuilt is not None:
-            check_close(case, torch.cat([reader.rebuild(key, name).reshape(-1) for key in sorted(reader.names("delta"))]), rebuilt)
+            check_close(
+                case,
+                torch.cat(
+                    [reader.rebuild(key, name).reshape(-1) for key in sorted(reader.names("delta"))]
+                ),
+                rebuilt,
+            )
     assert np.isfinite(found.numpy()).all()

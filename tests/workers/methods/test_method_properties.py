@@ -1,4 +1,6 @@
-"""What holds for every method whatever the numbers: order of experts, one expert, no change, equal experts, rows, scale."""
+"""What holds for every method whatever the numbers: order of experts, one expert, no change, equal
+experts, rows, scale.
+"""
 
 from __future__ import annotations
 
@@ -35,21 +37,32 @@ fast = settings(deadline=None, max_examples=8)
 
 
 def make(seed: int, *, num_experts: int = 3) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """A base of zeros and experts with values whose sums are exact in float32 and whose magnitudes are all different."""
+    """A base of zeros and experts with values whose sums are exact in float32 and whose magnitudes
+    are all different.
+    """
     generator = torch.Generator().manual_seed(seed)
     values = (torch.randperm(6 * 20 * num_experts, generator=generator) + 1).float() / 1024
     signs = torch.randint(0, 2, values.shape, generator=generator) * 2 - 1
     return torch.zeros(6, 20), list((values * signs).reshape(num_experts, 6, 20))
 
 
-def rebuilt(method: str, base: torch.Tensor, experts: list[torch.Tensor], raw: dict[str, Any], **options: Any) -> list[torch.Tensor]:
+def rebuilt(
+    method: str,
+    base: torch.Tensor,
+    experts: list[torch.Tensor],
+    raw: dict[str, Any],
+    **options: Any,
+) -> list[torch.Tensor]:
     """The merged tensor of a plain method, the rebuilt experts of one with masks."""
     merged, rescalers = merge_tensor(method, base, experts, raw, **options)
     values = merged.values.reshape(base.shape)
     if not merged.masks:
         return [values]
     factors = rescalers or (1.0,) * len(experts)
-    return [base + factor * mask.reshape(base.shape) * values for factor, mask in zip(factors, merged.masks, strict=True)]
+    return [
+        base + factor * mask.reshape(base.shape) * values
+        for factor, mask in zip(factors, merged.masks, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("method", ALL)
@@ -59,7 +72,9 @@ def test_the_order_of_experts_does_not_matter(method: str, seed: int, order: lis
     base, experts = make(seed)
     names = ["a", "b", "c"]
     first = rebuilt(method, base, experts, ALL[method], names=names)
-    other = rebuilt(method, base, [experts[i] for i in order], ALL[method], names=[names[i] for i in order])
+    other = rebuilt(
+        method, base, [experts[i] for i in order], ALL[method], names=[names[i] for i in order]
+    )
     expected = [first[i] for i in order] if method in MASKS else first
     for one, two in zip(expected, other, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
@@ -70,7 +85,9 @@ def test_the_order_of_experts_does_not_matter(method: str, seed: int, order: lis
 @given(seeds)
 def test_one_expert_kept_whole_is_the_result(method: str, seed: int) -> None:
     base, experts = make(seed, num_experts=1)
-    torch.testing.assert_close(rebuilt(method, base, experts, WHOLE[method])[0], experts[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        rebuilt(method, base, experts, WHOLE[method])[0], experts[0], rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("method", MASKS)
@@ -79,7 +96,9 @@ def test_one_expert_kept_whole_is_the_result(method: str, seed: int) -> None:
 def test_one_expert_of_a_build_with_masks_is_rebuilt_whole(method: str, seed: int) -> None:
     base, experts = make(seed, num_experts=1)
     raw = {"density": 1} if method == "mmer" else {}
-    torch.testing.assert_close(rebuilt(method, base, experts, raw)[0], experts[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        rebuilt(method, base, experts, raw)[0], experts[0], rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("method", ALL)

@@ -29,11 +29,19 @@ def merge(
 ) -> MergedBlock:
     base = torch.zeros_like(deltas[0])
     thresholds = [exact_threshold(delta, density=density) for delta in deltas]
-    parameters = MmerParameters.model_validate({"density": density, "reduction": reduction, "mask_scale": mask_scale})
-    return Mmer().merge_block(Block(base, deltas, thresholds, dtype), parameters, [MmerExpertParameters.model_validate({}) for _ in deltas])
+    parameters = MmerParameters.model_validate(
+        {"density": density, "reduction": reduction, "mask_scale": mask_scale}
+    )
+    return Mmer().merge_block(
+        Block(base, deltas, thresholds, dtype),
+        parameters,
+        [MmerExpertParameters.model_validate({}) for _ in deltas],
+    )
 
 
-def naive(deltas: list[torch.Tensor], density: float, mask_scale: float, reduction: str) -> tuple[list[float], list[list[bool]]]:
+def naive(
+    deltas: list[torch.Tensor], density: float, mask_scale: float, reduction: str
+) -> tuple[list[float], list[list[bool]]]:
     columns = [delta.tolist() for delta in deltas]
     trimmed = []
     for column in columns:
@@ -60,7 +68,9 @@ def naive(deltas: list[torch.Tensor], density: float, mask_scale: float, reducti
     st.sampled_from([0.5, 0.75, 1.0]),
     st.sampled_from(["sum", "mean"]),
 )
-def test_a_block_is_merged_as_a_naive_loop_merges_it(n: int, seed: int, density: float, mask_scale: float, reduction: str) -> None:
+def test_a_block_is_merged_as_a_naive_loop_merges_it(
+    n: int, seed: int, density: float, mask_scale: float, reduction: str
+) -> None:
     deltas = make_deltas(n, seed)
     found = merge(deltas, density=density, mask_scale=mask_scale, reduction=reduction)
     merged, masks = naive(deltas, density, mask_scale, reduction)
@@ -105,7 +115,9 @@ def test_a_larger_mask_scale_never_adds_a_bit() -> None:
     previous = merge(deltas, mask_scale=0.1).masks
     for mask_scale in (0.3, 0.6, 0.75, 0.9, 1.0, 1.5):
         masks = merge(deltas, mask_scale=mask_scale).masks
-        assert all(not bool((mask & ~before).any()) for mask, before in zip(masks, previous, strict=True))
+        assert all(
+            not bool((mask & ~before).any()) for mask, before in zip(masks, previous, strict=True)
+        )
         previous = masks
 
 

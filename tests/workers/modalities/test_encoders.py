@@ -27,13 +27,19 @@ class PointEncoder:
     modality = "point"
 
     def __init__(self, request: EncoderRequest) -> None:
-        self.first, self.second = request.state["points.mlp.weight"], request.state["points.connector.weight"]
+        self.first, self.second = (
+            request.state["points.mlp.weight"],
+            request.state["points.connector.weight"],
+        )
         self.request = request
 
     def encode(self, part: Part) -> torch.Tensor:
         points = torch.from_numpy(np.asarray(part.value, dtype=np.float32))
         if points.ndim != 2 or points.shape[1] != 3 or len(points) % 4:
-            raise PromptError(f"a point cloud has shape {tuple(points.shape)}; give (points, 3), a multiple of 4 points")
+            raise PromptError(
+                f"a point cloud has shape {tuple(points.shape)}; give (points, 3), a multiple of 4"
+                " points"
+            )
         groups = nn.functional.relu(points @ self.first.T).reshape(4, -1, 8).amax(dim=1)
         return groups @ self.second.T
 
@@ -49,7 +55,13 @@ def uri(tmp_path: Path) -> str:
     }
     save_file(load_file(path) | own, path, metadata={"format": "pt"})
     experts = {name: {"path": name, "modality": name} for name in ("image", "point")}
-    recipe = {"name": "tiny", "base": "base", "method": "mmer", "output": "store", "experts": experts}
+    recipe = {
+        "name": "tiny",
+        "base": "base",
+        "method": "mmer",
+        "output": "store",
+        "experts": experts,
+    }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     run(make_plan(read_recipe(tmp_path / "recipe.yaml")))
     return str(tmp_path / "store")
@@ -60,17 +72,27 @@ def nothing_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoders, "_makers", {})
 
 
-def test_a_registered_encoder_gets_the_carried_tensors_and_its_tokens_are_of_its_modality(uri: str) -> None:
+def test_a_registered_encoder_gets_the_carried_tensors_and_its_tokens_are_of_its_modality(
+    uri: str,
+) -> None:
     register_encoder("point", PointEncoder)
     composite = load_composite(uri)
     cloud = np.random.default_rng(0).normal(size=(16, 3))
     embeds, ids = composite.embed([Part.text("w5"), Part("point", cloud), Part.text("w6")])
     assert ids.tolist() == [-1, 1, 1, 1, 1, -1]
     request = EncoderRequest(
-        "point", "point", {}, load_file(Path(uri).parent / "point" / "model.safetensors"), HIDDEN, torch.float32, torch.device("cpu")
+        "point",
+        "point",
+        {},
+        load_file(Path(uri).parent / "point" / "model.safetensors"),
+        HIDDEN,
+        torch.float32,
+        torch.device("cpu"),
     )
     torch.testing.assert_close(embeds[1:5], PointEncoder(request).encode(Part("point", cloud)))
-    assert composite.generate([Part("point", cloud), Part.text("w6")], max_new_tokens=3, min_new_tokens=3)
+    assert composite.generate(
+        [Part("point", cloud), Part.text("w6")], max_new_tokens=3, min_new_tokens=3
+    )
     with pytest.raises(PromptError, match=r"a point cloud has shape \(5, 3\)"):
         composite.generate([Part("point", np.zeros((5, 3)))])
 
@@ -83,8 +105,16 @@ def test_what_a_registered_encoder_returns_is_checked(uri: str) -> None:
             return torch.zeros(3, 7)
 
     register_encoder("point", lambda request: Wrong())
-    with pytest.raises(PromptError, match=r"the encoder registered for 'point' returned \(3, 7\), expected embeddings \[tokens, 32\]"):
+    with pytest.raises(
+        PromptError,
+        match=(
+            r"the encoder registered for 'point' returned \(3, 7\), expected embeddings \[tokens,"
+            r" 32\]"
+        ),
+    ):
         load_composite(uri).embed([Part("point", None)])
     register_encoder("point", lambda request: object())  # type: ignore[arg-type, return-value]
-    with pytest.raises(CheckpointError, match="the encoder registered for 'point' has no method 'encode'"):
+    with pytest.raises(
+        CheckpointError, match="the encoder registered for 'point' has no method 'encode'"
+    ):
         load_composite(uri)

@@ -11,22 +11,38 @@ import soundfile  # type: ignore[import-untyped]
 from PIL import Image
 
 from mmerge.manifests.errors import PromptError
-from mmerge.workers.modalities.prompt import Part, check_places, make_prompt, read_array, read_image, read_sound, read_video
+from mmerge.workers.modalities.prompt import (
+    Part,
+    check_places,
+    make_prompt,
+    read_array,
+    read_image,
+    read_sound,
+    read_video,
+)
 
 A, B = Part("image", "a.png"), Part("audio", "b.wav")
 
 
 def test_media_come_first_without_a_template() -> None:
-    assert make_prompt("what ?", [A, B], template=None, media_templates={}) == [A, B, Part.text("what ?")]
+    assert make_prompt("what ?", [A, B], template=None, media_templates={}) == [
+        A,
+        B,
+        Part.text("what ?"),
+    ]
 
 
 def test_templates_surround_every_medium_and_the_question() -> None:
-    found = make_prompt("what ?", [A, B], template="<{media}>q {text} a", media_templates={"image": "i {media} . "})
+    found = make_prompt(
+        "what ?", [A, B], template="<{media}>q {text} a", media_templates={"image": "i {media} . "}
+    )
     assert found == [Part.text("<i "), A, Part.text(" . "), B, Part.text(">q what ? a")]
 
 
 def test_a_question_with_places_puts_each_medium_there() -> None:
-    found = make_prompt("is {audio} in {image} ?", [A, B], template="{media}{text}", media_templates={})
+    found = make_prompt(
+        "is {audio} in {image} ?", [A, B], template="{media}{text}", media_templates={}
+    )
     assert found == [Part.text("is "), B, Part.text(" in "), A, Part.text(" ?")]
 
 
@@ -37,7 +53,9 @@ def test_a_medium_without_a_place_is_refused_where_others_have_one() -> None:
 
 def test_a_sound_is_resampled_and_mixed_to_one_channel(tmp_path: Path) -> None:
     time = np.arange(8000) / 8000
-    soundfile.write(tmp_path / "x.wav", np.stack([np.sin(440 * 2 * np.pi * time)] * 2, axis=1), 8000)
+    soundfile.write(
+        tmp_path / "x.wav", np.stack([np.sin(440 * 2 * np.pi * time)] * 2, axis=1), 8000
+    )
     sound = read_sound(tmp_path / "x.wav", sampling_rate=16000)
     assert sound.dtype == np.float32
     assert abs(len(sound) - 16000) <= 2
@@ -53,7 +71,12 @@ def test_a_film_gives_its_frames_in_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("read", "word"), [(read_image, "image"), (lambda value: read_sound(value, sampling_rate=16000), "sound"), (read_video, "video")]
+    ("read", "word"),
+    [
+        (read_image, "image"),
+        (lambda value: read_sound(value, sampling_rate=16000), "sound"),
+        (read_video, "video"),
+    ],
 )
 def test_a_broken_or_missing_file_is_named(tmp_path: Path, read: object, word: str) -> None:
     assert callable(read)
@@ -74,18 +97,24 @@ def test_arrays_of_wrong_shape_are_refused() -> None:
         read_sound(np.zeros(0), sampling_rate=16000)
 
 
-def test_a_sound_that_is_cut_short_is_refused_and_one_of_unknown_length_is_read(tmp_path: Path) -> None:
+def test_a_sound_that_is_cut_short_is_refused_and_one_of_unknown_length_is_read(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "cut.wav"
     soundfile.write(path, np.zeros(1600, np.float32), 16000)
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(PromptError, match=r"cut.wav: is cut short: 1,\d+ bytes, its header says 3,\d+"):
+    with pytest.raises(
+        PromptError, match=r"cut.wav: is cut short: 1,\d+ bytes, its header says 3,\d+"
+    ):
         read_sound(path, sampling_rate=16000)
     path.write_bytes(data[:4] + b"\xff" * 4 + data[8:])
     assert len(read_sound(path, sampling_rate=16000)) == 1600
 
 
-@pytest.mark.parametrize("ahead", [b"", b"ID3\x04\0\0\0\0\x01\x02" + b"\xff\xfeInfo".ljust(130, b"\xff")])
+@pytest.mark.parametrize(
+    "ahead", [b"", b"ID3\x04\0\0\0\0\x01\x02" + b"\xff\xfeInfo".ljust(130, b"\xff")]
+)
 def test_an_mp3_that_is_cut_short_is_refused(tmp_path: Path, ahead: bytes) -> None:
     path = tmp_path / "cut.mp3"
     soundfile.write(path, np.sin(np.arange(16000) * 0.1).astype(np.float32), 16000)
@@ -93,15 +122,25 @@ def test_an_mp3_that_is_cut_short_is_refused(tmp_path: Path, ahead: bytes) -> No
     path.write_bytes(data)
     assert len(read_sound(path, sampling_rate=16000)) == 16000
     path.write_bytes(data[: len(ahead) + (len(data) - len(ahead)) // 2])
-    with pytest.raises(PromptError, match=rf"cut.mp3: is cut short: [\d,]+ bytes, its header says {len(data):,}"):
+    with pytest.raises(
+        PromptError, match=rf"cut.mp3: is cut short: [\d,]+ bytes, its header says {len(data):,}"
+    ):
         read_sound(path, sampling_rate=16000)
 
 
-def test_what_a_decoder_prints_about_a_broken_sound_is_not_added_to_the_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_a_decoder_prints_about_a_broken_sound_is_not_added_to_the_error(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "broken.mp3"
     soundfile.write(path, np.sin(np.arange(16000) * 0.1).astype(np.float32), 16000)
     path.write_bytes(path.read_bytes()[:10] + bytes(range(1, 255)) * 10)
-    with pytest.raises(PromptError, match=r"broken.mp3: cannot be read as a sound \(the decoder finds no sound in it\)\. Give a WAV"):
+    with pytest.raises(
+        PromptError,
+        match=(
+            r"broken.mp3: cannot be read as a sound \(the decoder finds no sound in it\)\. Give"
+            r" a WAV"
+        ),
+    ):
         read_sound(path, sampling_rate=16000)
     assert capfd.readouterr().err == ""
 
@@ -120,7 +159,9 @@ def test_an_array_file_that_is_cut_anywhere_is_refused(tmp_path: Path) -> None:
     data = path.read_bytes()
     for length in range(len(data)):
         path.write_bytes(data[:length])
-        with pytest.raises(PromptError, match=r"cut.npy: cannot be read as a cloud \([^\n]+\)\. Give another$"):
+        with pytest.raises(
+            PromptError, match=r"cut.npy: cannot be read as a cloud \([^\n]+\)\. Give another$"
+        ):
             read_array(path, what="a cloud", remedy="Give another")
 
 
@@ -133,7 +174,9 @@ def test_an_array_file_that_is_cut_anywhere_is_refused(tmp_path: Path) -> None:
         (np.array([np.inf], np.float32), "NaN or infinite"),
     ],
 )
-def test_an_array_file_without_numbers_is_refused(tmp_path: Path, values: np.typing.NDArray[Any], reason: str) -> None:
+def test_an_array_file_without_numbers_is_refused(
+    tmp_path: Path, values: np.typing.NDArray[Any], reason: str
+) -> None:
     np.save(tmp_path / "x.npy", values)
     with pytest.raises(PromptError, match=f"x.npy: cannot be read as features .*{reason}"):
         read_array(tmp_path / "x.npy", what="features", remedy="")
@@ -147,6 +190,8 @@ def test_a_video_without_frames_is_refused() -> None:
 
 
 def test_a_place_without_a_medium_is_refused() -> None:
-    with pytest.raises(PromptError, match=r"the question names \{image\} 2 times, 1 such media were given"):
+    with pytest.raises(
+        PromptError, match=r"the question names \{image\} 2 times, 1 such media were given"
+    ):
         check_places("{image} and {image}?", [Part("image", "a.png")], kinds=["image", "audio"])
     check_places("{image} and {other}", [Part("image", "a.png")], kinds=["image", "audio"])

@@ -26,7 +26,11 @@ def test_the_first_entry_is_the_most_significant_bit_as_numpy_packs() -> None:
 
 
 def test_the_mean_mask_is_the_share_of_experts_that_want_an_entry() -> None:
-    masks = [torch.tensor([1, 1, 0, 0]).bool(), torch.tensor([1, 0, 1, 0]).bool(), torch.tensor([1, 0, 0, 0]).bool()]
+    masks = [
+        torch.tensor([1, 1, 0, 0]).bool(),
+        torch.tensor([1, 0, 1, 0]).bool(),
+        torch.tensor([1, 0, 0, 0]).bool(),
+    ]
     torch.testing.assert_close(mean_mask(masks), torch.tensor([1, 1 / 3, 1 / 3, 0]))
 
 
@@ -39,4 +43,6 @@ def test_combining_is_base_plus_mean_mask_times_delta_entry_by_entry(num_masks: 
     for row in range(5):
         for column in range(7):
             share = sum(bool(mask[row, column]) for mask in masks) / num_masks
-            assert found[row, column].item() == pytest.approx(base[row, column].item() + share * delta[row, column].item(), abs=1e-6)
+            assert found[row, column].item() == pytest.approx(
+                base[row, column].item() + share * delta[row, column].item(), abs=1e-6
+            )

@@ -35,14 +35,24 @@ with returned_at_once() if sys.argv[1] == "returned" else contextlib.nullcontext
 
 
 def resident_after(how: str, **variables: str) -> int:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | variables
-    done = subprocess.run([sys.executable, "-c", SCRIPT, how], env=environment, capture_output=True, text=True, check=True)
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")
+    } | variables
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, how],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return int(done.stdout)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only this C library has such heaps")
 def test_gaps_between_what_stays_go_back_to_the_system() -> None:
-    assert resident_after("kept") > 24 << 20, "the C library returns them by itself: returned_at_once is no longer needed"
+    assert resident_after("kept") > 24 << 20, (
+        "the C library returns them by itself: returned_at_once is no longer needed"
+    )
     assert resident_after("returned") < 8 << 20
 
 
@@ -63,9 +73,13 @@ print((resident_bytes("VmRSS") - before) / sum(sizes))
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="resident memory is read from /proc"
+)
 def test_a_last_large_page_that_is_hardly_filled_takes_no_memory() -> None:
-    done = subprocess.run([sys.executable, "-c", LARGE_SCRIPT], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", LARGE_SCRIPT], capture_output=True, text=True, check=True
+    )
     assert 0.95 < float(done.stdout) < 1.1, "resident beside held"
 
 
@@ -86,9 +100,13 @@ print(found / held, left / REGION_BYTES)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="resident memory is read from /proc"
+)
 def test_shared_pages_take_the_memory_that_is_held_and_go_back_with_the_last_of_a_region() -> None:
-    done = subprocess.run([sys.executable, "-c", SHARED_SCRIPT], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SHARED_SCRIPT], capture_output=True, text=True, check=True
+    )
     found, left = map(float, done.stdout.split())
     assert 0.95 < found < 1.1, "resident beside held"
     assert left < 1.05, "only the region that is being filled may stay"
@@ -100,15 +118,23 @@ def test_tensors_in_shared_pages_have_their_own_bytes() -> None:
     shapes = [(3, 5), (7,), (), (0, 4), (64, 64), (_LARGE_ROWS, 1 << 20)]
 
     def fill(number: int) -> list[torch.Tensor]:
-        return [pages.empty(shape, dtype).fill_(number) for shape in shapes for dtype in (torch.uint8, torch.bfloat16, torch.float32)]
+        return [
+            pages.empty(shape, dtype).fill_(number)
+            for shape in shapes
+            for dtype in (torch.uint8, torch.bfloat16, torch.float32)
+        ]
 
     with ThreadPoolExecutor(4) as pool:
         filled = list(pool.map(fill, range(8)))
     for number, tensors in enumerate(filled):
-        for tensor, shape in zip(tensors, [shape for shape in shapes for _ in range(3)], strict=True):
+        for tensor, shape in zip(
+            tensors, [shape for shape in shapes for _ in range(3)], strict=True
+        ):
             assert tensor.shape == shape
             assert bool((tensor == number).all())
             assert tensor.data_ptr() % 64 == 0
-            assert tensor.untyped_storage().nbytes() == tensor.nbytes, "copies and files of a tensor hold its own bytes alone"
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes, (
+                "copies and files of a tensor hold its own bytes alone"
+            )
     near = sorted(tensor.data_ptr() for tensors in filled for tensor in tensors[:6])
     assert near[-1] - near[0] <= REGION_BYTES, "small tensors lie together"

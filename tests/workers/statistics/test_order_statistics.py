@@ -35,19 +35,32 @@ def test_the_threshold_is_the_kth_magnitude(values: list[float], density: float)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("density", [0.2, 0.8, 0.999])
-def test_the_threshold_is_exact_where_many_magnitudes_are_equal(dtype: torch.dtype, density: float) -> None:
-    delta = (torch.randn(50_001, generator=torch.Generator().manual_seed(1)) / 100).to(dtype).float()
+def test_the_threshold_is_exact_where_many_magnitudes_are_equal(
+    dtype: torch.dtype, density: float
+) -> None:
+    delta = (
+        (torch.randn(50_001, generator=torch.Generator().manual_seed(1)) / 100).to(dtype).float()
+    )
     assert exact_threshold(delta, density=density) == by_sorting(delta, density)
 
 
 @settings(max_examples=25)
 @given(st.integers(1, 5), st.integers(0, 2**31), st.floats(0.05, 0.95))
-def test_histograms_of_pieces_add_up_to_the_threshold_of_the_whole(num_pieces: int, seed: int, density: float) -> None:
-    delta = torch.randn(997, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16).float()
+def test_histograms_of_pieces_add_up_to_the_threshold_of_the_whole(
+    num_pieces: int, seed: int, density: float
+) -> None:
+    delta = (
+        torch.randn(997, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16).float()
+    )
     pieces = delta.chunk(num_pieces)
     rank = trim_rank(delta.numel(), density)
-    high, rest = find_bin(add_sparse((to_sparse(high_histogram(piece)) for piece in pieces), num_bins=NUM_HIGH_BINS), rank)
-    low = add_sparse((to_sparse(low_histogram(piece, high_bin=high)) for piece in pieces), num_bins=NUM_LOW_BINS)
+    high, rest = find_bin(
+        add_sparse((to_sparse(high_histogram(piece)) for piece in pieces), num_bins=NUM_HIGH_BINS),
+        rank,
+    )
+    low = add_sparse(
+        (to_sparse(low_histogram(piece, high_bin=high)) for piece in pieces), num_bins=NUM_LOW_BINS
+    )
     assert to_threshold(high, find_bin(low, rest)[0]) == by_sorting(delta, density)
 
 

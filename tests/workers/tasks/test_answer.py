@@ -13,10 +13,16 @@ import torch
 from mmerge.manifests.errors import PromptError, RecipeError
 from mmerge.manifests.stores.object_store import open_store
 from mmerge.pipeline import Part, load_composite
-from mmerge.workers.tasks.answer import Answer, answer_prompts, answers_key, read_answers, register_from
 from mmerge.workers.task import AnswerTask
+from mmerge.workers.tasks.answer import (
+    Answer,
+    answer_prompts,
+    answers_key,
+    read_answers,
+    register_from,
+)
 
-SAMPLES = Path(__file__).resolve().parent.parent.parent / "examples" / "lab" / "samples"
+SAMPLES = Path(__file__).resolve().parent.parent.parent.parent / "examples" / "lab" / "samples"
 
 
 @pytest.fixture(scope="module")
@@ -26,17 +32,21 @@ def composite(lab_store: str) -> Any:
 
 def prompts(composite: Any) -> list[Any]:
     return [
-        composite.prompt("which digit is in the image ?", [Part("image", str(SAMPLES / "image_seven_light.png"))]),
-        composite.prompt("which digit is in the sound ?", [Part("audio", str(SAMPLES / "sound_three_low.wav"))]),
+        composite.prompt(
+            "which digit is in the image ?", [Part("image", str(SAMPLES / "image_seven_light.png"))]
+        ),
+        composite.prompt(
+            "which digit is in the sound ?", [Part("audio", str(SAMPLES / "sound_three_low.wav"))]
+        ),
     ]
 
 
 def test_a_greedy_answer_scores_as_greedy_and_another_does_not(composite: Any) -> None:
     asked = prompts(composite)
     answers = composite.generate_tokens(asked, max_new_tokens=6)
-    assert [composite.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers] == composite.generate_batch(
-        asked, max_new_tokens=6
-    )
+    assert [
+        composite.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers
+    ] == composite.generate_batch(asked, max_new_tokens=6)
     scores = composite.score(asked, answers)
     assert [same for _, same in scores] == [True, True]
     wrong = [[(tokens[0] + 1) % 20, *tokens[1:]] for tokens in answers]
@@ -59,7 +69,9 @@ def test_an_empty_answer_has_no_score(composite: Any) -> None:
         composite.score(prompts(composite), [[1], []])
 
 
-def test_a_finished_task_is_not_answered_again(lab_store: str, composite: Any, tmp_path: Path) -> None:
+def test_a_finished_task_is_not_answered_again(
+    lab_store: str, composite: Any, tmp_path: Path
+) -> None:
     store = open_store(str(tmp_path), create=True)
     task = AnswerTask(
         key="0" * 64, shard="m/0", model=f"{lab_store}#mmer", expert=None, prompts=tuple(tuple(p) for p in prompts(composite)), targets=None,
