@@ -22,7 +22,7 @@ dtypes.
 """
 
 
-def _form_block(
+def _form_block(  # type: ignore[no-untyped-def]
     base,
     delta,
     masks,
@@ -32,9 +32,9 @@ def _form_block(
     width,
     expert_bytes,
     row_bytes,
-    NUM_EXPERTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+    NUM_EXPERTS: tl.constexpr,  # noqa: N803 - constants of a Triton kernel are upper case
+    BLOCK: tl.constexpr,  # noqa: N803
+):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_inside = columns < width

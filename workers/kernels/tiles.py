@@ -48,10 +48,8 @@ def _find_cache_folder() -> str:
     own = os.environ.get("NUMBA_CACHE_DIR")
     if own:
         return str(Path(own) / name)
-    cache = (
-        Path(os.environ.get("XDG_CACHE_HOME") or Path(os.path.expanduser("~")) / ".cache")
-        / "mmerge"
-    )
+    home = os.path.expanduser("~")  # noqa: PTH111 - Path.home raises where there is none
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path(home) / ".cache") / "mmerge"
     nearest = next((folder for folder in (cache, *cache.parents) if folder.exists()), cache)
     if os.access(nearest, os.W_OK):
         return str(cache / name)

@@ -206,7 +206,7 @@ def test_a_node_cut_off_in_mid_task_costs_at_most_the_deadline_and_its_late_writ
     second = faults.events(shard="layers.1")[1]
     assert second["address"] != held["address"]
     assert second["time"] - cut <= DEADLINE + 5
-    print(
+    print(  # noqa: T201
         f"cut off at 0 s: second attempt after {second['time'] - cut:.1f} s, build ended after"
         f" {took:.1f} s"
     )
