@@ -16,6 +16,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
+from skip_policy import add_option as pytest_addoption  # noqa: F401
+from skip_policy import register as pytest_configure  # noqa: F401
 from store_servers import SCHEME, SERVERS
 
 from mmerge.pipeline import make_plan, parse_recipe, run
