@@ -51,9 +51,7 @@ class TensorStatistics(Record):
     delta_norm: float | None = None
     """‖τ⋆‖₂ as stored."""
     consensus: tuple[int, ...] | None = None
-    """How many entries are wanted by exactly 0, 1, …, n experts (METHODS: catastrophic, selfish,
-    …).
-    """
+    """Number of entries kept by the masks of exactly 0, 1, …, n experts (docs/arithmetic.md)."""
     overlaps: tuple[int, ...] | None = None
     """Entries wanted by both experts of each pair (0,1), (0,2), …, (1,2), … in recipe order."""
 

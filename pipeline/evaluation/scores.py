@@ -53,7 +53,7 @@ def _rouge() -> Any:
 def performance_retention(
     scores: Mapping[str, float], original: Mapping[str, float]
 ) -> float | None:
-    """Return the mean over tasks of score / original score (METHODS.md section 2); tasks where the
+    """Return the mean over tasks of score / original score (docs/arithmetic.md); tasks where the
     original has 0 are left out.
 
     None where no task is left.

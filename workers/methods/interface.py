@@ -133,7 +133,7 @@ class Block:
         )
 
     def task_vectors(self) -> list[torch.Tensor]:
-        """Return τᵢ = θᵢ − θ₀ per expert, float32 (METHODS.md, Notation)."""
+        """Return τᵢ = θᵢ − θ₀ per expert, float32 (docs/arithmetic.md, Notation)."""
         return [expert - self.base for expert in self.experts]
 
 

@@ -1,7 +1,7 @@
 """Locate, then merge: Sub finds what of each task vector is kept, F puts the located task vectors
 together.
 
-θ = θ₀ + λ·F(Sub(τ₁), …, Sub(τₙ)): the frame of arXiv 2505.16703 (METHODS.md section 4), in which
+θ = θ₀ + λ·F(Sub(τ₁), …, Sub(τₙ)): the frame of arXiv 2505.16703 (docs/arithmetic.md), in which
 task arithmetic, TIES, Breadcrumbs, DARE and DELLA are instances. F is the weighted sum, or sign
 election with a disjoint merge.
 """

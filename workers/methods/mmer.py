@@ -28,7 +28,7 @@ def decouple(trimmed: torch.Tensor, merged: torch.Tensor, *, mask_scale: float) 
     """Return the modality mask of one expert, boolean, shape of `merged`.
 
     1 where both tests hold: dominant significance |τᵢ| ≥ λᵢ·0.5·|τ⋆|, and directional congruence
-    sign(τᵢ) = sign(τ⋆) ≠ 0. MMER (arXiv 2505.17110), METHODS.md section 2, step 4.
+    sign(τᵢ) = sign(τ⋆) ≠ 0. MMER (arXiv 2505.17110), docs/arithmetic.md, step 4.
 
     Args:
         trimmed: the expert's trimmed task vector, float32.
@@ -41,9 +41,7 @@ def decouple(trimmed: torch.Tensor, merged: torch.Tensor, *, mask_scale: float) 
 
 
 class MmerParameters(Parameters):
-    """Numbers of MMER. Sum and scope `model` are our choices where the paper is open (METHODS.md
-    section 2).
-    """
+    """Parameters of MMER; sum and scope `model` are our choices (docs/arithmetic.md)."""
 
     density: Density = Field(
         0.8, description="share of each task vector that is kept (published: 0.8)"

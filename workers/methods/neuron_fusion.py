@@ -4,7 +4,7 @@ others, restore the norm.
 Locate-then-Merge (arXiv 2505.16703) is the frame θ = θ₀ + F(Sub(τ)): Sub locates, F merges. Task
 arithmetic, TIES, Breadcrumbs, DARE and DELLA are instances of it that locate single entries;
 Neuron-Fusion locates neurons. The paper's exact formulas were
-not available: results of this method are those of a reconstruction (METHODS.md section 4), and must
+not available: results of this method are those of a reconstruction (docs/arithmetic.md), and must
 be called so.
 """
 

@@ -1,7 +1,7 @@
 """Neurons of a layer: which rows and columns of its matrices belong together, how they score, which
 are kept.
 
-Part of the reconstruction of Neuron-Fusion (METHODS.md section 4); see neuron_fusion.py.
+Part of the reconstruction of Neuron-Fusion (docs/arithmetic.md); see neuron_fusion.py.
 """
 
 from __future__ import annotations

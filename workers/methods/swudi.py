@@ -33,7 +33,7 @@ def spectral_merge(
     """Return the merged task vector of one matrix, [out, in], float32.
 
     With C = Σ wᵢτᵢᵀτᵢ, D = Σ wᵢτᵢτᵢᵀτᵢ, wᵢ = 1/‖τᵢ‖², C = VΛVᵀ and the filter f: τ = τ₀ − τ₀·V f Vᵀ
-    + D·V (f/Λ) Vᵀ (METHODS: SWUDI; constants as in WalkerWorldPeace/MLLMerging, swudi_aswudi.py).
+    + D·V (f/Λ) Vᵀ (constants as in WalkerWorldPeace/MLLMerging, swudi_aswudi.py).
 
     Args:
         deltas: task vectors of the matrix, [out, in], float32.
@@ -163,10 +163,7 @@ class Swudi(MatrixMethod):
     """The loss of WUDI in closed form, its eigenvalues filtered by time and truncated by rank."""
 
     name = "swudi"
-    source = (
-        "SWUDI (WalkerWorldPeace/MLLMerging, swudi_aswudi.py); METHODS: C = Σ wᵢτᵢᵀτᵢ, D = Σ"
-        " wᵢτᵢτᵢᵀτᵢ"
-    )
+    source = "SWUDI (WalkerWorldPeace/MLLMerging, swudi_aswudi.py): C = Σ wᵢτᵢᵀτᵢ, D = Σ wᵢτᵢτᵢᵀτᵢ"
     parameters_model = SwudiParameters
 
     @override

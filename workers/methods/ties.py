@@ -37,7 +37,7 @@ def trim(delta: torch.Tensor, *, threshold: float) -> torch.Tensor:
     """Return `delta` with every entry of magnitude below `threshold` set to 0; ties at the
     threshold stay.
 
-    TIES-Merging (arXiv 2306.01708), section 4, step 1; METHODS.md section 2.
+    TIES-Merging (arXiv 2306.01708), section 4, step 1; docs/arithmetic.md.
     """
     return torch.where(
         delta.abs() >= threshold, delta, torch.zeros((), dtype=delta.dtype, device=delta.device)

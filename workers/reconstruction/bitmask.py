@@ -33,9 +33,7 @@ def unpack_mask(packed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 
 def mean_mask(masks: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return m̄, the elementwise mean of boolean masks, float32 in {0, 1/n, …, 1} (METHODS.md
-    section 2, Expansion).
-    """
+    """Return m̄, the elementwise mean of boolean masks, float32 in {0, 1/n, …, 1}."""
     count = torch.zeros(masks[0].shape, dtype=torch.float32, device=masks[0].device)
     for mask in masks:
         count += mask

@@ -353,8 +353,8 @@ def combine(
     itself).
 
     With `rescalers`, one per mask, m is the mean of rᵢmᵢ (EMR-Merging, arXiv 2405.17461; the mean
-    over experts for text tokens is our choice). Computed in float32 and rounded once (METHODS.md
-    sections 2 and 6).
+    over experts for text tokens is our choice). Computed in float32 and rounded once
+    (docs/arithmetic.md).
     """
     factors = list(rescalers) or [1.0] * len(masks)
     out = torch.empty(base.shape, dtype=dtype, device=base.device)

@@ -28,7 +28,7 @@ def trim_rank(
 ) -> int:
     """Return the ascending rank (1-based) of the trim threshold, 0 when everything is kept.
 
-    N − int(density·N), as the official TIES code computes it (METHODS.md section 2, Trim); with
+    N − int(density·N), as the official TIES code computes it (docs/arithmetic.md, Trim); with
     rounding `dropped` it is int((1 − density)·N), as the code of MLLMerging computes it. 1 −
     density is taken in decimal: 1 − 0.8 is 0.2.
     """
