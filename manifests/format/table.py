@@ -5,7 +5,6 @@ DuckDB or pandas.
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Iterable
 from math import prod
 from typing import Any
@@ -19,6 +18,7 @@ from mmerge.manifests.errors import ManifestError, NotFound, StoreError, StoreUn
 from mmerge.manifests.format.entry import ShardEntry, TensorRow, validate_key
 from mmerge.manifests.format.manifest import TableEntry
 from mmerge.manifests.format.safetensors_header import DTYPE_BYTES
+from mmerge.manifests.format.tensor_names import layer_of
 from mmerge.manifests.stores.object_store import Store
 
 SCHEMA = pa.schema(
@@ -51,14 +51,6 @@ class StoredRow(TensorRow):
 
 
 _ROWS = TypeAdapter(list[StoredRow])
-
-
-def layer_of(name: str) -> int | None:
-    """Return the number of the layer that a tensor belongs to, None for embeddings, the last norm
-    and the head.
-    """
-    match = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
-    return int(match[1]) if match else None
 
 
 def make_table(entries: Iterable[ShardEntry]) -> bytes:

@@ -4,7 +4,6 @@ same plan.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from mmerge.manifests.errors import CheckpointError
 from mmerge.manifests.format.entry import Role
 from mmerge.manifests.format.manifest import AdapterRecord
 from mmerge.manifests.format.safetensors_header import DTYPE_BYTES, FLOAT_DTYPES
+from mmerge.manifests.format.tensor_names import layer_of
 from mmerge.pipeline.planning.adapters import list_adapters
 from mmerge.pipeline.planning.memory_bounds import (
     COPY_PEAK_BYTES,
@@ -255,22 +255,28 @@ def shard_name(tensor_name: str) -> str:
     """Return the shard that a tensor of the base belongs to: its layer, or itself for embeddings,
     last norm and head.
     """
-    match = re.search(r"(?:^|\.)(layers\.\d+)\.", tensor_name)
-    return match[1] if match else tensor_name.removesuffix(".weight").removeprefix("model.")
+    layer = layer_of(tensor_name)
+    if layer is not None:
+        return f"layers.{layer}"
+    return tensor_name.removesuffix(".weight").removeprefix("model.")
 
 
-def _shard_order(name: str) -> tuple[int, int, str]:
-    match = re.fullmatch(r"layers\.(\d+)", name)
-    if match:
-        return (1, int(match[1]), "")
-    return (0 if "embed" in name else 2, 0, name)
+def _shard_order(tensor_name: str) -> tuple[int, int, str]:
+    """Sort embeddings first, then layers by number, then what follows them."""
+    layer = layer_of(tensor_name)
+    if layer is not None:
+        return (1, layer, "")
+    return (0 if "embed" in tensor_name else 2, 0, shard_name(tensor_name))
 
 
 def _group(names: Iterable[str]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(shard_name(name), []).append(name)
-    return {shard: groups[shard] for shard in sorted(groups, key=_shard_order)}
+    return {
+        shard: groups[shard]
+        for shard in sorted(groups, key=lambda shard: _shard_order(groups[shard][0]))
+    }
 
 
 def _make_pieces(shape: Sequence[int], num_bytes: int, max_bytes: int) -> list[tuple[int, int]]:

@@ -25,7 +25,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from mmerge.manifests.errors import RecipeError
-from mmerge.manifests.format.table import layer_of
+from mmerge.manifests.format.tensor_names import layer_of
 from mmerge.workers.methods.interface import Parameters
 
 Number = float | int

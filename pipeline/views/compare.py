@@ -14,7 +14,8 @@ from mmerge.manifests.format.references import (
     list_references,
     read_reference,
 )
-from mmerge.manifests.format.table import StoredRow, layer_of
+from mmerge.manifests.format.table import StoredRow
+from mmerge.manifests.format.tensor_names import layer_of
 from mmerge.manifests.stores.object_store import Store
 from mmerge.pipeline.views.show import BuildSummary, read_build, summarise_masks
 

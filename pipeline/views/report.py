@@ -243,7 +243,7 @@ def print_build(summary: BuildSummary, console: Console, *, layers: bool) -> Non
 
 
 def _print_layers(summary: BuildSummary, console: Console) -> None:
-    from mmerge.manifests.format.table import layer_of
+    from mmerge.manifests.format.tensor_names import layer_of
 
     numbers = sorted({layer for row in summary.rows if (layer := layer_of(row.name)) is not None})
     table = Table(

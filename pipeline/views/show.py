@@ -13,7 +13,8 @@ from mmerge.manifests.format.references import (
     open_build,
     read_reference,
 )
-from mmerge.manifests.format.table import StoredRow, layer_of, read_table
+from mmerge.manifests.format.table import StoredRow, read_table
+from mmerge.manifests.format.tensor_names import layer_of
 from mmerge.manifests.stores.object_store import Store
 
 

@@ -14,7 +14,7 @@ import torch
 
 from mmerge.manifests.errors import CheckpointError, PlacementError
 from mmerge.manifests.format.manifest import read_file
-from mmerge.manifests.format.table import layer_of
+from mmerge.manifests.format.tensor_names import layer_of
 from mmerge.workers.composite.routed_linear import Policy, block_rows
 from mmerge.workers.composite.tensor_parallel import Division
 from mmerge.workers.composite.weight_items import Fetcher, Item, part_shape, share_out
