@@ -10,18 +10,18 @@ from typing import Any, Literal
 
 from typing_extensions import override
 
-from mmerge.manifests.format.entry import ObjectEntry, read_entry
 from mmerge.manifests.errors import ManifestError, NotFound
+from mmerge.manifests.format.entry import ObjectEntry, read_entry
 from mmerge.manifests.format.manifest import manifest_key, read_manifest
 from mmerge.manifests.format.references import list_references, read_reference
 from mmerge.manifests.stores.object_store import Store, open_store
-from mmerge.pipeline.build.run import Builder, RunReport
-from mmerge.pipeline.execution.scheduler import Follow, Outcomes, nothing_follows
-from mmerge.pipeline.execution.executor import Executor, SerialExecutor
-from mmerge.pipeline.build.provenance import describe_inputs, explain
-from mmerge.pipeline.planning.plan import MergePlan
-from mmerge.pipeline.monitoring.progress import Progress
 from mmerge.pipeline.build.input_survey import InputSurvey
+from mmerge.pipeline.build.provenance import describe_inputs, explain
+from mmerge.pipeline.build.run import Builder, RunReport
+from mmerge.pipeline.execution.executor import Executor, SerialExecutor
+from mmerge.pipeline.execution.scheduler import Follow, Outcomes, nothing_follows
+from mmerge.pipeline.monitoring.progress import Progress
+from mmerge.pipeline.planning.plan import MergePlan
 from mmerge.workers.task import CopyTask, MergeTask, SurveyTask, Task, TaskResult
 
 State = Literal["compute", "reuse", "unknown"]
@@ -67,7 +67,9 @@ class _NothingRuns(Executor):
         self._inner = SerialExecutor() if survey else None
 
     @override
-    def run(self, tasks: Sequence[Task], store_uri: str, follow: Follow = nothing_follows) -> Outcomes:
+    def run(
+        self, tasks: Sequence[Task], store_uri: str, follow: Follow = nothing_follows
+    ) -> Outcomes:
         if tasks and (self._inner is None or isinstance(tasks[0], (MergeTask, CopyTask))):
             raise _Stop(tasks)
         if self._inner:
@@ -98,7 +100,9 @@ class _Forecaster(Builder):
     found: Forecast | None = None
 
     @override
-    def _commit(self, merge_tasks: list[MergeTask], copy_tasks: list[CopyTask], survey: InputSurvey) -> RunReport:
+    def _commit(
+        self, merge_tasks: list[MergeTask], copy_tasks: list[CopyTask], survey: InputSurvey
+    ) -> RunReport:
         earlier = _read_earlier(self.store, self.recipe.name)
         inputs = describe_inputs(self.plan, survey, merge_tasks)
         shards = []
@@ -113,7 +117,9 @@ class _Forecaster(Builder):
         raise _Stop(())
 
 
-def make_forecast(plan: MergePlan, *, survey: bool = False, progress: Progress | None = None) -> Forecast:
+def make_forecast(
+    plan: MergePlan, *, survey: bool = False, progress: Progress | None = None
+) -> Forecast:
     """Return what a run of this plan would compute. Reads headers and the store; writes nothing
     unless `survey` is set.
 
@@ -151,16 +157,30 @@ def _stopped(plan: MergePlan, tasks: Sequence[Task], runner: _Forecaster) -> For
     (thresholds of scope `model`).
     """
     waiting = tuple(task.shard for task in tasks)
-    if not any(True for _ in runner.store.list("refs")) and not any(True for _ in runner.store.list("objects")):
+    if not any(True for _ in runner.store.list("refs")) and not any(
+        True for _ in runner.store.list("objects")
+    ):
         return Forecast(_all_new(plan).shards, waiting)
-    kind = "inputs not read yet, or changed since" if isinstance(tasks[0], SurveyTask) else "thresholds not computed yet"
+    kind = (
+        "inputs not read yet, or changed since"
+        if isinstance(tasks[0], SurveyTask)
+        else "thresholds not computed yet"
+    )
     other = "follows from the inputs that are still to be read"
-    shards = [ShardForecast(shard.name, "merge", "unknown", kind if shard.name in waiting else other) for shard in plan.merge_shards]
-    shards += [ShardForecast(shard.name, "copy", "unknown", kind if shard.name in waiting else other) for shard in plan.copy_shards]
+    shards = [
+        ShardForecast(shard.name, "merge", "unknown", kind if shard.name in waiting else other)
+        for shard in plan.merge_shards
+    ]
+    shards += [
+        ShardForecast(shard.name, "copy", "unknown", kind if shard.name in waiting else other)
+        for shard in plan.copy_shards
+    ]
     return Forecast(tuple(shards), waiting)
 
 
-def _judge(store: Store, shard: str, task: Literal["merge", "copy"], digest: str, reason: str) -> ShardForecast:
+def _judge(
+    store: Store, shard: str, task: Literal["merge", "copy"], digest: str, reason: str
+) -> ShardForecast:
     if read_entry(store, digest) is not None:
         return ShardForecast(shard, task, "reuse", "made from the same inputs and numbers")
     return ShardForecast(shard, task, "compute", reason)
@@ -173,7 +193,11 @@ def _read_earlier(store: Store, name: str) -> dict[str, ObjectEntry]:
         return {}
     build = read_reference(store, name, numbers[-1]).build
     try:
-        return {entry.shard: entry for entry in read_manifest(store, build).entries} if store.exists(manifest_key(build)) else {}
+        return (
+            {entry.shard: entry for entry in read_manifest(store, build).entries}
+            if store.exists(manifest_key(build))
+            else {}
+        )
     except ManifestError:
         return {}
 

@@ -1,5 +1,4 @@
-"""From surveys to thresholds: which survey tasks a plan needs, and what follows from their results.
-"""
+"""From surveys to thresholds: which survey tasks a plan needs, and what follows from their results."""
 
 from __future__ import annotations
 
@@ -12,11 +11,18 @@ from mmerge.manifests.format.manifest import FileEntry
 from mmerge.manifests.stores.object_store import Store
 from mmerge.pipeline.planning.plan import CopyShard, MergePlan, MergeShard
 from mmerge.workers.checkpoints.checkpoint import TensorSource, identity_digest
-from mmerge.workers.statistics.magnitude_histograms import NUM_LOWER, HistogramSum, add_histograms, find_bin, is_exact, to_magnitude
 from mmerge.workers.methods.interface import Trimming
-from mmerge.workers.tasks.survey import SparseHistogram, Survey, piece_name, read_survey
-from mmerge.workers.task import CopyTensor, RefineTask, SurveyTask, TensorTask
+from mmerge.workers.statistics.magnitude_histograms import (
+    NUM_LOWER,
+    HistogramSum,
+    add_histograms,
+    find_bin,
+    is_exact,
+    to_magnitude,
+)
 from mmerge.workers.statistics.order_statistics import trim_rank
+from mmerge.workers.task import CopyTensor, RefineTask, SurveyTask, TensorTask
+from mmerge.workers.tasks.survey import SparseHistogram, Survey, piece_name, read_survey
 
 SURVEY_VERSION = 2
 """Raised when what a survey holds changes: no older survey is then reused."""
@@ -43,13 +49,14 @@ class InputSurvey:
     """Digest of each copied piece by expert (empty for the base), name and first row."""
 
     def add(self, task: SurveyTask, found: Survey, *, expert: str) -> None:
-        """Take what a task found; `expert` is the owner of what it only copies, empty for the base.
-        """
+        """Take what a task found; `expert` is the owner of what it only copies, empty for the base."""
         if not self.pooled:
             self.histograms.update(found.histograms)
         for tensor in task.tensors:
             for position in range(len(tensor.experts)) if self.pooled else ():
-                self.sums.setdefault(position, HistogramSum()).add(found.histograms[_histogram_name(tensor, position)])
+                self.sums.setdefault(position, HistogramSum()).add(
+                    found.histograms[_histogram_name(tensor, position)]
+                )
             piece = piece_name(tensor.name, tensor.row_start)
             self.digests[piece] = found.digests[piece]
             self.copied[("", tensor.name, tensor.row_start)] = found.digests[piece][0]
@@ -64,13 +71,17 @@ class InputSurvey:
 
     def knows(self, shard: CopyShard) -> bool:
         """Return whether all that a copied shard holds is surveyed."""
-        return all((shard.expert, tensor.name, tensor.row_start) in self.copied for tensor in shard.tensors)
+        return all(
+            (shard.expert, tensor.name, tensor.row_start) in self.copied for tensor in shard.tensors
+        )
 
     def describe(self, tensor: TensorTask) -> list[list[str]]:
         """Return dtype and digest of a piece in base and experts: what its merge depends on."""
         sources = (tensor.base, *tensor.experts)
         digests = self.digests[piece_name(tensor.name, tensor.row_start)]
-        return [[source.spec.dtype, digest] for source, digest in zip(sources, digests, strict=True)]
+        return [
+            [source.spec.dtype, digest] for source, digest in zip(sources, digests, strict=True)
+        ]
 
     def digest_of(self, shard: CopyShard, tensor: CopyTensor) -> str:
         """Return the digest of a copied piece."""
@@ -81,11 +92,17 @@ class InputSurvey:
         is expert i of the recipe.
         """
         shared = {piece: digests[position] for piece, digests in self.digests.items()}
-        own = {piece_name(name, row): digest for (owner, name, row), digest in self.copied.items() if owner == expert}
+        own = {
+            piece_name(name, row): digest
+            for (owner, name, row), digest in self.copied.items()
+            if owner == expert
+        }
         return digest_json([shared, own, [[file.name, file.digest] for file in files]])
 
 
-def make_survey_tasks(plan: MergePlan, identities: dict[str, dict[str, str]], *, magnitudes: bool, fresh: bool) -> list[SurveyTask]:
+def make_survey_tasks(
+    plan: MergePlan, identities: dict[str, dict[str, str]], *, magnitudes: bool, fresh: bool
+) -> list[SurveyTask]:
     """Return the survey tasks of a plan. Their keys follow from the identity of the files, so that
     nothing is read twice.
 
@@ -98,11 +115,19 @@ def make_survey_tasks(plan: MergePlan, identities: dict[str, dict[str, str]], *,
     names = tuple(expert.name for expert in plan.recipe.experts)
     merged = {tensor.name for shard in plan.merge_shards for tensor in shard.tensors}
 
-    def make(shard: str, tensors: tuple[TensorTask, ...], copies: tuple[CopyTensor, ...], owner: str, peak_bytes: int) -> SurveyTask:
-        sources = [[place(source) for source in (tensor.base, *tensor.experts)] for tensor in tensors] + [
-            [place(copy.source)] for copy in copies
+    def make(
+        shard: str,
+        tensors: tuple[TensorTask, ...],
+        copies: tuple[CopyTensor, ...],
+        owner: str,
+        peak_bytes: int,
+    ) -> SurveyTask:
+        sources = [
+            [place(source) for source in (tensor.base, *tensor.experts)] for tensor in tensors
+        ] + [[place(copy.source)] for copy in copies]
+        pieces = [[tensor.name, tensor.row_start] for tensor in tensors] + [
+            [copy.name, copy.row_start] for copy in copies
         ]
-        pieces = [[tensor.name, tensor.row_start] for tensor in tensors] + [[copy.name, copy.row_start] for copy in copies]
         with_magnitudes = magnitudes and bool(tensors)
         return SurveyTask(
             key=digest_json([SURVEY_VERSION, with_magnitudes, plan.recipe.non_finite, pieces, sources]),
@@ -114,11 +139,17 @@ def make_survey_tasks(plan: MergePlan, identities: dict[str, dict[str, str]], *,
     def place(source: TensorSource) -> str:
         return identity_digest(identities, source)
 
-    tasks = [make(shard.name, shard.tensors, (), "", shard.peak_bytes) for shard in plan.merge_shards]
+    tasks = [
+        make(shard.name, shard.tensors, (), "", shard.peak_bytes) for shard in plan.merge_shards
+    ]
     for copy_shard in plan.copy_shards:
         # The base's merged tensors are surveyed with the experts'; only what is left needs a pass
         # of its own.
-        copies = tuple(copy for copy in copy_shard.tensors if copy_shard.role == "carry" or copy.name not in merged)
+        copies = tuple(
+            copy
+            for copy in copy_shard.tensors
+            if copy_shard.role == "carry" or copy.name not in merged
+        )
         if copies:
             owner = f"expert {copy_shard.expert!r}" if copy_shard.expert else "base"
             tasks.append(make(copy_shard.name, (), copies, owner, copy_shard.peak_bytes))
@@ -129,7 +160,9 @@ def read_task_survey(store: Store, task: SurveyTask | RefineTask) -> Survey:
     """Return what a task left in the store. Raises MmergeError when it is missing or damaged."""
     survey = read_survey(store, task.key)
     if survey is None:
-        raise MmergeError(f"{store.uri}: the survey of {task.shard} is damaged or gone. Run again with --fresh")
+        raise MmergeError(
+            f"{store.uri}: the survey of {task.shard} is damaged or gone. Run again with --fresh"
+        )
     return survey
 
 
@@ -165,8 +198,12 @@ class ThresholdSearch:
         self._groups: dict[tuple[str, int], list[TensorTask]] = {}
         if trimmings is None or self._trimming is None:
             return
-        if self._trimming.scope == "model" and any(other != self._trimming for other in trimmings.values()):
-            raise RecipeError("density: differs between tensors, but the threshold is taken over the whole model. Add 'scope: tensor'")
+        if self._trimming.scope == "model" and any(
+            other != self._trimming for other in trimmings.values()
+        ):
+            raise RecipeError(
+                "density: differs between tensors, but the threshold is taken over the whole model. Add 'scope: tensor'"
+            )
         self._groups = _make_groups(shards, self._trimming)
         for (group, position), pieces in self._groups.items():
             num_entries = sum(tensor.num_entries for tensor in pieces)
@@ -177,7 +214,9 @@ class ThresholdSearch:
             if survey.pooled:
                 histogram = survey.sums[position].histogram()
             else:
-                histogram = add_histograms([survey.histograms[_histogram_name(tensor, position)] for tensor in pieces])
+                histogram = add_histograms(
+                    [survey.histograms[_histogram_name(tensor, position)] for tensor in pieces]
+                )
             bin_number, rest = find_bin(histogram, rank)
             if is_exact(bin_number):
                 self._values[(group, position)] = to_magnitude(bin_number)
@@ -195,7 +234,10 @@ class ThresholdSearch:
         for survey in self._surveys:
             wanted = tuple(
                 tuple(
-                    self._open[key][0] if (key := (_group_of(tensor, trimming), position)) in self._open else None for position in positions
+                    self._open[key][0]
+                    if (key := (_group_of(tensor, trimming), position)) in self._open
+                    else None
+                    for position in positions
                 )
                 for tensor in survey.tensors
             )
@@ -223,7 +265,11 @@ class ThresholdSearch:
             return tuple(tuple(() for _ in shard.tensors) for shard in self._shards)
         trimming, values = self._trimming, dict(self._values)
         positions = range(len(trimming.densities))
-        wanted = {_histogram_name(tensor, key[1]): key for key in self._open for tensor in self._groups[key]}
+        wanted = {
+            _histogram_name(tensor, key[1]): key
+            for key in self._open
+            for tensor in self._groups[key]
+        }
         sums: dict[tuple[str, int], HistogramSum] = {}
         for found in refined:
             for name in found.keys() & wanted.keys():
@@ -231,7 +277,13 @@ class ThresholdSearch:
         for key, (bin_number, rest) in self._open.items():
             values[key] = to_magnitude(bin_number, find_bin(sums[key].histogram(), rest)[0])
         return tuple(
-            tuple(tuple(values.get((_group_of(tensor, trimming), position), 0.0) for position in positions) for tensor in shard.tensors)
+            tuple(
+                tuple(
+                    values.get((_group_of(tensor, trimming), position), 0.0)
+                    for position in positions
+                )
+                for tensor in shard.tensors
+            )
             for shard in self._shards
         )
 
@@ -244,7 +296,9 @@ def _histogram_name(tensor: TensorTask, position: int) -> str:
     return f"{piece_name(tensor.name, tensor.row_start)}:{position}"
 
 
-def _make_groups(shards: Sequence[MergeShard], trimming: Trimming) -> dict[tuple[str, int], list[TensorTask]]:
+def _make_groups(
+    shards: Sequence[MergeShard], trimming: Trimming
+) -> dict[tuple[str, int], list[TensorTask]]:
     """Return the pieces over which each threshold is taken, by group (a tensor's name, or "" for
     the model) and expert.
     """

@@ -7,12 +7,14 @@ from typing import Any
 
 from mmerge.manifests.digest import digest_bytes
 from mmerge.manifests.format.manifest import BaseRecord, ExpertRecord, FileEntry
-from mmerge.pipeline.planning.plan import MergePlan
 from mmerge.pipeline.build.input_survey import InputSurvey
+from mmerge.pipeline.planning.plan import MergePlan
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
 
 
-def read_files(checkpoints: Sequence[Checkpoint]) -> tuple[dict[str, tuple[FileEntry, ...]], dict[str, bytes]]:
+def read_files(
+    checkpoints: Sequence[Checkpoint],
+) -> tuple[dict[str, tuple[FileEntry, ...]], dict[str, bytes]]:
     """Return the small files of each checkpoint by its URI, and their contents by key."""
     listed: dict[str, tuple[FileEntry, ...]] = {}
     contents: dict[str, bytes] = {}
@@ -27,7 +29,10 @@ def read_files(checkpoints: Sequence[Checkpoint]) -> tuple[dict[str, tuple[FileE
 
 
 def make_records(
-    plan: MergePlan, survey: InputSurvey, files: Mapping[str, tuple[FileEntry, ...]], rescalers: Sequence[float] | None
+    plan: MergePlan,
+    survey: InputSurvey,
+    files: Mapping[str, tuple[FileEntry, ...]],
+    rescalers: Sequence[float] | None,
 ) -> dict[str, Any]:
     """Return what a manifest says of the recipe, the base and the experts.
 
@@ -62,7 +67,11 @@ def make_records(
         "merge": recipe.merge,
         "dtype": plan.dtype,
         "template": recipe.template,
-        "base": BaseRecord(revision=survey.revision(0, "", base_files), source=_hub_source(recipe.base), files=base_files),
+        "base": BaseRecord(
+            revision=survey.revision(0, "", base_files),
+            source=_hub_source(recipe.base),
+            files=base_files,
+        ),
         "experts": experts,
     }
 

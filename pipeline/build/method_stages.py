@@ -14,14 +14,21 @@ import torch
 from mmerge.manifests.digest import digest_json
 from mmerge.manifests.errors import MmergeError, RecipeError
 from mmerge.manifests.stores.object_store import Store
-from mmerge.pipeline.planning.plan import MergePlan
 from mmerge.pipeline.build.input_survey import Thresholds
-from mmerge.workers.tasks.measure import parse_numbers
-from mmerge.workers.methods.interface import Known, Method, Numbers, Stage, TensorKnown, TensorVectors
+from mmerge.pipeline.planning.plan import MergePlan
+from mmerge.workers.methods.interface import (
+    Known,
+    Method,
+    Numbers,
+    Stage,
+    TensorKnown,
+    TensorVectors,
+)
 from mmerge.workers.statistics.exact_sums import NUM_RANK_BINS, NUM_SUM_BINS, to_ranked, to_sum
-from mmerge.workers.tasks.survey import SparseHistogram, Survey, piece_name, read_survey
-from mmerge.workers.task import MeasureTask, SurveyTask, TensorTask
 from mmerge.workers.statistics.order_statistics import Counts, add_sparse, find_bin
+from mmerge.workers.task import MeasureTask, SurveyTask, TensorTask
+from mmerge.workers.tasks.measure import parse_numbers
+from mmerge.workers.tasks.survey import SparseHistogram, Survey, piece_name, read_survey
 
 MEASURE_VERSION = 2
 """Raised when what a stage measures changes: no older counts are then reused."""
@@ -51,39 +58,60 @@ class StageRun:
 
     def run(self) -> dict[str, Known]:
         """Return what all stages found, by tensor."""
-        self.known = {tensor.name: {} for shard in self.plan.merge_shards for tensor in shard.tensors}
+        self.known = {
+            tensor.name: {} for shard in self.plan.merge_shards for tensor in shard.tensors
+        }
         recipe = self.plan.recipe
-        for stage in self.method.stages(recipe.parameters, [expert.parameters for expert in recipe.experts]):
+        for stage in self.method.stages(
+            recipe.parameters, [expert.parameters for expert in recipe.experts]
+        ):
             if stage.measures == "vectors":
                 for name, more in self._vectors(stage).items():
                     self.known[name] |= more
                 continue
             first = self._measure(stage, None)
-            found = self._sums(stage, first) if stage.measures == "sums" else self._ranks(stage, first)
+            found = (
+                self._sums(stage, first) if stage.measures == "sums" else self._ranks(stage, first)
+            )
             for name, values in self.known.items():
                 values |= found[name if stage.scope == "tensor" else ""]
         return dict(self.known)
 
     def rescalers(self) -> tuple[float, ...] | None:
         """Return the factors of the experts that follow from what was found."""
-        tensors = [TensorKnown(name, sum(piece.num_entries for piece in self._pieces(name)), known) for name, known in self.known.items()]
+        tensors = [
+            TensorKnown(name, sum(piece.num_entries for piece in self._pieces(name)), known)
+            for name, known in self.known.items()
+        ]
         return self.method.rescalers(tensors, num_experts=len(self.plan.recipe.experts))
 
     def _pieces(self, group: str) -> list[TensorTask]:
         """Return the pieces of one tensor, or of the model under the empty name."""
-        return [tensor for shard in self.plan.merge_shards for tensor in shard.tensors if group in ("", tensor.name)]
+        return [
+            tensor
+            for shard in self.plan.merge_shards
+            for tensor in shard.tensors
+            if group in ("", tensor.name)
+        ]
 
     def _groups(self, stage: Stage) -> list[str]:
         return list(self.known) if stage.scope == "tensor" else [""]
 
-    def _sums(self, stage: Stage, counts: dict[str, SparseHistogram]) -> dict[str, dict[str, tuple[float, ...]]]:
+    def _sums(
+        self, stage: Stage, counts: dict[str, SparseHistogram]
+    ) -> dict[str, dict[str, tuple[float, ...]]]:
         found: dict[str, dict[str, tuple[float, ...]]] = {}
         for group in self._groups(stage):
             pieces = [piece_name(piece.name, piece.row_start) for piece in self._pieces(group)]
-            found[group] = {quantity: (to_sum(_add(counts, pieces, quantity, NUM_SUM_BINS)),) for quantity in _quantities(counts, pieces)}
+            found[group] = {
+                quantity: (to_sum(_add(counts, pieces, quantity, NUM_SUM_BINS)),)
+                for quantity in _quantities(counts, pieces)
+            }
         return found
 
-    def _ranks(self, stage: Stage, counts: dict[str, SparseHistogram]) -> dict[str, dict[str, tuple[float, ...]]]:
+    def _ranks(
+        self, stage: Stage, counts: dict[str, SparseHistogram]
+    ) -> dict[str, dict[str, tuple[float, ...]]]:
         wanted: dict[str, dict[str, list[tuple[int, int]]]] = {}
         for group in self._groups(stage):
             tensors = self._pieces(group)
@@ -99,7 +127,13 @@ class StageRun:
             pieces = [piece_name(piece.name, piece.row_start) for piece in self._pieces(group)]
             found[group] = {
                 quantity: tuple(
-                    to_ranked(high, find_bin(_add(refined, pieces, f"{quantity}#{high}", NUM_RANK_BINS), rest)[0]) for high, rest in bins
+                    to_ranked(
+                        high,
+                        find_bin(_add(refined, pieces, f"{quantity}#{high}", NUM_RANK_BINS), rest)[
+                            0
+                        ],
+                    )
+                    for high, rest in bins
                 )
                 for quantity, bins in quantities.items()
             }
@@ -125,17 +159,31 @@ class StageRun:
             tensors.append(TensorVectors(name, self._pieces(name)[0].shape, total, parameters))
         recipe = self.plan.recipe
         experts = [expert.parameters for expert in recipe.experts]
-        return self.method.resolve_vectors(tensors, recipe.parameters, experts, stage=stage.name, config=self.config)
+        return self.method.resolve_vectors(
+            tensors, recipe.parameters, experts, stage=stage.name, config=self.config
+        )
 
-    def _ask_ranks(self, stage: Stage, quantity: str, tensors: Sequence[TensorTask], *, num_entries: int) -> tuple[int, ...]:
+    def _ask_ranks(
+        self, stage: Stage, quantity: str, tensors: Sequence[TensorTask], *, num_entries: int
+    ) -> tuple[int, ...]:
         """Return the ranks that the method wants over these tensors, whose numbers must agree on
         them.
         """
-        distinct = {id(numbers): numbers for numbers in (self.numbers[tensor.name] for tensor in tensors)}
+        distinct = {
+            id(numbers): numbers for numbers in (self.numbers[tensor.name] for tensor in tensors)
+        }
         asked = set()
         for numbers in distinct.values():
             parameters, experts = parse_numbers(self.method, numbers)
-            asked.add(self.method.ranks(parameters, experts, stage=stage.name, quantity=quantity, num_entries=num_entries))
+            asked.add(
+                self.method.ranks(
+                    parameters,
+                    experts,
+                    stage=stage.name,
+                    quantity=quantity,
+                    num_entries=num_entries,
+                )
+            )
         if len(asked) > 1:
             raise RecipeError(
                 f"{self.method.name}: a number that decides {stage.name!r} differs between tensors, but it is taken over the whole model. "
@@ -143,22 +191,35 @@ class StageRun:
             )
         return asked.pop()
 
-    def _measure(self, stage: Stage, wanted: dict[str, dict[str, list[tuple[int, int]]]] | None) -> dict[str, SparseHistogram]:
+    def _measure(
+        self, stage: Stage, wanted: dict[str, dict[str, list[tuple[int, int]]]] | None
+    ) -> dict[str, SparseHistogram]:
         """Return the counts of one pass over all shards, by "piece:quantity"."""
         counts: dict[str, SparseHistogram] = {}
         for survey in self._look(stage, wanted):
             counts |= survey.histograms
         return counts
 
-    def _look(self, stage: Stage, wanted: dict[str, dict[str, list[tuple[int, int]]]] | None) -> list[Survey]:
+    def _look(
+        self, stage: Stage, wanted: dict[str, dict[str, list[tuple[int, int]]]] | None
+    ) -> list[Survey]:
         """Return what one pass over all shards found."""
         surveys = {survey.shard: survey for survey in self.surveys}
         tasks = []
         for shard, thresholds in zip(self.plan.merge_shards, self.thresholds, strict=True):
             high_bins = None
             if wanted is not None:
-                groups = [wanted[tensor.name if stage.scope == "tensor" else ""] for tensor in shard.tensors]
-                high_bins = tuple({name: tuple(sorted({high for high, _ in bins})) for name, bins in group.items()} for group in groups)
+                groups = [
+                    wanted[tensor.name if stage.scope == "tensor" else ""]
+                    for tensor in shard.tensors
+                ]
+                high_bins = tuple(
+                    {
+                        name: tuple(sorted({high for high, _ in bins}))
+                        for name, bins in group.items()
+                    }
+                    for group in groups
+                )
             numbers = tuple(self.numbers[tensor.name] for tensor in shard.tensors)
             known = tuple(dict(self.known[tensor.name]) for tensor in shard.tensors)
             identity: list[Any] = [
@@ -180,7 +241,9 @@ class StageRun:
         for task in tasks:
             found = read_survey(self.store, task.key)
             if found is None:
-                raise MmergeError(f"{self.store.uri}: what {stage.name} found of {task.shard} is damaged or gone. Run again with --fresh")
+                raise MmergeError(
+                    f"{self.store.uri}: what {stage.name} found of {task.shard} is damaged or gone. Run again with --fresh"
+                )
             surveyed.append(found)
         return surveyed
 
@@ -195,6 +258,10 @@ def _quantities(counts: dict[str, SparseHistogram], pieces: Sequence[str]) -> li
     return sorted(name[len(prefix) :] for name in counts if name.startswith(prefix))
 
 
-def _add(counts: dict[str, SparseHistogram], pieces: Sequence[str], quantity: str, num_bins: int) -> Counts:
+def _add(
+    counts: dict[str, SparseHistogram], pieces: Sequence[str], quantity: str, num_bins: int
+) -> Counts:
     empty = (np.empty(0, dtype=np.uint16), np.empty(0, dtype=np.int64))
-    return add_sparse((counts.get(f"{piece}:{quantity}", empty) for piece in pieces), num_bins=num_bins)
+    return add_sparse(
+        (counts.get(f"{piece}:{quantity}", empty) for piece in pieces), num_bins=num_bins
+    )

@@ -8,38 +8,54 @@ from collections.abc import Mapping, Sequence
 
 from mmerge.manifests.digest import digest_json
 from mmerge.manifests.format.entry import ObjectEntry, ShardEntry
-from mmerge.pipeline.planning.plan import MergePlan
-from mmerge.pipeline.build.method_stages import to_hex
 from mmerge.pipeline.build.input_survey import InputSurvey
+from mmerge.pipeline.build.method_stages import to_hex
+from mmerge.pipeline.planning.plan import MergePlan
 from mmerge.workers.task import MergeTask
 
 NUMBERS, THRESHOLDS, BASE = "numbers", "thresholds", "base"
 EXPERT_PREFIX = "expert:"
 
 
-def describe_inputs(plan: MergePlan, survey: InputSurvey, tasks: Sequence[MergeTask]) -> dict[str, dict[str, str]]:
+def describe_inputs(
+    plan: MergePlan, survey: InputSurvey, tasks: Sequence[MergeTask]
+) -> dict[str, dict[str, str]]:
     """Return by merge shard a digest of each of its inputs: base, every expert, the recipe's
     numbers, the trim thresholds.
     """
     recipe = plan.recipe
     names = [BASE, *(EXPERT_PREFIX + expert.name for expert in recipe.experts)]
-    parameters = [recipe.describe_parameters(), *(recipe.describe_parameters(expert.name) for expert in recipe.experts)]
+    parameters = [
+        recipe.describe_parameters(),
+        *(recipe.describe_parameters(expert.name) for expert in recipe.experts),
+    ]
     numbers = digest_json([recipe.method, parameters, plan.dtype])
     found = {}
     for task in tasks:
         pieces = [survey.describe(tensor) for tensor in task.tensors]
-        sources = {name: digest_json([piece[position] for piece in pieces]) for position, name in enumerate(names)}
+        sources = {
+            name: digest_json([piece[position] for piece in pieces])
+            for position, name in enumerate(names)
+        }
         thresholds = digest_json(
-            [[value.hex() for value in values] for values in task.thresholds] + [to_hex(values) for values in task.known]
+            [[value.hex() for value in values] for values in task.thresholds]
+            + [to_hex(values) for values in task.known]
         )
         found[task.shard] = sources | {NUMBERS: numbers, THRESHOLDS: thresholds}
     return found
 
 
-def add_inputs(entries: Sequence[ShardEntry], inputs: Mapping[str, dict[str, str]]) -> list[ShardEntry]:
+def add_inputs(
+    entries: Sequence[ShardEntry], inputs: Mapping[str, dict[str, str]]
+) -> list[ShardEntry]:
     """Return the entries with what `describe_inputs` found of their shards."""
     return [
-        entry.model_copy(update={"object": entry.object.model_copy(update={"inputs": inputs.get(entry.object.shard)})}) for entry in entries
+        entry.model_copy(
+            update={
+                "object": entry.object.model_copy(update={"inputs": inputs.get(entry.object.shard)})
+            }
+        )
+        for entry in entries
     ]
 
 
@@ -51,7 +67,11 @@ def explain(old: ObjectEntry | None, new: Mapping[str, str]) -> str:
     if old.inputs.get(BASE) != new.get(BASE):
         reasons.append("the base changed")
     before, after = (
-        {key.removeprefix(EXPERT_PREFIX): value for key, value in found.items() if key.startswith(EXPERT_PREFIX)}
+        {
+            key.removeprefix(EXPERT_PREFIX): value
+            for key, value in found.items()
+            if key.startswith(EXPERT_PREFIX)
+        }
         for found in (old.inputs, new)
     )
     for name in after:

@@ -9,30 +9,45 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
-from mmerge.manifests.maintenance.lease import Claim
 from mmerge.manifests.digest import digest_bytes, digest_json
-from mmerge.manifests.format.entry import ShardEntry, read_entry
 from mmerge.manifests.errors import TaskErrors
-from mmerge.manifests.format.manifest import VERSION, Manifest, TableEntry, manifest_key, read_manifest, write_manifest
-from mmerge.manifests.stores.create_check import check_store
+from mmerge.manifests.format.entry import ShardEntry, read_entry
+from mmerge.manifests.format.manifest import (
+    VERSION,
+    Manifest,
+    TableEntry,
+    manifest_key,
+    read_manifest,
+    write_manifest,
+)
 from mmerge.manifests.format.references import Reference, write_reference
-from mmerge.manifests.stores.object_store import open_store
 from mmerge.manifests.format.table import make_table
-from mmerge.pipeline.execution.executor import Executor, SerialExecutor
-from mmerge.pipeline.build.shard import Flow
-from mmerge.pipeline.build.provenance import add_inputs, describe_inputs
-from mmerge.pipeline.planning.plan import MergePlan
-from mmerge.pipeline.monitoring.progress import LogProgress, Progress
-from mmerge.pipeline.build.manifest_records import make_records, read_files
-from mmerge.pipeline.build.task_factory import make_copy_task, make_merge_task
-from mmerge.pipeline.build.method_stages import StageRun
+from mmerge.manifests.maintenance.lease import Claim
+from mmerge.manifests.stores.create_check import check_store
+from mmerge.manifests.stores.object_store import open_store
 from mmerge.pipeline.build.input_survey import InputSurvey, make_survey_tasks
-from mmerge.workers.checkpoints.lora_adapter import open_expert
+from mmerge.pipeline.build.manifest_records import make_records, read_files
+from mmerge.pipeline.build.method_stages import StageRun
+from mmerge.pipeline.build.provenance import add_inputs, describe_inputs
+from mmerge.pipeline.build.shard import Flow
+from mmerge.pipeline.build.task_factory import make_copy_task, make_merge_task
+from mmerge.pipeline.execution.executor import Executor, SerialExecutor
+from mmerge.pipeline.monitoring.progress import LogProgress, Progress
+from mmerge.pipeline.planning.plan import MergePlan
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
-from mmerge.workers.tasks.measure import parse_numbers
+from mmerge.workers.checkpoints.lora_adapter import open_expert
 from mmerge.workers.methods import find_method
+from mmerge.workers.task import (
+    CopyTask,
+    MeasureTask,
+    MergeTask,
+    RefineTask,
+    SurveyTask,
+    Task,
+    TaskResult,
+)
+from mmerge.workers.tasks.measure import parse_numbers
 from mmerge.workers.tasks.survey import survey_key
-from mmerge.workers.task import CopyTask, MeasureTask, MergeTask, RefineTask, SurveyTask, Task, TaskResult
 
 FOLLOWING = {RefineTask: "thresholds", MergeTask: "merge", CopyTask: "carry"}
 """The phases of the tasks that follow from surveys."""
@@ -57,7 +72,13 @@ class RunReport:
     manifest: Manifest | None = None
 
 
-def run(plan: MergePlan, *, executor: Executor | None = None, progress: Progress | None = None, fresh: bool = False) -> RunReport:
+def run(
+    plan: MergePlan,
+    *,
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+    fresh: bool = False,
+) -> RunReport:
     """Build the composite of a plan and return what was done; a killed run continues where it was.
 
     Args:
@@ -81,13 +102,18 @@ def run(plan: MergePlan, *, executor: Executor | None = None, progress: Progress
 class Builder:
     """One run of a plan: survey, thresholds, merge and copy, commit."""
 
-    def __init__(self, plan: MergePlan, executor: Executor, progress: Progress, fresh: bool) -> None:
+    def __init__(
+        self, plan: MergePlan, executor: Executor, progress: Progress, fresh: bool
+    ) -> None:
         self.plan, self.executor, self.progress, self.fresh = plan, executor, progress, fresh
         self.recipe = plan.recipe
         self.store = open_store(plan.recipe.output, create=True)
         self.method = find_method(plan.recipe.method)
         self.base = Checkpoint(self.recipe.base, owner="base")
-        self.experts = [open_expert(expert.uri, owner=f"expert {expert.name!r}", base=self.base) for expert in self.recipe.experts]
+        self.experts = [
+            open_expert(expert.uri, owner=f"expert {expert.name!r}", base=self.base)
+            for expert in self.recipe.experts
+        ]
         self.rescalers: tuple[float, ...] | None = None
         self.entries: dict[str, ShardEntry] = {}
         """What has been merged and copied so far, by the task's digest."""
@@ -100,16 +126,29 @@ class Builder:
     def run(self) -> RunReport:
         """Return the finished build. The store is known to be writable, and claimed."""
         numbers = self.plan.numbers
-        trimmings = {name: self.method.trimming(*parse_numbers(self.method, found)) for name, found in numbers.items()}
+        trimmings = {
+            name: self.method.trimming(*parse_numbers(self.method, found))
+            for name, found in numbers.items()
+        }
         trims = {name: trimming for name, trimming in trimmings.items() if trimming is not None}
-        identities = {checkpoint.uri: checkpoint.identity for checkpoint in (self.base, *self.experts)}
+        identities = {
+            checkpoint.uri: checkpoint.identity for checkpoint in (self.base, *self.experts)
+        }
         surveys = make_survey_tasks(self.plan, identities, magnitudes=bool(trims), fresh=self.fresh)
         flow = Flow(self.plan, surveys, trims or None, self.store, fresh=self.fresh)
         self._run_phase("survey", surveys, self._is_surveyed, flow)
         thresholds = flow.finish(self._run_refine)
         survey = flow.survey
         stages = StageRun(
-            self.plan, self.method, numbers, surveys, thresholds, self._run_measure, self.store, self.base.text_config, self.fresh
+            self.plan,
+            self.method,
+            numbers,
+            surveys,
+            thresholds,
+            self._run_measure,
+            self.store,
+            self.base.text_config,
+            self.fresh,
         )
         known = stages.run()
         self.rescalers = stages.rescalers()
@@ -117,7 +156,10 @@ class Builder:
             make_merge_task(self.plan, shard, survey, found, known, fresh=self.fresh)
             for shard, found in zip(self.plan.merge_shards, thresholds, strict=True)
         ]
-        copy_tasks = [make_copy_task(self.plan, shard, survey, fresh=self.fresh) for shard in self.plan.copy_shards]
+        copy_tasks = [
+            make_copy_task(self.plan, shard, survey, fresh=self.fresh)
+            for shard in self.plan.copy_shards
+        ]
         return self._commit(merge_tasks, copy_tasks, survey)
 
     def _run_refine(self, tasks: Sequence[RefineTask]) -> None:
@@ -129,14 +171,22 @@ class Builder:
     def _is_surveyed(self, task: SurveyTask | RefineTask | MeasureTask) -> bool:
         return self.store.exists(survey_key(task.key))
 
-    def _run_phase(self, phase: str, tasks: Sequence[Any], is_done: Callable[[Any], bool], flow: Flow | None = None) -> None:
+    def _run_phase(
+        self,
+        phase: str,
+        tasks: Sequence[Any],
+        is_done: Callable[[Any], bool],
+        flow: Flow | None = None,
+    ) -> None:
         """Run the tasks that are not done yet, and those that follow from them; raise all their
         failures at the end.
         """
         done = [task for task in tasks if not self.fresh and is_done(task)]
         known = {id(task) for task in done}
         # The largest first: one that begins last would run alone at the end.
-        waiting: list[Task] = sorted((task for task in tasks if id(task) not in known), key=lambda task: -task.num_bytes)
+        waiting: list[Task] = sorted(
+            (task for task in tasks if id(task) not in known), key=lambda task: -task.num_bytes
+        )
         self._begin(phase, waiting, done)
         own = {id(task) for task in waiting}
         failures: list[Exception] = []
@@ -166,7 +216,12 @@ class Builder:
         if phase in self.flowing:
             self._skip(phase, done)
             return
-        self.progress.begin(phase, num_bytes=sum(task.num_bytes for task in waiting), num_tasks=len(waiting), num_reused=len(done))
+        self.progress.begin(
+            phase,
+            num_bytes=sum(task.num_bytes for task in waiting),
+            num_tasks=len(waiting),
+            num_reused=len(done),
+        )
 
     def _begin_following(self, task: Task) -> None:
         """Tell of a phase whose tasks begin during another one: of all its shards at once, where
@@ -194,7 +249,9 @@ class Builder:
         (self.reused if result.reused else self.computed)[phase] += 1
         self.progress.advance(phase, result)
 
-    def _commit(self, merge_tasks: list[MergeTask], copy_tasks: list[CopyTask], survey: InputSurvey) -> RunReport:
+    def _commit(
+        self, merge_tasks: list[MergeTask], copy_tasks: list[CopyTask], survey: InputSurvey
+    ) -> RunReport:
         files, contents = read_files([self.base, *self.experts])
         records = make_records(self.plan, survey, files, self.rescalers)
         digests = [task.digest for task in merge_tasks] + [task.digest for task in copy_tasks]
@@ -206,16 +263,41 @@ class Builder:
         if not self.fresh and self.store.exists(manifest_key(build)):
             manifest = read_manifest(self.store, build)
             reference, moved = self._refer(build)
-            return RunReport(uri, build, reference, False, moved, self.computed, self.reused, self.bytes_read, manifest)
-        merged = add_inputs(self._run_tasks("merge", merge_tasks), describe_inputs(self.plan, survey, merge_tasks))
+            return RunReport(
+                uri,
+                build,
+                reference,
+                False,
+                moved,
+                self.computed,
+                self.reused,
+                self.bytes_read,
+                manifest,
+            )
+        merged = add_inputs(
+            self._run_tasks("merge", merge_tasks), describe_inputs(self.plan, survey, merge_tasks)
+        )
         copied = self._run_tasks("carry", copy_tasks)
-        copied = [_label(entry, shard.name, shard.expert) for entry, shard in zip(copied, self.plan.copy_shards, strict=True)]
+        copied = [
+            _label(entry, shard.name, shard.expert)
+            for entry, shard in zip(copied, self.plan.copy_shards, strict=True)
+        ]
         for key, data in contents.items():
             self.store.put(key, data)
         manifest = self._make_manifest(build, records, [*merged, *copied])
         is_new = write_manifest(self.store, manifest)
         reference, moved = self._refer(build)
-        return RunReport(uri, build, reference, is_new or self.fresh, moved, self.computed, self.reused, self.bytes_read, manifest)
+        return RunReport(
+            uri,
+            build,
+            reference,
+            is_new or self.fresh,
+            moved,
+            self.computed,
+            self.reused,
+            self.bytes_read,
+            manifest,
+        )
 
     def _run_tasks(self, phase: str, tasks: Sequence[MergeTask | CopyTask]) -> list[ShardEntry]:
         """Return the entries of these tasks in their order, from the store where they were finished
@@ -223,7 +305,15 @@ class Builder:
         """
         unique = _unique(tasks)
         left = [task for task in unique if task.digest not in self.entries]
-        found = {} if self.fresh else {task.digest: entry for task in left if (entry := read_entry(self.store, task.digest))}
+        found = (
+            {}
+            if self.fresh
+            else {
+                task.digest: entry
+                for task in left
+                if (entry := read_entry(self.store, task.digest))
+            }
+        )
         if phase in self.flowing:
             counted = {id(task) for task in unique}
             self._skip(phase, [task for task in tasks if id(task) not in counted])
@@ -231,7 +321,9 @@ class Builder:
         self.entries |= found
         return [_label(self.entries[task.digest], task.shard, "") for task in tasks]
 
-    def _make_manifest(self, build: str, records: dict[str, Any], entries: list[ShardEntry]) -> Manifest:
+    def _make_manifest(
+        self, build: str, records: dict[str, Any], entries: list[ShardEntry]
+    ) -> Manifest:
         table = make_table(entries)
         key = f"builds/{build}/tensors.parquet"
         self.store.put(key, table)
@@ -243,9 +335,15 @@ class Builder:
         )
 
     def _refer(self, build: str) -> tuple[Reference, bool]:
-        sources = {"base": self.recipe.base} | {expert.name: expert.uri for expert in self.recipe.experts}
-        versions = {name: version(name) for name in ("mmerge", "torch", "numpy", "pyarrow")} | {"python": platform.python_version()}
-        return write_reference(self.store, self.recipe.name, build, sources=sources, versions=versions)
+        sources = {"base": self.recipe.base} | {
+            expert.name: expert.uri for expert in self.recipe.experts
+        }
+        versions = {name: version(name) for name in ("mmerge", "torch", "numpy", "pyarrow")} | {
+            "python": platform.python_version()
+        }
+        return write_reference(
+            self.store, self.recipe.name, build, sources=sources, versions=versions
+        )
 
 
 def _unique(tasks: Sequence[MergeTask | CopyTask]) -> list[MergeTask | CopyTask]:
@@ -259,5 +357,7 @@ def _label(entry: ShardEntry, shard: str, expert: str) -> ShardEntry:
     """
     return ShardEntry(
         object=entry.object.model_copy(update={"shard": shard, "expert": expert}),
-        tensors=tuple(row.model_copy(update={"expert": expert or row.expert}) for row in entry.tensors),
+        tensors=tuple(
+            row.model_copy(update={"expert": expert or row.expert}) for row in entry.tensors
+        ),
     )

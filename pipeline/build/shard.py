@@ -11,13 +11,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from mmerge.manifests.stores.object_store import Store
-from mmerge.pipeline.planning.plan import MergePlan, MergeShard
+from mmerge.pipeline.build.input_survey import (
+    InputSurvey,
+    Thresholds,
+    ThresholdSearch,
+    read_task_survey,
+)
 from mmerge.pipeline.build.task_factory import make_copy_task, make_merge_task
-from mmerge.pipeline.build.input_survey import InputSurvey, Thresholds, ThresholdSearch, read_task_survey
+from mmerge.pipeline.planning.plan import MergePlan, MergeShard
 from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Known, Trimming
-from mmerge.workers.tasks.survey import SparseHistogram
 from mmerge.workers.task import CopyTask, MergeTask, RefineTask, SurveyTask, Task
+from mmerge.workers.tasks.survey import SparseHistogram
 
 FlowTask = TypeVar("FlowTask", MergeTask, CopyTask)
 
@@ -38,15 +43,25 @@ class Flow:
     """
 
     def __init__(
-        self, plan: MergePlan, surveys: Sequence[SurveyTask], trimmings: Mapping[str, Trimming] | None, store: Store, *, fresh: bool
+        self,
+        plan: MergePlan,
+        surveys: Sequence[SurveyTask],
+        trimmings: Mapping[str, Trimming] | None,
+        store: Store,
+        *,
+        fresh: bool,
     ) -> None:
-        self.survey = InputSurvey(pooled=any(trimming.scope == "model" for trimming in (trimmings or {}).values()))
+        self.survey = InputSurvey(
+            pooled=any(trimming.scope == "model" for trimming in (trimmings or {}).values())
+        )
         """What is known so far."""
         self._plan, self._trimmings, self._store, self._fresh = plan, trimmings, store, fresh
         self._surveys = {task.shard: task for task in surveys}
         self._taken: set[str] = set()
         self._experts = {shard.name: shard.expert for shard in plan.copy_shards}
-        self._mergeable = {shard.name: shard for shard in plan.merge_shards if self._stands_alone(shard)}
+        self._mergeable = {
+            shard.name: shard for shard in plan.merge_shards if self._stands_alone(shard)
+        }
         self._waiting_copies = {shard.name: shard for shard in plan.copy_shards}
         self._searches: dict[str, ThresholdSearch] = {}
         self._thresholds: dict[str, tuple[tuple[float, ...], ...]] = {}
@@ -54,7 +69,9 @@ class Flow:
 
     def _stands_alone(self, shard: MergeShard) -> bool:
         recipe = self._plan.recipe
-        if find_method(recipe.method).stages(recipe.parameters, [expert.parameters for expert in recipe.experts]):
+        if find_method(recipe.method).stages(
+            recipe.parameters, [expert.parameters for expert in recipe.experts]
+        ):
             return False
         if not self._trimmings:
             return True
@@ -75,7 +92,9 @@ class Flow:
         return [*self._refine_or_merge(task), *self._copy()]
 
     def _take(self, task: SurveyTask) -> None:
-        self.survey.add(task, read_task_survey(self._store, task), expert=self._experts.get(task.shard, ""))
+        self.survey.add(
+            task, read_task_survey(self._store, task), expert=self._experts.get(task.shard, "")
+        )
         self._taken.add(task.key)
 
     def _refine_or_merge(self, task: SurveyTask) -> Sequence[RefineTask | MergeTask]:
@@ -89,19 +108,29 @@ class Flow:
             return refine
         return self._merge(shard.name, search, [])
 
-    def _merge(self, name: str, search: ThresholdSearch, refined: Sequence[RefineTask]) -> list[MergeTask]:
+    def _merge(
+        self, name: str, search: ThresholdSearch, refined: Sequence[RefineTask]
+    ) -> list[MergeTask]:
         shard = self._mergeable[name]
         self._thresholds[name] = search.finish(self._read_refined(refined))[0]
         for tensor in shard.tensors:
             self.survey.forget_histograms(tensor)
         known: dict[str, Known] = {tensor.name: {} for tensor in shard.tensors}
-        return self._new(make_merge_task(self._plan, shard, self.survey, self._thresholds[name], known, fresh=self._fresh))
+        return self._new(
+            make_merge_task(
+                self._plan, shard, self.survey, self._thresholds[name], known, fresh=self._fresh
+            )
+        )
 
     def _copy(self) -> list[CopyTask]:
         ready = [shard for shard in self._waiting_copies.values() if self.survey.knows(shard)]
         for shard in ready:
             del self._waiting_copies[shard.name]
-        return [task for shard in ready for task in self._new(make_copy_task(self._plan, shard, self.survey, fresh=self._fresh))]
+        return [
+            task
+            for shard in ready
+            for task in self._new(make_copy_task(self._plan, shard, self.survey, fresh=self._fresh))
+        ]
 
     def _new(self, task: FlowTask) -> list[FlowTask]:
         """Return the task, or nothing where another shard has the same object."""
@@ -129,7 +158,9 @@ class Flow:
             if task.key not in self._taken:
                 self._take(task)
         left = [shard for shard in self._plan.merge_shards if shard.name not in self._thresholds]
-        search = ThresholdSearch(left, [self._surveys[shard.name] for shard in left], self.survey, self._trimmings)
+        search = ThresholdSearch(
+            left, [self._surveys[shard.name] for shard in left], self.survey, self._trimmings
+        )
         refine = search.refine_tasks()
         if self._trimmings:
             run_refine(refine)

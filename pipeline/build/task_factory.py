@@ -7,9 +7,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mmerge.manifests.digest import digest_json
-from mmerge.pipeline.planning.plan import CopyShard, MergePlan, MergeShard
-from mmerge.pipeline.build.method_stages import to_hex
 from mmerge.pipeline.build.input_survey import InputSurvey
+from mmerge.pipeline.build.method_stages import to_hex
+from mmerge.pipeline.planning.plan import CopyShard, MergePlan, MergeShard
 from mmerge.workers.methods.interface import Known
 from mmerge.workers.task import CopyTask, MergeTask
 
@@ -56,7 +56,9 @@ def make_merge_task(
                 "thresholds": [value.hex() for value in values],
                 "known": to_hex(numbers_found),
             }
-            for tensor, number, values, numbers_found in zip(shard.tensors, numbers, thresholds, found, strict=True)
+            for tensor, number, values, numbers_found in zip(
+                shard.tensors, numbers, thresholds, found, strict=True
+            )
         ],
     }
     return MergeTask(
@@ -66,7 +68,9 @@ def make_merge_task(
     )  # fmt: skip
 
 
-def make_copy_task(plan: MergePlan, shard: CopyShard, survey: InputSurvey, *, fresh: bool) -> CopyTask:
+def make_copy_task(
+    plan: MergePlan, shard: CopyShard, survey: InputSurvey, *, fresh: bool
+) -> CopyTask:
     """Return the task that copies a shard, all of whose inputs are surveyed."""
     identity = {
         "arithmetic": ARITHMETIC_VERSION,

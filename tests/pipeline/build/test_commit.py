@@ -16,30 +16,49 @@ import kill_points
 import pytest
 from store_servers import FAULTS, FaultProxy
 
-from mmerge.manifests.stores.prefetch import AHEAD_BYTES
-from mmerge.manifests.maintenance.copy_build import copy_build
 from mmerge.manifests.digest import digest_bytes
 from mmerge.manifests.errors import DamagedObject, MmergeError, StoreUnavailable
 from mmerge.manifests.format.manifest import manifest_key, read_manifest, write_manifest
-from mmerge.manifests.format.references import Reference, list_references, read_reference, write_reference
-from mmerge.manifests.stores.object_store import Store, open_store
+from mmerge.manifests.format.references import (
+    Reference,
+    list_references,
+    read_reference,
+    write_reference,
+)
 from mmerge.manifests.format.table import StoredRow, read_table
+from mmerge.manifests.maintenance.copy_build import copy_build
+from mmerge.manifests.stores.object_store import Store, open_store
+from mmerge.manifests.stores.prefetch import AHEAD_BYTES
 from mmerge.pipeline import make_plan, read_recipe, run, verify
 from mmerge.pipeline.build.run import RunReport
 
 
 def digests(store: Store) -> dict[str, str]:
-    """Every object, file, manifest and table (references hold times, surveys are caches of paths).
-    """
+    """Every object, file, manifest and table (references hold times, surveys are caches of paths)."""
     kept = ("objects/", "files/", "builds/")
-    return {key: hashlib.sha256(store.read(key)).hexdigest() for key in store.list() if key.startswith(kept)}
+    return {
+        key: hashlib.sha256(store.read(key)).hexdigest()
+        for key in store.list()
+        if key.startswith(kept)
+    }
 
 
 def build(lab: Any, raw: dict[str, Any], output: str) -> RunReport:
-    return run(make_plan(read_recipe(lab.write_recipe(raw | {"output": output}, f"{hashlib.sha1(output.encode()).hexdigest()[:8]}.yaml"))))
+    return run(
+        make_plan(
+            read_recipe(
+                lab.write_recipe(
+                    raw | {"output": output},
+                    f"{hashlib.sha1(output.encode()).hexdigest()[:8]}.yaml",
+                )
+            )
+        )
+    )
 
 
-def test_a_run_killed_at_50_random_points_leaves_only_what_verifies_and_ends_with_the_same_digests(lab: Any) -> None:
+def test_a_run_killed_at_50_random_points_leaves_only_what_verifies_and_ends_with_the_same_digests(
+    lab: Any,
+) -> None:
     num_points = 50
     raw = lab.make_all()
     undisturbed = str(lab.write_recipe(raw | {"output": "undisturbed"}, "undisturbed.yaml"))
@@ -66,11 +85,19 @@ def test_a_run_killed_at_50_random_points_leaves_only_what_verifies_and_ends_wit
 
 @pytest.mark.parametrize("kind", ["local", "moto", "racy", "swift"])
 def test_two_builders_at_once_both_end_well_with_one_build(
-    lab: Any, places: Any, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    lab: Any,
+    places: Any,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     raw = lab.make_all(2)
     place = places.make("moto" if kind == "racy" else kind)
-    with FaultProxy(places.endpoint("moto"), racy_create=True) if kind == "racy" else ThreadPoolExecutor() as proxy:
+    with (
+        FaultProxy(places.endpoint("moto"), racy_create=True)
+        if kind == "racy"
+        else ThreadPoolExecutor() as proxy
+    ):
         if isinstance(proxy, FaultProxy):
             monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         plan = make_plan(read_recipe(lab.write_recipe(raw | {"output": place})))
@@ -83,12 +110,16 @@ def test_two_builders_at_once_both_end_well_with_one_build(
         references = list_references(store)["tiny"]
         assert {read_reference(store, "tiny", number).build for number in references} == {one.build}
         verify(place).check()
-        assert any("lets several writers create" in record.message for record in caplog.records) == (kind in ("racy", "swift"))
+        assert any(
+            "lets several writers create" in record.message for record in caplog.records
+        ) == (kind in ("racy", "swift"))
     undisturbed = build(lab, raw, "undisturbed")
     assert undisturbed.manifest == one.manifest
 
 
-def test_where_a_server_lets_several_writers_create_a_manifest_every_one_of_them_ends_with_the_same_build(lab: Any, places: Any) -> None:
+def test_where_a_server_lets_several_writers_create_a_manifest_every_one_of_them_ends_with_the_same_build(
+    lab: Any, places: Any
+) -> None:
     """Many committers at once against Swift, again and again until it let several of them create
     the manifest.
     """
@@ -100,7 +131,9 @@ def test_where_a_server_lets_several_writers_create_a_manifest_every_one_of_them
 
     def commit(name: str) -> tuple[bool, Reference]:
         store = open_store(place)
-        return write_manifest(store, manifest), write_reference(store, name, report.build, sources={}, versions={})[0]
+        return write_manifest(store, manifest), write_reference(
+            store, name, report.build, sources={}, versions={}
+        )[0]
 
     num_double = 0
     for number in range(40):
@@ -111,14 +144,19 @@ def test_where_a_server_lets_several_writers_create_a_manifest_every_one_of_them
         assert {reference.build for _, reference in ends} == {report.build}
         store = open_store(place)
         assert read_manifest(store, report.build) == manifest
-        assert {read_reference(store, f"name{number}", each).build for each in list_references(store)[f"name{number}"]} == {report.build}
+        assert {
+            read_reference(store, f"name{number}", each).build
+            for each in list_references(store)[f"name{number}"]
+        } == {report.build}
         if num_double >= 3:
             break
     assert num_double >= 3, "Swift let no two writers create: this test saw nothing"
     verify(f"{place}#name0").check()
 
 
-def test_a_build_ends_right_though_requests_fail_break_off_and_stall(lab: Any, places: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_ends_right_though_requests_fail_break_off_and_stall(
+    lab: Any, places: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     raw = lab.make_all(2)
     undisturbed = build(lab, raw, "undisturbed")
     place = places.make("moto")
@@ -133,17 +171,26 @@ def test_a_build_ends_right_though_requests_fail_break_off_and_stall(lab: Any, p
     assert digests(open_store(place)) == digests(open_store(str(lab.folder / "undisturbed")))
 
 
-def test_a_large_range_arrives_whole_though_its_parts_fail_break_off_and_stall(places: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_range_arrives_whole_though_its_parts_fail_break_off_and_stall(
+    places: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = random.Random(1).randbytes(40 << 20)
     place = places.make("moto")
     open_store(place).put("large", data)
     seen: set[str] = set()
     monkeypatch.setenv("MMERGE_REQUEST_TIMEOUT", "2")
     for fault in FAULTS:
-        with FaultProxy(places.endpoint("moto"), share=0.3, faults=(fault,), stall_seconds=10, seed=2) as proxy:
+        with FaultProxy(
+            places.endpoint("moto"), share=0.3, faults=(fault,), stall_seconds=10, seed=2
+        ) as proxy:
             monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
             told: list[memoryview] = []
-            assert open_store(place).read_range("large", offset=7, num_bytes=len(data) - 9, on_part=told.append) == data[7:-2]
+            assert (
+                open_store(place).read_range(
+                    "large", offset=7, num_bytes=len(data) - 9, on_part=told.append
+                )
+                == data[7:-2]
+            )
             assert b"".join(told) == data[7:-2]
         seen |= set(proxy.counts)
     assert seen == {"none", *FAULTS}, "a fault was not met"
@@ -183,7 +230,9 @@ def test_inputs_are_read_from_the_same_stores_as_outputs(lab: Any, places: Any) 
     remote = build(lab, raw, f"{place}/composites")
     assert remote.manifest == local.manifest
     remote_plan = make_plan(read_recipe(lab.write_recipe(raw)))
-    assert remote_plan.peak_bytes - local_plan.peak_bytes == 3 * AHEAD_BYTES, "what is read ahead is stated"
+    assert remote_plan.peak_bytes - local_plan.peak_bytes == 3 * AHEAD_BYTES, (
+        "what is read ahead is stated"
+    )
     assert b"AK" not in store.read(f"composites/builds/{remote.build}/manifest.json")
 
 
@@ -199,7 +248,9 @@ def built(lab: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[StoredR
     monkeypatch.setattr(load, "load_tokenizer", lambda files, config, owner: None)
     monkeypatch.setattr(encoders, "MediaEncoder", lambda **parts: "an encoder")
     assert report.manifest is not None
-    return lab.folder / "store", read_table(open_store(str(lab.folder / "store")), report.manifest.table)
+    return lab.folder / "store", read_table(
+        open_store(str(lab.folder / "store")), report.manifest.table
+    )
 
 
 def load(folder: Path) -> None:
@@ -213,7 +264,9 @@ def load(folder: Path) -> None:
         load_composite(str(folder), mode="retention", expert=expert)
 
 
-def test_every_changed_byte_of_a_tensor_is_found_and_named_by_verify_and_by_the_loader(built: tuple[Path, list[StoredRow]]) -> None:
+def test_every_changed_byte_of_a_tensor_is_found_and_named_by_verify_and_by_the_loader(
+    built: tuple[Path, list[StoredRow]],
+) -> None:
     folder, rows = built
     load(folder)
     chance = random.Random(5)
@@ -223,7 +276,9 @@ def test_every_changed_byte_of_a_tensor_is_found_and_named_by_verify_and_by_the_
         path = folder / row.object
         whole = path.read_bytes()
         at = row.offset + chance.randrange(row.num_bytes)
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << chance.randrange(8))]) + whole[at + 1 :])
+        path.write_bytes(
+            whole[:at] + bytes([whole[at] ^ (1 << chance.randrange(8))]) + whole[at + 1 :]
+        )
         (damage,) = verify(str(folder)).damages
         assert row.object in damage
         assert row.name in damage
@@ -236,7 +291,9 @@ def test_every_changed_byte_of_a_tensor_is_found_and_named_by_verify_and_by_the_
     load(folder)
 
 
-def test_every_changed_byte_of_a_header_is_found_and_named_by_verify_and_by_the_loader(built: tuple[Path, list[StoredRow]]) -> None:
+def test_every_changed_byte_of_a_header_is_found_and_named_by_verify_and_by_the_loader(
+    built: tuple[Path, list[StoredRow]],
+) -> None:
     """Length, JSON, metadata and padding: in each object at its first and last bytes and at random
     ones, one bit each.
     """
@@ -248,7 +305,11 @@ def test_every_changed_byte_of_a_header_is_found_and_named_by_verify_and_by_the_
         whole = path.read_bytes()
         num_bytes = min(row.offset for row in rows if row.object == key)
         assert num_bytes == 8 + int.from_bytes(whole[:8], "little")
-        named_by = {whole.index(f'"{row.name}'.encode()): row.name for row in rows if row.object == key and row.role != "mask"}
+        named_by = {
+            whole.index(f'"{row.name}'.encode()): row.name
+            for row in rows
+            if row.object == key and row.role != "mask"
+        }
         padding = [at for at in range(8, num_bytes) if not whole[at:num_bytes].strip(b" ")]
         for at in {0, 7, 8, num_bytes - 1, *padding[:1], *named_by, chance.randrange(8, num_bytes)}:
             changed = bytearray(whole)
@@ -257,14 +318,18 @@ def test_every_changed_byte_of_a_header_is_found_and_named_by_verify_and_by_the_
             check_damage(folder, [key], rows)
             if at in named_by:
                 assert named_by[at] in verify(str(folder)).damages[0]
-                assert any(key in damage for damage in verify(str(folder), sample=0.01).damages), "a sample compares headers"
+                assert any(key in damage for damage in verify(str(folder), sample=0.01).damages), (
+                    "a sample compares headers"
+                )
             tried += 1
         path.write_bytes(whole)
     assert tried > 60
     load(folder)
 
 
-def test_objects_with_equal_bytes_but_for_their_headers_cannot_be_swapped(built: tuple[Path, list[StoredRow]]) -> None:
+def test_objects_with_equal_bytes_but_for_their_headers_cannot_be_swapped(
+    built: tuple[Path, list[StoredRow]],
+) -> None:
     folder, rows = built
     row = next(row for row in rows if row.role == "carried")
     path = folder / row.object
@@ -276,7 +341,9 @@ def test_objects_with_equal_bytes_but_for_their_headers_cannot_be_swapped(built:
     check_damage(folder, [row.object], rows)
 
 
-def test_every_truncation_and_swap_is_found_and_named_by_verify_and_by_the_loader(built: tuple[Path, list[StoredRow]]) -> None:
+def test_every_truncation_and_swap_is_found_and_named_by_verify_and_by_the_loader(
+    built: tuple[Path, list[StoredRow]],
+) -> None:
     folder, rows = built
     objects = sorted({row.object for row in rows})
     chance = random.Random(6)

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from mmerge.manifests.errors import StoreError
-from mmerge.manifests.stores.local import Pending
 from mmerge.manifests.stores.deferred_commit import collect_pending, settle
+from mmerge.manifests.stores.local import Pending
 from mmerge.manifests.stores.object_store import Store, open_store
 from mmerge.pipeline import make_plan, read_recipe, run, verify
 from mmerge.pipeline.execution.executor import SerialExecutor
@@ -79,7 +79,11 @@ def test_a_worker_goes_on_while_the_disk_is_waited_for_and_no_further_than_that(
     assert not disk.names()
     disk.ready.set()
     pool.join(60)
-    assert sorted(task.shard for task in ended) == disk.names() == [shard.shard for shard in make_shards(20)]
+    assert (
+        sorted(task.shard for task in ended)
+        == disk.names()
+        == [shard.shard for shard in make_shards(20)]
+    )
 
 
 def test_what_follows_begins_when_it_is_settled(disk: Disk) -> None:
@@ -91,7 +95,9 @@ def test_what_follows_begins_when_it_is_settled(disk: Disk) -> None:
         seen.append(disk.names())
         return [Shard(f"{task.shard}-then")] if len(task.shard) == 3 else []
 
-    outcomes = list(run_in_threads(make_shards(2), disk.uri, num_threads=1, memory_bytes=None, follow=follow))
+    outcomes = list(
+        run_in_threads(make_shards(2), disk.uri, num_threads=1, memory_bytes=None, follow=follow)
+    )
     assert len(outcomes) == 4
     assert "s00" in seen[0]
 
@@ -105,12 +111,18 @@ def test_a_run_that_is_left_settles_what_ran(disk: Disk) -> None:
     assert disk.names() == sorted(disk.ran)
 
 
-def test_a_disk_that_fails_is_an_error_of_the_shard_and_the_others_are_kept(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fails_is_an_error_of_the_shard_and_the_others_are_kept(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = make_plan(read_recipe(lab.write_recipe(lab.make_all())))
     failed = threading.Event()
 
     def fail_once(store: Store, pending: Sequence[Pending]) -> None:
-        if any(one.key.endswith(".json") for one in pending) and len(list(store.list("objects"))) >= 6 and not failed.is_set():
+        if (
+            any(one.key.endswith(".json") for one in pending)
+            and len(list(store.list("objects"))) >= 6
+            and not failed.is_set()
+        ):
             failed.set()
             with store.translated(pending[0].key):
                 raise OSError(5, "Input/output error")

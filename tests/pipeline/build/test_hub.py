@@ -11,12 +11,12 @@ import pytest
 from hub_server import HubServer
 
 from mmerge.manifests.errors import CheckpointError, NotFound, StoreError, StoreUnavailable
-from mmerge.manifests.stores.hub import open_hub, pin_uri
 from mmerge.manifests.format.manifest import read_manifest
 from mmerge.manifests.format.references import open_build
+from mmerge.manifests.maintenance.push import push
+from mmerge.manifests.stores.hub import open_hub, pin_uri
 from mmerge.manifests.stores.object_store import open_store
 from mmerge.pipeline import make_plan, read_recipe, run, verify
-from mmerge.manifests.maintenance.push import push
 
 
 @pytest.fixture
@@ -46,32 +46,43 @@ def make_hub_recipe(hub: HubServer, lab: Any) -> Path:
     return lab.write_recipe(raw)
 
 
-def test_a_revision_is_pinned_to_its_commit_and_the_manifest_records_it(hub: HubServer, lab: Any) -> None:
+def test_a_revision_is_pinned_to_its_commit_and_the_manifest_records_it(
+    hub: HubServer, lab: Any
+) -> None:
     recipe = make_hub_recipe(hub, lab)
     report = run(make_plan(read_recipe(recipe)))
     assert report.manifest is not None
     assert report.manifest.base.source == f"hf://org/base@{hub.branches['org/base']['main']}"
     assert [expert.source for expert in report.manifest.experts] == [
-        f"hf://org/{name}@{hub.branches[f'org/{name}']['main']}" for name in ("image", "audio", "video")
+        f"hf://org/{name}@{hub.branches[f'org/{name}']['main']}"
+        for name in ("image", "audio", "video")
     ]
     assert report.reference.sources["audio"] == report.manifest.experts[1].source
     raw = lab.make_all()
     local = run(make_plan(read_recipe(lab.write_recipe(raw | {"output": "local"}))))
     assert local.manifest is not None
-    assert [entry.digest for entry in local.manifest.entries] == [entry.digest for entry in report.manifest.entries]
+    assert [entry.digest for entry in local.manifest.entries] == [
+        entry.digest for entry in report.manifest.entries
+    ]
 
 
-def test_a_plan_reads_headers_by_range_and_a_run_fetches_only_the_files_it_needs(hub: HubServer, lab: Any) -> None:
+def test_a_plan_reads_headers_by_range_and_a_run_fetches_only_the_files_it_needs(
+    hub: HubServer, lab: Any
+) -> None:
     recipe = make_hub_recipe(hub, lab)
     plan = make_plan(read_recipe(recipe))
-    weights = [line for line in hub.requests if line.startswith("GET") and "model.safetensors" in line]
+    weights = [
+        line for line in hub.requests if line.startswith("GET") and "model.safetensors" in line
+    ]
     assert len(weights) == 4
     assert all("bytes=0-" in line for line in weights)
     run(plan)
     assert not any("pytorch_model.bin" in line for line in hub.requests)
     before = len(hub.requests)
     assert not run(plan).is_new
-    assert not [line for line in hub.requests[before:] if line.startswith("GET") and "/resolve/" in line], "the node's cache was not used"
+    assert not [
+        line for line in hub.requests[before:] if line.startswith("GET") and "/resolve/" in line
+    ], "the node's cache was not used"
 
 
 def test_a_branch_that_moved_gives_another_commit_and_only_then(hub: HubServer, lab: Any) -> None:
@@ -93,7 +104,9 @@ def test_offline_a_build_runs_from_the_cache_and_says_what_the_cache_lacks(
     offline = run(make_plan(read_recipe(recipe)), fresh=True)
     assert offline.build == online.build
     assert hub.requests == []
-    with pytest.raises(StoreUnavailable, match=r"hf://org/other@main: offline, and the cache does not know"):
+    with pytest.raises(
+        StoreUnavailable, match=r"hf://org/other@main: offline, and the cache does not know"
+    ):
         pin_uri("hf://org/other")
 
 
@@ -125,12 +138,20 @@ def test_a_pushed_composite_verifies_from_the_hub_and_is_numbered(hub: HubServer
     verify(report.uri + "#tiny").check()
     assert first.manifest is not None
     sent = [line for line in hub.requests if line.startswith("PUT /lfs/")]
-    assert len(sent) == len({entry.key for entry in first.manifest.entries}) + 1, "objects and the table go as large files"
+    assert len(sent) == len({entry.key for entry in first.manifest.entries}) + 1, (
+        "objects and the table go as large files"
+    )
     store, build = open_build("hf://org/composite#tiny@1")
     assert (build, read_manifest(store, build)) == (first.build, first.manifest)
-    assert not [key for key in open_store("hf://org/composite").list() if key.startswith(("surveys", "claims", "probe"))]
+    assert not [
+        key
+        for key in open_store("hf://org/composite").list()
+        if key.startswith(("surveys", "claims", "probe"))
+    ]
     push(str(lab.folder / "store"), "hf://org/composite")
-    assert [line for line in hub.requests if line.startswith("PUT /lfs/")] == sent, "what the hub has is not sent again"
+    assert [line for line in hub.requests if line.startswith("PUT /lfs/")] == sent, (
+        "what the hub has is not sent again"
+    )
     second = run(make_plan(read_recipe(lab.write_recipe(raw | {"mask_scale": 0.9}))))
     push(str(lab.folder / "store"), "hf://org/composite")
     assert open_build("hf://org/composite#tiny")[1] == second.build
@@ -143,4 +164,7 @@ def test_an_export_is_pushed_as_it_is(hub: HubServer, tmp_path: Path) -> None:
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"x" * 1000)
     push(str(folder), "hf://org/exported")
-    assert hub.commits["org/exported"][hub.branches["org/exported"]["main"]] == {"config.json": b"{}", "model.safetensors": b"x" * 1000}
+    assert hub.commits["org/exported"][hub.branches["org/exported"]["main"]] == {
+        "config.json": b"{}",
+        "model.safetensors": b"x" * 1000,
+    }

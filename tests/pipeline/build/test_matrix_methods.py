@@ -25,7 +25,11 @@ ONE_EXPERT = ("arcee_fusion", "nearswap", "neuron_fusion")
 def make_raw(lab: Any, method: str, num_experts: int, **numbers: Any) -> dict[str, Any]:
     names = ("image", "audio", "video")[:num_experts]
     experts = {name: {"path": name, "modality": name} for name in names}
-    return {"name": "tiny", "base": "base", "method": method, "output": "store", "experts": experts} | METHODS[method] | numbers
+    return (
+        {"name": "tiny", "base": "base", "method": method, "output": "store", "experts": experts}
+        | METHODS[method]
+        | numbers
+    )
 
 
 def parse(lab: Any, raw: dict[str, Any]) -> Any:
@@ -39,7 +43,12 @@ def parse(lab: Any, raw: dict[str, Any]) -> Any:
         ("nuslerp", 3, {}, "'nuslerp' takes 2, the recipe has 3"),
         ("nuslerp", 1, {}, "'nuslerp' takes 2, the recipe has 1"),
         ("model_stock", 1, {}, "'model_stock' takes at least 2, the recipe has 1"),
-        ("arcee_fusion", 2, {}, "'arcee_fusion' takes 1 to 1|'arcee_fusion' takes 1, the recipe has 2"),
+        (
+            "arcee_fusion",
+            2,
+            {},
+            "'arcee_fusion' takes 1 to 1|'arcee_fusion' takes 1, the recipe has 2",
+        ),
         ("nearswap", 2, {}, "'nearswap' takes 1"),
         ("adamms", 3, {}, "'adamms' takes 2, the recipe has 3"),
         ("neuron_fusion", 2, {}, "'neuron_fusion' takes 1"),
@@ -72,7 +81,9 @@ def test_a_method_on_task_vectors_needs_a_base(lab: Any, method: str) -> None:
         parse(lab, raw)
 
 
-@pytest.mark.parametrize(("method", "num_experts"), [("slerp", 1), ("nuslerp", 2), ("multislerp", 3)])
+@pytest.mark.parametrize(
+    ("method", "num_experts"), [("slerp", 1), ("nuslerp", 2), ("multislerp", 3)]
+)
 def test_a_sphere_around_a_base_needs_one(lab: Any, method: str, num_experts: int) -> None:
     raw = make_raw(lab, method, num_experts)
     del raw["base"]
@@ -95,11 +106,20 @@ def test_bytes_depend_on_no_block_size_threads_or_pieces(lab: Any, method: str) 
     lab.make_all()
     num_experts = 1 if method in ONE_EXPERT else 2
     found = []
-    for output, block_entries, max_shard_bytes, threads in (("a", 1 << 18, 1 << 31, 1), ("b", 1 << 16, 20_000, 2)):
+    for output, block_entries, max_shard_bytes, threads in (
+        ("a", 1 << 18, 1 << 31, 1),
+        ("b", 1 << 16, 20_000, 2),
+    ):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         raw = make_raw(lab, method, num_experts, output=output)
-        run(make_plan(read_recipe(lab.write_recipe(raw)), block_entries=block_entries, max_shard_bytes=max_shard_bytes))
+        run(
+            make_plan(
+                read_recipe(lab.write_recipe(raw)),
+                block_entries=block_entries,
+                max_shard_bytes=max_shard_bytes,
+            )
+        )
         torch.set_num_threads(before)
         reader = BuildReader(str(lab.folder / output))
         found.append({name: reader.text_weight(name) for name in lab.base})
@@ -115,11 +135,18 @@ def test_workers_of_ray_write_the_bytes_of_one_process(lab: Any) -> None:
     try:
         for method in ("tsv", "swudi", "optmerge", "karcher", "neuron_fusion"):
             raw = make_raw(lab, method, 1 if method in ONE_EXPERT else 2)
-            serial = run(make_plan(read_recipe(lab.write_recipe(raw | {"output": f"{method}-serial"}))))
-            parallel = run(make_plan(read_recipe(lab.write_recipe(raw | {"output": f"{method}-ray"}))), executor=executor)
+            serial = run(
+                make_plan(read_recipe(lab.write_recipe(raw | {"output": f"{method}-serial"})))
+            )
+            parallel = run(
+                make_plan(read_recipe(lab.write_recipe(raw | {"output": f"{method}-ray"}))),
+                executor=executor,
+            )
             assert serial.manifest is not None
             assert parallel.manifest is not None
-            assert [entry.digest for entry in serial.manifest.entries] == [entry.digest for entry in parallel.manifest.entries], method
+            assert [entry.digest for entry in serial.manifest.entries] == [
+                entry.digest for entry in parallel.manifest.entries
+            ], method
     finally:
         executor.close()
 
@@ -139,19 +166,32 @@ def test_methods_without_a_base_run_without_one(lab: Any, method: str) -> None:
     assert torch.equal(reader.text_weight(own), with_base.text_weight(f"model.{name}"))
 
 
-def neuron_build(lab: Any, **numbers: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def neuron_build(
+    lab: Any, **numbers: Any
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The merged model, base and expert of a Neuron-Fusion recipe, in float32."""
     lab.dtype = torch.float32
     lab.make_base()
     lab.make_expert("image", 0)
     run(make_plan(read_recipe(lab.write_recipe(make_raw(lab, "neuron_fusion", 1, **numbers)))))
     reader = BuildReader(str(lab.folder / "store"))
-    expert = {name.removeprefix("language_model."): value for name, value in lab.expert_tensors(0).items()}
-    return {name: reader.text_weight(name) for name in lab.base}, lab.base, {name: expert[name][: len(lab.base[name])] for name in lab.base}
+    expert = {
+        name.removeprefix("language_model."): value for name, value in lab.expert_tensors(0).items()
+    }
+    return (
+        {name: reader.text_weight(name) for name in lab.base},
+        lab.base,
+        {name: expert[name][: len(lab.base[name])] for name in lab.base},
+    )
 
 
-@pytest.mark.parametrize("numbers", [{"keep_ratio": 1.0}, {"suppress": 1.0}, {"unit": "row", "keep_ratio": 1.0, "scope": "model"}])
-def test_neuron_fusion_that_suppresses_nothing_is_the_expert(lab: Any, numbers: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "numbers",
+    [{"keep_ratio": 1.0}, {"suppress": 1.0}, {"unit": "row", "keep_ratio": 1.0, "scope": "model"}],
+)
+def test_neuron_fusion_that_suppresses_nothing_is_the_expert(
+    lab: Any, numbers: dict[str, Any]
+) -> None:
     merged, _, expert = neuron_build(lab, **{"restore": False, **numbers})
     for name, value in expert.items():
         torch.testing.assert_close(merged[name], value, rtol=1e-6, atol=1e-6)
@@ -162,10 +202,12 @@ def test_neuron_fusion_that_suppresses_nothing_is_the_expert(lab: Any, numbers: 
 def test_neuron_fusion_keeps_the_share_it_is_asked_for(lab: Any, unit: str, scope: str) -> None:
     merged, base, _ = neuron_build(lab, unit=unit, scope=scope, keep_ratio=0.25, restore=False)
     down = [
-        int((merged[name] != base[name]).any(dim=0).sum()) for name in (f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1))
+        int((merged[name] != base[name]).any(dim=0).sum())
+        for name in (f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1))
     ]
     gate = [
-        int((merged[name] != base[name]).any(dim=1).sum()) for name in (f"model.layers.{layer}.mlp.gate_proj.weight" for layer in (0, 1))
+        int((merged[name] != base[name]).any(dim=1).sum())
+        for name in (f"model.layers.{layer}.mlp.gate_proj.weight" for layer in (0, 1))
     ]
     if unit == "row":
         rows = [
@@ -180,11 +222,14 @@ def test_neuron_fusion_keeps_the_share_it_is_asked_for(lab: Any, unit: str, scop
         assert down == gate == [6, 6]
 
 
-def test_layers_can_keep_different_shares_where_neurons_compete_in_their_layer_only(lab: Any) -> None:
+def test_layers_can_keep_different_shares_where_neurons_compete_in_their_layer_only(
+    lab: Any,
+) -> None:
     shares = [{"layers": [0, 0], "value": 0.25}, {"value": 0.5}]
     merged, base, _ = neuron_build(lab, keep_ratio=shares, restore=False)
     kept = [
-        int((merged[name] != base[name]).any(dim=1).sum()) for name in (f"model.layers.{layer}.mlp.gate_proj.weight" for layer in (0, 1))
+        int((merged[name] != base[name]).any(dim=1).sum())
+        for name in (f"model.layers.{layer}.mlp.gate_proj.weight" for layer in (0, 1))
     ]
     assert kept == [6, 12]
     with pytest.raises(RecipeError, match="whose neurons compete"):
@@ -195,14 +240,21 @@ def test_neuron_fusion_restores_the_norm_of_every_matrix(lab: Any) -> None:
     merged, base, expert = neuron_build(lab, suppress=0.3, query_key="neuron", restore=True)
     for name in base:
         if "_proj" in name:
-            assert float((merged[name] - base[name]).norm()) == pytest.approx(float((expert[name] - base[name]).norm()), rel=1e-4)
+            assert float((merged[name] - base[name]).norm()) == pytest.approx(
+                float((expert[name] - base[name]).norm()), rel=1e-4
+            )
 
 
 def test_embeddings_head_and_norms_are_whose_the_recipe_says(lab: Any) -> None:
-    merged, base, expert = neuron_build(lab, embeddings="base", norms="base", query_key="base", restore=False)
+    merged, base, expert = neuron_build(
+        lab, embeddings="base", norms="base", query_key="base", restore=False
+    )
     assert torch.equal(merged["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
     assert torch.equal(merged["model.norm.weight"], base["model.norm.weight"])
-    assert torch.equal(merged["model.layers.0.self_attn.q_proj.weight"], base["model.layers.0.self_attn.q_proj.weight"])
+    assert torch.equal(
+        merged["model.layers.0.self_attn.q_proj.weight"],
+        base["model.layers.0.self_attn.q_proj.weight"],
+    )
     assert torch.equal(merged["lm_head.weight"], expert["lm_head.weight"])
 
 
@@ -211,23 +263,40 @@ def test_a_head_dimension_that_does_not_divide_the_heads_is_refused(lab: Any) ->
         neuron_build(lab, head_dim=5)
 
 
-def test_whole_matrix_methods_leave_other_tensors_to_the_base_or_to_task_arithmetic(lab: Any) -> None:
+def test_whole_matrix_methods_leave_other_tensors_to_the_base_or_to_task_arithmetic(
+    lab: Any,
+) -> None:
     lab.dtype = torch.float32
     lab.make_all()
     found = {}
     for others in ("base", "task_arithmetic"):
-        run(make_plan(read_recipe(lab.write_recipe(make_raw(lab, "iso_c", 2, others=others, output=others, scale=0.5)))))
+        run(
+            make_plan(
+                read_recipe(
+                    lab.write_recipe(
+                        make_raw(lab, "iso_c", 2, others=others, output=others, scale=0.5)
+                    )
+                )
+            )
+        )
         found[others] = BuildReader(str(lab.folder / others)).text_weight("model.norm.weight")
     tuned = [lab.expert_tensors(seed)["language_model.model.norm.weight"] for seed in (0, 1)]
     base = lab.base["model.norm.weight"]
     assert torch.equal(found["base"], base)
-    torch.testing.assert_close(found["task_arithmetic"], base + 0.5 * (tuned[0] + tuned[1] - 2 * base), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        found["task_arithmetic"],
+        base + 0.5 * (tuned[0] + tuned[1] - 2 * base),
+        rtol=1e-6,
+        atol=1e-6,
+    )
 
 
 def test_only_matrices_are_held_whole_in_memory(lab: Any) -> None:
     lab.make_all()
     plan = make_plan(read_recipe(lab.write_recipe(make_raw(lab, "tsv", 2))))
-    held = {tensor.name: tensor.granularity for shard in plan.merge_shards for tensor in shard.tensors}
+    held = {
+        tensor.name: tensor.granularity for shard in plan.merge_shards for tensor in shard.tensors
+    }
     assert held["model.embed_tokens.weight"] == "entry"
     assert held["model.layers.0.mlp.up_proj.weight"] == "tensor"
     assert all(len(shard.tensors) == 1 for shard in plan.merge_shards)
@@ -236,7 +305,11 @@ def test_only_matrices_are_held_whole_in_memory(lab: Any) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_there_is_refused(lab: Any) -> None:
     with pytest.raises(MmergeError, match="this machine has no CUDA device for 'cuda'"):
-        run(make_plan(read_recipe(lab.write_recipe(lab.make_all() | {"method": "tsv", "device": "cuda"}))))
+        run(
+            make_plan(
+                read_recipe(lab.write_recipe(lab.make_all() | {"method": "tsv", "device": "cuda"}))
+            )
+        )
 
 
 @pytest.mark.gpu
@@ -244,8 +317,15 @@ def test_a_device_that_is_not_there_is_refused(lab: Any) -> None:
 @pytest.mark.parametrize("method", ["tsv", "iso_c", "wudi", "optmerge", "swudi", "aswudi"])
 def test_a_gpu_merges_matrices_as_the_cpu_does(lab: Any, method: str) -> None:
     raw = lab.make_all() | {"method": method, "dtype": "float32"}
-    builds = [run(make_plan(read_recipe(lab.write_recipe(raw | {"output": device, "device": device})))).build for device in ("cpu", "cuda")]
+    builds = [
+        run(
+            make_plan(read_recipe(lab.write_recipe(raw | {"output": device, "device": device})))
+        ).build
+        for device in ("cpu", "cuda")
+    ]
     assert builds[0] != builds[1], "the device is part of what a build is"
     cpu, cuda = (BuildReader(str(lab.folder / device)) for device in ("cpu", "cuda"))
     for name in lab.base:
-        torch.testing.assert_close(cuda.read(name, "merged"), cpu.read(name, "merged"), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            cuda.read(name, "merged"), cpu.read(name, "merged"), rtol=1e-3, atol=1e-4
+        )

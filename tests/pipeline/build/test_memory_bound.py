@@ -36,7 +36,10 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the high-water mark of memory can be reset on Linux alone")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(),
+    reason="the high-water mark of memory can be reset on Linux alone",
+)
 @pytest.mark.parametrize(
     "recipe",
     [
@@ -50,10 +53,18 @@ print(json.dumps(found))
     ids=lambda recipe: str(recipe["method"]),
 )
 def test_no_task_takes_more_memory_than_it_states(recipe: dict[str, Any], lab: Any) -> None:
-    lab.config |= {"hidden_size": 1024, "intermediate_size": 256, "head_dim": 64, "vocab_size": 3000, "num_hidden_layers": 1}
+    lab.config |= {
+        "hidden_size": 1024,
+        "intermediate_size": 256,
+        "head_dim": 64,
+        "vocab_size": 3000,
+        "num_hidden_layers": 1,
+    }
     raw = lab.make_all(2)
     path = lab.write_recipe(raw | recipe)
-    done = subprocess.run([sys.executable, "-c", PROGRAM, str(path)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(path)], capture_output=True, text=True, check=True
+    )
     found = json.loads(done.stdout.splitlines()[-1])
     assert {"MergeTask", "SurveyTask", "CopyTask"} <= {kind for kind, *_ in found}
     for kind, shard, taken, stated in found:

@@ -15,9 +15,9 @@ from typing_extensions import override
 
 from mmerge.manifests.errors import NonFiniteError, TaskErrors
 from mmerge.pipeline import make_plan, read_recipe, run
-from mmerge.pipeline.execution.scheduler import Follow, Outcomes, nothing_follows
-from mmerge.pipeline.execution.executor import SerialExecutor
 from mmerge.pipeline.build.shard import Flow
+from mmerge.pipeline.execution.executor import SerialExecutor
+from mmerge.pipeline.execution.scheduler import Follow, Outcomes, nothing_follows
 from mmerge.pipeline.monitoring.progress import LogProgress, Progress
 from mmerge.workers.task import Task, TaskResult
 
@@ -26,7 +26,9 @@ class InPhases(SerialExecutor):
     """Lets nothing follow: every phase waits for the end of the one before."""
 
     @override
-    def run(self, tasks: Sequence[Task], store_uri: str, follow: Follow = nothing_follows) -> Outcomes:
+    def run(
+        self, tasks: Sequence[Task], store_uri: str, follow: Follow = nothing_follows
+    ) -> Outcomes:
         yield from super().run(tasks, store_uri)
 
 
@@ -53,7 +55,9 @@ class Told(Progress):
         return [index for index, (found, _) in enumerate(self.ended) if found == phase][which]
 
 
-def build(lab: Any, changes: dict[str, Any], executor: SerialExecutor) -> tuple[dict[str, bytes], Told]:
+def build(
+    lab: Any, changes: dict[str, Any], executor: SerialExecutor
+) -> tuple[dict[str, bytes], Told]:
     raw = lab.make_all()
     del raw["method"]
     told = Told()
@@ -109,7 +113,9 @@ def test_a_merge_follows_its_own_survey_at_once(lab: Any) -> None:
     surveys = [name for phase, name in told.ended if phase == "survey" and name in ended]
     assert ended == surveys, "in the order of the surveys"
     for name in ended:
-        assert told.ended.index(("merge", name)) - told.ended.index(("survey", name)) <= 3, "a survey that began meanwhile, and a copy"
+        assert told.ended.index(("merge", name)) - told.ended.index(("survey", name)) <= 3, (
+            "a survey that began meanwhile, and a copy"
+        )
 
 
 @pytest.mark.usefixtures("in_step")
@@ -123,20 +129,26 @@ def test_nothing_follows_a_failure_and_what_was_merged_is_kept(lab: Any) -> None
     lab.make_expert("audio", 1, change=spoil)
     plan = make_plan(read_recipe(lab.write_recipe(raw | {"method": "linear"})))
     told = Told()
-    with pytest.raises(TaskErrors, match=r"up_proj.weight: NaN at \[3, 4\](.|\n)*norm.weight: NaN at \[5\]"):
+    with pytest.raises(
+        TaskErrors, match=r"up_proj.weight: NaN at \[3, 4\](.|\n)*norm.weight: NaN at \[5\]"
+    ):
         run(plan, executor=SerialExecutor(num_threads=1), progress=told)
     merged = [name for phase, name in told.ended if phase == "merge"]
     assert merged == ["layers.0"], "the one whose survey was done before the first failure"
     folder = lab.folder / "store"
     assert not (folder / "builds").exists()
     kept = {path: path.stat().st_mtime_ns for path in (folder / "objects").iterdir()}
-    lab.make_expert("audio", 1, change=lambda tensors: tensors["language_model.model.norm.weight"].fill_(1.0))
+    lab.make_expert(
+        "audio", 1, change=lambda tensors: tensors["language_model.model.norm.weight"].fill_(1.0)
+    )
     report = run(plan, executor=SerialExecutor(num_threads=1), progress=Told())
     assert report.is_new
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
-def test_a_shard_whose_tensor_lies_in_two_shards_waits(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_whose_tensor_lies_in_two_shards_waits(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("mmerge.pipeline.planning.plan.MAX_SHARD_BYTES", 512)
     monkeypatch.setattr("mmerge.pipeline.planning.plan.MAX_PIECE_BYTES", 512)
     changes = {"method": "ties", "density": 0.2, "scope": "tensor"}
@@ -154,20 +166,33 @@ def test_the_log_names_each_phase_once(lab: Any, caplog: pytest.LogCaptureFixtur
     lab.dtype = torch.float32
     raw = lab.make_all() | {"method": "ties", "density": 0.2, "scope": "tensor"}
     with caplog.at_level(logging.INFO, logger="mmerge.run"):
-        run(make_plan(read_recipe(lab.write_recipe(raw))), executor=SerialExecutor(num_threads=1), progress=LogProgress())
+        run(
+            make_plan(read_recipe(lab.write_recipe(raw))),
+            executor=SerialExecutor(num_threads=1),
+            progress=LogProgress(),
+        )
     lines = [record.message for record in caplog.records if " shards, " in record.message]
     assert [line.split(":")[0] for line in lines] == ["survey", "thresholds", "merge", "carry"]
 
 
 def test_an_expert_with_nan_alone_is_one_error(lab: Any) -> None:
     raw = lab.make_all()
-    lab.make_expert("audio", 1, change=lambda tensors: tensors["language_model.model.norm.weight"].fill_(float("inf")))
+    lab.make_expert(
+        "audio",
+        1,
+        change=lambda tensors: tensors["language_model.model.norm.weight"].fill_(float("inf")),
+    )
     with pytest.raises(NonFiniteError, match="Inf at"):
-        run(make_plan(read_recipe(lab.write_recipe(raw | {"method": "linear"}))), executor=SerialExecutor(num_threads=1))
+        run(
+            make_plan(read_recipe(lab.write_recipe(raw | {"method": "linear"}))),
+            executor=SerialExecutor(num_threads=1),
+        )
 
 
 @pytest.mark.parametrize(("scope", "sums"), [("model", 3), ("tensor", 0)])
-def test_no_histogram_is_kept_longer_than_it_is_needed(lab: Any, monkeypatch: pytest.MonkeyPatch, scope: str, sums: int) -> None:
+def test_no_histogram_is_kept_longer_than_it_is_needed(
+    lab: Any, monkeypatch: pytest.MonkeyPatch, scope: str, sums: int
+) -> None:
     flows: list[Flow] = []
 
     class Kept(Flow):

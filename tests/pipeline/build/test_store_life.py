@@ -14,17 +14,17 @@ from typing import Any
 
 import pytest
 
-from mmerge.manifests.maintenance.lease import Claim
-from mmerge.manifests.maintenance.garbage_collection import collect
-from mmerge.manifests.maintenance.copy_build import copy_build
 from mmerge.manifests.errors import DamagedObject, ManifestError, RecipeError, StoreError
+from mmerge.manifests.maintenance.copy_build import copy_build
+from mmerge.manifests.maintenance.garbage_collection import collect
+from mmerge.manifests.maintenance.lease import Claim
 from mmerge.manifests.stores.object_store import Store, open_store
 from mmerge.pipeline import make_plan, read_recipe, run, verify
+from mmerge.pipeline.build.forecast import Forecast, make_forecast
 from mmerge.pipeline.build.run import RunReport
 from mmerge.pipeline.cli.main import main
 from mmerge.pipeline.cli.store import parse_duration
 from mmerge.pipeline.views.compare import compare_builds, read_log
-from mmerge.pipeline.build.forecast import Forecast, make_forecast
 
 CHANGED = "language_model.model.layers.1.mlp.up_proj.weight"
 
@@ -38,14 +38,18 @@ def forecast(lab: Any, raw: dict[str, Any], *, survey: bool = False) -> Forecast
 
 
 def change_one_layer(lab: Any) -> None:
-    lab.make_expert("audio", 1, change=lambda tensors: tensors.update({CHANGED: tensors[CHANGED] + 1}))
+    lab.make_expert(
+        "audio", 1, change=lambda tensors: tensors.update({CHANGED: tensors[CHANGED] + 1})
+    )
 
 
 def keys(store: Store, prefix: str) -> set[str]:
     return set(store.list(prefix))
 
 
-def test_one_changed_layer_writes_one_object_its_entry_and_the_records_of_the_build(lab: Any) -> None:
+def test_one_changed_layer_writes_one_object_its_entry_and_the_records_of_the_build(
+    lab: Any,
+) -> None:
     raw = lab.make_all() | {"scope": "tensor"}
     first = build(lab, raw)
     store = open_store(str(lab.folder / "store"))
@@ -54,10 +58,14 @@ def test_one_changed_layer_writes_one_object_its_entry_and_the_records_of_the_bu
     second = build(lab, raw)
     assert second.num_computed["merge"] == 1
     assert second.num_computed["carry"] == 0
-    written = {listed.key for listed in store.list_objects() if before.get(listed.key) != listed.modified}
+    written = {
+        listed.key for listed in store.list_objects() if before.get(listed.key) != listed.modified
+    }
     assert second.manifest is not None
     assert first.manifest is not None
-    (new,) = {entry.key for entry in second.manifest.entries} - {entry.key for entry in first.manifest.entries}
+    (new,) = {entry.key for entry in second.manifest.entries} - {
+        entry.key for entry in first.manifest.entries
+    }
     assert {key for key in written if not key.startswith("surveys/")} == {
         new, new.replace(".safetensors", ".json"), f"builds/{second.build}/manifest.json", f"builds/{second.build}/tensors.parquet",
         "refs/tiny/000002.json", *(key for key in written if key.startswith("files/")),
@@ -72,7 +80,9 @@ def test_a_plan_says_which_shards_would_be_computed_and_why(lab: Any) -> None:
     build(lab, raw)
     assert forecast(lab, raw).count("reuse") == 13
     other = {shard.shard: shard for shard in forecast(lab, raw | {"mask_scale": 0.9}).shards}
-    assert {shard.reason for shard in other.values() if shard.state == "compute"} == {"numbers of the recipe changed"}
+    assert {shard.reason for shard in other.values() if shard.state == "compute"} == {
+        "numbers of the recipe changed"
+    }
     assert sum(shard.state == "reuse" for shard in other.values()) == 8
     change_one_layer(lab)
     unread = forecast(lab, raw)
@@ -81,7 +91,9 @@ def test_a_plan_says_which_shards_would_be_computed_and_why(lab: Any) -> None:
     store = open_store(str(lab.folder / "store"))
     objects = keys(store, "objects")
     found = [shard for shard in forecast(lab, raw, survey=True).shards if shard.state == "compute"]
-    assert [(shard.shard, shard.reason) for shard in found] == [("layers.1", "expert 'audio' changed, trim thresholds moved")]
+    assert [(shard.shard, shard.reason) for shard in found] == [
+        ("layers.1", "expert 'audio' changed, trim thresholds moved")
+    ]
     assert keys(store, "objects") == objects
     report = build(lab, raw)
     assert report.num_computed["merge"] == len(found)
@@ -107,7 +119,9 @@ def test_a_difference_names_inputs_numbers_and_layers(lab: Any) -> None:
     other = compare_builds(place + "#tiny@2", place + "#tiny@3")
     assert other.numbers == (("mask_scale", 0.75, 0.9),)
     assert not other.inputs
-    assert all(after <= before for layer in other.layers for before, after in layer.densities.values()), "a larger scale never adds a bit"
+    assert all(
+        after <= before for layer in other.layers for before, after in layer.densities.values()
+    ), "a larger scale never adds a bit"
     assert compare_builds(place, place + "#tiny@3").is_empty
     lines = read_log(open_store(place), "")
     assert [line.reference.number for line in lines] == [3, 2, 1]
@@ -120,7 +134,9 @@ def grow_old(store: Store, *, days: float = 30) -> None:
         os.utime(Path(store.uri) / key, (then, then))
 
 
-def test_collection_is_dry_spares_the_young_the_live_and_what_they_share_and_deletes_the_rest(lab: Any) -> None:
+def test_collection_is_dry_spares_the_young_the_live_and_what_they_share_and_deletes_the_rest(
+    lab: Any,
+) -> None:
     raw = lab.make_all()
     first = build(lab, raw)
     second = build(lab, raw | {"mask_scale": 0.9})
@@ -135,7 +151,9 @@ def test_collection_is_dry_spares_the_young_the_live_and_what_they_share_and_del
     assert found.dead_builds == (first.build,)
     assert first.manifest is not None
     assert second.manifest is not None
-    dead = {entry.key for entry in first.manifest.entries} - {entry.key for entry in second.manifest.entries}
+    dead = {entry.key for entry in first.manifest.entries} - {
+        entry.key for entry in second.manifest.entries
+    }
     assert {listed.key for listed in found.garbage} == {
         "refs/tiny/000001.json", f"builds/{first.build}/manifest.json", f"builds/{first.build}/tensors.parquet",
         *dead, *(key.replace(".safetensors", ".json") for key in dead), "objects/.half.0123.partial",
@@ -150,13 +168,19 @@ def test_collection_is_dry_spares_the_young_the_live_and_what_they_share_and_del
     verify(store.uri).check()
 
 
-def test_a_collection_refuses_while_a_run_is_at_work_and_a_run_waits_for_a_collection(lab: Any) -> None:
+def test_a_collection_refuses_while_a_run_is_at_work_and_a_run_waits_for_a_collection(
+    lab: Any,
+) -> None:
     build(lab, lab.make_all())
     store = open_store(str(lab.folder / "store"))
     grow_old(store)
     with Claim(store, "run"), pytest.raises(StoreError, match="in use by another process"):
         collect(store, delete=True)
-    with Claim(store, "collect"), Claim(store, "run") as claim, pytest.raises(StoreError, match="held by another process"):
+    with (
+        Claim(store, "collect"),
+        Claim(store, "run") as claim,
+        pytest.raises(StoreError, match="held by another process"),
+    ):
         claim.wait_for_none("collect", seconds=0.1, pause=0.05)
     killed = Claim(store, "run")
     killed._write()
@@ -179,10 +203,14 @@ def test_unfinished_objects_of_a_killed_run_go_after_the_grace_period(lab: Any) 
     store.put("objects/" + "a" * 64 + ".safetensors", b"x" * 100)
     assert collect(store, grace=timedelta(hours=1)).garbage == ()
     grow_old(store, days=1)
-    assert [listed.key for listed in collect(store, grace=timedelta(hours=1)).garbage] == ["objects/" + "a" * 64 + ".safetensors"]
+    assert [listed.key for listed in collect(store, grace=timedelta(hours=1)).garbage] == [
+        "objects/" + "a" * 64 + ".safetensors"
+    ]
 
 
-def test_a_copy_is_whole_takes_only_what_is_missing_and_carries_on_where_it_was_built(lab: Any, places: Any) -> None:
+def test_a_copy_is_whole_takes_only_what_is_missing_and_carries_on_where_it_was_built(
+    lab: Any, places: Any
+) -> None:
     raw = lab.make_all()
     build(lab, raw)
     source, target = str(lab.folder / "store"), places.make("moto")
@@ -231,7 +259,9 @@ def test_a_sample_reads_a_share_and_finds_what_it_reads(lab: Any) -> None:
     key = report.manifest.entries[0].key
     path = lab.folder / "store" / key
     path.write_bytes(path.read_bytes()[:-1])
-    assert any(key in damage for damage in verify(place, sample=0.01).damages), "sizes are compared in any case"
+    assert any(key in damage for damage in verify(place, sample=0.01).damages), (
+        "sizes are compared in any case"
+    )
     with pytest.raises(ManifestError, match="share in"):
         verify(place, sample=1.5)
 
@@ -247,7 +277,9 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
     return call
 
 
-def test_every_command_about_stores_works_from_the_command_line(lab: Any, cli: Callable[..., tuple[int, str]]) -> None:
+def test_every_command_about_stores_works_from_the_command_line(
+    lab: Any, cli: Callable[..., tuple[int, str]]
+) -> None:
     raw = lab.make_all()
     recipe, place = str(lab.write_recipe(raw)), str(lab.folder / "store")
     code, text = cli("plan", recipe)
@@ -260,7 +292,10 @@ def test_every_command_about_stores_works_from_the_command_line(lab: Any, cli: C
     code, text = cli("diff", f"{place}#tiny@1", f"{place}#tiny@2")
     assert code == 0
     assert "mask_scale: 0.75 → 0.9" in text
-    assert json.loads(cli("diff", f"{place}#tiny@1", f"{place}#tiny@2", "--json")[1])["objects"]["new"] == 5
+    assert (
+        json.loads(cli("diff", f"{place}#tiny@1", f"{place}#tiny@2", "--json")[1])["objects"]["new"]
+        == 5
+    )
     code, text = cli("log", place)
     assert code == 0
     assert "tiny@2" in text
