@@ -50,7 +50,6 @@ RAY_FILES = {
 PENDING: set[tuple[str, str]] = {
     ("manifests.stores", "manifests.format"),
     ("pipeline.monitoring", "pipeline.execution"),
-    ("workers.compiled", "workers.tasks"),
     ("workers.modalities", "workers.composite"),
 }
 

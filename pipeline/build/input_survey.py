@@ -22,7 +22,7 @@ from mmerge.workers.statistics.magnitude_histograms import (
 )
 from mmerge.workers.statistics.order_statistics import trim_rank
 from mmerge.workers.task import CopyTensor, RefineTask, SurveyTask, TensorTask
-from mmerge.workers.tasks.survey import SparseHistogram, Survey, piece_name, read_survey
+from mmerge.workers.tasks.scan_cache import ScanResult, SparseHistogram, piece_name, read_scan
 
 SURVEY_VERSION = 2
 """Raised when what a survey holds changes: no older survey is then reused."""
@@ -48,7 +48,7 @@ class InputSurvey:
     copied: dict[tuple[str, str, int], str] = field(default_factory=dict)
     """Digest of each copied piece by expert (empty for the base), name and first row."""
 
-    def add(self, task: SurveyTask, found: Survey, *, expert: str) -> None:
+    def add(self, task: SurveyTask, found: ScanResult, *, expert: str) -> None:
         """Take what a task found; `expert` is the owner of what it only copies, empty for the base."""
         if not self.pooled:
             self.histograms.update(found.histograms)
@@ -156,9 +156,9 @@ def make_survey_tasks(
     return tasks
 
 
-def read_task_survey(store: Store, task: SurveyTask | RefineTask) -> Survey:
+def read_task_survey(store: Store, task: SurveyTask | RefineTask) -> ScanResult:
     """Return what a task left in the store. Raises MmergeError when it is missing or damaged."""
-    survey = read_survey(store, task.key)
+    survey = read_scan(store, task.key)
     if survey is None:
         raise MmergeError(
             f"{store.uri}: the survey of {task.shard} is damaged or gone. Run again with --fresh"

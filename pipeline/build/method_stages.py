@@ -23,12 +23,12 @@ from mmerge.workers.methods.interface import (
     Stage,
     TensorKnown,
     TensorVectors,
+    parse_numbers,
 )
 from mmerge.workers.statistics.exact_sums import NUM_RANK_BINS, NUM_SUM_BINS, to_ranked, to_sum
 from mmerge.workers.statistics.order_statistics import Counts, add_sparse, find_bin
 from mmerge.workers.task import MeasureTask, SurveyTask, TensorTask
-from mmerge.workers.tasks.measure import parse_numbers
-from mmerge.workers.tasks.survey import SparseHistogram, Survey, piece_name, read_survey
+from mmerge.workers.tasks.scan_cache import ScanResult, SparseHistogram, piece_name, read_scan
 
 MEASURE_VERSION = 2
 """Raised when what a stage measures changes: no older counts are then reused."""
@@ -202,7 +202,7 @@ class StageRun:
 
     def _look(
         self, stage: Stage, wanted: dict[str, dict[str, list[tuple[int, int]]]] | None
-    ) -> list[Survey]:
+    ) -> list[ScanResult]:
         """Return what one pass over all shards found."""
         surveys = {survey.shard: survey for survey in self.surveys}
         tasks = []
@@ -239,7 +239,7 @@ class StageRun:
         self.run_measure(stage.name if wanted is None else f"{stage.name} (exact)", tasks)
         surveyed = []
         for task in tasks:
-            found = read_survey(self.store, task.key)
+            found = read_scan(self.store, task.key)
             if found is None:
                 raise MmergeError(
                     f"{self.store.uri}: what {stage.name} found of {task.shard} is damaged or gone. Run again with --fresh"

@@ -37,6 +37,7 @@ from mmerge.pipeline.planning.plan import MergePlan
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
 from mmerge.workers.checkpoints.lora_adapter import open_expert
 from mmerge.workers.methods import find_method
+from mmerge.workers.methods.interface import parse_numbers
 from mmerge.workers.task import (
     CopyTask,
     MeasureTask,
@@ -46,8 +47,7 @@ from mmerge.workers.task import (
     Task,
     TaskResult,
 )
-from mmerge.workers.tasks.measure import parse_numbers
-from mmerge.workers.tasks.survey import survey_key
+from mmerge.workers.tasks.scan_cache import scan_key
 
 FOLLOWING = {RefineTask: "thresholds", MergeTask: "merge", CopyTask: "carry"}
 """The phases of the tasks that follow from surveys."""
@@ -169,7 +169,7 @@ class Builder:
         self._run_phase(phase, tasks, self._is_surveyed)
 
     def _is_surveyed(self, task: SurveyTask | RefineTask | MeasureTask) -> bool:
-        return self.store.exists(survey_key(task.key))
+        return self.store.exists(scan_key(task.key))
 
     def _run_phase(
         self,

@@ -22,7 +22,7 @@ from mmerge.pipeline.planning.plan import MergePlan, MergeShard
 from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Known, Trimming
 from mmerge.workers.task import CopyTask, MergeTask, RefineTask, SurveyTask, Task
-from mmerge.workers.tasks.survey import SparseHistogram
+from mmerge.workers.tasks.scan_cache import SparseHistogram
 
 FlowTask = TypeVar("FlowTask", MergeTask, CopyTask)
 

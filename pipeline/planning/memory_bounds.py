@@ -13,11 +13,10 @@ from mmerge.manifests.stores.writer import WRITER_BUFFER_BYTES, WRITER_CONCURREN
 from mmerge.workers.checkpoints.checkpoint import LowRankSource, ahead_bytes
 from mmerge.workers.checkpoints.lora_weights import TILE_ROWS
 from mmerge.workers.compiled.registry import FAST_PATHS
-from mmerge.workers.methods.interface import Granularity, Method
+from mmerge.workers.methods.interface import Granularity, Method, entries_at_once, num_columns
 from mmerge.workers.reconstruction.bitmask import packed_bytes
-from mmerge.workers.statistics.magnitude_histograms import survey_bytes
+from mmerge.workers.statistics.magnitude_histograms import scan_bytes
 from mmerge.workers.task import TensorTask
-from mmerge.workers.tasks.blocks import entries_at_once, num_columns
 
 WORKER_BYTES = 96 << 20
 """What a task needs beside its blocks: allocator, readers, small objects."""
@@ -55,7 +54,7 @@ def merge_peak_bytes(tensors: Sequence[TensorTask], working: Working) -> int:
     num_masks = num_experts if working.method.kind == "masks" else 0
     blocks = max(_block_bytes(tensor, num_experts, working) for tensor in tensors)
     masks = num_masks * max(packed_bytes(tensor.num_entries) for tensor in tensors)
-    survey = survey_bytes([tensor.num_entries for tensor in tensors], num_experts=num_experts)
+    survey = scan_bytes([tensor.num_entries for tensor in tensors], num_experts=num_experts)
     ahead = max(ahead_bytes((tensor.base, *tensor.experts)) for tensor in tensors)
     forming = max(_forming_bytes(tensor, working.block_entries) for tensor in tensors)
     return max(blocks + masks, survey) + forming + ahead + WRITER_BYTES + WORKER_BYTES

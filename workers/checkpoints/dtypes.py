@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from typing_extensions import override
-
-if TYPE_CHECKING:
-    from mmerge.workers.checkpoints.block_reader import InputBlock
 
 _NAMES: Mapping[str, str] = {
     "BOOL": "bool",
@@ -93,23 +89,6 @@ def to_bytes(tensor: torch.Tensor) -> memoryview:
     if not flat.numel():
         return memoryview(b"")
     return flat.view(torch.uint8).numpy().data.cast("B")
-
-
-def to_float_tensors(block: InputBlock) -> list[torch.Tensor]:
-    """Return the entries of a block of base and experts as flat float32 tensors that own their
-    memory.
-    """
-    names = ("F32", "BF16", "F16")
-    found = []
-    for row, code in zip(block.rows, block.codes.tolist(), strict=True):
-        dtype = TORCH_DTYPES[names[code]]
-        values = (
-            torch.frombuffer(row.data, dtype=dtype, count=block.num_entries)
-            if block.num_entries
-            else torch.empty(0)
-        )
-        found.append(values.to(torch.float32, copy=True))
-    return found
 
 
 _NAN_BITS: Mapping[str, tuple[str, int]] = {

@@ -25,6 +25,7 @@ from mmerge.workers.kernels.locate import (
     merge_located,
 )
 from mmerge.workers.methods.dare import densities
+from mmerge.workers.methods.interface import num_columns
 from mmerge.workers.methods.randomness import stream_key
 from mmerge.workers.statistics.magnitude_histograms import (
     Histogram,
@@ -32,7 +33,6 @@ from mmerge.workers.statistics.magnitude_histograms import (
     count_lower,
     find_top,
 )
-from mmerge.workers.tasks.blocks import num_columns
 
 HOW: Mapping[str, int] = {"mean": ELECT_MEAN, "sum": ELECT_SUM, "max": ELECT_MAX}
 

@@ -4,6 +4,7 @@ block.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -284,3 +285,26 @@ class Method(ABC):
         """Return the merge of one block. Pure: depends on nothing but its arguments, entry by entry
         (row by row, …).
         """
+
+
+def parse_numbers(method: Method, numbers: Numbers) -> tuple[Any, list[Any]]:
+    """Return the parameters of the recipe and of each expert that hold for one tensor, as the
+    method's models.
+    """
+    experts = [method.expert_parameters_model.model_validate(raw) for raw in numbers.experts]
+    return method.parameters_model.model_validate(numbers.parameters), experts
+
+
+def num_columns(shape: Sequence[int]) -> int:
+    """Return the entries of one row: a tensor of less than two dimensions is one row."""
+    return math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
+
+
+def entries_at_once(shape: Sequence[int], block_entries: int, *, granularity: Granularity) -> int:
+    """Return how many entries of a tensor of this shape are in one block."""
+    if granularity == "entry":
+        return block_entries
+    if granularity == "row":
+        columns = max(num_columns(shape), 1)
+        return max(block_entries // columns, 1) * columns
+    return max(math.prod(shape), 1)

@@ -74,7 +74,7 @@ class MagnitudeCounter:
         self._ranges[:, 0], self._ranges[:, 1] = np.iinfo(np.uint32).max, 0
 
 
-def survey_bytes(num_entries: Sequence[int], *, num_experts: int) -> int:
+def scan_bytes(num_entries: Sequence[int], *, num_experts: int) -> int:
     """Return the bytes of a counter, and of the histograms of tensors with so many entries: all
     values within 16 exponents.
     """

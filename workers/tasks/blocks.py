@@ -4,30 +4,20 @@ to float32.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
 
-from mmerge.workers.checkpoints.block_reader import InputReader
-from mmerge.workers.checkpoints.dtypes import TORCH_DTYPES, to_float_tensors
-from mmerge.workers.methods.interface import Block, Granularity, Known
+from mmerge.workers.checkpoints.block_reader import InputBlock, InputReader
+from mmerge.workers.checkpoints.dtypes import TORCH_DTYPES
+from mmerge.workers.methods.interface import (
+    Block,
+    Granularity,
+    Known,
+    entries_at_once,
+    num_columns,
+)
 from mmerge.workers.task import TensorTask
-
-
-def num_columns(shape: Sequence[int]) -> int:
-    """Return the entries of one row: a tensor of less than two dimensions is one row."""
-    return math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
-
-
-def entries_at_once(shape: Sequence[int], block_entries: int, *, granularity: Granularity) -> int:
-    """Return how many entries of a tensor of this shape are in one block."""
-    if granularity == "entry":
-        return block_entries
-    if granularity == "row":
-        columns = max(num_columns(shape), 1)
-        return max(block_entries // columns, 1) * columns
-    return max(math.prod(shape), 1)
 
 
 def read_blocks(
@@ -46,12 +36,29 @@ def read_blocks(
     at_once = entries_at_once(shape, block_entries, granularity=granularity)
     for found in reader.blocks((tensor.base, *tensor.experts), block_entries=at_once):
         base, *experts = (
-            _to_shape(values, shape, columns, granularity) for values in to_float_tensors(found)
+            _to_shape(values, shape, columns, granularity) for values in _to_float_tensors(found)
         )
         yield Block(
             base=base, experts=experts, thresholds=thresholds, dtype=TORCH_DTYPES[dtype], name=tensor.name, start=tensor.start + found.start,
             shape=tensor.shape, expert_names=expert_names, known=known,
         )  # fmt: skip
+
+
+def _to_float_tensors(block: InputBlock) -> list[torch.Tensor]:
+    """Return the entries of a block of base and experts as flat float32 tensors that own their
+    memory.
+    """
+    names = ("F32", "BF16", "F16")
+    found = []
+    for row, code in zip(block.rows, block.codes.tolist(), strict=True):
+        dtype = TORCH_DTYPES[names[code]]
+        values = (
+            torch.frombuffer(row.data, dtype=dtype, count=block.num_entries)
+            if block.num_entries
+            else torch.empty(0)
+        )
+        found.append(values.to(torch.float32, copy=True))
+    return found
 
 
 def _to_shape(

@@ -7,7 +7,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,24 +16,22 @@ from mmerge.manifests.stores.object_store import Store
 from mmerge.workers.checkpoints.block_reader import InputReader
 from mmerge.workers.compiled.inner_products import VECTORS, measure_gram
 from mmerge.workers.methods import find_method
-from mmerge.workers.methods.interface import Block, Method, Numbers
+from mmerge.workers.methods.interface import Block, parse_numbers
 from mmerge.workers.statistics.exact_sums import count_sum, high_ranks, low_ranks
 from mmerge.workers.statistics.order_statistics import Counts, to_sparse
 from mmerge.workers.task import MeasureTask, TaskResult, TensorTask
 from mmerge.workers.tasks.blocks import read_blocks
-from mmerge.workers.tasks.survey import SparseHistogram, Survey, piece_name, read_survey, survey_key
+from mmerge.workers.tasks.scan_cache import (
+    ScanResult,
+    SparseHistogram,
+    piece_name,
+    read_scan,
+    scan_key,
+)
 
 VECTOR_BLOCK_ENTRIES = 1 << 18
 """Entries at once in a stage of vectors: fixed, since float64 sums depend on what is added first.
 """
-
-
-def parse_numbers(method: Method, numbers: Numbers) -> tuple[Any, list[Any]]:
-    """Return the parameters of the recipe and of each expert that hold for one tensor, as the
-    method's models.
-    """
-    experts = [method.expert_parameters_model.model_validate(raw) for raw in numbers.experts]
-    return method.parameters_model.model_validate(numbers.parameters), experts
 
 
 def count_quantities(
@@ -62,7 +59,7 @@ def count_quantities(
 def measure_shard(task: MeasureTask, store: Store) -> TaskResult:
     """Measure one shard and leave the counts in the store, by "piece:quantity"."""
     began = time.monotonic()
-    if not task.fresh and read_survey(store, task.key) is not None:
+    if not task.fresh and read_scan(store, task.key) is not None:
         return TaskResult(task.shard, 0, True, time.monotonic() - began)
     histograms: dict[str, SparseHistogram] = {}
     vectors: dict[str, NDArray[np.float64]] = {}
@@ -77,7 +74,7 @@ def measure_shard(task: MeasureTask, store: Store) -> TaskResult:
                 continue
             for quantity, counts in _measure_tensor(task, index, reader).items():
                 histograms[f"{piece}:{quantity}"] = to_sparse(counts)
-    store.put(survey_key(task.key), Survey({}, histograms, vectors).to_bytes())
+    store.put(scan_key(task.key), ScanResult({}, histograms, vectors).to_bytes())
     return TaskResult(task.shard, task.num_bytes, False, time.monotonic() - began)
 
 

@@ -33,12 +33,17 @@ from mmerge.workers.compiled.interface import FastPath, MaskPath, PathRequest, R
 from mmerge.workers.compiled.registry import find_fast_path
 from mmerge.workers.kernels.tiles import TILE_ENTRIES, add_squares
 from mmerge.workers.methods import find_method
-from mmerge.workers.methods.interface import Block, MergedBlock, Method
+from mmerge.workers.methods.interface import (
+    Block,
+    MergedBlock,
+    Method,
+    entries_at_once,
+    parse_numbers,
+)
 from mmerge.workers.reconstruction.bitmask import packed_bytes
 from mmerge.workers.task import MergeTask, TaskResult, TensorTask
-from mmerge.workers.tasks.blocks import entries_at_once, read_blocks
+from mmerge.workers.tasks.blocks import read_blocks
 from mmerge.workers.tasks.heartbeat import Pulse
-from mmerge.workers.tasks.measure import parse_numbers
 
 
 def merge_shard(task: MergeTask, store: Store) -> TaskResult:

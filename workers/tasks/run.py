@@ -23,7 +23,7 @@ from mmerge.workers.task import (
 from mmerge.workers.tasks.copy import copy_shard
 from mmerge.workers.tasks.measure import measure_shard
 from mmerge.workers.tasks.merge import merge_shard
-from mmerge.workers.tasks.survey import refine_shard, survey_shard
+from mmerge.workers.tasks.scan import refine_shard, scan_shard
 
 log = logging.getLogger("mmerge.run")
 ATTEMPTS = 3
@@ -62,7 +62,7 @@ def _attempt(task: Task, store_uri: str, *, settles: bool) -> TaskResult:
 
 def _run(task: Task, store: Store) -> TaskResult:
     if isinstance(task, SurveyTask):
-        return survey_shard(task, store)
+        return scan_shard(task, store)
     if isinstance(task, RefineTask):
         return refine_shard(task, store)
     if isinstance(task, MeasureTask):

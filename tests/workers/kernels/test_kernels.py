@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from input_blocks import make_block
 
 from mmerge.manifests.format.safetensors_header import TensorSpec
 from mmerge.workers.checkpoints.block_reader import InputBlock
@@ -30,11 +31,10 @@ from mmerge.workers.compiled.registry import FAST_PATHS, find_fast_path
 from mmerge.workers.kernels import tiles as kernels
 from mmerge.workers.kernels.magnitudes import first_non_finite
 from mmerge.workers.methods import METHODS
-from mmerge.workers.methods.interface import Block, Known, MergedBlock, Method
+from mmerge.workers.methods.interface import Block, Known, MergedBlock, Method, num_columns
 from mmerge.workers.reconstruction.bitmask import pack_mask, packed_bytes
 from mmerge.workers.statistics.exact_sums import exact_sum, to_sum
 from mmerge.workers.task import TensorTask
-from mmerge.workers.tasks.blocks import num_columns
 
 DTYPES = ("BF16", "F16", "F32")
 SPECIAL = (
@@ -102,17 +102,6 @@ PARAMETERS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "slerp": [({"t": 0.3}, {}), ({"t": 1.0}, {})],
 }
 """Per method, numbers of the recipe and of each expert."""
-
-
-def make_block(rows: list[torch.Tensor]) -> InputBlock:
-    raw = [to_bytes(row) for row in rows]
-    stride = max(len(data) for data in raw) + 64
-    stride += -stride % 64
-    array = np.zeros((len(rows), stride), np.uint8)
-    for target, data in zip(array, raw, strict=True):
-        target[: len(data)] = data
-    codes = np.array([kernels.CODES[SAFETENSORS_DTYPES[row.dtype]] for row in rows], np.int64)
-    return InputBlock(0, rows[0].numel(), list(array), codes, tuple(raw))
 
 
 def make_rows(dtypes: list[str], size: int, seed: int, *, special: bool) -> list[torch.Tensor]:

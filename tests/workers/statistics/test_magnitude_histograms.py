@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from input_blocks import make_block
 
 from mmerge.workers.checkpoints.block_reader import InputBlock
 from mmerge.workers.checkpoints.dtypes import TORCH_DTYPES
@@ -19,8 +20,6 @@ from mmerge.workers.statistics.magnitude_histograms import (
     to_magnitude,
 )
 from mmerge.workers.statistics.order_statistics import trim_rank
-
-from .test_kernels import make_block
 
 
 def by_sorting(delta: torch.Tensor, rank: int) -> float:
