@@ -314,9 +314,14 @@ def run_peer(name: str, paths: list[Path], work: Path, peers: Path) -> Measured:
 
 def _row(name: str, found: Measured, input_bytes: int) -> dict[str, Any]:
     return {
-        "method": name, "wall_s": found.wall_s, "cpu_s": found.cpu_s, "peak_bytes": found.peak_bytes,
-        "peak_private_bytes": found.peak_private_bytes, "input_gb_s": input_bytes / found.wall_s / 1e9, "speedup": None,
-    }  # fmt: skip
+        "method": name,
+        "wall_s": found.wall_s,
+        "cpu_s": found.cpu_s,
+        "peak_bytes": found.peak_bytes,
+        "peak_private_bytes": found.peak_private_bytes,
+        "input_gb_s": input_bytes / found.wall_s / 1e9,
+        "speedup": None,
+    }
 
 
 def _print(row: dict[str, Any], floor_s: float | None) -> None:

@@ -129,7 +129,7 @@ def print_limits(found: dict[str, Any]) -> None:
 
 
 def build(folder: Path, shape: str) -> dict[str, str]:
-    """Return the stores of a composite of masks and of a plain merge, built if they are not there."""
+    """Return the stores of a masks build and of a plain merge, built if absent."""
     paths = make_checkpoints(folder / shape, SHAPES[shape], num_experts=NUM_EXPERTS)
     for path in paths:
         if not (path / "tokenizer.json").exists():
@@ -356,7 +356,7 @@ def measure_speed(
 
 
 def measure_memory(uri: str, dtype: torch.dtype) -> dict[str, float]:
-    """Bytes of the language model's tensors, against as many separate models as there are experts."""
+    """Compare the language model's bytes with those of one separate model per expert."""
     found = {}
     for policy in ("packed", "resident"):
         model = load_composite(uri, dtype=dtype, policy=policy).language_model  # type: ignore[arg-type]

@@ -320,8 +320,12 @@ def _swudi(deltas: list[torch.Tensor]) -> torch.Tensor:
 
 
 PLAIN: Mapping[str, Callable[..., torch.Tensor]] = {
-    "iso_c": _iso_c, "tsv": _tsv, "swudi": _swudi, "wudi": _wudi, "optmerge": _optmerge,
-}  # fmt: skip
+    "iso_c": _iso_c,
+    "tsv": _tsv,
+    "swudi": _swudi,
+    "wudi": _wudi,
+    "optmerge": _optmerge,
+}
 """By method, the merged task vector of one matrix, written down without this project's code."""
 
 

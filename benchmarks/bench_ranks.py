@@ -79,7 +79,7 @@ def to_span(values: list[float]) -> str:
 
 
 def measure(uri: str, num_ranks: int) -> dict[str, Any]:
-    """Return the load reports of every rank, and the bytes that rank 0 holds of the language model."""
+    """Return the load reports of all ranks, and rank 0's bytes of the language model."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "found.json"
         command = [

@@ -219,12 +219,19 @@ def make_row(builds: dict[str, list[Build]], options: argparse.Namespace) -> dic
     walls = {label: [found.wall_s for found in made] for label, made in builds.items()}
     cpus = {label: [found.cpu_s for found in made] for label, made in builds.items()}
     return {
-        "shape": options.shape, "scope": options.scope, "workers": options.workers, "nodes": options.nodes, "machine": platform.machine(), "cores": os.cpu_count(),
-        "load": os.getloadavg()[0], "wall_s": walls, "cpu_s": cpus,
+        "shape": options.shape,
+        "scope": options.scope,
+        "workers": options.workers,
+        "nodes": options.nodes,
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "wall_s": walls,
+        "cpu_s": cpus,
         "wall_ratio_best": min(walls["ray"]) / min(walls["serial"]),
         "wall_ratio_median": statistics.median(walls["ray"]) / statistics.median(walls["serial"]),
         "cpu_ratio_median": statistics.median(cpus["ray"]) / statistics.median(cpus["serial"]),
-    }  # fmt: skip
+    }
 
 
 def forecast(

@@ -26,9 +26,14 @@ EXPERTS = ("image", "audio", "video")
 def write_checkpoints(folder: Path, layers: int, hidden: int) -> None:
     """Write a LLaMA-shaped base and three experts with small random changes."""
     config = {
-        "model_type": "llama", "hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers,
-        "num_attention_heads": 8, "vocab_size": 1000, "tie_word_embeddings": False,
-    }  # fmt: skip
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": 3 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 8,
+        "vocab_size": 1000,
+        "tie_word_embeddings": False,
+    }
     shapes = {
         "model.embed_tokens.weight": (1000, hidden),
         "model.norm.weight": (hidden,),

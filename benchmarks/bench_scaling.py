@@ -36,13 +36,17 @@ def write_headers(path: Path, shape: dict[str, int]) -> None:
         prefix = f"model.layers.{layer}."
         files.append(
             {
-                prefix + "input_layernorm.weight": (hidden,), prefix + "post_attention_layernorm.weight": (hidden,),
-                prefix + "self_attn.q_proj.weight": (hidden, hidden), prefix + "self_attn.o_proj.weight": (hidden, hidden),
-                prefix + "self_attn.k_proj.weight": (kv, hidden), prefix + "self_attn.v_proj.weight": (kv, hidden),
-                prefix + "mlp.gate_proj.weight": (ffn, hidden), prefix + "mlp.up_proj.weight": (ffn, hidden),
+                prefix + "input_layernorm.weight": (hidden,),
+                prefix + "post_attention_layernorm.weight": (hidden,),
+                prefix + "self_attn.q_proj.weight": (hidden, hidden),
+                prefix + "self_attn.o_proj.weight": (hidden, hidden),
+                prefix + "self_attn.k_proj.weight": (kv, hidden),
+                prefix + "self_attn.v_proj.weight": (kv, hidden),
+                prefix + "mlp.gate_proj.weight": (ffn, hidden),
+                prefix + "mlp.up_proj.weight": (ffn, hidden),
                 prefix + "mlp.down_proj.weight": (hidden, ffn),
             }
-        )  # fmt: skip
+        )
     weight_map = {}
     for index, shapes in enumerate(files):
         name = f"model-{index:05d}.safetensors"
@@ -63,10 +67,17 @@ def write_headers(path: Path, shape: dict[str, int]) -> None:
             out.truncate(8 + len(text) + offset)
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "intermediate_size": ffn,
-        "num_hidden_layers": shape["layers"], "num_attention_heads": hidden // 128, "num_key_value_heads": kv // 128, "head_dim": 128,
-        "vocab_size": vocab, "tie_word_embeddings": False,
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": shape["layers"],
+        "num_attention_heads": hidden // 128,
+        "num_key_value_heads": kv // 128,
+        "head_dim": 128,
+        "vocab_size": vocab,
+        "tie_word_embeddings": False,
+    }
     (path / "config.json").write_text(json.dumps(config))
 
 

@@ -34,11 +34,23 @@ class Shape:
     def config(self) -> dict[str, Any]:
         """Its config.json."""
         return {
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": self.hidden, "intermediate_size": self.ffn,
-            "num_hidden_layers": self.layers, "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads,
-            "head_dim": self.hidden // self.heads, "vocab_size": self.vocabulary, "max_position_embeddings": 2048, "rms_norm_eps": 1e-05,
-            "hidden_act": "silu", "tie_word_embeddings": self.tied, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16",
-        }  # fmt: skip
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": self.hidden,
+            "intermediate_size": self.ffn,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.hidden // self.heads,
+            "vocab_size": self.vocabulary,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-05,
+            "hidden_act": "silu",
+            "tie_word_embeddings": self.tied,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "torch_dtype": "bfloat16",
+        }
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
@@ -50,12 +62,16 @@ class Shape:
         for layer in range(self.layers):
             p = f"model.layers.{layer}."
             found |= {
-                p + "input_layernorm.weight": (self.hidden,), p + "post_attention_layernorm.weight": (self.hidden,),
-                p + "self_attn.q_proj.weight": (self.hidden, self.hidden), p + "self_attn.k_proj.weight": (kv, self.hidden),
-                p + "self_attn.v_proj.weight": (kv, self.hidden), p + "self_attn.o_proj.weight": (self.hidden, self.hidden),
-                p + "mlp.gate_proj.weight": (self.ffn, self.hidden), p + "mlp.up_proj.weight": (self.ffn, self.hidden),
+                p + "input_layernorm.weight": (self.hidden,),
+                p + "post_attention_layernorm.weight": (self.hidden,),
+                p + "self_attn.q_proj.weight": (self.hidden, self.hidden),
+                p + "self_attn.k_proj.weight": (kv, self.hidden),
+                p + "self_attn.v_proj.weight": (kv, self.hidden),
+                p + "self_attn.o_proj.weight": (self.hidden, self.hidden),
+                p + "mlp.gate_proj.weight": (self.ffn, self.hidden),
+                p + "mlp.up_proj.weight": (self.ffn, self.hidden),
                 p + "mlp.down_proj.weight": (self.hidden, self.ffn),
-            }  # fmt: skip
+            }
         found["model.norm.weight"] = (self.hidden,)
         return found if self.tied else found | {"lm_head.weight": (self.vocabulary, self.hidden)}
 

@@ -78,18 +78,49 @@ def make_configs() -> dict[str, dict[str, Any]]:
     ]
     return {
         "linear": {"merge_method": "linear", "models": models()},
-        "task_arithmetic": {"merge_method": "task_arithmetic", "base_model": "base", "models": models(), "parameters": {"lambda": 0.6}},
+        "task_arithmetic": {
+            "merge_method": "task_arithmetic",
+            "base_model": "base",
+            "models": models(),
+            "parameters": {"lambda": 0.6},
+        },
         "ties": {"merge_method": "ties", "base_model": "base", "models": models(density=0.5)},
-        "ties, weights over depth": {"merge_method": "ties", "base_model": "base", "models": gradient, "parameters": {"normalize": False}},
-        "breadcrumbs": {"merge_method": "breadcrumbs", "base_model": "base", "models": models(density=0.7, gamma=0.05)},
-        "breadcrumbs_ties": {"merge_method": "breadcrumbs_ties", "base_model": "base", "models": models(density=0.7, gamma=0.05)},
-        "sce": {"merge_method": "sce", "base_model": "base", "models": plain, "parameters": {"select_topk": 0.6}},
-        "slerp": {"merge_method": "slerp", "base_model": "image", "models": [{"model": "image"}, {"model": "audio"}], "parameters": {"t": 0.4}},
+        "ties, weights over depth": {
+            "merge_method": "ties",
+            "base_model": "base",
+            "models": gradient,
+            "parameters": {"normalize": False},
+        },
+        "breadcrumbs": {
+            "merge_method": "breadcrumbs",
+            "base_model": "base",
+            "models": models(density=0.7, gamma=0.05),
+        },
+        "breadcrumbs_ties": {
+            "merge_method": "breadcrumbs_ties",
+            "base_model": "base",
+            "models": models(density=0.7, gamma=0.05),
+        },
+        "sce": {
+            "merge_method": "sce",
+            "base_model": "base",
+            "models": plain,
+            "parameters": {"select_topk": 0.6},
+        },
+        "slerp": {
+            "merge_method": "slerp",
+            "base_model": "image",
+            "models": [{"model": "image"}, {"model": "audio"}],
+            "parameters": {"t": 0.4},
+        },
         "slerp, filters over depth": {
-            "merge_method": "slerp", "base_model": "image", "models": [{"model": "image"}, {"model": "audio"}], "parameters": {"t": FILTERED},
+            "merge_method": "slerp",
+            "base_model": "image",
+            "models": [{"model": "image"}, {"model": "audio"}],
+            "parameters": {"t": FILTERED},
         },
         "model_stock": {"merge_method": "model_stock", "base_model": "base", "models": plain},
-    }  # fmt: skip
+    }
 
 
 def write_language_models(folder: Path) -> None:
@@ -257,13 +288,18 @@ def read_folder(folder: Path) -> Tensors:
 def to_table(results: list[Result], version: str) -> str:
     """Return the results as the page docs/peer-equality.md."""
     lines = [
-        "# The same YAML with mergekit", "",
-        f"mergekit {version} and `mmerge run` on the same YAML files, the lab's base and the language models of its three experts "
-        f"({results[0].num_entries:,} parameters), both computing in float32 and writing the dtype in the second column. "
-        "`make bench-peers` makes this page.", "",
-        "| YAML | dtype | decided by a sort of equals | of the others equal | equal or neighbours | largest distance (ulp) |",
+        "# The same YAML with mergekit",
+        "",
+        f"mergekit {version} and `mmerge run` on the same YAML files, the lab's base and the "
+        "language models of its three experts "
+        f"({results[0].num_entries:,} parameters), both computing in float32 and writing the "
+        "dtype in the second column. "
+        "`make bench-peers` makes this page.",
+        "",
+        "| YAML | dtype | decided by a sort of equals | of the others equal | equal or "
+        "neighbours | largest distance (ulp) |",
         "|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     for result in results:
         equal, close = (
             f"{count / max(result.num_compared, 1):.4%}"

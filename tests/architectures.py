@@ -24,9 +24,19 @@ from mmerge.workers.reconstruction.build_reader import BuildReader
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 EXPERTS = ("image", "audio", "video")
 _SIZES: dict[str, Any] = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-    "vocab_size": 42, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, "rms_norm_eps": 1e-5,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 42,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+    "rms_norm_eps": 1e-5,
+}
 _OWN: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
     "mistral": {"tie_word_embeddings": False, "sliding_window": None},

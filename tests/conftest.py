@@ -31,10 +31,22 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 LAB = REPOSITORY / "examples" / "lab" / "checkpoints"
 
 CONFIG: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "vocab_size": 40, "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-05, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "dtype": "bfloat16",
-}  # fmt: skip
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "vocab_size": 40,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-05,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "dtype": "bfloat16",
+}
 
 
 def llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -51,11 +63,16 @@ def llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     for layer in range(config["num_hidden_layers"]):
         p = f"model.layers.{layer}."
         shapes |= {
-            p + "input_layernorm.weight": (hidden,), p + "post_attention_layernorm.weight": (hidden,),
-            p + "self_attn.q_proj.weight": (hidden, hidden), p + "self_attn.k_proj.weight": (kv, hidden),
-            p + "self_attn.v_proj.weight": (kv, hidden), p + "self_attn.o_proj.weight": (hidden, hidden),
-            p + "mlp.gate_proj.weight": (ffn, hidden), p + "mlp.up_proj.weight": (ffn, hidden), p + "mlp.down_proj.weight": (hidden, ffn),
-        }  # fmt: skip
+            p + "input_layernorm.weight": (hidden,),
+            p + "post_attention_layernorm.weight": (hidden,),
+            p + "self_attn.q_proj.weight": (hidden, hidden),
+            p + "self_attn.k_proj.weight": (kv, hidden),
+            p + "self_attn.v_proj.weight": (kv, hidden),
+            p + "self_attn.o_proj.weight": (hidden, hidden),
+            p + "mlp.gate_proj.weight": (ffn, hidden),
+            p + "mlp.up_proj.weight": (ffn, hidden),
+            p + "mlp.down_proj.weight": (hidden, ffn),
+        }
     return shapes | {"lm_head.weight": (config["vocab_size"], hidden)}
 
 
@@ -131,9 +148,12 @@ class Lab:
         for seed, name in enumerate(modalities):
             self.make_expert(name, seed)
         return {
-            "name": "tiny", "base": "base", "method": "mmer", "output": "store",
+            "name": "tiny",
+            "base": "base",
+            "method": "mmer",
+            "output": "store",
             "experts": {name: {"path": name, "modality": name} for name in modalities},
-        }  # fmt: skip
+        }
 
     def write_recipe(self, raw: dict[str, Any], name: str = "recipe.yaml") -> Path:
         path = self.folder / name
@@ -208,7 +228,7 @@ class Places:
         self._servers, self._folder, self._patch = servers, folder, patch
 
     def make(self, kind: str) -> str:
-        """The URI of an empty store of this kind; the environment is set so that it can be opened."""
+        """Return the URI of an empty store of this kind and set the environment to open it."""
         if kind == "memory":
             return f"memory://{uuid.uuid4().hex}"
         if kind == "local":

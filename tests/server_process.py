@@ -41,9 +41,12 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 def s3_environment(endpoint: str, *, key: str = "AK", secret: str = "SK") -> dict[str, str]:
     return {
-        "AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret, "AWS_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": key,
+        "AWS_SECRET_ACCESS_KEY": secret,
+        "AWS_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
-    }  # fmt: skip
+    }
 
 
 def make_bucket(environment: dict[str, str], name: str) -> None:
@@ -52,9 +55,13 @@ def make_bucket(environment: dict[str, str], name: str) -> None:
     from obstore.store import S3Store
 
     root = S3Store(
-        name, endpoint=environment["AWS_ENDPOINT_URL"], access_key_id=environment["AWS_ACCESS_KEY_ID"],
-        secret_access_key=environment["AWS_SECRET_ACCESS_KEY"], region="us-east-1", client_options={"allow_http": True},
-    )  # fmt: skip
+        name,
+        endpoint=environment["AWS_ENDPOINT_URL"],
+        access_key_id=environment["AWS_ACCESS_KEY_ID"],
+        secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
+        region="us-east-1",
+        client_options={"allow_http": True},
+    )
     from datetime import timedelta
 
     url = obstore.sign(root, "PUT", "x", timedelta(seconds=60)).partition("?")[0].rpartition("/")[0]

@@ -82,9 +82,10 @@ def azurite_server(folder: Path) -> Iterator[dict[str, str]]:
     try:
         wait_for(port, process=process)
         environment = {
-            "AZURE_STORAGE_ACCOUNT_NAME": "devstoreaccount1", "AZURE_STORAGE_ACCOUNT_KEY": AZURITE_KEY,
+            "AZURE_STORAGE_ACCOUNT_NAME": "devstoreaccount1",
+            "AZURE_STORAGE_ACCOUNT_KEY": AZURITE_KEY,
             "AZURE_STORAGE_ENDPOINT": f"http://127.0.0.1:{port}/devstoreaccount1",
-        }  # fmt: skip
+        }
         _make_container(port)
         yield environment
     finally:
@@ -101,7 +102,15 @@ def _make_container(port: int) -> None:
     date = formatdate(usegmt=True)
     headers = {"x-ms-date": date, "x-ms-version": "2023-11-03", "Content-Length": "0"}
     account = "devstoreaccount1"
-    signed = f"PUT\n\n\n\n\n\n\n\n\n\n\n\nx-ms-date:{date}\nx-ms-version:2023-11-03\n/{account}/{account}/bucket\nrestype:container"
+    signed = "\n".join(
+        [
+            "PUT" + "\n" * 11,
+            f"x-ms-date:{date}",
+            "x-ms-version:2023-11-03",
+            f"/{account}/{account}/bucket",
+            "restype:container",
+        ]
+    )
     signature = base64.b64encode(
         hmac.new(base64.b64decode(AZURITE_KEY), signed.encode(), hashlib.sha256).digest()
     ).decode()

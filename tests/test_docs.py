@@ -24,7 +24,6 @@ NOT_YET_WRAPPED = {
     "docs/methods-matrix.md",
     "docs/methods.md",
     "docs/peer-equality.md",
-    "docs/reproduction.md",
     "docs/scaling.md",
     "docs/storage.md",
     "docs/vllm.md",

@@ -29,7 +29,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "manifests": (("maintenance",), ("format",), ("stores",), ("errors", "digest")),
 }
-"""Top first: a sub-package imports only what stands in a row below its own, never its neighbours."""
+"""Top first: a sub-package imports only rows below its own, never its neighbours."""
 DATA_MODULES = {"workers.task"}
 """Pure data that every sub-package of its package and of those above may import."""
 MAX_MODULES = 20

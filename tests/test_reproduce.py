@@ -86,8 +86,14 @@ def test_jobs_come_in_the_order_in_which_they_matter(evidence: Any) -> None:
     tables = list(dict.fromkeys(job.table for job in jobs))
     assert tables[:4] == ["retention", "expansion", "ablations", "text tokens"]
     assert set(tables[4:]) == {
-        "calibration", "forgetting, 1 new", "forgetting, 2 new", "number of experts", "variants", "language", "density × mask scale",
-    }  # fmt: skip
+        "calibration",
+        "forgetting, 1 new",
+        "forgetting, 2 new",
+        "number of experts",
+        "variants",
+        "language",
+        "density × mask scale",
+    }
     methods = {job.recipe["method"] for job in jobs}
     named = {
         "naive_mc",
@@ -159,7 +165,7 @@ def test_a_small_part_of_the_page_is_measured_and_a_second_run_repeats_nothing(
     assert "- x: y" in text
     assert "60 minutes of processor time in all; 10 of them in this run" in text
     assert (
-        "all of them in this run: 31 minutes of the clock"
+        "all of them in this run: 31 minutes of wall time"
         in evidence.measure.Effort(3600, 3600, 1860, 2).describe()
     )
 

@@ -82,12 +82,17 @@ def find_changes(place: Place, experts: tuple[str, ...], scales: Mapping[str, fl
     return Changes(
         tuple(
             Change(
-                name, float(delta.norm()) / base_norm, float(delta.abs().mean()), manifest[name].density, manifest[name].sign_agreement, own_kept
+                name,
+                float(delta.norm()) / base_norm,
+                float(delta.abs().mean()),
+                manifest[name].density,
+                manifest[name].sign_agreement,
+                own_kept,
             )
             for name, delta, own_kept in zip(experts, deltas, kept, strict=True)
         ),
         text_norms,
-    )  # fmt: skip
+    )
 
 
 def find_kept(

@@ -50,12 +50,10 @@ class Place:
 
     def embeddings_of(self, folders: Sequence[str]) -> Path:
         """The file of media encoded by these experts."""
-        marks = [revision(str(Path(self.checkpoints) / folder)) for folder in folders]
-        return (
-            Path(self.work)
-            / "embeddings"
-            / f"{folders[0].replace('/', '-')}-{digest_json([marks, vars(self.sizes), list(self.seeds)])[:16]}.pt"
-        )
+        revisions = [revision(str(Path(self.checkpoints) / folder)) for folder in folders]
+        digest = digest_json([revisions, vars(self.sizes), list(self.seeds)])[:16]
+        name = f"{folders[0].replace('/', '-')}-{digest}.pt"
+        return Path(self.work) / "embeddings" / name
 
 
 @dataclass(frozen=True)
@@ -113,17 +111,17 @@ class Effort:
     workers: int
 
     def describe(self) -> str:
-        """Say how long it took, so that a run that continued another does not pass for a whole one."""
+        """Return the time spent, earlier runs that this one continued included, as a phrase."""
         whole, now = self.processor / 60, self.processor_now / 60
         clock = (
-            f"{self.clock / 60:.0f} minutes of the clock with {self.workers} processes of one"
+            f"{self.clock / 60:.0f} minutes of wall time with {self.workers} processes of one"
             " thread each"
         )
         if now >= 0.99 * whole:
             return f"{whole:.0f} minutes of processor time, all of them in this run: {clock}"
         return (
             f"{whole:.0f} minutes of processor time in all; {now:.0f} of them in this run, which"
-            f" took {clock} and found the rest done"
+            f" took {clock} and reused the other results"
         )
 
 

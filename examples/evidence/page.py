@@ -13,6 +13,7 @@ from evidence.changes import Changes, simulate
 from evidence.measure import Effort, Place, revision
 from evidence.rows import Figure, Row, summarise
 from evidence.tables import DENSITIES, MASK_SCALES
+from evidence.wrapping import wrap_page
 
 MODALITIES = ("image", "audio", "video", "point")
 NOT_MEASURED = "–"
@@ -37,7 +38,7 @@ def write_page(
     (docs / "reproduction.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     drawn = plots.draw_all(docs / "reproduction", rows, scales)
     text = _Page(rows, place, scales, changes, drawn).write(missing, effort)
-    (docs / "reproduction.md").write_text(text, encoding="utf-8")
+    (docs / "reproduction.md").write_text(wrap_page(text), encoding="utf-8")
 
 
 class _Page:
@@ -90,28 +91,39 @@ class _Page:
     def _introduce(self, effort: Effort) -> None:
         sizes, seeds = self.place.sizes, self.place.seeds
         self._say(
-            "# The papers' tables, on experts that anyone can train",
+            "# The papers' tables on the lab's experts",
             "",
-            "Every number of this page was measured by `make reproduce` from the experts in `examples/lab/checkpoints` "
+            "Every figure on this page was measured by `make reproduce` from the experts in "
+            "`examples/lab/checkpoints` "
             f"({effort.describe()}). "
-            "The same numbers are in [reproduction.json](reproduction.json).",
+            "The same figures are in [reproduction.json](reproduction.json).",
             "",
-            "**How to read it.** Accuracy in per cent: greedy decoding must give the whole answer and then end. Mean ± standard deviation over "
-            f"{len(seeds)} seeds ({', '.join(map(str, seeds))}). A seed is another draw of held-out prompts, digits and voices that were never "
-            "trained on; **the experts are those of one training**, so the spread says nothing about training again. "
-            f"Per seed {sizes.single} prompts per modality, {sizes.mixed} per mix of modalities, {sizes.share} per mix for *share* "
-            f"(what do all digits share, the lab's MCUB-like task), {sizes.new} per new task. Performance retention is the mean over tasks of "
-            "accuracy / accuracy of the original expert on the same prompts. Composites are loaded in float32. "
-            "Methods have their defaults ([methods.md](methods.md)) unless a row says otherwise. The mask scales of MMER and TALL are calibrated "
-            "without labels on validation prompts (last section), as the paper calibrates them per modality; rows with a fixed λ stand beside them. "
-            "No number was chosen on the prompts that are measured here.",
+            "**How to read it.** Accuracy in per cent: greedy decoding must give the whole "
+            "answer and then end. Mean ± standard deviation over "
+            f"{len(seeds)} seeds ({', '.join(map(str, seeds))}). A seed selects a set of held-out "
+            "prompts with digits and voices that were never trained on; **the experts come from "
+            "one training run**, so the spread does not include variation between training runs. "
+            f"Per seed {sizes.single} prompts per modality, {sizes.mixed} per mix of modalities, "
+            f"{sizes.share} per mix for *share* "
+            f"(what do all digits share, the lab's MCUB-like task), {sizes.new} per new task. "
+            "Performance retention is the mean over tasks of "
+            "accuracy / accuracy of the original expert on the same prompts. Composites are "
+            "loaded in float32. "
+            "Methods have their defaults ([methods.md](methods.md)) unless a row says otherwise. "
+            "The mask scales of MMER and TALL are calibrated "
+            "without labels on validation prompts (last section), as the paper calibrates them "
+            "per modality; rows with a fixed λ are shown for comparison. "
+            "No hyper-parameter was chosen on the prompts that are measured here.",
             "",
-            "Experts measured (digest of the weights): " + ", ".join(f"{name} {digest[:12]}" for name, digest in self._revisions()) + ".",
+            "Experts measured (digest of the weights): "
+            + ", ".join(f"{name} {digest[:12]}" for name, digest in self._revisions())
+            + ".",
             "",
-            "**The papers' figures** are theirs: 7B models, other tasks, other data. They are here to compare orders and gaps, not values. "
-            "Where a paper gives no figure that we know of, the cell is empty.",
+            "**The papers' figures** are theirs: 7B models, other tasks, other data. They serve "
+            "to compare the order of methods and the gaps between them, not values. "
+            "A cell is empty where no published figure is known.",
             "",
-        )  # fmt: skip
+        )
 
     def _describe_experts(self) -> None:
         self._say(
@@ -129,11 +141,14 @@ class _Page:
             )
         self._say(
             "",
-            "Task vectors of the merged language-model tensors; masks of MMER with the calibrated scales; densities and agreement in per cent. Sign "
-            "agreement: share of the expert's trimmed entries whose sign is the elected one. Theirs, mean |τ|: "
-            + ", ".join(f"{name} {value:.0e}" for name, value in papers.MEAN_MAGNITUDES.items()) + ".",
+            "Task vectors of the merged language-model tensors; masks of MMER with the "
+            "calibrated scales; densities and agreement in per cent. Sign "
+            "agreement: share of the expert's trimmed entries whose sign is the elected one. "
+            "Theirs, mean |τ|: "
+            + ", ".join(f"{name} {value:.0e}" for name, value in papers.MEAN_MAGNITUDES.items())
+            + ".",
             "",
-        )  # fmt: skip
+        )
 
     def _table(
         self,
@@ -162,7 +177,7 @@ class _Page:
         return False
 
     def _retention(self) -> None:
-        if not self._has("retention", "Retention: what each expert keeps"):
+        if not self._has("retention", "Retention: each expert reconstructed"):
             return
         columns: list[Column] = [(m, _in(f"single/{m}"), "value") for m in self._modalities()]
         columns.append(("**performance retention**", lambda row: True, "performance_retention"))
@@ -172,11 +187,13 @@ class _Page:
             theirs=("theirs: retention, captions / accuracy", papers.RETENTION),
         )
         self._say(
-            "EMR, TALL and MMER store base, one task vector and a mask per expert, and rebuild each expert; the others are one model for all. "
-            "DAMC stores adapters; its original is the LoRA twin, and all default adapters are at work on text tokens.",
+            "EMR, TALL and MMER store the base, one task vector and a mask per expert, and "
+            "reconstruct each expert; the other methods give one model for all modalities. "
+            "DAMC stores adapters; its original is the LoRA twin, and all default adapters apply "
+            "to text tokens.",
             "",
             *readings.retention(self.rows),
-        )  # fmt: skip
+        )
         self._plot("retention")
 
     def _expansion(self) -> None:
@@ -184,7 +201,7 @@ class _Page:
             return
         counts = {2: "pairs", 3: "triples", 4: "all four"}
         columns: list[Column] = [
-            ("one medium", lambda row: row.group.startswith("single/"), "value")
+            ("one modality", lambda row: row.group.startswith("single/"), "value")
         ]
         columns += [(label, _mix(count), "value") for count, label in counts.items()]
         columns += [(f"share, {count}", _share(count), "value") for count in (3, 4)]
@@ -193,8 +210,8 @@ class _Page:
             "expansion", columns, theirs=("theirs: average of nine columns", papers.EXPANSION)
         )
         self._say(
-            "A single expert sees its own modality alone, in the mixes that contain it. *One"
-            " medium*: prompts of one modality, all experts' weights at work.",
+            "A single expert sees its own modality alone, in the mixes that contain it. *One "
+            "modality*: prompts of one modality, answered with the weights of all experts.",
             "",
             *readings.expansion(self.rows),
         )
@@ -218,7 +235,7 @@ class _Page:
 
     def _explain_ablations(self) -> None:
         if not self.changes.experts or not self._has(
-            "text tokens", "Why: media tokens and text tokens"
+            "text tokens", "Why: modality tokens and text tokens"
         ):
             return
         columns: list[Column] = [
@@ -227,8 +244,8 @@ class _Page:
         ]
         self._table("text tokens", columns)
         self._say(
-            "Media tokens run through the first model's weights, text tokens and generated ones"
-            " through the second one's.",
+            "Modality tokens use the weights of the first model, text and generated tokens those "
+            "of the second.",
             "",
         )
         simulated = simulate(papers.MEAN_MAGNITUDES)
@@ -240,7 +257,7 @@ class _Page:
     def _forgetting(self) -> None:
         for count, words in ((1, "one new task"), (2, "two new tasks")):
             table = f"forgetting, {count} new"
-            if not self._has(table, f"Forgetting undone: {words}"):
+            if not self._has(table, f"Forgetting reversed: {words}"):
                 continue
             columns: list[Column] = []
             for m in ("image", "audio"):
@@ -251,8 +268,8 @@ class _Page:
                     ]
             self._table(table, columns)
             self._say(
-                "The mask scales are those of the four experts above, not calibrated again; a new"
-                " expert has its original's.",
+                "The mask scales are those of the four experts above, not calibrated again; a "
+                "new expert has the scale of its original.",
                 "",
             )
             self._say(
@@ -269,10 +286,14 @@ class _Page:
         ]
         columns.append(("**performance retention**", lambda row: True, "performance_retention"))
         self._table("number of experts", columns, theirs=("theirs", papers.NUMBER))
-        self._say("Means over all composites of so many experts.", "", *readings.number(self.rows))
+        self._say(
+            "Means over all composite models of that number of experts.",
+            "",
+            *readings.number(self.rows),
+        )
 
     def _variants(self) -> None:
-        if not self._has("variants", "Sum or mean, scope, and what is merged"):
+        if not self._has("variants", "Reduction, scope and merged tensors"):
             return
         columns: list[Column] = [
             (
@@ -317,17 +338,19 @@ class _Page:
         self._plot("density")
 
     def _language(self) -> None:
-        if not self._has("language", "Language given back to one expert"):
+        if not self._has("language", "Language ability restored to one expert"):
             return
         columns: list[Column] = [("text tasks", _in("single/text"), "value")]
         columns.append(("the expert's own tasks", lambda row: row.group != "single/text", "value"))
         self._table("language", columns)
         self._say(
-            "One expert and its base (arXiv 2505.16703). **Neuron-Fusion is a reconstruction**: the paper's formulas were not available, and these "
-            "are no figures of the paper. The paper reports that Neuron-Fusion keeps more language than the others at equal visual ability.",
+            "One expert and its base (arXiv 2505.16703). **Neuron-Fusion is a reconstruction**: "
+            "the paper's formulas were not available, and these are not figures of the paper. "
+            "The paper reports that Neuron-Fusion keeps more "
+            "language than the others at equal visual ability.",
             "",
             *readings.language(self.rows),
-        )  # fmt: skip
+        )
 
     def _calibrate(self) -> None:
         if not self._has("calibration", "Calibration without labels"):
@@ -355,13 +378,16 @@ class _Page:
         self._table("calibration", columns)
         sizes, (own, mixed) = self.place.sizes, count_prompts(self.place, found.mmer)
         self._say(
-            f"Both see the same {own} validation prompts of one modality and {mixed} of several, the same grid, and weigh retention, expansion and mixed "
-            "prompts alike. Without labels: `mmerge calibrate`, by the probability of the experts' own answers. With labels: by right answers. Both "
-            f"are then measured on test prompts, more than for the other tables: per seed {sizes.many_single} per modality, {sizes.many_mixed} per mix. "
+            f"Both see the same {own} validation prompts of one modality and {mixed} of several, "
+            "the same grid, and weigh retention, expansion and mixed "
+            "prompts alike. Without labels: `mmerge calibrate`, by the probability of the "
+            "experts' own answers. With labels: by right answers. Both "
+            "are then measured on test prompts, more than for the other tables: per seed "
+            f"{sizes.many_single} per modality, {sizes.many_mixed} per mix. "
             "Differences are paired by task and seed, ± is their standard error.",
             "",
             *readings.calibration(self.rows, found.without_labels),
-        )  # fmt: skip
+        )
         self._plot("calibration")
 
     def _revisions(self) -> list[tuple[str, str]]:

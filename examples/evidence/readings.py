@@ -49,9 +49,10 @@ def retention(rows: Sequence[Row]) -> list[str]:
     if others:
         best = max(others, key=lambda name: others[name].mean)
         lines += verdict(
-            found["MMER"].mean >= others[best].mean, "MMER is the best of those that store one task vector and masks",
+            found["MMER"].mean >= others[best].mean,
+            "MMER is the best of those that store one task vector and masks",
             f"MMER {found['MMER']}, {best} {others[best]}",
-        )  # fmt: skip
+        )
     static = {name: figure for name, figure in found.items() if _is_static(name)}
     if static:
         best = max(static, key=lambda name: static[name].mean)
@@ -95,11 +96,14 @@ def expansion(rows: Sequence[Row]) -> list[str]:
                 )
     if any("Does not hold" in line for line in lines):
         lines += [
-            "The reason is in the weights of text tokens, and with them of the answer: θ₀ + m̄∘τ⋆, where what one expert alone wants counts 1/n. The "
-            "column *one medium* shows what that costs by itself: the same prompts that the rebuilt experts answer above, with all masks at work. "
-            "*Why: media tokens and text tokens* below gives MMER the text weights of static merges.",
+            "The reason is in the weights of text tokens, and so of the answer: in θ₀ + m̄∘τ⋆ a "
+            "weight that only one mask keeps counts 1/n. The "
+            "column *one modality* shows the cost of that alone: the prompts that the "
+            "reconstructed experts answer above, with all masks active. "
+            "*Why: modality tokens and text tokens* below gives MMER the text weights of static "
+            "merges.",
             "",
-        ]  # fmt: skip
+        ]
     return lines
 
 
@@ -117,10 +121,12 @@ def ablations(rows: Sequence[Row]) -> list[str]:
         ", ".join(f"{name} {found[name]}" for name in order),
     )
     lines += [
-        "Entry by entry, (τ⋆ − τ)² ≤ τ² and |τ⋆ − τ| ≤ |τ| say the same, and with equal signs both mean |τ| ≥ 0.5·|τ⋆|: masks by Euclidean distance "
-        "are those of λ = 1 (with opposite signs the distance never shrinks). Both were built and measured by themselves.",
+        "Entry by entry, (τ⋆ − τ)² ≤ τ² and |τ⋆ − τ| ≤ |τ| say the same, and with equal signs "
+        "both mean |τ| ≥ 0.5·|τ⋆|: masks by Euclidean distance "
+        "are those of λ = 1 (with opposite signs the distance never shrinks). Both were built "
+        "and measured separately.",
         "",
-    ]  # fmt: skip
+    ]
     return lines
 
 
@@ -136,11 +142,13 @@ def forgetting(rows: Sequence[Row], table: str) -> list[str]:
             continue
         lost = 100 * (old[before].mean - old[tuned].mean)
         lines += [
-            f"- {m}: tuning on the new task cost {lost:.1f} points on previous tasks and brought the new one from {new[before]} to {new[tuned]}. "
-            f"Rebuilt from one composite, MMER has previous tasks {previous} ({100 * (previous.mean - old[before].mean):+.1f} points to before), "
-            f"new task {later} ({100 * (later.mean - new[tuned].mean):+.1f} points to after).",
+            f"- {m}: tuning on the new task cost {lost:.1f} points on previous tasks and brought "
+            f"the new one from {new[before]} to {new[tuned]}. "
+            f"Reconstructed from one composite model, MMER has previous tasks {previous} "
+            f"({100 * (previous.mean - old[before].mean):+.1f} points against before), "
+            f"new task {later} ({100 * (later.mean - new[tuned].mean):+.1f} points against after).",
             "",
-        ]  # fmt: skip
+        ]
     return lines
 
 
@@ -188,18 +196,19 @@ def language(rows: Sequence[Row]) -> list[str]:
         if expert.mean >= base.mean - 0.01:
             lines += [
                 (
-                    f"- {m}: tuning took no language ({base} before, {expert} after), so there is"
-                    " none to give back, and no order to see."
+                    f"- {m}: tuning cost no language ability ({base} before, {expert} after), so "
+                    "there is none to restore, and the methods cannot be ranked."
                 ),
                 "",
             ]
             continue
         best = max((name for name in both if name != "expert"), key=lambda name: both[name])
         lines += [
-            f"- {m}: tuning took the text tasks from {base} (base) to {expert}. By the mean of both columns the best is {best} ({100 * both[best]:.1f}; "
+            f"- {m}: tuning took the text tasks from {base} (base) to {expert}. By the mean of "
+            f"both columns the best is {best} ({100 * both[best]:.1f}; "
             f"the expert itself {100 * both['expert']:.1f}).",
             "",
-        ]  # fmt: skip
+        ]
     return lines
 
 
@@ -224,8 +233,8 @@ def calibration(rows: Sequence[Row], found: Calibration) -> list[str]:
         costs = ", ".join(f"{name} {_cost_of_range(found, name):.4f}" for name in outside)
         lines += [
             (
-                "At the best scale within that range, what is made large (0 to 1) would be smaller"
-                f" by: {costs}."
+                "At the best scale within that range, the objective (0 to 1) would be smaller "
+                f"by: {costs}."
             ),
             "",
         ]

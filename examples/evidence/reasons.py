@@ -27,10 +27,14 @@ def mask_table(changes: Changes, simulated: Sequence[Mapping[str, Kept]]) -> lis
         ours = [change.kept[rule] for change in changes.experts]
         theirs = [each[rule] for each in simulated]
         cells = [
-            rule, _range([100 * kept.density for kept in ours]), _range([100 * kept.opposite for kept in ours]),
-            _range([kept.distance for kept in ours], digits=2), f"{norm:.2f}", _range([100 * kept.opposite for kept in theirs]),
+            rule,
+            _range([100 * kept.density for kept in ours]),
+            _range([100 * kept.opposite for kept in ours]),
+            _range([kept.distance for kept in ours], digits=2),
+            f"{norm:.2f}",
+            _range([100 * kept.opposite for kept in theirs]),
             _range([kept.distance for kept in theirs], digits=2),
-        ]  # fmt: skip
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     densities = ", ".join(
         f"{name} {100 * each['MMER'].density:.1f}"
@@ -45,8 +49,9 @@ def mask_table(changes: Changes, simulated: Sequence[Mapping[str, Kept]]) -> lis
         (
             "From the expert with the least to the one with the most; entries in per cent of all,"
             " opposite ones in per cent of the mask. *Simulated*: independent normal task vectors"
-            " with the published mean |τ|, merged and masked alike with λ = 0.75. That is no model"
-            f" of the paper's experts; its mask densities are {densities}, the published ones"
+            " with the published mean |τ|, merged and masked in the same way with λ = 0.75. This "
+            f"is not a model of the paper's experts; its mask densities are {densities}, the "
+            "published ones"
             f" {published}."
         ),
         "",
@@ -74,7 +79,7 @@ def text_tokens(
             lines += verdict(
                 swapped.mean >= static[name].mean - 0.005 and swapped.mean > mmer.mean,
                 f"with the text weights of {name}, MMER answers mixes at least as well as {name}"
-                " (half a point aside): what MMER lacks is in its text weights",
+                " (within half a point): MMER's deficit is in its text weights",
                 f"MMER {mmer}, {name} {static[name]}, MMER with the text weights of {name}"
                 f" {swapped}",
             )
@@ -89,10 +94,11 @@ def text_tokens(
     ]
     lines += verdict(
         abs(media[1]) < abs(text[1]) / 2 and abs(text[0]) < 0.5,
-        "in mixes dominant significance matters through text tokens, more than twice as much as"
-        " through media tokens, and directional congruence does not matter there (half a point"
-        " aside)",
-        "against MMER, points without congruence / without significance: in media tokens alone"
+        "in mixes dominant significance acts through text tokens more than twice as much as "
+        "through modality tokens, and directional congruence does not act there (within half a "
+        "point)",
+        "difference from MMER in points, without congruence / without significance: in modality "
+        "tokens alone"
         f" {media[0]:+.1f} / {media[1]:+.1f}, in text tokens alone {text[0]:+.1f} / {text[1]:+.1f}",
     )
     ours = {
@@ -103,12 +109,18 @@ def text_tokens(
         rule: max(each[rule].distance for each in simulated) for rule in (congruence, significance)
     }
     lines += [
-        "So directional congruence costs little here because text tokens do not need it: each entry of m̄ is 0 to 1, so m̄∘τ⋆ has the elected sign with the "
-        "test and without it. Entries of the wrong sign reach media tokens and rebuilt experts alone. There, too, they do less than what dominant "
-        f"significance keeps out: a mask's result is at most {ours[congruence]:.1f} times the task vector's norm away without congruence, "
-        f"{ours[significance]:.1f} times without significance. With the published magnitudes, simulated, it is {theirs[congruence]:.1f} and "
-        f"{theirs[significance]:.1f} times. By these distances the published fall to 7.20 is not to be expected from the masks' definition; what else that "
-        "ablation leaves out, or what in 7B experts makes wrong signs so costly, is not known here.",
+        "So directional congruence costs little here because text tokens do not need it: each "
+        "entry of m̄ is 0 to 1, so m̄∘τ⋆ has the elected sign with the "
+        "test and without it. Entries of the wrong sign affect only modality tokens and "
+        "reconstructed experts. There, too, their effect is smaller than that of the entries "
+        f"which dominant significance removes: a mask's result is at most {ours[congruence]:.1f} "
+        "times the "
+        "task vector's norm away without congruence, "
+        f"{ours[significance]:.1f} times without significance. With the published magnitudes, "
+        f"simulated, it is {theirs[congruence]:.1f} and "
+        f"{theirs[significance]:.1f} times. From these distances the published drop to 7.20 does "
+        "not follow from the definition of the masks. Whether that ablation leaves out more, or "
+        "why wrong signs would be so costly in 7B experts, is not known here.",
         "",
-    ]  # fmt: skip
+    ]
     return lines

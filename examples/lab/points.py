@@ -62,7 +62,7 @@ class PointEncoder(nn.Module):
 
 
 def _farthest_points(clouds: Tensor) -> Tensor:
-    """The centres of the groups [clouds, groups, 3]: each the point farthest from those before it."""
+    """Return group centres [clouds, groups, 3] by farthest point sampling."""
     rows = torch.arange(len(clouds), device=clouds.device)
     distances = (clouds - clouds.mean(1, keepdim=True)).square().sum(-1)
     chosen = [distances.argmax(1)]

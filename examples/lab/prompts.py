@@ -28,7 +28,7 @@ SUFFIXES = {"image": ".png", "audio": ".wav", "video": ".gif", "point": ".npy"}
 
 
 def write_medium(kind: str, value: Any, path: Path) -> None:
-    """Write an image as PNG, a sound as WAV (16 bit), a film as animated GIF, a point cloud as NPY."""
+    """Write an image as PNG, audio as 16-bit WAV, a video as GIF, a point cloud as NPY."""
     if kind == "image":
         value.save(path)
     elif kind == "audio":
