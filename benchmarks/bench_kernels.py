@@ -17,7 +17,7 @@ from mmerge.workers.compiled.interface import PathRequest
 from mmerge.workers.compiled.registry import FAST_PATHS, find_fast_path
 from mmerge.workers.kernels.magnitudes import first_non_finite
 from mmerge.workers.kernels.tiles import CODES
-from mmerge.workers.methods import METHODS
+from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Block
 from mmerge.workers.reconstruction.bitmask import packed_bytes
 from mmerge.workers.statistics.magnitude_histograms import MagnitudeCounter
@@ -90,7 +90,7 @@ def main() -> None:
 
 def show_path(name: str, rows: list[torch.Tensor], block: InputBlock, show: Any) -> None:
     """Measure one path against its method, both on one block in memory."""
-    method = METHODS[name]
+    method = find_method(name)
     parameters = method.parameters_model.model_validate({})
     experts = [method.expert_parameters_model.model_validate({}) for _ in range(NUM_EXPERTS)]
     names = tuple(f"expert{index}" for index in range(NUM_EXPERTS))

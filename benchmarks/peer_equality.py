@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from mmerge.pipeline import export, make_plan, read_recipe, run
 from mmerge.pipeline.planning.tensor_layout import find_renames, rename
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
-from mmerge.workers.methods import METHODS
+from mmerge.workers.methods import method_names
 
 ROOT = Path(__file__).resolve().parent.parent
 LAB = ROOT / "examples" / "lab" / "checkpoints"
@@ -369,7 +369,7 @@ def main() -> int:
         write_language_models(folder)
         models = {name: read_folder(folder / name) for name in ("base", *EXPERTS)}
         for label, config in make_configs().items():
-            if config["merge_method"] not in METHODS:
+            if config["merge_method"] not in method_names():
                 print(f"{label}: no such method here", file=sys.stderr)
                 continue
             results += [

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from mmerge.workers.methods import METHODS
+from mmerge.workers.methods import method_names
 from mmerge.workers.methods.mmer import decouple
+from mmerge.workers.methods.registry import unregister_method
 from mmerge.workers.modalities import encoders
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,11 +44,11 @@ class Modules:
 @pytest.fixture
 def evidence(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    before = dict(METHODS)
+    before = set(method_names())
     yield Modules()
     encoders._makers.clear()
-    for name in METHODS.keys() - before.keys():
-        del METHODS[name]
+    for name in set(method_names()) - before:
+        unregister_method(name)
 
 
 def test_ablations_leave_out_one_test_each_and_euclidean_masks_are_those_of_scale_one(

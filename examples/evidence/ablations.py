@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from typing_extensions import override
 
-from mmerge.workers.methods import METHODS
+from mmerge.workers.methods import method_names, register_method
 from mmerge.workers.methods.interface import Block, MergedBlock
 from mmerge.workers.methods.mmer import Mmer, MmerExpertParameters, MmerParameters
 
@@ -83,4 +83,5 @@ class _Euclidean(_Ablation):
 def register() -> None:
     """Let recipes name the ablations, in this process."""
     for method in (_WithoutCongruence(), _WithoutSignificance(), _Euclidean()):
-        METHODS[method.name] = method
+        if method.name not in method_names():
+            register_method(method)

@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeGuard
 
 from mmerge.manifests.errors import RecipeError
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
-from mmerge.workers.methods import METHODS
+from mmerge.workers.methods import find_method, method_names
 
 KNOWN_KEYS = (
     "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template",
@@ -125,9 +125,12 @@ class _Reader:
     def __init__(self, raw: Mapping[str, Any], folder: Path) -> None:
         self.raw, self.folder = raw, folder
         self.method = str(raw["merge_method"])
-        if self.method not in TRANSLATIONS or TRANSLATIONS[self.method].method not in METHODS:
+        if (
+            self.method not in TRANSLATIONS
+            or TRANSLATIONS[self.method].method not in method_names()
+        ):
             known = ", ".join(
-                name for name, found in TRANSLATIONS.items() if found.method in METHODS
+                name for name, found in TRANSLATIONS.items() if found.method in method_names()
             )
             raise RecipeError(
                 f"merge_method: {self.method!r} has no counterpart here; of mergekit's there are"
@@ -147,7 +150,7 @@ class _Reader:
         models = self._choose_experts(list(slices[0].models))
         names = _make_names(models)
         keeps_base = self.base is not None and (
-            METHODS[self.translation.method].needs_base or self.base not in models
+            find_method(self.translation.method).needs_base or self.base not in models
         )
         recipe: dict[str, Any] = {
             "method": self.translation.method,

@@ -25,7 +25,7 @@ from mmerge.pipeline.recipes.parameter_schedule import (
     schedule_schema,
     take_schedules,
 )
-from mmerge.workers.methods import METHODS, find_method
+from mmerge.workers.methods import find_method, method_names
 from mmerge.workers.methods.interface import Method, Numbers, Parameters
 
 EXPERT_NAME_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]{0,39}$"
@@ -228,11 +228,12 @@ def _to_title(method_name: str) -> str:
 def make_recipe_schema() -> dict[str, Any]:
     """Return the JSON schema of recipes: one alternative per method."""
     union: Any = None
-    for name in METHODS:
+    for name in method_names():
         model = make_recipe_model(name)
         union = model if union is None else union | model
     schema: dict[str, Any] = TypeAdapter(union).json_schema()
-    for name, method in METHODS.items():
+    for name in method_names():
+        method = find_method(name)
         for part, owned in (
             ("Recipe", method.parameters_model),
             ("Expert", method.expert_parameters_model),
@@ -284,7 +285,7 @@ def parse_recipe(raw: object, *, folder: Path, default_name: str = "composite") 
     if not isinstance(raw, dict):
         raise RecipeError(f"a recipe is a mapping of keys to values, not a {type(raw).__name__}")
     if "method" not in raw:
-        raise RecipeError(f"method: is missing; choose one of {', '.join(METHODS)}")
+        raise RecipeError(f"method: is missing; choose one of {', '.join(method_names())}")
     method = find_method(str(raw["method"]))
     plain, schedules = _take_all_schedules(raw, method)
     try:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from mmerge.pipeline.recipes.parameter_schedule import is_number
-from mmerge.workers.methods import METHODS
+from mmerge.workers.methods import find_method, method_names
 from mmerge.workers.methods.interface import Method, Parameters
 
 
@@ -79,7 +79,7 @@ def summarise(method: Method) -> str:
 
 def print_methods(console: Console) -> None:
     """Print every method with its parameters and its source."""
-    for method in METHODS.values():
+    for method in map(find_method, method_names()):
         console.print(
             f"[bold]{method.name}[/] ({method.kind}; {describe_experts(method)}):"
             f" {escape(summarise(method))}"
@@ -107,7 +107,7 @@ def print_methods(console: Console) -> None:
 def methods_to_markdown() -> str:
     """Return the tables of docs/methods.md: all methods, then the parameters of each."""
     lines = ["| method | build | takes | what it computes | source |", "|---|---|---|---|---|"]
-    for method in METHODS.values():
+    for method in map(find_method, method_names()):
         cells = (
             f"[`{method.name}`](#{method.name})",
             method.kind,
@@ -116,7 +116,7 @@ def methods_to_markdown() -> str:
             method.source,
         )
         lines.append(_to_row(cells))
-    for method in METHODS.values():
+    for method in map(find_method, method_names()):
         lines += ["", f"### {method.name}", ""]
         found = list(list_parameters(method))
         if not found:

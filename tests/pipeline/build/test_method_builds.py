@@ -25,7 +25,7 @@ from mmerge.pipeline import (
 )
 from mmerge.pipeline.execution.executor import RayExecutor
 from mmerge.workers.composite.routed_linear import RoutedLinear
-from mmerge.workers.methods import METHODS
+from mmerge.workers.methods import find_method, method_names
 from mmerge.workers.reconstruction.bitmask import unpack_mask
 from mmerge.workers.reconstruction.build_reader import BuildReader
 
@@ -186,11 +186,11 @@ def refused(raw: dict[str, Any], match: str, folder: Path) -> None:
         parse_recipe(raw, folder=folder)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", method_names())
 def test_a_parameter_that_a_method_does_not_have_is_refused(method: str, tmp_path: Path) -> None:
     experts = {
         f"e{index}": {"path": f"{index}", "modality": "image"}
-        for index in range(METHODS[method].max_experts or 2)
+        for index in range(find_method(method).max_experts or 2)
     }
     raw = {"base": "base", "method": method, "output": "store", "experts": experts}
     refused(raw | {"sharpness": 3}, rf"sharpness: unknown key for method '{method}'", tmp_path)
@@ -198,9 +198,11 @@ def test_a_parameter_that_a_method_does_not_have_is_refused(method: str, tmp_pat
     refused(raw, rf"experts\.e0\.sharpness: unknown key for method '{method}'", tmp_path)
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.needs_base])
+@pytest.mark.parametrize(
+    "method", [name for name in method_names() if find_method(name).needs_base]
+)
 def test_a_missing_base_is_refused_where_a_method_needs_one(method: str, tmp_path: Path) -> None:
-    found = METHODS[method]
+    found = find_method(method)
     required = {
         key: 0.5
         for key, field in found.parameters_model.model_fields.items()

@@ -10,7 +10,7 @@ import torch
 from mmerge.manifests.errors import RecipeError
 from mmerge.pipeline import make_plan, make_recipe_schema, parse_recipe, read_recipe, run
 from mmerge.pipeline.recipes.parameter_schedule import numeric_fields, parse_schedule
-from mmerge.workers.methods import METHODS
+from mmerge.workers.methods import find_method, method_names
 from mmerge.workers.methods.locate import SumParameters
 from mmerge.workers.methods.ties import TiesExpertParameters, TiesParameters
 from mmerge.workers.reconstruction.build_reader import BuildReader
@@ -128,7 +128,8 @@ def test_another_number_for_one_layer_merges_that_layer_alone(lab: Any) -> None:
 
 def test_the_schema_takes_a_schedule_wherever_the_parser_does(tmp_path: Path) -> None:
     schema = make_recipe_schema()
-    for name, method in METHODS.items():
+    for name in method_names():
+        method = find_method(name)
         definition = "".join(word.title() for word in name.split("_")) + "Recipe"
         validator = jsonschema.Draft202012Validator(
             schema | {"anyOf": [{"$ref": f"#/$defs/{definition}"}]}

@@ -9,7 +9,7 @@ import yaml
 
 from mmerge.manifests.errors import RecipeError
 from mmerge.pipeline import make_recipe_schema, parse_recipe, read_recipe
-from mmerge.workers.methods import METHODS
+from mmerge.workers.methods import find_method, method_names
 
 
 def make_raw(**changes: Any) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def test_paths_start_at_the_recipes_folder_and_defaults_are_filled_in(tmp_path: 
         ({"dens": 0.8}, "dens: unknown key for method 'mmer'; known are method, experts, name, base, output"),
         ({"scale": 1.0}, "scale: unknown key for method 'mmer'"),
         ({"method": "ties", "mask_scale": 0.5}, "mask_scale: unknown key for method 'ties'"),
-        ({"method": "soup"}, "method: there is no 'soup'; choose one of mmer"),
+        ({"method": "soup"}, "method: there is no 'soup'. Choose one of mmer"),
         ({"experts": {}}, "experts: "),
         ({"experts": {"a": {"path": "a"}}}, "experts.a.modality: is missing"),
         ({"experts": {"a": {"path": "a", "modality": "image", "density": 80}}}, r"experts.a.density: expected a number in \(0, 1\], got 80"),
@@ -111,9 +111,9 @@ def test_the_schema_accepts_what_the_parser_accepts_and_refuses_the_rest() -> No
             jsonschema.validate(bad, schema)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", method_names())
 def test_every_method_has_a_source_a_docstring_and_described_parameters(name: str) -> None:
-    method = METHODS[name]
+    method = find_method(name)
     assert method.source
     assert type(method).__doc__
     for model in (method.parameters_model, method.expert_parameters_model):

@@ -30,7 +30,7 @@ from mmerge.workers.compiled.interface import FastPath, MaskPath, PathRequest
 from mmerge.workers.compiled.registry import FAST_PATHS, find_fast_path
 from mmerge.workers.kernels import tiles as kernels
 from mmerge.workers.kernels.magnitudes import first_non_finite
-from mmerge.workers.methods import METHODS
+from mmerge.workers.methods import find_method, method_names
 from mmerge.workers.methods.interface import Block, Known, MergedBlock, Method, num_columns
 from mmerge.workers.reconstruction.bitmask import pack_mask, packed_bytes
 from mmerge.workers.statistics.exact_sums import exact_sum, to_sum
@@ -230,7 +230,7 @@ def test_a_path_gives_the_bytes_of_the_method(
     special: bool,
 ) -> None:
     name, index = chosen
-    method, numbers = METHODS[name], PARAMETERS[name][index]
+    method, numbers = find_method(name), PARAMETERS[name][index]
     dtypes = dtypes[: (method.max_experts or len(dtypes)) + 1]
     rows = make_rows(
         dtypes,
@@ -283,7 +283,7 @@ def test_a_path_gives_the_bytes_of_the_method(
 def test_votes_of_any_number_of_experts_are_counted(num_experts: int) -> None:
     size = 2 * kernels.TILE_ENTRIES + 77
     rows = make_rows(["BF16"] * (num_experts + 1), size, seed=3, special=False)
-    method = METHODS["mmer"]
+    method = find_method("mmer")
     parameters = method.parameters_model.model_validate({"mask_scale": 0.3})
     experts = [method.expert_parameters_model() for _ in rows[1:]]
     block, wanted = make_reference(method, rows, "BF16", parameters, experts)
@@ -307,7 +307,7 @@ def test_ties_are_taken_by_position_where_both_counts_end_within_tiles() -> None
         torch.zeros(size, dtype=torch.bfloat16),
         *(torch.ones(size, dtype=torch.bfloat16) for _ in range(2)),
     ]
-    method = METHODS["breadcrumbs"]
+    method = find_method("breadcrumbs")
     # Of equal magnitudes the first tenth ends in the first tile, the 45 % behind it in the third.
     parameters = method.parameters_model.model_validate({"density": 0.45, "gamma": 0.1})
     experts = [method.expert_parameters_model() for _ in rows[1:]]
@@ -342,7 +342,7 @@ def test_a_compiled_stage_finds_the_sums_of_the_methods_own_quantities(
     chosen: tuple[str, dict[str, Any]], dtypes: list[str], size: int, seed: int, special: bool
 ) -> None:
     name, numbers = chosen
-    method = METHODS[name]
+    method = find_method(name)
     rows = make_rows(dtypes[: (method.max_experts or len(dtypes)) + 1], size, seed, special=special)
     parameters = method.parameters_model.model_validate(numbers)
     experts = [method.expert_parameters_model() for _ in rows[1:]]
@@ -362,11 +362,11 @@ def test_a_compiled_stage_finds_the_sums_of_the_methods_own_quantities(
 
 
 def test_every_path_has_numbers_to_be_tried_with_and_belongs_to_a_method() -> None:
-    assert set(FAST_PATHS) == set(PARAMETERS) <= set(METHODS)
+    assert set(FAST_PATHS) == set(PARAMETERS) <= set(method_names())
 
 
 def test_weights_that_cancel_take_the_method_itself() -> None:
-    method = METHODS["linear"]
+    method = find_method("linear")
     experts = [
         method.expert_parameters_model.model_validate({"weight": weight}) for weight in (1.0, -1.0)
     ]
