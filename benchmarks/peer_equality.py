@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -285,19 +286,45 @@ def read_folder(folder: Path) -> Tensors:
     return found
 
 
-def to_table(results: list[Result], version: str) -> str:
+NOTES = (
+    "- *Excluded*: bfloat16 checkpoints have many equal magnitudes. Where an exact count ends"
+    " among equal magnitudes (`ties`, `breadcrumbs`; in `sce` the border of the selection changes"
+    " the weights of its whole tensor), mergekit keeps the entries that its sort puts first,"
+    " `mmerge` those at lower positions. These entries are not compared.",
+    "- *Equal or adjacent*: the two values are at most one representable number of the dtype"
+    " apart.",
+    "- *Largest distance*: in units in the last place of the largest input or output of the entry."
+    " A sum that nearly cancels is many representable numbers away after one additional rounding"
+    " (mergekit's `linear` uses fused multiply-add where the processor has it; `mmerge` does not,"
+    " so that its bytes are the same on every processor).",
+    "- float32 rows show the coefficients that a method computes from a whole tensor (angles of"
+    " `slerp` and `model_stock`, weights of `sce`): mergekit sums in float32 in the order of its"
+    " threads, `mmerge` sums exactly.",
+)
+
+
+def to_page(results: list[Result], version: str) -> str:
     """Return the results as the page docs/peer-equality.md."""
+    introduction = (
+        f"mergekit {version} and `mmerge run` on the same YAML files: the lab's base and the"
+        f" language models of its three experts ({results[0].num_entries:,} parameters). Both"
+        " compute in float32 and write the dtype in the second column. `make bench-peers` writes"
+        " this page."
+    )
+    headings = (
+        "YAML",
+        "dtype",
+        "excluded (ties of a sort)",
+        "equal, of the others",
+        "equal or adjacent",
+        "largest distance (ulp)",
+    )
     lines = [
-        "# The same YAML with mergekit",
+        "# Differences from mergekit",
         "",
-        f"mergekit {version} and `mmerge run` on the same YAML files, the lab's base and the "
-        "language models of its three experts "
-        f"({results[0].num_entries:,} parameters), both computing in float32 and writing the "
-        "dtype in the second column. "
-        "`make bench-peers` makes this page.",
+        textwrap.fill(introduction, 100),
         "",
-        "| YAML | dtype | decided by a sort of equals | of the others equal | equal or "
-        "neighbours | largest distance (ulp) |",
+        f"| {' | '.join(headings)} |",
         "|---|---|---|---|---|---|",
     ]
     for result in results:
@@ -310,32 +337,8 @@ def to_table(results: list[Result], version: str) -> str:
             f"| {result.label} | {result.dtype} | {tied} | {equal} | {close} |"
             f" {result.largest:.2g} |"
         )
-    lines += [
-        "",
-        (
-            "- *Decided by a sort of equals*: bfloat16 checkpoints have many equal magnitudes."
-            " Where an exact count ends among equals (`ties`, `breadcrumbs`; in `sce` the border of"
-            " the selection changes the weights of its whole tensor), mergekit keeps what its sort"
-            " puts first, `mmerge` the lower position. These entries are not compared."
-        ),
-        (
-            "- *Equal or neighbours*: the two numbers are at most one representable number of the"
-            " dtype apart."
-        ),
-        (
-            "- *Largest distance*: in units in the last place of the largest number that goes into"
-            " the entry or comes out of it. A sum that nearly cancels is many representable numbers"
-            " away after one rounding more or less (mergekit's `linear` fuses multiplication and"
-            " addition where the processor can; `mmerge` does not, so that its bytes are the same"
-            " on every processor)."
-        ),
-        (
-            "- In float32 the coefficients show that a method takes from a whole tensor (angles of"
-            " `slerp` and `model_stock`, weights of `sce`): mergekit sums in float32 in the order"
-            " of its threads, `mmerge` exactly."
-        ),
-    ]
-    return "\n".join(lines) + "\n"
+    notes = [textwrap.fill(note, 100, subsequent_indent="  ") for note in NOTES]
+    return "\n".join([*lines, "", *notes]) + "\n"
 
 
 def main() -> int:
@@ -375,7 +378,7 @@ def main() -> int:
             results += [
                 run_both(label, config, dtype, folder, mergekit, models) for dtype in DTYPES
             ]
-    table = to_table(results, version)
+    table = to_page(results, version)
     print(table)
     if arguments.table:
         arguments.table.write_text(table)

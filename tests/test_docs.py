@@ -20,13 +20,8 @@ NOT_YET_WRAPPED = {
     "docs/cluster.md",
     "docs/composite.md",
     "docs/evaluation.md",
-    "docs/methods-matrix.md",
-    "docs/methods.md",
-    "docs/peer-equality.md",
     "docs/scaling.md",
     "docs/storage.md",
-    "docs/vllm.md",
-    "examples/lab/README.md",
     "infra/README.md",
     "manifests/FORMAT.md",
 }
