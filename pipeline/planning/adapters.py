@@ -15,7 +15,6 @@ from mmerge.workers.checkpoints.lora_adapter import (
     AdapterCheckpoint,
     AdapterFolder,
     AdapterPair,
-    find_linear,
 )
 
 _OTHER_NAMES = {"image": ("vision",), "vision": ("image",), "point": ("point_cloud", "pointcloud")}
@@ -126,7 +125,7 @@ def _find_own(folder: AdapterFolder, modality: str, default: str) -> str:
 
 def _place(folder: AdapterFolder, pair: AdapterPair, base: Checkpoint) -> str:
     """Return the name of the base's weight that a pair belongs to."""
-    name = find_linear(pair.module, base.tensors)
+    name = base.family.find_adapted_weight(pair.module, base.tensors)
     if name is None:
         raise CheckpointError(
             f"{folder.owner}: {pair.module}: the base has no such Linear. Was the adapter trained"

@@ -28,6 +28,7 @@ from mmerge.pipeline.recipes.recipe import Recipe, pin_recipe
 from mmerge.workers.checkpoints.checkpoint import Checkpoint, TensorSource, ahead_bytes
 from mmerge.workers.checkpoints.dtypes import NAMED_DTYPES
 from mmerge.workers.checkpoints.lora_adapter import open_expert
+from mmerge.workers.families.registry import is_before_layers
 from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Granularity, Kind, Numbers
 from mmerge.workers.reconstruction.bitmask import packed_bytes
@@ -266,7 +267,7 @@ def _shard_order(tensor_name: str) -> tuple[int, int, str]:
     layer = layer_of(tensor_name)
     if layer is not None:
         return (1, layer, "")
-    return (0 if "embed" in tensor_name else 2, 0, shard_name(tensor_name))
+    return (0 if is_before_layers(tensor_name) else 2, 0, shard_name(tensor_name))
 
 
 def _group(names: Iterable[str]) -> dict[str, list[str]]:

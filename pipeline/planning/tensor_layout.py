@@ -1,5 +1,6 @@
-"""Which tensors of an expert's files are the base's language model, and which are carried. Headers
-only.
+"""Tensor layout: which tensors of an expert's files are the base's language model, which are copied.
+
+Decided from headers and configurations alone.
 """
 
 from __future__ import annotations
@@ -10,21 +11,28 @@ from fnmatch import fnmatchcase
 from mmerge.manifests.errors import CheckpointError, ShapeMismatch
 from mmerge.manifests.format.safetensors_header import FLOAT_DTYPES
 from mmerge.workers.checkpoints.checkpoint import Checkpoint, TensorSource
+from mmerge.workers.families.interface import Family
 
-EMBEDDING_SUFFIX = "embed_tokens.weight"
-HEAD_NAME = "lm_head.weight"
-LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _COMPARED_CONFIG_KEYS = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "rms_norm_eps", "hidden_act",
-)  # fmt: skip
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "hidden_act",
+)
+_MAX_SHOWN = 3
+"""Misfits that an error lists; the others are counted."""
+
+Renames = tuple[tuple[str, str], ...]
+"""Pairs (prefix in the base, prefix in an expert's files), longest first."""
 
 
 @dataclass(frozen=True)
 class SharedTensor:
-    """One language-model tensor that base and every expert have, with equal shape up to extra
-    vocabulary rows.
-    """
+    """A language-model tensor of base and all experts, of equal shape up to extra vocabulary rows."""
 
     name: str
     base: TensorSource
@@ -33,13 +41,12 @@ class SharedTensor:
 
 @dataclass(frozen=True)
 class CarriedTensor:
-    """A tensor that is copied from one expert: its own, or the vocabulary rows from `row_start` on
-    of a shared one.
-    """
+    """A tensor copied from one expert: its own, or the vocabulary rows it added to a shared one."""
 
     name: str
     source: TensorSource
     row_start: int = 0
+    """First row of the shared tensor that `source` holds; 0 for a tensor of the expert alone."""
 
     @property
     def is_extra_rows(self) -> bool:
@@ -54,61 +61,55 @@ class Layout:
     shared: tuple[SharedTensor, ...]
     """Every tensor of the base that is merged."""
     kept: tuple[TensorSource, ...]
-    """Tensors of the base that are not merged: the base's are used."""
+    """Tensors of the base that are not merged and taken from the base."""
     carried: tuple[tuple[CarriedTensor, ...], ...]
-    """Per expert, its own tensors."""
-    renames: tuple[tuple[tuple[str, str], ...], ...]
-    """Per expert, (prefix in the base, prefix in the expert's files), longest first."""
+    """Per expert, the tensors copied from it."""
+    renames: tuple[Renames, ...]
+    """Per expert, how its files name the base's tensors."""
 
 
-def find_renames(base: Checkpoint, expert: Checkpoint) -> tuple[tuple[str, str], ...]:
+def find_renames(base: Checkpoint, expert: Checkpoint) -> Renames:
     """Return how an expert's files name the base's tensors: pairs of prefixes, longest first.
 
-    The language model is found by its embedding: of all tensors whose names end in
-    `embed_tokens.weight`, the one whose prefix makes the most of the base's names exist. This holds
-    for all layouts in which `transformers` saves models whose language model keeps its own names
+    The language model is found by its embedding, whose name the base's family knows: of all tensors
+    called so, the one whose prefix makes the most of the base's names exist. This holds for all
+    layouts in which `transformers` saves models whose language model keeps its own names
     (docs/checkpoints.md lists them).
 
     Raises:
-        CheckpointError: base or expert has no embedding of that name, or the expert has none of the
-            base's layers.
+        CheckpointError: the expert has no embedding of that name, or none of the base's layers.
     """
-    base_prefix = _embedding_prefix(base.tensors, base)[0]
-    body = [name for name in base.tensors if name.startswith(base_prefix) and name != HEAD_NAME]
-    candidates = _embedding_prefix(expert.tensors, expert)
-    counted = {
+    family = base.family
+    base_prefix = family.find_prefixes(base.tensors)[0]
+    body = [name for name in base.tensors if name.startswith(base_prefix) and name != family.head]
+    candidates = family.find_prefixes(expert.tensors)
+    if not candidates:
+        raise CheckpointError(
+            f"{expert.owner}: {expert.uri} has no tensor named *{family.embedding}, which is the"
+            f" embedding of the base ({describe_architecture(base)}); its own language model is"
+            f" {describe_architecture(expert)}. Experts must be tuned from the base"
+        )
+    counts = {
         prefix: sum(prefix + name[len(base_prefix) :] in expert.tensors for name in body)
         for prefix in candidates
     }
-    prefix = max(candidates, key=lambda candidate: counted[candidate])
-    if counted[prefix] < len(body) / 2:
+    prefix = max(candidates, key=lambda candidate: counts[candidate])
+    if counts[prefix] < len(body) / 2:
         raise CheckpointError(
-            f"{expert.owner}: only {counted[prefix]} of the base's {len(body)} tensors are in"
+            f"{expert.owner}: only {counts[prefix]} of the base's {len(body)} tensors are in"
             f" {expert.uri} (under {prefix!r}): its language model is"
             f" {describe_architecture(expert)}, the base is {describe_architecture(base)}. Experts"
             " must be tuned from the base"
         )
     renames = {base_prefix: prefix}
-    heads = [
-        name
-        for name in expert.tensors
-        if name.endswith(HEAD_NAME)
-        and (name == HEAD_NAME or prefix.startswith(name[: -len(HEAD_NAME)]))
-    ]
+    heads = []
+    for name in expert.tensors:
+        is_of_model = name == family.head or prefix.startswith(name[: -len(family.head)])
+        if family.is_head(name) and is_of_model:
+            heads.append(name)
     if heads:
-        renames[HEAD_NAME] = max(heads, key=len)
+        renames[family.head] = max(heads, key=len)
     return tuple(sorted(renames.items(), key=lambda pair: (-len(pair[0]), pair)))
-
-
-def _embedding_prefix(tensors: dict[str, TensorSource], checkpoint: Checkpoint) -> list[str]:
-    found = [name[: -len(EMBEDDING_SUFFIX)] for name in tensors if name.endswith(EMBEDDING_SUFFIX)]
-    if not found:
-        raise CheckpointError(
-            f"{checkpoint.owner}: {checkpoint.uri} has no tensor named *{EMBEDDING_SUFFIX}:"
-            f" {describe_architecture(checkpoint)} is not supported. Language models must use the"
-            " tensor names of LLaMA (LLaMA, Mistral, Qwen2, Qwen3, …)"
-        )
-    return found
 
 
 def describe_architecture(checkpoint: Checkpoint) -> str:
@@ -120,7 +121,7 @@ def describe_architecture(checkpoint: Checkpoint) -> str:
     return f"{text.get('model_type', 'of unknown type')!r}" + (f" ({sizes})" if sizes else "")
 
 
-def rename(name: str, renames: tuple[tuple[str, str], ...]) -> str:
+def rename(name: str, renames: Renames) -> str:
     """Return the name that a tensor of the base has in an expert's files."""
     for base_prefix, expert_prefix in renames:
         if name.startswith(base_prefix):
@@ -131,11 +132,18 @@ def rename(name: str, renames: tuple[tuple[str, str], ...]) -> str:
 def make_layout(
     base: Checkpoint, experts: list[Checkpoint], *, merge: str, carry: tuple[str, ...]
 ) -> Layout:
-    """Return how base and experts fit together; every misfit of every expert is reported at once.
+    """Return how base and experts fit together; all misfits of all experts are reported at once.
+
+    Args:
+        base: the base model.
+        experts: in recipe order.
+        merge: `all`, or `linear` for the projections alone.
+        carry: patterns of base tensors that are copied from each expert, not merged.
 
     Raises:
         ShapeMismatch: a tensor's shape differs by more than extra vocabulary rows.
-        CheckpointError: an expert lacks a tensor, or is of another architecture.
+        CheckpointError: an expert lacks a tensor or is of another architecture, or the projections
+            of the base's family are unknown under `merge: linear`.
     """
     for expert in experts:
         _check_architecture(base, expert)
@@ -144,47 +152,52 @@ def make_layout(
     for pattern in carry:
         if not any(fnmatchcase(name, pattern) for name in base.tensors):
             raise CheckpointError(
-                f"carry: {pattern!r} fits no tensor of the base, so it has no effect. Take it out,"
-                " or mend the pattern"
+                f"carry: {pattern!r} matches no tensor of the base, so it has no effect. Remove it"
+                " or correct the pattern"
             )
     _check_shapes(base, experts, renames, listed)
-    kept_names = {
-        name
-        for name in base.tensors
-        if name not in listed and not is_merged(base.tensors[name], merge)
-    }
-    merged = [name for name in base.tensors if name not in listed and name not in kept_names]
-    shared = tuple(
-        SharedTensor(
-            name,
-            base.tensors[name],
-            tuple(e.tensors[rename(name, r)] for e, r in zip(experts, renames, strict=True)),
+    if merge == "linear":
+        _check_projections(base)
+    shared = []
+    kept = []
+    for name, source in base.tensors.items():
+        if name in listed or not is_merged(source, base.family, merge=merge):
+            kept.append(source)
+            continue
+        sources = tuple(
+            expert.tensors[rename(name, names)]
+            for expert, names in zip(experts, renames, strict=True)
         )
-        for name in merged
-    )
+        shared.append(SharedTensor(name, source, sources))
     carried = tuple(
         tuple(_list_carried(base, expert, names, listed))
         for expert, names in zip(experts, renames, strict=True)
     )
-    return Layout(
-        shared,
-        tuple(base.tensors[name] for name in sorted(kept_names | listed)),
-        carried,
-        tuple(renames),
-    )
+    return Layout(tuple(shared), tuple(kept), carried, tuple(renames))
 
 
-def is_merged(source: TensorSource, merge: str) -> bool:
+def is_merged(source: TensorSource, family: Family, *, merge: str) -> bool:
     """Return whether a tensor of the base is merged under `merge: all` or `merge: linear`."""
     if source.spec.dtype not in FLOAT_DTYPES:
         return False
-    if merge == "all":
-        return True
-    return len(source.spec.shape) == 2 and source.spec.name.split(".")[-2:][0] in LINEAR_NAMES
+    return merge == "all" or family.is_projection(source.spec.name, source.spec.shape)
+
+
+def _check_projections(base: Checkpoint) -> None:
+    """Refuse `merge: linear` where it would skip matrices whose names no family knows."""
+    shapes = {name: source.spec.shape for name, source in base.tensors.items()}
+    unknown = base.family.unknown_projections(shapes)
+    if unknown:
+        raise CheckpointError(
+            f"merge: 'linear' merges the Linear layers of known model families, and the base"
+            f" ({describe_architecture(base)}) has matrices of unknown names:\n  "
+            + _first_of(unknown)
+            + ".\n Use 'merge: all', or add a model family (docs/add-a-family.md)"
+        )
 
 
 def _list_carried(
-    base: Checkpoint, expert: Checkpoint, renames: tuple[tuple[str, str], ...], listed: set[str]
+    base: Checkpoint, expert: Checkpoint, renames: Renames, listed: set[str]
 ) -> list[CarriedTensor]:
     in_expert = {rename(name, renames): name for name in base.tensors}
     carried = []
@@ -221,7 +234,7 @@ def _check_architecture(base: Checkpoint, expert: Checkpoint) -> None:
 def _check_shapes(
     base: Checkpoint,
     experts: list[Checkpoint],
-    renames: list[tuple[tuple[str, str], ...]],
+    renames: list[Renames],
     listed: set[str],
 ) -> None:
     missing: list[str] = []
@@ -234,14 +247,14 @@ def _check_shapes(
             if theirs is None:
                 tied = (
                     " (its configuration ties it to the embedding, the base's does not)"
-                    if name == HEAD_NAME and expert.is_tied()
+                    if base.family.is_head(name) and expert.is_tied()
                     else ""
                 )
                 missing.append(
                     f"{name}: {expert.owner} has no {rename(name, names)}{tied}, the base has"
                     f" {source.spec.shape}"
                 )
-            elif not _fits(source.spec.shape, theirs.spec.shape, name):
+            elif not _fits(source.spec.shape, theirs.spec.shape, base.family.is_vocabulary(name)):
                 different.append(
                     f"{name}: {expert.owner} has {theirs.spec.shape}, the base has"
                     f" {source.spec.shape}"
@@ -254,7 +267,7 @@ def _check_shapes(
     if different:
         raise ShapeMismatch(
             _first_of(different)
-            + ". Extra vocabulary rows are carried automatically; any other difference must be"
+            + ". Extra vocabulary rows are copied automatically; any other difference must be"
             " listed under 'carry'"
         )
     if missing:
@@ -265,10 +278,9 @@ def _check_shapes(
         )
 
 
-def _fits(base: tuple[int, ...], expert: tuple[int, ...], name: str) -> bool:
+def _fits(base: tuple[int, ...], expert: tuple[int, ...], is_vocabulary: bool) -> bool:
     if base == expert:
         return True
-    is_vocabulary = name.endswith(EMBEDDING_SUFFIX) or name == HEAD_NAME
     return (
         is_vocabulary
         and len(base) == len(expert)
@@ -278,6 +290,6 @@ def _fits(base: tuple[int, ...], expert: tuple[int, ...], name: str) -> bool:
 
 
 def _first_of(failures: list[str]) -> str:
-    shown = failures[:3]
+    shown = failures[:_MAX_SHOWN]
     more = f"\n  … and {len(failures) - len(shown)} more" if len(failures) > len(shown) else ""
     return "\n  ".join(shown) + more

@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from mmerge.manifests.errors import RecipeError
 from mmerge.manifests.format.tensor_names import layer_of
+from mmerge.workers.families.registry import is_before_layers
 from mmerge.workers.methods.interface import Parameters
 
 Number = float | int
@@ -98,7 +99,7 @@ def find_position(name: str, num_layers: int) -> int:
     layer = layer_of(name)
     if layer is not None:
         return layer
-    return -1 if "embed" in name else num_layers
+    return -1 if is_before_layers(name) else num_layers
 
 
 def is_number(annotation: Any) -> bool:

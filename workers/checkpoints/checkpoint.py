@@ -13,6 +13,8 @@ from mmerge.manifests.format.safetensors_header import TensorSpec, header_length
 from mmerge.manifests.stores.clients import SCHEMES, scheme_of
 from mmerge.manifests.stores.object_store import Store, open_store
 from mmerge.manifests.stores.prefetch import AHEAD_BYTES
+from mmerge.workers.families.interface import Family
+from mmerge.workers.families.registry import find_family, text_config_of
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -143,10 +145,13 @@ class Checkpoint:
     @property
     def text_config(self) -> dict[str, Any]:
         """The part of the configuration that describes the language model."""
-        for key in ("text_config", "llm_config", "language_config"):
-            if isinstance(self.config.get(key), dict):
-                return dict(self.config[key])
-        return self.config
+        return text_config_of(self.config)
+
+    @cached_property
+    def family(self) -> Family:
+        """The family of the language model, told from names and shapes. Raises CheckpointError."""
+        shapes = {name: source.spec.shape for name, source in self.tensors.items()}
+        return find_family(shapes, self.text_config, where=f"{self.owner}: {self.uri}")
 
     def is_tied(self) -> bool:
         """Return whether the head shares its weights with the embedding, as the configuration says."""

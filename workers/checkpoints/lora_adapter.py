@@ -30,9 +30,6 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 OFFICIAL_FILES = ("mm_projector.bin", "non_lora_trainables.bin")
 DEFAULT_ADAPTER = "default"
-_PREFIXES = (
-    "", "model.", "language_model.", "language_model.model.", "model.language_model.", "model.text_model.", "text_model.", "thinker.model.",
-)  # fmt: skip
 _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.weight$")
 
 
@@ -269,20 +266,6 @@ def _by_pattern(patterns: object, module: str) -> Any:
     return None
 
 
-def find_linear(module: str, base: dict[str, TensorSource]) -> str | None:
-    """Return the name of the base's weight that an adapter's module is, None where it is none of
-    the language model's.
-    """
-    for prefix in _PREFIXES:
-        if not module.startswith(prefix):
-            continue
-        rest = module[len(prefix) :]
-        for own in ("", "model."):
-            if f"{own}{rest}.weight" in base:
-                return f"{own}{rest}.weight"
-    return None
-
-
 class AdapterCheckpoint(Checkpoint):
     """An expert that is a LoRA adapter: the base's language model with the products added, tensor
     by tensor, never whole.
@@ -307,7 +290,7 @@ class AdapterCheckpoint(Checkpoint):
         placed: dict[str, TensorSource] = {}
         names = self.folder.adapters
         for pair in self.folder.pairs_of(names[0] if len(names) == 1 else DEFAULT_ADAPTER):
-            name = find_linear(pair.module, found)
+            name = self._base.family.find_adapted_weight(pair.module, found)
             if name is not None:
                 placed[name] = self._form(name, pair)
         if not placed:
@@ -316,12 +299,11 @@ class AdapterCheckpoint(Checkpoint):
                 f" {self.folder.pairs[0].module}. Was it trained on this base?"
             )
         for name, source in self.folder.others.items():
-            own = (
-                find_linear(name.removesuffix(".weight"), found)
-                if name.endswith(".weight")
-                else name
-            )
-            placed[own or name] = source
+            base_name = None
+            if name.endswith(".weight"):
+                module = name.removesuffix(".weight")
+                base_name = self._base.family.find_adapted_weight(module, found)
+            placed[base_name or name] = source
         return dict(sorted((found | placed).items()))
 
     def _form(self, name: str, pair: AdapterPair) -> LowRankSource:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
+from mmerge.manifests.errors import CheckpointError
 from mmerge.workers.checkpoints.lora_weights import LowRank
 from mmerge.workers.composite.routed_linear import Routing
 from mmerge.workers.composite.routed_lora import RoutedAdapterLinear
@@ -34,8 +36,6 @@ def route_adapters(
     """
     experts = [expert] if expert else reader.expert_names
     for path, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear):
-            continue
         name = f"{path}.weight"
         modalities: dict[int, LowRank] = {}
         for each in experts:
@@ -50,6 +50,11 @@ def route_adapters(
         defaults = reader.read_defaults(name, expert)
         if not modalities and not defaults:
             continue
+        if not isinstance(module, nn.Linear):
+            raise CheckpointError(
+                f"{name}: the build has an adapter for it, but the model has a"
+                f" {type(module).__name__} there, not a Linear layer"
+            )
         part = division.part_of(name, (module.out_features, module.in_features), rank=rank)
         routed = RoutedAdapterLinear(
             routing,
@@ -65,7 +70,9 @@ def route_adapters(
 def _cut(adapter: LowRank, part: Part) -> LowRank:
     """Return the adapter of a part of a weight: its rows of B, or its columns of A."""
     if part.along == "rows":
-        return LowRank(adapter.a, adapter.b[part.start : part.stop], adapter.scale)
+        rows = torch.cat([adapter.b[start:stop] for start, stop in part.ranges])
+        return LowRank(adapter.a, rows, adapter.scale)
     if part.along == "columns":
-        return LowRank(adapter.a[:, part.start : part.stop], adapter.b, adapter.scale)
+        columns = torch.cat([adapter.a[:, start:stop] for start, stop in part.ranges], dim=1)
+        return LowRank(columns, adapter.b, adapter.scale)
     return adapter

@@ -15,6 +15,7 @@ from torch import nn
 
 from mmerge.manifests.errors import CheckpointError, ManifestError, PlacementError
 from mmerge.manifests.format.manifest import FileEntry, read_file
+from mmerge.manifests.format.tensor_names import layer_of
 from mmerge.workers.composite.load_adapters import route_adapters
 from mmerge.workers.composite.meta_model import find_text_class, make_skeleton, set_parameter
 from mmerge.workers.composite.model import Composite
@@ -42,7 +43,7 @@ from mmerge.workers.composite.weight_items import (
 )
 from mmerge.workers.modalities.encoders import Encoder, RankEncoder, load_encoder
 from mmerge.workers.modalities.processor_encoder import load_tokenizer, make_config, make_model
-from mmerge.workers.reconstruction.build_reader import HEAD_NAME, BuildReader
+from mmerge.workers.reconstruction.build_reader import BuildReader
 from mmerge.workers.reconstruction.masked_weights import load_kernel
 from mmerge.workers.runtime.host_memory import (
     SharedPages,
@@ -53,7 +54,6 @@ from mmerge.workers.runtime.host_memory import (
 
 Mode = Literal["expansion", "retention"]
 Ahead = ReadAhead[dict[str, torch.Tensor]]
-EMBEDDING_SUFFIX = "embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,7 @@ class _Loader:
             placement,
         )
         self.manifest = reader.manifest
+        self.family = reader.family
         stages = placement.stages if placement is not None and placement.num_ranks == 1 else ()
         self.devices = [torch.device(stage.device) for stage in stages] or [torch.device(device)]
         self.stages = stages
@@ -270,8 +271,8 @@ class _Loader:
         """Return what any model of these tensors begins with, embedding and head: they are read
         while its skeleton is made.
         """
-        names = itertools.takewhile(lambda name: ".layers." not in name, self.reader.llm_names())
-        return [self.fetcher.make_item(name, is_routed=False) for name in names]
+        names = itertools.takewhile(lambda name: layer_of(name) is None, self.reader.llm_names())
+        return [self.fetcher.make_item(name) for name in names]
 
     def _note_start(self) -> None:
         """Note the memory of the process before the first weight is read; libraries and compiled
@@ -291,11 +292,11 @@ class _Loader:
         """
         text = config.get_text_config()
         names = self.reader.llm_names()
-        embedding = next((name for name in names if name.endswith(EMBEDDING_SUFFIX)), None)
+        embedding = self.family.find_embedding(names)
         if embedding is None:
             raise ManifestError(
-                f"{self.reader.uri}: the build has no tensor …{EMBEDDING_SUFFIX}. It is damaged:"
-                " run the recipe again"
+                f"{self.reader.uri}: the build has no tensor …{self.family.embedding}. It is"
+                " damaged: run the recipe again"
             )
         text.vocab_size = self.fetcher.shape(embedding)[0]
         text.architectures = [architecture]
@@ -305,12 +306,12 @@ class _Loader:
         model = make_skeleton(text, dtype=self.dtype, owner=owner)
         if head := self.fetcher.own_head():
             names = [*names, head.name]
-        wanted = {name for name, _ in model.named_parameters()}
-        if text.tie_word_embeddings and HEAD_NAME not in names:
-            wanted.discard(HEAD_NAME)
-        if wanted != set(names):
+        parameters = {name for name, _ in model.named_parameters()}
+        if text.tie_word_embeddings and self.family.head not in names:
+            parameters.discard(self.family.parameter_name(self.family.head))
+        if parameters != {self._parameter_name(name) for name in names}:
             return self._load_converted(text, owner, ahead, num_early=num_early), []
-        self.division = Division.of(text, num_ranks=self.ranks.num_ranks)
+        self.division = Division.of(text, family=self.family, num_ranks=self.ranks.num_ranks)
         items = self._make_items(model, names, head)
         taken = [
             sum(
@@ -338,7 +339,7 @@ class _Loader:
                 rank=self.ranks.rank,
             )
         join_ranks(model, self.ranks, self.division)
-        spread_layers(model, self.stages)
+        spread_layers(model, self.stages, self.family)
         if not self.stages:
             model.to(self.devices[0])
 
@@ -367,7 +368,7 @@ class _Loader:
                 f" {transformers.__version__}: {first}: {side}. Such a model loads whole, as a"
                 " plain build or one expert (retention)"
             )
-        items = [self.fetcher.make_item(name, is_routed=False) for name in self.reader.llm_names()]
+        items = [self.fetcher.make_item(name) for name in self.reader.llm_names()]
         ahead.add(items[num_early:])
         state: dict[str, torch.Tensor] = {}
         total, done = sum(item.num_bytes for item in items), 0
@@ -381,7 +382,7 @@ class _Loader:
             state,
             dtype=self.dtype,
             owner=owner,
-            may_lack=lambda key: tied and key == HEAD_NAME,
+            may_lack=lambda key: tied and self.family.is_head(self.family.stored_name(key)),
         ).to(self.devices[0])
 
     def _make_items(self, model: nn.Module, names: Sequence[str], head: Item | None) -> list[Item]:
@@ -390,13 +391,15 @@ class _Loader:
             if head is not None and name == head.name:
                 items.append(head)
                 continue
-            path = name.rpartition(".")[0]
-            is_linear = (
-                isinstance(model.get_submodule(path), nn.Linear) and ".layers." in f".{path}"
-            )
-            items.append(
-                self.fetcher.make_item(name, is_routed=is_linear and self.fetcher.is_routed(path))
-            )
+            item = self.fetcher.make_item(name)
+            module = model.get_submodule(self._parameter_name(name).rpartition(".")[0])
+            if item.kind != "plain" and not isinstance(module, nn.Linear):
+                raise CheckpointError(
+                    f"{name}: model family {self.family.name!r} takes it for a Linear layer, the"
+                    f" model of transformers {transformers.__version__} has a"
+                    f" {type(module).__name__} there. Load one expert (retention)"
+                )
+            items.append(item)
         # A bias is put into the RoutedLinear that its weight makes.
         return sorted(items, key=lambda item: item.kind == "bias")
 
@@ -417,8 +420,9 @@ class _Loader:
                 self.on_bytes(done, total)
 
     def _read(self, item: Item) -> dict[str, torch.Tensor]:
-        if item.name == HEAD_NAME and self.expert and not self.reader.has(HEAD_NAME, "base"):
-            own = self.manifest.rename(HEAD_NAME, expert=self.expert)
+        head = self.family.head
+        if item.name == head and self.expert and not self.reader.has(head, "base"):
+            own = self.manifest.rename(head, expert=self.expert)
             if self.reader.has(own, "carried", self.expert):
                 return {"value": self.reader.read(own, "carried", self.expert).to(self.dtype)}
         return self.fetcher.read(item)
@@ -426,7 +430,8 @@ class _Loader:
     def _place(self, model: nn.Module, item: Item, parts: dict[str, torch.Tensor]) -> None:
         path = item.name.rpartition(".")[0]
         if item.kind == "plain":
-            set_parameter(model, item.name, parts["value"], shape=item.fields[0].shape)
+            name = self._parameter_name(item.name)
+            set_parameter(model, name, parts["value"], shape=item.fields[0].shape)
             return
         module = model.get_submodule(path)
         if item.kind == "bias":
@@ -446,6 +451,9 @@ class _Loader:
         )
         parent, _, child = path.rpartition(".")
         setattr(model.get_submodule(parent), child, RoutedLinear(self.routing, held))
+
+    def _parameter_name(self, name: str) -> str:
+        return self.family.parameter_name(name)
 
     def _device_of(self, name: str) -> torch.device:
         for stage in self.stages:

@@ -4,6 +4,7 @@ layers).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from mmerge.workers.composite.placement import Stage
 from mmerge.workers.composite.process_group import Ranks
 from mmerge.workers.composite.tensor_parallel import Division
+from mmerge.workers.families.interface import Family
 
 
 class DividedEmbedding(nn.Module):
@@ -40,24 +42,35 @@ def join_ranks(model: Any, ranks: Ranks, division: Division) -> None:
     if ranks.num_ranks == 1:
         return
     for name, module in list(model.named_modules()):
-        last = name.rpartition(".")[2]
         if hasattr(module, "num_key_value_groups"):
-            module.num_key_value_groups = (
-                division.num_heads // division.num_ranks // division.kv_heads_per_rank
-            )
-        if last in ("o_proj", "down_proj"):
+            module.num_key_value_groups = division.heads_per_rank // division.kv_heads_per_rank
+        if hasattr(module, "num_key_value_heads"):
+            _count_local_heads(module, division)
+        if division.family.sums_over_ranks(name):
             if ranks.rank:
                 module.bias = None  # the sum over ranks has it once
             module.register_forward_hook(lambda module, args, output: ranks.add(output))
     vocabulary = int(model.config.vocab_size)
-    start = division.part_of("embed_tokens.weight", (vocabulary, 1), rank=ranks.rank).start
+    start = division.vocabulary_part(vocabulary, rank=ranks.rank).start
     model.set_input_embeddings(DividedEmbedding(model.get_input_embeddings(), ranks, start=start))
     model.get_output_embeddings().register_forward_hook(
         lambda module, args, output: ranks.join(output)[..., :vocabulary]
     )
 
 
-def spread_layers(model: Any, stages: Sequence[Stage]) -> None:
+def _count_local_heads(module: Any, division: Division) -> None:
+    """Let an attention that splits a fused projection count this rank's heads only.
+
+    Such a module takes the number of query heads from its configuration, which it shares with the
+    whole model: it gets a copy.
+    """
+    module.num_key_value_heads = division.kv_heads_per_rank
+    module.config = copy.copy(module.config)
+    module.config.num_attention_heads = division.heads_per_rank
+    module.config.num_key_value_heads = division.kv_heads_per_rank
+
+
+def spread_layers(model: Any, stages: Sequence[Stage], family: Family) -> None:
     """Let hidden states follow the layers from device to device; parameters are on their stage's
     device already.
     """
@@ -74,7 +87,7 @@ def spread_layers(model: Any, stages: Sequence[Stage]) -> None:
         head.weight = nn.Parameter(
             embedding.weight.detach().to(last), requires_grad=False
         )  # tied weights need a copy on each device
-    for module in (decoder.norm, head):
+    for module in (decoder.get_submodule(family.final_norm), head):
         _bring_inputs(module.to(last), last)
 
 

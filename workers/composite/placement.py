@@ -18,8 +18,9 @@ from mmerge.manifests.format.tensor_names import layer_of
 from mmerge.workers.composite.routed_linear import Policy, block_rows
 from mmerge.workers.composite.tensor_parallel import Division
 from mmerge.workers.composite.weight_items import Fetcher, Item, part_shape, share_out
+from mmerge.workers.families.registry import is_before_layers
 from mmerge.workers.modalities.processor_encoder import make_config
-from mmerge.workers.reconstruction.build_reader import HEAD_NAME, BuildReader
+from mmerge.workers.reconstruction.build_reader import BuildReader
 
 By = Literal["tensor", "layers"]
 RESERVE_BYTES = 1_000_000_000
@@ -78,8 +79,9 @@ class Stage:
         layer = layer_of(name)
         if layer is not None:
             return self.first_layer <= layer <= self.last_layer
-        is_embedding = "embed_tokens" in name
-        return self.first_layer == 0 if is_embedding else self.last_layer == self.num_layers - 1
+        if is_before_layers(name):
+            return self.first_layer == 0
+        return self.last_layer == self.num_layers - 1
 
 
 @dataclass(frozen=True)
@@ -181,12 +183,10 @@ class _Planner:
             )
         self.num_layers = int(self.config.num_hidden_layers)
         fetcher = Fetcher(reader, expert=expert, dtype=self.dtype, policy=policy)
-        self.items = [self._make_item(fetcher, name) for name in reader.llm_names()]
-        self.is_tied = HEAD_NAME not in reader.llm_names()
-
-    def _make_item(self, fetcher: Fetcher, name: str) -> Item:
-        path = name.rpartition(".")[0]
-        return fetcher.make_item(name, is_routed=path.endswith("_proj") and fetcher.is_routed(path))
+        self.family = reader.family
+        self.items = [fetcher.make_item(name) for name in reader.llm_names()]
+        self.embedding = next(item for item in self.items if self.family.is_embedding(item.name))
+        self.is_tied = self.family.head not in reader.llm_names()
 
     def plan(self, devices: list[int], by: By | None, device_type: str) -> Placement:
         if by is None:
@@ -200,7 +200,7 @@ class _Planner:
 
     def _can_cut(self, num_ranks: int) -> bool:
         try:
-            division = Division.of(self.config, num_ranks=num_ranks)
+            division = Division.of(self.config, family=self.family, num_ranks=num_ranks)
             for item in self.items:
                 division.part_of(item.name, item.fields[0].shape, rank=0)
         except PlacementError:
@@ -214,7 +214,7 @@ class _Planner:
             raise PlacementError(
                 "by tensor every device gets the same: give devices of one size, or place by layers"
             )
-        division = Division.of(self.config, num_ranks=len(devices))
+        division = Division.of(self.config, family=self.family, num_ranks=len(devices))
         encoders = self._encoders(len(devices))
         stages = []
         for rank, capacity in enumerate(devices):
@@ -260,14 +260,17 @@ class _Planner:
                 f"{len(devices)} devices for {self.num_layers} layers: give at most one device per"
                 " layer"
             )
-        whole = Division.of(self.config, num_ranks=1)
+        if len(devices) > 1:
+            for item in self.items:  # an unknown family refuses here, and names the tensor
+                self.family.rule_of(item.name, item.fields[0].shape)
+        whole = Division.of(self.config, family=self.family, num_ranks=1)
         layers = [DeviceMemory(kv_cache=self._kv_cache(1, whole)) for _ in range(self.num_layers)]
         front, back = DeviceMemory(encoders=sum(self._encoders(1))), DeviceMemory()
         for item in self.items:
             layer = layer_of(item.name)
             if layer is not None:
                 layers[layer] = self._add_item(layers[layer], item, whole, 0)
-            elif "embed_tokens" in item.name:
+            elif self.family.is_embedding(item.name):
                 front = self._add_item(front, item, whole, 0)
                 if self.is_tied and len(devices) > 1:
                     back = self._add_item(back, item, whole, 0)
@@ -328,15 +331,13 @@ class _Planner:
             )
             for name in names
         ]
-        embedding = next(
-            item for item in self.items if item.name.endswith("embed_tokens.weight")
-        ).fields[0]
+        embedding = self.embedding.fields[0]
         held = [0] * num_ranks
         for name, num_bytes, rank in zip(
             names, stored, share_out(stored, num_ranks=num_ranks), strict=True
         ):
             if num_bytes:
-                extra = self.reader.stored_bytes(embedding.name, "extra_rows", name)
+                extra = self.reader.stored_bytes(self.embedding.name, "extra_rows", name)
                 held[rank] += num_bytes + prod(embedding.shape) * embedding.dtype.itemsize + extra
         return held
 
@@ -351,14 +352,11 @@ class _Planner:
         heads = config.num_attention_heads * (
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         )
-        per_token = (
-            6 * config.hidden_size + (3 * config.intermediate_size + 4 * heads) // num_ranks
-        ) * size
-        logits = (
-            self.batch
-            * next(item for item in self.items if "embed_tokens" in item.name).fields[0].shape[0]
-            * 8
+        width = getattr(config, "intermediate_size", None) or max(
+            max(item.fields[0].shape) for item in self.items if layer_of(item.name) is not None
         )
+        per_token = (6 * config.hidden_size + (3 * width + 4 * heads) // num_ranks) * size
+        logits = self.batch * self.embedding.fields[0].shape[0] * 8
         # The reference forms a block in float32: θ_text, τ⋆, the mask's share and their sum.
         shapes = [item.fields[0].shape for item in self.items if item.kind == "matrix"]
         largest = max((block_rows(rows, width) * width for rows, width in shapes), default=0)

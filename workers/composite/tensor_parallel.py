@@ -1,4 +1,4 @@
-"""How each tensor of a language model is divided over the ranks of tensor parallelism."""
+"""Tensor-parallel plan: the part of each tensor of a language model that a rank holds."""
 
 from __future__ import annotations
 
@@ -6,23 +6,24 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mmerge.manifests.errors import PlacementError
+from mmerge.workers.families.interface import Family, FusedPart
 
 Along = Literal["rows", "columns", "whole"]
-_BY_ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-_BY_COLUMNS = ("o_proj", "down_proj")
-_VOCABULARY = ("embed_tokens", "lm_head")
 
 
 @dataclass(frozen=True)
 class Part:
-    """One rank's part of a tensor: entries `start` to `stop` of its rows or columns, padded with
-    zeros to `size`.
-    """
+    """One rank's part of a tensor: ranges of its rows or columns, padded with zeros to `size`."""
 
     along: Along
-    start: int = 0
-    stop: int = 0
+    ranges: tuple[tuple[int, int], ...] = ()
+    """(start, stop) of each range, in order; several for the parts of a fused projection."""
     size: int = 0
+
+    @property
+    def start(self) -> int:
+        """First row or column of the first range."""
+        return self.ranges[0][0]
 
     def shape_of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the part of a tensor of this shape."""
@@ -36,9 +37,9 @@ class Division:
     """The heads, the width of the MLP and the vocabulary over `num_ranks` ranks (Megatron-LM, arXiv
     1909.08053, section 3).
 
-    Rows of q, k, v, gate and up, columns of o and down; embedding and head by rows of the
-    vocabulary; norms are whole on every rank. With fewer key-value heads than ranks, each is held
-    by several.
+    The family of the model tells the rule of each tensor: rows of query, key, value, gate and up,
+    columns of attention output and down; embedding and head by rows of the vocabulary; norms are
+    whole on every rank. With fewer key-value heads than ranks, each is held by several.
     """
 
     num_ranks: int
@@ -46,28 +47,30 @@ class Division:
     num_kv_heads: int
     head_dim: int
     intermediate_size: int
+    family: Family
 
     @classmethod
-    def of(cls, config: Any, *, num_ranks: int) -> Division:
+    def of(cls, config: Any, *, family: Family, num_ranks: int) -> Division:
         """Return the division of a text model of transformers. Raises PlacementError when it cannot
         be divided evenly.
         """
         heads = int(config.num_attention_heads)
         kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
         head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-        made = cls(num_ranks, heads, kv_heads, head_dim, int(config.intermediate_size))
+        intermediate_size = int(getattr(config, "intermediate_size", None) or 0)
+        division = cls(num_ranks, heads, kv_heads, head_dim, intermediate_size, family)
         fitting = [
             count
             for count in range(1, heads + 1)
-            if cls(count, heads, kv_heads, head_dim, made.intermediate_size)._is_even()
+            if cls(count, heads, kv_heads, head_dim, intermediate_size, family)._is_even()
         ]
-        if num_ranks > 1 and not made._is_even():
+        if num_ranks > 1 and not division._is_even():
             raise PlacementError(
-                f"{heads} heads, {kv_heads} key-value heads and an MLP of {made.intermediate_size}"
+                f"{heads} heads, {kv_heads} key-value heads and an MLP of {intermediate_size}"
                 f" cannot be divided over {num_ranks} ranks; possible are"
                 f" {', '.join(map(str, fitting))}"
             )
-        return made
+        return division
 
     def _is_even(self) -> bool:
         shares = self.num_kv_heads % self.num_ranks == 0 or self.num_ranks % self.num_kv_heads == 0
@@ -78,38 +81,62 @@ class Division:
         )
 
     @property
+    def heads_per_rank(self) -> int:
+        """Attention heads that each rank holds."""
+        return self.num_heads // self.num_ranks
+
+    @property
     def kv_heads_per_rank(self) -> int:
         """Key-value heads that each rank holds."""
         return max(1, self.num_kv_heads // self.num_ranks)
+
+    def vocabulary_part(self, num_rows: int, *, rank: int) -> Part:
+        """Return a rank's rows of the vocabulary; the last rank's are padded."""
+        size = -(-num_rows // self.num_ranks)
+        return Part("rows", ((min(rank * size, num_rows), min((rank + 1) * size, num_rows)),), size)
 
     def part_of(self, name: str, shape: tuple[int, ...], *, rank: int) -> Part:
         """Return a rank's part of a tensor, given its name and shape.
 
         Raises:
-            PlacementError: a matrix of a layer of which it is not known how it is divided.
+            PlacementError: the family has no rule for the tensor, or its rows do not fit the rule.
         """
-        module, _, kind = name.rpartition(".")
-        last = module.rpartition(".")[2]
-        if self.num_ranks == 1 or (kind == "bias" and last in _BY_COLUMNS):
+        if self.num_ranks == 1:
             return Part("whole")
-        if last in _VOCABULARY:
-            each = -(-shape[0] // self.num_ranks)
-            return Part("rows", min(rank * each, shape[0]), min((rank + 1) * each, shape[0]), each)
-        if last in ("k_proj", "v_proj"):
-            each = self.kv_heads_per_rank * self.head_dim
-            start = (rank * self.num_kv_heads // self.num_ranks) * self.head_dim
-            return Part("rows", start, start + each, each)
-        if last in _BY_ROWS:
-            return self._even("rows", shape[0], rank)
-        if last in _BY_COLUMNS:
-            return self._even("columns", shape[-1], rank)
-        if len(shape) == 1:
+        rule = self.family.rule_of(name, shape)
+        if rule.along == "replicated":
             return Part("whole")
-        raise PlacementError(
-            f"{name} {shape}: it is not known how this matrix is divided over ranks. Load on one"
-            " device, or by layers"
-        )
+        if rule.along == "vocabulary":
+            return self.vocabulary_part(shape[0], rank=rank)
+        if rule.along == "columns":
+            start, stop = self._even_range(shape[-1], rank)
+            return Part("columns", ((start, stop),), stop - start)
+        num_even = rule.parts.count("even")
+        fixed = sum(self._num_rows(part) for part in rule.parts if part != "even")
+        even_rows = (shape[0] - fixed) // num_even if num_even else 0
+        if fixed + num_even * even_rows != shape[0]:
+            raise PlacementError(
+                f"{name} {shape}: its rows are not those of {self.num_heads} heads and"
+                f" {self.num_kv_heads} key-value heads of {self.head_dim} entries. Load on one"
+                " device, or by layers"
+            )
+        ranges, offset = [], 0
+        for part in rule.parts:
+            num_rows = even_rows if part == "even" else self._num_rows(part)
+            start, stop = self._range_of(part, num_rows, rank)
+            ranges.append((offset + start, offset + stop))
+            offset += num_rows
+        return Part("rows", tuple(ranges), sum(stop - start for start, stop in ranges))
 
-    def _even(self, along: Along, size: int, rank: int) -> Part:
-        each = size // self.num_ranks
-        return Part(along, rank * each, (rank + 1) * each, each)
+    def _num_rows(self, part: FusedPart) -> int:
+        return (self.num_heads if part == "heads" else self.num_kv_heads) * self.head_dim
+
+    def _range_of(self, part: FusedPart, num_rows: int, rank: int) -> tuple[int, int]:
+        if part != "kv_heads":
+            return self._even_range(num_rows, rank)
+        start = (rank * self.num_kv_heads // self.num_ranks) * self.head_dim
+        return start, start + self.kv_heads_per_rank * self.head_dim
+
+    def _even_range(self, size: int, rank: int) -> tuple[int, int]:
+        share = size // self.num_ranks
+        return rank * share, (rank + 1) * share

@@ -22,7 +22,7 @@ from mmerge.workers.composite.routed_linear import Policy
 from mmerge.workers.composite.routed_read import read_routed
 from mmerge.workers.composite.tensor_parallel import Division, Part
 from mmerge.workers.reconstruction.bitmask import pack_mask, pack_rows, unpack_rows
-from mmerge.workers.reconstruction.build_reader import HEAD_NAME, BuildReader
+from mmerge.workers.reconstruction.build_reader import BuildReader
 from mmerge.workers.runtime.cores import num_cores
 from mmerge.workers.runtime.host_memory import Empty, empty_host
 
@@ -101,16 +101,20 @@ class Fetcher:
             return (shape[0] + reader.shape(name, "extra_rows", self.expert)[0], *shape[1:])
         return shape
 
-    def is_routed(self, linear: str) -> bool:
-        """Return whether the Linear of this path has weights per modality."""
-        return self._is_routed and self.reader.has(f"{linear}.weight", "delta")
+    def is_routed(self, name: str) -> bool:
+        """Return whether a tensor is weight or bias of a Linear layer with weights per modality."""
+        path, _, kind = name.rpartition(".")
+        weight = f"{path}.weight"
+        if not self._is_routed or kind not in ("weight", "bias"):
+            return False
+        if not self.reader.has(weight, "delta"):
+            return False
+        return self.reader.family.is_routed_linear(path, self.reader.shape(weight, "base"))
 
-    def make_item(self, name: str, *, is_routed: bool) -> Item:
-        """Return what is loaded under a name; `is_routed` says that it belongs to a Linear with
-        weights per modality.
-        """
+    def make_item(self, name: str) -> Item:
+        """Return what is loaded under a name. Placement and loader both decide by this."""
         shape, num_bytes = self.shape(name), self._stored_bytes(name)
-        if not is_routed:
+        if not self.is_routed(name):
             dtype = self.dtype if self._dtype_of(name).is_floating_point else self._dtype_of(name)
             return Item(name, "plain", (Field("value", dtype, shape),), num_bytes)
         count = len(self.reader.expert_names)
@@ -156,14 +160,15 @@ class Fetcher:
 
     def own_head(self) -> Item | None:
         """Return the head of an expert whose base is tied and has none, if the expert has one."""
-        if not self.expert or HEAD_NAME in self.reader.llm_names():
+        head = self.reader.family.head
+        if not self.expert or head in self.reader.llm_names():
             return None
-        own = self.reader.manifest.rename(HEAD_NAME, expert=self.expert)
+        own = self.reader.manifest.rename(head, expert=self.expert)
         if not self.reader.has(own, "carried", self.expert):
             return None
         shape = self.reader.shape(own, "carried", self.expert)
         num_bytes = self.reader.stored_bytes(own, "carried", self.expert)
-        return Item(HEAD_NAME, "plain", (Field("value", self.dtype, shape),), num_bytes)
+        return Item(head, "plain", (Field("value", self.dtype, shape),), num_bytes)
 
     def _dtype_of(self, name: str) -> torch.dtype:
         role: Literal["merged", "base"] = "merged" if self.reader.has(name, "merged") else "base"
@@ -198,13 +203,15 @@ def cut(value: torch.Tensor, field: Field, part: Part, *, is_vector: bool) -> to
     if part.along == "whole":
         return value.contiguous()
     if field.name == "masks" and part.along == "columns":
-        if part.start % 8 == 0 and part.size % 8 == 0:
-            return value[..., part.start // 8 : part.stop // 8].contiguous()
+        ((start, stop),) = part.ranges
+        if start % 8 == 0 and part.size % 8 == 0:
+            return value[..., start // 8 : stop // 8].contiguous()
         width = value.shape[-1] * 8
-        masks = [unpack_rows(mask, width)[:, part.start : part.stop] for mask in value]
+        masks = [unpack_rows(mask, width)[:, start:stop] for mask in value]
         return torch.stack([pack_rows(pack_mask(mask), mask.shape) for mask in masks])
     dim = -1 if is_vector or part.along == "columns" else -2
-    piece = value.narrow(dim, part.start, part.stop - part.start)
+    pieces = [value.narrow(dim, start, stop - start) for start, stop in part.ranges]
+    piece = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=dim)
     if piece.shape[dim] < part.size:
         missing = [*piece.shape]
         missing[dim] = part.size - piece.shape[dim]

@@ -17,8 +17,6 @@ from mmerge.workers.modalities.projector import FeatureEncoder
 from mmerge.workers.modalities.prompt import Part
 from mmerge.workers.reconstruction.build_reader import BuildReader
 
-EMBEDDING_SUFFIX = "embed_tokens.weight"
-
 
 class Encoder(Protocol):
     """Turns a medium into embeddings for the language model."""
@@ -90,7 +88,8 @@ def load_encoder(
             dtype=dtype,
             device=device,
         )
-    embedding = next(key for key in reader.llm_names() if key.endswith(EMBEDDING_SUFFIX))
+    embedding = reader.family.find_embedding(reader.llm_names())
+    assert embedding is not None  # a family is chosen by it
     return MediaEncoder(
         expert=expert,
         modality=record.modality,

@@ -19,6 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mmerge.manifests.digest import parse_json
 from mmerge.manifests.errors import CheckpointError, PromptError
+from mmerge.workers.families.registry import role_of
 from mmerge.workers.modalities.prompt import Part, read_image, read_sound, read_video
 
 
@@ -159,7 +160,7 @@ class MediaEncoder:
         text.vocab_size = embedding[1].shape[0]
         model = make_model(
             stub, state | {embedding[0]: embedding[1]}, dtype=dtype, owner=owner,
-            may_lack=lambda key: "lm_head" in key or key.rsplit(".", 2)[-2:] == ["norm", "weight"],
+            may_lack=lambda key: role_of(key) in ("head", "final_norm"),
         )  # fmt: skip
         self.model = model.to(device)
         self.inputs = _open_inputs(config.model_type, files, owner=owner)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from threading import Lock
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from blake3 import blake3
 from numpy.typing import NDArray
 
+from mmerge.manifests.digest import parse_json
 from mmerge.manifests.errors import (
     DamagedObject,
     ManifestError,
@@ -22,7 +24,7 @@ from mmerge.manifests.errors import (
     StoreUnavailable,
 )
 from mmerge.manifests.format.entry import Role
-from mmerge.manifests.format.manifest import Manifest, read_manifest
+from mmerge.manifests.format.manifest import Manifest, read_file, read_manifest
 from mmerge.manifests.format.object_header import find_header_damage
 from mmerge.manifests.format.references import open_build
 from mmerge.manifests.format.table import StoredRow, read_table
@@ -30,13 +32,14 @@ from mmerge.manifests.maintenance.verify import group_rows
 from mmerge.manifests.stores.object_store import Store
 from mmerge.workers.checkpoints.dtypes import TORCH_DTYPES, to_bytes
 from mmerge.workers.checkpoints.lora_weights import LowRank, add_adapters
+from mmerge.workers.families.interface import Family
+from mmerge.workers.families.registry import find_family, text_config_of
 from mmerge.workers.reconstruction.bitmask import pack_mask, pack_rows, unpack_mask
 from mmerge.workers.reconstruction.masked_read import read_formed
 from mmerge.workers.reconstruction.masked_weights import can_form, form
 from mmerge.workers.reconstruction.table_checks import check_rows
 from mmerge.workers.runtime.host_memory import empty_host
 
-HEAD_NAME = "lm_head.weight"
 BLOCK_BYTES = 1 << 20
 """Bytes that are read and digested at once: the digest finds them in a cache."""
 
@@ -75,6 +78,22 @@ class BuildReader:
         """The experts in recipe order; a modality id is a position in this list."""
         return [expert.name for expert in self.manifest.experts]
 
+    @cached_property
+    def family(self) -> Family:
+        """The family of the language model. Raises CheckpointError, ManifestError."""
+        entry = next(
+            (file for file in self.manifest.base.files if file.name == "config.json"), None
+        )
+        where = f"{self.uri}: config.json of the base"
+        config = {}
+        if entry is not None:
+            config = parse_json(read_file(self.store, entry), what=where)
+        shapes = {}
+        for name in self.llm_names():
+            role: Role = "merged" if self.has(name, "merged") else "base"
+            shapes[name] = self.shape(name, role)
+        return find_family(shapes, text_config_of(config), where=self.uri)
+
     def rows(self) -> Iterator[StoredRow]:
         """Yield every piece of every tensor, without statistics."""
         return itertools.chain.from_iterable(self._rows.values())
@@ -104,7 +123,8 @@ class BuildReader:
         but those of its language model.
         """
         language_model = {
-            self.manifest.rename(name, expert=expert) for name in [*self.llm_names(), HEAD_NAME]
+            self.manifest.rename(name, expert=expert)
+            for name in [*self.llm_names(), self.family.head]
         }
         return [name for name in self.names("carried", expert) if name not in language_model]
 

@@ -156,7 +156,7 @@ def test_a_tensor_listed_under_carry_may_differ_and_a_pattern_without_effect_is_
     assert "model.norm.weight" not in {
         tensor.name for shard in plan.merge_shards for tensor in shard.tensors
     }
-    with pytest.raises(CheckpointError, match=r"carry: 'nothing\*' fits no tensor"):
+    with pytest.raises(CheckpointError, match=r"carry: 'nothing\*' matches no tensor"):
         make_plan(read_recipe(lab.write_recipe(raw | {"carry": ["model.norm.*", "nothing*"]})))
 
 

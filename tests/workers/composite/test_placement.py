@@ -17,6 +17,7 @@ from mmerge.manifests.errors import PlacementError
 from mmerge.pipeline import load_composite
 from mmerge.workers.composite.placement import parse_devices, plan_placement
 from mmerge.workers.composite.tensor_parallel import Division
+from mmerge.workers.families.llama import LLAMA
 from mmerge.workers.reconstruction.build_reader import BuildReader
 
 GB = 10**9
@@ -150,12 +151,12 @@ def test_a_70b_shape_is_divided_over_eight_ranks_evenly() -> None:
         num_key_value_heads=8,
         vocab_size=128256,
     )
-    division = Division.of(config, num_ranks=8)
+    division = Division.of(config, family=LLAMA, num_ranks=8)
     total = 0
     for name, shape in {
-        "q_proj": (8192, 8192),
-        "k_proj": (1024, 8192),
-        "down_proj": (8192, 28672),
+        "self_attn.q_proj": (8192, 8192),
+        "self_attn.k_proj": (1024, 8192),
+        "mlp.down_proj": (8192, 28672),
         "embed_tokens": (128256, 8192),
     }.items():
         parts = [
@@ -168,12 +169,12 @@ def test_a_70b_shape_is_divided_over_eight_ranks_evenly() -> None:
 
 
 def test_a_matrix_that_nobody_knows_how_to_cut_is_refused_by_name(lab_store: str) -> None:
-    division = Division(2, 4, 2, 32, 256)
+    division = Division(2, 4, 2, 32, 256, LLAMA)
     with pytest.raises(
         PlacementError,
         match=(
-            r"model.layers.0.self_attn.qkv_proj.weight \(8, 8\): it is not known how this matrix is"
-            r" divided"
+            r"model.layers.0.self_attn.qkv_proj.weight \(8, 8\): model family 'llama' has no"
+            r" tensor-parallel rule for this matrix"
         ),
     ):
         division.part_of("model.layers.0.self_attn.qkv_proj.weight", (8, 8), rank=0)

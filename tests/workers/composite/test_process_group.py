@@ -19,6 +19,7 @@ from mmerge.manifests.errors import PlacementError
 from mmerge.pipeline import load_composite
 from mmerge.workers.composite.placement import plan_placement
 from mmerge.workers.composite.tensor_parallel import Division
+from mmerge.workers.families.llama import LLAMA
 from mmerge.workers.reconstruction.build_reader import BuildReader
 
 SCRIPT = Path(__file__).resolve().parent.parent.parent / "rank_script.py"
@@ -175,7 +176,7 @@ def test_a_number_of_ranks_that_does_not_divide_the_heads_is_refused_with_those_
             r" are 1, 2, 4"
         ),
     ):
-        Division.of(config, num_ranks=3)
+        Division.of(config, family=LLAMA, num_ranks=3)
     placement = plan_placement(
         f"{lab_store}#mmer", devices=[10**9] * 2, by="tensor", device_type="cpu"
     )

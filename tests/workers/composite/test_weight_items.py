@@ -33,6 +33,7 @@ from mmerge.workers.composite.weight_items import (
     read_threads,
     share_out,
 )
+from mmerge.workers.families.llama import LLAMA
 from mmerge.workers.reconstruction.bitmask import pack_mask, pack_rows, unpack_rows
 
 
@@ -179,13 +180,19 @@ def test_shares_are_even_within_the_largest_item(num_ranks: int) -> None:
 
 @pytest.mark.parametrize(
     ("module", "width"),
-    [("o_proj", 64), ("o_proj", 24), ("q_proj", 24), ("lm_head", 24), ("embed_tokens", 20)],
+    [
+        ("self_attn.o_proj", 64),
+        ("self_attn.o_proj", 24),
+        ("self_attn.q_proj", 24),
+        ("lm_head", 24),
+        ("embed_tokens", 20),
+    ],
 )
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_parts_of_weights_and_masks_put_together_are_the_whole(
     module: str, width: int, num_ranks: int
 ) -> None:
-    division = Division(num_ranks, 4, 4, 6, 48)
+    division = Division(num_ranks, 4, 4, 6, 48, LLAMA)
     rows = 41 if module in ("lm_head", "embed_tokens") else 24
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(rows, width, generator=generator)
@@ -239,7 +246,7 @@ def test_an_owner_makes_one_part_after_the_other() -> None:
     item = Item("model.layers.0.self_attn.q_proj.weight", "plain", (field,), 64 * 8 * 4)
     whole = torch.arange(64 * 8, dtype=torch.float32).reshape(64, 8)
     ranks = PickyRanks()
-    division = Division(2, 4, 4, 16, 16)
+    division = Division(2, 4, 4, 16, 16, LLAMA)
     found = deliver(item, iter([{"value": whole}]), ranks=ranks, owner=1, division=division)
     assert found["value"].equal(whole[32:])
     assert ranks.alive == [1, 1]

@@ -1,0 +1,1 @@
+"""Model families: tensor names and tensor-parallel rules, one file per family."""
