@@ -129,7 +129,8 @@ def main() -> int:
     os.environ["RAY_AUTH_MODE"] = "disabled"
 
     from mmerge.pipeline import run
-    from mmerge.pipeline.execution.executor import RayExecutor, SerialExecutor
+    from mmerge.pipeline.execution.executor import SerialExecutor
+    from mmerge.pipeline.execution.ray_executor import RayExecutor
 
     work = ROOT / "build" / "bench" / "ray-overhead"
     work.mkdir(parents=True, exist_ok=True)
@@ -240,8 +241,8 @@ def forecast(
     """Return how far the simulation is from each run, with the rates of that run and with those of
     the run before it.
     """
-    from mmerge.pipeline.execution.simulation import Nodes, simulate
-    from mmerge.pipeline.monitoring.run_records import to_rates
+    from mmerge.pipeline.build.simulation import simulate, to_rates
+    from mmerge.pipeline.execution.simulated_cluster import Nodes
 
     nodes = Nodes(options.nodes, options.workers // options.nodes, 1e12, 1e12)
     own, earlier = [], []

@@ -92,7 +92,8 @@ def main() -> int:
     options = parser.parse_args()
 
     from mmerge.pipeline import make_plan, parse_recipe
-    from mmerge.pipeline.execution.simulation import GB, Nodes, simulate
+    from mmerge.pipeline.build.simulation import simulate
+    from mmerge.pipeline.execution.simulated_cluster import GB, Nodes
 
     curves: dict[str, list[float]] = {}
     print(

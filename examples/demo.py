@@ -35,7 +35,7 @@ from mmerge.pipeline import (
     run,
     verify,
 )
-from mmerge.pipeline.execution.executor import open_executor
+from mmerge.pipeline.execution.open import open_executor
 from mmerge.pipeline.monitoring.progress import BarProgress, LogProgress, to_size
 from mmerge.pipeline.views.report import print_build, print_run
 from mmerge.pipeline.views.show import read_build

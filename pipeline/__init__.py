@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mmerge.manifests.format.manifest import Manifest
     from mmerge.manifests.maintenance.verify import VerifyReport, verify
     from mmerge.pipeline.build.run import RunReport, run
-    from mmerge.pipeline.execution.executor import open_executor
+    from mmerge.pipeline.execution.open import open_executor
     from mmerge.pipeline.planning.plan import MergePlan, make_plan
     from mmerge.pipeline.recipes.recipe import Recipe, make_recipe_schema, parse_recipe, read_recipe
     from mmerge.pipeline.serving.actors import ActorComposite, load_on_actors
@@ -40,7 +40,7 @@ _PLACES = {
     "read_recipe": "mmerge.pipeline.recipes.recipe",
     "RunReport": "mmerge.pipeline.build.run",
     "run": "mmerge.pipeline.build.run",
-    "open_executor": "mmerge.pipeline.execution.executor",
+    "open_executor": "mmerge.pipeline.execution.open",
     "read_build": "mmerge.pipeline.views.show",
     "Composite": "mmerge.workers.composite.model",
     "load_composite": "mmerge.workers.composite.loader",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from mmerge.manifests.format.entry import Role
 from mmerge.manifests.stores.local import Pending
@@ -64,6 +64,7 @@ class CopyTensor:
 class SurveyTask:
     """One pass over the inputs of a shard: digests, non-finite check, magnitude histograms."""
 
+    phase: ClassVar[str] = "scan"
     key: str
     shard: str
     expert_names: tuple[str, ...]
@@ -84,6 +85,7 @@ class RefineTask:
     magnitudes.
     """
 
+    phase: ClassVar[str] = "thresholds"
     key: str
     shard: str
     expert_names: tuple[str, ...]
@@ -125,11 +127,17 @@ class MeasureTask:
     peak_bytes: int
     fresh: bool = False
 
+    @property
+    def phase(self) -> str:
+        """The name of this pass; the second one of `ranks` is a phase of its own."""
+        return self.stage if self.high_bins is None else f"{self.stage} (exact)"
+
 
 @dataclass(frozen=True)
 class MergeTask:
     """Merge one shard into one object."""
 
+    phase: ClassVar[str] = "merge"
     digest: str
     shard: str
     expert_names: tuple[str, ...]
@@ -152,6 +160,7 @@ class MergeTask:
 class CopyTask:
     """Copy the tensors of one shard of the base or of one expert into one object."""
 
+    phase: ClassVar[str] = "copy"
     digest: str
     shard: str
     role: Literal["base", "carry"]
@@ -169,6 +178,7 @@ class AnswerTask:
     in the store, at `answers/KEY.json`.
     """
 
+    phase: ClassVar[str] = "answer"
     key: str
     shard: str
     model: str

@@ -1,28 +1,25 @@
-"""What a run of a plan would compute, what it would find in the store, and why: the run itself,
-stopped before its first write.
-"""
+"""What a run of a plan would do: the builds of all shards, answered from the store alone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal
-
-from typing_extensions import override
 
 from mmerge.manifests.errors import ManifestError, NotFound
 from mmerge.manifests.format.entry import ObjectEntry, read_entry
 from mmerge.manifests.format.manifest import manifest_key, read_manifest
 from mmerge.manifests.format.references import list_references, read_reference
 from mmerge.manifests.stores.object_store import Store, open_store
-from mmerge.pipeline.build.input_survey import InputSurvey
+from mmerge.pipeline.build.context import BuildContext
 from mmerge.pipeline.build.provenance import describe_inputs, explain
-from mmerge.pipeline.build.run import Builder, RunReport
-from mmerge.pipeline.execution.executor import Executor, SerialExecutor
-from mmerge.pipeline.execution.scheduler import Follow, Outcomes, nothing_follows
-from mmerge.pipeline.monitoring.progress import Progress
+from mmerge.pipeline.build.shard import make_shard_builds
+from mmerge.pipeline.build.shard_builds import Barrier, BuildTask, FinalTask
+from mmerge.pipeline.execution.executor import SerialExecutor
 from mmerge.pipeline.planning.plan import MergePlan
-from mmerge.workers.task import CopyTask, MergeTask, SurveyTask, Task, TaskResult
+from mmerge.workers.task import MergeTask, SurveyTask, Task, TaskResult
+from mmerge.workers.tasks.scan_cache import read_scan
 
 State = Literal["compute", "reuse", "unknown"]
 
@@ -39,165 +36,133 @@ class ShardForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run would do. `to_survey` are the shards whose inputs must be read before more can be
-    said.
-    """
+    """The verdict on every shard. `to_scan` are the shards whose inputs must be read first."""
 
     shards: tuple[ShardForecast, ...]
-    to_survey: tuple[str, ...] = ()
+    to_scan: tuple[str, ...] = ()
 
     def count(self, state: State) -> int:
         """Return how many shards are in a state."""
         return sum(shard.state == state for shard in self.shards)
 
 
-class _Stop(Exception):
-    """Ends a forecast at the first task that would have to run."""
-
-    def __init__(self, tasks: Sequence[Task]) -> None:
-        self.tasks = tasks
-
-
-class _NothingRuns(Executor):
-    """Stops at the first phase that has tasks left; with `survey` it does the passes over the
-    inputs that come before merging.
-    """
-
-    def __init__(self, *, survey: bool) -> None:
-        self._inner = SerialExecutor() if survey else None
-
-    @override
-    def run(
-        self, tasks: Sequence[Task], store_uri: str, follow: Follow = nothing_follows
-    ) -> Outcomes:
-        if tasks and (self._inner is None or isinstance(tasks[0], (MergeTask, CopyTask))):
-            raise _Stop(tasks)
-        if self._inner:
-            yield from self._inner.run(tasks, store_uri)
-
-    @override
-    def close(self) -> None:
-        return None
-
-
-class _Silent(Progress):
-    @override
-    def begin(self, phase: str, *, num_bytes: int, num_tasks: int, num_reused: int) -> None:
-        return None
-
-    @override
-    def advance(self, phase: str, result: TaskResult) -> None:
-        return None
-
-    @override
-    def fail(self, phase: str, shard: str, error: Exception) -> None:
-        return None
-
-
-class _Forecaster(Builder):
-    """A run that looks for each object instead of making it."""
-
-    found: Forecast | None = None
-
-    @override
-    def _commit(
-        self, merge_tasks: list[MergeTask], copy_tasks: list[CopyTask], survey: InputSurvey
-    ) -> RunReport:
-        earlier = _read_earlier(self.store, self.recipe.name)
-        inputs = describe_inputs(self.plan, survey, merge_tasks)
-        shards = []
-        for merge in merge_tasks:
-            reason = explain(earlier.get(merge.shard), inputs[merge.shard])
-            shards.append(_judge(self.store, merge.shard, "merge", merge.digest, reason))
-        for copy in copy_tasks:
-            old = earlier.get(copy.shard)
-            reason = "no earlier build of this name has it" if old is None else "its bytes changed"
-            shards.append(_judge(self.store, copy.shard, "copy", copy.digest, reason))
-        self.found = Forecast(tuple(shards))
-        raise _Stop(())
-
-
-def make_forecast(
-    plan: MergePlan, *, survey: bool = False, progress: Progress | None = None
-) -> Forecast:
-    """Return what a run of this plan would compute. Reads headers and the store; writes nothing
-    unless `survey` is set.
+def make_forecast(plan: MergePlan, *, scan: bool = False) -> Forecast:
+    """Return what a run of this plan would compute. Writes nothing unless `scan` is set.
 
     Args:
         plan: from `make_plan`.
-        survey: read inputs that changed since they were last read, and keep what was found in the
-            store, as a run would; without it, shards with such inputs are `unknown`.
-        progress: told of the survey.
+        scan: read inputs that changed since they were last read, and keep the results in the store
+            as a run would; without it, shards that depend on such inputs are `unknown`.
 
     Raises:
         StoreError: the store cannot be read.
+        TaskErrors, NonFiniteError: an input cannot be scanned.
     """
     try:
-        open_store(plan.recipe.output, create=survey)
+        store = open_store(plan.recipe.output, create=scan)
     except NotFound:
         return _all_new(plan)
-    runner = _Forecaster(plan, _NothingRuns(survey=survey), progress or _Silent(), False)
-    try:
-        runner.run()
-    except _Stop as stop:
-        return runner.found or _stopped(plan, stop.tasks, runner)
-    raise AssertionError("a forecast ends at its first task")
+    forecaster = _Forecaster(plan, store)
+    if scan:
+        forecaster.scan()
+    return forecaster.judge()
+
+
+class _Forecaster:
+    def __init__(self, plan: MergePlan, store: Store) -> None:
+        self.plan, self.store = plan, store
+        self.context = BuildContext(plan, fresh=False)
+        self.builds = make_shard_builds(self.context)
+        self.tasks = self.builds.start(self._find)
+
+    def _find(self, task: BuildTask) -> Any:
+        """Return what the store has of a task."""
+        if isinstance(task, FinalTask):
+            return read_entry(self.store, task.digest)
+        return read_scan(self.store, task.key)
+
+    def scan(self) -> None:
+        """Run all tasks that come before merging and copying."""
+
+        def follow(task: Task, result: TaskResult) -> Sequence[Task]:
+            assert not isinstance(task, FinalTask)
+            assert isinstance(task, BuildTask)
+            survey = read_scan(self.store, task.key)
+            return _without_final(self.builds.follow(task, survey, self._find))
+
+        tasks = _without_final(self.tasks)
+        with closing(SerialExecutor().run(tasks, self.store.uri, follow)) as outcomes:
+            for _, outcome in outcomes:
+                if isinstance(outcome, Exception):
+                    raise outcome
+
+    def judge(self) -> Forecast:
+        """Return the verdict on every shard."""
+        requests = self.builds.requests
+        scans = [task for task in requests.values() if isinstance(task, SurveyTask)]
+        to_scan = tuple(dict.fromkeys(task.shard for task in scans))
+        if not self._has_builds():
+            return Forecast(_all_new(self.plan).shards, to_scan)
+        earlier = _read_earlier(self.store, self.plan.recipe.name)
+        merges = [task for task in requests.values() if isinstance(task, MergeTask)]
+        inputs = describe_inputs(self.plan, self.context.digests, merges)
+        shards = []
+        for shard in self.plan.merge_shards:
+            reason = ""
+            if shard.name in inputs:
+                reason = explain(earlier.get(shard.name), inputs[shard.name])
+            shards.append(self._judge_shard(shard.name, "merge", reason, to_scan))
+        for copy_shard in self.plan.copy_shards:
+            is_new = copy_shard.name not in earlier
+            reason = "no earlier build of this name has it" if is_new else "its bytes changed"
+            shards.append(self._judge_shard(copy_shard.name, "copy", reason, to_scan))
+        return Forecast(tuple(shards), to_scan)
+
+    def _judge_shard(
+        self, shard: str, task: Literal["merge", "copy"], reason: str, to_scan: tuple[str, ...]
+    ) -> ShardForecast:
+        """Return the verdict on a shard; `reason` is why its object would be made anew."""
+        request = self.builds.requests.get(shard)
+        if request is None:
+            return ShardForecast(shard, task, "reuse", "made from the same inputs and parameters")
+        if isinstance(request, FinalTask):
+            return ShardForecast(shard, task, "compute", reason)
+        return ShardForecast(shard, task, "unknown", _explain_unknown(request, to_scan))
+
+    def _has_builds(self) -> bool:
+        return any(any(True for _ in self.store.list(folder)) for folder in ("refs", "objects"))
+
+
+def _explain_unknown(request: BuildTask | Barrier, to_scan: tuple[str, ...]) -> str:
+    """Return what a shard waits for, whose last task depends on it."""
+    if isinstance(request, SurveyTask):
+        return "inputs not read yet, or changed since"
+    if isinstance(request, Barrier):
+        return f"waits for other shards, {len(to_scan)} of which must be scanned first"
+    return f"phase {request.phase!r} not computed yet"
+
+
+def _without_final(tasks: Sequence[BuildTask]) -> list[BuildTask]:
+    return [task for task in tasks if not isinstance(task, FinalTask)]
 
 
 def _all_new(plan: MergePlan) -> Forecast:
     reason = "nothing is in the store yet"
-    return Forecast(
-        tuple(ShardForecast(shard.name, "merge", "compute", reason) for shard in plan.merge_shards)
-        + tuple(ShardForecast(shard.name, "copy", "compute", reason) for shard in plan.copy_shards)
-    )
-
-
-def _stopped(plan: MergePlan, tasks: Sequence[Task], runner: _Forecaster) -> Forecast:
-    """Say which inputs have to be read first; what the others come to may depend on them
-    (thresholds of scope `model`).
-    """
-    waiting = tuple(task.shard for task in tasks)
-    if not any(True for _ in runner.store.list("refs")) and not any(
-        True for _ in runner.store.list("objects")
-    ):
-        return Forecast(_all_new(plan).shards, waiting)
-    kind = (
-        "inputs not read yet, or changed since"
-        if isinstance(tasks[0], SurveyTask)
-        else "thresholds not computed yet"
-    )
-    other = "follows from the inputs that are still to be read"
-    shards = [
-        ShardForecast(shard.name, "merge", "unknown", kind if shard.name in waiting else other)
-        for shard in plan.merge_shards
-    ]
-    shards += [
-        ShardForecast(shard.name, "copy", "unknown", kind if shard.name in waiting else other)
-        for shard in plan.copy_shards
-    ]
-    return Forecast(tuple(shards), waiting)
-
-
-def _judge(
-    store: Store, shard: str, task: Literal["merge", "copy"], digest: str, reason: str
-) -> ShardForecast:
-    if read_entry(store, digest) is not None:
-        return ShardForecast(shard, task, "reuse", "made from the same inputs and numbers")
-    return ShardForecast(shard, task, "compute", reason)
+    merges = [ShardForecast(s.name, "merge", "compute", reason) for s in plan.merge_shards]
+    copies = [ShardForecast(s.name, "copy", "compute", reason) for s in plan.copy_shards]
+    return Forecast((*merges, *copies))
 
 
 def _read_earlier(store: Store, name: str) -> dict[str, ObjectEntry]:
-    """Return the objects of the newest build of this name, by shard."""
+    """Return the objects of the newest build of this name, by shard; empty if it is unreadable."""
     numbers = list_references(store).get(name, [])
     if not numbers:
         return {}
     build = read_reference(store, name, numbers[-1]).build
+    if not store.exists(manifest_key(build)):
+        return {}
     try:
-        return (
-            {entry.shard: entry for entry in read_manifest(store, build).entries}
-            if store.exists(manifest_key(build))
-            else {}
-        )
+        return {entry.shard: entry for entry in read_manifest(store, build).entries}
     except ManifestError:
         return {}
 
@@ -208,6 +173,6 @@ def forecast_to_json(forecast: Forecast) -> dict[str, Any]:
         "compute": forecast.count("compute"),
         "reuse": forecast.count("reuse"),
         "unknown": forecast.count("unknown"),
-        "to_survey": list(forecast.to_survey),
+        "to_scan": list(forecast.to_scan),
         "shards": [vars(shard) for shard in forecast.shards],
     }

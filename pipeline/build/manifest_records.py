@@ -1,4 +1,4 @@
-"""What a manifest says of base and experts."""
+"""The records of base and experts in a manifest."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from mmerge.manifests.digest import digest_bytes
 from mmerge.manifests.format.manifest import BaseRecord, ExpertRecord, FileEntry
-from mmerge.pipeline.build.input_survey import InputSurvey
+from mmerge.pipeline.build.input_scan import InputDigests
 from mmerge.pipeline.planning.plan import MergePlan
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
 
@@ -30,15 +30,15 @@ def read_files(
 
 def make_records(
     plan: MergePlan,
-    survey: InputSurvey,
+    digests: InputDigests,
     files: Mapping[str, tuple[FileEntry, ...]],
     rescalers: Sequence[float] | None,
 ) -> dict[str, Any]:
-    """Return what a manifest says of the recipe, the base and the experts.
+    """Return the records of the recipe, the base and the experts.
 
     Args:
         plan: what is built.
-        survey: knows all inputs.
+        digests: of all inputs.
         files: from `read_files`.
         rescalers: per expert, where the method has them.
     """
@@ -47,7 +47,7 @@ def make_records(
         ExpertRecord(
             name=expert.name,
             modality=expert.modality,
-            revision=survey.revision(index + 1, expert.name, files[expert.uri]),
+            revision=digests.revision(index + 1, expert.name, files[expert.uri]),
             parameters=recipe.describe_parameters(expert.name),
             renames=plan.renames[index],
             source=_hub_source(expert.uri),
@@ -68,7 +68,7 @@ def make_records(
         "dtype": plan.dtype,
         "template": recipe.template,
         "base": BaseRecord(
-            revision=survey.revision(0, "", base_files),
+            revision=digests.revision(0, "", base_files),
             source=_hub_source(recipe.base),
             files=base_files,
         ),

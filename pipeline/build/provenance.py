@@ -1,6 +1,4 @@
-"""Of what each merged object was made, short: so that a later plan can say why a shard would be
-computed again.
-"""
+"""Provenance of merged objects: short input digests, which explain why a shard is recomputed."""
 
 from __future__ import annotations
 
@@ -8,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from mmerge.manifests.digest import digest_json
 from mmerge.manifests.format.entry import ObjectEntry, ShardEntry
-from mmerge.pipeline.build.input_survey import InputSurvey
+from mmerge.pipeline.build.input_scan import InputDigests
 from mmerge.pipeline.build.method_stages import to_hex
 from mmerge.pipeline.planning.plan import MergePlan
 from mmerge.workers.task import MergeTask
@@ -18,7 +16,7 @@ EXPERT_PREFIX = "expert:"
 
 
 def describe_inputs(
-    plan: MergePlan, survey: InputSurvey, tasks: Sequence[MergeTask]
+    plan: MergePlan, digests: InputDigests, tasks: Sequence[MergeTask]
 ) -> dict[str, dict[str, str]]:
     """Return by merge shard a digest of each of its inputs: base, every expert, the recipe's
     numbers, the trim thresholds.
@@ -32,7 +30,7 @@ def describe_inputs(
     numbers = digest_json([recipe.method, parameters, plan.dtype])
     found = {}
     for task in tasks:
-        pieces = [survey.describe(tensor) for tensor in task.tensors]
+        pieces = [digests.describe(tensor) for tensor in task.tensors]
         sources = {
             name: digest_json([piece[position] for piece in pieces])
             for position, name in enumerate(names)

@@ -23,8 +23,8 @@ from mmerge.pipeline.cli.options import JsonOption
 
 if TYPE_CHECKING:
     from mmerge.manifests.stores.object_store import Store
+    from mmerge.pipeline.build.simulation import Simulation
     from mmerge.pipeline.execution.jobs import Job
-    from mmerge.pipeline.execution.simulation import Simulation
     from mmerge.pipeline.monitoring.progress import Progress
     from mmerge.pipeline.monitoring.run_records import RunStatus
     from mmerge.pipeline.planning.plan import MergePlan
@@ -151,8 +151,8 @@ def simulate_plan(
     """
     from mmerge.manifests.format.references import split_uri
     from mmerge.manifests.stores.object_store import open_store
-    from mmerge.pipeline.execution.simulation import GB, Nodes, simulate
-    from mmerge.pipeline.monitoring.run_records import to_rates
+    from mmerge.pipeline.build.simulation import simulate, to_rates
+    from mmerge.pipeline.execution.simulated_cluster import GB, Nodes
 
     rates = None
     if rates_from is not None:

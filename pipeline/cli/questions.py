@@ -139,11 +139,11 @@ def make_settings(
 @contextmanager
 def open_executor(name: str, *, address: str | None, workers: int | None) -> Iterator[Executor]:
     """Open the executor of that name, and close it again. Raises RecipeError for another name."""
-    from mmerge.pipeline.execution import executor
+    from mmerge.pipeline.execution import open as executors
 
     if name not in ("ray", "serial"):
         raise RecipeError(f"--executor: expected 'ray' or 'serial', got {name!r}")
-    where = executor.open_executor(
+    where = executors.open_executor(
         "serial" if name == "serial" else "ray", address=address, num_workers=workers
     )
     try:

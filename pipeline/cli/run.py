@@ -32,7 +32,8 @@ from mmerge.workers.runtime.lazy_torch import postpone_torch
 from mmerge.workers.tasks.worker_startup import import_numba, load_kernels
 
 if TYPE_CHECKING:
-    from mmerge.pipeline.execution.executor import Executor, ExecutorName
+    from mmerge.pipeline.execution.executor import Executor
+    from mmerge.pipeline.execution.open import ExecutorName
     from mmerge.pipeline.planning.plan import MergePlan
 
 out = Console(soft_wrap=True)
@@ -115,7 +116,7 @@ def plan(
             node_memory=node_memory,
             rates_from=rates_from,
         )
-    found = make_forecast(made, survey=survey) if reuse or survey else None
+    found = make_forecast(made, scan=survey) if reuse or survey else None
     if as_json:
         more = {"forecast": forecast_to_json(found)} if found else {}
         more |= {"simulation": simulation_to_json(simulation)} if simulation else {}
@@ -189,7 +190,7 @@ def run(
         )  # Ray cannot send a function that names a stand-in to its workers
         load_kernels()
     from mmerge.pipeline.build.run import run as run_plan
-    from mmerge.pipeline.execution.executor import open_executor
+    from mmerge.pipeline.execution.open import open_executor
     from mmerge.pipeline.monitoring.progress import show_progress
     from mmerge.pipeline.monitoring.run_records import RunUnderWay
     from mmerge.pipeline.views.report import print_run

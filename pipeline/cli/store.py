@@ -397,7 +397,7 @@ def print_forecast(found: Forecast) -> None:
     total = f"  {found.count('compute')} to compute, {found.count('reuse')} there already"
     if found.count("unknown"):
         total += (
-            f", {found.count('unknown')} known when the inputs of {len(found.to_survey)} shards are"
+            f", {found.count('unknown')} known when the inputs of {len(found.to_scan)} shards are"
             " read ('mmerge plan --survey')"
         )
     out.print(total)

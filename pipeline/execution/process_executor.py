@@ -14,6 +14,7 @@ from contextlib import closing
 
 from mmerge.manifests.errors import MmergeError, StoreError
 from mmerge.manifests.stores.object_store import was_any_opened
+from mmerge.pipeline.execution.executor import Executor, ExecutorOptions
 from mmerge.pipeline.execution.scheduler import Follow, Outcomes, nothing_follows
 from mmerge.pipeline.execution.worker_pool import run_in_pool
 from mmerge.pipeline.planning.memory_bounds import PROCESS_BYTES
@@ -22,7 +23,7 @@ from mmerge.workers.task import Task, TaskResult
 from mmerge.workers.tasks.worker_startup import begin_process
 
 
-class ProcessExecutor:
+class ProcessExecutor(Executor):
     """Runs tasks in processes of this machine, which begin at once and end with `close`.
 
     They are forked on Linux as long as no store was opened: a forked process has none of the
@@ -90,3 +91,8 @@ class ProcessExecutor:
     def close(self) -> None:
         """End the processes; what they are at work on is finished first."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def open_processes(options: ExecutorOptions) -> ProcessExecutor:
+    """Return an executor in processes of this machine."""
+    return ProcessExecutor(num_processes=options.num_workers, memory_bytes=options.memory_bytes)

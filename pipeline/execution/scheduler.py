@@ -172,10 +172,8 @@ class _Dispatch:
         self.waiting: deque[_State] = deque(self.states.values())
         self.largest: Resources | None = None
         self._note_sizes(tasks)
-        self.rates: dict[type[Task], list[float]] = {}
-        """Bytes per second by kind of task: a merge may take many times what a survey of the same
-        bytes takes.
-        """
+        self.rates: dict[str, list[float]] = {}
+        """Bytes per second by phase: a merge may take many times as long as a scan."""
         self.last_start = 0.0
         self.silent: set[str] = set()
         """Nodes not heard of since an attempt there was overdue: they may be cut off, and nobody
@@ -281,7 +279,7 @@ class _Dispatch:
         self.nodes[_place_of(running.attempt.task)] = running.node
         if result.num_bytes and running.started is not None:
             rate = result.num_bytes / max(self.cluster.now() - running.started, 1e-3)
-            self.rates.setdefault(type(running.attempt.task), []).append(rate)
+            self.rates.setdefault(running.attempt.task.phase, []).append(rate)
 
     def _finish(self, state: _State, outcome: TaskResult | Exception) -> Outcome:
         for other in state.running:
@@ -315,7 +313,7 @@ class _Dispatch:
         """Return the seconds that an attempt of this task may take."""
         if self.policy.deadline_seconds is not None:
             return self.policy.deadline_seconds
-        rates = self.rates.get(type(task))
+        rates = self.rates.get(task.phase)
         if not rates:
             return (
                 self.policy.min_deadline_seconds

@@ -21,13 +21,12 @@ from datetime import datetime, timezone
 from types import TracebackType
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from typing_extensions import override
 
 from mmerge.manifests.digest import parse_json, to_canonical_json
 from mmerge.manifests.errors import AlreadyExists, ManifestError, MmergeError, NotFound, StoreError
 from mmerge.manifests.stores.object_store import Store
-from mmerge.pipeline.execution.simulation import Rates
 from mmerge.pipeline.monitoring.progress import Progress
 from mmerge.workers.task import TaskResult
 
@@ -36,6 +35,9 @@ EXPIRY_SECONDS = 30.0
 """A run whose status has not changed for so long is dead."""
 KEPT_RUNS = 50
 """Records of a name that are kept; older ones are deleted."""
+
+EARLIER_PHASES = {"survey": "scan", "carry": "copy"}
+"""Names of phases in the records of version 0.1."""
 
 State = Literal["running", "finished", "failed", "interrupted"]
 
@@ -84,6 +86,14 @@ class RunStatus(BaseModel):
     phases: dict[str, PhaseStatus] = Field(default_factory=dict)
     failures: list[str] = Field(default_factory=list)
     message: str | None = None
+
+    @field_validator("phases", mode="before")
+    @classmethod
+    def _rename_phases(cls, phases: Any) -> Any:
+        """Accept the phase names of records that version 0.1 wrote."""
+        if not isinstance(phases, dict):
+            return phases
+        return {EARLIER_PHASES.get(name, name): phase for name, phase in phases.items()}
 
 
 class RunUnderWay(MmergeError):
@@ -203,38 +213,6 @@ def _await_death(store: Store, name: str, number: int, clock: Callable[[], float
             raise RunUnderWay(now)
         if now.state != "running":
             return
-
-
-def to_rates(status: RunStatus) -> Rates:
-    """Return what a run measured: bytes per second and core of each phase, seconds until workers
-    were there, seconds between phases.
-
-    Where it computed nothing, for the seconds lost per task, and where phases overlapped for the
-    seconds between them, the assumed ones.
-
-    Raises:
-        ManifestError: the run computed nothing at all.
-    """
-    found = {
-        name: phase.bytes_read / phase.seconds
-        for name, phase in status.phases.items()
-        if phase.bytes_read and phase.seconds
-    }
-    if not found:
-        raise ManifestError(
-            f"{status.name}: run {status.number} computed nothing, so it measured nothing. Name a"
-            " run that did"
-        )
-    assumed = Rates()
-    between = status.wall_seconds - sum(
-        phase.wall_seconds for phase in status.phases.values()
-    )  # negative where phases overlapped
-    return Rates(
-        start_seconds=status.start_seconds,
-        phase_seconds=between / len(status.phases) if status.wall_seconds and between > 0 else assumed.phase_seconds,
-        survey=found.get("survey", assumed.survey), thresholds=found.get("thresholds"), merge=found.get("merge", assumed.merge),
-        carry=found.get("carry", assumed.carry),
-    )  # fmt: skip
 
 
 class RunRecord(Progress):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mmerge.manifests.errors import CheckpointError
@@ -85,6 +85,8 @@ class MergePlan:
     block_entries: int
     adapters: tuple[AdapterRecord, ...] = ()
     """Per expert how its adapters are used; empty but in builds of kind `adapters`."""
+    checkpoints: tuple[Checkpoint, ...] = field(default=(), compare=False, repr=False)
+    """The base and the experts, opened once: a run of the plan reads their identity and files."""
 
     @property
     def copy_shards(self) -> tuple[CopyShard, ...]:
@@ -193,6 +195,7 @@ def make_plan(
         ),
         renames=layout.renames,
         block_entries=entries,
+        checkpoints=(base, *experts),
     )
 
 
@@ -233,6 +236,7 @@ def _make_adapters_plan(
         renames=tuple(() for _ in recipe.experts),
         block_entries=block_entries,
         adapters=tuple(adapters.record for adapters in found),
+        checkpoints=(base, *experts),
     )
 
 

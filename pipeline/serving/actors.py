@@ -19,7 +19,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from mmerge.manifests.errors import MmergeError, PlacementError, RankLost
-from mmerge.pipeline.execution.executor import RayExecutor
+from mmerge.pipeline.execution.ray_executor import RayExecutor
 from mmerge.workers.composite.loader import LoadReport, Mode, load_composite
 from mmerge.workers.composite.model import Composite
 from mmerge.workers.composite.process_group import DEFAULT_TIMEOUT_S, Ranks, open_ranks

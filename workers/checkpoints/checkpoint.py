@@ -135,10 +135,10 @@ class Checkpoint:
             found |= {name: TensorSource(self.uri, file, specs[name]) for name in names or specs}
         return dict(sorted(found.items()))
 
-    @cached_property
+    @property
     def identity(self) -> dict[str, str]:
         """For each weight file a text that changes when the file is replaced (size, entity tag,
-        time of change).
+        time of change). Asked anew each time: a plan may be run again later.
         """
         return {file: self._store.identity(file) for file in self._weight_files()}
 

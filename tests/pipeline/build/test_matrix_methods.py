@@ -11,7 +11,7 @@ import torch
 
 from mmerge.manifests.errors import CheckpointError, MmergeError, RecipeError
 from mmerge.pipeline import make_plan, parse_recipe, read_recipe, run
-from mmerge.pipeline.execution.executor import RayExecutor
+from mmerge.pipeline.execution.ray_executor import RayExecutor
 from mmerge.workers.reconstruction.build_reader import BuildReader
 
 METHODS: dict[str, dict[str, Any]] = {

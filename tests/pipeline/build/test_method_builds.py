@@ -23,7 +23,7 @@ from mmerge.pipeline import (
     run,
     verify,
 )
-from mmerge.pipeline.execution.executor import RayExecutor
+from mmerge.pipeline.execution.ray_executor import RayExecutor
 from mmerge.workers.composite.routed_linear import RoutedLinear
 from mmerge.workers.methods import find_method, method_names
 from mmerge.workers.reconstruction.bitmask import unpack_mask

@@ -22,7 +22,9 @@ from mmerge.manifests.errors import MmergeError, NonFiniteError, StoreError, Tas
 from mmerge.manifests.format.table import read_table
 from mmerge.manifests.stores.object_store import open_store
 from mmerge.pipeline import make_plan, read_recipe, run, verify
-from mmerge.pipeline.execution.executor import Executor, RayExecutor, SerialExecutor, open_executor
+from mmerge.pipeline.execution.executor import Executor, SerialExecutor
+from mmerge.pipeline.execution.open import open_executor
+from mmerge.pipeline.execution.ray_executor import RayExecutor
 from mmerge.workers.reconstruction.build_reader import BuildReader
 
 
@@ -63,7 +65,7 @@ def test_a_build_is_made_once_and_a_second_run_does_nothing(lab: Any, executor: 
     plan = make_plan(read_recipe(lab.write_recipe(lab.make_all())))
     first = run(plan, executor=executor)
     assert first.is_new
-    assert first.num_computed == {"survey": 8, "thresholds": 0, "merge": 5, "carry": 8}
+    assert first.num_computed == {"scan": 8, "thresholds": 0, "merge": 5, "copy": 8}
     before = digests(lab.folder / "store")
     second = run(plan, executor=executor)
     assert (second.is_new, second.moved, second.bytes_read) == (False, False, 0)
@@ -230,7 +232,7 @@ def test_another_number_reuses_the_survey_the_base_and_what_is_carried(lab: Any)
     first = run(make_plan(read_recipe(lab.write_recipe(raw))))
     second = run(make_plan(read_recipe(lab.write_recipe(raw | {"mask_scale": 0.9}))))
     assert second.build != first.build
-    assert second.num_computed == {"survey": 0, "thresholds": 0, "merge": 5, "carry": 0}
+    assert second.num_computed == {"scan": 0, "thresholds": 0, "merge": 5, "copy": 0}
     assert second.reference.number == 2
     back = run(make_plan(read_recipe(lab.write_recipe(raw))))
     assert (back.is_new, back.moved, back.build, back.reference.number) == (
@@ -250,7 +252,7 @@ def test_one_changed_layer_of_one_expert_merges_that_layer_alone_under_scope_ten
     lab.make_expert("audio", 1, change=lambda tensors: tensors.update({name: tensors[name] + 1}))
     again = run(make_plan(read_recipe(lab.write_recipe(raw))))
     assert again.num_computed["merge"] == 1
-    assert again.num_computed["carry"] == 0
+    assert again.num_computed["copy"] == 0
 
 
 def test_two_experts_with_equal_encoders_share_one_object(lab: Any) -> None:
@@ -306,7 +308,7 @@ def test_all_failures_are_reported_together_and_finished_shards_are_kept(lab: An
     assert "Inf at [0, 1]" in str(caught.value)
     lab.make_expert("audio", 1)
     again = run(make_plan(read_recipe(lab.write_recipe(raw))))
-    assert again.num_reused["survey"] >= 5 or again.num_computed["survey"] < 8
+    assert again.num_reused["scan"] >= 5 or again.num_computed["scan"] < 8
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(lab: Any) -> None:
@@ -360,7 +362,7 @@ def test_a_run_that_was_killed_continues_and_ends_with_the_same_bytes(lab: Any) 
     ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stderr is not None
-    finished_line = re.compile(r"(merge|carry) (\S+): \S+ \w+ in ")
+    finished_line = re.compile(r"(merge|copy) (\S+): \S+ \w+ in ")
     seen = set()
     for line in process.stderr:
         seen |= set(finished_line.findall(line))

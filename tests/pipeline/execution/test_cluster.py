@@ -12,7 +12,8 @@ import pytest
 
 from mmerge.manifests.errors import TaskErrors
 from mmerge.pipeline import make_plan, read_recipe, run, verify
-from mmerge.pipeline.execution.executor import RayExecutor, SerialExecutor
+from mmerge.pipeline.execution.executor import SerialExecutor
+from mmerge.pipeline.execution.ray_executor import RayExecutor
 from mmerge.pipeline.execution.scheduler import Policy, nothing_follows
 
 pytestmark = pytest.mark.ray

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mmerge.pipeline import make_plan, read_recipe, run
-from mmerge.pipeline.execution.executor import RayExecutor
+from mmerge.pipeline.execution.ray_executor import RayExecutor
 
 
 @pytest.mark.ray

@@ -12,21 +12,19 @@ import pytest
 
 from mmerge.manifests.errors import MmergeError, NonFiniteError
 from mmerge.pipeline import make_plan, read_recipe
+from mmerge.pipeline import run as run_plan
+from mmerge.pipeline.build.simulation import Rates, simulate
+from mmerge.pipeline.execution.executor import SerialExecutor
 from mmerge.pipeline.execution.scheduler import (
     Attempt,
     Event,
     Policy,
     Resources,
     dispatch,
+    nothing_follows,
     resources_of,
 )
-from mmerge.pipeline.execution.simulation import (
-    Nodes,
-    Rates,
-    SimulatedCluster,
-    SimulatedTask,
-    simulate,
-)
+from mmerge.pipeline.execution.simulated_cluster import Nodes, SimulatedCluster, SimulatedTask
 from mmerge.workers.task import TaskResult
 
 
@@ -324,9 +322,10 @@ def test_what_follows_a_task_begins_before_what_waits_on_the_node_that_read_it()
     } == {500}
 
 
-def test_a_slow_kind_of_task_is_not_measured_by_a_quick_one() -> None:
+def test_the_deadline_of_a_slow_phase_does_not_follow_from_a_quick_one() -> None:
     def follow(task: Any, result: TaskResult) -> list[Any]:
-        return [Following("late", 1000, 10, bytes_out=0, rate=10.0)] if task.shard == "s0" else []
+        late = Following("late", 1000, 10, bytes_out=0, rate=10.0, phase="merge")
+        return [late] if task.shard == "s0" else []
 
     cluster = ScriptedCluster({("late", 1): "late"}, slots=8)
     tasks = [make_task(f"s{index}", num_bytes=1000) for index in range(4)]
@@ -335,7 +334,7 @@ def test_a_slow_kind_of_task_is_not_measured_by_a_quick_one() -> None:
     )
     assert len(found) == 5
     assert {attempt.number for attempt in cluster.log} == {1}, (
-        "ninety-five seconds, where its bytes take ten in another kind"
+        "ninety-five seconds, where its bytes take ten in another phase"
     )
 
 
@@ -352,16 +351,16 @@ def test_a_task_takes_its_peak_and_a_gpu_where_the_recipe_says_so(lab: Any) -> N
     plan = make_plan(read_recipe(lab.write_recipe(lab.make_all() | {"method": "tsv"})))
     tasks: list[Any] = []
 
-    class Watching:
-        def run(self, given: Any, store_uri: str, follow: Any) -> Any:
-            from mmerge.pipeline.execution.executor import SerialExecutor
+    class Watching(SerialExecutor):
+        def run(self, first_tasks: Any, store_uri: str, follow: Any = nothing_follows) -> Any:
+            tasks.extend(first_tasks)
 
-            tasks.extend(given)
-            return SerialExecutor().run(given, store_uri)
+            def follow_and_note(task: Any, result: TaskResult) -> Any:
+                followers = follow(task, result)
+                tasks.extend(followers)
+                return followers
 
-        def close(self) -> None: ...
-
-    from mmerge.pipeline import run as run_plan
+            return super().run(first_tasks, store_uri, follow_and_note)
 
     run_plan(plan, executor=Watching())
     merge = next(task for task in tasks if type(task).__name__ == "MergeTask")
@@ -389,7 +388,7 @@ def test_simulated_time_is_that_of_arithmetic(nodes: Nodes, seconds: float, limi
         cluster,
         Policy(deadline_seconds=float("inf")),
     )
-    cluster.settle()
+    cluster.update_accounts()
     assert cluster.now() == pytest.approx(seconds)
     assert max(cluster.lost, key=lambda found: cluster.lost[found]) == limit  # type: ignore[call-overload]
 
@@ -423,9 +422,7 @@ def test_a_forecast_counts_every_byte_that_the_plan_reads_and_writes_and_halves_
 ) -> None:
     lab.config |= {"num_hidden_layers": 16}
     plan = make_plan(read_recipe(lab.write_recipe(lab.make_all())))
-    rates = Rates(
-        survey=1e5, merge=1e5, carry=1e5, task_seconds=0, phase_seconds=0, start_seconds=0
-    )
+    rates = Rates(scan=1e5, merge=1e5, copy=1e5, task_seconds=0, phase_seconds=0, start_seconds=0)
     one = simulate(plan, Nodes(1, 1, 1e12, 1e12), rates=rates)
     copied = sum(shard.num_bytes for shard in plan.copy_shards)
     merged = sum(shard.bytes_in for shard in plan.merge_shards)

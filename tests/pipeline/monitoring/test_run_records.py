@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mmerge.manifests.stores.object_store import Store, open_store
-from mmerge.pipeline.execution.simulation import Rates
+from mmerge.pipeline.build.simulation import Rates, to_rates
 from mmerge.pipeline.monitoring import run_records as module
 from mmerge.pipeline.monitoring.progress import JsonFormatter, LogProgress
 from mmerge.pipeline.monitoring.run_records import (
@@ -23,7 +23,6 @@ from mmerge.pipeline.monitoring.run_records import (
     begin_run,
     list_runs,
     read_status,
-    to_rates,
 )
 from mmerge.workers.task import TaskResult
 

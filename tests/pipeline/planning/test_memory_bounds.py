@@ -14,7 +14,9 @@ import pytest
 from mmerge.manifests.errors import MmergeError, RecipeError
 from mmerge.pipeline import make_plan, read_recipe
 from mmerge.pipeline.cli.run import parse_size
-from mmerge.pipeline.execution.executor import RayExecutor, SerialExecutor, open_executor
+from mmerge.pipeline.execution.executor import SerialExecutor
+from mmerge.pipeline.execution.open import open_executor
+from mmerge.pipeline.execution.ray_executor import RayExecutor
 from mmerge.pipeline.execution.worker_pool import run_in_threads
 from mmerge.pipeline.planning.memory_bounds import PROCESS_BYTES
 from mmerge.pipeline.planning.plan import MAX_PIECE_BYTES

@@ -17,7 +17,7 @@ from rank_script import make_prompts
 
 from mmerge.manifests.errors import ManifestError, PlacementError, PromptError, RankLost
 from mmerge.pipeline import Part, load_composite, load_on_actors
-from mmerge.pipeline.execution.executor import RayExecutor
+from mmerge.pipeline.execution.ray_executor import RayExecutor
 
 pytestmark = pytest.mark.ray
 

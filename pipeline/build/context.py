@@ -1,0 +1,98 @@
+"""What the builds of all shards of a plan share: scan tasks, digests, thresholds, stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mmerge.pipeline.build.input_scan import InputDigests, make_scan_tasks
+from mmerge.pipeline.build.method_stages import MethodStages
+from mmerge.pipeline.build.threshold_search import ThresholdSearch
+from mmerge.pipeline.planning.plan import CopyShard, MergePlan, MergeShard
+from mmerge.workers.methods import find_method
+from mmerge.workers.methods.interface import Trimming, parse_numbers
+from mmerge.workers.task import SurveyTask
+
+
+class BuildContext:
+    """The shared state of one build: driven by a run, by a forecast or by a simulation.
+
+    Raises:
+        RecipeError: densities differ between tensors, though the scope is the whole model.
+    """
+
+    def __init__(self, plan: MergePlan, *, fresh: bool) -> None:
+        """Prepare the build of a plan; `fresh` ignores whatever the store has."""
+        self.plan = plan
+        self.fresh = fresh
+        self.method = find_method(plan.recipe.method)
+        self.digests = InputDigests()
+        self._trimmings = self._make_trimmings()
+        identities = {checkpoint.uri: checkpoint.identity for checkpoint in plan.checkpoints}
+        self.scan_tasks = make_scan_tasks(
+            plan, identities, magnitudes=bool(self._trimmings), fresh=fresh
+        )
+        groups = group_by_tensor(plan.merge_shards)
+        self.searches = self._make_searches(groups)
+        """By merge shard; empty for methods that do not trim."""
+        self.stages = MethodStages(
+            plan,
+            self.method,
+            groups=groups,
+            config=plan.checkpoints[0].text_config,
+            fresh=fresh,
+        )
+        self._scans_by_piece = {
+            (tensor.name, tensor.row_start): self.scan_tasks[shard.name]
+            for shard in plan.merge_shards
+            for tensor in shard.tensors
+        }
+
+    @property
+    def phases(self) -> list[str]:
+        """The names of all phases that tasks of this build may belong to, in their order."""
+        thresholds = ["thresholds"] if self.searches else []
+        return ["scan", *thresholds, *self.stages.phases, "merge", "copy"]
+
+    def scans_of(self, shard: CopyShard) -> list[SurveyTask]:
+        """Return the scans that a copy depends on: its own, and those of merged tensors it holds."""
+        tasks = {}
+        if shard.name in self.scan_tasks:
+            tasks[shard.name] = self.scan_tasks[shard.name]
+        for tensor in shard.tensors if shard.role == "base" else ():
+            task = self._scans_by_piece.get((tensor.name, tensor.row_start))
+            if task is not None:
+                tasks[task.shard] = task
+        return list(tasks.values())
+
+    def _make_trimmings(self) -> dict[str, Trimming]:
+        """Return by tensor what is trimmed; empty for methods that do not trim."""
+        trimmings = {}
+        for name, numbers in self.plan.numbers.items():
+            trimming = self.method.trimming(*parse_numbers(self.method, numbers))
+            if trimming is not None:
+                trimmings[name] = trimming
+        return trimmings
+
+    def _make_searches(self, groups: Sequence[Sequence[MergeShard]]) -> dict[str, ThresholdSearch]:
+        if not self._trimmings:
+            return {}
+        scopes = {trimming.scope for trimming in self._trimmings.values()}
+        searches: dict[str, ThresholdSearch] = {}
+        for shards in groups if scopes == {"tensor"} else [self.plan.merge_shards]:
+            search = ThresholdSearch(shards, self._trimmings)
+            searches |= {shard.name: search for shard in shards}
+        return searches
+
+
+def group_by_tensor(shards: Sequence[MergeShard]) -> list[list[MergeShard]]:
+    """Return the shards in groups that hold rows of the same tensors; most are alone in theirs."""
+    groups: dict[str, dict[str, MergeShard]] = {}
+    for shard in shards:
+        members: dict[str, MergeShard] = {}
+        for tensor in shard.tensors:
+            members |= groups.get(tensor.name, {})
+        members[shard.name] = shard
+        for member in members.values():
+            groups |= {tensor.name: members for tensor in member.tensors}
+    distinct = {id(members): members for members in groups.values()}
+    return [list(members.values()) for members in distinct.values()]

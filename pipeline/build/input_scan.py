@@ -1,0 +1,161 @@
+"""The first pass over the inputs: its tasks, and the digests that it finds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mmerge.manifests.digest import digest_json
+from mmerge.manifests.format.manifest import FileEntry
+from mmerge.pipeline.planning.plan import CopyShard, MergePlan, MergeShard
+from mmerge.workers.checkpoints.checkpoint import TensorSource, identity_digest
+from mmerge.workers.task import CopyTensor, SurveyTask, TensorTask
+from mmerge.workers.tasks.scan_cache import ScanResult, piece_name
+
+SCAN_VERSION = 2
+"""Raised when the contents of a stored scan change: no older scan is then reused."""
+
+
+@dataclass(frozen=True)
+class InputDigests:
+    """Digests of every piece of the inputs that has been scanned."""
+
+    merged: dict[str, list[str]] = field(default_factory=dict)
+    """By piece of a merged tensor: of the base first, then of the experts."""
+    copied: dict[tuple[str, str, int], str] = field(default_factory=dict)
+    """By expert (empty for the base), tensor name and first row."""
+    _scanned: set[tuple[str, str]] = field(default_factory=set)
+    """Key and expert of the scans whose digests are here."""
+
+    def add(self, task: SurveyTask, scan: ScanResult, *, expert: str) -> None:
+        """Add the digests of one scan; `expert` owns the tensors that it only copies."""
+        self._scanned.add((task.key, expert))
+        for tensor in task.tensors:
+            piece = piece_name(tensor.name, tensor.row_start)
+            self.merged[piece] = scan.digests[piece]
+            self.copied[("", tensor.name, tensor.row_start)] = scan.digests[piece][0]
+        for copy in task.copies:
+            piece = piece_name(f"{copy.role}/{copy.name}", copy.row_start)
+            self.copied[(expert, copy.name, copy.row_start)] = scan.digests[piece][0]
+
+    def has(self, task: SurveyTask, *, expert: str) -> bool:
+        """Return whether the digests of a scan are here."""
+        return (task.key, expert) in self._scanned
+
+    def describe(self, tensor: TensorTask) -> list[list[str]]:
+        """Return dtype and digest of a piece in base and experts: what its merge depends on."""
+        sources = (tensor.base, *tensor.experts)
+        digests = self.merged[piece_name(tensor.name, tensor.row_start)]
+        return [
+            [source.spec.dtype, digest] for source, digest in zip(sources, digests, strict=True)
+        ]
+
+    def digest_of(self, shard: CopyShard, tensor: CopyTensor) -> str:
+        """Return the digest of a copied piece."""
+        return self.copied[(shard.expert, tensor.name, tensor.row_start)]
+
+    def revision(self, position: int, expert: str, files: Sequence[FileEntry]) -> str:
+        """Return the digest of a whole checkpoint.
+
+        Args:
+            position: 0 for the base, i + 1 for expert i of the recipe.
+            expert: its name, empty for the base.
+            files: its small files.
+        """
+        shared = {piece: digests[position] for piece, digests in self.merged.items()}
+        copied = {
+            piece_name(name, row): digest
+            for (owner, name, row), digest in self.copied.items()
+            if owner == expert
+        }
+        return digest_json([shared, copied, [[file.name, file.digest] for file in files]])
+
+
+def make_scan_tasks(
+    plan: MergePlan,
+    identities: dict[str, dict[str, str]],
+    *,
+    magnitudes: bool,
+    fresh: bool,
+) -> dict[str, SurveyTask]:
+    """Return the scan tasks of a plan by shard.
+
+    Their keys follow from the identity of the files, so that unchanged files are not read again.
+    A copy shard whose tensors are all merged as well has none: the merge shards' scans cover it.
+
+    Args:
+        plan: what will be merged and copied.
+        identities: per checkpoint and file a text that changes when the file is replaced.
+        magnitudes: whether histograms of the task vectors are needed.
+        fresh: scan again, whatever is in the store.
+    """
+    factory = _ScanTaskFactory(plan, identities, magnitudes, fresh)
+    tasks = {shard.name: factory.make_merge_scan(shard) for shard in plan.merge_shards}
+    merged = {tensor.name for shard in plan.merge_shards for tensor in shard.tensors}
+    for copy_shard in plan.copy_shards:
+        copies = tuple(
+            copy
+            for copy in copy_shard.tensors
+            if copy_shard.role == "carry" or copy.name not in merged
+        )
+        if copies:
+            tasks[copy_shard.name] = factory.make_copy_scan(copy_shard, copies)
+    return tasks
+
+
+@dataclass(frozen=True)
+class _ScanTaskFactory:
+    plan: MergePlan
+    identities: dict[str, dict[str, str]]
+    magnitudes: bool
+    fresh: bool
+
+    def make_merge_scan(self, shard: MergeShard) -> SurveyTask:
+        pieces: list[list[str | int]] = []
+        sources = []
+        for tensor in shard.tensors:
+            pieces.append([tensor.name, tensor.row_start])
+            sources.append([self._place(source) for source in (tensor.base, *tensor.experts)])
+        return SurveyTask(
+            key=self._key(self.magnitudes, pieces, sources),
+            shard=shard.name,
+            expert_names=self._expert_names(),
+            tensors=shard.tensors,
+            copies=(),
+            copies_owner="",
+            magnitudes=self.magnitudes,
+            non_finite=self.plan.recipe.non_finite,
+            block_entries=self.plan.block_entries,
+            num_bytes=shard.bytes_in,
+            peak_bytes=shard.peak_bytes,
+            fresh=self.fresh,
+        )
+
+    def make_copy_scan(self, shard: CopyShard, copies: tuple[CopyTensor, ...]) -> SurveyTask:
+        pieces: list[list[str | int]] = [[copy.name, copy.row_start] for copy in copies]
+        sources = [[self._place(copy.source)] for copy in copies]
+        return SurveyTask(
+            key=self._key(False, pieces, sources),
+            shard=shard.name,
+            expert_names=self._expert_names(),
+            tensors=(),
+            copies=copies,
+            copies_owner=f"expert {shard.expert!r}" if shard.expert else "base",
+            magnitudes=False,
+            non_finite=self.plan.recipe.non_finite,
+            block_entries=self.plan.block_entries,
+            num_bytes=sum(copy.source.spec.num_bytes for copy in copies),
+            peak_bytes=shard.peak_bytes,
+            fresh=self.fresh,
+        )
+
+    def _expert_names(self) -> tuple[str, ...]:
+        return tuple(expert.name for expert in self.plan.recipe.experts)
+
+    def _key(
+        self, magnitudes: bool, pieces: list[list[str | int]], sources: list[list[str]]
+    ) -> str:
+        return digest_json([SCAN_VERSION, magnitudes, self.plan.recipe.non_finite, pieces, sources])
+
+    def _place(self, source: TensorSource) -> str:
+        return identity_digest(self.identities, source)
