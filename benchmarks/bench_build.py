@@ -89,12 +89,12 @@ def main() -> None:
         num_inputs = 2 if name == "slerp" else 4
         floor_s = find_floor(num_inputs, _output_bytes(name, shape.num_bytes))
         run_ours(name, small[:num_inputs], work)  # compiles its kernels, once on a machine
-        found = min(
+        measured = min(
             (run_ours(name, paths[:num_inputs], work) for _ in range(options.repeat)),
             key=lambda run: run.wall_s,
         )
-        row = _row(name, found, shape.num_bytes * num_inputs) | {
-            "over_floor": found.wall_s / floor_s
+        row = _row(name, measured, shape.num_bytes * num_inputs) | {
+            "over_floor": measured.wall_s / floor_s
         }
         if options.peers and name in PEERS:
             peer = run_peer(name, paths[:num_inputs], work, options.peers)
@@ -103,7 +103,7 @@ def main() -> None:
                 "peer_cpu_s": peer.cpu_s,
                 "peer_peak_bytes": peer.peak_bytes,
             }
-            row["speedup"] = peer.wall_s / found.wall_s
+            row["speedup"] = peer.wall_s / measured.wall_s
         rows.append(row)
         _print(row, floor_s)
         _write_report(options.out, options.shape, shape.num_bytes * 4, rows)
@@ -120,9 +120,11 @@ def main() -> None:
             _print(rows[-1], floor_s)
     for name in COMPUTE_BOUND:
         if name in names and len(os.sched_getaffinity(0)) > 1:
-            one, two = (run_ours(name, paths, work, "--workers", str(number)) for number in (1, 2))
-            row = _row(f"{name}, one worker", one, shape.num_bytes * 4) | {
-                "two_workers": one.wall_s / two.wall_s
+            single_worker, two_workers = (
+                run_ours(name, paths, work, "--workers", str(number)) for number in (1, 2)
+            )
+            row = _row(f"{name}, one worker", single_worker, shape.num_bytes * 4) | {
+                "two_workers": single_worker.wall_s / two_workers.wall_s
             }
             rows.append(row)
             _print(row, None)
@@ -273,9 +275,9 @@ def run_again(name: str, paths: list[Path], work: Path, change: str) -> tuple[Me
     output = Path(tempfile.mkdtemp(dir=work))
     try:
         _run_recipe(_recipe(name, paths, output, {}), work, paths)
-        found = _run_recipe(_recipe(name, paths, output, {change: 0.6}), work, paths)
+        measured = _run_recipe(_recipe(name, paths, output, {change: 0.6}), work, paths)
         read = (work / "ours.log").read_text().rpartition("Read ")[2].split("\n")[0]
-        return found, read
+        return measured, read
     finally:
         shutil.rmtree(output)
 
@@ -312,14 +314,14 @@ def run_peer(name: str, paths: list[Path], work: Path, peers: Path) -> Measured:
         shutil.rmtree(output)
 
 
-def _row(name: str, found: Measured, input_bytes: int) -> dict[str, Any]:
+def _row(name: str, measured: Measured, input_bytes: int) -> dict[str, Any]:
     return {
         "method": name,
-        "wall_s": found.wall_s,
-        "cpu_s": found.cpu_s,
-        "peak_bytes": found.peak_bytes,
-        "peak_private_bytes": found.peak_private_bytes,
-        "input_gb_s": input_bytes / found.wall_s / 1e9,
+        "wall_s": measured.wall_s,
+        "cpu_s": measured.cpu_s,
+        "peak_bytes": measured.peak_bytes,
+        "peak_private_bytes": measured.peak_private_bytes,
+        "input_gb_s": input_bytes / measured.wall_s / 1e9,
         "speedup": None,
     }
 

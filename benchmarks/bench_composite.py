@@ -74,18 +74,18 @@ def main() -> None:
     options.folder = options.folder.absolute()  # recipes stand elsewhere
     stores = build(options.folder, options.shape)
     dtype = getattr(torch, options.dtype)
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "shape": options.shape,
         "dtype": options.dtype,
         "threads": options.threads,
         "machine": platform.processor(),
     }
-    for method, state in (each.split(".") for each in options.load if "load" in options.only):
-        found |= measure_loading(
+    for method, state in (case.split(".") for case in options.load if "load" in options.only):
+        results |= measure_loading(
             stores[method], method, state, options.folder / options.shape, options.rounds
         )
     if "speed" in options.only:
-        found |= measure_speed(
+        results |= measure_speed(
             stores["mmer"],
             options.folder / options.shape / "base",
             dtype,
@@ -93,13 +93,13 @@ def main() -> None:
             options.rounds,
         )
     if "memory" in options.only:
-        found |= measure_memory(stores["mmer"], dtype)
-    for name, value in found.items():
+        results |= measure_memory(stores["mmer"], dtype)
+    for name, value in results.items():
         print(f"{name:<52} {value:.4g}" if isinstance(value, float) else f"{name:<52} {value}")
-    print_limits(found)
+    print_limits(results)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(found, indent=2))
+        options.out.write_text(json.dumps(results, indent=2))
 
 
 LIMITS = {
@@ -115,16 +115,16 @@ less.
 """
 
 
-def print_limits(found: dict[str, Any]) -> None:
+def print_limits(results: dict[str, Any]) -> None:
     """Print every promised ratio that was measured, of time on the clock and of CPU time, and
     whether it is kept.
     """
     for name, limit in LIMITS.items():
         for key in (name, name.replace("wall_ratio", "cpu_ratio")):
-            if key in found:
+            if key in results:
                 print(
-                    f"{key:<52} {found[key]:.3f}  limit {limit} "
-                    f" {'kept' if found[key] <= limit else 'NOT KEPT'}"
+                    f"{key:<52} {results[key]:.3f}  limit {limit} "
+                    f" {'kept' if results[key] <= limit else 'NOT KEPT'}"
                 )
 
 
@@ -170,25 +170,25 @@ def least(
     """Return the least time of each action; they run in turn, `before` ahead of each."""
     best = [Least() for _ in actions]
     for _ in range(rounds):
-        for found, action in zip(best, actions, strict=True):
+        for fastest, action in zip(best, actions, strict=True):
             before()
             wall, cpu = time.perf_counter(), time.process_time()
             kept = action()  # what is read or loaded is given back outside of the time
-            found.wall = min(found.wall, time.perf_counter() - wall)
-            found.cpu = min(found.cpu, time.process_time() - cpu)
+            fastest.wall = min(fastest.wall, time.perf_counter() - wall)
+            fastest.cpu = min(fastest.cpu, time.process_time() - cpu)
             del kept
     return best
 
 
-def compare(name: str, ours: Least, other: Least) -> dict[str, float]:
+def compare(name: str, ours: Least, reference: Least) -> dict[str, float]:
     """Return the seconds of both and their ratios."""
     return {
         f"{name}.wall_s": ours.wall,
-        f"{name}.other_wall_s": other.wall,
-        f"{name}.wall_ratio": ours.wall / other.wall,
+        f"{name}.other_wall_s": reference.wall,
+        f"{name}.wall_ratio": ours.wall / reference.wall,
         f"{name}.cpu_s": ours.cpu,
-        f"{name}.other_cpu_s": other.cpu,
-        f"{name}.cpu_ratio": ours.cpu / other.cpu,
+        f"{name}.other_cpu_s": reference.cpu,
+        f"{name}.cpu_ratio": ours.cpu / reference.cpu,
     }
 
 
@@ -288,27 +288,27 @@ def measure_loading(
         actions.get(load, list)()  # the first of a process imports libraries
 
     def prepare() -> None:
-        for each in folders:
-            drop_from_cache(each)
+        for source in folders:
+            drop_from_cache(source)
         touch_free_memory(round(1.2 * num_bytes), large_pages=True)  # for each side alike
 
     times = dict(zip(actions, least(rounds, *actions.values(), before=prepare), strict=True))
-    found = {f"load.{method}.bytes": float(num_bytes)}
+    results = {f"load.{method}.bytes": float(num_bytes)}
     for pages in ("ordinary", "large"):
         best = min(
-            (each for name, each in times.items() if name.startswith(pages)),
-            key=lambda each: each.wall,
+            (timing for name, timing in times.items() if name.startswith(pages)),
+            key=lambda timing: timing.wall,
         )
         key = f"load.{method}.{state}.to_raw" + ("" if pages == "ordinary" else "_in_large_pages")
-        found |= compare(key, times["ours"], best)
+        results |= compare(key, times["ours"], best)
     for name, key in (
         ("with digests, large pages, 2 threads", "raw_with_digests"),
         ("safetensors",) * 2,
         ("transformers",) * 2,
     ):
         if name in times:
-            found |= compare(f"load.{method}.{state}.to_{key}", times["ours"], times[name])
-    return found
+            results |= compare(f"load.{method}.{state}.to_{key}", times["ours"], times[name])
+    return results
 
 
 @torch.inference_mode()
@@ -321,9 +321,9 @@ def measure_speed(
     dense = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
     ids = torch.arange(-1, NUM_EXPERTS).repeat_interleave(num_tokens)[None]
     embeds = 0.1 * torch.randn(1, ids.shape[1], dense.config.hidden_size).to(dtype)
-    found: dict[str, float] = {"speed.tokens": float(ids.shape[1])}
+    results: dict[str, float] = {"speed.tokens": float(ids.shape[1])}
     for policy in ("packed", "resident"):
-        composite = load_composite(uri, dtype=dtype, policy=policy)  # type: ignore[arg-type]
+        composite = load_composite(uri, dtype=dtype, policy=policy)
         routed = composite.language_model
 
         def prefill(composite: Composite = composite, routed: Any = routed) -> Any:
@@ -344,31 +344,33 @@ def measure_speed(
                 model(input_ids=token, past_key_values=cache, use_cache=True)
                 cache.crop(-1)
 
-        one, other = least(
+        dense_step, routed_step = least(
             4 * rounds,
-            lambda decode=decode, caches=caches: decode(dense, caches[0]),
-            lambda decode=decode, routed=routed, caches=caches: decode(routed, caches[1]),
+            partial(decode, dense, caches[0]),
+            partial(decode, routed, caches[1]),
         )
-        found |= compare(f"speed.{policy}.prefill", mixed, plain) | compare(
-            f"speed.{policy}.decode", other, one
+        results |= compare(f"speed.{policy}.prefill", mixed, plain) | compare(
+            f"speed.{policy}.decode", routed_step, dense_step
         )
-    return found
+    return results
 
 
 def measure_memory(uri: str, dtype: torch.dtype) -> dict[str, float]:
     """Compare the language model's bytes with those of one separate model per expert."""
-    found = {}
+    bytes_held = {}
     for policy in ("packed", "resident"):
-        model = load_composite(uri, dtype=dtype, policy=policy).language_model  # type: ignore[arg-type]
+        model = load_composite(uri, dtype=dtype, policy=policy).language_model
         tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-        found[policy] = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        bytes_held[policy] = sum(
+            tensor.numel() * tensor.element_size() for tensor in tensors.values()
+        )
         separate = NUM_EXPERTS * sum(
             tensor.numel() * tensor.element_size() for tensor in model.parameters()
         )
-    sizes = {f"memory.{policy}_bytes": float(num_bytes) for policy, num_bytes in found.items()}
+    sizes = {f"memory.{policy}_bytes": float(num_bytes) for policy, num_bytes in bytes_held.items()}
     ratios = {
         f"memory.{policy}_ratio_to_separate": num_bytes / separate
-        for policy, num_bytes in found.items()
+        for policy, num_bytes in bytes_held.items()
     }
     return sizes | {"memory.separate_bytes": float(separate)} | ratios
 

@@ -114,7 +114,7 @@ def show_path(name: str, rows: list[torch.Tensor], block: InputBlock, show: Any)
 
     def run_method() -> None:
         base, *values = (row.float() for row in rows)
-        found = Block(
+        block = Block(
             base,
             values,
             thresholds,
@@ -124,7 +124,7 @@ def show_path(name: str, rows: list[torch.Tensor], block: InputBlock, show: Any)
             shape=(ROWS, COLUMNS),
             expert_names=names,
         )
-        method.merge_block(found, parameters, experts)
+        method.merge_block(block, parameters, experts)
 
     show(name, fastest(run_path), fastest(run_method, REFERENCE_REPEAT))
 

@@ -29,7 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mmerge.pipeline import make_plan, parse_recipe, run
-from mmerge.pipeline.execution.scheduler import Follow, Outcomes
+from mmerge.pipeline.execution.scheduler import Follow, Outcomes, nothing_follows
 from mmerge.workers.task import MergeTask, Task, TaskResult
 from mmerge.workers.tasks.run import run_task
 
@@ -154,7 +154,9 @@ class _Sides:
         else:
             run(plan, executor=self)
 
-    def run(self, tasks: Sequence[Task], store_uri: str, follow: Follow) -> Outcomes:
+    def run(
+        self, tasks: Sequence[Task], store_uri: str, follow: Follow = nothing_follows
+    ) -> Outcomes:
         """Yield each task with its result. Nothing follows: merges have a phase of their own, in
         which no survey is measured.
         """
@@ -207,8 +209,8 @@ class _Sides:
 
 def _read(file: Path, name: str) -> torch.Tensor:
     with safe_open(file, framework="pt") as tensors:
-        found: torch.Tensor = tensors.get_tensor(name)
-        return found.to(torch.float32)
+        tensor: torch.Tensor = tensors.get_tensor(name)
+        return tensor.to(torch.float32)
 
 
 def _measure_peak(
@@ -316,7 +318,10 @@ def _swudi(deltas: list[torch.Tensor]) -> torch.Tensor:
     kept = 1 - torch.exp(-values * 300.0)
     kept[: len(values) - max(1, int(len(values) * 0.65 + 0.999))] = 0
     first = _sum(deltas)
-    return first - (first @ basis * kept) @ basis.T + (d @ basis * (kept / values)) @ basis.T
+    merged: torch.Tensor = (
+        first - (first @ basis * kept) @ basis.T + (d @ basis * (kept / values)) @ basis.T
+    )
+    return merged
 
 
 PLAIN: Mapping[str, Callable[..., torch.Tensor]] = {
@@ -341,17 +346,20 @@ def measure_batches(hidden: int, repeat: int) -> None:
         "product": (stack, lambda matrix: matrix @ matrix),
     }
     for name, (matrices, call) in calls.items():
-        one, single = float("inf"), float("inf")
+        batched, single = float("inf"), float("inf")
         for _ in range(repeat):
             began = time.process_time()
             call(matrices)
             middle = time.process_time()
             for matrix in matrices:
                 call(matrix)
-            one, single = min(one, middle - began), min(single, time.process_time() - middle)
+            batched, single = (
+                min(batched, middle - began),
+                min(single, time.process_time() - middle),
+            )
         print(
-            f"{name:<8} 3 × {hidden}²: one call {one:.2f} s of CPU, three calls {single:.2f} s,"
-            f" ratio {one / single:.2f}",
+            f"{name:<8} 3 × {hidden}²: one call {batched:.2f} s of CPU, three calls {single:.2f} s,"
+            f" ratio {batched / single:.2f}",
             flush=True,
         )
 

@@ -34,28 +34,28 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", choices=OURS, default=["ties", "mmer_model", "sce"])
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench-memory.json")
     options = parser.parse_args()
-    rows, first = [], {}
+    rows = []
+    first: dict[str, int] = {}
     for name in options.shapes:
         folder = ROOT / "build" / "bench" / name
         paths = _make_inputs(folder / "inputs", name)
         for method in options.methods:
-            found = run_ours(method, paths, folder)
-            first.setdefault(method, found.peak_bytes)
+            measured = run_ours(method, paths, folder)
+            first.setdefault(method, measured.peak_bytes)
             rows.append(
                 {
                     "shape": name,
                     "method": method,
-                    "peak_bytes": found.peak_bytes,
-                    "peak_private_bytes": found.peak_private_bytes,
+                    "peak_bytes": measured.peak_bytes,
+                    "peak_private_bytes": measured.peak_private_bytes,
                 }
             )
-            share = found.peak_bytes / first[method]
-            sizes = (
-                f"{found.peak_bytes / 1e6:6.0f} MB  ({found.peak_private_bytes / 1e6:5.0f} private)"
-            )
+            share = measured.peak_bytes / first[method]
+            peak, private = measured.peak_bytes / 1e6, measured.peak_private_bytes / 1e6
+            sizes = f"{peak:6.0f} MB  ({private:5.0f} private)"
             print(
                 f"{name:<12} {method:<12} {sizes}  {share:5.2f} x the first shape "
-                f" {found.wall_s:7.1f} s",
+                f" {measured.wall_s:7.1f} s",
                 flush=True,
             )
         if name != REFERENCE:
@@ -67,16 +67,16 @@ def main() -> None:
 def _make_inputs(folder: Path, name: str) -> list[Path]:
     if name == REFERENCE:
         return make_checkpoints(folder, SHAPES[name], num_experts=NUM_EXPERTS)
-    base, expert = make_checkpoints(folder, SHAPES[name], num_experts=1)
+    base, first = make_checkpoints(folder, SHAPES[name], num_experts=1)
     others = [folder / f"expert{index}" for index in range(1, NUM_EXPERTS)]
-    for other in others:
+    for expert in others:
         # Files linked into a folder of their own: one folder under several names counts as one
         # expert, given twice.
-        other.mkdir(exist_ok=True)
-        for file in expert.iterdir():
-            if not (other / file.name).exists():
-                os.link(file, other / file.name)
-    return [base, expert, *others]
+        expert.mkdir(exist_ok=True)
+        for file in first.iterdir():
+            if not (expert / file.name).exists():
+                os.link(file, expert / file.name)
+    return [base, first, *others]
 
 
 if __name__ == "__main__":

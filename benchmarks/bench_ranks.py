@@ -91,8 +91,8 @@ def measure(uri: str, num_ranks: int) -> dict[str, Any]:
             str(num_ranks),
         ]
         subprocess.run([*command, __file__, "--load", uri, str(target)], check=True)
-        found: dict[str, Any] = json.loads(target.read_text())
-    return found
+        measurement: dict[str, Any] = json.loads(target.read_text())
+    return measurement
 
 
 def load(uri: str, target: str) -> None:

@@ -47,14 +47,14 @@ class Build:
 
 def read_cpu() -> dict[int, float]:
     """Return the seconds of CPU of this process and of all below it, by process id."""
-    found = {}
+    cpu_seconds = {}
     for pid in descendants(os.getpid()):
         try:
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        found[pid] = (int(fields[11]) + int(fields[12])) / TICK
-    return found
+        cpu_seconds[pid] = (int(fields[11]) + int(fields[12])) / TICK
+    return cpu_seconds
 
 
 def build(plan: Any, store: Path, executor: Any) -> Build:
@@ -92,16 +92,16 @@ def make_bench_plan(paths: list[Path], store: Path, scope: str) -> Any:
     return make_plan(parse_recipe(raw, folder=store.parent))
 
 
-def print_phases(label: str, found: Build) -> None:
+def print_phases(label: str, build: Build) -> None:
     """Print where the wall time of a build went."""
-    phases = found.status.phases
+    phases = build.status.phases
     told = ", ".join(
         f"{name} {phase.wall_seconds:.2f} s ({phase.seconds:.2f} in {phase.num_done} tasks)"
         for name, phase in phases.items()
     )
-    outside = found.wall_s - sum(phase.wall_seconds for phase in phases.values())
+    outside = build.wall_s - sum(phase.wall_seconds for phase in phases.values())
     print(
-        f"  {label}: {found.wall_s:.2f} s, {found.cpu_s:.2f} s of CPU; {told}; between phases"
+        f"  {label}: {build.wall_s:.2f} s, {build.cpu_s:.2f} s of CPU; {told}; between phases"
         f" {outside:.2f} s",
         flush=True,
     )
@@ -208,17 +208,17 @@ def start_cluster(num_nodes: int, num_workers: int) -> Any:
     return cluster
 
 
-def measure_task_seconds(found: Build, num_workers: int) -> float:
+def measure_task_seconds(build: Build, num_workers: int) -> float:
     """Return what a core loses from one task to the next, seen on a build of many small tasks."""
-    phases = [phase for phase in found.status.phases.values() if phase.num_done]
+    phases = [phase for phase in build.status.phases.values() if phase.num_done]
     lost = sum(phase.wall_seconds * num_workers - phase.seconds for phase in phases)
-    return max(lost, 0.0) / sum(phase.num_done for phase in phases)
+    return float(max(lost, 0.0) / sum(phase.num_done for phase in phases))
 
 
 def make_row(builds: dict[str, list[Build]], options: argparse.Namespace) -> dict[str, Any]:
     """Return the measured times and their ratios."""
-    walls = {label: [found.wall_s for found in made] for label, made in builds.items()}
-    cpus = {label: [found.cpu_s for found in made] for label, made in builds.items()}
+    walls = {label: [build.wall_s for build in group] for label, group in builds.items()}
+    cpus = {label: [build.cpu_s for build in group] for label, group in builds.items()}
     return {
         "shape": options.shape,
         "scope": options.scope,
@@ -245,10 +245,11 @@ def forecast(
     from mmerge.pipeline.execution.simulated_cluster import Nodes
 
     nodes = Nodes(options.nodes, options.workers // options.nodes, 1e12, 1e12)
-    own, earlier = [], []
+    own_errors: list[float] = []
+    earlier: list[float] = []
     for index, real in enumerate(builds):
         for label, errors, source in (
-            ("itself", own, real),
+            ("itself", own_errors, real),
             ("the run before", earlier, builds[index - 1] if index else None),
         ):
             if source is not None:
@@ -261,7 +262,7 @@ def forecast(
                 )
     return {
         "task_seconds": task_seconds,
-        "forecast_errors_own_rates": own,
+        "forecast_errors_own_rates": own_errors,
         "forecast_errors_earlier_rates": earlier,
     }
 

@@ -110,11 +110,11 @@ def main() -> None:
             f" {again_cpu / full_cpu:.0%}"
         )
         for prefix in ("objects", "builds", "refs", "files", "surveys"):
-            found = [key for key in written if key.startswith(prefix)]
+            keys = [key for key in written if key.startswith(prefix)]
             print(
-                f"  {prefix}: {len(found)} written"
+                f"  {prefix}: {len(keys)} written"
                 + (
-                    f": {', '.join(found)}"
+                    f": {', '.join(keys)}"
                     if prefix != "surveys"
                     else " (a replaced file is read again to find what changed in it)"
                 )

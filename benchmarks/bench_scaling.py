@@ -116,14 +116,14 @@ def main() -> int:
             plan = make_plan(parse_recipe(raw, folder=folder))
         curves[model] = []
         for count in NODE_COUNTS:
-            found = simulate(
+            simulated = simulate(
                 plan, Nodes(count, options.cores, options.read_gbps * GB, options.write_gbps * GB)
             )
-            curves[model].append(found.seconds)
+            curves[model].append(simulated.seconds)
             print(
-                f"| {model} | {plan.bytes_in / GB:.0f} GB | {count} | {found.seconds:.0f} |"
-                f" {found.limit} | {found.bytes_read_per_node / GB:.0f} GB |"
-                f" {found.memory_per_node / GB:.1f} GB |",
+                f"| {model} | {plan.bytes_in / GB:.0f} GB | {count} | {simulated.seconds:.0f} |"
+                f" {simulated.limit} | {simulated.bytes_read_per_node / GB:.0f} GB |"
+                f" {simulated.memory_per_node / GB:.1f} GB |",
                 flush=True,
             )
     if options.plot:

@@ -39,7 +39,7 @@ def write_headers(folder: Path, shape: Shape) -> None:
             num_bytes = 0
         groups[-1].append((name, "BF16", sizes))
         num_bytes += size
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, tensors in enumerate(groups, 1):
         file = folder / f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         header, specs = make_header(tensors, metadata={"format": "pt"})

@@ -63,17 +63,17 @@ def write_ours(store: Store, data: memoryview) -> None:
 
 def read_alone(store: Store, data: memoryview) -> None:
     """The library's get of the whole object, as one stream."""
-    found = obstore.get(store._inner, "alone").bytes()
-    assert len(found) == len(data)
+    content = obstore.get(store._inner, "alone").bytes()
+    assert len(content) == len(data)
 
 
 def read_alone_tensors(store: Store, data: memoryview) -> None:
     """The library's get_range of 64 MiB, one after the other, as a loader reads tensors."""
     for start in range(0, len(data), 64 << 20):
-        found = obstore.get_range(
+        content = obstore.get_range(
             store._inner, "alone", start=start, length=min(64 << 20, len(data) - start)
         )
-        assert len(found) == min(64 << 20, len(data) - start)
+        assert len(content) == min(64 << 20, len(data) - start)
 
 
 def read_ours(store: Store, data: memoryview) -> None:
@@ -150,7 +150,7 @@ def main() -> None:
     wanted(data)
     with open_place(options.server) as uri:
         store = open_store(uri)
-        found: dict[str, list[tuple[float, float]]] = {name: [] for name in STEPS}
+        timings: dict[str, list[tuple[float, float]]] = {name: [] for name in STEPS}
         for write in (
             write_alone,
             write_ours,
@@ -159,10 +159,10 @@ def main() -> None:
         for number in range(options.rounds):
             names = list(STEPS)
             for name in names if number % 2 else reversed(names):
-                found[name].append(measure(STEPS[name], store, data))
+                timings[name].append(measure(STEPS[name], store, data))
         for key in ("alone", "ours"):
             store.delete(key)
-    for name, times in found.items():
+    for name, times in timings.items():
         rates = [options.mib / seconds for seconds, _ in times]
         cpu = statistics.median(spent for _, spent in times)
         print(
@@ -171,7 +171,8 @@ def main() -> None:
         )
     for name, (ours, alone) in PAIRS.items():
         ratios = [
-            theirs / mine for (mine, _), (theirs, _) in zip(found[ours], found[alone], strict=True)
+            theirs / mine
+            for (mine, _), (theirs, _) in zip(timings[ours], timings[alone], strict=True)
         ]
         print(
             f"{name}: {statistics.median(ratios):.0%} of the library alone"

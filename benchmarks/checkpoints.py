@@ -56,12 +56,12 @@ class Shape:
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Its tensors by name."""
         kv = self.kv_heads * self.hidden // self.heads
-        found: dict[str, tuple[int, ...]] = {
+        shapes: dict[str, tuple[int, ...]] = {
             "model.embed_tokens.weight": (self.vocabulary, self.hidden)
         }
         for layer in range(self.layers):
             p = f"model.layers.{layer}."
-            found |= {
+            shapes |= {
                 p + "input_layernorm.weight": (self.hidden,),
                 p + "post_attention_layernorm.weight": (self.hidden,),
                 p + "self_attn.q_proj.weight": (self.hidden, self.hidden),
@@ -72,8 +72,8 @@ class Shape:
                 p + "mlp.up_proj.weight": (self.ffn, self.hidden),
                 p + "mlp.down_proj.weight": (self.hidden, self.ffn),
             }
-        found["model.norm.weight"] = (self.hidden,)
-        return found if self.tied else found | {"lm_head.weight": (self.vocabulary, self.hidden)}
+        shapes["model.norm.weight"] = (self.hidden,)
+        return shapes if self.tied else shapes | {"lm_head.weight": (self.vocabulary, self.hidden)}
 
     @property
     def num_bytes(self) -> int:

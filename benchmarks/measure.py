@@ -105,14 +105,14 @@ def _sample(pid: int, peaks: list[int], stop: threading.Event) -> None:
 
 def descendants(pid: int) -> list[int]:
     """Return this process and all below it."""
-    found = [pid]
-    for parent in found:
+    pids = [pid]
+    for parent in pids:
         try:
             for task in Path(f"/proc/{parent}/task").iterdir():
-                found += [int(child) for child in (task / "children").read_text().split()]
+                pids += [int(child) for child in (task / "children").read_text().split()]
         except OSError:
             continue
-    return found
+    return pids
 
 
 def _read_sizes(pid: int) -> dict[str, int]:

@@ -137,8 +137,8 @@ def write_language_models(folder: Path) -> None:
         if name != "base":
             renames = find_renames(base, Checkpoint(str(LAB / name), owner=name))
             tensors = {
-                own: tensors[rename(own, renames)][: shape[0]].contiguous()
-                for own, shape in shapes.items()
+                base_name: tensors[rename(base_name, renames)][: shape[0]].contiguous()
+                for base_name, shape in shapes.items()
             }
         save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
         for file in (
@@ -154,7 +154,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def compare(
-    one: Tensors, other: Tensors, *, models: list[Tensors], tied: Tensors, label: str, dtype: str
+    theirs: Tensors, ours: Tensors, *, models: list[Tensors], tied: Tensors, label: str, dtype: str
 ) -> Result:
     """Return the distances between two checkpoints made from `models`, entries marked in `tied`
     left out.
@@ -162,26 +162,27 @@ def compare(
     Raises:
         ValueError: their tensors or dtypes differ.
     """
-    if one.keys() != other.keys():
+    if theirs.keys() != ours.keys():
         raise ValueError(
-            f"{label}: the outputs have different tensors: {sorted(one.keys() ^ other.keys())[:3]}"
+            f"{label}: the outputs have different tensors: "
+            f"{sorted(theirs.keys() ^ ours.keys())[:3]}"
         )
     steps, distances = [], []
-    for name, value in one.items():
-        if value.dtype != other[name].dtype:
-            raise ValueError(f"{label}: {name} is {value.dtype} and {other[name].dtype}")
+    for name, value in theirs.items():
+        if value.dtype != ours[name].dtype:
+            raise ValueError(f"{label}: {name} is {value.dtype} and {ours[name].dtype}")
         kept = ~tied.get(name, torch.zeros(value.shape, dtype=torch.bool)).reshape(-1)
-        steps.append((to_ordered(value) - to_ordered(other[name])).abs()[kept])
-        involved = [value, other[name], *(model[name] for model in models)]
+        steps.append((to_ordered(value) - to_ordered(ours[name])).abs()[kept])
+        involved = [value, ours[name], *(model[name] for model in models)]
         size = torch.stack([tensor.double().abs() for tensor in involved]).amax(dim=0)
         unit = torch.ldexp(
             torch.ones_like(size), torch.frexp(size).exponent - 1 - MANTISSA_BITS[dtype]
         )
         distances.append(
-            ((value.double() - other[name].double()).abs() / unit).nan_to_num(0).reshape(-1)[kept]
+            ((value.double() - ours[name].double()).abs() / unit).nan_to_num(0).reshape(-1)[kept]
         )
     step, distance = torch.cat(steps), torch.cat(distances)
-    total = sum(value.numel() for value in one.values())
+    total = sum(value.numel() for value in theirs.values())
     return Result(
         label,
         dtype,
@@ -213,7 +214,7 @@ def find_ties(config: dict[str, Any], models: dict[str, Tensors]) -> Tensors:
     """
     method, names = config["merge_method"], [entry["model"] for entry in config["models"]]
     base = models.get(config.get("base_model", ""), {})
-    found: Tensors = {}
+    ties: Tensors = {}
     for name, value in base.items():
         deltas = [models[model][name].float() - value.float() for model in names]
         marked = torch.zeros(value.shape, dtype=torch.bool)
@@ -229,8 +230,8 @@ def find_ties(config: dict[str, Any], models: dict[str, Tensors]) -> Tensors:
             variance = torch.stack(deltas).var(dim=0, unbiased=False)
             count = int(int(variance.count_nonzero()) * config["parameters"]["select_topk"])
             marked |= border(variance, count, tolerance=1e-6).any()
-        found[name] = marked
-    return found
+        ties[name] = marked
+    return ties
 
 
 def border(values: torch.Tensor, count: int, *, tolerance: float = 0.0) -> torch.Tensor:
@@ -280,10 +281,10 @@ def run_both(
 
 def read_folder(folder: Path) -> Tensors:
     """Return all tensors of a checkpoint folder."""
-    found: Tensors = {}
+    tensors: Tensors = {}
     for path in sorted(folder.glob("*.safetensors")):
-        found |= load_file(path)
-    return found
+        tensors |= load_file(path)
+    return tensors
 
 
 NOTES = (

@@ -170,9 +170,10 @@ def score_experts(num_examples: int) -> list[Score]:
             folder = BUILD / "demo" / "exports" / method / modality
             shutil.rmtree(folder, ignore_errors=True)
             export(f"{STORE}#{method}", folder, expert=modality)
-            found = evaluate.score_checkpoint(modality, folder, examples)
+            accuracies = evaluate.score_checkpoint(modality, folder, examples)
             scores += [
-                Score(method, task, value, value / original[task]) for task, value in found.items()
+                Score(method, task, value, value / original[task])
+                for task, value in accuracies.items()
             ]
     return scores
 

@@ -154,7 +154,7 @@ def main() -> None:
     scales = calibration.choose_scales(place, available, workers=chosen.workers)
     tell(f"calibrated: {scales.mmer}, TALL {scales.tall}, with labels {scales.with_labels}")
     jobs = Jobs(available, mmer=scales.mmer, tall=scales.tall, labelled=scales.with_labels).make()
-    wanted = [
+    selected = [
         job
         for job in jobs
         if not chosen.tables or any(job.table.startswith(name) for name in chosen.tables)
@@ -162,10 +162,10 @@ def main() -> None:
     results = {}
     left = 60 * chosen.minutes - (time.monotonic() - began)
     for number, (job, counts) in enumerate(
-        measure_all(wanted, place, workers=chosen.workers, seconds=left), start=1
+        measure_all(selected, place, workers=chosen.workers, seconds=left), start=1
     ):
         results[id(job)] = counts
-        tell(f"{number}/{len(wanted)}  {job.table}: {job.method} {job.expert or 'expanded'}")
+        tell(f"{number}/{len(selected)}  {job.table}: {job.method} {job.expert or 'expanded'}")
     rows = make_rows([(job, results[id(job)]) for job in jobs if id(job) in results])
     missing = list(
         dict.fromkeys(f"{job.table}: {job.method}" for job in jobs if id(job) not in results)

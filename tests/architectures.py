@@ -55,14 +55,14 @@ RANK = 3
 
 def write_tokenizer(folder: Path) -> None:
     """Forty-two words, w0 to w41; w1 begins, w2 ends."""
-    tokenizer = Tokenizer(
+    words = Tokenizer(
         WordLevel({f"w{index}": index for index in range(_SIZES["vocab_size"])}, unk_token="w0")
     )
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    made = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="w1", eos_token="w2", unk_token="w0"
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="w1", eos_token="w2", unk_token="w0"
     )
-    made.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def make_model(architecture: str, *, seed: int = 0, **sizes: Any) -> Any:

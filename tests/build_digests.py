@@ -194,9 +194,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_checkpoints(folder)
-        found = {"lab": {name: lab_digests(name, folder / "lab") for name in LAB_RECIPES}}
-        found["synthetic"] = {title: synthetic_digests(title, folder) for title in SYNTHETIC}
-    Path(sys.argv[1]).write_text(json.dumps(found, indent=1) + "\n")
+        digests = {"lab": {name: lab_digests(name, folder / "lab") for name in LAB_RECIPES}}
+        digests["synthetic"] = {title: synthetic_digests(title, folder) for title in SYNTHETIC}
+    Path(sys.argv[1]).write_text(json.dumps(digests, indent=1) + "\n")
 
 
 if __name__ == "__main__":

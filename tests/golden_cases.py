@@ -32,12 +32,12 @@ def cases(*methods: str) -> Any:
     """Return the decorator that runs a test once for every case of these methods; informational
     ones are no test.
     """
-    found = [
+    selected = [
         case
         for case in MANIFEST["cases"]
         if case["method"] in methods and case["tolerance"]["kind"] != "informational"
     ]
-    return pytest.mark.parametrize("case", found, ids=[case["id"] for case in found])
+    return pytest.mark.parametrize("case", selected, ids=[case["id"] for case in selected])
 
 
 @cache
@@ -150,7 +150,7 @@ def masks_of(reader: BuildReader) -> NDArray[np.bool_]:
     return torch.stack(rows).numpy().astype(bool)
 
 
-def check_close(case: Case, actual: torch.Tensor, wanted: torch.Tensor) -> None:
+def check_close(case: Case, actual: torch.Tensor, expected: torch.Tensor) -> None:
     """Assert |x − y| ≤ atol + rtol·|y| outside the positions that the case marks as ambiguous."""
     ambiguous = expected_bits(case, "ambiguous")
     keep = (
@@ -161,7 +161,7 @@ def check_close(case: Case, actual: torch.Tensor, wanted: torch.Tensor) -> None:
     tolerance = case["tolerance"]
     torch.testing.assert_close(
         actual.reshape(-1)[keep],
-        wanted.reshape(-1).to(torch.float32)[keep],
+        expected.reshape(-1).to(torch.float32)[keep],
         rtol=tolerance["rtol"],
         atol=tolerance["atol"],
     )
@@ -169,8 +169,8 @@ def check_close(case: Case, actual: torch.Tensor, wanted: torch.Tensor) -> None:
 
 def check_masks(case: Case, actual: NDArray[np.bool_], name: str) -> None:
     """Assert that masks are equal, outside the positions that the case marks as fragile."""
-    wanted = expected_bits(case, name)
-    assert wanted is not None
+    expected = expected_bits(case, name)
+    assert expected is not None
     fragile = expected_bits(case, name.replace("mask", "fragile", 1))
-    differing = (actual != wanted) & ~(np.zeros_like(wanted) if fragile is None else fragile)
+    differing = (actual != expected) & ~(np.zeros_like(expected) if fragile is None else fragile)
     assert not differing.any(), f"{differing.sum()} bits of {name} differ"

@@ -70,11 +70,11 @@ class HubServer:
         asked = request.headers.get("Range")
         self.requests.append(f"{request.command} {path}" + (f" {asked}" if asked else ""))
         if path == "/api/repos/create":
-            wanted = json.loads(body)
+            request_body = json.loads(body)
             repo = (
-                f"{wanted['organization']}/{wanted['name']}"
-                if wanted.get("organization")
-                else wanted["name"]
+                f"{request_body['organization']}/{request_body['name']}"
+                if request_body.get("organization")
+                else request_body["name"]
             )
             if repo in self.branches:
                 return self._json(
@@ -148,11 +148,11 @@ class HubServer:
                 "lfs" if name.endswith((".safetensors", ".parquet")) else "regular"
                 for name in names
             ]
-            found = [
+            modes_by_name = [
                 {"path": name, "uploadMode": mode, "shouldIgnore": False}
                 for name, mode in zip(names, modes, strict=True)
             ]
-            self._json(request, {"files": found})
+            self._json(request, {"files": modes_by_name})
         else:
             lines = [json.loads(line) for line in body.splitlines()]
             added = {
@@ -175,16 +175,16 @@ class HubServer:
                 },
             )
 
-    def _batch(self, request: BaseHTTPRequestHandler, wanted: list[dict[str, Any]]) -> None:
+    def _batch(self, request: BaseHTTPRequestHandler, uploads: list[dict[str, Any]]) -> None:
         """Say where each large file is to be put; nothing of what is there already."""
         objects = [
-            {"oid": one["oid"], "size": one["size"]}
+            {"oid": upload["oid"], "size": upload["size"]}
             | (
                 {}
-                if one["oid"] in self.large
-                else {"actions": {"upload": {"href": f"{self.endpoint}/lfs/{one['oid']}"}}}
+                if upload["oid"] in self.large
+                else {"actions": {"upload": {"href": f"{self.endpoint}/lfs/{upload['oid']}"}}}
             )
-            for one in wanted
+            for upload in uploads
         ]
         self._json(request, {"transfer": "basic", "objects": objects})
 

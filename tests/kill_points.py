@@ -23,27 +23,27 @@ _context.set_forkserver_preload(
 
 def count_waits(recipe: str) -> int:
     """Return how often an undisturbed run waits for the disk."""
-    found = _context.Value("i", 0)
-    _start(recipe, 0, found).join()
-    return found.value
+    num_waits = _context.Value("i", 0)
+    _start(recipe, 0, num_waits).join()
+    return num_waits.value
 
 
 def run_until(recipe: str, kill_at: int) -> int:
     """Return the exit code of a run that kills itself (SIGKILL) at its wait number `kill_at`."""
-    found = _context.Value("i", 0)  # kept until the process has opened it
-    process = _start(recipe, kill_at, found)
+    num_waits = _context.Value("i", 0)  # kept until the process has opened it
+    process = _start(recipe, kill_at, num_waits)
     process.join(120)
     assert process.exitcode is not None
     return process.exitcode
 
 
-def _start(recipe: str, kill_at: int, found: Any) -> ForkServerProcess:
-    process = _context.Process(target=_run, args=(recipe, kill_at, found))
+def _start(recipe: str, kill_at: int, num_waits: Any) -> ForkServerProcess:
+    process = _context.Process(target=_run, args=(recipe, kill_at, num_waits))
     process.start()
     return process
 
 
-def _run(recipe: str, kill_at: int, found: Any) -> None:
+def _run(recipe: str, kill_at: int, num_waits: Any) -> None:
     import mmerge.manifests.stores.local as folder
     from mmerge.pipeline import make_plan, read_recipe, run
 
@@ -52,8 +52,8 @@ def _run(recipe: str, kill_at: int, found: Any) -> None:
             return getattr(os, name)
 
         def fsync(self, handle: int) -> None:
-            found.value += 1
-            if found.value == kill_at:
+            num_waits.value += 1
+            if num_waits.value == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     folder.os = CountingOs()  # type: ignore[attr-defined]

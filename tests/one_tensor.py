@@ -39,8 +39,8 @@ def merge_tensor(
     method = find_method(method_name)
     parameters = method.parameters_model.model_validate(raw or {})
     numbers = [
-        method.expert_parameters_model.model_validate(given)
-        for given in expert_raw or [{} for _ in experts]
+        method.expert_parameters_model.model_validate(raw)
+        for raw in expert_raw or [{} for _ in experts]
     ]
     names = tuple(names or (f"expert{index}" for index in range(len(experts))))
     granularity = method.granularity(parameters, numbers)
@@ -49,7 +49,7 @@ def merge_tensor(
         "row": base.shape if base.ndim == 2 else (1, -1),
         "tensor": base.shape,
     }[granularity]
-    given = base.reshape(shape), [expert.reshape(shape) for expert in experts]
+    tensors = base.reshape(shape), [expert.reshape(shape) for expert in experts]
     trimming = method.trimming(parameters, numbers)
     thresholds: list[float] = []
     if trimming is not None:
@@ -59,15 +59,22 @@ def merge_tensor(
                     expert - base, trim_rank(base.numel(), density, rounding=trimming.rounding)
                 )
             )
-    known: dict[str, tuple[float, ...]] = {}
+    stage_results: dict[str, tuple[float, ...]] = {}
     for stage in method.stages(parameters, numbers):
         block = Block(
-            *given, thresholds, torch.float32, name, 0, tuple(base.shape), names, dict(known)
+            *tensors,
+            thresholds,
+            torch.float32,
+            name,
+            0,
+            tuple(base.shape),
+            names,
+            dict(stage_results),
         )
         measured = method.measure_block(block, parameters, numbers, stage=stage.name)
         for quantity, values in measured.items():
             if stage.measures == "sums":
-                known[quantity] = (
+                stage_results[quantity] = (
                     to_sum(
                         count_quantities({quantity: values}, measures="sums", high_bins=None)[
                             quantity
@@ -82,16 +89,18 @@ def merge_tensor(
                     quantity=quantity,
                     num_entries=values.numel(),
                 )
-                known[quantity] = tuple(ranked_value(values, rank) for rank in ranks)
-    block = Block(*given, thresholds, torch.float32, name, 0, tuple(base.shape), names, known)
+                stage_results[quantity] = tuple(ranked_value(values, rank) for rank in ranks)
+    block = Block(
+        *tensors, thresholds, torch.float32, name, 0, tuple(base.shape), names, stage_results
+    )
     merged = method.merge_block(block, parameters, numbers)
     return merged, method.rescalers(
-        [TensorKnown(name, base.numel(), known)], num_experts=len(experts)
+        [TensorKnown(name, base.numel(), stage_results)], num_experts=len(experts)
     )
 
 
 def _threshold(delta: torch.Tensor, rank: int) -> float:
     if rank == 0:
         return 0.0
-    high_bin, rest = find_bin(high_histogram(delta), rank)
-    return to_threshold(high_bin, find_bin(low_histogram(delta, high_bin=high_bin), rest)[0])
+    high_bin, low_rank = find_bin(high_histogram(delta), rank)
+    return to_threshold(high_bin, find_bin(low_histogram(delta, high_bin=high_bin), low_rank)[0])

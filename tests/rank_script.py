@@ -64,7 +64,7 @@ def measure(ranks: Ranks, case: dict[str, Any]) -> dict[str, Any]:
         else make_prompts(composite.language_model.config.hidden_size)
     )
     broken = Part("image", Path(__file__)) if is_lab else Part("image", torch.zeros(2, 3))
-    found = {
+    results = {
         "logits": [composite.logits(prompt).tolist() for prompt in prompts],
         "answers": composite.generate_batch(prompts, max_new_tokens=5),
         "sampled": ranks.collect(
@@ -76,11 +76,11 @@ def measure(ranks: Ranks, case: dict[str, Any]) -> dict[str, Any]:
     try:
         composite.generate([broken])
     except PromptError as error:
-        found["refused"] = ranks.collect(str(error))
+        results["refused"] = ranks.collect(str(error))
     if os.environ.get("DIES") == os.environ["RANK"]:
         os._exit(7)  # as a process that is killed: no word to the others
     composite.logits(prompts[0])
-    return found
+    return results
 
 
 def gloo_threads() -> list[str]:
@@ -90,9 +90,9 @@ def gloo_threads() -> list[str]:
 
 def main(cases: list[dict[str, Any]], target: Path) -> None:
     ranks = open_ranks(timeout_s=60)
-    found = [measure(ranks, case) for case in cases]
+    results = [measure(ranks, case) for case in cases]
     if ranks.rank == 0:
-        target.write_text(json.dumps(found))
+        target.write_text(json.dumps(results))
     ranks.close()
 
 

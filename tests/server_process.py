@@ -12,9 +12,9 @@ from contextlib import suppress
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def wait_for(
@@ -69,9 +69,9 @@ def make_bucket(environment: dict[str, str], name: str) -> None:
 
 
 def _put_bucket(url: str, environment: dict[str, str]) -> None:
-    from botocore.auth import SigV4Auth
-    from botocore.awsrequest import AWSRequest
-    from botocore.credentials import Credentials
+    from botocore.auth import SigV4Auth  # type: ignore[import-untyped]
+    from botocore.awsrequest import AWSRequest  # type: ignore[import-untyped]
+    from botocore.credentials import Credentials  # type: ignore[import-untyped]
 
     request = AWSRequest(method="PUT", url=url)
     request.headers["x-amz-content-sha256"] = (

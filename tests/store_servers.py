@@ -264,9 +264,9 @@ def ceph_server(
             "--access-key=AK",
             "--secret-key=SK",
         )
-        found = s3_environment(f"http://127.0.0.1:{port}")
-        make_bucket(found, "bucket")
-        yield found
+        client_environment = s3_environment(f"http://127.0.0.1:{port}")
+        make_bucket(client_environment, "bucket")
+        yield client_environment
     finally:
         for process in reversed(processes):
             end(process)
@@ -363,11 +363,9 @@ class FaultProxy:
         headers = {
             name: value for name, value in request.headers.items() if name.lower() != "connection"
         }
-        if (
-            self.racy_create
-            and request.command == "PUT"
-            and headers.pop("if-none-match", headers.pop("If-None-Match", None))
-        ):
+        conditions = [name for name in headers if name.lower() == "if-none-match"]
+        if self.racy_create and request.command == "PUT" and conditions:
+            del headers[conditions[0]]
             asking = {
                 name: value for name, value in headers.items() if name.lower() != "content-length"
             }

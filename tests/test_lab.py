@@ -147,11 +147,11 @@ def test_a_registered_encoder_gives_what_the_point_expert_was_trained_with(
     composite = load_composite(f"{lab_store}#mmer", dtype=torch.float32)
     model, _ = lab_modules.evaluate.load_checkpoint("point", lab_checkpoints / "point")
     with torch.inference_mode():
-        wanted = model.modal_projectors["point"](
+        expected = model.modal_projectors["point"](
             model.point_encoder(torch.from_numpy(cloud)[None])
         )[0]
     torch.testing.assert_close(
-        composite.encoders["point"].encode(Part("point", cloud)), wanted, rtol=1e-4, atol=1e-4
+        composite.encoders["point"].encode(Part("point", cloud)), expected, rtol=1e-4, atol=1e-4
     )
     with pytest.raises(
         PromptError, match=r"a point cloud has shape \(128, 2\); give at least 32 points"
@@ -257,16 +257,16 @@ def test_prompts_written_as_files_are_read_as_the_same_media(
         for kind, part in zip(kinds, row["parts"], strict=True)
         if kind != "text"
     }
-    given = {part.kind: part.value for part in example.parts}
-    assert np.array_equal(np.asarray(read_image(files["image"])), np.asarray(given["image"]))
-    assert np.array_equal(np.load(files["point"]), given["point"])
+    values = {part.kind: part.value for part in example.parts}
+    assert np.array_equal(np.asarray(read_image(files["image"])), np.asarray(values["image"]))
+    assert np.array_equal(np.load(files["point"]), values["point"])
     assert (
         np.abs(
-            read_sound(files["audio"], sampling_rate=lab_modules.data.SAMPLE_RATE) - given["audio"]
+            read_sound(files["audio"], sampling_rate=lab_modules.data.SAMPLE_RATE) - values["audio"]
         ).max()
         < 1e-4
     )
-    assert np.array_equal(read_video(files["video"]), given["video"])
+    assert np.array_equal(read_video(files["video"]), values["video"])
 
 
 def test_no_handwritten_digit_and_no_speaker_is_in_two_splits(lab_modules: Any) -> None:

@@ -183,10 +183,10 @@ def test_differences_are_paired_by_set_task_and_seed(evidence: Any) -> None:
         for task, pair in values.items()
         for place, method in enumerate(("a", "b"))
     ]
-    found = evidence.rows.compare([*rows, row("a", "only here", 0.0)], "a", "b")
-    assert found.num_pairs == 3
-    assert found.mean == pytest.approx(0.1)
-    assert found.standard_error == pytest.approx(0.1 / 3**0.5)
+    difference = evidence.rows.compare([*rows, row("a", "only here", 0.0)], "a", "b")
+    assert difference.num_pairs == 3
+    assert difference.mean == pytest.approx(0.1)
+    assert difference.standard_error == pytest.approx(0.1 / 3**0.5)
     assert evidence.rows.compare(rows, "a", "b", value="performance_retention") is None
 
 
@@ -194,25 +194,25 @@ def test_what_masks_keep_is_what_a_loop_over_entries_finds(evidence: Any) -> Non
     generator = torch.Generator().manual_seed(0)
     deltas = list(torch.randn(3, 500, generator=generator))
     trimmed = evidence.changes._trim(deltas)
-    assert [int((each != 0).sum()) for each in trimmed] == [
+    assert [int((values != 0).sum()) for values in trimmed] == [
         400 + 1
     ] * 3  # ascending rank N − int(0.8·N), and all that are larger
     merged = torch.randn(500, generator=generator)
     kept, norms = evidence.changes.find_kept(deltas, merged, [0.75] * 3)
     inside = opposite = 0
     squares = 0.0
-    for delta, own, value in zip(
+    for delta, trimmed_value, value in zip(
         deltas[1].tolist(), trimmed[1].tolist(), merged.tolist(), strict=True
     ):
-        is_kept = abs(own) >= 0.375 * abs(value)
+        is_kept = abs(trimmed_value) >= 0.375 * abs(value)
         inside += is_kept
-        opposite += is_kept and own * value <= 0
+        opposite += is_kept and trimmed_value * value <= 0
         squares += ((value if is_kept else 0.0) - delta) ** 2
-    found = kept[1]["without directional congruence"]
-    assert found.density == pytest.approx(inside / 500)
-    assert found.opposite == pytest.approx(opposite / inside)
-    assert found.distance == pytest.approx(squares**0.5 / float(deltas[1].norm()), rel=1e-5)
-    assert all(each["MMER"].opposite == 0 for each in kept)
+    mask = kept[1]["without directional congruence"]
+    assert mask.density == pytest.approx(inside / 500)
+    assert mask.opposite == pytest.approx(opposite / inside)
+    assert mask.distance == pytest.approx(squares**0.5 / float(deltas[1].norm()), rel=1e-5)
+    assert all(by_rule["MMER"].opposite == 0 for by_rule in kept)
     assert norms["MMER"] < norms["without directional congruence"] < 1
 
 
@@ -222,14 +222,16 @@ def test_text_tokens_run_through_the_other_models_weights_and_media_tokens_throu
     place = evidence.measure.Place(str(ROOT / "examples" / "lab" / "checkpoints"), str(tmp_path))
     experts = evidence.tables.experts_of(("image", "audio"))
     recipes = [{"method": method, "experts": experts} for method in ("mmer", "ties")]
-    plain, other = (
+    plain, text_model = (
         evidence.measure.open_job(evidence.measure.Job("", "", recipe, ()), place)
         for recipe in recipes
     )
     mixed = evidence.measure.open_job(
         evidence.measure.Job("", "", recipes[0], (), text=recipes[1]), place
     )
-    layers = [model.language_model.model.layers[0].mlp.up_proj for model in (plain, other, mixed)]
+    layers = [
+        model.language_model.model.layers[0].mlp.up_proj for model in (plain, text_model, mixed)
+    ]
     assert torch.equal(layers[2].weight, layers[1].weight)
     assert not torch.equal(layers[0].weight, layers[1].weight)
     assert all(

@@ -39,13 +39,13 @@ def compare(device: str) -> int:
             # Rows of a larger matrix, as a layer gives them: the experts' masks are apart by more
             # than these rows.
             for which in (slice(None), slice(rows // 2, None)):
-                given = (base[which].to(device), delta[which].to(device), packed[:, which])
-                found, wanted = (
-                    torch.empty(given[0].shape, dtype=out_dtype, device=device) for _ in range(2)
+                inputs = (base[which].to(device), delta[which].to(device), packed[:, which])
+                actual, expected = (
+                    torch.empty(inputs[0].shape, dtype=out_dtype, device=device) for _ in range(2)
                 )
-                form_on_device(*given, out=found, **numbers)
-                form_by_torch(*given, out=wanted, **numbers)
-                assert torch.equal(found, wanted), (
+                form_on_device(*inputs, out=actual, **numbers)
+                form_by_torch(*inputs, out=expected, **numbers)
+                assert torch.equal(actual, expected), (
                     rows,
                     width,
                     num_experts,

@@ -45,18 +45,18 @@ class _Ablation(Mmer):
     def merge_block(
         self, block: Block, parameters: MmerParameters, experts: Sequence[MmerExpertParameters]
     ) -> MergedBlock:
-        made = super().merge_block(block, parameters, experts)
-        assert made.trimmed is not None
+        block_result = super().merge_block(block, parameters, experts)
+        assert block_result.trimmed is not None
         scales = [
             parameters.mask_scale if expert.mask_scale is None else expert.mask_scale
             for expert in experts
         ]
-        merged = made.values.to(torch.float32)
+        merged = block_result.values.to(torch.float32)
         masks = [
             type(self).rule(trimmed, merged, scale)
-            for trimmed, scale in zip(made.trimmed, scales, strict=True)
+            for trimmed, scale in zip(block_result.trimmed, scales, strict=True)
         ]
-        return MergedBlock(made.values, masks, made.trimmed, made.sign)
+        return MergedBlock(block_result.values, masks, block_result.trimmed, block_result.sign)
 
 
 class _WithoutCongruence(_Ablation):

@@ -60,11 +60,16 @@ def choose_scales(place: Place, available: set[str], *, workers: int) -> Scales:
         ]:
             future.result()
     raw = {method: _keep(path, place, modalities, method) for method, path in files.items()}
-    found = {
+    calibrations = {
         method: TypeAdapter(Calibration).validate_python(value) for method, value in raw.items()
     }
     labels, jobs = _with_labels(place, modalities, workers=workers)
-    return Scales(found["mmer"], found["tall_masks"].mask_scales, labels, (*files.values(), *jobs))
+    return Scales(
+        calibrations["mmer"],
+        calibrations["tall_masks"].mask_scales,
+        labels,
+        (*files.values(), *jobs),
+    )
 
 
 def _file(place: Place, modalities: tuple[str, ...], method: str) -> Path:
@@ -118,9 +123,9 @@ def _with_labels(
             (m, scale): Job("calibration", "", recipe, (f"validation/{m}",), m) for m in modalities
         }
     places = {id(job): where for where, job in jobs.items()}
-    found = {
-        places[id(job)]: counts
-        for job, counts in measure_all(
+    counts = {
+        places[id(job)]: job_counts
+        for job, job_counts in measure_all(
             [*jobs.values()], validation, workers=workers, seconds=math.inf
         )
     }
@@ -128,9 +133,9 @@ def _with_labels(
     def objective(m: str, scale: float) -> float:
         mixes = [name for name in sets if "+" in name and m in name.partition("/")[2].split("+")]
         rebuilt, expanded = (
-            _accuracy(found[(who, scale)], [f"validation/{m}"]) for who in (m, None)
+            _accuracy(counts[(who, scale)], [f"validation/{m}"]) for who in (m, None)
         )
-        return weigh(rebuilt, expanded, _accuracy(found[(None, scale)], mixes) if mixes else None)
+        return weigh(rebuilt, expanded, _accuracy(counts[(None, scale)], mixes) if mixes else None)
 
     chosen = {
         m: max(SCALES["mmer"], key=lambda scale: (objective(m, scale), -scale)) for m in modalities

@@ -70,10 +70,10 @@ def find_changes(place: Place, experts: tuple[str, ...], scales: Mapping[str, fl
     merged = _flat(base.read(name, "delta") for name in tensors)
     deltas = []
     for name in experts:
-        own = BuildReader(build(original(name), place))
+        reader = BuildReader(build(original(name), place))
         deltas.append(
             _flat(
-                own.read(t, "merged").to(torch.float32)[: len(b)] - b
+                reader.read(t, "merged").to(torch.float32)[: len(b)] - b
                 for t, b in zip(tensors, before, strict=True)
             )
         )
@@ -104,18 +104,20 @@ def find_kept(
     `deltas`: task vectors, float32 [entries]; `merged`: τ⋆ of them; `scales`: mask scales.
     """
     trimmed = _trim(deltas)
-    found: list[dict[str, Kept]] = [{} for _ in deltas]
+    kept: list[dict[str, Kept]] = [{} for _ in deltas]
     text_norms = {}
     for rule, make in RULES.items():
         mean_mask = torch.zeros_like(merged)
-        for index, (delta, own, scale) in enumerate(zip(deltas, trimmed, scales, strict=True)):
-            mask = make(own, merged, scale)
+        for index, (delta, trimmed_delta, scale) in enumerate(
+            zip(deltas, trimmed, scales, strict=True)
+        ):
+            mask = make(trimmed_delta, merged, scale)
             mean_mask += mask / len(deltas)
-            opposite = (mask & (own.sign() != merged.sign())).sum() / mask.sum()
+            opposite = (mask & (trimmed_delta.sign() != merged.sign())).sum() / mask.sum()
             distance = (mask * merged - delta).norm() / delta.norm()
-            found[index][rule] = Kept(float(mask.float().mean()), float(opposite), float(distance))
+            kept[index][rule] = Kept(float(mask.float().mean()), float(opposite), float(distance))
         text_norms[rule] = float((mean_mask * merged).norm() / merged.norm())
-    return found, text_norms
+    return kept, text_norms
 
 
 def simulate(
@@ -136,11 +138,11 @@ def simulate(
 
 
 def _trim(deltas: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    found = []
+    trimmed = []
     for delta in deltas:
         rank = delta.numel() - int(DENSITY * delta.numel())
-        found.append(trim(delta, threshold=float(delta.abs().kthvalue(max(rank, 1)).values)))
-    return found
+        trimmed.append(trim(delta, threshold=float(delta.abs().kthvalue(max(rank, 1)).values)))
+    return trimmed
 
 
 def _flat(tensors: Iterable[torch.Tensor]) -> torch.Tensor:

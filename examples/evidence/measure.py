@@ -156,7 +156,7 @@ def count_right(
     """By task, how many answers are right, of how many: greedy decoding gives the answer, and then
     the end.
     """
-    found: dict[str, tuple[int, int]] = {}
+    counts: dict[str, tuple[int, int]] = {}
     for start in range(0, len(prompts), BATCH):
         chunk = prompts[start : start + BATCH]
         shown = [
@@ -167,9 +167,9 @@ def count_right(
         for prompt, (_, is_right) in zip(
             chunk, composite.score([_named(p, composite) for p in shown], answers), strict=True
         ):
-            right, total = found.get(prompt.task, (0, 0))
-            found[prompt.task] = (right + is_right, total + 1)
-    return found
+            right, total = counts.get(prompt.task, (0, 0))
+            counts[prompt.task] = (right + is_right, total + 1)
+    return counts
 
 
 def to_tokens(composite: Composite, answer: str) -> list[int]:
@@ -207,10 +207,10 @@ def open_job(job: Job, place: Place) -> Composite:
     if job.text is not None:
         # Weights kept per modality are buffers; the parameters are those of text tokens, by the
         # same names in every composite.
-        other = load_composite(
+        text_model = load_composite(
             build(job.text, place), mode=mode, dtype=torch.float32, policy="resident"
         )
-        weights = dict(other.language_model.named_parameters())
+        weights = dict(text_model.language_model.named_parameters())
         for name, parameter in composite.language_model.named_parameters():
             parameter.data.copy_(weights[name])
     return composite

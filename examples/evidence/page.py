@@ -161,9 +161,10 @@ class _Page:
         headings = [heading for heading, _, _ in columns] + ([theirs[0]] if theirs else [])
         self._say(f"| method | {' | '.join(headings)} |", "|---" * (len(headings) + 1) + "|")
         for method in methods:
-            own = [row for row in self.rows if row.table == table and row.method == method]
+            method_rows = [row for row in self.rows if row.table == table and row.method == method]
             cells = [
-                _cell(summarise(own, choose=choose, value=value)) for _, choose, value in columns
+                _cell(summarise(method_rows, choose=choose, value=value))
+                for _, choose, value in columns
             ]
             cells += [theirs[1].get(method, "")] if theirs else []
             self._say(f"| {method} | {' | '.join(cells)} |")
@@ -325,14 +326,14 @@ class _Page:
                 cells = []
                 for scale in MASK_SCALES:
                     label = f"density {density:g}, λ {scale:g}"
-                    own = [
+                    cell_rows = [
                         row
                         for row in self.rows
                         if row.table == table
                         and row.method == label
                         and row.group.startswith(group)
                     ]
-                    cells.append(_cell(summarise(own, value=value)))
+                    cells.append(_cell(summarise(cell_rows, value=value)))
                 self._say(f"| {density:g} | {' | '.join(cells)} |")
             self._say("")
         self._plot("density")
@@ -355,15 +356,16 @@ class _Page:
     def _calibrate(self) -> None:
         if not self._has("calibration", "Calibration without labels"):
             return
-        found = self.scales
-        assert found.without_labels is not None  # the jobs of this table follow from it
+        scales = self.scales
+        assert scales.without_labels is not None  # the jobs of this table follow from it
         chosen = {
-            "without labels": found.without_labels.mask_scales,
-            "with labels": found.with_labels,
+            "without labels": scales.without_labels.mask_scales,
+            "with labels": scales.with_labels,
         }
-        for label, scales in chosen.items():
+        for label, mask_scales in chosen.items():
             self._say(
-                f"- {label}: " + ", ".join(f"{name} {scale:g}" for name, scale in scales.items())
+                f"- {label}: "
+                + ", ".join(f"{name} {scale:g}" for name, scale in mask_scales.items())
             )
         self._say("")
         columns: list[Column] = [
@@ -376,9 +378,10 @@ class _Page:
             ("accuracy, mixes", lambda row: row.group.startswith("many mix/"), "value"),
         ]
         self._table("calibration", columns)
-        sizes, (own, mixed) = self.place.sizes, count_prompts(self.place, found.mmer)
+        sizes, (num_single, num_mixed) = self.place.sizes, count_prompts(self.place, scales.mmer)
         self._say(
-            f"Both see the same {own} validation prompts of one modality and {mixed} of several, "
+            f"Both see the same {num_single} validation prompts of one modality and {num_mixed} "
+            "of several, "
             "the same grid, and weigh retention, expansion and mixed "
             "prompts alike. Without labels: `mmerge calibrate`, by the probability of the "
             "experts' own answers. With labels: by right answers. Both "
@@ -386,7 +389,7 @@ class _Page:
             f"{sizes.many_single} per modality, {sizes.many_mixed} per mix. "
             "Differences are paired by task and seed, ± is their standard error.",
             "",
-            *readings.calibration(self.rows, found.without_labels),
+            *readings.calibration(self.rows, scales.without_labels),
         )
         self._plot("calibration")
 

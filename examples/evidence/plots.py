@@ -15,7 +15,7 @@ def draw_all(folder: Path, rows: Sequence[Row], scales: Scales) -> list[str]:
     """Draw what was measured; return the names of the plots."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
-    for name, made in (
+    for name, is_drawn in (
         (
             "retention",
             _bars(
@@ -41,7 +41,7 @@ def draw_all(folder: Path, rows: Sequence[Row], scales: Scales) -> list[str]:
         ("density", _density(folder, rows)),
         ("calibration", _curve(folder, scales)),
     ):
-        if made:
+        if is_drawn:
             drawn.append(name)
     return drawn
 
@@ -54,16 +54,16 @@ def _bars(
     choose: Callable[[Row], bool],
     label: str,
 ) -> bool:
-    own = [
+    table_rows = [
         row
         for row in rows
         if row.table == table and choose(row) and not row.method.startswith("original")
     ]
-    methods = list(dict.fromkeys(row.method for row in own))
+    methods = list(dict.fromkeys(row.method for row in table_rows))
     figures = {
         m: f
         for m in methods
-        if (f := summarise([row for row in own if row.method == m], value=value)) is not None
+        if (f := summarise([row for row in table_rows if row.method == m], value=value)) is not None
     }
     if not figures:
         return False
@@ -82,23 +82,23 @@ def _bars(
 
 
 def _density(folder: Path, rows: Sequence[Row]) -> bool:
-    own = [
+    table_rows = [
         row
         for row in rows
         if row.table == "density × mask scale" and row.group.startswith("single/")
     ]
-    if not own:
+    if not table_rows:
         return False
     figure, axes = open_figure(width=6, height=3.6)
     for density in DENSITIES:
         points = []
         for scale in MASK_SCALES:
             label = f"density {density:g}, λ {scale:g}"
-            found = summarise(
-                [row for row in own if row.method == label], value="performance_retention"
+            retention = summarise(
+                [row for row in table_rows if row.method == label], value="performance_retention"
             )
-            if found is not None:
-                points.append((scale, 100 * found.mean))
+            if retention is not None:
+                points.append((scale, 100 * retention.mean))
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", label=f"density {density:g}")
     axes.set_xlabel("mask scale λ")
@@ -109,25 +109,25 @@ def _density(folder: Path, rows: Sequence[Row]) -> bool:
 
 
 def _curve(folder: Path, scales: Scales) -> bool:
-    found = scales.without_labels
-    if found is None:
+    calibration = scales.without_labels
+    if calibration is None:
         return False
     figure, axes = open_figure(width=6, height=3.6)
-    for name in found.mask_scales:
-        own = sorted(
-            (point for point in found.points if point.expert == name),
+    for name in calibration.mask_scales:
+        curve = sorted(
+            (point for point in calibration.points if point.expert == name),
             key=lambda point: point.mask_scale,
         )
-        places = [point.mask_scale for point in own]
+        places = [point.mask_scale for point in curve]
         (line,) = axes.plot(
             places,
-            [point.rebuilt.probability for point in own],
+            [point.rebuilt.probability for point in curve],
             marker="o",
             label=f"{name}, rebuilt",
         )
         axes.plot(
             places,
-            [point.expanded.probability for point in own],
+            [point.expanded.probability for point in curve],
             "--",
             color=line.get_color(),
             label=f"{name}, expanded",

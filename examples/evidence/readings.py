@@ -15,12 +15,12 @@ MASKED = ("MMER", "EMR", "TALL")
 
 def figures_of(rows: Sequence[Row], table: str, group: str, value: str) -> dict[str, Figure]:
     """Figures of a table's methods on the sets whose names begin so."""
-    own = [row for row in rows if row.table == table and row.group.startswith(group)]
-    found = {
-        name: summarise([row for row in own if row.method == name], value=value)
-        for name in dict.fromkeys(row.method for row in own)
+    group_rows = [row for row in rows if row.table == table and row.group.startswith(group)]
+    figures = {
+        name: summarise([row for row in group_rows if row.method == name], value=value)
+        for name in dict.fromkeys(row.method for row in group_rows)
     }
-    return {name: figure for name, figure in found.items() if figure is not None}
+    return {name: figure for name, figure in figures.items() if figure is not None}
 
 
 def _is_static(method: str) -> bool:
@@ -28,12 +28,12 @@ def _is_static(method: str) -> bool:
     return not method.startswith((*MASKED, "original", "DAMC"))
 
 
-def verdict(holds: bool, claim: str, found: str) -> list[str]:
+def verdict(holds: bool, claim: str, evidence: str) -> list[str]:
     """Whether a claim holds, and by which figures."""
     return [
         (
             f"- {'**Holds**' if holds else '**Does not hold on the lab**'}: {claim}. Measured:"
-            f" {found}."
+            f" {evidence}."
         ),
         "",
     ]
@@ -41,23 +41,25 @@ def verdict(holds: bool, claim: str, found: str) -> list[str]:
 
 def retention(rows: Sequence[Row]) -> list[str]:
     """At least 99 %, and best of its storage class."""
-    found = figures_of(rows, "retention", "single/", "performance_retention")
-    if "MMER" not in found:
+    figures = figures_of(rows, "retention", "single/", "performance_retention")
+    if "MMER" not in figures:
         return []
-    lines = verdict(found["MMER"].mean >= 0.99, "MMER keeps at least 99 %", f"{found['MMER']} %")
-    others = {name: found[name] for name in MASKED if name in found and name != "MMER"}
+    lines = verdict(
+        figures["MMER"].mean >= 0.99, "MMER keeps at least 99 %", f"{figures['MMER']} %"
+    )
+    others = {name: figures[name] for name in MASKED if name in figures and name != "MMER"}
     if others:
         best = max(others, key=lambda name: others[name].mean)
         lines += verdict(
-            found["MMER"].mean >= others[best].mean,
+            figures["MMER"].mean >= others[best].mean,
             "MMER is the best of those that store one task vector and masks",
-            f"MMER {found['MMER']}, {best} {others[best]}",
+            f"MMER {figures['MMER']}, {best} {others[best]}",
         )
-    static = {name: figure for name, figure in found.items() if _is_static(name)}
+    static = {name: figure for name, figure in figures.items() if _is_static(name)}
     if static:
         best = max(static, key=lambda name: static[name].mean)
         lines += verdict(
-            found["MMER"].mean > static[best].mean,
+            figures["MMER"].mean > static[best].mean,
             "MMER keeps more than every static merge",
             f"best static merge {best} {static[best]}",
         )
@@ -68,31 +70,31 @@ def expansion(rows: Sequence[Row]) -> list[str]:
     """Better than every single expert and static merge with two, three and four modalities."""
     lines = []
     for count, words in ((2, "two"), (3, "three"), (4, "four")):
-        own = [
+        mix_rows = [
             row
             for row in rows
             if row.table == "expansion"
             and row.group.startswith("mix/")
             and row.group.count("+") == count - 1
         ]
-        names = dict.fromkeys(row.method for row in own)
-        found = {
+        names = dict.fromkeys(row.method for row in mix_rows)
+        figures = {
             name: f
             for name in names
-            if (f := summarise([row for row in own if row.method == name])) is not None
+            if (f := summarise([row for row in mix_rows if row.method == name])) is not None
         }
-        if "MMER" not in found or len(found) < 2:
+        if "MMER" not in figures or len(figures) < 2:
             continue
-        single = [name for name in found if name.endswith("alone")]
-        static = [name for name in found if _is_static(name) and name not in single]
+        single = [name for name in figures if name.endswith("alone")]
+        static = [name for name in figures if _is_static(name) and name not in single]
         for label, others in (("single expert", single), ("static merge", static)):
             if others:
-                best = max(others, key=lambda name: found[name].mean)
-                gap = 100 * (found["MMER"].mean - found[best].mean)
+                best = max(others, key=lambda name: figures[name].mean)
+                gap = 100 * (figures["MMER"].mean - figures[best].mean)
                 lines += verdict(
                     gap > 0,
                     f"with {words} modalities MMER beats every {label}",
-                    f"MMER {found['MMER']}, {best} {found[best]}: {gap:+.1f} points",
+                    f"MMER {figures['MMER']}, {best} {figures[best]}: {gap:+.1f} points",
                 )
     if any("Does not hold" in line for line in lines):
         lines += [
@@ -109,16 +111,16 @@ def expansion(rows: Sequence[Row]) -> list[str]:
 
 def ablations(rows: Sequence[Row]) -> list[str]:
     """The published order: MMER, λ = 1, without significance, without congruence."""
-    found = figures_of(rows, "ablations", "mix/", "value")
+    figures = figures_of(rows, "ablations", "mix/", "value")
     order = ["MMER", "λ = 1", "without dominant significance", "without directional congruence"]
-    if not all(name in found for name in order):
+    if not all(name in figures for name in order):
         return []
-    values = [found[name].mean for name in order]
+    values = [figures[name].mean for name in order]
     holds = all(first >= second for first, second in pairwise(values))
     lines = verdict(
         holds,
         "the published order, " + " ≥ ".join(order),
-        ", ".join(f"{name} {found[name]}" for name in order),
+        ", ".join(f"{name} {figures[name]}" for name in order),
     )
     lines += [
         "Entry by entry, (τ⋆ − τ)² ≤ τ² and |τ⋆ − τ| ≤ |τ| say the same, and with equal signs "
@@ -154,11 +156,11 @@ def forgetting(rows: Sequence[Row], table: str) -> list[str]:
 
 def number(rows: Sequence[Row]) -> list[str]:
     """More experts cost as little as published."""
-    found = figures_of(rows, "number of experts", "single/", "performance_retention")
-    names = [name for name in ("2 experts", "3 experts", "4 experts") if name in found]
+    figures = figures_of(rows, "number of experts", "single/", "performance_retention")
+    names = [name for name in ("2 experts", "3 experts", "4 experts") if name in figures]
     if len(names) < 2:
         return []
-    cost = 100 * (found[names[0]].mean - found[names[-1]].mean)
+    cost = 100 * (figures[names[0]].mean - figures[names[-1]].mean)
     return verdict(
         cost <= 1.0,
         "from two to four experts at most one point is lost (published: about 0.6)",
@@ -168,12 +170,14 @@ def number(rows: Sequence[Row]) -> list[str]:
 
 def variants(rows: Sequence[Row]) -> list[str]:
     """Which choice was best."""
-    found = figures_of(rows, "variants", "single/", "performance_retention")
-    if len(found) < 2:
+    figures = figures_of(rows, "variants", "single/", "performance_retention")
+    if len(figures) < 2:
         return []
-    ordered = sorted(found, key=lambda name: -found[name].mean)
+    ordered = sorted(figures, key=lambda name: -figures[name].mean)
     return [
-        "By performance retention: " + ", ".join(f"{name} {found[name]}" for name in ordered) + ".",
+        "By performance retention: "
+        + ", ".join(f"{name} {figures[name]}" for name in ordered)
+        + ".",
         "",
     ]
 
@@ -183,12 +187,12 @@ def language(rows: Sequence[Row]) -> list[str]:
     lines = []
     for m in ("image", "audio"):
         text = figures_of(rows, "language", "single/text", "value")
-        own = figures_of(rows, "language", f"single/{m}", "value")
+        expert_figures = figures_of(rows, "language", f"single/{m}", "value")
         prefix = f"{m}: "
         expert, base = text.get(f"{m}: expert"), text.get("base")
         both = {
-            name.removeprefix(prefix): (text[name].mean + own[name].mean) / 2
-            for name in own
+            name.removeprefix(prefix): (text[name].mean + expert_figures[name].mean) / 2
+            for name in expert_figures
             if name.startswith(prefix) and name in text
         }
         if expert is None or base is None or len(both) < 2:
@@ -212,25 +216,27 @@ def language(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _cost_of_range(found: Calibration, expert: str) -> float:
-    own = [
-        point for point in found.points if point.expert == expert and point.density == found.density
+def _cost_of_range(chosen: Calibration, expert: str) -> float:
+    curve = [
+        point
+        for point in chosen.points
+        if point.expert == expert and point.density == chosen.density
     ]
-    return max(p.objective for p in own) - max(
-        p.objective for p in own if 0.6 <= p.mask_scale <= 0.9
+    return max(p.objective for p in curve) - max(
+        p.objective for p in curve if 0.6 <= p.mask_scale <= 0.9
     )
 
 
-def calibration(rows: Sequence[Row], found: Calibration) -> list[str]:
+def calibration(rows: Sequence[Row], chosen: Calibration) -> list[str]:
     """Within half a point, and within the published range."""
-    listed = ", ".join(f"{name} {scale:g}" for name, scale in found.mask_scales.items())
-    inside = all(0.6 <= scale <= 0.9 for scale in found.mask_scales.values())
+    listed = ", ".join(f"{name} {scale:g}" for name, scale in chosen.mask_scales.items())
+    inside = all(0.6 <= scale <= 0.9 for scale in chosen.mask_scales.values())
     lines = verdict(inside, "the mask scales lie in the published range of 0.6 to 0.9", listed)
     if not inside:
         outside = {
-            name: scale for name, scale in found.mask_scales.items() if not 0.6 <= scale <= 0.9
+            name: scale for name, scale in chosen.mask_scales.items() if not 0.6 <= scale <= 0.9
         }
-        costs = ", ".join(f"{name} {_cost_of_range(found, name):.4f}" for name in outside)
+        costs = ", ".join(f"{name} {_cost_of_range(chosen, name):.4f}" for name in outside)
         lines += [
             (
                 "At the best scale within that range, the objective (0 to 1) would be smaller "
@@ -242,8 +248,10 @@ def calibration(rows: Sequence[Row], found: Calibration) -> list[str]:
         ("many single/", "performance_retention", "performance retention"),
         ("many mix/", "value", "accuracy on mixes"),
     ):
-        own = [row for row in rows if row.table == "calibration" and row.group.startswith(group)]
-        difference = compare(own, "without labels", "with labels", value=value)
+        group_rows = [
+            row for row in rows if row.table == "calibration" and row.group.startswith(group)
+        ]
+        difference = compare(group_rows, "without labels", "with labels", value=value)
         if difference is None:
             continue
         low, high = (100 * edge for edge in difference.interval)

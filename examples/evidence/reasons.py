@@ -25,7 +25,7 @@ def mask_table(changes: Changes, simulated: Sequence[Mapping[str, Kept]]) -> lis
     ]
     for rule, norm in changes.text_norms.items():
         ours = [change.kept[rule] for change in changes.experts]
-        theirs = [each[rule] for each in simulated]
+        theirs = [by_rule[rule] for by_rule in simulated]
         cells = [
             rule,
             _range([100 * kept.density for kept in ours]),
@@ -37,8 +37,8 @@ def mask_table(changes: Changes, simulated: Sequence[Mapping[str, Kept]]) -> lis
         ]
         lines.append(f"| {' | '.join(cells)} |")
     densities = ", ".join(
-        f"{name} {100 * each['MMER'].density:.1f}"
-        for name, each in zip(papers.MEAN_MAGNITUDES, simulated, strict=True)
+        f"{name} {100 * by_rule['MMER'].density:.1f}"
+        for name, by_rule in zip(papers.MEAN_MAGNITUDES, simulated, strict=True)
     )
     published = ", ".join(
         f"{name} {papers.MASK_DENSITIES[name]}" for name in papers.MEAN_MAGNITUDES
@@ -69,12 +69,12 @@ def text_tokens(
     """Why static merges are ahead in mixes, and why directional congruence costs so little: whose
     weights decide.
     """
-    found = figures_of(rows, "text tokens", "mix/", "value")
+    figures = figures_of(rows, "text tokens", "mix/", "value")
     static = figures_of(rows, "expansion", "mix/", "value")
     lines: list[str] = []
-    mmer = found.get("MMER")
+    mmer = figures.get("MMER")
     for name in ("TIES", "SWUDI"):
-        swapped = found.get(f"MMER, text tokens of {name}")
+        swapped = figures.get(f"MMER, text tokens of {name}")
         if mmer is not None and swapped is not None and name in static:
             lines += verdict(
                 swapped.mean >= static[name].mean - 0.005 and swapped.mean > mmer.mean,
@@ -84,13 +84,13 @@ def text_tokens(
                 f" {swapped}",
             )
     congruence, significance = "without directional congruence", "without dominant significance"
-    names = [f"{each}, text tokens of MMER" for each in (congruence, significance)] + [
-        f"MMER, text tokens {each}" for each in (congruence, significance)
+    names = [f"{rule}, text tokens of MMER" for rule in (congruence, significance)] + [
+        f"MMER, text tokens {rule}" for rule in (congruence, significance)
     ]
-    if mmer is None or not all(name in found for name in names):
+    if mmer is None or not all(name in figures for name in names):
         return lines
     media, text = [
-        [100 * (found[name].mean - mmer.mean) for name in part] for part in (names[:2], names[2:])
+        [100 * (figures[name].mean - mmer.mean) for name in part] for part in (names[:2], names[2:])
     ]
     lines += verdict(
         abs(media[1]) < abs(text[1]) / 2 and abs(text[0]) < 0.5,
@@ -106,7 +106,7 @@ def text_tokens(
         for rule in (congruence, significance)
     }
     theirs = {
-        rule: max(each[rule].distance for each in simulated) for rule in (congruence, significance)
+        rule: max(kept[rule].distance for kept in simulated) for rule in (congruence, significance)
     }
     lines += [
         "So directional congruence costs little here because text tokens do not need it: each "

@@ -91,13 +91,14 @@ def compare(
     """The first method less the second, on the same prompts: paired by set, task and seed; None
     with fewer than two pairs.
     """
-    found: dict[str, dict[tuple[str, str, int], float]] = {first: {}, second: {}}
+    by_method: dict[str, dict[tuple[str, str, int], float]] = {first: {}, second: {}}
     for row in rows:
         figure: Any = getattr(row, value)
-        if row.method in found and figure is not None:
-            found[row.method][(row.group, row.task, row.seed)] = figure
+        if row.method in by_method and figure is not None:
+            by_method[row.method][(row.group, row.task, row.seed)] = figure
     differences = [
-        found[first][key] - found[second][key] for key in found[first].keys() & found[second].keys()
+        by_method[first][key] - by_method[second][key]
+        for key in by_method[first].keys() & by_method[second].keys()
     ]
     if len(differences) < 2:
         return None
@@ -128,8 +129,8 @@ def summarise(
     """
     by_seed: dict[int, list[float]] = {}
     for row in rows:
-        found: Any = getattr(row, value)
-        if choose(row) and found is not None:
-            by_seed.setdefault(row.seed, []).append(found)
+        figure: Any = getattr(row, value)
+        if choose(row) and figure is not None:
+            by_seed.setdefault(row.seed, []).append(figure)
     means = [mean(values) for values in by_seed.values()]
     return Figure(mean(means), stdev(means) if len(means) > 1 else 0.0) if means else None

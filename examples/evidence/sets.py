@@ -53,18 +53,18 @@ def mixes(modalities: Sequence[str]) -> list[tuple[str, ...]]:
 
 def set_names(modalities: Sequence[str]) -> dict[str, list[str]]:
     """The names of all sets by group."""
-    found = mixes(modalities)
+    combinations = mixes(modalities)
     return {
         "single": [f"single/{modality}" for modality in modalities],
         "text": ["single/text"],
-        "mix": ["mix/" + "+".join(mix) for mix in found],
-        "share": ["share/" + "+".join(mix) for mix in found if len(mix) > 2],
+        "mix": ["mix/" + "+".join(mix) for mix in combinations],
+        "share": ["share/" + "+".join(mix) for mix in combinations if len(mix) > 2],
         "validation": [
-            "validation/" + "+".join(who) for who in [*((m,) for m in modalities), *found]
+            "validation/" + "+".join(who) for who in [*((m,) for m in modalities), *combinations]
         ],
         "many": [
             *(f"many single/{m}" for m in modalities),
-            *("many mix/" + "+".join(mix) for mix in found),
+            *("many mix/" + "+".join(mix) for mix in combinations),
         ],
         "new": [f"new/{modality}" for modality in tasks.NEW_QUESTIONS if modality in modalities],
     }
@@ -121,7 +121,7 @@ def encode_sets(
 
     `owners` names the expert by modality; `prepare` makes of a medium what the encoder takes.
     """
-    found: dict[tuple[str, str], torch.Tensor] = {}
+    embeddings: dict[tuple[str, str], torch.Tensor] = {}
     for name, seed in names:
         for prompt, example in zip(
             load_set(name, seed, sizes), _examples(name, seed, sizes), strict=True
@@ -129,12 +129,12 @@ def encode_sets(
             for part, real in zip(prompt.parts, example.parts, strict=True):
                 if part.kind in owners:
                     expert = owners[part.kind]
-                    found[(expert, part.value)] = (
+                    embeddings[(expert, part.value)] = (
                         composite.encoders[expert]
                         .encode(Part(part.kind, prepare(part.kind, real.value)))
                         .clone()
                     )
-    return found
+    return embeddings
 
 
 class Lookup:

@@ -75,12 +75,12 @@ def experts_of(names: Mapping[str, str] | tuple[str, ...]) -> dict[str, dict[str
     """The experts of a recipe: folder and modality by name (`image_new` reads images, `twins/image`
     too).
     """
-    found = {}
+    experts = {}
     for name in names:
         modality = name.removesuffix("_new").removeprefix("twin_")
         folder = f"twins/{modality}" if name.startswith("twin_") else name
-        found[name] = {"path": folder, "modality": modality}
-    return found
+        experts[name] = {"path": folder, "modality": modality}
+    return experts
 
 
 def original(name: str) -> dict[str, Any]:
@@ -137,8 +137,10 @@ class Jobs:
                 Job("expansion", label, recipe, tuple(self.sets["single"])),
             ]
         for m in self.modalities:
-            own = tuple(name for name in self.mixed if m in name.partition("/")[2].split("+"))
-            jobs.append(Job("expansion", f"{m} expert alone", original(m), own, m, m))
+            mixes_with = tuple(
+                name for name in self.mixed if m in name.partition("/")[2].split("+")
+            )
+            jobs.append(Job("expansion", f"{m} expert alone", original(m), mixes_with, m, m))
         for label, numbers in ABLATIONS.items():
             recipe = self._mmer(numbers)
             jobs += [
@@ -181,8 +183,10 @@ class Jobs:
         jobs = []
         for label, (media, text) in TEXT_TOKENS.items():
             recipes = [
-                self._mmer(ABLATIONS[each]) if each in ABLATIONS else self._recipe(PLAIN[each])
-                for each in (media, text)
+                self._mmer(ABLATIONS[method])
+                if method in ABLATIONS
+                else self._recipe(PLAIN[method])
+                for method in (media, text)
             ]
             jobs.append(
                 Job(

@@ -46,11 +46,11 @@ class Batch:
     targets: Tensor  # [targets], the words of the answers, and the end after each
     answers: Tensor  # [targets], the answer that each target is of
 
-    def right(self, found: Tensor) -> Tensor:
+    def right(self, predicted: Tensor) -> Tensor:
         """Which answers [answers] are right, of the tokens [targets] found in the places asked."""
         num_answers = int(self.answers[-1]) + 1
         wrong = torch.zeros(num_answers, dtype=torch.long).index_add_(
-            0, self.answers, (found.cpu() != self.targets).long()
+            0, self.answers, (predicted.cpu() != self.targets).long()
         )
         return wrong == 0
 

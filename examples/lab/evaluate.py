@@ -130,7 +130,7 @@ def load_checkpoint(part: str, folder: Path) -> tuple[PreTrainedModel, PreTraine
         part, AutoModelForMultimodalLM
     )
     model, info = auto.from_pretrained(folder, dtype="float32", output_loading_info=True)
-    problems = {name: found for name, found in info.items() if found}
+    problems = {name: names for name, names in info.items() if names}
     if problems:
         raise RuntimeError(f"{folder} does not load cleanly: {problems}")
     return model.eval(), AutoTokenizer.from_pretrained(folder)

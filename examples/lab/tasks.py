@@ -114,7 +114,9 @@ def chance(task: str) -> float:
         return 1 / len(SHARE_OPTIONS)
     if question == "count":
         counts = [[_count(m, digit) for digit in range(10)] for m in chosen]
-        return float(np.mean([max(found.count(count) for count in found) / 10 for found in counts]))
+        return float(
+            np.mean([max(answers.count(count) for count in answers) / 10 for answers in counts])
+        )
     if question in ("attribute", "describe"):
         digits = 10 if question == "describe" else 1
         return float(np.mean([1 / len(ATTRIBUTES[m]) / digits for m in chosen]))
@@ -136,33 +138,33 @@ def vocabulary() -> list[str]:
     return list(dict.fromkeys(words))
 
 
-def _ask(question: str, modality: str, other: str | None) -> tuple[str, ...]:
+def _ask(question: str, modality: str, second_modality: str | None) -> tuple[str, ...]:
     """The ways of asking a question about one source, or about two."""
-    one = SOURCE_WORDS[modality]
+    first = SOURCE_WORDS[modality]
     if question == "digit":
-        return f"which digit is in the {one} ?", f"what is the digit of the {one} ?"
+        return f"which digit is in the {first} ?", f"what is the digit of the {first} ?"
     if question == "parity":
-        return (f"is the digit in the {one} odd or even ?",)
+        return (f"is the digit in the {first} odd or even ?",)
     if question == "large":
-        return (f"is the digit in the {one} larger than four ?",)
+        return (f"is the digit in the {first} larger than four ?",)
     if question == "next":
-        return (f"which digit comes after the digit in the {one} ?",)
+        return (f"which digit comes after the digit in the {first} ?",)
     if question == "attribute":
-        return (f"which {_ATTRIBUTE_NAMES[modality]} is in the {one} ?",)
+        return (f"which {_ATTRIBUTE_NAMES[modality]} is in the {first} ?",)
     if question == "count":
-        return (f"how many {_COUNTED[modality]} has the digit in the {one} ?",)
+        return (f"how many {_COUNTED[modality]} has the digit in the {first} ?",)
     if question == "describe":
-        return (f"what does the {one} show ?",)
+        return (f"what does the {first} show ?",)
     if question == "before":
-        return (f"which digit comes before the digit in the {one} ?",)
+        return (f"which digit comes before the digit in the {first} ?",)
     if question == "rest":
-        return (f"which digit makes nine with the digit in the {one} ?",)
+        return (f"which digit makes nine with the digit in the {first} ?",)
     if question == SHARE:
         return ("what do all digits share ?",)
-    two = SOURCE_WORDS[other or modality]
+    second = SOURCE_WORDS[second_modality or modality]
     if question == "same":
-        return (f"do the {one} and the {two} have the same digit ?",)
-    return (f"which digit is larger , the {one} or the {two} ?",)
+        return (f"do the {first} and the {second} have the same digit ?",)
+    return (f"which digit is larger , the {first} or the {second} ?",)
 
 
 def _count(modality: str, digit: int) -> int:
@@ -177,32 +179,32 @@ def _is(option: str, digit: int) -> bool:
     ]
 
 
-def _answer(question: str, one: Source, two: Source | None) -> str:
+def _answer(question: str, first: Source, second: Source | None) -> str:
     """The right answer to a question about one source or two."""
     if question == "digit":
-        return data.DIGIT_WORDS[one.digit]
+        return data.DIGIT_WORDS[first.digit]
     if question == "parity":
-        return "odd" if one.digit % 2 else "even"
+        return "odd" if first.digit % 2 else "even"
     if question == "large":
-        return "yes" if one.digit > 4 else "no"
+        return "yes" if first.digit > 4 else "no"
     if question == "next":
-        return data.DIGIT_WORDS[(one.digit + 1) % 10]
+        return data.DIGIT_WORDS[(first.digit + 1) % 10]
     if question == "before":
-        return data.DIGIT_WORDS[(one.digit - 1) % 10]
+        return data.DIGIT_WORDS[(first.digit - 1) % 10]
     if question == "rest":
-        return data.DIGIT_WORDS[9 - one.digit]
+        return data.DIGIT_WORDS[9 - first.digit]
     if question == "attribute":
-        return one.attribute
+        return first.attribute
     if question == "count":
-        return data.DIGIT_WORDS[_count(one.modality, one.digit)]
+        return data.DIGIT_WORDS[_count(first.modality, first.digit)]
     if question == "describe":
-        return _DESCRIPTIONS[one.modality][1].format(
-            digit=data.DIGIT_WORDS[one.digit], attribute=one.attribute
+        return _DESCRIPTIONS[first.modality][1].format(
+            digit=data.DIGIT_WORDS[first.digit], attribute=first.attribute
         )
-    assert two is not None
+    assert second is not None
     if question == "same":
-        return "yes" if one.digit == two.digit else "no"
-    return SOURCE_WORDS[(one if one.digit > two.digit else two).modality]
+        return "yes" if first.digit == second.digit else "no"
+    return SOURCE_WORDS[(first if first.digit > second.digit else second).modality]
 
 
 def _describe(source: Source, rng: np.random.Generator) -> str:
@@ -218,24 +220,24 @@ def _make_question(kind: str, sources: Sequence[Source], rng: np.random.Generato
     order = [sources[index] for index in rng.permutation(len(sources))]
     if kind in ("attribute", "count", "describe"):  # of a real source, where there is one
         order.sort(key=lambda source: not source.real)
-    one, two = order[0], None
+    first, second = order[0], None
     if kind == SHARE:
         (answer,) = (
             option
             for option in SHARE_OPTIONS
             if all(_is(option, source.digit) for source in sources)
         )
-        return Question(kind, f"question : {_ask(kind, one.modality, None)[0]} answer :", answer)
+        return Question(kind, f"question : {_ask(kind, first.modality, None)[0]} answer :", answer)
     if kind in JOINT_QUESTIONS:
         equal = kind == "same" and rng.random() < 0.8
         pairs = [(a, b) for a in order for b in order if a is not b]
         fitting = [(a, b) for a, b in pairs if (a.digit == b.digit) == equal]
         if not fitting and kind == "bigger":
             kind = "same"
-        one, two = (fitting or pairs)[0]
-    asks = _ask(kind, one.modality, two.modality if two else None)
+        first, second = (fitting or pairs)[0]
+    asks = _ask(kind, first.modality, second.modality if second else None)
     text = f"question : {asks[rng.integers(len(asks))]} answer :"
-    return Question(kind, text, _answer(kind, one, two))
+    return Question(kind, text, _answer(kind, first, second))
 
 
 def make_prompt(
@@ -283,8 +285,8 @@ def make_prompt(
 
 def _draw_sharing(count: int, rng: np.random.Generator) -> np.ndarray:
     """Digits of which exactly one of SHARE_OPTIONS holds for all, each option as often."""
-    wanted = SHARE_OPTIONS[rng.integers(len(SHARE_OPTIONS))]
-    fitting = np.array([digit for digit in range(10) if _is(wanted, digit)])
+    shared = SHARE_OPTIONS[rng.integers(len(SHARE_OPTIONS))]
+    fitting = np.array([digit for digit in range(10) if _is(shared, digit)])
     while True:
         digits = rng.choice(fitting, size=count)
         if sum(all(_is(option, int(digit)) for digit in digits) for option in SHARE_OPTIONS) == 1:
