@@ -36,7 +36,7 @@ def read_blocks(
     at_once = entries_at_once(shape, block_entries, granularity=granularity)
     for found in reader.blocks((tensor.base, *tensor.experts), block_entries=at_once):
         base, *experts = (
-            _to_shape(values, shape, columns, granularity) for values in _to_float_tensors(found)
+            _to_shape(values, shape, columns, granularity) for values in to_float_tensors(found)
         )
         yield Block(
             base=base, experts=experts, thresholds=thresholds, dtype=TORCH_DTYPES[dtype], name=tensor.name, start=tensor.start + found.start,
@@ -44,7 +44,7 @@ def read_blocks(
         )  # fmt: skip
 
 
-def _to_float_tensors(block: InputBlock) -> list[torch.Tensor]:
+def to_float_tensors(block: InputBlock) -> list[torch.Tensor]:
     """Return the entries of a block of base and experts as flat float32 tensors that own their
     memory.
     """

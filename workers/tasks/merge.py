@@ -44,6 +44,7 @@ from mmerge.workers.reconstruction.bitmask import packed_bytes
 from mmerge.workers.task import MergeTask, TaskResult, TensorTask
 from mmerge.workers.tasks.blocks import read_blocks
 from mmerge.workers.tasks.heartbeat import Pulse
+from mmerge.workers.tasks.overflow import OverflowCheck
 
 
 def merge_shard(task: MergeTask, store: Store) -> TaskResult:
@@ -185,6 +186,11 @@ class _TensorMerger:
         self.thresholds, self.known = task.thresholds[index], task.known[index]
         self.parameters, self.experts = parse_numbers(method, task.numbers[index])
         self.tally = _Tally(len(self.experts))
+        self.overflow = (
+            OverflowCheck(self.tensor, task.expert_names, method.kind == "masks")
+            if task.dtype == "F16"
+            else None
+        )
 
     def write(
         self, out: ObjectWriter, placed: dict[str, TensorSpec], reader: InputReader
@@ -237,6 +243,8 @@ class _TensorMerger:
         merged = np.empty(min(at_once, self.tensor.num_entries) * width, np.uint8)
         for block in read_blocks():
             path.merge(block, merged, masks)
+            if self.overflow is not None:
+                self.overflow.check_inputs(block, merged[: block.num_entries * width])
             yield merged.data[: block.num_entries * width]
         if isinstance(path, MaskPath):
             self.tally.take(path)
@@ -264,8 +272,12 @@ class _TensorMerger:
             for row, mask in zip(masks, merged.masks, strict=True):
                 packed = np.packbits(mask.reshape(-1).cpu().numpy())
                 row[position // 8 :][: len(packed)] = packed
+            data = to_bytes(with_one_nan(merged.values))
+            if self.overflow is not None:
+                inputs = (block.base, *block.experts)
+                self.overflow.check_tensors(inputs, np.frombuffer(data, np.uint8), start=position)
             position += block.base.numel()
-            yield to_bytes(with_one_nan(merged.values))
+            yield data
 
     def _read_blocks(self, reader: InputReader) -> Iterator[Block]:
         return read_blocks(
