@@ -59,7 +59,7 @@ def read_cpu() -> dict[int, float]:
 
 def build(plan: Any, store: Path, executor: Any) -> Build:
     """Return one build from nothing."""
-    from mmerge.manifests.stores.object_store import open_store
+    from mmerge.manifests.stores.open import open_store
     from mmerge.pipeline import run
     from mmerge.pipeline.monitoring.run_records import RunRecord, begin_run
 

@@ -17,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from mmerge.manifests.stores.object_store import open_store
+from mmerge.manifests.stores.open import open_store
 from mmerge.pipeline import make_plan, read_recipe, run
 
 EXPERTS = ("image", "audio", "video")

@@ -24,7 +24,7 @@ import numpy as np
 import obstore
 from blake3 import blake3
 
-from mmerge.manifests.stores.object_store import Store, open_store
+from mmerge.manifests.stores.object_store import ObjectStore
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from store_servers import ceph_server, moto_server
@@ -49,34 +49,34 @@ def open_place(server: str) -> Iterator[str]:
             yield "s3://bucket/bench"
 
 
-def write_alone(store: Store, data: memoryview) -> None:
+def write_alone(store: ObjectStore, data: memoryview) -> None:
     """The library's multipart put, with its own defaults (5 MiB parts, 12 at once)."""
-    obstore.put(store._inner, "alone", data)
+    obstore.put(store.client, "alone", data)
 
 
-def write_ours(store: Store, data: memoryview) -> None:
+def write_ours(store: ObjectStore, data: memoryview) -> None:
     """The streaming writer as a task uses it."""
     with store.open_writer("ours") as out:
         for start in range(0, len(data), PIECE_BYTES):
             out.write(data[start : start + PIECE_BYTES])
 
 
-def read_alone(store: Store, data: memoryview) -> None:
+def read_alone(store: ObjectStore, data: memoryview) -> None:
     """The library's get of the whole object, as one stream."""
-    content = obstore.get(store._inner, "alone").bytes()
+    content = obstore.get(store.client, "alone").bytes()
     assert len(content) == len(data)
 
 
-def read_alone_tensors(store: Store, data: memoryview) -> None:
+def read_alone_tensors(store: ObjectStore, data: memoryview) -> None:
     """The library's get_range of 64 MiB, one after the other, as a loader reads tensors."""
     for start in range(0, len(data), 64 << 20):
         content = obstore.get_range(
-            store._inner, "alone", start=start, length=min(64 << 20, len(data) - start)
+            store.client, "alone", start=start, length=min(64 << 20, len(data) - start)
         )
         assert len(content) == min(64 << 20, len(data) - start)
 
 
-def read_ours(store: Store, data: memoryview) -> None:
+def read_ours(store: ObjectStore, data: memoryview) -> None:
     """Ranges of 64 MiB, as a loader reads tensors, with their digest."""
     digest = blake3()
     for start in range(0, len(data), 64 << 20):
@@ -86,7 +86,7 @@ def read_ours(store: Store, data: memoryview) -> None:
     assert digest.hexdigest() == wanted(data)
 
 
-def read_forward(store: Store, data: memoryview) -> None:
+def read_forward(store: ObjectStore, data: memoryview) -> None:
     """Blocks of 512 KiB one after the other, as a merge reads its inputs."""
     digest = blake3()
     for start in range(0, len(data), 512 << 10):
@@ -105,7 +105,7 @@ def wanted(data: memoryview) -> str:
     return _wanted.setdefault(id(data), blake3(data).hexdigest())
 
 
-STEPS: dict[str, Callable[[Store, memoryview], None]] = {
+STEPS: dict[str, Callable[[ObjectStore, memoryview], None]] = {
     "write, library alone": write_alone,
     "write, mmerge": write_ours,
     "read, library alone, one stream": read_alone,
@@ -129,7 +129,7 @@ PAIRS = {
 
 
 def measure(
-    step: Callable[[Store, memoryview], None], store: Store, data: memoryview
+    step: Callable[[ObjectStore, memoryview], None], store: ObjectStore, data: memoryview
 ) -> tuple[float, float]:
     """Return seconds on the clock and of this process's CPU."""
     began, spent = time.perf_counter(), time.process_time()
@@ -149,7 +149,7 @@ def main() -> None:
     ).cast("B")
     wanted(data)
     with open_place(options.server) as uri:
-        store = open_store(uri)
+        store = ObjectStore.open(uri, create=True)
         timings: dict[str, list[tuple[float, float]]] = {name: [] for name in STEPS}
         for write in (
             write_alone,

@@ -12,9 +12,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants as constants
 import pytest
 import torch
 import yaml
+from hub_server import HubServer
 from safetensors.torch import save_file
 from skip_policy import add_option as pytest_addoption  # noqa: F401
 from skip_policy import register as pytest_configure  # noqa: F401
@@ -247,3 +249,21 @@ class Places:
 @pytest.fixture
 def places(store_servers: StoreServers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Places:
     return Places(store_servers, tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A model hub of this process in place of the real one, and an empty cache."""
+    server = HubServer()
+    settings = {
+        "ENDPOINT": server.endpoint,
+        "HUGGINGFACE_CO_URL_TEMPLATE": server.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_DISABLE_PROGRESS_BARS": True,
+    }
+    for name, value in settings.items():
+        monkeypatch.setattr(constants, name, value)
+    yield server
+    server.close()

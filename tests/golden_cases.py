@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
-from mmerge.manifests.stores.object_store import open_store
+from mmerge.manifests.stores.open import open_store
 from mmerge.pipeline import make_plan, parse_recipe, run
 from mmerge.pipeline.build.run import RunReport
 from mmerge.workers.reconstruction.bitmask import unpack_mask

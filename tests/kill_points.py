@@ -44,7 +44,7 @@ def _start(recipe: str, kill_at: int, num_waits: Any) -> ForkServerProcess:
 
 
 def _run(recipe: str, kill_at: int, num_waits: Any) -> None:
-    import mmerge.manifests.stores.local as folder
+    import mmerge.manifests.stores.local_writer as local_writer
     from mmerge.pipeline import make_plan, read_recipe, run
 
     class CountingOs:
@@ -56,5 +56,5 @@ def _run(recipe: str, kill_at: int, num_waits: Any) -> None:
             if num_waits.value == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    folder.os = CountingOs()  # type: ignore[attr-defined]
+    local_writer.os = CountingOs()  # type: ignore[attr-defined]
     run(make_plan(read_recipe(recipe)))

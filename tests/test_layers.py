@@ -27,7 +27,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("checkpoints",),
         ("kernels", "families", "runtime"),
     ),
-    "manifests": (("maintenance",), ("format",), ("stores",), ("errors", "digest")),
+    "manifests": (("maintenance", "testing"), ("format",), ("stores",), ("errors", "digest")),
 }
 """Top first: a sub-package imports only rows below its own, never its neighbours."""
 DATA_MODULES = {"workers.task"}
@@ -48,7 +48,6 @@ RAY_FILES = {
     "pipeline/execution/jobs.py",
 }
 PENDING: set[tuple[str, str]] = {
-    ("manifests.stores", "manifests.format"),
     ("workers.modalities", "workers.composite"),
 }
 

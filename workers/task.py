@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from mmerge.manifests.format.entry import Role
-from mmerge.manifests.stores.local import Pending
+from mmerge.manifests.stores.base import DeferredCommit
 from mmerge.workers.checkpoints.checkpoint import TensorSource
 from mmerge.workers.methods.interface import Granularity, Known, Numbers
 from mmerge.workers.modalities.prompt import Part
@@ -217,6 +217,6 @@ class TaskResult:
     """The ShardEntry of a merge or copy; None of a survey or of answers, whose result lies in the
     store.
     """
-    pending: tuple[Pending, ...] = ()
-    """What the task wrote and did not settle, in its order."""
+    pending: tuple[DeferredCommit, ...] = ()
+    """Files that the task wrote and the driver has to commit, in order."""
     notes: tuple[str, ...] = field(default=())

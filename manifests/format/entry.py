@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from mmerge.manifests.digest import parse_json, to_canonical_json
 from mmerge.manifests.errors import ManifestError, NotFound, StoreError
-from mmerge.manifests.stores.object_store import Store, check_key
+from mmerge.manifests.stores.base import ReadableStore, Store, check_key
 
 Role = Literal["base", "delta", "mask", "merged", "carried", "extra_rows", "adapter"]
 """What a stored tensor is: base weights, τ⋆, one packed modality mask, a merged plain tensor, a
@@ -113,7 +113,7 @@ def entry_key(digest: str) -> str:
     return f"objects/{digest}.json"
 
 
-def read_entry(store: Store, digest: str) -> ShardEntry | None:
+def read_entry(store: ReadableStore, digest: str) -> ShardEntry | None:
     """Return the entry of a finished shard, or None where no task has finished it.
 
     Raises:

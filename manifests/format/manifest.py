@@ -19,7 +19,7 @@ from mmerge.manifests.errors import (
     StoreUnavailable,
 )
 from mmerge.manifests.format.entry import DIGEST_PATTERN, ObjectEntry, Record, validate_key
-from mmerge.manifests.stores.object_store import Store
+from mmerge.manifests.stores.base import ReadableStore, Store
 
 FORMAT = "mmerge-composite"
 VERSION = 1
@@ -188,7 +188,7 @@ def write_manifest(store: Store, manifest: Manifest) -> bool:
     return True
 
 
-def read_manifest(store: Store, build: str) -> Manifest:
+def read_manifest(store: ReadableStore, build: str) -> Manifest:
     """Return the manifest of a build.
 
     Raises:
@@ -230,7 +230,7 @@ def read_manifest(store: Store, build: str) -> Manifest:
     return manifest
 
 
-def read_file(store: Store, entry: FileEntry) -> bytes:
+def read_file(store: ReadableStore, entry: FileEntry) -> bytes:
     """Return the bytes of a small stored file. Raises ManifestError when they are not what the
     manifest says.
     """

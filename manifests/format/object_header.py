@@ -10,7 +10,7 @@ from typing import Literal
 
 from mmerge.manifests.format.entry import ObjectEntry, TensorRow
 from mmerge.manifests.format.safetensors_header import make_header
-from mmerge.manifests.stores.object_store import Store
+from mmerge.manifests.stores.base import ReadableStore
 
 
 def delta_name(name: str) -> str:
@@ -53,7 +53,7 @@ def make_object_header(entry: ObjectEntry, rows: Sequence[TensorRow], *, method:
 
 
 def find_header_damage(
-    store: Store, entry: ObjectEntry, rows: Sequence[TensorRow], *, method: str
+    store: ReadableStore, entry: ObjectEntry, rows: Sequence[TensorRow], *, method: str
 ) -> str | None:
     """Return how the size or the header of an object differs from what manifest and table say; None
     where neither does.

@@ -16,7 +16,8 @@ from pydantic import Field, ValidationError
 from mmerge.manifests.digest import parse_json, to_canonical_json
 from mmerge.manifests.errors import AlreadyExists, ManifestError, StoreError
 from mmerge.manifests.format.entry import DIGEST_PATTERN, Record
-from mmerge.manifests.stores.object_store import Store, open_store
+from mmerge.manifests.stores.base import ReadableStore, Store
+from mmerge.manifests.stores.open import open_readable_store
 
 MAX_REFERENCE_BYTES = 1 << 20
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
@@ -38,7 +39,7 @@ class Reference(Record):
         return f"refs/{self.name}/{self.number:06d}.json"
 
 
-def list_references(store: Store) -> dict[str, list[int]]:
+def list_references(store: ReadableStore) -> dict[str, list[int]]:
     """Return the numbers of every name in the store, in ascending order."""
     found: dict[str, list[int]] = {}
     for key in store.list("refs"):
@@ -48,7 +49,7 @@ def list_references(store: Store) -> dict[str, list[int]]:
     return {name: sorted(numbers) for name, numbers in sorted(found.items())}
 
 
-def read_reference(store: Store, name: str, number: int) -> Reference:
+def read_reference(store: ReadableStore, name: str, number: int) -> Reference:
     """Return one reference. Raises ManifestError when it is damaged."""
     key = f"refs/{name}/{number:06d}.json"
     try:
@@ -105,7 +106,7 @@ def split_uri(uri: str) -> tuple[str, str]:
     return store_uri, fragment
 
 
-def open_build(uri: str) -> tuple[Store, str]:
+def open_build(uri: str) -> tuple[ReadableStore, str]:
     """Return the store and the build digest that a composite's URI names.
 
     Raises:
@@ -114,7 +115,7 @@ def open_build(uri: str) -> tuple[Store, str]:
     """
     store_uri, fragment = split_uri(uri)
     try:
-        store = open_store(store_uri)
+        store = open_readable_store(store_uri)
     except StoreError as error:
         raise StoreError(
             f"{Exception.__str__(error)}. Give the 'output' of a recipe that was run, as STORE or"
@@ -123,7 +124,7 @@ def open_build(uri: str) -> tuple[Store, str]:
     return store, find_build(store, fragment)
 
 
-def find_build(store: Store, fragment: str) -> str:
+def find_build(store: ReadableStore, fragment: str) -> str:
     """Return the digest of the build that `fragment` (NAME, NAME@N, NAME@latest, DIGEST or nothing)
     names in a store.
     """
@@ -163,7 +164,7 @@ def find_build(store: Store, fragment: str) -> str:
     raise ManifestError(f"{store.uri}: no composite {fragment!r}; names there: {known}")
 
 
-def find_reference(store: Store, fragment: str, build: str) -> Reference | None:
+def find_reference(store: ReadableStore, fragment: str, build: str) -> Reference | None:
     """Return the reference by which `fragment` names a build, or else the newest one that points to
     it, or None.
     """

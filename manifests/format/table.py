@@ -19,7 +19,7 @@ from mmerge.manifests.format.entry import ShardEntry, TensorRow, validate_key
 from mmerge.manifests.format.manifest import TableEntry
 from mmerge.manifests.format.safetensors_header import DTYPE_BYTES
 from mmerge.manifests.format.tensor_names import layer_of
-from mmerge.manifests.stores.object_store import Store
+from mmerge.manifests.stores.base import ReadableStore
 
 SCHEMA = pa.schema(
     [
@@ -74,7 +74,7 @@ def make_table(entries: Iterable[ShardEntry]) -> bytes:
     return sink.getvalue()
 
 
-def read_table_bytes(store: Store, entry: TableEntry) -> bytes:
+def read_table_bytes(store: ReadableStore, entry: TableEntry) -> bytes:
     """Return the bytes of a build's table. Raises ManifestError when they are missing or not what
     the manifest says.
     """
@@ -98,7 +98,9 @@ def read_table_bytes(store: Store, entry: TableEntry) -> bytes:
     return data
 
 
-def read_table(store: Store, entry: TableEntry, *, with_statistics: bool = True) -> list[StoredRow]:
+def read_table(
+    store: ReadableStore, entry: TableEntry, *, with_statistics: bool = True
+) -> list[StoredRow]:
     """Return all rows of a build's table; without `with_statistics` all of them hold None there,
     which takes about half the time.
 

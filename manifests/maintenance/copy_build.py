@@ -29,8 +29,9 @@ from mmerge.manifests.format.references import (
 )
 from mmerge.manifests.format.table import read_table_bytes
 from mmerge.manifests.maintenance.lease import Claim
+from mmerge.manifests.stores.base import ReadableStore, Store
 from mmerge.manifests.stores.create_check import check_store
-from mmerge.manifests.stores.object_store import Store, open_store
+from mmerge.manifests.stores.open import open_readable_store, open_store
 
 READ_BYTES = 16 << 20
 OBJECTS_AT_ONCE = 4
@@ -75,7 +76,7 @@ def copy_build(
         StoreError: a store cannot be read or written.
     """
     source_uri, fragment = split_uri(uri)
-    source, target = open_store(source_uri), open_store(target_uri, create=True)
+    source, target = open_readable_store(source_uri), open_store(target_uri, create=True)
     build = find_build(source, fragment)
     manifest = read_manifest(source, build)
     origin = find_reference(source, fragment, build)
@@ -121,7 +122,7 @@ def _files(manifest: Manifest) -> list[FileEntry]:
 
 @dataclass
 class _Copier:
-    source: Store
+    source: ReadableStore
     target: Store
     everything: bool
     on_bytes: Callable[[int], None]

@@ -13,7 +13,7 @@ from mmerge.manifests.errors import StoreError
 from mmerge.manifests.format.manifest import Manifest, manifest_key, read_manifest
 from mmerge.manifests.format.references import list_references, read_reference
 from mmerge.manifests.maintenance.lease import Claim
-from mmerge.manifests.stores.object_store import Listed, Store
+from mmerge.manifests.stores.base import Listed, ReadableStore, Store
 
 DEFAULT_GRACE = timedelta(days=7)
 _ORDER = ("refs/", "builds/", "objects/", "files/", "surveys/", "probe/", "claims/")
@@ -160,7 +160,9 @@ def _now(everything: list[Listed]) -> datetime:
     return max([here, *(listed.modified for listed in everything)])
 
 
-def _find_live(store: Store, everything: list[Listed], old: set[str], *, keep: int) -> _Live:
+def _find_live(
+    store: ReadableStore, everything: list[Listed], old: set[str], *, keep: int
+) -> _Live:
     live = _Live()
     for name, numbers in list_references(store).items():
         for number in numbers:

@@ -19,7 +19,7 @@ from typing import Literal
 
 from mmerge.manifests.digest import to_canonical_json
 from mmerge.manifests.errors import StoreError
-from mmerge.manifests.stores.object_store import Store
+from mmerge.manifests.stores.base import Store
 
 ClaimKind = Literal["run", "collect"]
 RENEW_SECONDS = 60.0

@@ -25,8 +25,8 @@ from mmerge.manifests.format.references import (
 from mmerge.manifests.maintenance.copy_build import copy_build
 from mmerge.manifests.maintenance.garbage_collection import needed_keys
 from mmerge.manifests.maintenance.verify import verify
-from mmerge.manifests.stores.hub import hub_api, open_hub, split_hub_uri, translate_errors
-from mmerge.manifests.stores.object_store import is_local, open_store, to_local_path
+from mmerge.manifests.stores.hub import make_hub_api, split_hub_uri, translate_hub_errors
+from mmerge.manifests.stores.open import is_local, open_readable_store, to_local_path
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _next_number(uri: str, name: str, build: str) -> tuple[int, bool]:
     this build already.
     """
     try:
-        hub = open_store(uri)
+        hub = open_readable_store(uri)
         numbers = list_references(hub).get(name, [])
     except NotFound:
         return 1, False
@@ -123,8 +123,8 @@ def _next_number(uri: str, name: str, build: str) -> tuple[int, bool]:
 
 
 def _make_repo(repo: str, *, private: bool) -> None:
-    translate_errors(
-        repo, "create", lambda: hub_api().create_repo(repo, private=private, exist_ok=True)
+    translate_hub_errors(
+        repo, "create", lambda: make_hub_api().create_repo(repo, private=private, exist_ok=True)
     )
 
 
@@ -141,8 +141,10 @@ def _commit(
     ]
 
     def send() -> str:
-        found = hub_api().create_commit(repo, operations, commit_message=message, revision=branch)
+        found = make_hub_api().create_commit(
+            repo, operations, commit_message=message, revision=branch
+        )
         return str(found.oid)
 
-    commit = translate_errors(repo, f"commit to {branch}", send)
-    return PushReport(open_hub(f"hf://{repo}@{commit}").uri, len(files))
+    commit = translate_hub_errors(repo, f"commit to {branch}", send)
+    return PushReport(f"hf://{repo}@{commit}", len(files))

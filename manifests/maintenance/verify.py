@@ -21,7 +21,7 @@ from mmerge.manifests.format.object_header import (
 )
 from mmerge.manifests.format.references import open_build
 from mmerge.manifests.format.table import StoredRow, read_table
-from mmerge.manifests.stores.object_store import Store
+from mmerge.manifests.stores.base import ReadableStore
 
 READ_BYTES = 16 << 20
 """Bytes read at once, of each object."""
@@ -148,7 +148,7 @@ def _choose(
 
 
 def verify_tensors(
-    store: Store,
+    store: ReadableStore,
     entry: ObjectEntry,
     rows: list[StoredRow],
     chosen: list[StoredRow],
@@ -180,7 +180,7 @@ def verify_tensors(
 
 
 def verify_object(
-    store: Store,
+    store: ReadableStore,
     entry: ObjectEntry,
     rows: list[StoredRow],
     *,
@@ -229,7 +229,7 @@ def _describe_missing(entry: ObjectEntry, rows: list[StoredRow]) -> str:
     return f"{entry.key} ({entry.shard}): is missing{describe_held(rows)}"
 
 
-def _read_pieces(store: Store, entry: ObjectEntry) -> Iterator[tuple[int, memoryview]]:
+def _read_pieces(store: ReadableStore, entry: ObjectEntry) -> Iterator[tuple[int, memoryview]]:
     for offset in range(0, entry.num_bytes, READ_BYTES):
         yield (
             offset,

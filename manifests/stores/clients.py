@@ -1,13 +1,12 @@
-"""From a URI to the library's client: `s3://`, `gs://` and `az://`, with limits on time and
-repeats.
+"""Clients of the obstore library for `s3://`, `gs://` and `az://`, with limits on time and retries.
 
 Credentials, endpoint, region and path style come from the environment or from the vendor's own
-files (for S3 `~/.aws/credentials` and `~/.aws/config`), never from a URI, a recipe or a manifest.
+files, never from a URI, a recipe or a manifest. The library reads the environment, Google's
+application default credentials and the metadata servers; profiles of AWS are read by boto3.
 """
 
 from __future__ import annotations
 
-import configparser
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,36 +19,29 @@ from obstore.store import from_url
 
 from mmerge.manifests.errors import StoreError
 
-SCHEMES = ("s3", "gs", "az")
-"""What lies behind a network and is reached through the library."""
 REQUEST_TIMEOUT_VARIABLE = "MMERGE_REQUEST_TIMEOUT"
 RETRY_TIMEOUT_VARIABLE = "MMERGE_RETRY_TIMEOUT"
 CONNECT_TIMEOUT_SECONDS = 10.0
 MAX_RETRIES = 8
+_S3_ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+_AWS_FILES = {"AWS_SHARED_CREDENTIALS_FILE": "credentials", "AWS_CONFIG_FILE": "config"}
+"""The variable that moves each standard file of AWS, and the file's name in `~/.aws`."""
 
-_from_url: Any = from_url  # its overloads list every vendor's options one by one
-_PROFILE_NEEDS_BOTO3 = (
-    "role_arn",
-    "sso_session",
-    "sso_start_url",
-    "credential_process",
-    "web_identity_token_file",
-)
+_from_url: Any = from_url  # its overloads list every vendor's options
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How long is waited, in seconds: for one request with its body, and for all repeats of one
-    request.
-    """
+    """Time limits in seconds: of one request with its body, and of all retries of one request."""
 
     request_seconds: float = 60.0
     retry_seconds: float = 60.0
 
 
 def read_limits() -> Limits:
-    """Return the limits that the environment sets (MMERGE_REQUEST_TIMEOUT, MMERGE_RETRY_TIMEOUT, in
-    seconds), or the defaults.
+    """Return the limits that the environment sets, or the defaults.
+
+    The variables are MMERGE_REQUEST_TIMEOUT and MMERGE_RETRY_TIMEOUT, in seconds.
 
     Raises:
         StoreError: a value is no positive number.
@@ -74,49 +66,23 @@ def _read_seconds(variable: str, default: float) -> float:
     return seconds
 
 
-def scheme_of(uri: str) -> str:
-    """Return the scheme of a URI in lower case, empty for a path."""
-    head, colons, _ = uri.partition("://")
-    return (
-        head.lower()
-        if colons and head.replace("+", "").replace("-", "").replace(".", "").isalnum()
-        else ""
-    )
-
-
 def make_client(uri: str) -> Any:
-    """Return the library's store for an `s3://`, `gs://` or `az://` URI; nothing is asked of the
-    server yet.
+    """Return the library's store for a URI; nothing is requested from the server yet.
 
     Raises:
-        StoreError: the scheme is unknown, the URI holds credentials or options, or the
-            configuration does not fit.
+        StoreError: the URI holds credentials or options, or the configuration does not fit.
     """
-    scheme = scheme_of(uri)
-    if scheme not in SCHEMES:
-        known = ", ".join(f"{name}://" for name in SCHEMES)
-        raise StoreError(
-            f"{uri}: unknown scheme {scheme!r}. Use a folder, {known} or (for inputs) hf://"
-        )
-    parts = urlsplit(uri)
-    if "@" in parts.netloc or ":" in parts.netloc or parts.query or parts.fragment:
-        where = f"{scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-        raise StoreError(
-            f"{where}: a URI holds a bucket and a path only; credentials and endpoint come from the"
-            " environment"
-        )
-    if not parts.netloc or ".." in parts.path.split("/"):
-        raise StoreError(f"{uri}: expected {scheme}://BUCKET/PATH")
+    scheme = _check_uri(uri)
     limits = read_limits()
-    options = _s3_options() if scheme == "s3" else {}
-    client = {
+    options = _make_s3_options() if scheme == "s3" else {}
+    endpoint = str(options.get("endpoint") or read_endpoint(scheme))
+    client_options = {
         "timeout": timedelta(seconds=limits.request_seconds),
         "connect_timeout": timedelta(seconds=min(CONNECT_TIMEOUT_SECONDS, limits.request_seconds)),
-        "allow_http": _endpoint(scheme, options).startswith("http://"),
+        "allow_http": endpoint.startswith("http://"),
     }
-    # The library waits a random time that grows from `init_backoff` (exponential backoff with
-    # jitter).
-    retry = {
+    # The pauses between retries are random and grow from `init_backoff`.
+    retry_config = {
         "max_retries": MAX_RETRIES,
         "retry_timeout": timedelta(seconds=limits.retry_seconds),
         "backoff": {
@@ -126,22 +92,35 @@ def make_client(uri: str) -> Any:
         },
     }
     try:
-        return _from_url(uri, client_options=client, retry_config=retry, **options)
+        return _from_url(uri, client_options=client_options, retry_config=retry_config, **options)
     except (BaseError, ValueError) as error:
-        first = str(error).splitlines()[0]
         raise StoreError(
-            f"{uri}: cannot be opened ({first}). Set the credentials in the environment"
-            " (docs/storage.md)"
+            f"{uri}: cannot be opened ({str(error).splitlines()[0]}). Set the credentials in the"
+            " environment (docs/storage.md)"
         ) from error
 
 
-def _endpoint(scheme: str, options: dict[str, Any]) -> str:
-    if scheme == "s3":
-        named = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-        return str(
-            options.get("endpoint")
-            or next((os.environ[name] for name in named if os.environ.get(name)), "")
+def _check_uri(uri: str) -> str:
+    """Return the scheme of a URI that has a bucket and a path only. Raises StoreError."""
+    parts = urlsplit(uri)
+    scheme = parts.scheme.lower()
+    if "@" in parts.netloc or ":" in parts.netloc or parts.query or parts.fragment:
+        # Without what may be a secret.
+        where = f"{scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        raise StoreError(
+            f"{where}: a URI holds a bucket and a path only; credentials and endpoint come from the"
+            " environment"
         )
+    if not parts.netloc or ".." in parts.path.split("/"):
+        raise StoreError(f"{uri}: expected {scheme}://BUCKET/PATH")
+    return scheme
+
+
+def read_endpoint(scheme: str) -> str:
+    """Return the endpoint that the environment sets, empty for the vendor's own."""
+    if scheme == "s3":
+        values = (os.environ.get(name, "") for name in _S3_ENDPOINT_VARIABLES)
+        return next((value for value in values if value), "")
     if scheme == "az":
         if os.environ.get("AZURE_STORAGE_USE_EMULATOR", "").lower() in ("1", "true", "yes"):
             return "http://emulator"
@@ -149,16 +128,15 @@ def _endpoint(scheme: str, options: dict[str, Any]) -> str:
     return os.environ.get("STORAGE_EMULATOR_HOST", "")
 
 
-def _s3_options() -> dict[str, Any]:
-    """Return what the library does not read by itself: the standard files of AWS, and how a body is
-    signed.
-    """
+def _make_s3_options() -> dict[str, Any]:
+    """Return what the library does not read from the environment: profiles, and how to sign."""
     options: dict[str, Any] = {}
     if not os.environ.get("AWS_ACCESS_KEY_ID"):
         options = read_aws_profile()
-    endpoint = _endpoint("s3", options)
-    if endpoint and "endpoint" not in options:
-        options["endpoint"] = endpoint
+    environment_endpoint = read_endpoint("s3")
+    if environment_endpoint:
+        options["endpoint"] = environment_endpoint
+    endpoint = str(options.get("endpoint", ""))
     if not endpoint.startswith("http://") and "AWS_UNSIGNED_PAYLOAD" not in os.environ:
         # TLS protects a body already; hashing it once more costs a third of the speed.
         options["unsigned_payload"] = True
@@ -166,63 +144,54 @@ def _s3_options() -> dict[str, Any]:
 
 
 def read_aws_profile() -> dict[str, Any]:
-    """Return keys, region, endpoint and path style of the profile AWS_PROFILE (or `default`) of the
-    standard files of AWS.
+    """Return credentials, region, endpoint and path style of an AWS profile, as boto3 finds them.
+
+    The profile is AWS_PROFILE or `default`. Without AWS_PROFILE, and without boto3 or the standard
+    files, the result is empty: the library then asks the roles of container and instance.
 
     Raises:
-        StoreError: AWS_PROFILE names a profile that is in neither file, or one that needs boto3
-            where it is not installed.
+        StoreError: AWS_PROFILE is set, but boto3 is not installed or does not know the profile; or
+            a file cannot be read.
     """
-    name = os.environ.get("AWS_PROFILE") or "default"
-    credentials = _read_ini("AWS_SHARED_CREDENTIALS_FILE", "credentials")
-    config = _read_ini("AWS_CONFIG_FILE", "config")
-    section = name if name == "default" else f"profile {name}"
-    found = dict(config[section]) if config.has_section(section) else {}
-    found |= dict(credentials[name]) if credentials.has_section(name) else {}
-    if not found:
-        if os.environ.get("AWS_PROFILE"):
-            raise StoreError(
-                f"AWS_PROFILE: profile {name!r} is in neither ~/.aws/credentials nor ~/.aws/config"
-            )
+    profile = os.environ.get("AWS_PROFILE")
+    if not profile and not _has_aws_files():
         return {}
-    keys = {
-        "aws_access_key_id": "access_key_id",
-        "aws_secret_access_key": "secret_access_key",
-        "aws_session_token": "session_token",
-    }
-    options: dict[str, Any] = {
-        ours: found[theirs] for theirs, ours in keys.items() if theirs in found
-    }
-    if "region" in found and not (
-        os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    ):
-        options["region"] = found["region"]
-    if "endpoint_url" in found and not _endpoint("s3", {}):
-        options["endpoint"] = found["endpoint_url"]
-    if "addressing_style = virtual" in found.get("s3", ""):
+    try:
+        import botocore.exceptions  # type: ignore[import-untyped, import-not-found, unused-ignore]
+        import botocore.session  # type: ignore[import-untyped, import-not-found, unused-ignore]
+        from obstore.auth.boto3 import Boto3CredentialProvider
+    except ImportError as error:
+        if not profile:
+            return {}
+        raise StoreError(
+            f"AWS_PROFILE: profile {profile!r} is read by boto3: pip install boto3, or set"
+            " AWS_ACCESS_KEY_ID"
+        ) from error
+    session = botocore.session.Session(profile=profile)
+    try:
+        config = session.get_scoped_config()
+        has_credentials = session.get_credentials() is not None
+    except botocore.exceptions.BotoCoreError as error:
+        raise StoreError(f"AWS_PROFILE: {error}. Choose another profile") from error
+    options: dict[str, Any] = {}
+    if has_credentials:
+        options["credential_provider"] = Boto3CredentialProvider(session)
+    if "region" in config and not _is_any_set("AWS_REGION", "AWS_DEFAULT_REGION"):
+        options["region"] = config["region"]
+    if "endpoint_url" in config:
+        options["endpoint"] = config["endpoint_url"]
+    if "virtual" in str(config.get("s3", "")):
         options["virtual_hosted_style_request"] = True
-    if "access_key_id" not in options and any(key in found for key in _PROFILE_NEEDS_BOTO3):
-        options["credential_provider"] = _make_boto3_provider(name)
     return options
 
 
-def _make_boto3_provider(profile: str) -> Any:
-    try:
-        import boto3  # type: ignore[import-untyped, import-not-found, unused-ignore]
-        from obstore.auth.boto3 import Boto3CredentialProvider
-    except ImportError as error:
-        raise StoreError(
-            f"profile {profile!r} needs boto3 for its credentials: pip install boto3, or set"
-            " AWS_ACCESS_KEY_ID"
-        ) from error
-    return Boto3CredentialProvider(boto3.session.Session(profile_name=profile))
+def _has_aws_files() -> bool:
+    paths = (
+        Path(os.environ.get(variable) or Path.home() / ".aws" / name)
+        for variable, name in _AWS_FILES.items()
+    )
+    return any(path.is_file() for path in paths)
 
 
-def _read_ini(variable: str, name: str) -> configparser.ConfigParser:
-    path = Path(os.environ.get(variable) or Path.home() / ".aws" / name)
-    parser = configparser.ConfigParser(interpolation=None)
-    try:
-        parser.read(path, encoding="utf-8")
-    except (configparser.Error, UnicodeDecodeError) as error:
-        raise StoreError(f"{path}: cannot be read ({type(error).__name__})") from error
-    return parser
+def _is_any_set(*variables: str) -> bool:
+    return any(os.environ.get(variable) for variable in variables)

@@ -1,52 +1,50 @@
-"""Writing one object as it is made: its bytes are counted and digested on their way."""
+"""Objects are streamed to the store and hashed incrementally."""
 
 from __future__ import annotations
 
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
 
-import obstore
 from blake3 import blake3
 
-from mmerge.manifests.errors import StoreUnavailable
-from mmerge.manifests.stores.local import Folder, FolderWriter
-
-if TYPE_CHECKING:
-    from mmerge.manifests.stores.object_store import Store
-
 WRITER_BUFFER_BYTES = 8 << 20
-"""Bytes a streaming writer holds before it sends a part."""
+"""Bytes that the streaming writer of an object store holds before it sends a part."""
 WRITER_CONCURRENCY = 4
-"""Parts that are on their way at once."""
+"""Parts of one object that are sent at once."""
+
+
+class ObjectSink(Protocol):
+    """Receives the bytes of one object.
+
+    Call order, all by one `ObjectWriter`:
+        1. `write`, any number of times.
+        2. `commit` after success, or `abort` after an error; nothing after that.
+    """
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append `data`; the caller may reuse its memory when this returns."""
+
+    def commit(self) -> None:
+        """Make the object visible under its key, replacing any earlier one."""
+
+    def abort(self) -> None:
+        """Discard what was written; nothing becomes visible."""
 
 
 class ObjectWriter:
-    """Streams one object and counts and digests what passes through."""
+    """Streams one object to a sink, and counts and hashes its bytes on the way."""
 
-    def __init__(self, store: Store, key: str, *, inner: Any, folder: Folder | None) -> None:
-        """Begin an object of `store`, which is a folder, or what the library has opened (`inner`)."""
+    def __init__(self, key: str, sink: ObjectSink) -> None:
         self.key = key
         self.num_bytes = 0
-        self._store = store
-        self._is_folder = folder is not None
+        self._sink = sink
         self._digest = blake3()
-        with store.translated(key):
-            self._writer: Any = (
-                FolderWriter(folder, key)
-                if folder
-                else obstore.open_writer(
-                    inner, key, buffer_size=WRITER_BUFFER_BYTES, max_concurrency=WRITER_CONCURRENCY
-                )
-            )
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append `data`, one byte per item. The caller may use its buffer again."""
+        """Append `data`, one byte per item. The caller may reuse its memory."""
         self._digest.update(data)
         self.num_bytes += len(data)
-        with self._store.translated(self.key):
-            # The library keeps a reference until the part is sent; a folder has taken the bytes
-            # when it returns.
-            self._writer.write(data if self._is_folder else bytes(data))
+        self._sink.write(data)
 
     def hexdigest(self) -> str:
         """Return the BLAKE3 digest of everything written so far."""
@@ -61,16 +59,7 @@ class ObjectWriter:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # Closing commits. After an error the writer is dropped unclosed, so that no half object
-        # gets a name.
-        if kind is not None:
-            if isinstance(self._writer, FolderWriter):
-                self._writer.abandon()
-            return
-        with self._store.translated(self.key):
-            self._writer.close()
-        if self._store.is_remote and (found := self._store.num_bytes(self.key)) != self.num_bytes:
-            raise StoreUnavailable(
-                f"{self._store.uri}: {self.key}: {self.num_bytes:,} bytes were written, the server"
-                f" keeps {found:,}"
-            )
+        if kind is None:
+            self._sink.commit()
+        else:
+            self._sink.abort()

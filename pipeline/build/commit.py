@@ -13,7 +13,7 @@ from mmerge.manifests.format.entry import ShardEntry
 from mmerge.manifests.format.manifest import VERSION, Manifest, TableEntry, write_manifest
 from mmerge.manifests.format.references import Reference, write_reference
 from mmerge.manifests.format.table import make_table
-from mmerge.manifests.stores.object_store import Store
+from mmerge.manifests.stores.base import Store
 from mmerge.pipeline.build.context import BuildContext
 from mmerge.pipeline.build.manifest_records import make_records, read_files
 from mmerge.pipeline.build.provenance import add_inputs, describe_inputs

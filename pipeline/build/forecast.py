@@ -11,7 +11,8 @@ from mmerge.manifests.errors import ManifestError, NotFound
 from mmerge.manifests.format.entry import ObjectEntry, read_entry
 from mmerge.manifests.format.manifest import manifest_key, read_manifest
 from mmerge.manifests.format.references import list_references, read_reference
-from mmerge.manifests.stores.object_store import Store, open_store
+from mmerge.manifests.stores.base import Store
+from mmerge.manifests.stores.open import open_store
 from mmerge.pipeline.build.context import BuildContext
 from mmerge.pipeline.build.provenance import describe_inputs, explain
 from mmerge.pipeline.build.shard import make_shard_builds

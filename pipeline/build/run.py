@@ -13,7 +13,7 @@ from mmerge.manifests.format.manifest import Manifest, manifest_key, read_manife
 from mmerge.manifests.format.references import Reference
 from mmerge.manifests.maintenance.lease import Claim
 from mmerge.manifests.stores.create_check import check_store
-from mmerge.manifests.stores.object_store import open_store
+from mmerge.manifests.stores.open import open_store
 from mmerge.pipeline.build.commit import (
     BuildRecords,
     commit_build,

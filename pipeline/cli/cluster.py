@@ -22,7 +22,7 @@ from mmerge.manifests.errors import MmergeError, RecipeError, StoreError
 from mmerge.pipeline.cli.options import JsonOption
 
 if TYPE_CHECKING:
-    from mmerge.manifests.stores.object_store import Store
+    from mmerge.manifests.stores.base import Store
     from mmerge.pipeline.build.simulation import Simulation
     from mmerge.pipeline.execution.jobs import Job
     from mmerge.pipeline.monitoring.progress import Progress
@@ -117,7 +117,7 @@ def recorded(
         RunUnderWay: `exclusive`, and another run of the same composite lives.
         StoreError: the store cannot be written.
     """
-    from mmerge.manifests.stores.object_store import open_store
+    from mmerge.manifests.stores.open import open_store
     from mmerge.pipeline.monitoring.progress import SeveralProgress
     from mmerge.pipeline.monitoring.run_records import RunRecord, begin_run
 
@@ -150,7 +150,7 @@ def simulate_plan(
     was measured.
     """
     from mmerge.manifests.format.references import split_uri
-    from mmerge.manifests.stores.object_store import open_store
+    from mmerge.manifests.stores.open import open_store
     from mmerge.pipeline.build.simulation import simulate, to_rates
     from mmerge.pipeline.execution.simulated_cluster import GB, Nodes
 
@@ -324,7 +324,7 @@ def status(
     code 1 if it failed.
     """
     from mmerge.manifests.format.references import split_uri
-    from mmerge.manifests.stores.object_store import open_store
+    from mmerge.manifests.stores.open import open_store
 
     job = None
     if "/" not in what and "#" not in what and not Path(what).is_dir():

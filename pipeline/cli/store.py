@@ -66,13 +66,13 @@ def show(
     composites of a store.
     """
     from mmerge.manifests.format.references import list_references, split_uri
-    from mmerge.manifests.stores.object_store import open_store
+    from mmerge.manifests.stores.open import open_readable_store
     from mmerge.pipeline.views.report import print_build, print_references
     from mmerge.pipeline.views.show import read_build, read_references, to_json
 
     store_uri, fragment = split_uri(uri)
     if not fragment and not as_json:
-        store = open_store(store_uri)
+        store = open_readable_store(store_uri)
         if len(list_references(store)) > 1:
             print_references(read_references(store), out, store_uri=store_uri)
             return
@@ -225,11 +225,11 @@ def _short(value: Any) -> str:
 def log(uri: UriArgument, as_json: JsonOption = False) -> None:
     """List the builds behind a name, newest first: when, from what, by which versions."""
     from mmerge.manifests.format.references import split_uri
-    from mmerge.manifests.stores.object_store import open_store
+    from mmerge.manifests.stores.open import open_readable_store
     from mmerge.pipeline.views.compare import read_log
 
     store_uri, name = split_uri(uri)
-    lines = read_log(open_store(store_uri), name)
+    lines = read_log(open_readable_store(store_uri), name)
     if as_json:
         print(
             json.dumps(
@@ -294,7 +294,7 @@ def gc(
     the store.
     """
     from mmerge.manifests.maintenance.garbage_collection import collect
-    from mmerge.manifests.stores.object_store import open_store
+    from mmerge.manifests.stores.open import open_store
     from mmerge.pipeline.monitoring.progress import to_size
 
     period = parse_duration(grace, option="--grace")

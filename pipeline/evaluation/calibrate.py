@@ -20,7 +20,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mmerge.manifests.errors import RecipeError
-from mmerge.manifests.stores.object_store import is_local, open_store
+from mmerge.manifests.stores.open import is_local, open_store
 from mmerge.pipeline.build.run import run
 from mmerge.pipeline.evaluation.evaluate import Model, Settings, make_answer_task
 from mmerge.pipeline.evaluation.questions import Question

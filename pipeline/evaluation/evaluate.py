@@ -13,7 +13,8 @@ from mmerge.manifests.digest import digest_json
 from mmerge.manifests.errors import RecipeError, TaskErrors
 from mmerge.manifests.format.manifest import Manifest, read_manifest
 from mmerge.manifests.format.references import open_build
-from mmerge.manifests.stores.object_store import Store, is_local, open_store, to_local_path
+from mmerge.manifests.stores.base import Store
+from mmerge.manifests.stores.open import is_local, open_store, to_local_path
 from mmerge.pipeline.build.run import run
 from mmerge.pipeline.evaluation.questions import Question
 from mmerge.pipeline.evaluation.scores import performance_retention, score_answer

@@ -9,7 +9,7 @@ from typing import Any
 
 from mmerge.manifests.digest import digest_json
 from mmerge.manifests.errors import RecipeError
-from mmerge.manifests.stores.object_store import Store
+from mmerge.manifests.stores.base import Store
 from mmerge.pipeline.build.run import run
 from mmerge.pipeline.evaluation.evaluate import Model, Settings, make_answer_task, run_answers
 from mmerge.pipeline.evaluation.questions import Question

@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 
 from mmerge.manifests.errors import MmergeError, StoreError
-from mmerge.manifests.stores.object_store import was_any_opened
+from mmerge.manifests.stores.open import was_any_opened
 from mmerge.pipeline.execution.executor import Executor, ExecutorOptions
 from mmerge.pipeline.execution.scheduler import Follow, Outcomes, nothing_follows
 from mmerge.pipeline.execution.worker_pool import run_in_pool

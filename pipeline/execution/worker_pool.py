@@ -10,8 +10,8 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExec
 from dataclasses import replace
 
 from mmerge.manifests.errors import MmergeError
-from mmerge.manifests.stores.deferred_commit import settle
-from mmerge.manifests.stores.object_store import Store, open_store
+from mmerge.manifests.stores.base import Store
+from mmerge.manifests.stores.open import open_store
 from mmerge.pipeline.execution.scheduler import Follow, Outcomes, nothing_follows
 from mmerge.pipeline.execution.signals import uninterrupted
 from mmerge.workers.runtime.lazy_torch import torch_is_loaded
@@ -131,7 +131,7 @@ def _settle(store: Store, future: Future[TaskResult]) -> TaskResult:
     meanwhile.
     """
     result = future.result()
-    settle(store, result.pending)
+    store.commit(result.pending)
     return replace(result, pending=())
 
 

@@ -26,7 +26,7 @@ from typing_extensions import override
 
 from mmerge.manifests.digest import parse_json, to_canonical_json
 from mmerge.manifests.errors import AlreadyExists, ManifestError, MmergeError, NotFound, StoreError
-from mmerge.manifests.stores.object_store import Store
+from mmerge.manifests.stores.base import Store
 from mmerge.pipeline.monitoring.progress import Progress
 from mmerge.workers.task import TaskResult
 

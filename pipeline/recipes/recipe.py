@@ -15,8 +15,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError, create_mode
 from mmerge.manifests.errors import CheckpointError, RecipeError, StoreError
 from mmerge.manifests.format.references import NAME_PATTERN
 from mmerge.manifests.format.tensor_names import layer_of
-from mmerge.manifests.stores.hub import pin_uri
-from mmerge.manifests.stores.object_store import is_local, to_local_path
+from mmerge.manifests.stores.open import is_local, pin_uri, to_local_path
 from mmerge.pipeline.recipes.mergekit import from_mergekit, is_mergekit
 from mmerge.pipeline.recipes.parameter_schedule import (
     Schedule,

@@ -16,7 +16,7 @@ from mmerge.manifests.format.references import (
 )
 from mmerge.manifests.format.table import StoredRow
 from mmerge.manifests.format.tensor_names import layer_of
-from mmerge.manifests.stores.object_store import Store
+from mmerge.manifests.stores.base import ReadableStore
 from mmerge.pipeline.views.show import BuildSummary, read_build, summarise_masks
 
 Change = tuple[str, Any, Any]
@@ -161,7 +161,7 @@ class LogLine:
     is_there: bool
 
 
-def read_log(store: Store, name: str) -> list[LogLine]:
+def read_log(store: ReadableStore, name: str) -> list[LogLine]:
     """Return the builds behind a name, newest first.
 
     Raises:

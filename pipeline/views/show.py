@@ -15,7 +15,7 @@ from mmerge.manifests.format.references import (
 )
 from mmerge.manifests.format.table import StoredRow, read_table
 from mmerge.manifests.format.tensor_names import layer_of
-from mmerge.manifests.stores.object_store import Store
+from mmerge.manifests.stores.base import ReadableStore
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def read_build(uri: str) -> BuildSummary:
     )
 
 
-def read_references(store: Store) -> list[Reference]:
+def read_references(store: ReadableStore) -> list[Reference]:
     """Return the latest reference of every name in a store."""
     return [
         read_reference(store, name, numbers[-1]) for name, numbers in list_references(store).items()

@@ -1,20 +1,16 @@
 """The bytes of base and experts, block by block: no copy on the way but the one from the page
 cache.
 
-Local files are read by `preadv` into buffers that stay in the caches, a megabyte at a time; the
-system is told to fetch ahead. (Mapped files were tried: bringing pages into a map and out of it
-costs as much as the copy, and digests read a buffer that is in the caches sooner.) What lies behind
-a network is fetched ahead of its use (manifests/stores/prefetch.py).
+Local files are read a megabyte at a time into buffers that stay in the caches
+(manifests/stores/local_file.py); what lies behind a network is fetched before its use
+(manifests/stores/prefetch.py).
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
@@ -22,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from mmerge.manifests.errors import NotFound, StoreError
 from mmerge.manifests.format.safetensors_header import DTYPE_BYTES
-from mmerge.manifests.stores.object_store import check_key, is_local, open_store, to_local_path
+from mmerge.manifests.stores.local_file import ForwardFileReader, LocalFile
+from mmerge.manifests.stores.open import open_readable_store
 from mmerge.workers.checkpoints.checkpoint import (
     LowRankSource,
     OpenStores,
@@ -32,9 +28,6 @@ from mmerge.workers.checkpoints.checkpoint import (
     read_source,
 )
 from mmerge.workers.kernels.tiles import CODES
-
-LOCAL_AHEAD_BYTES = 16 << 20
-"""Bytes of a local file that the system is told to fetch before they are used."""
 
 Bytes = NDArray[np.uint8]
 
@@ -82,7 +75,7 @@ class InputReader:
     """
 
     def __init__(self) -> None:
-        self._files: dict[tuple[str, str], _File] = {}
+        self._files: dict[tuple[str, str], LocalFile] = {}
         self._stores = OpenStores()
         self._rooms: dict[str, Bytes] = {}
 
@@ -170,17 +163,13 @@ class InputReader:
             return _SourceStream(self._stores, source)
         store = self._stores.get(source.uri)
         if store is None:
-            store = self._stores[source.uri] = open_store(source.uri)
-        if not is_local(store.uri):
-            return _SourceStream(self._stores, source)
+            store = self._stores[source.uri] = open_readable_store(source.uri)
         key = (source.uri, source.file)
         if key not in self._files:
-            try:
-                self._files[key] = _File(to_local_path(store.uri) / check_key(source.file))
-            except FileNotFoundError as error:
-                raise NotFound(f"{store.uri}: {source.file}: not found") from error
-            except OSError as error:
-                raise StoreError(f"{store.uri}: {source.file}: {error.strerror}") from error
+            file = store.open_local_file(source.file)
+            if file is None:
+                return _SourceStream(self._stores, source)
+            self._files[key] = file
         return _LocalStream(self._files[key], source)
 
 
@@ -197,64 +186,17 @@ class _Stream(Protocol):
         """Return the next bytes, which are valid until the next call."""
 
 
-class _File:
-    """A local file that is open."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def close(self) -> None:
-        os.close(self.descriptor)
-
-    def fetch(self, start: int, stop: int) -> None:
-        """Tell the system to fetch bytes that it lacks; returns at once."""
-        if hasattr(os, "posix_fadvise"):
-            with suppress(OSError):
-                os.posix_fadvise(self.descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
-
-
 class _LocalStream(_Stream):
     needs_room = True
 
-    def __init__(self, file: _File, source: TensorSource) -> None:
-        self._file = file
-        self._position = source.spec.offset
-        self._end = source.spec.offset + source.spec.num_bytes
-        self._fetched = self._position
+    def __init__(self, file: LocalFile, source: TensorSource) -> None:
+        spec = source.spec
+        self._reader = ForwardFileReader(file, offset=spec.offset, num_bytes=spec.num_bytes)
 
     @override
     def read(self, num_bytes: int, room: Bytes) -> Bytes:
-        start, view = self._position, room.data
-        self._fetch_ahead(num_bytes)
-        while view.nbytes:
-            try:
-                count = self._read(view)
-            except OSError as error:
-                raise StoreError(f"{self._file.path}: {error.strerror}") from error
-            if count == 0:
-                raise StoreError(
-                    f"{self._file.path}: asked for bytes {start} to {start + num_bytes}, it ends at"
-                    f" {self._position}"
-                )
-            view = view[count:]
-            self._position += count
+        self._reader.read_into(room)
         return room
-
-    def _read(self, view: memoryview) -> int:
-        if hasattr(os, "preadv"):
-            return os.preadv(self._file.descriptor, [view], self._position)
-        data = os.pread(self._file.descriptor, view.nbytes, self._position)
-        view[: len(data)] = data
-        return len(data)
-
-    def _fetch_ahead(self, num_bytes: int) -> None:
-        if self._position + num_bytes + LOCAL_AHEAD_BYTES // 2 > self._fetched < self._end:
-            stop = min(
-                max(self._fetched, self._position + num_bytes) + LOCAL_AHEAD_BYTES, self._end
-            )
-            self._file.fetch(self._fetched, stop)
-            self._fetched = stop
 
 
 class _SourceStream(_Stream):

@@ -10,9 +10,8 @@ from typing import Any
 from mmerge.manifests.digest import digest_json, parse_json
 from mmerge.manifests.errors import CheckpointError, NotFound, StoreError
 from mmerge.manifests.format.safetensors_header import TensorSpec, header_length, parse_header
-from mmerge.manifests.stores.clients import SCHEMES, scheme_of
-from mmerge.manifests.stores.object_store import Store, open_store
-from mmerge.manifests.stores.prefetch import AHEAD_BYTES
+from mmerge.manifests.stores.base import ReadableStore
+from mmerge.manifests.stores.open import open_readable_store, prefetch_bytes
 from mmerge.workers.families.interface import Family
 from mmerge.workers.families.registry import find_family, text_config_of
 
@@ -90,7 +89,7 @@ class LowRankSource(TensorSource):
         )
 
 
-class OpenStores(dict[str, Store]):
+class OpenStores(dict[str, ReadableStore]):
     """Checkpoints that a task has opened, and the adapter factors that it has read."""
 
     def __init__(self) -> None:
@@ -110,7 +109,7 @@ class Checkpoint:
         self.uri = uri
         self.owner = owner
         try:
-            self._store = open_store(uri)
+            self._store = open_readable_store(uri)
         except NotFound as error:
             raise CheckpointError(
                 f"{owner}: {uri}: no such folder. Check the path in the recipe (relative paths"
@@ -271,11 +270,11 @@ def ahead_bytes(sources: Sequence[TensorSource]) -> int:
     """Return the most that is held in memory to read these tensors ahead of a task: something only
     for what lies behind a network.
     """
-    return AHEAD_BYTES * len({source.uri for source in sources if scheme_of(source.uri) in SCHEMES})
+    return sum(prefetch_bytes(uri) for uri in {source.uri for source in sources})
 
 
 def read_source(
-    source: TensorSource, *, stores: dict[str, Store], offset: int, num_bytes: int
+    source: TensorSource, *, stores: dict[str, ReadableStore], offset: int, num_bytes: int
 ) -> memoryview:
     """Return `num_bytes` bytes of a tensor, `offset` bytes from its start. `stores` keeps opened
     checkpoints.
@@ -286,7 +285,7 @@ def read_source(
         return read_low_rank(source, stores, start=offset // 4, stop=(offset + num_bytes) // 4)
     store = stores.get(source.uri)
     if store is None:
-        store = stores[source.uri] = open_store(source.uri)
+        store = stores[source.uri] = open_readable_store(source.uri)
     begin = source.spec.offset
     return store.read_forward(
         source.file,

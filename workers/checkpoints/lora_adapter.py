@@ -16,7 +16,8 @@ from typing import Any
 from typing_extensions import override
 
 from mmerge.manifests.errors import CheckpointError, NotFound, ShapeMismatch, StoreError
-from mmerge.manifests.stores.object_store import Store, open_store
+from mmerge.manifests.stores.base import ReadableStore
+from mmerge.manifests.stores.open import open_readable_store
 from mmerge.workers.checkpoints.checkpoint import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -52,7 +53,7 @@ class AdapterPair:
         return self.a.spec.shape[0]
 
 
-def is_adapter(store: Store) -> bool:
+def is_adapter(store: ReadableStore) -> bool:
     """Return whether a folder holds adapters rather than a model."""
     if store.exists(SINGLE_FILE) or store.exists(INDEX_FILE):
         return False
@@ -159,10 +160,10 @@ class _AdapterFiles(Checkpoint):
     """The files of an adapter folder, read as a checkpoint's."""
 
     def __init__(self, uri: str, *, owner: str) -> None:
-        self._store: Store
+        self._store: ReadableStore
         self.uri, self.owner = uri, owner
         try:
-            self._store = open_store(uri)
+            self._store = open_readable_store(uri)
         except StoreError as error:
             raise CheckpointError(f"{owner}: {Exception.__str__(error)}") from error
         file = CONFIG_FILE if self._store.exists(CONFIG_FILE) else "config.json"
@@ -347,7 +348,7 @@ def open_expert(uri: str, *, owner: str, base: Checkpoint) -> Checkpoint:
     CheckpointError.
     """
     try:
-        store = open_store(uri)
+        store = open_readable_store(uri)
     except (NotFound, StoreError):
         return Checkpoint(uri, owner=owner)
     return (

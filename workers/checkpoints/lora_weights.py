@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mmerge.manifests.stores.object_store import Store
+from mmerge.manifests.stores.base import ReadableStore
 from mmerge.workers.checkpoints.checkpoint import (
     LowRankSource,
     OpenStores,
@@ -42,7 +42,7 @@ def low_rank_rows(
 
 
 def read_low_rank(
-    source: LowRankSource, stores: dict[str, Store], *, start: int, stop: int
+    source: LowRankSource, stores: dict[str, ReadableStore], *, start: int, stop: int
 ) -> memoryview:
     """Return the bytes (float32) of entries `start` to `stop` of the weights that a source
     describes.
@@ -70,7 +70,7 @@ def read_low_rank(
     )
 
 
-def _read_factor(source: TensorSource, stores: dict[str, Store]) -> torch.Tensor:
+def _read_factor(source: TensorSource, stores: dict[str, ReadableStore]) -> torch.Tensor:
     kept = stores.factors if isinstance(stores, OpenStores) else {}
     if source not in kept:
         data = read_source(source, stores=stores, offset=0, num_bytes=source.spec.num_bytes)

@@ -16,13 +16,13 @@ from typing_extensions import override
 
 from mmerge.manifests.errors import CheckpointError
 from mmerge.manifests.format.safetensors_header import TensorSpec
-from mmerge.manifests.stores.object_store import Store
+from mmerge.manifests.stores.base import ReadableStore
 from mmerge.workers.checkpoints.dtypes import SAFETENSORS_DTYPES
 
 _REMEDY = "Save the adapter as safetensors (safe_serialization=True)"
 
 
-def read_pickled_specs(store: Store, file: str, *, where: str) -> dict[str, TensorSpec]:
+def read_pickled_specs(store: ReadableStore, file: str, *, where: str) -> dict[str, TensorSpec]:
     """Return name, dtype, shape and byte range of every tensor in a file that holds a dict of
     tensors.
 
@@ -80,7 +80,7 @@ def _to_spec(name: str, value: object, *, where: str) -> TensorSpec:
 class _RangedFile(io.RawIOBase):
     """A stored object as a seekable file, read by range."""
 
-    def __init__(self, store: Store, file: str) -> None:
+    def __init__(self, store: ReadableStore, file: str) -> None:
         self._store, self._file = store, file
         self._length = store.num_bytes(file)
         self._position = 0

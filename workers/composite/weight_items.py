@@ -16,7 +16,7 @@ from typing import Literal, TypeVar
 import torch
 from typing_extensions import override
 
-from mmerge.manifests.stores.object_store import Store
+from mmerge.manifests.stores.base import ReadableStore
 from mmerge.workers.composite.process_group import Ranks
 from mmerge.workers.composite.routed_linear import Policy
 from mmerge.workers.composite.routed_read import read_routed
@@ -304,7 +304,7 @@ def share_out(sizes: Sequence[int], *, num_ranks: int, taken: Sequence[int] = ()
     return owners
 
 
-def read_threads(store: Store) -> int:
+def read_threads(store: ReadableStore) -> int:
     """Return how many threads of this process read a build from a store; the ranks of one node
     share its cores.
     """

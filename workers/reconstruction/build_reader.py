@@ -29,7 +29,7 @@ from mmerge.manifests.format.object_header import find_header_damage
 from mmerge.manifests.format.references import open_build
 from mmerge.manifests.format.table import StoredRow, read_table
 from mmerge.manifests.maintenance.verify import group_rows
-from mmerge.manifests.stores.object_store import Store
+from mmerge.manifests.stores.base import ReadableStore
 from mmerge.workers.checkpoints.dtypes import TORCH_DTYPES, to_bytes
 from mmerge.workers.checkpoints.lora_weights import LowRank, add_adapters
 from mmerge.workers.families.interface import Family
@@ -52,7 +52,7 @@ class BuildReader:
     def __init__(self, uri: str) -> None:
         """Open the build at `uri`. Raises StoreError, ManifestError."""
         self.uri = uri
-        self.store: Store
+        self.store: ReadableStore
         self.store, build = open_build(uri)
         self.manifest: Manifest = read_manifest(self.store, build)
         self.bytes_read = 0
@@ -293,7 +293,7 @@ class BuildReader:
     def read_blocks(
         self, row: StoredRow, *, block_bytes: int, into: NDArray[np.uint8] | None = None
     ) -> Iterator[NDArray[np.uint8]]:
-        """Yield the bytes of a piece in blocks, as `Store.read_blocks` does.
+        """Yield the bytes of a piece in blocks, as `ReadableStore.read_blocks` does.
 
         Raises DamagedObject, behind the last block where the digest is not the manifest's: what was
         made of the blocks is then void.

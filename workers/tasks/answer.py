@@ -13,7 +13,7 @@ from threading import Lock
 
 from mmerge.manifests.digest import parse_json
 from mmerge.manifests.errors import DamagedObject, NotFound, RecipeError
-from mmerge.manifests.stores.object_store import Store
+from mmerge.manifests.stores.base import Store
 from mmerge.workers.composite.loader import Mode, load_composite
 from mmerge.workers.composite.model import Composite
 from mmerge.workers.modalities.prompt import Part

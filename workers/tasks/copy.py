@@ -16,7 +16,7 @@ from mmerge.manifests.format.entry import (
 )
 from mmerge.manifests.format.object_header import make_metadata
 from mmerge.manifests.format.safetensors_header import DTYPE_BYTES, make_header
-from mmerge.manifests.stores.object_store import Store
+from mmerge.manifests.stores.base import Store
 from mmerge.workers.checkpoints.block_reader import InputReader
 from mmerge.workers.task import CopyTask, TaskResult
 

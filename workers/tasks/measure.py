@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mmerge.manifests.stores.object_store import Store
+from mmerge.manifests.stores.base import Store
 from mmerge.workers.checkpoints.block_reader import InputReader
 from mmerge.workers.compiled.inner_products import VECTORS, measure_gram
 from mmerge.workers.methods import find_method

@@ -25,7 +25,7 @@ from mmerge.manifests.format.entry import (
 )
 from mmerge.manifests.format.object_header import delta_name, make_metadata, mask_name
 from mmerge.manifests.format.safetensors_header import DTYPE_BYTES, TensorSpec, make_header
-from mmerge.manifests.stores.object_store import Store
+from mmerge.manifests.stores.base import Store
 from mmerge.manifests.stores.writer import ObjectWriter
 from mmerge.workers.checkpoints.block_reader import InputBlock, InputReader
 from mmerge.workers.checkpoints.dtypes import to_bytes, with_one_nan

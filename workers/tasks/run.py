@@ -8,8 +8,8 @@ import time
 from dataclasses import replace
 
 from mmerge.manifests.errors import StoreUnavailable
-from mmerge.manifests.stores.deferred_commit import collect_pending
-from mmerge.manifests.stores.object_store import Store, open_store
+from mmerge.manifests.stores.base import Store
+from mmerge.manifests.stores.open import open_store
 from mmerge.workers.runtime.cores import one_thread
 from mmerge.workers.task import (
     AnswerTask,
@@ -38,7 +38,7 @@ def run_task(task: Task, store_uri: str, *, settles: bool = True) -> TaskResult:
     Args:
         task: what is done.
         store_uri: where its result goes.
-        settles: wait until it is on the disk; otherwise `settle.settle` does, with the result's
+        settles: wait until it is on the disk; otherwise `Store.commit` does, with the result's
             `pending`.
     """
     with one_thread():
@@ -55,9 +55,9 @@ def _attempt(task: Task, store_uri: str, *, settles: bool) -> TaskResult:
     store = open_store(store_uri)
     if settles:
         return _run(task, store)
-    with collect_pending(store) as pending:
+    with store.defer_commits() as deferred:
         result = _run(task, store)
-        return replace(result, pending=tuple(pending))
+        return replace(result, pending=tuple(deferred))
 
 
 def _run(task: Task, store: Store) -> TaskResult:

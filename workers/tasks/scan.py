@@ -13,7 +13,7 @@ from blake3 import blake3
 
 from mmerge.manifests.errors import NonFiniteError
 from mmerge.manifests.format.safetensors_header import DTYPE_BYTES, FLOAT_DTYPES
-from mmerge.manifests.stores.object_store import Store
+from mmerge.manifests.stores.base import Store
 from mmerge.workers.checkpoints.block_reader import InputBlock, InputReader
 from mmerge.workers.checkpoints.checkpoint import TensorSource
 from mmerge.workers.checkpoints.dtypes import to_tensor

@@ -12,7 +12,7 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
 from mmerge.manifests.errors import NotFound
-from mmerge.manifests.stores.object_store import Store
+from mmerge.manifests.stores.base import Store
 
 SparseHistogram = tuple[NDArray[np.unsignedinteger[Any]], NDArray[np.int64]]
 

@@ -29,7 +29,8 @@ from mmerge.manifests.format.manifest import (
 )
 from mmerge.manifests.format.table import StoredRow, read_table
 from mmerge.manifests.maintenance.verify import verify
-from mmerge.manifests.stores.object_store import Store, open_store
+from mmerge.manifests.stores.base import Store
+from mmerge.manifests.stores.open import open_store
 from mmerge.pipeline import make_plan, read_recipe, run
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
 from mmerge.workers.reconstruction.build_reader import BuildReader

@@ -21,7 +21,8 @@ from mmerge.manifests.format.references import (
     read_reference,
     write_reference,
 )
-from mmerge.manifests.stores.object_store import Store, open_store
+from mmerge.manifests.stores.base import Store
+from mmerge.manifests.stores.open import open_store
 
 BUILD, OTHER = "a" * 64, "ab" * 32
 

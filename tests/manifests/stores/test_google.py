@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from mmerge.manifests.errors import AlreadyExists, NotFound, StoreError
-from mmerge.manifests.stores.object_store import open_store
+from mmerge.manifests.stores.open import open_store
 
 ACCOUNT = "merger@project.iam.gserviceaccount.com"
 

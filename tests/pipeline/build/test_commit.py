@@ -27,8 +27,9 @@ from mmerge.manifests.format.references import (
 )
 from mmerge.manifests.format.table import StoredRow, read_table
 from mmerge.manifests.maintenance.copy_build import copy_build
-from mmerge.manifests.stores.object_store import Store, open_store
-from mmerge.manifests.stores.prefetch import AHEAD_BYTES
+from mmerge.manifests.stores.base import Store
+from mmerge.manifests.stores.open import open_store
+from mmerge.manifests.stores.prefetch import PREFETCH_BYTES
 from mmerge.pipeline import make_plan, read_recipe, run, verify
 from mmerge.pipeline.build.run import RunReport
 
@@ -230,7 +231,7 @@ def test_inputs_are_read_from_the_same_stores_as_outputs(lab: Any, places: Any) 
     remote = build(lab, raw, f"{place}/composites")
     assert remote.manifest == local.manifest
     remote_plan = make_plan(read_recipe(lab.write_recipe(raw)))
-    assert remote_plan.peak_bytes - local_plan.peak_bytes == 3 * AHEAD_BYTES, (
+    assert remote_plan.peak_bytes - local_plan.peak_bytes == 3 * PREFETCH_BYTES, (
         "what is read ahead is stated"
     )
     assert b"AK" not in store.read(f"composites/builds/{remote.build}/manifest.json")

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from mmerge.manifests.errors import StoreError
-from mmerge.manifests.stores.deferred_commit import collect_pending, settle
-from mmerge.manifests.stores.local import Pending
-from mmerge.manifests.stores.object_store import Store, open_store
+from mmerge.manifests.stores.base import DeferredCommit
+from mmerge.manifests.stores.local import LocalStore
+from mmerge.manifests.stores.open import open_store
 from mmerge.pipeline import make_plan, read_recipe, run, verify
 from mmerge.pipeline.execution.executor import SerialExecutor
 from mmerge.pipeline.execution.worker_pool import SETTLING_AT_ONCE, run_in_threads
@@ -36,21 +36,23 @@ class Disk:
         self.ran: list[str] = []
         open_store(self.uri, create=True)
 
-        def settle_later(store: Store, pending: Sequence[Pending]) -> None:
-            assert self.ready.wait(60)
-            settle(store, pending)
+        commit = LocalStore.commit
 
-        monkeypatch.setattr("mmerge.pipeline.execution.worker_pool.settle", settle_later)
+        def commit_later(store: LocalStore, deferred: Sequence[DeferredCommit]) -> None:
+            assert self.ready.wait(60)
+            commit(store, deferred)
+
+        monkeypatch.setattr(LocalStore, "commit", commit_later)
         monkeypatch.setattr("mmerge.pipeline.execution.worker_pool.run_task", self.run_task)
 
     def run_task(self, task: Any, uri: str, *, settles: bool) -> TaskResult:
         assert not settles
         store = open_store(uri)
-        with collect_pending(store) as pending:
+        with store.defer_commits() as deferred:
             store.put(task.shard, b"x")
         self.ran.append(task.shard)
         self.begun.release()
-        return TaskResult(task.shard, 1, False, 0.0, pending=tuple(pending))
+        return TaskResult(task.shard, 1, False, 0.0, pending=tuple(deferred))
 
     def names(self) -> list[str]:
         return sorted(open_store(self.uri).list())
@@ -115,18 +117,19 @@ def test_a_disk_that_fails_is_an_error_of_the_shard_and_the_others_are_kept(
     plan = make_plan(read_recipe(lab.write_recipe(lab.make_all())))
     failed = threading.Event()
 
-    def fail_once(store: Store, pending: Sequence[Pending]) -> None:
+    commit = LocalStore.commit
+
+    def fail_once(store: LocalStore, deferred: Sequence[DeferredCommit]) -> None:
         if (
-            any(one.key.endswith(".json") for one in pending)
+            any(file.key.endswith(".json") for file in deferred)
             and len(list(store.list("objects"))) >= 6
             and not failed.is_set()
         ):
             failed.set()
-            with store.translated(pending[0].key):
-                raise OSError(5, "Input/output error")
-        settle(store, pending)
+            raise StoreError(f"{deferred[0].key}: Input/output error")
+        commit(store, deferred)
 
-    monkeypatch.setattr("mmerge.pipeline.execution.worker_pool.settle", fail_once)
+    monkeypatch.setattr(LocalStore, "commit", fail_once)
     with pytest.raises(StoreError, match=r"objects/.*Input/output error"):
         run(plan, executor=SerialExecutor(num_threads=1))
     report = run(plan)

@@ -20,7 +20,7 @@ import torch
 
 from mmerge.manifests.errors import MmergeError, NonFiniteError, StoreError, TaskErrors
 from mmerge.manifests.format.table import read_table
-from mmerge.manifests.stores.object_store import open_store
+from mmerge.manifests.stores.open import open_store
 from mmerge.pipeline import make_plan, read_recipe, run, verify
 from mmerge.pipeline.execution.executor import Executor, SerialExecutor
 from mmerge.pipeline.execution.open import open_executor

@@ -18,7 +18,8 @@ from mmerge.manifests.errors import DamagedObject, ManifestError, RecipeError, S
 from mmerge.manifests.maintenance.copy_build import copy_build
 from mmerge.manifests.maintenance.garbage_collection import collect
 from mmerge.manifests.maintenance.lease import Claim
-from mmerge.manifests.stores.object_store import Store, open_store
+from mmerge.manifests.stores.base import Store
+from mmerge.manifests.stores.open import open_store
 from mmerge.pipeline import make_plan, read_recipe, run, verify
 from mmerge.pipeline.build.forecast import Forecast, make_forecast
 from mmerge.pipeline.build.run import RunReport

@@ -13,7 +13,7 @@ from command_line import invoke
 
 from mmerge.manifests.digest import digest_json
 from mmerge.manifests.errors import RecipeError
-from mmerge.manifests.stores.object_store import open_store
+from mmerge.manifests.stores.open import open_store
 from mmerge.pipeline import Recipe, load_composite, parse_recipe, read_recipe
 from mmerge.pipeline.evaluation.calibrate import Agreement, Point, calibrate, choose
 from mmerge.pipeline.evaluation.evaluate import Settings

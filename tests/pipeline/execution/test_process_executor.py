@@ -18,7 +18,7 @@ import pytest
 
 from mmerge.manifests.errors import MmergeError, StoreError
 from mmerge.manifests.maintenance.verify import verify
-from mmerge.manifests.stores.object_store import open_store, was_any_opened
+from mmerge.manifests.stores.open import open_store, was_any_opened
 from mmerge.pipeline import make_plan, open_executor, read_recipe, run
 from mmerge.pipeline.execution.process_executor import ProcessExecutor
 

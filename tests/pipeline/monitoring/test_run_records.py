@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from mmerge.manifests.stores.object_store import Store, open_store
+from mmerge.manifests.stores.base import Store
+from mmerge.manifests.stores.open import open_store
 from mmerge.pipeline.build.simulation import Rates, to_rates
 from mmerge.pipeline.monitoring import run_records as module
 from mmerge.pipeline.monitoring.progress import JsonFormatter, LogProgress

@@ -17,7 +17,8 @@ from obstore.store import MemoryStore
 from typing_extensions import override
 
 from mmerge.manifests.errors import DamagedObject
-from mmerge.manifests.stores.object_store import Store, open_store
+from mmerge.manifests.stores.object_store import ObjectStore
+from mmerge.manifests.stores.open import open_store
 from mmerge.workers.composite import weight_items as fetch
 from mmerge.workers.composite.process_group import Ranks
 from mmerge.workers.composite.tensor_parallel import Division
@@ -158,7 +159,7 @@ def test_a_store_over_a_network_is_read_by_as_many_threads_on_any_machine(
 ) -> None:
     monkeypatch.setattr(fetch, "num_cores", lambda: cores)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert read_threads(Store("s3://bucket/store", MemoryStore())) == REMOTE_THREADS
+    assert read_threads(ObjectStore("s3://bucket/store", MemoryStore())) == REMOTE_THREADS
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mmerge.manifests.errors import DamagedObject
-from mmerge.manifests.stores.object_store import open_store
+from mmerge.manifests.stores.open import open_store
 from mmerge.workers.checkpoints.dtypes import to_bytes
 from mmerge.workers.reconstruction import masked_read as formed_read
 from mmerge.workers.reconstruction.bitmask import pack_mask

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mmerge.manifests.errors import PromptError, RecipeError
-from mmerge.manifests.stores.object_store import open_store
+from mmerge.manifests.stores.open import open_store
 from mmerge.pipeline import Part, load_composite
 from mmerge.workers.task import AnswerTask
 from mmerge.workers.tasks.answer import (
