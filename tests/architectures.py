@@ -49,8 +49,20 @@ _OWN: dict[str, dict[str, Any]] = {
         "num_local_experts": 3,
         "num_experts_per_tok": 2,
     },
+    # Names other than LLaMA's: see tests/workers/families.
+    "phi3": {"tie_word_embeddings": False},
+    "gpt_neox": {"tie_word_embeddings": False, "num_key_value_heads": 4},
+    "starcoder2": {"tie_word_embeddings": False},
+    # No family knows these names.
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "tie_word_embeddings": True},
 }
+_STORED_NAMES = {"embed_out.weight": "lm_head.weight"}
+"""Names in the files of GPT-NeoX whose parameters are called otherwise in its class."""
 RANK = 3
+
+
+def is_layer_matrix(name: str, value: torch.Tensor) -> bool:
+    return ".layers." in name and value.ndim == 2
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -117,7 +129,7 @@ def write_adapters(
             place.mkdir()
             factors = {}
             for key, value in tensors.items():
-                if key.endswith("_proj.weight"):
+                if is_layer_matrix(key, value):
                     path = f"base_model.model.{key.removesuffix('.weight')}"
                     factors[f"{path}.lora_A.weight"] = 0.3 * torch.randn(
                         (RANK, value.shape[1]), generator=generator
@@ -134,7 +146,7 @@ def write_adapters(
 def build_masks(folder: Path, architecture: str, **sizes: Any) -> str:
     """A composite of masks (MMER) over a base and three experts; its URI."""
     write_family(folder, architecture, **sizes)
-    return _build(
+    return build(
         folder,
         {
             "method": "mmer",
@@ -147,7 +159,7 @@ def build_masks(folder: Path, architecture: str, **sizes: Any) -> str:
 def build_plain(folder: Path, architecture: str) -> str:
     """A plain merge of a base and three experts (task arithmetic); its URI."""
     write_family(folder, architecture)
-    return _build(
+    return build(
         folder,
         {
             "method": "task_arithmetic",
@@ -161,12 +173,13 @@ def build_adapters(folder: Path, architecture: str) -> str:
     """A composite of adapters (DAMC); its URI."""
     tensors = write_family(folder, architecture, experts=())
     write_adapters(folder, tensors)
-    return _build(
+    return build(
         folder, {"method": "damc", "experts": {n: {"path": n, "modality": n} for n in EXPERTS}}
     )
 
 
-def _build(folder: Path, raw: dict[str, Any]) -> str:
+def build(folder: Path, raw: dict[str, Any]) -> str:
+    """Run a recipe over `base` and the experts in a folder; return the store's URI."""
     path = folder / "recipe.yaml"
     path.write_text(
         yaml.safe_dump({"name": "tiny", "base": "base", "output": "store"} | raw, sort_keys=False)
@@ -205,8 +218,13 @@ class Naive:
         self.reader = BuildReader(uri)
         self.model = make_model(architecture, **sizes)
         self.ids: list[int] = []
-        state = {name: self._weight(name, -1) for name in self.reader.llm_names()}
-        self.model.load_state_dict(state, strict=False)
+        state = {
+            _STORED_NAMES.get(name, name): self._weight(name, -1)
+            for name in self.reader.llm_names()
+        }
+        missing, unexpected = self.model.load_state_dict(state, strict=False)
+        assert not unexpected
+        assert set(missing) <= {"lm_head.weight"}  # tied, where it is in no file
         self.model.tie_weights()
         for path, module in list(self.model.named_modules()):
             if isinstance(module, nn.Linear) and ".layers." in path:
@@ -236,7 +254,7 @@ class Naive:
         return base + (sum(masks) / len(masks) if modality == -1 else masks[modality]) * delta
 
     def _adapted(self, base: torch.Tensor, name: str, modality: int) -> torch.Tensor:
-        if not name.endswith("_proj.weight"):
+        if not is_layer_matrix(name, base):
             return base
         chosen = (
             [(expert, "default", 1 / len(EXPERTS)) for expert in EXPERTS]

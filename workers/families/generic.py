@@ -62,13 +62,10 @@ def make_generic(shapes: Shapes, text_config: Mapping[str, Any], *, where: str) 
     outside = [
         name for name, shape in shapes.items() if len(shape) == 2 and split_layer(name) is None
     ]
-    embeddings = [
-        name
-        for name in outside
-        if name.startswith(prefix)
-        and name.endswith(".weight")
-        and (not isinstance(vocab_size, int) or shapes[name][0] >= vocab_size)
-    ]
+    embeddings = [name for name in outside if name.startswith(prefix) and name.endswith(".weight")]
+    # Position embeddings may have any number of rows; a padded embedding has more than vocab_size.
+    exact = [name for name in embeddings if shapes[name][0] == vocab_size]
+    embeddings = exact or embeddings
     if len(embeddings) != 1:
         raise CheckpointError(
             f"{where}: language model {model_type!r} is not supported: its embedding cannot be told"

@@ -12,7 +12,7 @@ from typing import Any
 
 from mmerge.manifests.errors import CheckpointError
 from mmerge.workers.families.generic import make_generic
-from mmerge.workers.families.interface import Family, Role, Shapes
+from mmerge.workers.families.interface import Family, Projection, Role, Shapes
 
 ENTRY_POINT_GROUP = "mmerge.families"
 _BUILT_IN: Mapping[str, str] = {
@@ -85,6 +85,15 @@ def role_of(name: str) -> Role | None:
         role = family.role_of(name)
         if role is not None:
             return role
+    return None
+
+
+def projection_of(name: str) -> Projection | None:
+    """Return the projection that a tensor belongs to in the first family that knows its name."""
+    for family in list_families():
+        projection = family.projection_of(name)
+        if projection is not None:
+            return projection
     return None
 
 

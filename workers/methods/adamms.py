@@ -13,6 +13,9 @@ import torch
 from pydantic import Field
 from typing_extensions import override
 
+from mmerge.manifests.errors import CheckpointError
+from mmerge.manifests.format.tensor_names import layer_of
+from mmerge.workers.families.registry import role_of
 from mmerge.workers.methods.interface import Block, MergedBlock, Method, Parameters
 
 
@@ -106,7 +109,13 @@ class Adamms(Method):
     ) -> MergedBlock:
         target, source = block.experts
         is_norm = len(block.shape) < 2 and "norm" in block.name
-        is_vocabulary = "embed_tokens" in block.name or block.name.endswith("lm_head.weight")
+        role = role_of(block.name)
+        if role is None and len(block.shape) == 2 and layer_of(block.name) is None:
+            raise CheckpointError(
+                f"{block.name}: no model family knows this tensor, and AdaMMS keeps embedding and"
+                " head whole. Add a model family (docs/add-a-family.md)"
+            )
+        is_vocabulary = role in ("embedding", "head")
         if is_vocabulary or (is_norm and parameters.norms == "target"):
             return MergedBlock(target.to(block.dtype))
         return MergedBlock(interpolate(target, source, alpha=parameters.alpha).to(block.dtype))

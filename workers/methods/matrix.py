@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from typing_extensions import override
 
+from mmerge.manifests.format.tensor_names import layer_of
 from mmerge.workers.methods.interface import Block, Granularity, MergedBlock, Method, Parameters
 
 
@@ -89,4 +90,4 @@ class MatrixMethod(Method):
 
 def is_layer_matrix(name: str, shape: Sequence[int]) -> bool:
     """Return whether a tensor is a matrix of a layer: no embedding, head, norm or bias."""
-    return len(shape) == 2 and ".layers." in f".{name}"
+    return len(shape) == 2 and layer_of(name) is not None

@@ -10,7 +10,6 @@ be called so.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -19,6 +18,8 @@ from pydantic import Field
 from typing_extensions import override
 
 from mmerge.manifests.errors import CheckpointError, RecipeError
+from mmerge.manifests.format.tensor_names import split_layer
+from mmerge.workers.families.registry import projection_of, role_of
 from mmerge.workers.methods.interface import (
     Block,
     Granularity,
@@ -29,6 +30,7 @@ from mmerge.workers.methods.interface import (
     Stage,
     TensorVectors,
 )
+from mmerge.workers.methods.matrix import is_layer_matrix
 from mmerge.workers.methods.neurons import (
     Axis,
     NeuronGroup,
@@ -36,6 +38,7 @@ from mmerge.workers.methods.neurons import (
     Score,
     attention_group,
     feed_forward_group,
+    fused_attention,
     keep_threshold,
     measure_part,
     restoring_factor,
@@ -46,8 +49,7 @@ from mmerge.workers.methods.neurons import (
 
 LOCATE = Stage("locate", "vectors")
 Owner = Literal["expert", "base"]
-_LAYER = re.compile(r"^(?P<layer>(?:.*\.)?layers\.\d+)\.")
-_COLUMNS = ("o_proj.weight", "down_proj.weight")
+_COLUMN_ROLES = ("attention_output", "down")
 
 
 class NeuronFusionParameters(Parameters):
@@ -139,7 +141,7 @@ class NeuronFusion(Method):
         *,
         stage: str,
     ) -> Mapping[str, torch.Tensor]:
-        if _LAYER.match(block.name) is None or "_proj." not in block.name:
+        if projection_of(block.name) is None:
             return {}
         axis = _axis(block.name, parameters)
         delta, base = block.task_vectors()[0], block.base
@@ -163,6 +165,7 @@ class NeuronFusion(Method):
         stage: str,
         config: Mapping[str, Any],
     ) -> Mapping[str, Known]:
+        _check_names(tensors)
         measured = {tensor.name: tensor.vectors for tensor in tensors if tensor.vectors}
         groups = _make_groups(
             {tensor.name: tensor.shape for tensor in tensors if tensor.vectors}, parameters, config
@@ -196,6 +199,20 @@ class NeuronFusion(Method):
             first = block.start // block.shape[1]
             factors = factors[first : first + len(block.base)].unsqueeze(-1)
         return MergedBlock((block.base + block.task_vectors()[0] * factors).to(block.dtype))
+
+
+def _check_names(tensors: Sequence[TensorVectors]) -> None:
+    """Refuse matrices of unknown names: their neurons cannot be told, and none would be kept."""
+    unknown = [
+        tensor.name
+        for tensor in tensors
+        if is_layer_matrix(tensor.name, tensor.shape) and projection_of(tensor.name) is None
+    ]
+    if unknown:
+        raise CheckpointError(
+            f"{unknown[0]}: no model family knows this matrix, so its neurons are unknown. Add a"
+            " model family (docs/add-a-family.md), or choose another method"
+        )
 
 
 def _find_thresholds(
@@ -239,7 +256,9 @@ def _agreed_ratio(parts: Sequence[Part], own: Mapping[str, Any]) -> float:
 
 
 def _axis(name: str, parameters: NeuronFusionParameters) -> Axis:
-    return 1 if parameters.unit == "neuron" and name.endswith(_COLUMNS) else 0
+    if parameters.unit != "neuron" or not name.endswith(".weight"):
+        return 0
+    return 1 if role_of(name) in _COLUMN_ROLES else 0
 
 
 def _place(values: torch.Tensor, first: int, length: int) -> torch.Tensor:
@@ -271,9 +290,10 @@ def _make_groups(
 ) -> list[NeuronGroup]:
     layers: dict[str, dict[str, Sequence[int]]] = {}
     for name, shape in shapes.items():
-        match = _LAYER.match(name)
-        if match:
-            layers.setdefault(match["layer"], {})[name] = shape
+        split = split_layer(name)
+        if split is not None:
+            layer = name.removesuffix(f".{split.path}")
+            layers.setdefault(layer, {})[name] = shape
     groups = []
     for layer, own in layers.items():
         found = _layer_groups(own, parameters, config)
@@ -298,9 +318,10 @@ def _layer_groups(
     if parameters.unit == "row":
         names = [name for name in sorted(shapes) if len(shapes[name]) == 2]
         if parameters.query_key != "neuron":
-            names = [
-                name for name in names if not name.endswith(("q_proj.weight", "k_proj.weight"))
-            ]
+            for name in names:
+                if role_of(name) == "query_key_value":
+                    raise fused_attention(name)
+            names = [name for name in names if role_of(name) not in ("query", "key")]
         return [row_groups(shapes, names)] if names else []
     head_dim = (
         parameters.head_dim
@@ -317,12 +338,13 @@ def _layer_groups(
 
 
 def _owner(name: str, shape: Sequence[int], parameters: NeuronFusionParameters) -> Owner:
-    if name.endswith("embed_tokens.weight"):
+    role = role_of(name)
+    if role == "embedding":
         return parameters.embeddings
-    if name.endswith("lm_head.weight"):
+    if role == "head":
         return parameters.head
     if len(shape) < 2 and "norm" in name:
         return parameters.norms
-    if ".q_proj." in name or ".k_proj." in name:
+    if role in ("query", "key"):
         return "base" if parameters.query_key == "base" else "expert"
     return "expert"

@@ -13,6 +13,10 @@ from typing import Literal
 
 import torch
 
+from mmerge.manifests.errors import CheckpointError
+from mmerge.workers.families.interface import Role
+from mmerge.workers.families.registry import projection_of, role_of
+
 Score = Literal["l2", "l1", "relative"]
 Axis = Literal[0, 1]
 
@@ -40,20 +44,25 @@ class NeuronGroup:
 
 
 def feed_forward_group(shapes: Mapping[str, Sequence[int]]) -> NeuronGroup | None:
-    """Return the FFN neurons of a layer: neuron k is gate[k, :], up[k, :] and down[:, k]; None
-    where the layer has no such FFN.
+    """Return the FFN neurons of a layer, None where the layer has no such FFN.
+
+    Neuron k is gate[k, :], up[k, :] and down[:, k]; without a gate up[k, :] and down[:, k]. In a
+    fused matrix of gate and up the rows of up follow those of gate. Biases go with their rows.
     """
-    found = _by_suffix(shapes, ("gate_proj", "up_proj", "down_proj"))
-    if len([name for name in found if name.endswith(".weight")]) < 3:
+    names = _by_role(shapes, ("gate", "up", "gate_up", "down"))
+    down = next((name for name in names if _is_weight(name, "down")), None)
+    if down is None or len([name for name in names if name.endswith(".weight")]) < 2:
         return None
-    down = next(name for name in found if name.endswith("down_proj.weight"))
     count = shapes[down][1]
     order = torch.arange(count)
-    parts = [
-        Part(name, 1 if name == down else 0, order)
-        for name in found
-        if not name.endswith("down_proj.bias")
-    ]
+    parts = []
+    for name in names:
+        role = role_of(name)
+        if role == "down":
+            if name == down:
+                parts.append(Part(name, 1, order))
+        else:
+            parts.append(Part(name, 0, order.repeat(2) if role == "gate_up" else order))
     return NeuronGroup("ffn", count, tuple(parts))
 
 
@@ -70,31 +79,59 @@ def attention_group(
         shapes: of the layer's tensors.
         head_dim: entries per head.
         with_query_key: whether q and k belong to the neurons.
+
+    Raises:
+        ValueError: the matrices do not consist of heads of `head_dim` entries.
+        CheckpointError: q, k and v are one matrix, and q and k do not belong to the neurons.
     """
-    suffixes = ("v_proj", "o_proj", "q_proj", "k_proj") if with_query_key else ("v_proj", "o_proj")
-    found = _by_suffix(shapes, suffixes)
-    output = next((name for name in found if name.endswith("o_proj.weight")), None)
-    value = next((name for name in found if name.endswith("v_proj.weight")), None)
-    if output is None or value is None:
+    roles: list[Role] = ["value", "attention_output", "query_key_value"]
+    names = _by_role(shapes, [*roles, "query", "key"] if with_query_key else roles)
+    output = next((name for name in names if _is_weight(name, "attention_output")), None)
+    value = next((name for name in names if _is_weight(name, "value")), None)
+    fused = next((name for name in names if _is_weight(name, "query_key_value")), None)
+    if output is None or (value is None and fused is None):
         return None
-    count, columns = shapes[value][0], shapes[output][1]
+    if fused is not None and not with_query_key:
+        raise fused_attention(fused)
+    columns = shapes[output][1]
+    count = shapes[value][0] if value is not None else (shapes[fused or ""][0] - columns) // 2
     if count % head_dim or columns % count:
         raise ValueError(
-            f"{value}: {count} rows and {columns} columns of {output} are no heads of {head_dim}"
-            " entries"
+            f"{value or fused}: {count} rows and {columns} columns of {output} are no heads of"
+            f" {head_dim} entries"
         )
-    per_group = columns // count
     column = torch.arange(columns)
+    per_group = columns // count
     spread = (column // head_dim) // per_group * head_dim + column % head_dim
+    order = torch.arange(count)
     parts = []
-    for name in found:
-        projection = name.rsplit(".", 2)[-2]
-        if projection == "o_proj":
+    for name in names:
+        role = role_of(name)
+        if role == "attention_output":
             if name == output:
                 parts.append(Part(name, 1, spread))
+        elif role == "query_key_value":
+            parts.append(Part(name, 0, _fused_rows(name, spread, order, head_dim)))
         else:
-            parts.append(Part(name, 0, spread if projection == "q_proj" else torch.arange(count)))
+            parts.append(Part(name, 0, spread if role == "query" else order))
     return NeuronGroup("attn", count, tuple(parts))
+
+
+def _fused_rows(name: str, query: torch.Tensor, key: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Return the neuron of each row of a fused query, key and value, int64 [rows]."""
+    projection = projection_of(name)
+    if projection is None or not projection.is_interleaved:
+        return torch.cat([query, key, key])
+    # Rows are stored as [head, 3, head_dim]; every head has its own key and value.
+    return key.view(-1, 1, head_dim).expand(-1, 3, -1).reshape(-1)
+
+
+def fused_attention(name: str) -> CheckpointError:
+    """Return the error for q and k that cannot be separated from v in a fused matrix."""
+    return CheckpointError(
+        f"{name}: holds query, key and value in one matrix, so query and key cannot be left out."
+        " Say 'query_key: neuron'"
+    )
 
 
 def row_groups(shapes: Mapping[str, Sequence[int]], names: Sequence[str]) -> NeuronGroup:
@@ -123,9 +160,20 @@ def split_group(group: NeuronGroup) -> list[NeuronGroup]:
     return groups
 
 
-def _by_suffix(shapes: Mapping[str, Sequence[int]], projections: Sequence[str]) -> list[str]:
-    wanted = [f".{projection}.{kind}" for projection in projections for kind in ("weight", "bias")]
-    return [name for suffix in wanted for name in sorted(shapes) if f".{name}".endswith(suffix)]
+def _by_role(shapes: Mapping[str, Sequence[int]], roles: Sequence[Role]) -> list[str]:
+    """Return the weights and biases of some projections: by role, weights before biases."""
+    names = sorted(shapes)
+    return [
+        name
+        for role in roles
+        for kind in (".weight", ".bias")
+        for name in names
+        if name.endswith(kind) and role_of(name) == role
+    ]
+
+
+def _is_weight(name: str, role: Role) -> bool:
+    return name.endswith(".weight") and role_of(name) == role
 
 
 def measure_part(delta: torch.Tensor, base: torch.Tensor, *, axis: Axis) -> dict[str, torch.Tensor]:

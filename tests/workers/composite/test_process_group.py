@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from architectures import build_adapters, build_masks
-from rank_script import held_bytes, make_lab_prompts, make_prompts
+from rank_runs import SCRIPT, case, run_and_check
 
 from mmerge.manifests.errors import PlacementError
 from mmerge.pipeline import load_composite
@@ -21,64 +20,6 @@ from mmerge.workers.composite.placement import plan_placement
 from mmerge.workers.composite.tensor_parallel import Division
 from mmerge.workers.families.llama import LLAMA
 from mmerge.workers.reconstruction.build_reader import BuildReader
-
-SCRIPT = Path(__file__).resolve().parent.parent.parent / "rank_script.py"
-
-
-def start(cases: list[dict[str, Any]], folder: Path, num_ranks: int) -> tuple[int, str]:
-    """Start ranks with torchrun; return the exit code and what they printed."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), str(SCRIPT),
-        json.dumps(cases), str(folder / "found.json"),
-    ]  # fmt: skip
-    variables = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=300, env=variables
-    )
-    return done.returncode, done.stderr
-
-
-def case(uri: str, **options: Any) -> dict[str, Any]:
-    return {"uri": uri, "options": options}
-
-
-def check(found: dict[str, Any], each: dict[str, Any], num_ranks: int) -> None:
-    composite = load_composite(each["uri"], dtype=torch.float32, **each["options"])
-    is_lab = each["uri"].endswith("#mmer")
-    prompts = (
-        make_lab_prompts(composite)
-        if is_lab
-        else make_prompts(composite.language_model.config.hidden_size)
-    )
-    for logits, prompt in zip(found["logits"], prompts, strict=True):
-        # Sums over ranks are added in another order than within one matrix: float32, for logits of
-        # about 1.
-        torch.testing.assert_close(
-            torch.tensor(logits),
-            composite.logits(prompt),
-            rtol=1e-4 if is_lab else 1e-5,
-            atol=1e-4 if is_lab else 1e-5,
-        )
-    assert found["answers"] == composite.generate_batch(prompts, max_new_tokens=5)
-    assert len(set(found["sampled"])) == 1, "ranks drew different tokens"
-    assert len(found["refused"]) == num_ranks
-    assert len(set(found["refused"])) == 1
-    assert ("cannot be read as an image" if is_lab else "width 3") in found["refused"][0]
-    alone = composite.load_reports[0].bytes_read
-    if composite.manifest.kind == "masks":
-        assert sum(found["bytes_read"]) == alone, "a byte was read twice, or not at all"
-        assert max(found["bytes_read"]) < 1.15 * alone / num_ranks
-    # Norms are whole on every rank, and with more ranks than key-value heads each head is held
-    # twice.
-    assert max(found["held_bytes"]) < 1.25 * held_bytes(composite) / num_ranks
-
-
-def run_and_check(cases: list[dict[str, Any]], folder: Path, num_ranks: int) -> None:
-    code, printed = start(cases, folder, num_ranks)
-    assert code == 0, printed
-    for found, each in zip(json.loads((folder / "found.json").read_text()), cases, strict=True):
-        check(found, each, num_ranks)
-
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128}
 

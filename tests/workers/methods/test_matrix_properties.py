@@ -390,11 +390,11 @@ def test_answers_that_cannot_be_compared_are_refused(answers: dict[float, list[s
 
 
 SHAPES = {
-    "gate_proj": (6, 4),
-    "up_proj": (6, 4),
-    "down_proj": (4, 6),
-    "v_proj": (2, 4),
-    "o_proj": (4, 4),
+    "mlp.gate_proj": (6, 4),
+    "mlp.up_proj": (6, 4),
+    "mlp.down_proj": (4, 6),
+    "self_attn.v_proj": (2, 4),
+    "self_attn.o_proj": (4, 4),
 }
 
 
@@ -451,14 +451,14 @@ def test_scores_of_neurons_are_those_of_the_naive_loop(seed: int) -> None:
 
 def test_grouped_queries_share_the_value_row_of_their_head() -> None:
     shapes = {
-        "layers.0.v_proj.weight": (4, 8),
-        "layers.0.o_proj.weight": (8, 8),
-        "layers.0.q_proj.weight": (8, 8),
-        "layers.0.k_proj.weight": (4, 8),
+        "layers.0.self_attn.v_proj.weight": (4, 8),
+        "layers.0.self_attn.o_proj.weight": (8, 8),
+        "layers.0.self_attn.q_proj.weight": (8, 8),
+        "layers.0.self_attn.k_proj.weight": (4, 8),
     }
     group = neurons.attention_group(shapes, head_dim=2, with_query_key=True)
     assert group is not None
-    owners = {part.name.split(".")[2]: part.neurons.tolist() for part in group.parts}
+    owners = {part.name.split(".")[-2]: part.neurons.tolist() for part in group.parts}
     # Heads 0 and 1 of the query use key-value head 0, heads 2 and 3 use head 1; each head has two
     # entries.
     assert owners["o_proj"] == owners["q_proj"] == [0, 1, 0, 1, 2, 3, 2, 3]
