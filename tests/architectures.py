@@ -54,6 +54,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "gpt_neox": {"tie_word_embeddings": False, "num_key_value_heads": 4},
     "starcoder2": {"tie_word_embeddings": False},
     # No family knows these names.
+    "phi": {"tie_word_embeddings": False},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "tie_word_embeddings": True},
 }
 _STORED_NAMES = {"embed_out.weight": "lm_head.weight"}

@@ -30,8 +30,8 @@ class GenericFamily(Family):
 
     @override
     def rule_of(self, name: str, shape: Sequence[int]) -> ParallelRule:
-        if len(shape) == 1 and split_layer(name) is None:
-            return REPLICATED
+        if split_layer(name) is None:
+            return REPLICATED  # every model has layers, and those are refused
         raise PlacementError(
             f"{name} {tuple(shape)}: no model family knows this tensor's name, so it cannot be split"
             f" over devices. Load on one device. {_REMEDY}"

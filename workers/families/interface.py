@@ -207,7 +207,8 @@ class Family:
         Raises:
             PlacementError: a matrix whose split is unknown.
         """
-        if self.is_vocabulary(name):
+        path, _, kind = name.rpartition(".")
+        if self.is_vocabulary(name) or (kind == "bias" and self.is_head(f"{path}.weight")):
             return ParallelRule("vocabulary")
         projection = self.projection_of(name)
         if projection is None:
