@@ -298,10 +298,14 @@ class RayNodes:
         self.cluster = Cluster(
             initialize_head=True,
             head_node_args={
-                "num_cpus": 0, "include_dashboard": dashboard, **({"dashboard_port": int(self.dashboard.rpartition(":")[2])} if dashboard else {}), "memory": GIB, "object_store_memory": 100 << 20,
+                "num_cpus": 0,
+                "include_dashboard": dashboard,
+                **({"dashboard_port": int(self.dashboard.rpartition(":")[2])} if dashboard else {}),
+                "memory": GIB,
+                "object_store_memory": 100 << 20,
                 "_system_config": fast | (system_config or {}),
             },
-        )  # fmt: skip
+        )
         self.nodes = [self.add() for _ in range(num_nodes)]
 
     @property

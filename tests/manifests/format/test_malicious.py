@@ -175,11 +175,16 @@ def test_a_link_out_of_a_store_is_neither_read_nor_written_nor_deleted_through(
     (inside / "objects").symlink_to(outside)
     store = open_store(str(inside))
     for action in (
-        lambda: store.read("objects/secret"), lambda: store.read_range("objects/secret", offset=0, num_bytes=1),
-        lambda: store.read_ranges("objects/secret", [(0, 1)]), lambda: store.num_bytes("objects/secret"),
-        lambda: store.put("objects/new", b""), lambda: store.put_new("objects/new", b""), lambda: store.open_writer("objects/new"),
-        lambda: store.delete("objects/secret"), lambda: list(store.list("objects")),
-    ):  # fmt: skip
+        lambda: store.read("objects/secret"),
+        lambda: store.read_range("objects/secret", offset=0, num_bytes=1),
+        lambda: store.read_ranges("objects/secret", [(0, 1)]),
+        lambda: store.num_bytes("objects/secret"),
+        lambda: store.put("objects/new", b""),
+        lambda: store.put_new("objects/new", b""),
+        lambda: store.open_writer("objects/new"),
+        lambda: store.delete("objects/secret"),
+        lambda: list(store.list("objects")),
+    ):
         with pytest.raises(StoreError, match="leads out of the folder"):
             action()
     assert [path.name for path in outside.iterdir()] == ["secret"]
@@ -199,14 +204,20 @@ Edit = Callable[[dict[str, Any]], object]
 @pytest.mark.parametrize(
     "edit",
     [
-        lambda raw: raw["entries"][0].update(key="../../../etc/passwd"), lambda raw: raw["entries"][0].update(key="/etc/passwd"),
-        lambda raw: raw["table"].update(key="../table"), lambda raw: raw["base"]["files"][0].update(name="../../.bashrc"),
-        lambda raw: raw["experts"][0]["files"][0].update(name="/etc/cron.d/x"), lambda raw: raw["base"]["files"][0].update(name=".."),
-        lambda raw: raw["base"]["files"][0].update(digest="../../x"), lambda raw: raw.update(build="../" + "a" * 61),
-        lambda raw: raw["entries"][0].update(num_bytes=-1), lambda raw: raw["table"].update(num_bytes=-5),
-        lambda raw: raw.update(entries="x"), lambda raw: raw.update(invented=1),
+        lambda raw: raw["entries"][0].update(key="../../../etc/passwd"),
+        lambda raw: raw["entries"][0].update(key="/etc/passwd"),
+        lambda raw: raw["table"].update(key="../table"),
+        lambda raw: raw["base"]["files"][0].update(name="../../.bashrc"),
+        lambda raw: raw["experts"][0]["files"][0].update(name="/etc/cron.d/x"),
+        lambda raw: raw["base"]["files"][0].update(name=".."),
+        lambda raw: raw["base"]["files"][0].update(digest="../../x"),
+        lambda raw: raw.update(build="../" + "a" * 61),
+        lambda raw: raw["entries"][0].update(num_bytes=-1),
+        lambda raw: raw["table"].update(num_bytes=-5),
+        lambda raw: raw.update(entries="x"),
+        lambda raw: raw.update(invented=1),
     ],
-)  # fmt: skip
+)
 def test_a_manifest_that_reaches_elsewhere_or_has_no_sense_is_refused(
     good: tuple[Store, Manifest], edit: Edit
 ) -> None:

@@ -34,9 +34,17 @@ def store(tmp_path: Path) -> Store:
 
 def make_manifest(build: str = BUILD, **changes: Any) -> Manifest:
     fields: dict[str, Any] = {
-        "build": build, "kind": "plain", "method": "ties", "parameters": {"density": 0.2}, "merge": "all", "dtype": "BF16",
-        "base": BaseRecord(revision="r", files=()), "experts": (), "entries": (), "table": TableEntry(key="t", num_bytes=0, digest=BUILD),
-    }  # fmt: skip
+        "build": build,
+        "kind": "plain",
+        "method": "ties",
+        "parameters": {"density": 0.2},
+        "merge": "all",
+        "dtype": "BF16",
+        "base": BaseRecord(revision="r", files=()),
+        "experts": (),
+        "entries": (),
+        "table": TableEntry(key="t", num_bytes=0, digest=BUILD),
+    }
     return Manifest(**fields | changes)
 
 
@@ -63,11 +71,21 @@ def test_a_manifest_of_an_unknown_version_is_refused_with_both_versions(store: S
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"format": "other"}, "no mmerge-composite manifest"), ({"invented": 1}, "invented"), ({"kind": "soup"}, "kind"),
-        ({"build": OTHER}, "describes build"), ({"entries": [{"key": "../../etc/passwd"}]}, "entries"),
-        ({"entries": [{"key": "../x", "shard": "s", "role": "base", "num_bytes": 1, "digest": BUILD}]}, "no valid object name"),
+        ({"format": "other"}, "no mmerge-composite manifest"),
+        ({"invented": 1}, "invented"),
+        ({"kind": "soup"}, "kind"),
+        ({"build": OTHER}, "describes build"),
+        ({"entries": [{"key": "../../etc/passwd"}]}, "entries"),
+        (
+            {
+                "entries": [
+                    {"key": "../x", "shard": "s", "role": "base", "num_bytes": 1, "digest": BUILD}
+                ]
+            },
+            "no valid object name",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_changed_manifest_is_refused(store: Store, change: dict[str, Any], match: str) -> None:
     write_manifest(store, make_manifest())
     edit(store, change)

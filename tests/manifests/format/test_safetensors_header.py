@@ -80,7 +80,8 @@ def test_every_rule_of_the_format_is_checked() -> None:
     refused(make_file({"a": entry("F32", [1], -4, 0)}, b"1234"), "no pair of sizes")
     refused(make_file({"a": entry("X9", [1], 0, 4)}, b"1234"), "dtype 'X9'")
     refused(make_file({"a": {"dtype": "F32"}}, b""), "must hold dtype, shape and data_offsets")
-    twice = b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
+    key = b'"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}'
+    twice = b"{" + key + b"," + key + b"}"
     refused(struct.pack("<Q", len(twice)) + twice + b"1", "stands twice")
     refused(struct.pack("<Q", 5) + b'{"a":', "no valid JSON")
     refused(struct.pack("<Q", 2) + b"[]", "no JSON object")

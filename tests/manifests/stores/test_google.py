@@ -24,7 +24,7 @@ ACCOUNT = "merger@project.iam.gserviceaccount.com"
 
 
 class Bucket:
-    """The few requests of the XML interface that a store needs, and the tokens that came with them."""
+    """The requests of the XML API that a store needs; records the tokens sent with them."""
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
@@ -87,9 +87,15 @@ def test_a_bucket_is_reached_with_the_service_account_that_the_environment_names
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     ).decode()
     account = {
-        "type": "service_account", "project_id": "project", "private_key_id": "7", "private_key": pem, "client_email": ACCOUNT,
-        "client_id": "1", "token_uri": "http://127.0.0.1:9/token", "gcs_base_url": bucket.endpoint,
-    }  # fmt: skip
+        "type": "service_account",
+        "project_id": "project",
+        "private_key_id": "7",
+        "private_key": pem,
+        "client_email": ACCOUNT,
+        "client_id": "1",
+        "token_uri": "http://127.0.0.1:9/token",
+        "gcs_base_url": bucket.endpoint,
+    }
     (tmp_path / "account.json").write_text(json.dumps(account))
     # Only from this variable does the library take the address of another server, which the file
     # names.

@@ -35,7 +35,7 @@ from mmerge.pipeline.build.run import RunReport
 
 
 def digests(store: Store) -> dict[str, str]:
-    """Every object, file, manifest and table (references hold times, surveys are caches of paths)."""
+    """Return every object, file, manifest and table (references hold times, scans hold paths)."""
     kept = ("objects/", "files/", "builds/")
     return {
         key: hashlib.sha256(store.read(key)).hexdigest()
@@ -118,7 +118,7 @@ def test_two_builders_at_once_both_end_well_with_one_build(
     assert undisturbed.manifest == one.manifest
 
 
-def test_where_a_server_lets_several_writers_create_a_manifest_every_one_of_them_ends_with_the_same_build(
+def test_concurrent_writers_on_a_server_with_racy_create_end_with_the_same_build(
     lab: Any, places: Any
 ) -> None:
     """Many committers at once against Swift, again and again until it let several of them create

@@ -15,10 +15,22 @@ from mmerge.pipeline.execution.ray_executor import RayExecutor
 from mmerge.workers.reconstruction.build_reader import BuildReader
 
 METHODS: dict[str, dict[str, Any]] = {
-    "slerp": {"t": 0.4}, "nuslerp": {}, "multislerp": {}, "karcher": {}, "model_stock": {}, "arcee_fusion": {}, "nearswap": {"t": 0.01},
-    "tsv": {}, "iso_c": {}, "wudi": {"iterations": 5}, "optmerge": {"iterations": 5}, "swudi": {}, "aswudi": {}, "adamms": {"alpha": 0.3},
+    "slerp": {"t": 0.4},
+    "nuslerp": {},
+    "multislerp": {},
+    "karcher": {},
+    "model_stock": {},
+    "arcee_fusion": {},
+    "nearswap": {"t": 0.01},
+    "tsv": {},
+    "iso_c": {},
+    "wudi": {"iterations": 5},
+    "optmerge": {"iterations": 5},
+    "swudi": {},
+    "aswudi": {},
+    "adamms": {"alpha": 0.3},
     "neuron_fusion": {"restore": True},
-}  # fmt: skip
+}
 ONE_EXPERT = ("arcee_fusion", "nearswap", "neuron_fusion")
 
 

@@ -18,7 +18,8 @@ from mmerge.pipeline.execution.executor import SerialExecutor
 from mmerge.workers.tasks.run import run_task
 
 def memory(key):
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith(key))
     return int(line.split()[1]) * 1024
 
 class Measuring(SerialExecutor):
@@ -27,7 +28,8 @@ class Measuring(SerialExecutor):
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
             before = memory("VmRSS")
             result = run_task(task, store_uri)
-            found.append([type(task).__name__, task.shard, memory("VmHWM") - before, task.peak_bytes])
+            growth = memory("VmHWM") - before
+            found.append([type(task).__name__, task.shard, growth, task.peak_bytes])
             yield task, result
 
 found = []

@@ -287,7 +287,10 @@ def test_a_non_finite_input_is_named_with_its_place_unless_it_is_to_be_kept(
     word = "NaN" if value != value else "Inf"
     with pytest.raises(
         NonFiniteError,
-        match=rf"expert 'audio': language_model\.model\.layers\.1\.mlp\.up_proj\.weight: {word} at \[3, 5\]",
+        match=(
+            r"expert 'audio': language_model\.model\.layers\.1\.mlp\.up_proj\.weight:"
+            rf" {word} at \[3, 5\]"
+        ),
     ):
         run(make_plan(read_recipe(lab.write_recipe(raw))), executor=executor)
     assert not list((lab.folder / "store").glob("builds/*/manifest.json"))

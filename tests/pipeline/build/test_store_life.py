@@ -68,9 +68,13 @@ def test_one_changed_layer_writes_one_object_its_entry_and_the_records_of_the_bu
         entry.key for entry in first.manifest.entries
     }
     assert {key for key in written if not key.startswith("surveys/")} == {
-        new, new.replace(".safetensors", ".json"), f"builds/{second.build}/manifest.json", f"builds/{second.build}/tensors.parquet",
-        "refs/tiny/000002.json", *(key for key in written if key.startswith("files/")),
-    }  # fmt: skip
+        new,
+        new.replace(".safetensors", ".json"),
+        f"builds/{second.build}/manifest.json",
+        f"builds/{second.build}/tensors.parquet",
+        "refs/tiny/000002.json",
+        *(key for key in written if key.startswith("files/")),
+    }
 
 
 def test_a_plan_says_which_shards_would_be_computed_and_why(lab: Any) -> None:
@@ -158,9 +162,13 @@ def test_collection_is_dry_spares_the_young_the_live_and_what_they_share_and_del
         entry.key for entry in second.manifest.entries
     }
     assert {listed.key for listed in found.garbage} == {
-        "refs/tiny/000001.json", f"builds/{first.build}/manifest.json", f"builds/{first.build}/tensors.parquet",
-        *dead, *(key.replace(".safetensors", ".json") for key in dead), "objects/.half.0123.partial",
-    }  # fmt: skip
+        "refs/tiny/000001.json",
+        f"builds/{first.build}/manifest.json",
+        f"builds/{first.build}/tensors.parquet",
+        *dead,
+        *(key.replace(".safetensors", ".json") for key in dead),
+        "objects/.half.0123.partial",
+    }
     assert collect(store, keep=2).dead_builds == ()
     assert collect(store, delete=True).deleted
     assert keys(store, "") == before - {listed.key for listed in found.garbage}

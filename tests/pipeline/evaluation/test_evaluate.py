@@ -69,10 +69,27 @@ def test_evaluate_scores_an_original_and_its_rebuilt_expert(
     lab_store: str, tmp_path: Path, capsys: Any, caplog: Any, executor: str
 ) -> None:
     arguments = [
-        "evaluate", f"image={LAB / 'checkpoints' / 'image'},modality=image", f"rebuilt={lab_store}#mmer,expert=image",
-        "--base", str(LAB / "checkpoints" / "base"), "--original", "image", "--prompts", write(tmp_path, *QUESTIONS), "--media", str(SAMPLES),
-        "--to", str(tmp_path / "out"), "--executor", executor, "--workers", "1", "--max-new-tokens", "4", "--json",
-    ]  # fmt: skip
+        "evaluate",
+        f"image={LAB / 'checkpoints' / 'image'},modality=image",
+        f"rebuilt={lab_store}#mmer,expert=image",
+        "--base",
+        str(LAB / "checkpoints" / "base"),
+        "--original",
+        "image",
+        "--prompts",
+        write(tmp_path, *QUESTIONS),
+        "--media",
+        str(SAMPLES),
+        "--to",
+        str(tmp_path / "out"),
+        "--executor",
+        executor,
+        "--workers",
+        "1",
+        "--max-new-tokens",
+        "4",
+        "--json",
+    ]
     code, out, err = invoke(capsys, *arguments)
     assert code == 0, err
     scores = {(row["model"], row["task"]): row for row in json.loads(out)}
@@ -161,9 +178,20 @@ def test_questions_without_an_answer_are_answered_and_said_not_to_be_scored(
 ) -> None:
     unanswered = {key: value for key, value in QUESTIONS[0].items() if key != "answer"}
     code, out, err = invoke(
-        capsys, "evaluate", f"{lab_store}#mmer", "--prompts", write(tmp_path, unanswered, QUESTIONS[1]), "--media", str(SAMPLES),
-        "--to", str(tmp_path / "out"), "--executor", "serial", "--max-new-tokens", "4",
-    )  # fmt: skip
+        capsys,
+        "evaluate",
+        f"{lab_store}#mmer",
+        "--prompts",
+        write(tmp_path, unanswered, QUESTIONS[1]),
+        "--media",
+        str(SAMPLES),
+        "--to",
+        str(tmp_path / "out"),
+        "--executor",
+        "serial",
+        "--max-new-tokens",
+        "4",
+    )
     assert code == 0, err
     assert "1 of 2 questions have no 'answer' to compare with: answered, not scored" in out
     assert "image/ink" in out
@@ -213,9 +241,23 @@ def test_calibrate_writes_a_recipe_that_is_valid_and_finds_its_files(
     source.write_text(yaml.safe_dump(raw | {"output": "store"}))
     target = tmp_path / "deeper" / "calibrated.yaml"
     arguments = [
-        "calibrate", str(source), "--prompts", write(tmp_path, *QUESTIONS, *OTHERS), "--media", str(SAMPLES), "--scales", "0.6,1.0",
-        "--executor", "serial", "--max-new-tokens", "4", "--to", str(target), "--plot", str(tmp_path / "curve.png"),
-    ]  # fmt: skip
+        "calibrate",
+        str(source),
+        "--prompts",
+        write(tmp_path, *QUESTIONS, *OTHERS),
+        "--media",
+        str(SAMPLES),
+        "--scales",
+        "0.6,1.0",
+        "--executor",
+        "serial",
+        "--max-new-tokens",
+        "4",
+        "--to",
+        str(target),
+        "--plot",
+        str(tmp_path / "curve.png"),
+    ]
     code, out, err = invoke(capsys, *arguments)
     assert code == 0, err
     assert "from 4 prompts without labels" in out
@@ -241,11 +283,19 @@ def test_right_answers_have_no_influence_on_calibration(tmp_path: Path) -> None:
 
 MIXED = (
     {
-        "id": "5", "question": "which digit is in the sound ?", "image": "image_four_dark.png", "audio": "sound_three_low.wav",
+        "id": "5",
+        "question": "which digit is in the sound ?",
+        "image": "image_four_dark.png",
+        "audio": "sound_three_low.wav",
         "answer": "nonsense",
     },
-    {"id": "6", "question": "which digit is in the video ?", "image": "image_four_dark.png", "video": "video_two_up.gif"},
-)  # fmt: skip
+    {
+        "id": "6",
+        "question": "which digit is in the video ?",
+        "image": "image_four_dark.png",
+        "video": "video_two_up.gif",
+    },
+)
 
 
 def test_prompts_of_several_modalities_want_the_answer_of_the_expert_that_is_surest_alone(
@@ -356,8 +406,13 @@ def point(
 
 def test_each_expert_gets_its_best_scale_and_the_smaller_of_equals() -> None:
     points = [
-        point(0.6, "a", 0.9, 0.5), point(0.8, "a", 0.8, 0.6), point(0.6, "b", 0.1, 0.1), point(0.8, "b", 0.3, 0.3),
-        point(0.6, "a", 0.1, 0.1, density=0.5), point(0.8, "a", 0.1, 0.1, density=0.5), point(0.6, "b", 0.9, 0.2, density=0.5),
+        point(0.6, "a", 0.9, 0.5),
+        point(0.8, "a", 0.8, 0.6),
+        point(0.6, "b", 0.1, 0.1),
+        point(0.8, "b", 0.3, 0.3),
+        point(0.6, "a", 0.1, 0.1, density=0.5),
+        point(0.8, "a", 0.1, 0.1, density=0.5),
+        point(0.6, "b", 0.9, 0.2, density=0.5),
         point(0.8, "b", 0.2, 0.9, density=0.5),
-    ]  # fmt: skip
+    ]
     assert choose(points) == (0.8, {"a": 0.6, "b": 0.8}, {"a": 0.8, "b": 0.8})

@@ -64,10 +64,8 @@ def test_a_merge_runs_where_its_inputs_were_surveyed(
 ) -> None:
     raw, _ = undisturbed
     again: list[bool] = []
-    for build in range(
-        3
-        # Tasks of milliseconds: in a single build the preferred node may be busy whenever it is asked
-    ):
+    # Tasks take milliseconds: in a single build the preferred node may always be busy.
+    for build in range(3):
         before = len(faults.events())
         run(make_tiny_plan(lab, raw, f"store{build}"), executor=RayExecutor())
         places: dict[str, list[str]] = {}
@@ -137,7 +135,7 @@ def test_sigkill_of_a_raylet_in_mid_task_ends_with_the_same_bytes(
     assert faults.events(shard="layers.1")[1]["node"] != first["node"]
 
 
-def test_one_bad_tensor_in_each_of_two_experts_fails_the_build_at_its_end_with_both_and_keeps_the_rest(
+def test_a_bad_tensor_in_each_of_two_experts_is_reported_at_the_end_and_other_shards_are_kept(
     lab: Any, connected: Any
 ) -> None:
     raw = lab.make_all()

@@ -35,7 +35,7 @@ def await_held(faults: Any) -> None:
 def check_interrupted(
     store: Path, *, state: str, found: dict[str, str], wanted: dict[str, str]
 ) -> None:
-    """The record tells the end, no claim is left, and each object that has a name is a whole one."""
+    """Check that the run record has an end, no lease is left, and every object is complete."""
     (record,) = (store / "runs" / "tiny").glob("*.status.json")
     assert json.loads(record.read_text())["state"] == state
     assert 0 < len(found) < len(wanted)

@@ -113,9 +113,12 @@ class Network:
             *common,
         ]
         environment = os.environ | {
-            "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_health_check_period_ms": "1000",
-            "RAY_health_check_failure_threshold": "5", "RAY_health_check_timeout_ms": "1000",
-        }  # fmt: skip
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_health_check_period_ms": "1000",
+            "RAY_health_check_failure_threshold": "5",
+            "RAY_health_check_timeout_ms": "1000",
+        }
         self.processes.append(
             subprocess.Popen(
                 command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
@@ -159,7 +162,8 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
 COUNT = """
 import sys, time
 from ray._raylet import GcsClient
-while sum(node.state == 0 for node in GcsClient(address="10.77.0.1:6379").get_all_node_info().values()) < int(sys.argv[1]):
+client = GcsClient(address="10.77.0.1:6379")
+while sum(node.state == 0 for node in client.get_all_node_info().values()) < int(sys.argv[1]):
     time.sleep(0.1)
 """
 

@@ -146,9 +146,7 @@ def test_large_tasks_start_first_and_few_are_in_flight() -> None:
     assert cluster.most == 5, "as many as run at once, and one more"
 
 
-def test_a_lost_attempt_is_repeated_elsewhere_and_one_that_is_lost_each_time_fails_with_its_reason() -> (
-    None
-):
+def test_a_lost_attempt_is_repeated_elsewhere_and_fails_with_its_reason_in_the_end() -> None:
     cluster = ScriptedCluster(
         {("a", 1): "lost", **{("b", number): "lost" for number in range(1, 9)}}, num_nodes=9
     )
@@ -210,9 +208,7 @@ def test_a_task_that_always_hangs_fails_with_the_deadline_in_its_error() -> None
     assert sorted(cluster.cancelled) == [("a", number) for number in range(1, 5)]
 
 
-def test_an_attempt_that_a_lost_node_swallowed_is_handed_out_anew_and_one_that_waits_for_a_core_is_left_alone() -> (
-    None
-):
+def test_an_attempt_of_a_lost_node_is_repeated_and_one_that_waits_for_a_core_is_not() -> None:
     cluster = ScriptedCluster({("a", 1): "swallowed"})
     assert isinstance(run([make_task("a")], cluster, Policy(deadline_seconds=60))["a"], TaskResult)
     assert cluster.clock == 70
@@ -223,9 +219,7 @@ def test_an_attempt_that_a_lost_node_swallowed_is_handed_out_anew_and_one_that_w
     assert busy.clock >= 1000, "it was left alone while the only core was busy"
 
 
-def test_what_was_on_its_way_to_a_node_that_is_gone_is_handed_out_anew_at_once_and_counts_as_no_attempt() -> (
-    None
-):
+def test_a_task_in_transit_to_a_lost_node_is_repeated_and_counts_as_no_attempt() -> None:
     cluster = ScriptedCluster({("a", 1): "astray"})
     assert isinstance(
         run([make_task("a")], cluster, Policy(deadline_seconds=60, max_attempts=1))["a"], TaskResult
@@ -417,7 +411,7 @@ def test_memory_bounds_how_many_tasks_a_node_runs_at_once() -> None:
     assert cluster.now() == pytest.approx(40.0)
 
 
-def test_a_forecast_counts_every_byte_that_the_plan_reads_and_writes_and_halves_with_twice_the_nodes(
+def test_a_forecast_counts_every_byte_of_the_plan_and_halves_with_twice_the_nodes(
     lab: Any,
 ) -> None:
     lab.config |= {"num_hidden_layers": 16}

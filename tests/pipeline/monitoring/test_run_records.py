@@ -1,4 +1,4 @@
-"""Runs as their store knows them: numbered, alive or dead, one at a time where that is asked for."""
+"""Run records in a store: numbered, alive or dead, exclusive where requested."""
 
 from __future__ import annotations
 

@@ -28,7 +28,8 @@ from pathlib import Path
 from mmerge.pipeline import make_plan, read_recipe, run
 from mmerge.pipeline.execution.executor import SerialExecutor
 plan = make_plan(read_recipe(Path(sys.argv[1])))
-run(make_plan(read_recipe(Path(sys.argv[2]))), executor=SerialExecutor(num_threads=1))  # loads everything that is loaded once
+# Loads everything that is loaded only once.
+run(make_plan(read_recipe(Path(sys.argv[2]))), executor=SerialExecutor(num_threads=1))
 def resident():
     fields = dict(line.split(":", 1) for line in open("/proc/self/status") if ":" in line)
     return int(fields["RssAnon"].split()[0]) * 1024
@@ -78,7 +79,7 @@ def test_a_task_takes_no_more_than_was_planned_and_a_large_tensor_no_more_than_a
         found[vocabulary] = measure(lab, {"method": method}, vocabulary)
     taken = {size: numbers["peak"] - numbers["before"] for size, numbers in found.items()}
     assert all(taken[size] <= found[size]["planned"] for size in taken), found
-    # Eight times the entries: only packed masks of one piece may grow, and they are bounded by the size of a piece.
+    # Eight times the entries: only the packed masks of one piece may grow, up to a piece's size.
     masks = 3 * (320_000 - 40_000) * 64 // 8 if method == "mmer" else 0
     assert taken[320_000] <= taken[40_000] + masks + (24 << 20), taken
     assert found[320_000]["planned"] <= found[40_000]["planned"] + masks

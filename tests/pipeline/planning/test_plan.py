@@ -27,8 +27,13 @@ def test_shards_are_layers_and_bytes_are_those_of_the_files(lab: Any) -> None:
         "lm_head",
         "norm",
     ]
-    data = {name: sum(t.numel() * t.element_size() for t in tensors.values()) for name, tensors in {
-        "base": lab.base, **{str(seed): lab.expert_tensors(seed) for seed in range(3)}}.items()}  # fmt: skip
+    data = {
+        name: sum(t.numel() * t.element_size() for t in tensors.values())
+        for name, tensors in {
+            "base": lab.base,
+            **{str(seed): lab.expert_tensors(seed) for seed in range(3)},
+        }.items()
+    }
     assert plan.bytes_in == sum(data.values())
     assert plan.num_parameters == sum(tensor.numel() for tensor in lab.base.values())
 

@@ -39,13 +39,20 @@ def test_a_ties_yaml_becomes_a_recipe_with_mergekits_defaults(tmp_path: Path) ->
         make_yaml(parameters={"int8_mask": True, "lambda": 0.7, "normalize": False}), tmp_path
     )
     assert found == {
-        "method": "ties", "scope": "tensor", "count": "exact", "zero_sign": "positive", "base": "base", "dtype": "bfloat16",
-        "output": "config-composite", "scale": 0.7, "reduction": "sum",
+        "method": "ties",
+        "scope": "tensor",
+        "count": "exact",
+        "zero_sign": "positive",
+        "base": "base",
+        "dtype": "bfloat16",
+        "output": "config-composite",
+        "scale": 0.7,
+        "reduction": "sum",
         "experts": {
             "one": {"path": "org/one", "modality": "text", "weight": 1, "density": 0.5},
             "two": {"path": "org/two", "modality": "text", "weight": 0.5, "density": 1.0},
         },
-    }  # fmt: skip
+    }
     recipe = parse_recipe(found, folder=tmp_path)
     assert recipe.parameters.model_dump()["reduction"] == "sum"
     assert translate(make_yaml(), tmp_path)["reduction"] == "mean"

@@ -50,23 +50,43 @@ def test_paths_start_at_the_recipes_folder_and_defaults_are_filled_in(tmp_path: 
         ({"density": 80}, r"^RecipeError: density: expected a number in \(0, 1\], got 80$"),
         ({"density": 0}, r"density: expected a number in \(0, 1\], got 0"),
         ({"density": "much"}, r"density: expected a number in \(0, 1\], got 'much'"),
-        ({"dens": 0.8}, "dens: unknown key for method 'mmer'; known are method, experts, name, base, output"),
+        (
+            {"dens": 0.8},
+            "dens: unknown key for method 'mmer'; known are method, experts, name, base, output",
+        ),
         ({"scale": 1.0}, "scale: unknown key for method 'mmer'"),
         ({"method": "ties", "mask_scale": 0.5}, "mask_scale: unknown key for method 'ties'"),
         ({"method": "soup"}, "method: there is no 'soup'. Choose one of mmer"),
         ({"experts": {}}, "experts: "),
         ({"experts": {"a": {"path": "a"}}}, "experts.a.modality: is missing"),
-        ({"experts": {"a": {"path": "a", "modality": "image", "density": 80}}}, r"experts.a.density: expected a number in \(0, 1\], got 80"),
-        ({"experts": {"a": {"path": "a", "modality": "image", "weights": 1}}}, "experts.a.weights: unknown key for method 'mmer'; known are path"),
-        ({"experts": {"a": {"path": "x", "modality": "image"}, "b": {"path": "./x", "modality": "audio"}}}, "experts.b.path: .* is expert 'a' already"),
-        ({"experts": {"a": {"path": "base", "modality": "image"}}}, "experts.a.path: .* is the base already"),
+        (
+            {"experts": {"a": {"path": "a", "modality": "image", "density": 80}}},
+            r"experts.a.density: expected a number in \(0, 1\], got 80",
+        ),
+        (
+            {"experts": {"a": {"path": "a", "modality": "image", "weights": 1}}},
+            "experts.a.weights: unknown key for method 'mmer'; known are path",
+        ),
+        (
+            {
+                "experts": {
+                    "a": {"path": "x", "modality": "image"},
+                    "b": {"path": "./x", "modality": "audio"},
+                }
+            },
+            "experts.b.path: .* is expert 'a' already",
+        ),
+        (
+            {"experts": {"a": {"path": "base", "modality": "image"}}},
+            "experts.a.path: .* is the base already",
+        ),
         ({"experts": {"a/b": {"path": "x", "modality": "image"}}}, "no valid name"),
         ({"dtype": "int8"}, "dtype: .*got 'int8'"),
         ({"name": "a/b"}, "name: "),
         ({"template": "no place"}, "template: must hold {text} once"),
         ({"base": 7}, "base: .*got 7"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_refused_with_the_keys_path(
     changes: dict[str, Any], match: str, tmp_path: Path
 ) -> None:

@@ -123,9 +123,15 @@ def recipe(lab: Any) -> dict[str, Any]:
     write_official(lab, "image")
     write_peft(lab, "audio")
     return {
-        "name": "duo", "base": "base", "method": "damc", "output": "store",
-        "experts": {"image": {"path": "image", "modality": "image", "coefficient": 0.7}, "audio": {"path": "audio", "modality": "audio"}},
-    }  # fmt: skip
+        "name": "duo",
+        "base": "base",
+        "method": "damc",
+        "output": "store",
+        "experts": {
+            "image": {"path": "image", "modality": "image", "coefficient": 0.7},
+            "audio": {"path": "audio", "modality": "audio"},
+        },
+    }
 
 
 def build(lab: Any, raw: dict[str, Any]) -> str:

@@ -30,11 +30,19 @@ def media(kind: str, num_tokens: int, seed: int) -> Part:
 
 
 PROMPTS = [
-    [Part.text("w5 w6"), media("image", 5, 1), Part.text("w7"), media("audio", 3, 2), Part.text("w8 w9"), media("image", 2, 3), Part.text("w10")],
+    [
+        Part.text("w5 w6"),
+        media("image", 5, 1),
+        Part.text("w7"),
+        media("audio", 3, 2),
+        Part.text("w8 w9"),
+        media("image", 2, 3),
+        Part.text("w10"),
+    ],
     [media("video", 4, 4), Part.text("w11 w12 w13")],
     [Part.text("w14 w15 w16 w17")],
     [media("audio", 6, 5), media("video", 1, 6), media("image", 1, 7)],
-]  # fmt: skip
+]
 
 
 class Family:

@@ -219,7 +219,7 @@ def test_parts_of_weights_and_masks_put_together_are_the_whole(
 
 
 class PickyRanks(Ranks):
-    """Rank 1 of two, which owns everything; notes how many parts are alive whenever one is taken."""
+    """Rank 1 of two, which owns everything; counts live parts whenever one is taken."""
 
     rank, num_ranks = 1, 2
 

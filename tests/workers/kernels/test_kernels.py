@@ -162,9 +162,15 @@ def make_reference(
     shaped = {"entry": (-1,), "row": (-1, columns), "tensor": shape}[granularity]
     base, *values = (row.float().reshape(shaped) for row in rows)
     block = Block(
-        base, values, thresholds, TORCH_DTYPES[dtype], name="weight", start=0, shape=shape,
+        base,
+        values,
+        thresholds,
+        TORCH_DTYPES[dtype],
+        name="weight",
+        start=0,
+        shape=shape,
         expert_names=tuple(f"expert{index}" for index in range(len(experts))),
-    )  # fmt: skip
+    )
     for stage in method.stages(parameters, experts):
         measured = method.measure_block(block, parameters, experts, stage=stage.name)
         block = replace(

@@ -37,18 +37,14 @@ def compare(device: str, **environment: str) -> int:
 
 
 @needs_triton
-def test_the_interpreted_kernel_equals_the_reference_for_all_dtypes_odd_shapes_and_numbers_of_experts() -> (
-    None
-):
+def test_the_interpreted_kernel_equals_the_reference_for_all_dtypes_and_odd_shapes() -> None:
     assert compare("cpu", TRITON_INTERPRET="1") == NUM_CASES
 
 
 @pytest.mark.gpu
 @needs_triton
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_the_kernel_on_a_gpu_equals_the_reference_for_all_dtypes_odd_shapes_and_numbers_of_experts() -> (
-    None
-):
+def test_the_kernel_on_a_gpu_equals_the_reference_for_all_dtypes_and_odd_shapes() -> None:
     assert compare("cuda") == NUM_CASES
 
 

@@ -23,16 +23,21 @@ def _slerp(params: dict[str, Any]) -> dict[str, Any]:
 def _nuslerp(params: dict[str, Any]) -> dict[str, Any]:
     along = "tensor" if params["flatten"] else "columns" if params["row_wise"] else "rows"
     return {
-        "method": "nuslerp", "along": along, "origin": "base" if params["base"] else "zero",
-        "experts": [params["first"], params["second"]], "each": [{"weight": weight} for weight in params["weights"]],
-    }  # fmt: skip
+        "method": "nuslerp",
+        "along": along,
+        "origin": "base" if params["base"] else "zero",
+        "experts": [params["first"], params["second"]],
+        "each": [{"weight": weight} for weight in params["weights"]],
+    }
 
 
 def _multislerp(params: dict[str, Any]) -> dict[str, Any]:
     return {
-        "method": "multislerp", "origin": "base" if params["base"] else "zero", "normalize": params["normalize_weights"],
+        "method": "multislerp",
+        "origin": "base" if params["base"] else "zero",
+        "normalize": params["normalize_weights"],
         "each": [{"weight": weight} for weight in params["weights"]],
-    }  # fmt: skip
+    }
 
 
 def _optmerge(params: dict[str, Any]) -> dict[str, Any]:
@@ -48,17 +53,25 @@ def _optmerge(params: dict[str, Any]) -> dict[str, Any]:
 def _swudi(params: dict[str, Any]) -> dict[str, Any]:
     time = params["exp_time"] if params["filter_type"] == "exponential" else None
     return {
-        "method": "swudi", "time": time, "rank_ratio": params["truncate_rank_ratio"], "start": params["init_mode"],
-        "min_eigenvalue": params["min_eigenvalue"], "scale": params["scaling_coefficient"],
-    }  # fmt: skip
+        "method": "swudi",
+        "time": time,
+        "rank_ratio": params["truncate_rank_ratio"],
+        "start": params["init_mode"],
+        "min_eigenvalue": params["min_eigenvalue"],
+        "scale": params["scaling_coefficient"],
+    }
 
 
 def _aswudi(params: dict[str, Any]) -> dict[str, Any]:
     time = params["exp_time"] if params["filter_type"] == "exponential" else None
     return {
-        "method": "aswudi", "time": time, "rank_rule": params["auto_rank_method"], "start": params["init_mode"],
-        "min_eigenvalue": params["min_eigenvalue"], "scale": params["scaling_coefficient"],
-    }  # fmt: skip
+        "method": "aswudi",
+        "time": time,
+        "rank_rule": params["auto_rank_method"],
+        "start": params["init_mode"],
+        "min_eigenvalue": params["min_eigenvalue"],
+        "scale": params["scaling_coefficient"],
+    }
 
 
 def _adamms(params: dict[str, Any]) -> dict[str, Any]:
@@ -73,9 +86,13 @@ def _adamms(params: dict[str, Any]) -> dict[str, Any]:
 
 def _neuron_fusion(params: dict[str, Any]) -> dict[str, Any]:
     return {
-        "method": "neuron_fusion", "keep_ratio": params["keep_ratio"], "suppress": params["suppress"], "restore": params["restore_norm"],
-        "query_key": "neuron" if params["qk"] == "unit" else "expert", "experts": [params["tuned"]],
-    }  # fmt: skip
+        "method": "neuron_fusion",
+        "keep_ratio": params["keep_ratio"],
+        "suppress": params["suppress"],
+        "restore": params["restore_norm"],
+        "query_key": "neuron" if params["qk"] == "unit" else "expert",
+        "experts": [params["tuned"]],
+    }
 
 
 RECIPES = {

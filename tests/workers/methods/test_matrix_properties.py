@@ -222,9 +222,11 @@ def resident():
 torch.set_num_threads(1)
 method, shape, num_experts = find_method(sys.argv[1]), (900, 1000), 3
 torch.linalg.svd(torch.randn(30, 20)), torch.linalg.eigh(torch.eye(20))
-numbers = method.parameters_model(**({"iterations": 3} if sys.argv[1] in ("wudi", "optmerge") else {}))
+few_steps = {"iterations": 3} if sys.argv[1] in ("wudi", "optmerge") else {}
+numbers = method.parameters_model(**few_steps)
 base = torch.randn(shape)
-block = Block(base, [base + 0.01 * torch.randn(shape) for _ in range(num_experts)], (), torch.float32, "model.layers.0.mlp.up_proj.weight", 0, shape)
+experts = [base + 0.01 * torch.randn(shape) for _ in range(num_experts)]
+block = Block(base, experts, (), torch.float32, "model.layers.0.mlp.up_proj.weight", 0, shape)
 before, peak, done = resident(), [0], threading.Event()
 
 def watch():

@@ -13,23 +13,51 @@ from hypothesis import strategies as st
 from one_tensor import merge_tensor
 
 ALL = {
-    "mmer": {}, "tall_masks": {}, "emr": {}, "naive_mc": {}, "linear": {}, "task_arithmetic": {"scale": 0.5}, "ties": {"density": 0.6},
-    "dare_linear": {"density": 0.5}, "dare_ties": {"density": 0.5, "rescale": "norm"}, "della": {}, "della_linear": {"rescale": "norm"},
-    "breadcrumbs": {"density": 0.5, "gamma": 0.1}, "breadcrumbs_ties": {"density": 0.5, "gamma": 0.1}, "sce": {"select_topk": 0.5},
-    "pcb": {}, "consensus": {}, "ram": {}, "ram_plus": {},
-}  # fmt: skip
+    "mmer": {},
+    "tall_masks": {},
+    "emr": {},
+    "naive_mc": {},
+    "linear": {},
+    "task_arithmetic": {"scale": 0.5},
+    "ties": {"density": 0.6},
+    "dare_linear": {"density": 0.5},
+    "dare_ties": {"density": 0.5, "rescale": "norm"},
+    "della": {},
+    "della_linear": {"rescale": "norm"},
+    "breadcrumbs": {"density": 0.5, "gamma": 0.1},
+    "breadcrumbs_ties": {"density": 0.5, "gamma": 0.1},
+    "sce": {"select_topk": 0.5},
+    "pcb": {},
+    "consensus": {},
+    "ram": {},
+    "ram_plus": {},
+}
 """Every method of this file's kind, with numbers that make it do something."""
 RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 MASKS = ("mmer", "tall_masks", "emr")
 WHOLE: dict[str, dict[str, Any]] = {
-    "naive_mc": {}, "linear": {}, "task_arithmetic": {}, "ties": {"density": 1}, "dare_linear": {"density": 1}, "dare_ties": {"density": 1},
-    "della": {"density": 1}, "della_linear": {"density": 1}, "breadcrumbs": {"density": 1}, "breadcrumbs_ties": {"density": 1}, "sce": {},
-    "consensus": {"agreement": 1}, "ram": {"epsilon": 0}, "ram_plus": {"epsilon": 0},
-}  # fmt: skip
+    "naive_mc": {},
+    "linear": {},
+    "task_arithmetic": {},
+    "ties": {"density": 1},
+    "dare_linear": {"density": 1},
+    "dare_ties": {"density": 1},
+    "della": {"density": 1},
+    "della_linear": {"density": 1},
+    "breadcrumbs": {"density": 1},
+    "breadcrumbs_ties": {"density": 1},
+    "sce": {},
+    "consensus": {"agreement": 1},
+    "ram": {"epsilon": 0},
+    "ram_plus": {"epsilon": 0},
+}
 """Numbers with which a method keeps all of a single expert."""
 AVERAGING: dict[str, dict[str, Any]] = {
     name: WHOLE[name] for name in ("naive_mc", "linear", "ties", "sce", "ram", "ram_plus")
-} | {"breadcrumbs_ties": {"density": 1, "reduction": "mean"}, "task_arithmetic": {"normalize": True}}  # fmt: skip
+} | {
+    "breadcrumbs_ties": {"density": 1, "reduction": "mean"},
+    "task_arithmetic": {"normalize": True},
+}
 NOT_HOMOGENEOUS = ("pcb", "ram", "ram_plus")
 """Methods that compare task vectors with an absolute size: a tanh, an epsilon."""
 seeds = st.integers(0, 10**6)

@@ -1,4 +1,4 @@
-"""Weights formed while they are read are those that a loop over entries forms from what is stored."""
+"""Weights formed while reading equal those of a loop over the stored entries."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def form_entry_by_entry(
     divisor: float,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """base + (Σ factorⱼ·maskⱼ / divisor)·delta in float32, one entry after the other, rounded once."""
+    """Return base + (Σ factorⱼ·maskⱼ / divisor)·delta, float32, entry by entry, rounded once."""
     out = torch.empty(base.numel(), dtype=torch.float32)
     flat = [
         base.float().reshape(-1).tolist(),

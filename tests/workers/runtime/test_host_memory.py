@@ -1,4 +1,4 @@
-"""Memory that is freed goes back to the system where a rank asks for that, gaps between what stays included."""
+"""Freed memory returns to the system on request, gaps between live blocks included."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ LARGE_SCRIPT = """
 import torch
 from mmerge.workers.runtime.host_memory import LARGE_PAGE_BYTES, empty_host, resident_bytes
 
-sizes = [2 * LARGE_PAGE_BYTES + LARGE_PAGE_BYTES // 4] * 16  # the last large page of each would be filled to a quarter
+# The last large page of each size would be filled to a quarter.
+sizes = [2 * LARGE_PAGE_BYTES + LARGE_PAGE_BYTES // 4] * 16
 empty_host((LARGE_PAGE_BYTES,), torch.uint8).fill_(1)
 before = resident_bytes("VmRSS")
 kept = [empty_host((size,), torch.uint8).fill_(1) for size in sizes]
@@ -90,7 +91,8 @@ from mmerge.workers.runtime.host_memory import REGION_BYTES, SharedPages, reside
 pages = SharedPages()
 pages.empty((1,), torch.uint8).fill_(1)
 before = resident_bytes("VmRSS")
-kept = [pages.empty((500, 701), torch.uint8).fill_(1) for _ in range(300)]  # 105 MB, of which none fills a page
+# 105 MB in tensors that are smaller than a page.
+kept = [pages.empty((500, 701), torch.uint8).fill_(1) for _ in range(300)]
 kept.append(pages.empty((6 << 20,), torch.uint8).fill_(1))
 held = sum(tensor.nbytes for tensor in kept)
 found = resident_bytes("VmRSS") - before

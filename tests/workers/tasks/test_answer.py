@@ -74,9 +74,19 @@ def test_a_finished_task_is_not_answered_again(
 ) -> None:
     store = open_store(str(tmp_path), create=True)
     task = AnswerTask(
-        key="0" * 64, shard="m/0", model=f"{lab_store}#mmer", expert=None, prompts=tuple(tuple(p) for p in prompts(composite)), targets=None,
-        max_new_tokens=4, batch_size=1, encoders=(), device="cpu", num_bytes=7, peak_bytes=7,
-    )  # fmt: skip
+        key="0" * 64,
+        shard="m/0",
+        model=f"{lab_store}#mmer",
+        expert=None,
+        prompts=tuple(tuple(p) for p in prompts(composite)),
+        targets=None,
+        max_new_tokens=4,
+        batch_size=1,
+        encoders=(),
+        device="cpu",
+        num_bytes=7,
+        peak_bytes=7,
+    )
     assert not answer_prompts(task, store).reused
     first = read_answers(store, task.key)
     assert all(isinstance(answer, Answer) for answer in first)
