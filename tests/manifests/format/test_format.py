@@ -1,4 +1,4 @@
-"""The public description of the format, and the schema that is checked in, are those of the code."""
+"""FORMAT.md and the schema describe the code, and every door to a store checks its input."""
 
 from __future__ import annotations
 
