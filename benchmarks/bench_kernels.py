@@ -12,7 +12,7 @@ import torch
 
 from mmerge.manifests.format.safetensors_header import TensorSpec
 from mmerge.workers.checkpoints.block_reader import InputBlock
-from mmerge.workers.checkpoints.checkpoint import TensorSource
+from mmerge.workers.checkpoints.sources import TensorSource
 from mmerge.workers.compiled.interface import PathRequest
 from mmerge.workers.compiled.registry import FAST_PATHS, find_fast_path
 from mmerge.workers.kernels.magnitudes import first_non_finite

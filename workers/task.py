@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from mmerge.manifests.format.entry import Role
 from mmerge.manifests.stores.base import DeferredCommit
-from mmerge.workers.checkpoints.checkpoint import TensorSource
+from mmerge.workers.checkpoints.sources import TensorSource
 from mmerge.workers.methods.interface import Granularity, Known, Numbers
 from mmerge.workers.modalities.prompt import Part
 

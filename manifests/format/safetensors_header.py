@@ -19,7 +19,7 @@ MAX_HEADER_BYTES = 100_000_000
 """The limit of the format itself."""
 
 DTYPE_BYTES: Mapping[str, int] = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
 """Bytes per entry of each safetensors dtype that is read and written here."""
@@ -131,7 +131,10 @@ def _parse_spec(name: str, entry: object, *, start: int, where: str) -> TensorSp
         raise refuse("its header entry must hold dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise refuse(f"dtype {dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
+        raise CheckpointError(
+            f"{where}: {name}: dtype {dtype!r} is not one of {', '.join(DTYPE_BYTES)}, so its values"
+            " cannot be read. Save the checkpoint with one of these dtypes"
+        )
     if not _is_sizes(shape):
         raise refuse(f"shape {shape!r} is no list of sizes")
     if not _is_sizes(offsets) or len(offsets) != 2:

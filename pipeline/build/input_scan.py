@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from mmerge.manifests.digest import digest_json
 from mmerge.manifests.format.manifest import FileEntry
 from mmerge.pipeline.planning.plan import CopyShard, MergePlan, MergeShard
-from mmerge.workers.checkpoints.checkpoint import TensorSource, identity_digest
+from mmerge.workers.checkpoints.sources import TensorSource, identity_digest
 from mmerge.workers.task import CopyTensor, SurveyTask, TensorTask
 from mmerge.workers.tasks.scan_cache import ScanResult, piece_name
 

@@ -9,13 +9,14 @@ from typing import Any
 from mmerge.manifests.errors import CheckpointError, RecipeError, ShapeMismatch
 from mmerge.manifests.format.manifest import AdapterRecord
 from mmerge.pipeline.recipes.recipe import Recipe
-from mmerge.workers.checkpoints.checkpoint import Checkpoint, TensorSource
+from mmerge.workers.checkpoints.checkpoint import Checkpoint
 from mmerge.workers.checkpoints.lora_adapter import (
     DEFAULT_ADAPTER,
     AdapterCheckpoint,
     AdapterFolder,
     AdapterPair,
 )
+from mmerge.workers.checkpoints.sources import TensorSource
 
 _OTHER_NAMES = {"image": ("vision",), "vision": ("image",), "point": ("point_cloud", "pointcloud")}
 """How adapters of a modality are called beside its own name."""

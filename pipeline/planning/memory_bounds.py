@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from mmerge.manifests.errors import RecipeError
 from mmerge.manifests.format.safetensors_header import DTYPE_BYTES
 from mmerge.manifests.stores.writer import WRITER_BUFFER_BYTES, WRITER_CONCURRENCY
-from mmerge.workers.checkpoints.checkpoint import LowRankSource, ahead_bytes
 from mmerge.workers.checkpoints.lora_weights import TILE_ROWS
+from mmerge.workers.checkpoints.sources import BlockScaledSource, LowRankSource, ahead_bytes
 from mmerge.workers.compiled.registry import FAST_PATHS
 from mmerge.workers.methods.interface import Granularity, Method, entries_at_once, num_columns
 from mmerge.workers.reconstruction.bitmask import packed_bytes
@@ -91,15 +91,23 @@ def _forming_bytes(tensor: TensorTask, block_entries: int) -> int:
     tiles reach over the block.
     """
     adapters = [source for source in tensor.experts if isinstance(source, LowRankSource)]
-    if not adapters:
+    sources = (tensor.base, *tensor.experts, *(adapter.base for adapter in adapters))
+    scaled = [source for source in sources if isinstance(source, BlockScaledSource)]
+    if not adapters and not scaled:
         return 0
     shape = tensor.base.spec.shape
     entries = min(
         entries_at_once(shape, block_entries, granularity=tensor.granularity), tensor.num_entries
     )
-    return (
-        sum(adapter.factor_bytes for adapter in adapters) + 24 * entries + 16 * TILE_ROWS * shape[1]
-    )
+    forming = 0
+    if adapters:
+        forming += sum(adapter.factor_bytes for adapter in adapters)
+        forming += 24 * entries + 16 * TILE_ROWS * shape[1]
+    if scaled:
+        forming += sum(source.scale_bytes for source in scaled)
+        # Whole rows of scales, one per entry, reach over the block on either side.
+        forming += 24 * entries + 16 * shape[-1]
+    return forming
 
 
 def process_bytes(peaks: Iterable[int]) -> int:

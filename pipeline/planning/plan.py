@@ -25,9 +25,10 @@ from mmerge.pipeline.planning.memory_bounds import (
 )
 from mmerge.pipeline.planning.tensor_layout import CarriedTensor, Layout, SharedTensor, make_layout
 from mmerge.pipeline.recipes.recipe import Recipe, pin_recipe
-from mmerge.workers.checkpoints.checkpoint import Checkpoint, TensorSource, ahead_bytes
+from mmerge.workers.checkpoints.checkpoint import Checkpoint
 from mmerge.workers.checkpoints.dtypes import NAMED_DTYPES
 from mmerge.workers.checkpoints.lora_adapter import open_expert
+from mmerge.workers.checkpoints.sources import BlockScaledSource, TensorSource, ahead_bytes
 from mmerge.workers.families.registry import is_before_layers
 from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Granularity, Kind, Numbers
@@ -243,8 +244,9 @@ def _make_adapters_plan(
 def _base_dtype(base: Checkpoint) -> str:
     counted: dict[str, int] = {}
     for source in base.tensors.values():
-        if source.spec.dtype in FLOAT_DTYPES:
-            counted[source.spec.dtype] = counted.get(source.spec.dtype, 0) + source.spec.num_bytes
+        stored = source.weights if isinstance(source, BlockScaledSource) else source
+        if stored.spec.dtype in FLOAT_DTYPES:
+            counted[stored.spec.dtype] = counted.get(stored.spec.dtype, 0) + stored.spec.num_bytes
     if not counted:
         raise CheckpointError(f"base: {base.uri} has no floating-point tensors to merge")
     dtype = max(sorted(counted), key=lambda name: counted[name])

@@ -10,7 +10,8 @@ from fnmatch import fnmatchcase
 
 from mmerge.manifests.errors import CheckpointError, ShapeMismatch
 from mmerge.manifests.format.safetensors_header import FLOAT_DTYPES
-from mmerge.workers.checkpoints.checkpoint import Checkpoint, TensorSource
+from mmerge.workers.checkpoints.checkpoint import Checkpoint
+from mmerge.workers.checkpoints.sources import TensorSource
 from mmerge.workers.families.interface import Family
 
 _COMPARED_CONFIG_KEYS = (

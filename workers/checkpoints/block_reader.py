@@ -21,11 +21,12 @@ from typing_extensions import override
 from mmerge.manifests.format.safetensors_header import DTYPE_BYTES
 from mmerge.manifests.stores.local_file import ForwardFileReader, LocalFile
 from mmerge.manifests.stores.open import open_readable_store
-from mmerge.workers.checkpoints.checkpoint import (
+from mmerge.workers.checkpoints.reading import read_source
+from mmerge.workers.checkpoints.sources import (
+    BlockScaledSource,
     LowRankSource,
     OpenStores,
     TensorSource,
-    read_source,
 )
 from mmerge.workers.kernels.tiles import CODES
 
@@ -159,7 +160,7 @@ class InputReader:
         return room
 
     def _open(self, source: TensorSource) -> _Stream:
-        if isinstance(source, LowRankSource):
+        if isinstance(source, (LowRankSource, BlockScaledSource)):
             return _SourceStream(self._stores, source)
         store = self._stores.get(source.uri)
         if store is None:

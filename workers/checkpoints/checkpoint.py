@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
 from functools import cached_property
 from typing import Any
 
-from mmerge.manifests.digest import digest_json, parse_json
+from mmerge.manifests.digest import parse_json
 from mmerge.manifests.errors import CheckpointError, NotFound, StoreError
 from mmerge.manifests.format.safetensors_header import TensorSpec, header_length, parse_header
-from mmerge.manifests.stores.base import ReadableStore
-from mmerge.manifests.stores.open import open_readable_store, prefetch_bytes
+from mmerge.manifests.stores.open import open_readable_store
+from mmerge.workers.checkpoints.quantization import (
+    dequantise,
+    has_quantization,
+    without_quantization,
+)
+from mmerge.workers.checkpoints.sources import TensorSource
 from mmerge.workers.families.interface import Family
 from mmerge.workers.families.registry import find_family, text_config_of
 
@@ -23,78 +27,6 @@ Code does not.
 """
 MAX_SMALL_FILE_BYTES = 64 << 20
 _FIRST_READ_BYTES = 1 << 16
-
-
-@dataclass(frozen=True)
-class TensorSource:
-    """Where the bytes of one tensor lie: checkpoint, file, offset. Pure data; tasks carry it."""
-
-    uri: str
-    file: str
-    spec: TensorSpec
-
-    def to_rows(self, row_start: int, row_stop: int) -> TensorSource:
-        """Return the source of some of the tensor's rows (its first dimension); a scalar counts as
-        one row.
-        """
-        shape = self.spec.shape or (1,)
-        row_bytes = self.spec.num_bytes // shape[0] if shape[0] else 0
-        spec = TensorSpec(
-            name=self.spec.name,
-            dtype=self.spec.dtype,
-            shape=(row_stop - row_start, *shape[1:]),
-            offset=self.spec.offset + row_start * row_bytes,
-            num_bytes=(row_stop - row_start) * row_bytes,
-        )
-        return TensorSource(self.uri, self.file, spec)
-
-
-@dataclass(frozen=True)
-class LowRankSource(TensorSource):
-    """The weights that a LoRA adapter makes of a Linear: θ₀ + scale·B·A, float32, formed where a
-    task reads them.
-
-    `uri` and `file` are the adapter's; `spec` describes the rows formed, as if they lay in a file
-    as float32.
-    """
-
-    base: TensorSource
-    """The same rows of the base's weights."""
-    a: TensorSource
-    """[rank, in]."""
-    b: TensorSource
-    """[out, rank], all rows of the matrix."""
-    scale: float
-    first_row: int = 0
-    """Which row of the matrix the first one here is."""
-
-    def to_rows(self, row_start: int, row_stop: int) -> LowRankSource:
-        """Return the source of some of the rows."""
-        return LowRankSource(
-            uri=self.uri,
-            file=self.file,
-            spec=TensorSource.to_rows(self, row_start, row_stop).spec,
-            base=self.base.to_rows(row_start, row_stop),
-            a=self.a,
-            b=self.b,
-            scale=self.scale,
-            first_row=self.first_row + row_start,
-        )
-
-    @property
-    def factor_bytes(self) -> int:
-        """Bytes of both factors as read and widened to float32: what a task holds of them."""
-        return sum(
-            factor.spec.num_bytes + 4 * factor.spec.num_entries for factor in (self.a, self.b)
-        )
-
-
-class OpenStores(dict[str, ReadableStore]):
-    """Checkpoints that a task has opened, and the adapter factors that it has read."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.factors: dict[TensorSource, Any] = {}
 
 
 class Checkpoint:
@@ -117,7 +49,14 @@ class Checkpoint:
             ) from error
         except StoreError as error:
             raise CheckpointError(f"{owner}: {Exception.__str__(error)}") from error
-        self.config = self._read_json("config.json", missing="a Hugging Face checkpoint has one")
+        try:
+            self.config = self._read_json(
+                "config.json", missing="a Hugging Face checkpoint has one"
+            )
+        except CheckpointError as error:
+            if isinstance(error.__cause__, NotFound):
+                self._refuse_gguf()
+            raise
 
     @cached_property
     def tensors(self) -> dict[str, TensorSource]:
@@ -132,7 +71,8 @@ class Checkpoint:
                     " there. Fetch the checkpoint again"
                 )
             found |= {name: TensorSource(self.uri, file, specs[name]) for name in names or specs}
-        return dict(sorted(found.items()))
+        weights = dequantise(found, self.config, where=f"{self.owner}: {self.uri}")
+        return dict(sorted(weights.items()))
 
     @property
     def identity(self) -> dict[str, str]:
@@ -182,6 +122,10 @@ class Checkpoint:
                     f" weights are copied up to {MAX_SMALL_FILE_BYTES:,}. Move it elsewhere"
                 )
             files[name] = self._store.read(name)
+        if "config.json" in files and has_quantization(self.config):
+            # What is read, merged and exported are plain weights.
+            plain = without_quantization(self.config)
+            files["config.json"] = json.dumps(plain, indent=2, sort_keys=True).encode() + b"\n"
         return files
 
     def _weight_files(self) -> dict[str, list[str] | None]:
@@ -211,10 +155,21 @@ class Checkpoint:
             return files
         if self._store.exists(SINGLE_FILE):
             return {SINGLE_FILE: None}
+        self._refuse_gguf()
         raise CheckpointError(
             f"{self.owner}: {self.uri} has neither {SINGLE_FILE} nor {INDEX_FILE}. "
             "Only safetensors are read: save the model with safe_serialization=True"
         )
+
+    def _refuse_gguf(self) -> None:
+        """Raise CheckpointError where the weights lie in GGUF files."""
+        file = next((name for name in self._store.list() if name.endswith(".gguf")), None)
+        if file is not None:
+            raise CheckpointError(
+                f"{self.owner}: {self.uri} holds its weights as GGUF ({file}), which is not read."
+                " Give the checkpoint from which it was converted, or convert it back"
+                " (transformers: from_pretrained with gguf_file, save_pretrained)"
+            )
 
     def _read_header(self, file: str) -> dict[str, TensorSpec]:
         where = f"{self.owner}: {self.uri}/{file}"
@@ -251,46 +206,3 @@ class Checkpoint:
         if not isinstance(value, dict):
             raise CheckpointError(f"{where}: is no JSON object. Fetch the checkpoint again")
         return value
-
-
-def identity_digest(identities: dict[str, dict[str, str]], source: TensorSource) -> str:
-    """Return the digest of a tensor's place in files of these identities (by URI and file): equal
-    while none is replaced.
-    """
-    if isinstance(source, LowRankSource):
-        parts = [identity_digest(identities, part) for part in (source.base, source.a, source.b)]
-        return digest_json([*parts, source.scale.hex(), source.first_row])
-    identity = identities[source.uri]
-    return digest_json(
-        [source.uri, source.file, identity[source.file], source.spec.offset, source.spec.num_bytes]
-    )
-
-
-def ahead_bytes(sources: Sequence[TensorSource]) -> int:
-    """Return the most that is held in memory to read these tensors ahead of a task: something only
-    for what lies behind a network.
-    """
-    return sum(prefetch_bytes(uri) for uri in {source.uri for source in sources})
-
-
-def read_source(
-    source: TensorSource, *, stores: dict[str, ReadableStore], offset: int, num_bytes: int
-) -> memoryview:
-    """Return `num_bytes` bytes of a tensor, `offset` bytes from its start. `stores` keeps opened
-    checkpoints.
-    """
-    if isinstance(source, LowRankSource):
-        from mmerge.workers.checkpoints.lora_weights import read_low_rank
-
-        return read_low_rank(source, stores, start=offset // 4, stop=(offset + num_bytes) // 4)
-    store = stores.get(source.uri)
-    if store is None:
-        store = stores[source.uri] = open_readable_store(source.uri)
-    begin = source.spec.offset
-    return store.read_forward(
-        source.file,
-        offset=begin + offset,
-        num_bytes=num_bytes,
-        start=begin,
-        stop=begin + source.spec.num_bytes,
-    )

@@ -18,13 +18,8 @@ from typing_extensions import override
 from mmerge.manifests.errors import CheckpointError, NotFound, ShapeMismatch, StoreError
 from mmerge.manifests.stores.base import ReadableStore
 from mmerge.manifests.stores.open import open_readable_store
-from mmerge.workers.checkpoints.checkpoint import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    Checkpoint,
-    LowRankSource,
-    TensorSource,
-)
+from mmerge.workers.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
+from mmerge.workers.checkpoints.sources import LowRankSource, TensorSource
 from mmerge.workers.checkpoints.torch_pickle import read_pickled_specs
 
 CONFIG_FILE = "adapter_config.json"

@@ -7,15 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from mmerge.manifests.stores.base import ReadableStore
-from mmerge.workers.checkpoints.checkpoint import (
-    LowRankSource,
-    OpenStores,
-    TensorSource,
-    read_source,
-)
-from mmerge.workers.checkpoints.dtypes import to_bytes, to_tensor
-
 TILE_ROWS = 8
 """Rows whose product is formed at once, counted from the matrix's first row: so a value does not
 depend on the block it is in.
@@ -39,46 +30,6 @@ def low_rank_rows(
         (b[start : start + TILE_ROWS] @ a) * scale for start in range(first, row_stop, TILE_ROWS)
     ]
     return torch.cat(tiles)[row_start - first : row_stop - first]
-
-
-def read_low_rank(
-    source: LowRankSource, stores: dict[str, ReadableStore], *, start: int, stop: int
-) -> memoryview:
-    """Return the bytes (float32) of entries `start` to `stop` of the weights that a source
-    describes.
-    """
-    width = source.spec.shape[1]
-    row_start, row_stop = start // width, -(-stop // width)
-    factors = [_read_factor(factor, stores) for factor in (source.a, source.b)]
-    product = low_rank_rows(
-        factors[0],
-        factors[1],
-        scale=source.scale,
-        row_start=source.first_row + row_start,
-        row_stop=source.first_row + row_stop,
-    )
-    entry_bytes = source.base.spec.num_bytes // source.base.spec.num_entries
-    data = read_source(
-        source.base,
-        stores=stores,
-        offset=start * entry_bytes,
-        num_bytes=(stop - start) * entry_bytes,
-    )
-    base = to_tensor(data, source.base.spec.dtype).to(torch.float32)
-    return to_bytes(
-        base + product.reshape(-1)[start - row_start * width : stop - row_start * width]
-    )
-
-
-def _read_factor(source: TensorSource, stores: dict[str, ReadableStore]) -> torch.Tensor:
-    kept = stores.factors if isinstance(stores, OpenStores) else {}
-    if source not in kept:
-        data = read_source(source, stores=stores, offset=0, num_bytes=source.spec.num_bytes)
-        kept[source] = (
-            to_tensor(data, source.spec.dtype).to(torch.float32).reshape(source.spec.shape)
-        )
-    found: torch.Tensor = kept[source]
-    return found
 
 
 @dataclass(frozen=True)

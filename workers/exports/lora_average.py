@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 
 from mmerge.manifests.errors import RecipeError, ShapeMismatch, StoreError
-from mmerge.workers.checkpoints.checkpoint import OpenStores, TensorSource, read_source
 from mmerge.workers.checkpoints.dtypes import to_tensor
 from mmerge.workers.checkpoints.lora_adapter import (
     CONFIG_FILE,
@@ -20,6 +19,8 @@ from mmerge.workers.checkpoints.lora_adapter import (
     WEIGHT_FILES,
     AdapterFolder,
 )
+from mmerge.workers.checkpoints.reading import read_source
+from mmerge.workers.checkpoints.sources import OpenStores, TensorSource
 from mmerge.workers.methods.lora_factors import STRATEGIES, average_lora
 from mmerge.workers.runtime.cores import one_thread
 

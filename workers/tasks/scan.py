@@ -15,8 +15,8 @@ from mmerge.manifests.errors import NonFiniteError
 from mmerge.manifests.format.safetensors_header import DTYPE_BYTES, FLOAT_DTYPES
 from mmerge.manifests.stores.base import Store
 from mmerge.workers.checkpoints.block_reader import InputBlock, InputReader
-from mmerge.workers.checkpoints.checkpoint import TensorSource
 from mmerge.workers.checkpoints.dtypes import to_tensor
+from mmerge.workers.checkpoints.sources import TensorSource
 from mmerge.workers.kernels.magnitudes import first_non_finite
 from mmerge.workers.statistics.magnitude_histograms import MagnitudeCounter, count_lower
 from mmerge.workers.task import (

@@ -18,13 +18,13 @@ from input_blocks import make_block
 
 from mmerge.manifests.format.safetensors_header import TensorSpec
 from mmerge.workers.checkpoints.block_reader import InputBlock
-from mmerge.workers.checkpoints.checkpoint import TensorSource
 from mmerge.workers.checkpoints.dtypes import (
     SAFETENSORS_DTYPES,
     TORCH_DTYPES,
     to_bytes,
     with_one_nan,
 )
+from mmerge.workers.checkpoints.sources import TensorSource
 from mmerge.workers.compiled.inner_products import VECTORS, measure_gram
 from mmerge.workers.compiled.interface import FastPath, MaskPath, PathRequest
 from mmerge.workers.compiled.registry import FAST_PATHS, find_fast_path
