@@ -41,7 +41,6 @@ from transformers.utils import logging
 
 from mmerge.pipeline import Composite, load_composite, make_plan, read_recipe, run
 from mmerge.workers.reconstruction.build_reader import BuildReader
-from mmerge.workers.runtime.host_memory import empty_host
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_EXPERTS = 3
@@ -201,14 +200,11 @@ def drop_from_cache(folder: Path) -> None:
 
 
 def fresh_memory(num_bytes: int, *, large_pages: bool) -> Any:
-    """Return uint8 [num_bytes] in ordinary pages that the process never touched, or as the loader
-    gets it: in large ones where it is large.
-    """
+    """Return uint8 [num_bytes] that the process never touched, in ordinary or in huge pages."""
+    mapped = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if large_pages:
-        return empty_host((num_bytes,), torch.uint8).numpy()
-    return np.frombuffer(
-        mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8
-    )[:num_bytes]
+        mapped.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(mapped, np.uint8)[:num_bytes]
 
 
 def read_raw(
@@ -263,9 +259,8 @@ def measure_loading(
     """Loading against reading the same ranges, and against safetensors and transformers for a plain
     checkpoint.
 
-    The raw side reads into fresh memory, as the model's is: in ordinary pages, what a plain read
-    gets, and in large ones, which the loader asks for; each with 1, 2 and 4 threads, of which the
-    best counts.
+    The raw side reads into fresh memory, as the loader does, in ordinary and in huge pages; each
+    with 1, 2 and 4 threads, of which the best counts.
     """
     rows = list(BuildReader(uri).rows())
     num_bytes = sum(row.num_bytes for row in rows)

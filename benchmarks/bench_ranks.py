@@ -23,7 +23,7 @@ from typing import Any
 from bench_composite import ROOT, SHAPES, build
 
 from mmerge.pipeline import load_composite
-from mmerge.workers.composite.process_group import open_ranks
+from mmerge.workers.composite.process_group import open_process_group
 from mmerge.workers.reconstruction.build_reader import BuildReader
 
 MIB = 1 << 20
@@ -97,9 +97,9 @@ def measure(uri: str, num_ranks: int) -> dict[str, Any]:
 
 def load(uri: str, target: str) -> None:
     """Load as the rank that torchrun made of this process."""
-    ranks = open_ranks()
-    composite = load_composite(uri, ranks=ranks)
-    if ranks.rank == 0:
+    group = open_process_group()
+    composite = load_composite(uri, group=group)
+    if group.rank == 0:
         model = composite.language_model
         tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
         held = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -111,7 +111,7 @@ def load(uri: str, target: str) -> None:
                 }
             )
         )
-    ranks.close()
+    group.close()
 
 
 if __name__ == "__main__":

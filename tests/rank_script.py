@@ -15,7 +15,7 @@ import torch
 from mmerge.manifests.errors import MmergeError, PromptError
 from mmerge.pipeline import Part, load_composite
 from mmerge.workers.composite.model import Composite
-from mmerge.workers.composite.process_group import Ranks, open_ranks
+from mmerge.workers.composite.process_group import ProcessGroup, open_process_group
 
 SAMPLES = Path(__file__).resolve().parent.parent / "examples" / "lab" / "samples"
 
@@ -55,8 +55,8 @@ def held_bytes(composite: Composite) -> int:
     )
 
 
-def measure(ranks: Ranks, case: dict[str, Any]) -> dict[str, Any]:
-    composite = load_composite(case["uri"], ranks=ranks, dtype=torch.float32, **case["options"])
+def measure(group: ProcessGroup, case: dict[str, Any]) -> dict[str, Any]:
+    composite = load_composite(case["uri"], group=group, dtype=torch.float32, **case["options"])
     is_lab = case["uri"].endswith("#mmer")
     prompts = (
         make_lab_prompts(composite)
@@ -67,16 +67,16 @@ def measure(ranks: Ranks, case: dict[str, Any]) -> dict[str, Any]:
     results = {
         "logits": [composite.logits(prompt).tolist() for prompt in prompts],
         "answers": composite.generate_batch(prompts, max_new_tokens=5),
-        "sampled": ranks.collect(
+        "sampled": group.all_gather_object(
             composite.generate(prompts[0], max_new_tokens=8, do_sample=True, temperature=2.0)
         ),
         "bytes_read": [report.bytes_read for report in composite.load_reports],
-        "held_bytes": ranks.collect(held_bytes(composite)),
+        "held_bytes": group.all_gather_object(held_bytes(composite)),
     }
     try:
         composite.generate([broken])
     except PromptError as error:
-        results["refused"] = ranks.collect(str(error))
+        results["refused"] = group.all_gather_object(str(error))
     if os.environ.get("DIES") == os.environ["RANK"]:
         os._exit(7)  # as a process that is killed: no word to the others
     composite.logits(prompts[0])
@@ -89,11 +89,11 @@ def gloo_threads() -> list[str]:
 
 
 def main(cases: list[dict[str, Any]], target: Path) -> None:
-    ranks = open_ranks(timeout_s=60)
-    results = [measure(ranks, case) for case in cases]
-    if ranks.rank == 0:
+    group = open_process_group(timeout_s=60)
+    results = [measure(group, case) for case in cases]
+    if group.rank == 0:
         target.write_text(json.dumps(results))
-    ranks.close()
+    group.close()
 
 
 if __name__ == "__main__":

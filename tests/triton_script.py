@@ -9,9 +9,9 @@ import sys
 
 import torch
 
-from mmerge.workers.composite.routed_linear import form_by_torch
-from mmerge.workers.kernels.masked_weights_triton import form_on_device
+from mmerge.workers.kernels.masked_weights_triton import add_masked_delta_by_triton
 from mmerge.workers.reconstruction.bitmask import pack_mask, pack_rows
+from mmerge.workers.reconstruction.masked_weights import add_masked_delta_by_torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((1, 1), (3, 7), (5, 8), (2, 1023), (3, 1024), (2, 1025), (1, 2500))
@@ -43,8 +43,8 @@ def compare(device: str) -> int:
                 actual, expected = (
                     torch.empty(inputs[0].shape, dtype=out_dtype, device=device) for _ in range(2)
                 )
-                form_on_device(*inputs, out=actual, **numbers)
-                form_by_torch(*inputs, out=expected, **numbers)
+                add_masked_delta_by_triton(*inputs, out=actual, **numbers)
+                add_masked_delta_by_torch(*inputs, out=expected, **numbers)
                 assert torch.equal(actual, expected), (
                     rows,
                     width,

@@ -18,7 +18,7 @@ from mmerge.pipeline.cli.options import UriArgument
 if TYPE_CHECKING:
     from mmerge.workers.composite.model import Composite
     from mmerge.workers.composite.placement import Placement
-    from mmerge.workers.composite.process_group import Ranks
+    from mmerge.workers.composite.process_group import ProcessGroup
     from mmerge.workers.modalities.prompt import Part
 
 out = Console(soft_wrap=True)
@@ -98,7 +98,8 @@ def place(
     """Show what each device would hold of a composite. Exit code 1, with the numbers, if it does
     not fit. Reads no tensor.
     """
-    from mmerge.workers.composite.placement import parse_devices, plan_placement
+    from mmerge.workers.composite.placement import parse_devices
+    from mmerge.workers.composite.placement_planner import plan_placement
 
     placement = plan_placement(
         uri,
@@ -285,19 +286,19 @@ def generate(
         "cache": _choose(cache, ("dynamic", "static"), option="--cache")
     }
     device = _choose_device(device, gpus)
-    from mmerge.workers.composite.process_group import open_ranks
+    from mmerge.workers.composite.process_group import open_process_group
 
-    ranks = open_ranks(device=device)
-    with _closing(ranks), _one_voice(ranks):
-        composite = _load(uri, ranks, expert, device, policy, dtype, gpus)
+    group = open_process_group(device=device)
+    with _closing(group), _one_voice(group):
+        composite = _load(uri, group, expert, device, policy, dtype, gpus)
         made = [composite.prompt(text, parts) for text, parts in asked]
         if stream:
             for piece in composite.stream(made[0], max_new_tokens=max_new_tokens, **options):
-                _say(ranks, piece, end="")
-            _say(ranks, "")
+                _say(group, piece, end="")
+            _say(group, "")
         else:
             for answer in composite.generate_batch(made, max_new_tokens=max_new_tokens, **options):
-                _say(ranks, answer)
+                _say(group, answer)
 
 
 def _choose_device(device: str | None, gpus: str | None) -> str:
@@ -311,37 +312,37 @@ def _choose_device(device: str | None, gpus: str | None) -> str:
 
 
 @contextmanager
-def _closing(ranks: Ranks) -> Iterator[None]:
+def _closing(group: ProcessGroup) -> Iterator[None]:
     """End the exchange with the other ranks whatever happens: its threads must not outlive the
     work.
     """
     try:
         yield
     except BaseException:
-        ranks.close(wait=False)
+        group.close(wait=False)
         raise
-    ranks.close()
+    group.close()
 
 
-def _say(ranks: Ranks, text: str, *, end: str = "\n") -> None:
-    if ranks.rank == 0:
+def _say(group: ProcessGroup, text: str, *, end: str = "\n") -> None:
+    if group.rank == 0:
         print(text, end=end, flush=True)
 
 
 @contextmanager
-def _one_voice(ranks: Ranks) -> Iterator[None]:
+def _one_voice(group: ProcessGroup) -> Iterator[None]:
     """Let rank 0 alone report what is wrong with a prompt: all of them find it."""
     try:
         yield
     except PromptError:
-        if ranks.rank == 0:
+        if group.rank == 0:
             raise
         raise typer.Exit(1) from None
 
 
 def _load(
     uri: str,
-    ranks: Ranks,
+    group: ProcessGroup,
     expert: str | None,
     device: str,
     policy: str,
@@ -349,12 +350,13 @@ def _load(
     gpus: str | None,
 ) -> Composite:
     from mmerge.pipeline import load_composite
-    from mmerge.workers.composite.placement import parse_devices, plan_placement
+    from mmerge.workers.composite.placement import parse_devices
+    from mmerge.workers.composite.placement_planner import plan_placement
 
     chosen = _choose(policy, ("packed", "resident"), option="--policy")
     placement = None
     if gpus:
-        by: Literal["tensor", "layers"] = "tensor" if ranks.num_ranks > 1 else "layers"
+        by: Literal["tensor", "layers"] = "tensor" if group.num_ranks > 1 else "layers"
         kind = "cuda" if device.startswith("cuda") else "cpu"
         placement = plan_placement(
             uri,
@@ -365,11 +367,11 @@ def _load(
             dtype=_to_dtype(dtype),
             device_type=kind,
         )
-    if ranks.num_ranks > 1 and device == "cuda":
+    if group.num_ranks > 1 and device == "cuda":
         import torch
 
         device = f"cuda:{torch.cuda.current_device()}"
-    with _bar(ranks) as on_bytes:
+    with _bar(group) as on_bytes:
         return load_composite(
             uri,
             mode="retention" if expert else "expansion",
@@ -378,20 +380,20 @@ def _load(
             dtype=_to_dtype(dtype),
             policy=chosen,
             placement=placement,
-            ranks=ranks,
+            group=group,
             on_bytes=on_bytes,
         )
 
 
 @contextmanager
-def _bar(ranks: Ranks) -> Iterator[Callable[[int, int], None]]:
+def _bar(group: ProcessGroup) -> Iterator[Callable[[int, int], None]]:
     """Show on a terminal what rank 0 has read, and how fast; elsewhere nothing."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    if not err.is_terminal or ranks.rank:
+    if not err.is_terminal or group.rank:
         yield lambda num_bytes, total: None
         return
-    label = "load" if ranks.num_ranks == 1 else f"load (rank 0 of {ranks.num_ranks})"
+    label = "load" if group.num_ranks == 1 else f"load (rank 0 of {group.num_ranks})"
     with Progress(
         TextColumn(label),
         BarColumn(),

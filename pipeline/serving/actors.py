@@ -20,9 +20,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from mmerge.manifests.errors import MmergeError, PlacementError, RankLost
 from mmerge.pipeline.execution.ray_executor import RayExecutor
-from mmerge.workers.composite.loader import LoadReport, Mode, load_composite
-from mmerge.workers.composite.model import Composite
-from mmerge.workers.composite.process_group import DEFAULT_TIMEOUT_S, Ranks, open_ranks
+from mmerge.workers.composite.loader import Mode, load_composite
+from mmerge.workers.composite.model import Composite, LoadReport
+from mmerge.workers.composite.process_group import (
+    DEFAULT_TIMEOUT_S,
+    ProcessGroup,
+    open_process_group,
+)
 from mmerge.workers.composite.routed_linear import Policy
 from mmerge.workers.modalities.prompt import Part
 
@@ -37,7 +41,7 @@ class RankActor:
     """One rank: a process with one device, that joins the others and makes the same calls."""
 
     def __init__(self) -> None:
-        self._ranks = Ranks()
+        self._process_group = ProcessGroup()
         self._composite: Composite | None = None
 
     def find_place(self) -> tuple[str, int]:
@@ -74,8 +78,8 @@ class RankActor:
             "MASTER_PORT": port,
         }
         os.environ.update({name: str(value) for name, value in names.items()})
-        self._ranks = open_ranks(device=options["device"], timeout_s=timeout_s)
-        self._composite = load_composite(uri, ranks=self._ranks, **options)
+        self._process_group = open_process_group(device=options["device"], timeout_s=timeout_s)
+        self._composite = load_composite(uri, group=self._process_group, **options)
 
     def reports(self) -> tuple[LoadReport, ...]:
         """Return what each rank read."""
@@ -101,7 +105,7 @@ class RankActor:
 
     def close(self) -> None:
         """End the exchange with the others."""
-        self._ranks.close()
+        self._process_group.close()
 
 
 class ActorComposite:

@@ -2,75 +2,41 @@
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from typing import Literal, get_args
 
 import torch
-import transformers
-from torch import nn
 
 from mmerge.manifests.errors import CheckpointError, ManifestError, PlacementError
 from mmerge.manifests.format.manifest import FileEntry, read_file
-from mmerge.manifests.format.tensor_names import layer_of
-from mmerge.workers.composite.load_adapters import route_adapters
-from mmerge.workers.composite.meta_model import find_text_class, make_skeleton, set_parameter
-from mmerge.workers.composite.model import Composite
-from mmerge.workers.composite.model_parallel import join_ranks, spread_layers
+from mmerge.workers.composite.language_model import LanguageModelLoader, LoadRequest
+from mmerge.workers.composite.meta_model import find_text_class
+from mmerge.workers.composite.model import Composite, LoadReport
 from mmerge.workers.composite.placement import Placement
-from mmerge.workers.composite.process_group import Ranks, check_device, in_torchrun, open_ranks
-from mmerge.workers.composite.routed_linear import (
-    Policy,
-    RoutedBias,
-    RoutedLinear,
-    RoutedWeights,
-    Routing,
-)
-from mmerge.workers.composite.tensor_parallel import Division
-from mmerge.workers.composite.weight_items import (
-    SHARED_WINDOW_BYTES,
+from mmerge.workers.composite.prefetch import (
+    RANK_WINDOW_BYTES,
     WINDOW_BYTES,
-    Fetcher,
-    Item,
-    ReadAhead,
-    deliver,
-    read_ahead,
+    prefetch,
     read_threads,
-    share_out,
 )
-from mmerge.workers.modalities.encoders import Encoder, RankEncoder, load_encoder
-from mmerge.workers.modalities.processor_encoder import load_tokenizer, make_config, make_model
+from mmerge.workers.composite.process_group import (
+    ProcessGroup,
+    check_device,
+    in_torchrun,
+    open_process_group,
+)
+from mmerge.workers.composite.rank_encoder import RankEncoder
+from mmerge.workers.composite.routed_linear import Policy
+from mmerge.workers.composite.routing import Routing
+from mmerge.workers.composite.shard_exchange import assign_ranks
+from mmerge.workers.modalities.encoders import Encoder, load_encoder
+from mmerge.workers.modalities.processor_encoder import load_tokenizer, make_config
 from mmerge.workers.reconstruction.build_reader import BuildReader
 from mmerge.workers.reconstruction.masked_weights import load_kernel
-from mmerge.workers.runtime.host_memory import (
-    SharedPages,
-    empty_host,
-    resident_bytes,
-    returned_at_once,
-)
+from mmerge.workers.runtime.host_memory import resident_bytes
 
 Mode = Literal["expansion", "retention"]
-Ahead = ReadAhead[dict[str, torch.Tensor]]
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What one rank read from the store, how long it took to load, and how much memory its process
-    had.
-    """
-
-    rank: int
-    bytes_read: int
-    seconds: float
-    start_bytes: int = 0
-    """Resident memory of the process before the first weight was read (Python, torch, transformers,
-    compiled code); 0 where the system does not say.
-    """
-    peak_bytes: int = 0
-    """Most that was resident until it was loaded (VmHWM)."""
 
 
 def load_composite(
@@ -82,29 +48,29 @@ def load_composite(
     dtype: torch.dtype | None = None,
     policy: Policy = "packed",
     placement: Placement | None = None,
-    ranks: Ranks | None = None,
+    group: ProcessGroup | None = None,
     on_bytes: Callable[[int, int], None] = lambda num_bytes, total: None,
 ) -> Composite:
     """Return the composite at `uri`, ready for prompts.
 
     Args:
         uri: STORE, STORE#NAME, STORE#NAME@NUMBER or STORE#DIGEST.
-        mode: `expansion` routes each token through its modality's weights; `retention` rebuilds one
+        mode: `expansion` multiplies each token by its modality's weights; `retention` rebuilds one
             expert.
-        expert: which one, in retention mode.
-        device: where everything is loaded, or this rank's part of it.
+        expert: the expert to rebuild, in retention mode.
+        device: of the composite, or of this rank's part of it.
         dtype: of the loaded weights; the build's if absent.
-        policy: what is kept of a build of masks, see `workers.routing.Policy`; no effect on others.
+        policy: which weights of a build of masks are resident, see `routed_linear.Policy`.
         placement: from `plan_placement`: over layers in this process, or over the ranks that
             torchrun started.
-        ranks: the processes that hold the composite together, from `open_ranks`; by the placement
-            if absent.
-        on_bytes: told of stored bytes that this rank read, and of how many it reads in all.
+        group: the processes that hold the composite together, from `open_process_group`; from the
+            placement if absent.
+        on_bytes: called with the stored bytes that this rank has read and will read in all.
 
     Raises:
         ManifestError, StoreError: the build is missing or damaged, or has no such expert.
         CheckpointError: transformers does not know the models.
-        PlacementError: it cannot be divided as asked, or there is no such device.
+        PlacementError: the model cannot be divided as asked, or there is no such device.
         RankLost: another rank ended.
     """
     if mode not in get_args(Mode) or policy not in get_args(Policy):
@@ -112,11 +78,10 @@ def load_composite(
             f"{uri}: expected a mode of {get_args(Mode)} and a policy of {get_args(Policy)}, got"
             f" {mode!r} and {policy!r}"
         )
-    for name in sorted(
-        {device, *(stage.device for stage in placement.stages if placement.num_ranks == 1)}
-        if placement
-        else {device}
-    ):
+    devices = {device}
+    if placement is not None and placement.num_ranks == 1:
+        devices |= {stage.device for stage in placement.stages}
+    for name in sorted(devices):
         check_device(name)
     reader = BuildReader(uri)
     if mode == "retention":
@@ -131,364 +96,148 @@ def load_composite(
             f"{uri}: 'expert' has no effect in expansion mode; use mode='retention', or leave"
             " it out"
         )
-    ranks = _open_ranks(placement, device, given=ranks)
+    group = _check_group(placement, device, group=group)
+    request = LoadRequest(
+        reader=reader,
+        expert=expert,
+        device=torch.device(device),
+        dtype=dtype or reader.dtype,
+        policy=policy,
+        placement=placement,
+        group=group,
+        on_bytes=on_bytes,
+    )
     try:
-        with returned_at_once() if ranks.num_ranks > 1 else nullcontext():
-            return _Loader(
-                reader, expert, device, dtype or reader.dtype, policy, placement, ranks, on_bytes
-            ).load()
+        return _load(request)
     except Exception:
-        ranks.close(wait=False)  # the others learn at once that this rank is gone
+        group.close(wait=False)  # the other ranks learn at once that this one is gone
         raise
 
 
-def _open_ranks(placement: Placement | None, device: str, *, given: Ranks | None) -> Ranks:
-    wanted = placement.num_ranks if placement is not None else None
-    if given is None:
-        if wanted is not None and wanted > 1 and not in_torchrun():
+def _check_group(
+    placement: Placement | None, device: str, *, group: ProcessGroup | None
+) -> ProcessGroup:
+    """Return the process group of a placement, opened if absent; PlacementError where they differ."""
+    num_ranks = placement.num_ranks if placement is not None else None
+    if group is None:
+        if num_ranks is None or num_ranks == 1:
+            group = ProcessGroup()
+        elif not in_torchrun():
             raise PlacementError(
-                f"the placement is for {wanted} ranks, this process is alone: start it with"
-                f" 'torchrun --nproc-per-node {wanted}'"
+                f"the placement is for {num_ranks} ranks, this process is alone: start it with"
+                f" 'torchrun --nproc-per-node {num_ranks}'"
             )
-        given = open_ranks(device=device) if wanted is not None and wanted > 1 else Ranks()
-    if wanted is not None and wanted != given.num_ranks:
-        raise PlacementError(f"the placement is for {wanted} ranks, {given.num_ranks} were started")
-    return given
-
-
-class _Loader:
-    def __init__(
-        self,
-        reader: BuildReader,
-        expert: str | None,
-        device: str,
-        dtype: torch.dtype,
-        policy: Policy,
-        placement: Placement | None,
-        ranks: Ranks,
-        on_bytes: Callable[[int, int], None],
-    ) -> None:
-        self.reader, self.expert, self.dtype, self.ranks, self.placement = (
-            reader,
-            expert,
-            dtype,
-            ranks,
-            placement,
+        else:
+            group = open_process_group(device=device)
+    if num_ranks is not None and num_ranks != group.num_ranks:
+        raise PlacementError(
+            f"the placement is for {num_ranks} ranks, {group.num_ranks} were started"
         )
-        self.manifest = reader.manifest
-        self.family = reader.family
-        stages = placement.stages if placement is not None and placement.num_ranks == 1 else ()
-        self.devices = [torch.device(stage.device) for stage in stages] or [torch.device(device)]
-        self.stages = stages
-        # What is read is kept as it is only where nothing is cut for other ranks, or moved to other
-        # devices.
-        keeps_all = ranks.num_ranks == 1 and self._is_on_host()
-        self.fetcher = Fetcher(
-            reader,
-            expert=expert,
-            dtype=dtype,
-            policy=policy,
-            empty=SharedPages().empty if keeps_all else empty_host,
+    return group
+
+
+def _load(request: LoadRequest) -> Composite:
+    """Read, place and connect everything."""
+    start_time = time.monotonic()
+    reader, manifest, group = request.reader, request.reader.manifest, request.group
+    record = manifest.to_expert(request.expert) if request.expert else manifest.base
+    files = _read_files(reader, record.files)
+    if "config.json" not in files:
+        raise CheckpointError(f"{request.owner}: the build has no config.json of it")
+    config = make_config(files, owner=request.owner)
+    # Imports the module of the model; with the kernel, all code is in memory before the first weight.
+    text_class = find_text_class(config.get_text_config(), owner=request.owner)
+    if manifest.kind == "masks":
+        load_kernel()
+    start_bytes = resident_bytes("VmRSS")
+    encoder_ranks, encoder_loads = _assign_encoders(request)
+    routing = Routing()
+    loader = LanguageModelLoader(request, routing=routing, loads=encoder_loads)
+    with prefetch(
+        loader.first_items(),
+        loader.item_reader.read,
+        num_threads=read_threads(reader.store),
+        window_bytes=_window_bytes(request),
+    ) as tensors:
+        # Model, tokenizer and encoders are made while threads read the language model.
+        model = loader.make_model(config, text_class.__name__, tensors=tensors)
+        tokenizer = load_tokenizer(files, config=config, owner=request.owner)
+        hidden_size = model.config.hidden_size
+        encoders = {
+            name: _load_encoder(request, name, source=rank, hidden_size=hidden_size)
+            for name, rank in encoder_ranks.items()
+        }
+        loader.fill(model, tensors)
+    loader.connect(model)
+    report = LoadReport(
+        rank=group.rank,
+        bytes_read=reader.bytes_read,
+        seconds=time.monotonic() - start_time,
+        start_bytes=start_bytes,
+        peak_bytes=resident_bytes("VmHWM"),
+    )
+    return Composite(
+        manifest=manifest,
+        expert=request.expert,
+        language_model=model,
+        routing=routing,
+        tokenizer=tokenizer,
+        encoders=encoders,
+        group=group,
+        load_reports=group.all_gather_object(report),
+    )
+
+
+def _read_files(reader: BuildReader, entries: tuple[FileEntry, ...]) -> dict[str, bytes]:
+    return {entry.name: read_file(reader.store, entry) for entry in entries}
+
+
+def _window_bytes(request: LoadRequest) -> int | None:
+    """Return how many stored bytes may be prefetched."""
+    if request.group.num_ranks > 1:
+        return RANK_WINDOW_BYTES
+    if all(device.type == "cpu" for device in request.devices):
+        return None  # the tensors become the model as they are: no second copy in memory
+    return max(WINDOW_BYTES, request.reader.largest_shard_bytes())
+
+
+def _assign_encoders(request: LoadRequest) -> tuple[dict[str, int], list[int]]:
+    """Return the rank that holds each expert's encoder, and the bytes each rank reads for them."""
+    reader, num_ranks = request.reader, request.group.num_ranks
+    names = [request.expert] if request.expert else reader.expert_names
+    sizes = [
+        sum(reader.stored_bytes(key, "carried", name) for key in reader.names("carried", name))
+        for name in names
+    ]
+    owners = assign_ranks(sizes, num_ranks=num_ranks)
+    loads = [0] * num_ranks
+    for owner, size in zip(owners, sizes, strict=True):
+        loads[owner] += size
+    return dict(zip(names, owners, strict=True)), loads
+
+
+def _load_encoder(request: LoadRequest, name: str, *, source: int, hidden_size: int) -> Encoder:
+    """Return the encoder of an expert, which rank `source` holds."""
+    record = request.reader.manifest.to_expert(name)
+    device = request.devices[0]
+    encoder = None
+    if source == request.group.rank:
+        encoder = load_encoder(
+            request.reader,
+            name,
+            files=_read_files(request.reader, record.files),
+            hidden_size=hidden_size,
+            dtype=request.dtype,
+            device=device,
         )
-        self.routing = Routing()
-        self.on_bytes = on_bytes
-        self.start_bytes = 0
-        names = [expert] if expert else reader.expert_names
-        shares = share_out([self._encoder_bytes(name) for name in names], num_ranks=ranks.num_ranks)
-        self.encoder_ranks = dict(zip(names, shares, strict=True))
-        self.item_ranks: dict[str, int] = {}
-        self.division: Division
-
-    def load(self) -> Composite:
-        began = time.monotonic()
-        owner = f"expert {self.expert!r}" if self.expert else "base"
-        files = self._read_files(
-            self.manifest.to_expert(self.expert).files if self.expert else self.manifest.base.files
-        )
-        if "config.json" not in files:
-            raise CheckpointError(f"{owner}: the build has no config.json of it")
-        config = make_config(files, owner=owner)
-        text_class = find_text_class(config.get_text_config(), owner=owner)  # imports it
-        self._note_start()
-        early = self._early_items() if self.ranks.num_ranks == 1 else []
-        with read_ahead(
-            early,
-            self._read,
-            num_threads=read_threads(self.reader.store),
-            window_bytes=self._window_bytes(),
-        ) as ahead:
-            # While threads read the language model, or when it is there already, for want of items:
-            model, items = self._make_skeleton(
-                config, text_class.__name__, owner, ahead, num_early=len(early)
-            )
-            own = [item for item in items if self.item_ranks[item.name] == self.ranks.rank]
-            ahead.add(own[len(early) :])
-            tokenizer = load_tokenizer(files, config=config, owner=owner)
-            encoders = {
-                name: self._load_encoder(name, model.config.hidden_size, rank)
-                for name, rank in self.encoder_ranks.items()
-            }
-            self._fill(model, items, ahead)
-        if items:
-            self._connect(model)
-        report = LoadReport(
-            self.ranks.rank,
-            self.reader.bytes_read,
-            time.monotonic() - began,
-            self.start_bytes,
-            resident_bytes("VmHWM"),
-        )
-        return Composite(
-            manifest=self.manifest,
-            expert=self.expert,
-            language_model=model,
-            routing=self.routing,
-            tokenizer=tokenizer,
-            encoders=encoders,
-            ranks=self.ranks,
-            load_reports=self.ranks.collect(report),
-        )
-
-    def _read_files(self, entries: tuple[FileEntry, ...]) -> dict[str, bytes]:
-        return {entry.name: read_file(self.reader.store, entry) for entry in entries}
-
-    def _window_bytes(self) -> int | None:
-        """Return how many stored bytes may be read ahead."""
-        if self.ranks.num_ranks > 1:
-            return SHARED_WINDOW_BYTES
-        if self._is_on_host():
-            return (
-                None  # what is read becomes the model as it is: none of it stands beside the model
-            )
-        return max(WINDOW_BYTES, self.reader.largest_shard_bytes())
-
-    def _is_on_host(self) -> bool:
-        return all(device.type == "cpu" for device in self.devices)
-
-    # The language model.
-
-    def _early_items(self) -> list[Item]:
-        """Return what any model of these tensors begins with, embedding and head: they are read
-        while its skeleton is made.
-        """
-        names = itertools.takewhile(lambda name: layer_of(name) is None, self.reader.llm_names())
-        return [self.fetcher.make_item(name) for name in names]
-
-    def _note_start(self) -> None:
-        """Note the memory of the process before the first weight is read; libraries and compiled
-        code are there.
-        """
-        if self.manifest.kind == "masks":
-            load_kernel()
-        self.start_bytes = resident_bytes("VmRSS")
-
-    def _make_skeleton(
-        self, config: Any, architecture: str, owner: str, ahead: Ahead, *, num_early: int
-    ) -> tuple[Any, list[Item]]:
-        """Return the language model without weights, and what is to be put into it; with them where
-        that is all one step.
-
-        `ahead` has been given the first `num_early` tensors of the language model.
-        """
-        text = config.get_text_config()
-        names = self.reader.llm_names()
-        embedding = self.family.find_embedding(names)
-        if embedding is None:
-            raise ManifestError(
-                f"{self.reader.uri}: the build has no tensor …{self.family.embedding}. It is"
-                " damaged: run the recipe again"
-            )
-        text.vocab_size = self.fetcher.shape(embedding)[0]
-        text.architectures = [architecture]
-        text.tie_word_embeddings = bool(
-            getattr(config, "tie_word_embeddings", getattr(text, "tie_word_embeddings", False))
-        )
-        model = make_skeleton(text, dtype=self.dtype, owner=owner)
-        if head := self.fetcher.own_head():
-            names = [*names, head.name]
-        parameters = {name for name, _ in model.named_parameters()}
-        if text.tie_word_embeddings and self.family.head not in names:
-            parameters.discard(self.family.parameter_name(self.family.head))
-        if parameters != {self._parameter_name(name) for name in names}:
-            return self._load_converted(text, owner, ahead, num_early=num_early), []
-        self.division = Division.of(text, family=self.family, num_ranks=self.ranks.num_ranks)
-        items = self._make_items(model, names, head)
-        taken = [
-            sum(
-                self._encoder_bytes(name)
-                for name, rank in self.encoder_ranks.items()
-                if rank == each
-            )
-            for each in range(self.ranks.num_ranks)
-        ]
-        shares = share_out(
-            [item.num_bytes for item in items], num_ranks=self.ranks.num_ranks, taken=taken
-        )
-        self.item_ranks = {item.name: rank for item, rank in zip(items, shares, strict=True)}
-        return model, items
-
-    def _connect(self, model: Any) -> None:
-        model.tie_weights()
-        if self.manifest.kind == "adapters":
-            route_adapters(
-                model,
-                self.reader,
-                self.routing,
-                expert=self.expert,
-                division=self.division,
-                rank=self.ranks.rank,
-            )
-        join_ranks(model, self.ranks, self.division)
-        spread_layers(model, self.stages, self.family)
-        if not self.stages:
-            model.to(self.devices[0])
-
-    def _load_converted(self, text: Any, owner: str, ahead: Ahead, *, num_early: int) -> Any:
-        """Load a model whose tensors transformers itself renames or fuses (mixtures of experts):
-        whole, and without routing.
-        """
-        if (
-            self.ranks.num_ranks > 1
-            or self.stages
-            or (self.expert is None and self.manifest.kind == "masks")
-        ):
-            names = {
-                name
-                for name, _ in make_skeleton(text, dtype=self.dtype, owner=owner).named_parameters()
-            }
-            found = set(self.reader.llm_names())
-            first = sorted(names ^ found)[0]
-            side = (
-                "the model has no tensor of that name"
-                if first in found
-                else "the build has no tensor of that name"
-            )
-            raise CheckpointError(
-                f"{owner}: its tensors do not fit {text.architectures[0]} of transformers"
-                f" {transformers.__version__}: {first}: {side}. Such a model loads whole, as a"
-                " plain build or one expert (retention)"
-            )
-        items = [self.fetcher.make_item(name) for name in self.reader.llm_names()]
-        ahead.add(items[num_early:])
-        state: dict[str, torch.Tensor] = {}
-        total, done = sum(item.num_bytes for item in items), 0
-        for item, read in zip(items, ahead, strict=True):
-            state[item.name] = read["value"]
-            done += item.num_bytes
-            self.on_bytes(done, total)
-        tied = text.tie_word_embeddings
-        return make_model(
-            text,
-            state,
-            dtype=self.dtype,
-            owner=owner,
-            may_lack=lambda key: tied and self.family.is_head(self.family.stored_name(key)),
-        ).to(self.devices[0])
-
-    def _make_items(self, model: nn.Module, names: Sequence[str], head: Item | None) -> list[Item]:
-        items = []
-        for name in names:
-            if head is not None and name == head.name:
-                items.append(head)
-                continue
-            item = self.fetcher.make_item(name)
-            module = model.get_submodule(self._parameter_name(name).rpartition(".")[0])
-            if item.kind != "plain" and not isinstance(module, nn.Linear):
-                raise CheckpointError(
-                    f"{name}: model family {self.family.name!r} takes it for a Linear layer, the"
-                    f" model of transformers {transformers.__version__} has a"
-                    f" {type(module).__name__} there. Load one expert (retention)"
-                )
-            items.append(item)
-        # A bias is put into the RoutedLinear that its weight makes.
-        return sorted(items, key=lambda item: item.kind == "bias")
-
-    def _fill(
-        self, model: nn.Module, items: Sequence[Item], ready: Iterator[dict[str, torch.Tensor]]
-    ) -> None:
-        total, done = (
-            sum(item.num_bytes for item in items if self.item_ranks[item.name] == self.ranks.rank),
-            0,
-        )
-        for item in items:
-            owner = self.item_ranks[item.name]
-            parts = deliver(item, ready, ranks=self.ranks, owner=owner, division=self.division)
-            device = self._device_of(item.name)
-            self._place(model, item, {name: part.to(device) for name, part in parts.items()})
-            if owner == self.ranks.rank:
-                done += item.num_bytes
-                self.on_bytes(done, total)
-
-    def _read(self, item: Item) -> dict[str, torch.Tensor]:
-        head = self.family.head
-        if item.name == head and self.expert and not self.reader.has(head, "base"):
-            own = self.manifest.rename(head, expert=self.expert)
-            if self.reader.has(own, "carried", self.expert):
-                return {"value": self.reader.read(own, "carried", self.expert).to(self.dtype)}
-        return self.fetcher.read(item)
-
-    def _place(self, model: nn.Module, item: Item, parts: dict[str, torch.Tensor]) -> None:
-        path = item.name.rpartition(".")[0]
-        if item.kind == "plain":
-            name = self._parameter_name(item.name)
-            set_parameter(model, name, parts["value"], shape=item.fields[0].shape)
-            return
-        module = model.get_submodule(path)
-        if item.kind == "bias":
-            assert isinstance(module, RoutedLinear)
-            module.bias = RoutedBias(parts["text"], list(parts["experts"]))
-            return
-        factors, divisor = RoutedWeights.factors_of(
-            [self.reader.rescaler(name) for name in self.reader.expert_names]
-        )
-        held = RoutedWeights(
-            parts["text"],
-            parts.get("delta"),
-            parts.get("masks"),
-            parts.get("modalities"),
-            factors,
-            divisor,
-        )
-        parent, _, child = path.rpartition(".")
-        setattr(model.get_submodule(parent), child, RoutedLinear(self.routing, held))
-
-    def _parameter_name(self, name: str) -> str:
-        return self.family.parameter_name(name)
-
-    def _device_of(self, name: str) -> torch.device:
-        for stage in self.stages:
-            if stage.holds(name):
-                return torch.device(stage.device)
-        return self.devices[0]
-
-    # Encoders.
-
-    def _encoder_bytes(self, name: str) -> int:
-        return sum(
-            self.reader.stored_bytes(key, "carried", name)
-            for key in self.reader.names("carried", name)
-        )
-
-    def _load_encoder(self, name: str, hidden_size: int, rank: int) -> Encoder:
-        record = self.manifest.to_expert(name)
-        held = None
-        if rank == self.ranks.rank:
-            held = load_encoder(
-                self.reader,
-                name,
-                files=self._read_files(record.files),
-                hidden_size=hidden_size,
-                dtype=self.dtype,
-                device=self.devices[0],
-            )
-        if self.ranks.num_ranks == 1:
-            assert held is not None
-            return held
-        return RankEncoder(
-            held,
-            modality=record.modality,
-            ranks=self.ranks,
-            rank=rank,
-            dtype=self.dtype,
-            device=self.devices[0],
-        )
+    if request.group.num_ranks == 1:
+        assert encoder is not None
+        return encoder
+    return RankEncoder(
+        encoder,
+        modality=record.modality,
+        group=request.group,
+        source=source,
+        dtype=request.dtype,
+        device=device,
+    )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from threading import Event, Thread
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -13,23 +14,35 @@ from transformers import TextIteratorStreamer
 
 from mmerge.manifests.errors import PromptError
 from mmerge.manifests.format.manifest import Manifest
-from mmerge.workers.composite.process_group import Ranks
-from mmerge.workers.composite.routed_linear import TEXT, Routing
+from mmerge.workers.composite.process_group import ProcessGroup
+from mmerge.workers.composite.routing import TEXT, Routing
 from mmerge.workers.modalities.encoders import Encoder
 from mmerge.workers.modalities.prompt import Part, check_places, make_prompt
-
-if TYPE_CHECKING:
-    from mmerge.workers.composite.loader import LoadReport
 
 Cache = Literal["dynamic", "static"]
 
 
-class Composite:
-    """Base architecture, encoders of the experts, and the routing between them. Made by
-    `load_composite`.
+@dataclass(frozen=True)
+class LoadReport:
+    """What one rank read from the store, how long its load took, and the memory of its process."""
 
-    In retention mode one expert is rebuilt and every token runs through its weights; in expansion
-    mode each token runs through the weights of its own modality.
+    rank: int
+    bytes_read: int
+    seconds: float
+    start_bytes: int = 0
+    """Resident memory before the first weight was read: Python, torch, transformers, kernels.
+
+    0 where the system does not say.
+    """
+    peak_bytes: int = 0
+    """Peak of the resident memory until the model was loaded (VmHWM)."""
+
+
+class Composite:
+    """A language model, the encoders of the experts, and the routing between them.
+
+    Made by `load_composite`. In retention mode one expert is rebuilt and every token is multiplied by
+    its weights; in expansion mode each token by the weights of its own modality.
     """
 
     def __init__(
@@ -41,16 +54,16 @@ class Composite:
         routing: Routing,
         tokenizer: Any,
         encoders: Mapping[str, Encoder],
-        ranks: Ranks,
+        group: ProcessGroup,
         load_reports: Sequence[LoadReport] = (),
     ) -> None:
-        """Put loaded pieces together; `expert` is the one that was rebuilt, None in expansion mode."""
+        """Assemble a composite; `expert` is the rebuilt one, None in expansion mode."""
         self.manifest = manifest
         self.expert = expert
         self.language_model = language_model
         self.tokenizer = tokenizer
         self.encoders = dict(encoders)
-        self.ranks = ranks
+        self.group = group
         self.load_reports = tuple(load_reports)
         """Of every rank, by rank."""
         self._routing = routing
@@ -68,79 +81,75 @@ class Composite:
         return device
 
     def prompt(self, question: str, media: Sequence[Part] = ()) -> list[Part]:
-        """Return the parts of a prompt in the form that the recipe's templates give it. Raises
-        PromptError for a place without a medium.
+        """Return the parts of a prompt, formatted by the templates of the recipe.
+
+        Raises:
+            PromptError: the question has a placeholder such as `{image}` without an input for it.
         """
-        check_places(
-            question,
-            media,
-            kinds={
-                each for record in self.manifest.experts for each in (record.name, record.modality)
-            },
-        )
+        kinds: set[str] = set()
         templates: dict[str, str] = {}
         for record in self.manifest.experts:
+            kinds |= {record.name, record.modality}
             if record.template:
                 templates |= {record.modality: record.template, record.name: record.template}
+        check_places(question, media, kinds=kinds)
         return make_prompt(
             question, media, template=self.manifest.template, media_templates=templates
         )
 
     def find_expert(self, kind: str) -> str:
-        """Return the expert that a part of this kind (a modality, or an expert's name) belongs to.
+        """Return the expert of a part of this kind, a modality or an expert's name.
 
         Raises:
             PromptError: no loaded expert has that modality, or several have.
         """
         if kind in self.encoders:
             return kind
-        fitting = [name for name, encoder in self.encoders.items() if encoder.modality == kind]
-        if len(fitting) == 1:
-            return fitting[0]
-        if fitting:
+        matches = [name for name, encoder in self.encoders.items() if encoder.modality == kind]
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
             raise PromptError(
-                f"{kind}: {len(fitting)} experts have this modality; name one of"
-                f" {', '.join(fitting)} as the part's kind"
+                f"{kind}: {len(matches)} experts have this modality; name one of"
+                f" {', '.join(matches)} as the part's kind"
             )
-        known = (
-            ", ".join(f"{name} ({encoder.modality})" for name, encoder in self.encoders.items())
-            or "none"
-        )
+        loaded = [f"{name} ({encoder.modality})" for name, encoder in self.encoders.items()]
         hint = f" Only expert {self.expert!r} is loaded in retention mode." if self.expert else ""
-        raise PromptError(f"no expert for modality {kind!r}; this composite has {known}.{hint}")
+        raise PromptError(
+            f"no expert for modality {kind!r}; this composite has"
+            f" {', '.join(loaded) or 'none'}.{hint}"
+        )
 
     @torch.inference_mode()
     def embed(self, parts: Sequence[Part]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the embeddings of a prompt, [tokens, hidden], and each token's modality id, int64
-        [tokens].
+        """Return the embeddings of a prompt, [tokens, hidden], and modality ids, int64 [tokens].
 
-        Text is tokenised part by part, with the tokenizer's BOS in front if it has the habit. Media
-        count as tokens of their expert.
+        Text is tokenised part by part, after the tokenizer's BOS if it adds one. Everything that an
+        encoder returns has the modality of its expert.
 
         Raises:
             PromptError: the prompt is empty, or a part cannot be read or belongs to no expert.
         """
         table: nn.Module = self.language_model.get_input_embeddings()
+        names = [record.name for record in self.manifest.experts]
+        leading_ids = self._leading_ids()
+        all_parts = [Part("ids", leading_ids), *parts] if leading_ids else list(parts)
         embeds, ids = [], []
-        for part in ([Part("ids", self._leading_ids())] if self._leading_ids() else []) + list(
-            parts
-        ):
+        for part in all_parts:
             if part.kind in ("text", "ids"):
-                tokens = (
-                    part.value
-                    if part.kind == "ids"
-                    else self.tokenizer(part.value, add_special_tokens=False)["input_ids"]
-                )
+                tokens = part.value
+                if part.kind == "text":
+                    tokens = self.tokenizer(tokens, add_special_tokens=False)["input_ids"]
                 embedded = table(torch.tensor(tokens, dtype=torch.long, device=self.device))
                 modality = TEXT
             else:
                 name = self.find_expert(part.kind)
                 embedded = self.encoders[name].encode(part).to(self.device)
-                modality = [record.name for record in self.manifest.experts].index(name)
+                modality = names.index(name)
             embeds.append(embedded)
             ids.append(torch.full((len(embedded),), modality, dtype=torch.long, device=self.device))
         if not embeds or not sum(map(len, ids)):
-            raise PromptError("the prompt is empty: give a question, or an image, sound or video")
+            raise PromptError("the prompt is empty: give a question, or an image, audio or video")
         return torch.cat(embeds), torch.cat(ids)
 
     def _leading_ids(self) -> list[int]:
@@ -149,9 +158,7 @@ class Composite:
 
     @torch.inference_mode()
     def logits(self, parts: Sequence[Part]) -> torch.Tensor:
-        """Return the logits of every position of a prompt, [tokens, vocabulary], in the model's
-        dtype.
-        """
+        """Return the logits of all positions, [tokens, vocabulary], in the model's dtype."""
         embeds, ids = self.embed(parts)
         self._check_length(len(ids), 0)
         with self._routing.prefill(ids[None]):
@@ -174,16 +181,15 @@ class Composite:
         seed: int | None = None,
         **options: Any,
     ) -> list[str]:
-        """Return one answer per prompt; shorter prompts are padded on the left, padding counts as
-        text.
+        """Return one answer per prompt. Shorter prompts are padded on the left, as text.
 
         Args:
-            prompts: of any layouts of text and media.
-            max_new_tokens: longest answer.
-            cache: how keys and values are kept: `dynamic` grows, `static` is allocated at once.
+            prompts: in any order of text and other inputs.
+            max_new_tokens: length of an answer, at most.
+            cache: of keys and values: `dynamic` grows, `static` is allocated at once.
             seed: of sampling; the same seed gives the same answers.
             options: of `generate` of transformers (`do_sample`, `temperature`, `top_p`,
-                `num_beams`, …); greedy if none are given.
+                `num_beams`, …); greedy decoding by default.
 
         Raises:
             PromptError: a prompt is empty, cannot be read, or is too long for the model with its
@@ -200,19 +206,18 @@ class Composite:
     def stream(
         self, parts: Sequence[Part], *, max_new_tokens: int = 64, **options: Any
     ) -> Iterator[str]:
-        """Yield the answer to one prompt piece by piece, as it is generated. Options and errors as
-        of `generate_batch`, without beams.
+        """Yield the answer to one prompt piece by piece, as it is generated.
 
-        Whoever stops asking for pieces ends the generation; on several ranks it goes on to its end,
-        since all ranks take every step.
+        Options and errors as of `generate_batch`, without beams. Closing the iterator ends the
+        generation; on several ranks it runs to its end, since all ranks take every step.
         """
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=False, skip_special_tokens=True)
         failures: list[BaseException] = []
-        is_left = Event()
-        if self.ranks.num_ranks == 1:
+        is_closed = Event()
+        if self.group.num_ranks == 1:
 
-            def stop(tokens: torch.Tensor, scores: Any, **others: Any) -> torch.Tensor:
-                return torch.full((len(tokens),), is_left.is_set(), device=tokens.device)
+            def stop(tokens: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+                return torch.full((len(tokens),), is_closed.is_set(), device=tokens.device)
 
             options["stopping_criteria"] = [*options.get("stopping_criteria", ()), stop]
 
@@ -222,7 +227,7 @@ class Composite:
                     self._generate(
                         [parts], max_new_tokens=max_new_tokens, streamer=streamer, **options
                     )
-            except BaseException as error:  # noqa: BLE001 - raised again where the pieces are asked for
+            except BaseException as error:  # noqa: BLE001 - raised again by the consumer
                 failures.append(error)
                 streamer.end()
 
@@ -233,7 +238,7 @@ class Composite:
                 if piece:
                     yield str(piece)
         except GeneratorExit:
-            is_left.set()
+            is_closed.set()
             thread.join()
             raise
         thread.join()
@@ -244,19 +249,23 @@ class Composite:
     def generate_tokens(
         self, prompts: Sequence[Sequence[Part]], *, max_new_tokens: int = 64
     ) -> list[list[int]]:
-        """Return one greedy answer per prompt as token ids, the end token included where it came.
-        Raises PromptError.
+        """Return one greedy answer per prompt as token ids, up to and with the end token.
+
+        Raises:
+            PromptError: see `generate_batch`.
         """
-        stop = self.tokenizer.eos_token_id
-        found = self._generate(prompts, max_new_tokens=max_new_tokens).tolist()
-        return [row[: row.index(stop) + 1] if stop in row else row for row in found]
+        end = self.tokenizer.eos_token_id
+        rows = self._generate(prompts, max_new_tokens=max_new_tokens).tolist()
+        return [row[: row.index(end) + 1] if end in row else row for row in rows]
 
     @torch.inference_mode()
     def score(
         self, prompts: Sequence[Sequence[Part]], answers: Sequence[Sequence[int]]
     ) -> list[tuple[float, bool]]:
-        """Return for each prompt and answer (token ids) the mean natural log-probability of its
-        tokens, and whether greedy decoding gives it.
+        """Return how likely the model finds an answer (token ids) to each prompt.
+
+        Per prompt: the mean natural log-probability of the answer's tokens, and whether greedy
+        decoding gives just this answer.
 
         Raises:
             PromptError: a prompt or an answer is empty, cannot be read, or they are too long
@@ -285,9 +294,10 @@ class Composite:
         logs = torch.log_softmax(logits[:, :-1].to(torch.float32), dim=-1)
         scores = []
         for row, tokens in zip(logs, answers, strict=True):
-            own, wanted = row[longest - len(tokens) :], torch.tensor(tokens, device=row.device)
-            likelihood = own.gather(1, wanted[:, None]).mean()
-            scores.append((float(likelihood), bool((own.argmax(-1) == wanted).all())))
+            answer_logs = row[longest - len(tokens) :]
+            target = torch.tensor(tokens, device=row.device)
+            likelihood = answer_logs.gather(1, target[:, None]).mean()
+            scores.append((float(likelihood), bool((answer_logs.argmax(-1) == target).all())))
         return scores
 
     def _generate(
@@ -321,8 +331,9 @@ class Composite:
     def _pad(
         self, embedded: Sequence[tuple[torch.Tensor, torch.Tensor]]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return embeddings [batch, tokens, hidden], modality ids and attention mask [batch,
-        tokens] of prompts padded on the left.
+        """Return a batch of prompts, padded on the left.
+
+        Embeddings [batch, tokens, hidden], modality ids and attention mask, int64 [batch, tokens].
         """
         length = max(len(ids) for _, ids in embedded)
         embeds = embedded[0][0].new_zeros(len(embedded), length, embedded[0][0].shape[-1])
@@ -330,16 +341,20 @@ class Composite:
         mask = torch.zeros_like(ids)
         for row, (values, modality_ids) in enumerate(embedded):
             start = length - len(modality_ids)
-            embeds[row, start:], ids[row, start:], mask[row, start:] = values, modality_ids, 1
+            embeds[row, start:] = values
+            ids[row, start:] = modality_ids
+            mask[row, start:] = 1
         return embeds, ids, mask
 
     @contextmanager
     def _seeded(self, seed: int | None, *, samples: bool) -> Iterator[None]:
-        """Let all ranks draw the same numbers; outside, the generator's state is what it was."""
-        if seed is None and (not samples or self.ranks.num_ranks == 1):
+        """Draw the same random numbers on all ranks; restore the generator's state afterwards."""
+        if seed is None and (not samples or self.group.num_ranks == 1):
             yield
             return
-        shared = self.ranks.share(int(torch.randint(2**62, ())) if seed is None else seed, source=0)
+        if seed is None:
+            seed = int(torch.randint(2**62, ()))
+        shared = self.group.broadcast_object(seed, source=0)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(shared)
             yield

@@ -12,7 +12,7 @@ Along = Literal["rows", "columns", "whole"]
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorPart:
     """One rank's part of a tensor: ranges of its rows or columns, padded with zeros to `size`."""
 
     along: Along
@@ -33,13 +33,13 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Division:
-    """The heads, the width of the MLP and the vocabulary over `num_ranks` ranks (Megatron-LM, arXiv
-    1909.08053, section 3).
+class TensorParallelPlan:
+    """Heads, MLP width and vocabulary divided over `num_ranks` ranks.
 
-    The family of the model tells the rule of each tensor: rows of query, key, value, gate and up,
-    columns of attention output and down; embedding and head by rows of the vocabulary; norms are
-    whole on every rank. With fewer key-value heads than ranks, each is held by several.
+    Megatron-LM (arXiv 1909.08053, section 3). The family of the model has the rule of each tensor:
+    rows of query, key, value, gate and up, columns of attention output and down; embedding and head
+    by rows of the vocabulary; norms whole on every rank. With fewer key-value heads than ranks,
+    several ranks hold the same head.
     """
 
     num_ranks: int
@@ -50,34 +50,36 @@ class Division:
     family: Family
 
     @classmethod
-    def of(cls, config: Any, *, family: Family, num_ranks: int) -> Division:
-        """Return the division of a text model of transformers. Raises PlacementError when it cannot
-        be divided evenly.
+    def from_config(cls, config: Any, *, family: Family, num_ranks: int) -> TensorParallelPlan:
+        """Return the plan for a text configuration of transformers.
+
+        Raises:
+            PlacementError: heads or MLP width are not divisible by `num_ranks`.
         """
         heads = int(config.num_attention_heads)
         kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
         head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
         intermediate_size = int(getattr(config, "intermediate_size", None) or 0)
-        division = cls(num_ranks, heads, kv_heads, head_dim, intermediate_size, family)
-        fitting = [
-            count
-            for count in range(1, heads + 1)
-            if cls(count, heads, kv_heads, head_dim, intermediate_size, family)._is_even()
-        ]
-        if num_ranks > 1 and not division._is_even():
+        plans = {
+            count: cls(count, heads, kv_heads, head_dim, intermediate_size, family)
+            for count in {num_ranks, *range(1, heads + 1)}
+        }
+        if num_ranks > 1 and not plans[num_ranks]._is_even():
+            possible = [str(count) for count in range(1, heads + 1) if plans[count]._is_even()]
             raise PlacementError(
                 f"{heads} heads, {kv_heads} key-value heads and an MLP of {intermediate_size}"
-                f" cannot be divided over {num_ranks} ranks; possible are"
-                f" {', '.join(map(str, fitting))}"
+                f" cannot be divided over {num_ranks} ranks; possible are {', '.join(possible)}"
             )
-        return division
+        return plans[num_ranks]
 
     def _is_even(self) -> bool:
-        shares = self.num_kv_heads % self.num_ranks == 0 or self.num_ranks % self.num_kv_heads == 0
+        kv_heads_fit = (
+            self.num_kv_heads % self.num_ranks == 0 or self.num_ranks % self.num_kv_heads == 0
+        )
         return (
             self.num_heads % self.num_ranks == 0
             and self.intermediate_size % self.num_ranks == 0
-            and shares
+            and kv_heads_fit
         )
 
     @property
@@ -90,27 +92,28 @@ class Division:
         """Key-value heads that each rank holds."""
         return max(1, self.num_kv_heads // self.num_ranks)
 
-    def vocabulary_part(self, num_rows: int, *, rank: int) -> Part:
+    def vocabulary_part(self, num_rows: int, *, rank: int) -> TensorPart:
         """Return a rank's rows of the vocabulary; the last rank's are padded."""
         size = -(-num_rows // self.num_ranks)
-        return Part("rows", ((min(rank * size, num_rows), min((rank + 1) * size, num_rows)),), size)
+        start, stop = (min(index * size, num_rows) for index in (rank, rank + 1))
+        return TensorPart("rows", ((start, stop),), size)
 
-    def part_of(self, name: str, shape: tuple[int, ...], *, rank: int) -> Part:
+    def part_of(self, name: str, shape: tuple[int, ...], *, rank: int) -> TensorPart:
         """Return a rank's part of a tensor, given its name and shape.
 
         Raises:
             PlacementError: the family has no rule for the tensor, or its rows do not fit the rule.
         """
         if self.num_ranks == 1:
-            return Part("whole")
+            return TensorPart("whole")
         rule = self.family.rule_of(name, shape)
         if rule.along == "replicated":
-            return Part("whole")
+            return TensorPart("whole")
         if rule.along == "vocabulary":
             return self.vocabulary_part(shape[0], rank=rank)
         if rule.along == "columns":
             start, stop = self._even_range(shape[-1], rank)
-            return Part("columns", ((start, stop),), stop - start)
+            return TensorPart("columns", ((start, stop),), stop - start)
         num_even = rule.parts.count("even")
         fixed = sum(self._num_rows(part) for part in rule.parts if part != "even")
         even_rows = (shape[0] - fixed) // num_even if num_even else 0
@@ -126,7 +129,7 @@ class Division:
             start, stop = self._range_of(part, num_rows, rank)
             ranges.append((offset + start, offset + stop))
             offset += num_rows
-        return Part("rows", tuple(ranges), sum(stop - start for start, stop in ranges))
+        return TensorPart("rows", tuple(ranges), sum(stop - start for start, stop in ranges))
 
     def _num_rows(self, part: FusedPart) -> int:
         return (self.num_heads if part == "heads" else self.num_kv_heads) * self.head_dim

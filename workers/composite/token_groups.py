@@ -1,4 +1,4 @@
-"""The tokens of one modality in a forward pass: which they are, and their product."""
+"""Tokens of one modality in a forward pass: their positions, and their product with a weight."""
 
 from __future__ import annotations
 
@@ -9,59 +9,61 @@ from torch import nn
 
 
 def is_tracked(*tensors: torch.Tensor) -> bool:
-    """Return whether what is computed of these tensors can be differentiated."""
+    """Return whether autograd records operations on these tensors."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 @dataclass(frozen=True)
-class Group:
-    """The tokens of one modality in a forward pass: positions in the flattened batch, a slice where
-    they are one run.
+class TokenGroup:
+    """Tokens of one modality in a forward pass.
+
+    `positions` index the flattened batch; a slice where they are consecutive.
     """
 
     modality: int
-    places: slice | torch.Tensor
+    positions: slice | torch.Tensor
 
-    def take(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the rows of this group, [tokens, …], of values of all tokens."""
-        return (
-            values[self.places]
-            if isinstance(self.places, slice)
-            else values.index_select(0, self.places.to(values.device))
-        )
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        """Return this group's rows, [tokens, …], of the values of all tokens."""
+        if isinstance(self.positions, slice):
+            return values[self.positions]
+        return values.index_select(0, self.positions.to(values.device))
 
-    def multiply(
+    def linear_into(
         self,
         tokens: torch.Tensor,
         weight: torch.Tensor,
-        bias: torch.Tensor | None,
         *,
+        bias: torch.Tensor | None,
         outputs: torch.Tensor,
         rows: slice = slice(None),
     ) -> None:
-        """Write tokens · weightᵀ + bias, [tokens, rows], to this group's tokens and these columns
-        of the outputs of all tokens.
+        """Write tokens · weightᵀ + bias to this group's rows of `outputs`, columns `rows`.
+
+        Args:
+            tokens: [tokens, in], from `gather`.
+            weight: [rows, in], a block of rows of the whole weight.
+            bias: [rows], or None.
+            outputs: [all tokens, out].
+            rows: which rows of the whole weight `weight` holds.
         """
         is_plain = bias is None and tokens.dtype == weight.dtype and not is_tracked(tokens, weight)
-        if is_plain and isinstance(self.places, slice):
-            # Straight to its place: the copy takes up to a tenth of what the product takes in
-            # bfloat16.
-            torch.mm(tokens, weight.t(), out=outputs[self.places, rows])
+        if is_plain and isinstance(self.positions, slice):
+            # Without a temporary: copying it takes up to a tenth of the product in bfloat16.
+            torch.mm(tokens, weight.t(), out=outputs[self.positions, rows])
         else:
-            outputs[self.places, rows] = nn.functional.linear(tokens, weight, bias)
+            outputs[self.positions, rows] = nn.functional.linear(tokens, weight, bias)
 
 
-def make_groups(modality_ids: torch.Tensor) -> tuple[Group, ...]:
-    """Return the tokens of each modality that occurs in `modality_ids`, int64 of any shape, text
-    first.
-    """
+def make_groups(modality_ids: torch.Tensor) -> tuple[TokenGroup, ...]:
+    """Return one group per modality in `modality_ids` (int64, any shape), text first."""
     flat = modality_ids.reshape(-1).cpu()
     groups = []
     for modality in sorted(set(flat.tolist())):
-        places = (flat == modality).nonzero().reshape(-1)
-        first, last = int(places[0]), int(places[-1])
-        is_run = last - first + 1 == len(places)
-        groups.append(
-            Group(modality, slice(first, last + 1) if is_run else places.to(modality_ids.device))
-        )
+        positions = (flat == modality).nonzero().reshape(-1)
+        first, last = int(positions[0]), int(positions[-1])
+        if last - first + 1 == len(positions):
+            groups.append(TokenGroup(modality, slice(first, last + 1)))
+        else:
+            groups.append(TokenGroup(modality, positions.to(modality_ids.device)))
     return tuple(groups)

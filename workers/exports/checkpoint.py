@@ -16,6 +16,7 @@ from mmerge.manifests.format.manifest import FileEntry, read_file
 from mmerge.workers.exports.folder import to_export_folder
 from mmerge.workers.modalities.processor_encoder import write_files
 from mmerge.workers.reconstruction.build_reader import BuildReader
+from mmerge.workers.reconstruction.weights import rebuild_weight, text_weight
 
 MAX_FILE_BYTES = 5 * 10**9
 """Weights are split into files of at most this size, as transformers does."""
@@ -104,11 +105,14 @@ def _iterate_tensors(reader: BuildReader, expert: str | None) -> Iterator[tuple[
     """Yield every tensor of the export under its name in the expert's (or the base's) files."""
     if expert is None:
         for name in reader.llm_names():
-            yield name, reader.text_weight(name)
+            yield name, text_weight(reader, name)
         return
     renamed = {reader.manifest.rename(name, expert=expert) for name in reader.llm_names()}
     for name in reader.llm_names():
-        yield reader.manifest.rename(name, expert=expert), reader.rebuild(name, expert)
+        yield (
+            reader.manifest.rename(name, expert=expert),
+            rebuild_weight(reader, name, expert=expert),
+        )
     for name in reader.names("carried", expert):
         if name not in renamed:
             yield name, reader.read(name, "carried", expert)

@@ -21,6 +21,7 @@ from mmerge.workers.checkpoints.sources import OpenStores
 from mmerge.workers.exports.folder import to_export_folder
 from mmerge.workers.methods.matrix import is_layer_matrix
 from mmerge.workers.reconstruction.build_reader import BuildReader
+from mmerge.workers.reconstruction.weights import rebuild_weight, text_weight
 from mmerge.workers.runtime.cores import one_thread
 
 
@@ -150,7 +151,9 @@ def _make_factors(
     factors: dict[str, torch.Tensor] = {}
     whole = missed = 0.0
     for name in reader.llm_names():
-        merged = reader.rebuild(name, expert) if expert else reader.text_weight(name)
+        merged = (
+            rebuild_weight(reader, name, expert=expert) if expert else text_weight(reader, name)
+        )
         original = base.read(name)
         if expert and merged.shape != original.shape:
             report.left_out.append(name)  # an expert's own vocabulary rows

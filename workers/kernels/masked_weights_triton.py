@@ -1,5 +1,6 @@
-"""A modality's weights formed on a CUDA device, straight from packed bits, by Triton. Imported only
-where such a device is used.
+"""Reconstruct weights on a CUDA device: base + (Σ factorⱼ·mⱼ / divisor)∘delta, in Triton.
+
+Imported only where such a device is used.
 """
 
 from __future__ import annotations
@@ -17,12 +18,10 @@ triton: Any = import_module("triton")
 tl: Any = import_module("triton.language")
 
 BLOCK_ENTRIES = 1024
-"""Entries of one row that a program forms: 8 a thread with 4 warps, loads of 16 bytes in the 16-bit
-dtypes.
-"""
+"""Entries of one row per program: with 4 warps 8 per thread, loads of 16 bytes in 16-bit dtypes."""
 
 
-def _form_block(  # type: ignore[no-untyped-def]
+def _add_block(  # type: ignore[no-untyped-def]
     base,
     delta,
     masks,
@@ -38,33 +37,33 @@ def _form_block(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_inside = columns < width
-    share = tl.zeros((BLOCK,), dtype=tl.float32)
+    weights = tl.zeros((BLOCK,), dtype=tl.float32)
     for expert in tl.static_range(NUM_EXPERTS):
         packed = tl.load(
             masks + expert * expert_bytes + row * row_bytes + columns // 8, mask=is_inside, other=0
         )
         bits = (packed.to(tl.int32) >> (7 - columns % 8)) & 1
-        share += tl.load(factors + expert) * bits.to(tl.float32)
-    places = row * width + columns
-    value = tl.load(base + places, mask=is_inside, other=0).to(tl.float32)
-    change = tl.load(delta + places, mask=is_inside, other=0).to(tl.float32)
-    # The plain division of Triton is approximate; this one is the reference's.
-    value += tl.div_rn(share, divisor + tl.zeros_like(share)) * change
+        weights += tl.load(factors + expert) * bits.to(tl.float32)
+    offsets = row * width + columns
+    value = tl.load(base + offsets, mask=is_inside, other=0).to(tl.float32)
+    change = tl.load(delta + offsets, mask=is_inside, other=0).to(tl.float32)
+    # Triton's plain division is approximate; div_rn rounds as the reference does.
+    value += tl.div_rn(weights, divisor + tl.zeros_like(weights)) * change
     if out.dtype.element_ty == tl.bfloat16:
-        # Rounded to even by hand: Triton's interpreter, in which this is tested, cuts the lower
-        # bits off.
+        # Rounded to even by bit arithmetic: Triton's interpreter, in which this is tested,
+        # truncates.
         word = value.to(tl.uint32, bitcast=True)
         rounded = (word + 0x7FFF + ((word >> 16) & 1)) >> 16
         rounded = tl.where((word & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded)
-        tl.store(out + places, rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=is_inside)
+        tl.store(out + offsets, rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=is_inside)
     else:
-        tl.store(out + places, value.to(out.dtype.element_ty), mask=is_inside)
+        tl.store(out + offsets, value.to(out.dtype.element_ty), mask=is_inside)
 
 
-_form_kernel: Any = triton.jit(_form_block)
+_add_kernel: Any = triton.jit(_add_block)
 
 
-def form_on_device(
+def add_masked_delta_by_triton(
     base: torch.Tensor,
     delta: torch.Tensor,
     masks: torch.Tensor,
@@ -73,13 +72,12 @@ def form_on_device(
     divisor: float,
     out: torch.Tensor,
 ) -> None:
-    """Write base + (Σ factorsⱼ·masksⱼ / divisor)∘delta to `out`: computed in float32 and rounded
-    once, as the plain torch reference.
+    """Write base + (Σ factorsⱼ·masksⱼ / divisor)∘delta to `out`, with the bits of the reference.
 
     Args:
         base, delta: [rows, width], contiguous, float32, bfloat16 or float16 each.
-        masks: packed by rows (`masks.pack_rows`), uint8 [experts, rows, ⌈width/8⌉]; the rows of one
-            expert lie behind each other.
+        masks: packed by rows (`bitmask.pack_rows`), uint8 [experts, rows, ⌈width/8⌉]; the rows of
+            one expert are contiguous.
         factors: one per expert.
         divisor: of their sum.
         out: [rows, width], contiguous, of any of these dtypes.
@@ -87,13 +85,21 @@ def form_on_device(
     rows, width = out.shape
     if not out.numel():
         return
-    held = _factors_on(base.device, tuple(factors))
     grid = (rows, -(-width // BLOCK_ENTRIES))
-    # Without fused multiply-adds: the bits are those of separate operations.
-    _form_kernel[grid](
-        base, delta, masks, held, out, float(divisor), width, masks.stride(0), masks.shape[2],
-        NUM_EXPERTS=len(factors), BLOCK=BLOCK_ENTRIES, enable_fp_fusion=False,
-    )  # fmt: skip
+    _add_kernel[grid](
+        base,
+        delta,
+        masks,
+        _factors_on(base.device, tuple(factors)),
+        out,
+        float(divisor),
+        width,
+        masks.stride(0),
+        masks.shape[2],
+        NUM_EXPERTS=len(factors),
+        BLOCK=BLOCK_ENTRIES,
+        enable_fp_fusion=False,  # fused multiply-adds would change the bits
+    )
 
 
 @cache

@@ -68,12 +68,6 @@ def compiled(function: _Function) -> _Function:
     return made
 
 
-def called_back(function: _Function, signature: Any) -> Any:
-    """Return what C code can call, compiled now: see `compiled`. Its `address` is the C function's."""
-    with _own_cache():
-        return numba.cfunc(signature, cache=True, error_model="numpy")(function)
-
-
 @contextmanager
 def _own_cache() -> Iterator[None]:
     before = numba.config.CACHE_DIR
@@ -92,17 +86,6 @@ def _pointer(_: Any, address: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
     return types.CPointer(types.uint8)(types.int64), generate
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def take_number(_: Any, address: Any) -> Any:
-    """Return the int64 at an address and make it one more, in a single step for all threads."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        place = builder.inttoptr(arguments[0], context.get_value_type(types.CPointer(types.int64)))
-        return builder.atomic_rmw("add", place, context.get_constant(types.int64, 1), "monotonic")
-
-    return types.int64(types.int64), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]

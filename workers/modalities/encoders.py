@@ -11,11 +11,11 @@ from typing import Protocol
 import torch
 
 from mmerge.manifests.errors import CheckpointError, PromptError
-from mmerge.workers.composite.process_group import Ranks
 from mmerge.workers.modalities.processor_encoder import MediaEncoder, make_config
 from mmerge.workers.modalities.projector import FeatureEncoder
 from mmerge.workers.modalities.prompt import Part
 from mmerge.workers.reconstruction.build_reader import BuildReader
+from mmerge.workers.reconstruction.weights import rebuild_weight
 
 
 class Encoder(Protocol):
@@ -97,7 +97,7 @@ def load_encoder(
         state=state,
         embedding=(
             reader.manifest.rename(embedding, expert=expert),
-            reader.rebuild(embedding, expert),
+            rebuild_weight(reader, embedding, expert=expert),
         ),
         placeholder=record.placeholder,
         dtype=dtype,
@@ -136,47 +136,3 @@ class _Checked:
                 f" expected embeddings [tokens, {wanted.hidden_size}]"
             )
         return embeds.to(wanted.device, wanted.dtype)
-
-
-class RankEncoder:
-    """An encoder that one rank holds for all: its embeddings go to the others, and so do its
-    errors.
-    """
-
-    def __init__(
-        self,
-        held: Encoder | None,
-        *,
-        modality: str,
-        ranks: Ranks,
-        rank: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.modality = modality
-        self._held, self._ranks, self._rank, self._dtype, self._device = (
-            held,
-            ranks,
-            rank,
-            dtype,
-            device,
-        )
-
-    def encode(self, part: Part) -> torch.Tensor:
-        """See Encoder. Every rank calls this with the same part, and all raise the same
-        PromptError.
-        """
-        embeds: torch.Tensor | None = None
-        outcome: tuple[str, tuple[int, ...]] = ("", ())
-        if self._held is not None:
-            try:
-                embeds = self._held.encode(part).to(self._device, self._dtype)
-                outcome = ("", tuple(embeds.shape))
-            except PromptError as error:
-                outcome = (Exception.__str__(error), ())
-        message, shape = self._ranks.share(outcome, source=self._rank)
-        if message:
-            raise PromptError(message)
-        if embeds is None:
-            embeds = torch.empty(shape, dtype=self._dtype, device=self._device)
-        return self._ranks.broadcast(embeds, source=self._rank)

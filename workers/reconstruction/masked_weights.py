@@ -1,10 +1,15 @@
-"""A modality's weights formed from packed bits, by the compiled loop
-(workers/kernels/masked_weights.py) on torch's threads or the one that calls.
+"""Reconstruct weights: θ = θ₀ + (Σ factorⱼ·mⱼ / divisor)∘τ⋆, the only formula of a composite.
+
+MMER (arXiv 2505.17110): one mask with factor 1 gives the weights of an expert (Retention), all masks
+with factor 1 and divisor n those of text tokens (Expansion). EMR-Merging (arXiv 2405.17461) has
+other factors. Three backends give the same bits: a numba kernel on the CPU, a Triton kernel on CUDA
+devices, and plain torch, the reference, for everything else. Computed in float32, rounded once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
 
@@ -12,41 +17,105 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mmerge.workers.checkpoints.dtypes import SAFETENSORS_DTYPES
-from mmerge.workers.kernels.masked_weights import NUM_ARGUMENTS, find_entry, form_parts, form_rows
+from mmerge.workers.checkpoints.dtypes import SAFETENSORS_DTYPES, to_bytes
+from mmerge.workers.kernels.masked_weights import add_masked_rows
 from mmerge.workers.kernels.tiles import CODES
-from mmerge.workers.runtime.openmp import work_together
+from mmerge.workers.reconstruction.bitmask import pack_rows, unpack_rows
 
 Bytes = NDArray[np.uint8]
 
 THREAD_ENTRIES = 1 << 18
-"""Below this many entries a thread costs more than it saves."""
-PART_ENTRIES = 1 << 16
-"""About what a thread takes at once."""
+"""Entries per thread, at least: below that, starting a thread costs more than it saves."""
 
 
-def can_form(*tensors: torch.Tensor) -> bool:
-    """Return whether the compiled loop takes these tensors: contiguous, on the CPU, float32,
-    bfloat16 or float16.
+def add_masked_delta(
+    base: torch.Tensor,
+    delta: torch.Tensor,
+    masks: torch.Tensor,
+    *,
+    factors: Sequence[float],
+    divisor: float,
+    dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return base + (Σ factorsⱼ·mⱼ / divisor)∘delta, [rows, width], in `dtype` or in `out`.
+
+    Args:
+        base, delta: [rows, width], of any float dtype.
+        masks: packed by rows (`bitmask.pack_rows`), uint8 [experts, rows, ⌈width/8⌉].
+        factors: one per expert.
+        divisor: of the sum of the masks.
+        dtype: of the result; the base's if absent.
+        out: memory for the result, [rows, width].
     """
-    return all(
-        tensor.device.type == "cpu"
-        and tensor.is_contiguous()
-        and SAFETENSORS_DTYPES.get(tensor.dtype) in CODES
-        for tensor in tensors
+    if out is None:
+        out = torch.empty(base.shape, dtype=dtype or base.dtype, device=base.device)
+    if can_use_numba(base, delta, out):
+        _add_by_numba(base, delta, masks, factors=factors, divisor=divisor, out=out)
+        return out
+    if can_use_triton(base, delta, out):
+        from mmerge.workers.kernels.masked_weights_triton import add_masked_delta_by_triton
+
+        add_masked_delta_by_triton(base, delta, masks, factors=factors, divisor=divisor, out=out)
+        return out
+    return add_masked_delta_by_torch(base, delta, masks, factors=factors, divisor=divisor, out=out)
+
+
+def add_masked_delta_by_torch(
+    base: torch.Tensor,
+    delta: torch.Tensor,
+    masks: torch.Tensor,
+    *,
+    factors: Sequence[float],
+    divisor: float,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """Write what `add_masked_delta` returns to `out` and return it: the reference of the kernels."""
+    weights = torch.zeros(delta.shape, dtype=torch.float32, device=delta.device)
+    for mask, factor in zip(masks, factors, strict=True):
+        weights += factor * unpack_rows(mask, delta.shape[1]).to(torch.float32)
+    return out.copy_(base.to(torch.float32) + weights / divisor * delta.to(torch.float32))
+
+
+def add_masked_tensor(
+    base: torch.Tensor,
+    delta: torch.Tensor,
+    masks: Sequence[torch.Tensor],
+    *,
+    factors: Sequence[float],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Return base + mean(factorⱼ·mⱼ)∘delta of tensors of any shape, in `dtype`.
+
+    `masks` are packed as they are stored (`bitmask.pack_mask`), one per factor.
+    """
+    shape = (1, base.numel())
+    packed = torch.stack([pack_rows(mask, shape) for mask in masks])
+    flat = add_masked_delta(
+        base.reshape(shape),
+        delta.reshape(shape),
+        packed,
+        factors=factors,
+        divisor=float(len(masks)),
+        dtype=dtype,
     )
+    return flat.reshape(base.shape)
 
 
-def can_form_on_device(*tensors: torch.Tensor) -> bool:
-    """Return whether the Triton kernel takes these tensors: contiguous, on one CUDA device,
-    float32, bfloat16 or float16.
-    """
+def can_use_numba(*tensors: torch.Tensor) -> bool:
+    """Return whether the numba kernel takes these tensors: contiguous, on the CPU, 16 or 32 bits."""
+    return all(tensor.device.type == "cpu" and _has_kernel_layout(tensor) for tensor in tensors)
+
+
+def can_use_triton(*tensors: torch.Tensor) -> bool:
+    """Return whether the Triton kernel takes these tensors: contiguous, on one CUDA device."""
     return _has_triton() and all(
-        tensor.device.type == "cuda"
-        and tensor.is_contiguous()
-        and SAFETENSORS_DTYPES.get(tensor.dtype) in CODES
-        for tensor in tensors
+        tensor.device.type == "cuda" and _has_kernel_layout(tensor) for tensor in tensors
     )
+
+
+def _has_kernel_layout(tensor: torch.Tensor) -> bool:
+    return tensor.is_contiguous() and SAFETENSORS_DTYPES.get(tensor.dtype) in CODES
 
 
 @cache
@@ -54,7 +123,7 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def form(
+def _add_by_numba(
     base: torch.Tensor,
     delta: torch.Tensor,
     masks: torch.Tensor,
@@ -63,79 +132,45 @@ def form(
     divisor: float,
     out: torch.Tensor,
 ) -> None:
-    """Write base + (Σ factorsⱼ·masksⱼ / divisor)∘delta to `out`, with as many threads as torch
-    uses.
-
-    Args:
-        base, delta: [rows, width]; see `can_form`.
-        masks: packed by rows (`masks.pack_rows`), uint8 [experts, rows, ⌈width/8⌉].
-        factors: one per expert.
-        divisor: of their sum.
-        out: [rows, width], of any dtype that `can_form` takes.
-    """
+    """Run the numba kernel on as many threads as torch uses; each takes a range of rows."""
     if out.numel() == 0:
         return
-    work = _Work(base, delta, masks, factors, divisor, out)
-    num_threads = min(torch.get_num_threads(), max(1, out.numel() // THREAD_ENTRIES), out.shape[0])
-    if num_threads > 1:
-        work_together(work, num_threads=num_threads)
-    else:
-        work.take_parts()
+    num_rows = out.shape[0]
+    num_threads = min(torch.get_num_threads(), max(1, out.numel() // THREAD_ENTRIES), num_rows)
+    kernel = BlockKernel(
+        base=base.dtype, delta=delta.dtype, out=out.dtype, factors=factors, divisor=divisor
+    )
+    arrays = [_to_rows(tensor) for tensor in (base, delta, out)]
+    packed = masks.numpy()
+
+    def run(thread: int) -> None:
+        rows = slice(thread * num_rows // num_threads, (thread + 1) * num_rows // num_threads)
+        base_rows, delta_rows, out_rows = (array[rows] for array in arrays)
+        kernel.add_rows(base_rows, delta_rows, packed[:, rows], out=out_rows)
+
+    if num_threads == 1:
+        run(0)
+        return
+    futures = [_threads(num_threads - 1).submit(run, thread) for thread in range(1, num_threads)]
+    run(0)
+    for future in futures:
+        future.result()
 
 
-class _Work:
-    """See `team.TeamWork`. Holds what its addresses are of."""
-
-    def __init__(
-        self,
-        base: torch.Tensor,
-        delta: torch.Tensor,
-        masks: torch.Tensor,
-        factors: Sequence[float],
-        divisor: float,
-        out: torch.Tensor,
-    ) -> None:
-        rows, width = out.shape
-        if masks.stride()[1:] != (masks.shape[2], 1):
-            masks = masks.contiguous()
-        self._counter = np.zeros(1, np.int64)
-        self._factors, self._divisor = (
-            np.asarray(factors, np.float32),
-            np.full(1, divisor, np.float32),
-        )
-        self._tensors = (base, delta, out, masks)
-        places = [
-            number
-            for tensor in (base, delta, out)
-            for number in (tensor.data_ptr(), CODES[SAFETENSORS_DTYPES[tensor.dtype]])
-        ]
-        self._arguments = np.array(
-            [
-                self._counter.ctypes.data, rows, max(1, PART_ENTRIES // width), width, *places,
-                masks.data_ptr(), masks.stride(0), len(masks), self._factors.ctypes.data, self._divisor.ctypes.data,
-            ],
-            np.int64,
-        )  # fmt: skip
-        assert len(self._arguments) == NUM_ARGUMENTS
-
-    def take_parts(self) -> None:
-        form_parts(self._arguments)
-
-    @property
-    def entry(self) -> int:
-        return find_entry()
-
-    @property
-    def arguments(self) -> int:
-        return int(self._arguments.ctypes.data)
+def _to_rows(tensor: torch.Tensor) -> Bytes:
+    """Return the bytes of a contiguous matrix, uint8 [rows, bytes of a row]."""
+    return np.frombuffer(to_bytes(tensor), np.uint8).reshape(tensor.shape[0], -1)
 
 
-class BlockFormer:
-    """Forms a matrix block by block, on the thread that calls, from bytes: what is the same for all
-    blocks is prepared once.
+@cache
+def _threads(num_threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(num_threads, thread_name_prefix="mmerge-weights")
 
-    Of a block of half a megabyte the views and lookups of `form` would take a third of the time,
-    and hold Python's lock.
+
+class BlockKernel:
+    """The numba kernel for blocks of one tensor: dtypes and factors are prepared once.
+
+    Preparing them for each block of half a megabyte would take a third of the time and hold the GIL.
     """
 
     def __init__(
@@ -147,32 +182,47 @@ class BlockFormer:
         factors: Sequence[float],
         divisor: float,
     ) -> None:
-        """Prepare; see `form`. The dtypes are those that `can_form` takes."""
+        """Prepare for these dtypes, each float32, bfloat16 or float16; see `add_masked_delta`."""
         self._codes = [CODES[SAFETENSORS_DTYPES[dtype]] for dtype in (base, delta, out)]
-        self._width = out.itemsize
-        self._factors, self._divisor = np.asarray(factors, dtype=np.float32), np.float32(divisor)
+        self._item_bytes = out.itemsize
+        self._factors = np.asarray(factors, dtype=np.float32)
+        self._divisor = np.float32(divisor)
 
-    def form(self, base: Bytes, delta: Bytes, masks: Bytes, *, out: Bytes) -> None:
-        """Write what `form` writes of a block whose entries fill whole bytes of bits.
+    def add_block(self, base: Bytes, delta: Bytes, masks: Bytes, *, out: Bytes) -> None:
+        """Write one block of the result to `out`.
 
-        `base`, `delta` and `out` are its bytes, uint8 [bytes]; `masks` its packed bits, uint8
-        [experts, bytes]. `out` may be `base`, of the same dtype.
+        `base`, `delta` and `out` are bytes, uint8 [bytes]; `masks` packed bits, uint8 [experts,
+        bytes], of which a block begins with a whole byte. `out` may be `base`, of the same dtype.
         """
-        form_rows(
-            base[None], self._codes[0], delta[None], self._codes[1], masks[:, None],
-            self._factors, self._divisor, out[None], self._codes[2], len(out) // self._width, out is base,
-        )  # fmt: skip
+        self.add_rows(base[None], delta[None], masks[:, None], out=out[None])
+
+    def add_rows(self, base: Bytes, delta: Bytes, masks: Bytes, *, out: Bytes) -> None:
+        """Write rows of the result, uint8 [rows, bytes of a row]; `masks` [experts, rows, bytes]."""
+        width = out.shape[1] // self._item_bytes
+        if width % 8 == 0 and masks.strides[1:] == (width // 8, 1):
+            # Rows that end on whole bytes of bits are one long row: fewer and fuller tiles.
+            width *= len(out)
+            base, delta, out = (array.reshape(1, -1) for array in (base, delta, out))
+            masks = masks.reshape(len(masks), 1, -1)
+        add_masked_rows(
+            base,
+            self._codes[0],
+            delta,
+            self._codes[1],
+            masks,
+            self._factors,
+            self._divisor,
+            out,
+            self._codes[2],
+            width,
+        )
 
 
 @cache
 def load_kernel() -> None:
-    """Let the compiled loop be loaded now rather than at its first use."""
-    former = BlockFormer(
+    """Load the compiled kernel now rather than at its first use."""
+    kernel = BlockKernel(
         base=torch.bfloat16, delta=torch.bfloat16, out=torch.bfloat16, factors=[1.0], divisor=1.0
     )
-    former.form(
-        np.zeros(16, np.uint8),
-        np.zeros(16, np.uint8),
-        np.zeros((1, 1), np.uint8),
-        out=np.empty(16, np.uint8),
-    )
+    values, masks = np.zeros(16, np.uint8), np.zeros((1, 1), np.uint8)
+    kernel.add_block(values, values, masks, out=np.empty(16, np.uint8))

@@ -13,6 +13,7 @@ from mmerge.manifests.errors import CheckpointError, MmergeError, RecipeError
 from mmerge.pipeline import make_plan, parse_recipe, read_recipe, run
 from mmerge.pipeline.execution.ray_executor import RayExecutor
 from mmerge.workers.reconstruction.build_reader import BuildReader
+from mmerge.workers.reconstruction.weights import text_weight
 
 METHODS: dict[str, dict[str, Any]] = {
     "slerp": {"t": 0.4},
@@ -134,7 +135,7 @@ def test_bytes_depend_on_no_block_size_threads_or_pieces(lab: Any, method: str) 
         )
         torch.set_num_threads(before)
         reader = BuildReader(str(lab.folder / output))
-        found.append({name: reader.text_weight(name) for name in lab.base})
+        found.append({name: text_weight(reader, name) for name in lab.base})
     different = [name for name in lab.base if not torch.equal(found[0][name], found[1][name])]
     assert not different
 
@@ -175,7 +176,7 @@ def test_methods_without_a_base_run_without_one(lab: Any, method: str) -> None:
     reader = BuildReader(str(lab.folder / "bare"))
     name = "layers.1.mlp.up_proj.weight"
     own = next(found for found in reader.llm_names() if found.endswith(name))
-    assert torch.equal(reader.text_weight(own), with_base.text_weight(f"model.{name}"))
+    assert torch.equal(text_weight(reader, own), text_weight(with_base, f"model.{name}"))
 
 
 def neuron_build(
@@ -191,7 +192,7 @@ def neuron_build(
         name.removeprefix("language_model."): value for name, value in lab.expert_tensors(0).items()
     }
     return (
-        {name: reader.text_weight(name) for name in lab.base},
+        {name: text_weight(reader, name) for name in lab.base},
         lab.base,
         {name: expert[name][: len(lab.base[name])] for name in lab.base},
     )
@@ -291,7 +292,7 @@ def test_whole_matrix_methods_leave_other_tensors_to_the_base_or_to_task_arithme
                 )
             )
         )
-        found[others] = BuildReader(str(lab.folder / others)).text_weight("model.norm.weight")
+        found[others] = text_weight(BuildReader(str(lab.folder / others)), "model.norm.weight")
     tuned = [lab.expert_tensors(seed)["language_model.model.norm.weight"] for seed in (0, 1)]
     base = lab.base["model.norm.weight"]
     assert torch.equal(found["base"], base)

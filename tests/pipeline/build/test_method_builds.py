@@ -28,6 +28,7 @@ from mmerge.workers.composite.routed_linear import RoutedLinear
 from mmerge.workers.methods import find_method, method_names
 from mmerge.workers.reconstruction.bitmask import unpack_mask
 from mmerge.workers.reconstruction.build_reader import BuildReader
+from mmerge.workers.reconstruction.weights import rebuild_weight, text_weight
 
 RECIPES: dict[str, dict[str, Any]] = {
     "entries": {"method": "dare_linear"},
@@ -161,20 +162,20 @@ def test_a_composite_of_masks_rebuilds_routes_answers_and_is_exported(
     ]
     for expert, mask, factor in zip(reader.expert_names, masks, factors, strict=True):
         wanted = (base + factor * mask * delta).to(reader.dtype)
-        assert reader.rebuild(name, expert).equal(wanted)
+        assert rebuild_weight(reader, name, expert=expert).equal(wanted)
     mean = sum(factor * mask for factor, mask in zip(factors, masks, strict=True)) / len(masks)
-    assert reader.text_weight(name).equal((base + mean * delta).to(reader.dtype))
+    assert text_weight(reader, name).equal((base + mean * delta).to(reader.dtype))
     export(uri, tmp_path / "image", expert="image")
     exported = load_file(tmp_path / "image" / "model.safetensors")
     assert exported[reader.manifest.rename(name, expert="image")].equal(
-        reader.rebuild(name, "image")
+        rebuild_weight(reader, name, expert="image")
     )
 
     composite = load_composite(uri, policy="resident")
     linear = composite.language_model.get_submodule(name.removesuffix(".weight"))
     assert isinstance(linear, RoutedLinear)
     for index, expert in enumerate(reader.expert_names):
-        assert linear.modality_weight(index).equal(reader.rebuild(name, expert))
+        assert linear.modality_weight(index).equal(rebuild_weight(reader, name, expert=expert))
     picture = Part("image", repository / "examples" / "lab" / "samples" / "image_seven_light.png")
     question = "which digit is in the image ?"
     retained = load_composite(uri, mode="retention", expert="image")

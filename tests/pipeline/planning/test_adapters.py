@@ -28,6 +28,7 @@ from mmerge.workers.checkpoints.lora_weights import low_rank_rows
 from mmerge.workers.exports.lora import export_adapter
 from mmerge.workers.exports.lora_average import write_average
 from mmerge.workers.reconstruction.build_reader import BuildReader
+from mmerge.workers.reconstruction.weights import text_weight
 
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj")
 PREFIX = "base_model.model."
@@ -110,7 +111,7 @@ def test_the_task_vector_of_an_adapter_is_its_product(lab: Any, raw: dict[str, A
     reader = build(lab, raw | {"experts": experts("one", "two")})
     for name, base in lab.base.items():
         wanted = base + delta_of(one, name, 8 / 4) + delta_of(two, name, 8 / math.sqrt(3))
-        torch.testing.assert_close(reader.text_weight(name), wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(text_weight(reader, name), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_patterns_give_a_linear_its_own_rank_and_alpha(lab: Any, raw: dict[str, Any]) -> None:
@@ -129,7 +130,7 @@ def test_patterns_give_a_linear_its_own_rank_and_alpha(lab: Any, raw: dict[str, 
         ("model.layers.1.mlp.down_proj.weight", 4.0),
     ):
         torch.testing.assert_close(
-            reader.text_weight(name),
+            text_weight(reader, name),
             lab.base[name] + delta_of(factors, name, scale),
             rtol=1e-5,
             atol=1e-5,
@@ -185,7 +186,7 @@ def test_blocks_pieces_and_threads_do_not_change_a_build_of_adapters(
             max_shard_bytes=max_shard_bytes,
         )
         torch.set_num_threads(before)
-        found.append({name: reader.text_weight(name) for name in lab.base})
+        found.append({name: text_weight(reader, name) for name in lab.base})
     assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in lab.base)
 
 
@@ -200,7 +201,7 @@ def test_tensors_that_an_adapter_saves_whole_replace_the_bases(
         more={f"{PREFIX}lm_head.weight": head, f"{PREFIX}vision.connector.weight": torch.ones(3)},
     )
     reader = build(lab, raw | {"experts": experts("one")})
-    torch.testing.assert_close(reader.text_weight("lm_head.weight"), head)
+    torch.testing.assert_close(text_weight(reader, "lm_head.weight"), head)
     assert reader.names("carried", "one") == ["vision.connector.weight"]
 
 
@@ -218,7 +219,7 @@ def test_an_adapter_trained_on_a_multimodal_model_fits_the_base_of_its_language_
     reader = build(lab, raw | {"experts": experts("one")})
     name = "model.layers.1.self_attn.q_proj.weight"
     torch.testing.assert_close(
-        reader.text_weight(name),
+        text_weight(reader, name),
         lab.base[name] + delta_of(factors, name, 2.0),
         rtol=1e-5,
         atol=1e-5,
@@ -249,7 +250,7 @@ def test_a_merge_of_adapters_written_as_one_of_the_sum_of_their_ranks_is_whole(
     again = build(lab, raw | {"experts": experts("written"), "output": "again"})
     for name in lab.base:
         torch.testing.assert_close(
-            again.text_weight(name), reader.text_weight(name), rtol=1e-4, atol=1e-4
+            text_weight(again, name), text_weight(reader, name), rtol=1e-4, atol=1e-4
         )
     config = json.loads((lab.folder / "written" / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 5, 5)
@@ -274,7 +275,7 @@ def test_the_truncation_to_an_adapter_is_the_best_of_its_rank(
     )
     factors = load_file(lab.folder / "written" / "adapter_model.safetensors")
     name = "model.layers.0.mlp.up_proj"
-    delta = reader.text_weight(f"{name}.weight") - lab.base[f"{name}.weight"]
+    delta = text_weight(reader, f"{name}.weight") - lab.base[f"{name}.weight"]
     missed = (
         delta - factors[f"{PREFIX}{name}.lora_B.weight"] @ factors[f"{PREFIX}{name}.lora_A.weight"]
     )
@@ -369,7 +370,7 @@ def test_factors_are_averaged_only_between_equal_ranks(lab: Any, raw: dict[str, 
         for part in "AB"
     )
     torch.testing.assert_close(
-        reader.text_weight(f"{name}.weight"),
+        text_weight(reader, f"{name}.weight"),
         lab.base[f"{name}.weight"] + 2 * b @ a,
         rtol=1e-4,
         atol=1e-5,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import mmap
 import shutil
 from pathlib import Path
 
@@ -311,30 +310,3 @@ def test_a_shard_is_as_large_as_all_that_is_read_for_its_layer(lab_store: str) -
         )
     assert len(layers) > 2
     assert reader.largest_shard_bytes() == max(layers.values()) > 0
-
-
-@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="the system has no large pages")
-def test_routed_weights_lie_together_and_each_has_its_own_storage(composite: Composite) -> None:
-    routed = [
-        module for module in composite.language_model.modules() if isinstance(module, RoutedLinear)
-    ]
-    held = [
-        tensor
-        for module in routed
-        for tensor in (
-            module.weight.detach(),
-            module.get_buffer("delta"),
-            module.get_buffer("masks"),
-        )
-    ]
-    places = sorted((tensor.data_ptr(), tensor.nbytes) for tensor in held)
-    span = places[-1][0] + places[-1][1] - places[0][0]
-    assert span < 64 * len(held) + sum(num_bytes for _, num_bytes in places), (
-        "nothing else between them"
-    )
-    assert all(
-        start + num_bytes <= other for (start, num_bytes), (other, _) in itertools.pairwise(places)
-    )
-    assert all(tensor.untyped_storage().nbytes() - tensor.nbytes < 64 for tensor in held), (
-        "a copy of one does not hold the others"
-    )

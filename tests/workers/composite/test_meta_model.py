@@ -13,7 +13,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mmerge.manifests.errors import CheckpointError
-from mmerge.workers.composite.meta_model import make_skeleton, set_parameter
+from mmerge.workers.composite.meta_model import make_meta_model, set_parameter
 
 CONFIG = LlamaConfig(
     hidden_size=32,
@@ -25,9 +25,9 @@ CONFIG = LlamaConfig(
 )
 
 
-def test_a_skeleton_has_the_names_and_shapes_of_the_model_no_memory_and_its_buffers() -> None:
+def test_a_meta_model_has_the_names_and_shapes_of_the_model_no_memory_and_its_buffers() -> None:
     wanted = LlamaForCausalLM(CONFIG).to(torch.bfloat16)
-    found = make_skeleton(CONFIG, dtype=torch.bfloat16, owner="base")
+    found = make_meta_model(CONFIG, dtype=torch.bfloat16, owner="base")
     assert {name: (value.shape, value.dtype) for name, value in found.named_parameters()} == {
         name: (value.shape, value.dtype) for name, value in wanted.named_parameters()
     }
@@ -43,7 +43,7 @@ def test_a_skeleton_has_the_names_and_shapes_of_the_model_no_memory_and_its_buff
 
 def test_tied_weights_are_one_parameter() -> None:
     tied = LlamaConfig(**CONFIG.to_dict() | {"tie_word_embeddings": True})
-    model = make_skeleton(tied, dtype=torch.float32, owner="base")
+    model = make_meta_model(tied, dtype=torch.float32, owner="base")
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
@@ -63,13 +63,13 @@ def test_models_made_afterwards_are_drawn_as_ever(fails: bool) -> None:
                 r" 'unknown'\)"
             ),
         ):
-            make_skeleton(
+            make_meta_model(
                 LlamaConfig(**CONFIG.to_dict() | {"rope_parameters": {"rope_type": "unknown"}}),
                 dtype=torch.float16,
                 owner="base",
             )
     else:
-        make_skeleton(CONFIG, dtype=torch.float16, owner="base")
+        make_meta_model(CONFIG, dtype=torch.float16, owner="base")
     after = draw()
     assert all(
         one.equal(other) and not other.is_meta for one, other in zip(before, after, strict=True)
@@ -77,7 +77,7 @@ def test_models_made_afterwards_are_drawn_as_ever(fails: bool) -> None:
     assert torch.get_default_dtype() == torch.float32
 
 
-def test_threads_make_skeletons_at_once_and_other_modules_meanwhile() -> None:
+def test_threads_make_meta_models_at_once_and_other_modules_meanwhile() -> None:
     ends = Event()
 
     def make_layers() -> bool:
@@ -96,7 +96,7 @@ def test_threads_make_skeletons_at_once_and_other_modules_meanwhile() -> None:
         dtype = torch.bfloat16 if number % 2 else torch.float32
         return all(
             value.is_meta and value.dtype == dtype
-            for value in make_skeleton(CONFIG, dtype=dtype, owner="base").parameters()
+            for value in make_meta_model(CONFIG, dtype=dtype, owner="base").parameters()
         )
 
     with ThreadPoolExecutor(4) as pool:
@@ -110,7 +110,7 @@ def test_threads_make_skeletons_at_once_and_other_modules_meanwhile() -> None:
 
 
 def test_a_value_of_another_shape_is_refused_by_name() -> None:
-    model = make_skeleton(CONFIG, dtype=torch.float32, owner="base")
+    model = make_meta_model(CONFIG, dtype=torch.float32, owner="base")
     with pytest.raises(
         CheckpointError,
         match=r"model.norm.weight: has shape \(31,\), the model of transformers .* has \(32,\)",

@@ -15,8 +15,9 @@ from rank_script import held_bytes
 
 from mmerge.manifests.errors import PlacementError
 from mmerge.pipeline import load_composite
-from mmerge.workers.composite.placement import parse_devices, plan_placement
-from mmerge.workers.composite.tensor_parallel import Division
+from mmerge.workers.composite.placement import parse_devices
+from mmerge.workers.composite.placement_planner import plan_placement
+from mmerge.workers.composite.tensor_parallel import TensorParallelPlan
 from mmerge.workers.families.llama import LLAMA
 from mmerge.workers.reconstruction.build_reader import BuildReader
 
@@ -151,7 +152,7 @@ def test_a_70b_shape_is_divided_over_eight_ranks_evenly() -> None:
         num_key_value_heads=8,
         vocab_size=128256,
     )
-    division = Division.of(config, family=LLAMA, num_ranks=8)
+    plan = TensorParallelPlan.from_config(config, family=LLAMA, num_ranks=8)
     total = 0
     for name, shape in {
         "self_attn.q_proj": (8192, 8192),
@@ -160,7 +161,7 @@ def test_a_70b_shape_is_divided_over_eight_ranks_evenly() -> None:
         "embed_tokens": (128256, 8192),
     }.items():
         parts = [
-            division.part_of(f"model.layers.0.{name}.weight", shape, rank=rank) for rank in range(8)
+            plan.part_of(f"model.layers.0.{name}.weight", shape, rank=rank) for rank in range(8)
         ]
         size = shape[1] if parts[0].along == "columns" else shape[0]
         assert [part.start for part in parts] == [size // 8 * rank for rank in range(8)]
@@ -169,7 +170,7 @@ def test_a_70b_shape_is_divided_over_eight_ranks_evenly() -> None:
 
 
 def test_a_matrix_that_nobody_knows_how_to_cut_is_refused_by_name(lab_store: str) -> None:
-    division = Division(2, 4, 2, 32, 256, LLAMA)
+    plan = TensorParallelPlan(2, 4, 2, 32, 256, LLAMA)
     with pytest.raises(
         PlacementError,
         match=(
@@ -177,7 +178,7 @@ def test_a_matrix_that_nobody_knows_how_to_cut_is_refused_by_name(lab_store: str
             r" tensor-parallel rule for this matrix"
         ),
     ):
-        division.part_of("model.layers.0.self_attn.qkv_proj.weight", (8, 8), rank=0)
+        plan.part_of("model.layers.0.self_attn.qkv_proj.weight", (8, 8), rank=0)
 
 
 def test_a_device_that_is_not_there_is_refused_before_anything_is_read() -> None:

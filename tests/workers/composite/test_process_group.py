@@ -16,8 +16,8 @@ from rank_runs import SCRIPT, case, run_and_check
 
 from mmerge.manifests.errors import PlacementError
 from mmerge.pipeline import load_composite
-from mmerge.workers.composite.placement import plan_placement
-from mmerge.workers.composite.tensor_parallel import Division
+from mmerge.workers.composite.placement_planner import plan_placement
+from mmerge.workers.composite.tensor_parallel import TensorParallelPlan
 from mmerge.workers.families.llama import LLAMA
 from mmerge.workers.reconstruction.build_reader import BuildReader
 
@@ -117,7 +117,7 @@ def test_a_number_of_ranks_that_does_not_divide_the_heads_is_refused_with_those_
             r" are 1, 2, 4"
         ),
     ):
-        Division.of(config, family=LLAMA, num_ranks=3)
+        TensorParallelPlan.from_config(config, family=LLAMA, num_ranks=3)
     placement = plan_placement(
         f"{lab_store}#mmer", devices=[10**9] * 2, by="tensor", device_type="cpu"
     )

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 
-from mmerge.workers.composite import routed_linear as routing
+from mmerge.workers.composite import routed_linear
 from mmerge.workers.composite.routed_linear import (
-    TEXT,
     Policy,
     RoutedBias,
     RoutedLinear,
     RoutedWeights,
-    Routing,
     block_rows,
-    form_weight,
 )
+from mmerge.workers.composite.routing import TEXT, Routing
 from mmerge.workers.composite.token_groups import make_groups
 from mmerge.workers.reconstruction.bitmask import mean_mask, pack_mask, pack_rows
-from mmerge.workers.runtime import openmp as team
+from mmerge.workers.reconstruction.masked_weights import add_masked_delta
 
 NUM_EXPERTS, OUT, IN = 3, 7, 12
 
@@ -46,7 +42,7 @@ def make_layer(
     packed = torch.stack([pack_rows(pack_mask(mask), mask.shape) for mask in masks])
     return RoutedLinear(
         Routing(),
-        RoutedWeights.make(base, delta, packed, dtype=torch.float32, policy=policy),
+        RoutedWeights.from_masks(base, delta, packed, dtype=torch.float32, policy=policy),
         bias=bias,
     )
 
@@ -81,8 +77,8 @@ def test_every_token_gets_what_a_loop_over_tokens_with_formed_weights_gives(
 def test_a_matrix_that_is_formed_in_blocks_multiplies_as_one_that_is_kept(
     has_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(routing, "FORM_ENTRIES", 1)
-    monkeypatch.setattr(routing, "FORM_ROWS", 100)
+    monkeypatch.setattr(routed_linear, "BLOCK_ENTRIES", 1)
+    monkeypatch.setattr(routed_linear, "BLOCK_ROWS", 100)
     rows = 300
     generator = torch.Generator().manual_seed(1)
     base, delta = (torch.randn(rows, IN, generator=generator) for _ in range(2))
@@ -154,7 +150,7 @@ def test_a_routing_of_another_length_is_refused(
         layer(torch.randn(1, 4, IN))
 
 
-@pytest.mark.parametrize("threads", ["one", "torch's", "own"])
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
 @pytest.mark.parametrize("factors", [[2.0, -1.0, 0.7], [2.0, -1.0, -1.0]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(7, 12), (3, 2049), (260, 2049), (130, 4104)])
@@ -162,7 +158,7 @@ def test_the_compiled_loop_gives_the_bits_of_the_torch_reference(
     shape: tuple[int, int],
     dtype: torch.dtype,
     factors: list[float],
-    threads: str,
+    num_threads: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     generator = torch.Generator().manual_seed(1)
@@ -172,15 +168,13 @@ def test_the_compiled_loop_gives_the_bits_of_the_torch_reference(
     )
     masks = [torch.rand(shape, generator=generator) < share for share in (0.2, 0.5, 0.8)]
     packed = torch.stack([pack_rows(pack_mask(mask), shape) for mask in masks])
-    if threads == "own":
-        monkeypatch.setattr(team, "_find_team", lambda: None)
     before = torch.get_num_threads()
-    torch.set_num_threads(1 if threads == "one" else 2)
+    torch.set_num_threads(num_threads)
     try:
-        found = form_weight(base, delta, packed, factors=factors, divisor=3.0)
+        found = add_masked_delta(base, delta, packed, factors=factors, divisor=3.0)
         place = torch.full((shape[0] + 2, shape[1]), torch.nan, dtype=dtype)
         rows = slice(1, shape[0])  # masks of some rows do not lie behind each other
-        form_weight(
+        add_masked_delta(
             base[rows],
             delta[rows],
             packed[:, rows],
@@ -190,8 +184,10 @@ def test_the_compiled_loop_gives_the_bits_of_the_torch_reference(
         )
     finally:
         torch.set_num_threads(before)
-    monkeypatch.setattr("mmerge.workers.composite.routed_linear.can_form", lambda *tensors: False)
-    assert found.equal(form_weight(base, delta, packed, factors=factors, divisor=3.0))
+    monkeypatch.setattr(
+        "mmerge.workers.reconstruction.masked_weights.can_use_numba", lambda *tensors: False
+    )
+    assert found.equal(add_masked_delta(base, delta, packed, factors=factors, divisor=3.0))
     share = (
         sum(
             torch.tensor(factor) * mask.float() for factor, mask in zip(factors, masks, strict=True)
@@ -203,21 +199,16 @@ def test_the_compiled_loop_gives_the_bits_of_the_torch_reference(
     assert place[[0, shape[0], shape[0] + 1]].isnan().all()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only there torch brings this OpenMP library")
-def test_torchs_own_threads_are_found() -> None:
-    assert team._find_team() is not None
-
-
-def test_memory_for_formed_weights_is_taken_again_and_given_back_after_the_prefill() -> None:
+def test_blocks_of_a_prefill_share_memory_that_is_freed_with_it() -> None:
     routing = Routing()
     like = torch.empty(0, dtype=torch.bfloat16)
     with routing.prefill(torch.zeros(1, 4, dtype=torch.long)):
-        first, second = (routing.room_for(shape, like=like) for shape in ((4, 8), (2, 8)))
+        first, second = (routing.scratch(shape, like=like) for shape in ((4, 8), (2, 8)))
         assert (first.shape, second.shape, first.dtype) == ((4, 8), (2, 8), torch.bfloat16)
         assert first.data_ptr() == second.data_ptr()
-        assert routing.room_for((8, 8), like=like).shape == (8, 8)
-        assert routing._rooms
-    assert not routing._rooms
+        assert routing.scratch((8, 8), like=like).shape == (8, 8)
+        assert routing._scratch
+    assert not routing._scratch
 
 
 def test_packed_and_resident_weights_differ_by_roundings_alone() -> None:
@@ -227,7 +218,8 @@ def test_packed_and_resident_weights_differ_by_roundings_alone() -> None:
     packed = torch.stack([pack_rows(pack_mask(mask), mask.shape) for mask in masks])
     layers = {
         policy: RoutedLinear(
-            Routing(), RoutedWeights.make(base, delta, packed, dtype=torch.bfloat16, policy=policy)
+            Routing(),
+            RoutedWeights.from_masks(base, delta, packed, dtype=torch.bfloat16, policy=policy),
         )
         for policy in ("packed", "resident")
     }
@@ -247,7 +239,7 @@ def test_the_factors_of_masks_scale_what_a_modality_takes() -> None:
     masks = [torch.rand(OUT, IN, generator=generator) < 0.5 for _ in range(2)]
     packed = torch.stack([pack_rows(pack_mask(mask), mask.shape) for mask in masks])
     for policy in ("packed", "resident"):
-        weights = RoutedWeights.make(
+        weights = RoutedWeights.from_masks(
             base, delta, packed, dtype=torch.float32, policy=policy, rescalers=[1.5, 0.5]
         )
         layer = RoutedLinear(Routing(), weights)
@@ -261,7 +253,7 @@ def test_the_factors_of_masks_scale_what_a_modality_takes() -> None:
 
 def test_a_single_expert_keeps_no_more_than_a_plain_linear() -> None:
     base, delta, mask = torch.randn(8, 8), torch.randn(8, 8), torch.rand(8, 8) < 0.5
-    weights = RoutedWeights.make(
+    weights = RoutedWeights.from_masks(
         base, delta, pack_rows(pack_mask(mask), mask.shape)[None], dtype=torch.float32
     )
     assert weights.delta is None
@@ -272,8 +264,8 @@ def test_a_single_expert_keeps_no_more_than_a_plain_linear() -> None:
 def test_tokens_in_runs_are_not_copied_and_scattered_ones_are_gathered() -> None:
     ids = torch.tensor([[TEXT, 0, 0, 1], [1, TEXT, 1, TEXT]])
     groups = {group.modality: group for group in make_groups(ids)}
-    assert groups[0].places == slice(1, 3)
+    assert groups[0].positions == slice(1, 3)
     values = torch.arange(16.0).reshape(8, 2)
-    assert groups[0].take(values).data_ptr() == values[1:].data_ptr()
-    assert groups[1].take(values).equal(values[[3, 4, 6]])
-    assert groups[TEXT].take(values).equal(values[[0, 5, 7]])
+    assert groups[0].gather(values).data_ptr() == values[1:].data_ptr()
+    assert groups[1].gather(values).equal(values[[3, 4, 6]])
+    assert groups[TEXT].gather(values).equal(values[[0, 5, 7]])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmerge.workers.reconstruction.masked_weights import can_form, can_form_on_device
+from mmerge.workers.reconstruction.masked_weights import can_use_numba, can_use_triton
 
 SCRIPT = Path(__file__).resolve().parent.parent.parent / "triton_script.py"
 NUM_CASES = 7 * 3 * 9 * 2
@@ -50,8 +50,8 @@ def test_the_kernel_on_a_gpu_equals_the_reference_for_all_dtypes_and_odd_shapes(
 
 def test_tensors_of_the_cpu_go_to_the_compiled_loop_and_not_to_triton() -> None:
     values = torch.zeros(2, 8)
-    assert can_form(values, values, values)
-    assert not can_form_on_device(values, values, values)
+    assert can_use_numba(values, values, values)
+    assert not can_use_triton(values, values, values)
 
 
 @pytest.mark.gpu
@@ -59,5 +59,5 @@ def test_tensors_of_the_cpu_go_to_the_compiled_loop_and_not_to_triton() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_tensors_of_a_gpu_go_to_triton() -> None:
     values = torch.zeros(2, 8, device="cuda")
-    assert can_form_on_device(values, values, values)
-    assert not can_form_on_device(values, values.T, values)
+    assert can_use_triton(values, values, values)
+    assert not can_use_triton(values, values.T, values)

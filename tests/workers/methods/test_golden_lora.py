@@ -12,6 +12,7 @@ from golden_cases import GOLDEN, Case, cases, expected, read_file, to_flat
 from mmerge.pipeline import make_plan, parse_recipe, run
 from mmerge.workers.methods.lora_factors import average_lora
 from mmerge.workers.reconstruction.build_reader import BuildReader
+from mmerge.workers.reconstruction.weights import text_weight
 
 NAMES = {"ta": "sum"}
 """Names of strategies that differ from ours."""
@@ -34,7 +35,7 @@ def test_adapters_as_experts_are_merged_by_their_products(case: Case, tmp_path: 
     }
     run(make_plan(parse_recipe(raw, folder=tmp_path)))
     reader = BuildReader(str(tmp_path))
-    merged = to_flat({name: reader.text_weight(name) for name in reader.llm_names()})
+    merged = to_flat({name: text_weight(reader, name) for name in reader.llm_names()})
     wanted = expected(case, "merged")
     assert wanted is not None
     torch.testing.assert_close(

@@ -14,6 +14,7 @@ from golden_cases import GOLDEN, Case, cases, expected, to_flat
 from mmerge.pipeline import make_plan, parse_recipe, run
 from mmerge.workers.methods.adamms import choose_alpha
 from mmerge.workers.reconstruction.build_reader import BuildReader
+from mmerge.workers.reconstruction.weights import text_weight
 
 
 def _slerp(params: dict[str, Any]) -> dict[str, Any]:
@@ -144,7 +145,7 @@ def build(case: Case, folder: Path) -> torch.Tensor:
     }
     run(make_plan(parse_recipe(raw, folder=folder)))
     reader = BuildReader(str(folder))
-    return to_flat({name: reader.text_weight(name) for name in reader.llm_names()})
+    return to_flat({name: text_weight(reader, name) for name in reader.llm_names()})
 
 
 @cases(*RECIPES)

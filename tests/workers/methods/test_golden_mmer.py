@@ -18,7 +18,8 @@ from golden_cases import (
     masks_of,
 )
 
-from mmerge.workers.composite.routed_linear import RoutedLinear, RoutedWeights, Routing
+from mmerge.workers.composite.routed_linear import RoutedLinear, RoutedWeights
+from mmerge.workers.composite.routing import Routing
 from mmerge.workers.reconstruction.bitmask import pack_rows
 from mmerge.workers.reconstruction.build_reader import BuildReader
 
@@ -75,7 +76,9 @@ def test_a_routed_linear_gives_each_token_the_golden_result_of_its_modality(
                 for expert in reader.expert_names
             ]
         )
-        linear = RoutedLinear(routing, RoutedWeights.make(base, delta, masks, dtype=torch.float32))
+        linear = RoutedLinear(
+            routing, RoutedWeights.from_masks(base, delta, masks, dtype=torch.float32)
+        )
         inputs, outputs = expected(case, f"x.{layer}"), expected(case, f"y.{layer}")
         assert inputs is not None
         assert outputs is not None

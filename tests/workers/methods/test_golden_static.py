@@ -20,6 +20,8 @@ from golden_cases import (
     merged_of,
 )
 
+from mmerge.workers.reconstruction.weights import rebuild_weight
+
 
 def weights(case: Case) -> list[dict[str, float]]:
     return [
@@ -207,7 +209,10 @@ def test_emr(case: Case) -> None:
             check_close(
                 case,
                 torch.cat(
-                    [reader.rebuild(key, name).reshape(-1) for key in sorted(reader.names("delta"))]
+                    [
+                        rebuild_weight(reader, key, expert=name).reshape(-1)
+                        for key in sorted(reader.names("delta"))
+                    ]
                 ),
                 rebuilt,
             )

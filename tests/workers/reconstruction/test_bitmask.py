@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmerge.workers.reconstruction.bitmask import mean_mask, pack_mask, packed_bytes, unpack_mask
-from mmerge.workers.reconstruction.build_reader import combine
+from mmerge.workers.reconstruction.masked_weights import add_masked_tensor
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=300))
@@ -39,7 +39,13 @@ def test_combining_is_base_plus_mean_mask_times_delta_entry_by_entry(num_masks: 
     generator = torch.Generator().manual_seed(num_masks)
     base, delta = torch.randn(2, 5, 7, generator=generator).to(torch.bfloat16)
     masks = [torch.rand(5, 7, generator=generator) < 0.5 for _ in range(num_masks)]
-    found = combine(base, delta, [pack_mask(mask) for mask in masks], dtype=torch.float32)
+    found = add_masked_tensor(
+        base,
+        delta,
+        [pack_mask(mask) for mask in masks],
+        factors=[1.0] * len(masks),
+        dtype=torch.float32,
+    )
     for row in range(5):
         for column in range(7):
             share = sum(bool(mask[row, column]) for mask in masks) / num_masks

@@ -16,8 +16,8 @@ from mmerge.workers.checkpoints.dtypes import to_bytes
 from mmerge.workers.reconstruction import masked_read as formed_read
 from mmerge.workers.reconstruction.bitmask import pack_mask
 from mmerge.workers.reconstruction.build_reader import BuildReader
-from mmerge.workers.reconstruction.masked_read import read_formed
-from mmerge.workers.reconstruction.masked_weights import BlockFormer
+from mmerge.workers.reconstruction.masked_read import read_masked_weight
+from mmerge.workers.reconstruction.masked_weights import BlockKernel
 
 NAME = "model.layers.1.mlp.down_proj.weight"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -78,20 +78,22 @@ def test_a_block_former_equals_the_loop_over_entries(
     delta = torch.randn(603, generator=generator).to(changes)
     masks = torch.rand(len(factors), 603, generator=generator) < 0.4
     packed = np.stack([pack_mask(mask).numpy() for mask in masks])
-    former = BlockFormer(
+    kernel = BlockKernel(
         base=stored, delta=changes, out=out_dtype, factors=factors, divisor=float(len(factors))
     )
     found = torch.full((603,), torch.nan, dtype=out_dtype)
     for start, stop in ((0, 8), (8, 400), (400, 603)):  # the last ends within a byte of bits
         bits = packed[:, start // 8 : -(-stop // 8)]
-        former.form(raw(base[start:stop]), raw(delta[start:stop]), bits, out=raw(found[start:stop]))
+        kernel.add_block(
+            raw(base[start:stop]), raw(delta[start:stop]), bits, out=raw(found[start:stop])
+        )
     wanted = form_entry_by_entry(
         base, delta, masks, factors, divisor=float(len(factors)), dtype=out_dtype
     )
     torch.testing.assert_close(found, wanted, rtol=0, atol=0)
     if stored == out_dtype:
         values = raw(base)
-        former.form(values, raw(delta), packed, out=values)
+        kernel.add_block(values, raw(delta), packed, out=values)
         torch.testing.assert_close(base, wanted, rtol=0, atol=0)
 
 
@@ -110,7 +112,7 @@ def test_weights_are_formed_from_what_is_stored_whatever_the_blocks(
     base, delta = reader.read(NAME, "base"), reader.read(NAME, "delta")
     bits = [reader.read_packed_mask(NAME, expert) for expert in reader.expert_names]
     before = reader.bytes_read
-    formed = read_formed(
+    formed = read_masked_weight(
         reader, reader.masked_pieces(NAME), dtype=dtype, factors=factors, keeps_delta=True
     )
     assert formed is not None
@@ -128,7 +130,7 @@ def test_weights_are_formed_from_what_is_stored_whatever_the_blocks(
     wanted = base.reshape(-1).float() + share / 4.0 * delta.reshape(-1).float()
     assert formed.values.shape == base.shape
     torch.testing.assert_close(formed.values.reshape(-1), wanted.to(dtype), rtol=0, atol=0)
-    alone = read_formed(reader, reader.masked_pieces(NAME), dtype=dtype, factors=factors)
+    alone = read_masked_weight(reader, reader.masked_pieces(NAME), dtype=dtype, factors=factors)
     assert alone is not None
     assert alone.delta is None
     assert alone.values.equal(formed.values)
@@ -148,7 +150,7 @@ def test_a_store_that_is_no_folder_gives_the_same_weights(
         other.put(key, bytes(local.read(key)))
     readers = [BuildReader(f"{store.uri}#mmer") for store in (local, other)]
     one, two = (
-        read_formed(
+        read_masked_weight(
             reader, reader.masked_pieces(NAME), dtype=dtype, factors=factors, keeps_delta=True
         )
         for reader in readers
@@ -165,9 +167,9 @@ def test_a_store_that_is_no_folder_gives_the_same_weights(
 def test_what_cannot_be_formed_block_by_block_is_left_to_the_caller(lab_store: str) -> None:
     reader = BuildReader(f"{lab_store}#mmer")
     pieces = reader.masked_pieces(NAME)
-    assert read_formed(reader, pieces, dtype=torch.float64, factors=[1.0] * 4) is None
+    assert read_masked_weight(reader, pieces, dtype=torch.float64, factors=[1.0] * 4) is None
     assert (
-        read_formed(
+        read_masked_weight(
             reader, [[*pieces[0], *pieces[0]], *pieces[1:]], dtype=torch.float32, factors=[1.0] * 4
         )
         is None
@@ -191,4 +193,6 @@ def test_a_flipped_bit_of_any_part_is_found_behind_the_last_block(
     data[row.offset if where == "first" else row.offset + row.num_bytes - 1] ^= 1
     path.write_bytes(data)
     with pytest.raises(DamagedObject, match=rf"{row.object}: {NAME} \({role}\) is damaged"):
-        read_formed(reader, reader.masked_pieces(NAME), dtype=torch.float32, factors=[1.0] * 4)
+        read_masked_weight(
+            reader, reader.masked_pieces(NAME), dtype=torch.float32, factors=[1.0] * 4
+        )

@@ -1,0 +1,101 @@
+"""Weights of experts and of text tokens, reconstructed from a build of any kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from mmerge.workers.checkpoints.lora_weights import LowRank, add_adapters
+from mmerge.workers.reconstruction.build_reader import BuildReader
+from mmerge.workers.reconstruction.masked_read import read_masked_weight
+from mmerge.workers.reconstruction.masked_weights import add_masked_tensor
+
+
+def rebuild_weight(reader: BuildReader, name: str, *, expert: str) -> torch.Tensor:
+    """Return a language-model tensor of one expert, in the build's dtype (MMER, Retention).
+
+    Of a build of masks θ₀ + mᵢ∘τ⋆, of adapters the weights of the expert's text tokens, of a plain
+    build the merged tensor; the expert's own tensor where the recipe lists it under `carry`. The
+    vocabulary rows that the expert added follow the others.
+    """
+    expert_name = reader.manifest.rename(name, expert=expert)
+    if reader.has(expert_name, "carried", expert):
+        return reader.read(expert_name, "carried", expert).to(reader.dtype)
+    weight = _reconstruct(reader, name, experts=[expert], is_alone=True)
+    if not reader.has(name, "extra_rows", expert):
+        return weight
+    return torch.cat([weight, reader.read(name, "extra_rows", expert).to(weight.dtype)])
+
+
+def text_weight(reader: BuildReader, name: str) -> torch.Tensor:
+    """Return a language-model tensor for text tokens, in the build's dtype.
+
+    Of a build of masks θ₀ + m̄∘τ⋆, of adapters θ₀ + Σ cᵢ·s·B_dᵢ A_dᵢ, of a plain build the merged
+    tensor.
+    """
+    return _reconstruct(reader, name, experts=reader.expert_names, is_alone=False)
+
+
+def read_adapter(reader: BuildReader, name: str, *, expert: str, adapter: str) -> LowRank | None:
+    """Return an expert's adapter of the Linear whose weight has this name, None if it has none."""
+    path = name.removesuffix(".weight")
+    if not reader.has(f"{path}.lora_A.{adapter}.weight", "adapter", expert):
+        return None
+    record = reader.manifest.to_expert(expert).adapters
+    assert record is not None
+    a, b = (
+        reader.read(f"{path}.lora_{factor}.{adapter}.weight", "adapter", expert) for factor in "AB"
+    )
+    return LowRank(a, b, record.scale_of(name, adapter))
+
+
+def read_default_adapters(
+    reader: BuildReader, name: str, *, experts: Sequence[str], is_alone: bool
+) -> list[LowRank]:
+    """Return the default adapters of some experts in a Linear.
+
+    Their scales are multiplied by the coefficients of the merge, unless one expert is rebuilt alone.
+    """
+    adapters = []
+    for expert in experts:
+        record = reader.manifest.to_expert(expert).adapters
+        if record is None:
+            continue
+        default = read_adapter(reader, name, expert=expert, adapter=record.default_adapter)
+        if default is None:
+            continue
+        coefficient = 1.0 if is_alone else record.coefficient
+        adapters.append(LowRank(default.a, default.b, default.scale * coefficient))
+    return adapters
+
+
+def _reconstruct(
+    reader: BuildReader, name: str, *, experts: Sequence[str], is_alone: bool
+) -> torch.Tensor:
+    """Return a tensor of one expert alone, or of the text tokens of all of them."""
+    if reader.has(name, "merged"):
+        return reader.read(name, "merged")
+    if reader.has(name, "delta"):
+        return _reconstruct_masked(reader, name, experts)
+    base = reader.read(name, "base")
+    if reader.manifest.kind == "adapters":
+        adapters = read_default_adapters(reader, name, experts=experts, is_alone=is_alone)
+        if adapters:
+            return add_adapters(base, adapters, dtype=reader.dtype)
+    return base.to(reader.dtype) if base.is_floating_point() else base
+
+
+def _reconstruct_masked(reader: BuildReader, name: str, experts: Sequence[str]) -> torch.Tensor:
+    factors = [reader.rescaler(expert) for expert in experts]
+    pieces = reader.masked_pieces(name, experts)
+    weight = read_masked_weight(reader, pieces, dtype=reader.dtype, factors=factors)
+    if weight is not None:
+        return weight.values
+    return add_masked_tensor(
+        reader.read(name, "base"),
+        reader.read(name, "delta"),
+        [reader.read_packed_mask(name, expert) for expert in experts],
+        factors=factors,
+        dtype=reader.dtype,
+    )
