@@ -10,7 +10,8 @@ from pathlib import Path
 from evidence import papers, plots, readings, reasons
 from evidence.calibration import Scales, count_prompts
 from evidence.changes import Changes, simulate
-from evidence.measure import Effort, Place, revision
+from evidence.introduction import describe_experts, introduce
+from evidence.measure import Effort, Place
 from evidence.rows import Figure, Row, summarise
 from evidence.tables import DENSITIES, MASK_SCALES
 from evidence.wrapping import wrap_page
@@ -60,8 +61,7 @@ class _Page:
         self.lines: list[str] = []
 
     def write(self, missing: Sequence[str], effort: Effort) -> str:
-        self._introduce(effort)
-        self._describe_experts()
+        self._say(*introduce(self.place, effort), *describe_experts(self.changes))
         self._retention()
         self._expansion()
         self._ablations()
@@ -87,68 +87,6 @@ class _Page:
     def _plot(self, name: str) -> None:
         if name in self.drawn:
             self._say(f"![{name}](reproduction/{name}.png)", "")
-
-    def _introduce(self, effort: Effort) -> None:
-        sizes, seeds = self.place.sizes, self.place.seeds
-        self._say(
-            "# The papers' tables on the lab's experts",
-            "",
-            "Every figure on this page was measured by `make reproduce` from the experts in "
-            "`examples/lab/checkpoints` "
-            f"({effort.describe()}). "
-            "The same figures are in [reproduction.json](reproduction.json).",
-            "",
-            "**How to read it.** Accuracy in per cent: greedy decoding must give the whole "
-            "answer and then end. Mean ± standard deviation over "
-            f"{len(seeds)} seeds ({', '.join(map(str, seeds))}). A seed selects a set of held-out "
-            "prompts with digits and voices that were never trained on; **the experts come from "
-            "one training run**, so the spread does not include variation between training runs. "
-            f"Per seed {sizes.single} prompts per modality, {sizes.mixed} per mix of modalities, "
-            f"{sizes.share} per mix for *share* "
-            f"(what do all digits share, the lab's MCUB-like task), {sizes.new} per new task. "
-            "Performance retention is the mean over tasks of "
-            "accuracy / accuracy of the original expert on the same prompts. Composites are "
-            "loaded in float32. "
-            "Methods have their defaults ([methods.md](methods.md)) unless a row says otherwise. "
-            "The mask scales of MMER and TALL are calibrated "
-            "without labels on validation prompts (last section), as the paper calibrates them "
-            "per modality; rows with a fixed λ are shown for comparison. "
-            "No hyper-parameter was chosen on the prompts that are measured here.",
-            "",
-            "Experts measured (digest of the weights): "
-            + ", ".join(f"{name} {digest[:12]}" for name, digest in self._revisions())
-            + ".",
-            "",
-            "**The papers' figures** are theirs: 7B models, other tasks, other data. They serve "
-            "to compare the order of methods and the gaps between them, not values. "
-            "A cell is empty where no published figure is known.",
-            "",
-        )
-
-    def _describe_experts(self) -> None:
-        self._say(
-            "## What the experts changed",
-            "",
-            "| expert | ‖τ‖ / ‖θ₀‖ | mean \\|τ\\| | mask density | theirs: mask density | sign"
-            " agreement |",
-        )
-        self._say("|---|---|---|---|---|---|")
-        for change in self.changes.experts:
-            theirs = papers.MASK_DENSITIES.get(change.expert, "")
-            self._say(
-                f"| {change.expert} | {change.relative_norm:.3f} | {change.mean_magnitude:.1e} |"
-                f" {100 * change.mask_density:.1f} | {theirs} | {100 * change.sign_agreement:.1f} |"
-            )
-        self._say(
-            "",
-            "Task vectors of the merged language-model tensors; masks of MMER with the "
-            "calibrated scales; densities and agreement in per cent. Sign "
-            "agreement: share of the expert's trimmed entries whose sign is the elected one. "
-            "Theirs, mean |τ|: "
-            + ", ".join(f"{name} {value:.0e}" for name, value in papers.MEAN_MAGNITUDES.items())
-            + ".",
-            "",
-        )
 
     def _table(
         self,
@@ -392,15 +330,6 @@ class _Page:
             *readings.calibration(self.rows, scales.without_labels),
         )
         self._plot("calibration")
-
-    def _revisions(self) -> list[tuple[str, str]]:
-        root = Path(self.place.checkpoints)
-        folders = sorted(
-            {str(path.parent.relative_to(root)) for path in root.rglob("*.safetensors")}
-        )
-        return [
-            (folder, revision(str(root / folder))) for folder in folders if folder.count("/") < 2
-        ]
 
     def _modalities(self) -> list[str]:
         return [m for m in MODALITIES if any(row.group == f"single/{m}" for row in self.rows)]
