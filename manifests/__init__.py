@@ -1,7 +1,6 @@
 """The format on object storage: stores, objects, manifests, references, verification.
 
-Nothing here imports torch, ray or numpy's heavier friends: a build can be listed and verified on a
-laptop.
+Nothing here imports torch or ray: a build can be listed and verified on a laptop.
 """
 
 if __name__ != "mmerge.manifests":

@@ -1,4 +1,4 @@
-"""Names that are digests: BLAKE3 of bytes, and of JSON in one canonical form."""
+"""BLAKE3 digests of bytes and of JSON in canonical form."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from blake3 import blake3
 
 SHOWN_DIGITS = 12
-"""Hex digits of a digest shown to people; all 64 are stored."""
+"""Hex digits of a digest in messages; all 64 are stored."""
 
 
 def digest_bytes(data: bytes | memoryview) -> str:
@@ -17,11 +17,11 @@ def digest_bytes(data: bytes | memoryview) -> str:
 
 
 def to_canonical_json(value: Any) -> bytes:
-    """Return `value` as JSON with sorted keys, no spaces and no NaN: equal values give equal bytes.
+    """Return `value` as JSON with sorted keys and no spaces: equal values give equal bytes.
 
     Raises:
         ValueError: `value` holds NaN or Inf.
-        TypeError: `value` holds something that JSON has no form for.
+        TypeError: `value` holds a type that JSON cannot represent.
     """
     text = json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
@@ -46,16 +46,16 @@ def parse_json(data: bytes, *, what: str, max_bytes: int = 256 << 20) -> Any:
     def refuse_constant(name: str) -> Any:
         raise ValueError(f"{what}: {name} is no JSON number")
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+    def to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        items: dict[str, Any] = {}
         for key, value in pairs:
-            if key in found:
+            if key in items:
                 raise ValueError(f"{what}: key {key!r} stands twice")
-            found[key] = value
-        return found
+            items[key] = value
+        return items
 
     try:
-        return json.loads(data, object_pairs_hook=unique, parse_constant=refuse_constant)
+        return json.loads(data, object_pairs_hook=to_dict, parse_constant=refuse_constant)
     except json.JSONDecodeError as error:
         raise ValueError(f"{what}: no valid JSON ({error})") from error
     except (UnicodeDecodeError, RecursionError) as error:

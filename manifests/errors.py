@@ -1,6 +1,4 @@
-"""Errors that a user can act on: each names the thing, both sides where there are two, and the way
-out.
-"""
+"""Errors that a user can act on: each names the thing, both sides, and the remedy."""
 
 from __future__ import annotations
 
@@ -8,14 +6,14 @@ from collections.abc import Sequence
 
 
 class MmergeError(Exception):
-    """Base of all errors this project raises on purpose; the CLI prints it as one line."""
+    """Base of all errors that the project raises deliberately; the CLI prints them in one line."""
 
     def __str__(self) -> str:
         return f"{type(self).__name__}: {super().__str__()}"
 
 
 class RecipeError(MmergeError):
-    """The recipe is not valid; the message begins with the path of the key."""
+    """The recipe is invalid; the message begins with the path of the key."""
 
 
 class CheckpointError(MmergeError):
@@ -35,7 +33,7 @@ class StoreError(MmergeError):
 
 
 class StoreUnavailable(StoreError):
-    """The store did not answer, or broke off, until the time for repeats was over."""
+    """The store did not answer, or the connection broke, until the time limit of retries."""
 
 
 class NotFound(StoreError):
@@ -47,11 +45,11 @@ class AlreadyExists(StoreError):
 
 
 class ManifestError(MmergeError):
-    """A manifest is missing, damaged, or of a version this reader does not know."""
+    """A manifest is missing, damaged, or of an unknown version."""
 
 
 class DamagedObject(ManifestError):
-    """The bytes of an object are not the bytes its manifest describes."""
+    """The bytes of an object differ from what its manifest describes."""
 
 
 class PromptError(MmergeError):
@@ -59,15 +57,15 @@ class PromptError(MmergeError):
 
 
 class PlacementError(MmergeError):
-    """A composite does not fit the devices, or cannot be divided over so many."""
+    """A composite does not fit the devices, or cannot be partitioned over that many."""
 
 
 class RankLost(MmergeError):
-    """A process that holds a part of the composite ended or does not answer."""
+    """A process that holds a part of the composite has ended or does not answer."""
 
 
 class TaskErrors(MmergeError):
-    """Several tasks failed; the message holds every failure, one per line."""
+    """Several tasks failed; the message has one line per failure."""
 
     def __init__(self, failures: Sequence[str]) -> None:
         self.failures = list(failures)

@@ -1,1 +1,1 @@
-"""What is stored: headers, entries, the manifest, its tensor table, references."""
+"""The stored records: headers, entries, the manifest, its tensor table, references."""

@@ -1,4 +1,4 @@
-"""What one task wrote: an object and the tensors in it. Entries are the lines of a manifest."""
+"""Entries: the record of one stored object and the tensors in it; a manifest lists them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from mmerge.manifests.errors import ManifestError, NotFound, StoreError
 from mmerge.manifests.stores.base import ReadableStore, Store, check_key
 
 Role = Literal["base", "delta", "mask", "merged", "carried", "extra_rows", "adapter"]
-"""What a stored tensor is: base weights, τ⋆, one packed modality mask, a merged plain tensor, a
-tensor copied from an
-expert, the vocabulary rows that an expert added, or a LoRA factor of an expert's adapter."""
+"""Contents of a stored tensor, in this order: base weights, τ⋆, one packed modality mask, a merged
+plain tensor, a tensor copied from an expert, the vocabulary rows that an expert added, a LoRA
+factor of an expert's adapter.
+"""
 
 MAX_ENTRY_BYTES = 64 << 20
 DIGEST_PATTERN = r"^[0-9a-f]{64}$"
 
 
 def validate_key(key: str) -> str:
-    """Return `key` if it cannot leave its store; for validators. Raises ValueError."""
+    """Return `key` if it cannot leave its store, for pydantic validators. Raises ValueError."""
     try:
         return check_key(key)
     except StoreError as error:
@@ -28,15 +29,15 @@ def validate_key(key: str) -> str:
 
 
 class Record(BaseModel):
-    """A frozen piece of a manifest; unknown keys are refused."""
+    """A frozen part of a manifest; unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class TensorStatistics(Record):
-    """What was counted for one piece of a tensor. Shares are counts / `num_entries`.
+    """Counts and norms of one piece of a tensor; a share is a count / `num_entries`.
 
-    A mask row has the fields of its expert, a delta or merged row those of the election.
+    A mask row has the fields of its expert, a delta or merged row those of the sign election.
     """
 
     num_entries: int
@@ -53,13 +54,12 @@ class TensorStatistics(Record):
     consensus: tuple[int, ...] | None = None
     """Number of entries kept by the masks of exactly 0, 1, …, n experts (docs/arithmetic.md)."""
     overlaps: tuple[int, ...] | None = None
-    """Entries wanted by both experts of each pair (0,1), (0,2), …, (1,2), … in recipe order."""
+    """Entries in the masks of both experts of the pairs (0,1), (0,2), …, (1,2), …, in recipe order.
+    """
 
 
 class TensorRow(Record):
-    """One tensor, or a piece of its rows, in one object; `offset` counts bytes from the start of
-    the object.
-    """
+    """One tensor, or a piece of its rows, in one object; `offset` is in bytes of that object."""
 
     name: str
     role: Role
@@ -75,9 +75,7 @@ class TensorRow(Record):
 
 
 class ObjectEntry(Record):
-    """One stored object as the manifest lists it: where it is, how long, and the digest of its
-    content.
-    """
+    """One stored object as a manifest lists it: key, size, and digest of its content."""
 
     key: str
     shard: str
@@ -86,9 +84,11 @@ class ObjectEntry(Record):
     num_bytes: int = Field(ge=0)
     digest: str = Field(pattern=DIGEST_PATTERN)
     inputs: dict[str, str] | None = None
-    """Of a merged object: a digest of its share of `base`, of each `expert:NAME`, of the recipe's
-    `numbers` and of the
-    `thresholds`. They explain a rebuild; nothing is found by them."""
+    """Provenance of a merged object: short digests of its inputs, used to explain a rebuild.
+
+    The keys are `base`, `expert:NAME` of each expert, `numbers` (the recipe's hyper-parameters) and
+    `thresholds`. Objects are not found by them.
+    """
 
     @field_validator("key")
     @classmethod
@@ -97,27 +97,27 @@ class ObjectEntry(Record):
 
 
 class ShardEntry(Record):
-    """All that the driver learns of one finished task; tensors stay in the store."""
+    """The result of one finished task: its object and tensors; the bytes stay in the store."""
 
     object: ObjectEntry
     tensors: tuple[TensorRow, ...]
 
 
 def object_key(digest: str) -> str:
-    """Return the key of the object whose inputs and numbers have this digest."""
+    """Return the key of the object whose inputs and hyper-parameters have this digest."""
     return f"objects/{digest}.safetensors"
 
 
 def entry_key(digest: str) -> str:
-    """Return the key of the entry that says the object of this digest is complete."""
+    """Return the key of the entry of an object; the object is complete once its entry exists."""
     return f"objects/{digest}.json"
 
 
 def read_entry(store: ReadableStore, digest: str) -> ShardEntry | None:
-    """Return the entry of a finished shard, or None where no task has finished it.
+    """Return the entry of a finished shard, None if no task has finished it.
 
     Raises:
-        ManifestError: an entry is there but cannot be read.
+        ManifestError: the entry is damaged.
     """
     key = entry_key(digest)
     try:
@@ -134,7 +134,7 @@ def read_entry(store: ReadableStore, digest: str) -> ShardEntry | None:
 
 
 def write_entry(store: Store, digest: str, entry: ShardEntry) -> None:
-    """Record that the object of this digest is complete. Written after the object, never before."""
+    """Record that an object is complete. Written after the object, never before."""
     store.put(
         entry_key(digest), to_canonical_json(entry.model_dump(mode="json", exclude_none=True))
     )

@@ -1,7 +1,7 @@
-"""The record of a build: written last, once, never changed. From that moment on the build exists.
+"""The manifest of a build: written last, once, and never changed. A build exists once it does.
 
-A manifest holds no time, path or host: two builders of the same recipe write the same bytes. When,
-from where and with which versions a build was made stands in its references.
+A manifest holds no time, path or host: two builders of the same recipe write the same bytes. Time,
+sources and versions of a build are in its references.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from mmerge.manifests.stores.base import ReadableStore, Store
 
 FORMAT = "mmerge-composite"
 VERSION = 1
-"""Version of the format that is written here, and the only one that is read."""
+"""Version of the format: the one that is written, and the only one that is read."""
 
 Kind = Literal["masks", "plain", "adapters"]
 
 
 class FileEntry(Record):
-    """A small file copied whole (configuration, tokenizer, processor), stored under its digest."""
+    """A small file copied unchanged (configuration, tokenizer, processor), stored by its digest."""
 
     name: str = Field(pattern=r"^[^/\\\x00]{1,255}$")
     num_bytes: int = Field(ge=0)
@@ -44,52 +44,50 @@ class FileEntry(Record):
 
     @property
     def key(self) -> str:
-        """The key of the stored file."""
+        """Key of the stored file."""
         return f"files/{self.digest}"
 
 
 class BaseRecord(Record):
-    """The base model: the digest of its tensors and files, and its small files."""
+    """The base model: a digest of its tensors and files, and its small files."""
 
     revision: str
     source: str | None = None
-    """Of an input from the hub, `hf://ORG/REPO@COMMIT`."""
+    """`hf://ORG/REPO@COMMIT` of an input from the Hub, None of any other."""
     files: tuple[FileEntry, ...]
 
 
 class AdapterRecord(Record):
-    """How an expert's LoRA adapters are used in a build of kind `adapters` (DAMC, arXiv
-    2402.12750).
+    """Use of an expert's LoRA adapters in a build of kind `adapters` (DAMC, arXiv 2402.12750).
 
     The factors are tensors of role `adapter`: `LINEAR.lora_A.ADAPTER.weight` [rank, in] and
     `LINEAR.lora_B.ADAPTER.weight` [out, rank], where `LINEAR.weight` is the base's name.
     """
 
     modality_adapter: str
-    """The adapter of this expert's modality tokens, its learned prefix and suffix tokens included.
-    """
+    """Adapter of this expert's modality tokens, including its learned prefix and suffix tokens."""
     default_adapter: str
-    """The adapter of text tokens, generated ones included."""
+    """Adapter of text tokens, including generated ones."""
     coefficient: float
-    """Parameter adjustment coefficient c on the default adapter."""
+    """Parameter adjustment coefficient c of the default adapter."""
     scale: float
-    """alpha / rank, by which B·A is multiplied."""
+    """Factor of B·A: alpha / rank."""
     other_scales: dict[str, float] = Field(default_factory=dict)
-    """By "LINEAR.weight:ADAPTER", the scales that differ."""
+    """Scales that differ from `scale`, by "LINEAR.weight:ADAPTER"."""
 
     def scale_of(self, linear: str, adapter: str) -> float:
-        """Return the scale of an adapter in a Linear, given by the name of its weight."""
+        """Return the scale of an adapter in the Linear layer whose weight is `linear`."""
         return self.other_scales.get(f"{linear}:{adapter}", self.scale)
 
 
 class ExpertRecord(Record):
-    """One expert: what it was, and how its files name the tensors that it shares with the base."""
+    """One expert: its identity, and how its files name the tensors that it shares with the base."""
 
     name: str
     modality: str
     revision: str
     source: str | None = None
-    """As of the base."""
+    """As in `BaseRecord`."""
     parameters: dict[str, Any]
     renames: tuple[tuple[str, str], ...]
     """(prefix in the base, prefix in the expert's files), longest first."""
@@ -98,12 +96,12 @@ class ExpertRecord(Record):
     rescaler: float | None = None
     """Factor on this expert's masked τ⋆ (EMR); 1 if absent."""
     adapters: AdapterRecord | None = None
-    """Only in builds of kind `adapters`."""
+    """In builds of kind `adapters`, None in others."""
     files: tuple[FileEntry, ...]
 
 
 class TableEntry(Record):
-    """Where the Parquet table of tensors is."""
+    """Key, size and digest of the Parquet table of tensors."""
 
     key: str
     num_bytes: int = Field(ge=0)
@@ -116,7 +114,7 @@ class TableEntry(Record):
 
 
 class Manifest(Record):
-    """One build. `build` is its name: the digest of everything that made it."""
+    """One build; `build` is the digest of its recipe and inputs."""
 
     format: Literal["mmerge-composite"] = "mmerge-composite"
     version: Literal[1] = 1
@@ -133,25 +131,32 @@ class Manifest(Record):
     table: TableEntry
 
     def to_expert(self, name: str) -> ExpertRecord:
-        """Return the record of one expert. Raises ManifestError when there is none of that name."""
+        """Return the record of one expert. Raises ManifestError if there is none of that name."""
         for expert in self.experts:
             if expert.name == name:
                 return expert
         raise ManifestError(
             f"build {self.build[:12]} has no expert {name!r}; it has"
-            f" {', '.join(e.name for e in self.experts)}"
+            f" {', '.join(expert.name for expert in self.experts)}"
         )
 
     def rename(self, name: str, *, expert: str) -> str:
-        """Return the name that a tensor of the base has in an expert's files."""
+        """Return the name that a tensor of the base has in the files of an expert."""
         for base_prefix, expert_prefix in self.to_expert(expert).renames:
             if name.startswith(base_prefix):
                 return expert_prefix + name[len(base_prefix) :]
         return name
 
+    def unique_files(self) -> list[FileEntry]:
+        """Return the small files of base and experts, each digest once."""
+        files = {file.digest: file for file in self.base.files}
+        for expert in self.experts:
+            files |= {file.digest: file for file in expert.files}
+        return list(files.values())
+
 
 def make_manifest_schema() -> dict[str, Any]:
-    """Return the JSON schema of manifests, as it stands in `manifests/manifest.schema.json`."""
+    """Return the JSON schema of manifests, as stored in `manifests/manifest.schema.json`."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **Manifest.model_json_schema(),
@@ -165,15 +170,15 @@ def manifest_key(build: str) -> str:
 
 
 def to_manifest_bytes(manifest: Manifest) -> bytes:
-    """Return the manifest as the bytes that are stored."""
+    """Return the stored form of a manifest."""
     return to_canonical_json(manifest.model_dump(mode="json", exclude_none=True)) + b"\n"
 
 
 def write_manifest(store: Store, manifest: Manifest) -> bool:
-    """Commit a build; return False when an equal manifest was there already.
+    """Commit a build; return False if an equal manifest exists already.
 
     Raises:
-        ManifestError: another manifest of the same name is there.
+        ManifestError: a different manifest of the same build exists.
     """
     data = to_manifest_bytes(manifest)
     try:
@@ -181,7 +186,7 @@ def write_manifest(store: Store, manifest: Manifest) -> bool:
     except AlreadyExists:
         if store.read(manifest_key(manifest.build)) != data:
             raise ManifestError(
-                f"{store.uri}: build {manifest.build[:12]} is there with another manifest. "
+                f"{store.uri}: build {manifest.build[:12]} exists with another manifest. "
                 "Run 'mmerge verify' on it; if it is damaged, delete it and run again"
             ) from None
         return False
@@ -192,7 +197,7 @@ def read_manifest(store: ReadableStore, build: str) -> Manifest:
     """Return the manifest of a build.
 
     Raises:
-        ManifestError: there is none, its version is unknown, or it is damaged.
+        ManifestError: it is missing or damaged, or its version is unknown.
     """
     key = manifest_key(build)
     where = f"{store.uri}: {key}"
@@ -202,7 +207,7 @@ def read_manifest(store: ReadableStore, build: str) -> Manifest:
         raise
     except NotFound:
         raise ManifestError(
-            f"{where}: no such build. 'mmerge show {store.uri}' lists what is there"
+            f"{where}: no such build. 'mmerge show {store.uri}' lists the composites"
         ) from None
     try:
         raw = parse_json(data, what="manifest")
@@ -231,8 +236,11 @@ def read_manifest(store: ReadableStore, build: str) -> Manifest:
 
 
 def read_file(store: ReadableStore, entry: FileEntry) -> bytes:
-    """Return the bytes of a small stored file. Raises ManifestError when they are not what the
-    manifest says.
+    """Return the bytes of a small stored file.
+
+    Raises:
+        NotFound: the file is missing.
+        ManifestError: its size or digest differs from the manifest.
     """
     try:
         data = store.read(entry.key, max_bytes=entry.num_bytes)

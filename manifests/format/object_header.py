@@ -1,6 +1,4 @@
-"""The header of a stored object: nothing in it is free, so a reader makes it from manifest and
-table and compares every byte.
-"""
+"""Headers of stored objects: fully determined by manifest and table, so every byte is checked."""
 
 from __future__ import annotations
 
@@ -26,23 +24,19 @@ def mask_name(name: str, expert: str) -> str:
 def make_metadata(
     digest: str, *, role: Literal["base", "merge", "carry"], method: str
 ) -> dict[str, str]:
-    """Return the metadata in the header of the object of this digest; `method` made it if its role
-    is `merge`.
-    """
-    return (
-        {"mmerge": digest, "method": method}
-        if role == "merge"
-        else {"mmerge": digest, "role": role}
-    )
+    """Return the header metadata of an object; `method` is used for role `merge` only."""
+    if role == "merge":
+        return {"mmerge": digest, "method": method}
+    return {"mmerge": digest, "role": role}
 
 
 def make_object_header(entry: ObjectEntry, rows: Sequence[TensorRow], *, method: str) -> bytes:
-    """Return the first bytes of an object, up to its first tensor.
+    """Return the header of an object: its first bytes, up to its first tensor.
 
     Args:
-        entry: the object, in the manifest.
-        rows: its tensors, those of `entry.shard` in the table.
-        method: the manifest's.
+        entry: the object, from the manifest.
+        rows: its tensors, the rows of `entry.shard` in the table.
+        method: the method, from the manifest.
     """
     layout = [
         (_name_in_object(row), row.dtype, [row.num_bytes] if row.role == "mask" else row.shape)
@@ -55,59 +49,61 @@ def make_object_header(entry: ObjectEntry, rows: Sequence[TensorRow], *, method:
 def find_header_damage(
     store: ReadableStore, entry: ObjectEntry, rows: Sequence[TensorRow], *, method: str
 ) -> str | None:
-    """Return how the size or the header of an object differs from what manifest and table say; None
-    where neither does.
+    """Return how size or header of an object differ from manifest and table, None if they do not.
 
     Raises:
         NotFound: the object is missing.
         StoreError: it cannot be read.
     """
-    wanted = make_object_header(entry, rows, method=method)
-    found, num_bytes = store.read_start(entry.key, num_bytes=len(wanted))
+    expected = make_object_header(entry, rows, method=method)
+    header, num_bytes = store.read_start(entry.key, num_bytes=len(expected))
     if num_bytes != entry.num_bytes:
         return describe_size(entry, rows, num_bytes)
-    if found == wanted:
+    if header == expected:
         return None
-    at = next(
-        (at for at, (one, other) in enumerate(zip(found, wanted, strict=False)) if one != other),
-        min(len(found), len(wanted)),
-    )
-    owner = _find_owner(wanted, rows, at)
-    return f"{entry.key} ({entry.shard}): its header is damaged at byte {at}" + (
-        f", where it describes {describe_row(owner)}" if owner else describe_held(rows)
-    )
+    at = _first_difference(header, expected)
+    row = _find_described_row(expected, rows, at)
+    content = f", where it describes {describe_row(row)}" if row else describe_held(rows)
+    return f"{entry.key} ({entry.shard}): its header is damaged at byte {at}{content}"
 
 
-def describe_size(entry: ObjectEntry, rows: Sequence[TensorRow], found: int) -> str:
-    """Say how long an object is and should be, and which tensor is the first that is not whole."""
-    lost = sorted(
-        (row for row in rows if row.offset + row.num_bytes > found), key=lambda row: row.offset
-    )
-    tail = (
-        f"; {describe_row(lost[0])} breaks off at byte {found} (of {len(lost)} tensors that are not"
-        " whole)"
-        if lost
-        else describe_held(rows)
-    )
+def _first_difference(data: memoryview, expected: bytes) -> int:
+    for at, (byte, expected_byte) in enumerate(zip(data, expected, strict=False)):
+        if byte != expected_byte:
+            return at
+    return min(len(data), len(expected))
+
+
+def describe_size(entry: ObjectEntry, rows: Sequence[TensorRow], num_bytes: int) -> str:
+    """Return a sentence on an object of the wrong size, with the first tensor that it truncates."""
+    truncated = [row for row in rows if row.offset + row.num_bytes > num_bytes]
+    if truncated:
+        first = min(truncated, key=lambda row: row.offset)
+        content = (
+            f"; {describe_row(first)} breaks off at byte {num_bytes} (of {len(truncated)} tensors"
+            " that are not whole)"
+        )
+    else:
+        content = describe_held(rows)
     return (
-        f"{entry.key} ({entry.shard}): has {found:,} bytes, the manifest says"
-        f" {entry.num_bytes:,}{tail}"
+        f"{entry.key} ({entry.shard}): has {num_bytes:,} bytes, the manifest says"
+        f" {entry.num_bytes:,}{content}"
     )
 
 
 def describe_held(rows: Sequence[TensorRow]) -> str:
-    """Say which tensors an object holds, to be put behind a sentence."""
+    """Return which tensors an object holds, as the end of a sentence."""
     names = sorted({row.name for row in rows})
-    return (
-        f"; it holds {names[0]}" + (f" and {len(names) - 1} more tensors" if len(names) > 1 else "")
-        if names
-        else ""
-    )
+    if not names:
+        return ""
+    more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
+    return f"; it holds {names[0]}{more}"
 
 
 def describe_row(row: TensorRow) -> str:
-    """Name a stored tensor for people."""
-    return f"{row.name} ({row.role}{' of ' + row.expert if row.expert else ''})"
+    """Return the name of a stored tensor for messages."""
+    expert = f" of {row.expert}" if row.expert else ""
+    return f"{row.name} ({row.role}{expert})"
 
 
 def _name_in_object(row: TensorRow) -> str:
@@ -116,13 +112,11 @@ def _name_in_object(row: TensorRow) -> str:
     return delta_name(row.name) if row.role == "delta" else row.name
 
 
-def _find_owner(header: bytes, rows: Sequence[TensorRow], at: int) -> TensorRow | None:
-    """Return the tensor that byte `at` of a header is about, None where it is about the whole
-    object.
-    """
+def _find_described_row(header: bytes, rows: Sequence[TensorRow], at: int) -> TensorRow | None:
+    """Return the tensor that byte `at` of a header describes, None outside of all tensors."""
     for row in rows:
         name = json.dumps(_name_in_object(row), ensure_ascii=False)
         begin = header.find(f'{name}:{{"data_offsets"'.encode())
-        if begin >= 0 and begin <= at <= header.find(b"}", begin):
+        if 0 <= begin <= at <= header.find(b"}", begin):
             return row
     return None

@@ -1,8 +1,7 @@
-"""Names that move: `NAME@latest` is the highest of the numbered objects refs/NAME/000042.json, each
-created once.
+"""Mutable references: `NAME@latest` resolves to the highest-numbered `refs/NAME/000042.json`.
 
-A composite is addressed as STORE, STORE#NAME, STORE#NAME@N or STORE#DIGEST (at least 6 digits of
-the build's name).
+Each numbered object is created exactly once and never overwritten. A composite is addressed as
+STORE, STORE#NAME, STORE#NAME@N or STORE#DIGEST (at least 6 digits of the build's name).
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
 
 class Reference(Record):
-    """One number of a name: which build, made when, from what, by which versions."""
+    """One number of a name: its build, the time of creation, the inputs, and versions."""
 
     name: str = Field(pattern=NAME_PATTERN)
     number: int = Field(ge=1)
@@ -36,22 +35,27 @@ class Reference(Record):
     @property
     def key(self) -> str:
         """The key of the stored reference."""
-        return f"refs/{self.name}/{self.number:06d}.json"
+        return reference_key(self.name, self.number)
+
+
+def reference_key(name: str, number: int) -> str:
+    """Return the key of one number of a name."""
+    return f"refs/{name}/{number:06d}.json"
 
 
 def list_references(store: ReadableStore) -> dict[str, list[int]]:
     """Return the numbers of every name in the store, in ascending order."""
-    found: dict[str, list[int]] = {}
+    references: dict[str, list[int]] = {}
     for key in store.list("refs"):
         match = re.fullmatch(r"refs/([^/]+)/(\d{6,})\.json", key)
         if match and re.match(NAME_PATTERN, match[1]):
-            found.setdefault(match[1], []).append(int(match[2]))
-    return {name: sorted(numbers) for name, numbers in sorted(found.items())}
+            references.setdefault(match[1], []).append(int(match[2]))
+    return {name: sorted(numbers) for name, numbers in sorted(references.items())}
 
 
 def read_reference(store: ReadableStore, name: str, number: int) -> Reference:
     """Return one reference. Raises ManifestError when it is damaged."""
-    key = f"refs/{name}/{number:06d}.json"
+    key = reference_key(name, number)
     try:
         return Reference.model_validate(
             parse_json(store.read(key, max_bytes=MAX_REFERENCE_BYTES), what=key)
@@ -65,8 +69,9 @@ def read_reference(store: ReadableStore, name: str, number: int) -> Reference:
 def write_reference(
     store: Store, name: str, build: str, *, sources: dict[str, str], versions: dict[str, str]
 ) -> tuple[Reference, bool]:
-    """Let NAME@latest be `build`; return the reference and whether it was moved (False when it
-    pointed there already).
+    """Make NAME@latest resolve to `build`; return the reference, and whether it is new.
+
+    It is not new if the latest number is already of that build.
     """
     numbers = list_references(store).get(name, [])
     if numbers:
@@ -87,31 +92,31 @@ def write_reference(
         try:
             store.put_new(reference.key, to_canonical_json(reference.model_dump(mode="json")))
         except AlreadyExists:
-            other = read_reference(store, name, number)
-            if other.build == build:
-                return other, False
+            existing = read_reference(store, name, number)
+            if existing.build == build:
+                return existing, False
             number += 1
             continue
         if store.is_remote and read_reference(store, name, number).build != build:
-            # A server that lets several writers create: one of the same moment replaced ours, take
-            # the next number
+            # This server lets several writers create a key, and another one replaced ours: take the
+            # next number.
             number += 1
             continue
         return reference, True
 
 
 def split_uri(uri: str) -> tuple[str, str]:
-    """Return the store's URI and what stands behind `#` (empty if nothing)."""
+    """Return the URI of the store, and the fragment after `#` (empty if none)."""
     store_uri, _, fragment = uri.partition("#")
     return store_uri, fragment
 
 
 def open_build(uri: str) -> tuple[ReadableStore, str]:
-    """Return the store and the build digest that a composite's URI names.
+    """Return the store and the build that a composite's URI names; the build as its digest.
 
     Raises:
         StoreError: the store cannot be opened.
-        ManifestError: the store has no such build, or several that fit.
+        ManifestError: the store has no such build, or several that match.
     """
     store_uri, fragment = split_uri(uri)
     try:
@@ -125,8 +130,12 @@ def open_build(uri: str) -> tuple[ReadableStore, str]:
 
 
 def find_build(store: ReadableStore, fragment: str) -> str:
-    """Return the digest of the build that `fragment` (NAME, NAME@N, NAME@latest, DIGEST or nothing)
-    names in a store.
+    """Return the digest of the build that `fragment` names in a store.
+
+    `fragment` is NAME, NAME@N, NAME@latest or DIGEST; empty, it names the store's only composite.
+
+    Raises:
+        ManifestError: the store has no such build, or several that match.
     """
     references = list_references(store)
     if not fragment:
@@ -153,20 +162,21 @@ def find_build(store: ReadableStore, fragment: str) -> str:
         builds = sorted(
             {key.split("/")[1] for key in store.list("builds") if key.endswith("/manifest.json")}
         )
-        fitting = [build for build in builds if build.startswith(fragment)]
-        if len(fitting) == 1:
-            return fitting[0]
-        if fitting:
+        matching = [build for build in builds if build.startswith(fragment)]
+        if len(matching) == 1:
+            return matching[0]
+        if matching:
             raise ManifestError(
-                f"{store.uri}: {len(fitting)} builds begin with {fragment}: give more digits"
+                f"{store.uri}: {len(matching)} builds begin with {fragment}: give more digits"
             )
-    known = ", ".join(references) or "none"
-    raise ManifestError(f"{store.uri}: no composite {fragment!r}; names there: {known}")
+    names = ", ".join(references) or "none"
+    raise ManifestError(f"{store.uri}: no composite {fragment!r}; names there: {names}")
 
 
 def find_reference(store: ReadableStore, fragment: str, build: str) -> Reference | None:
-    """Return the reference by which `fragment` names a build, or else the newest one that points to
-    it, or None.
+    """Return the reference by which `fragment` names a build, else the newest one of that build.
+
+    Returns None if no reference is of that build.
     """
     references = list_references(store)
     name, _, number = fragment.partition("@")
@@ -174,20 +184,18 @@ def find_reference(store: ReadableStore, fragment: str, build: str) -> Reference
         return read_reference(
             store, name, int(number) if number.isdigit() else references[name][-1]
         )
-    found = [
-        read_reference(store, name, number)
-        for name, numbers in references.items()
-        for number in numbers
-    ]
+    candidates: list[Reference] = []
+    for name, numbers in references.items():
+        candidates += [read_reference(store, name, number) for number in numbers]
     return max(
-        (one for one in found if one.build == build),
-        key=lambda one: (one.created, one.number),
+        (reference for reference in candidates if reference.build == build),
+        key=lambda reference: (reference.created, reference.number),
         default=None,
     )
 
 
 def to_summary(reference: Reference) -> dict[str, Any]:
-    """Return what `mmerge show` prints of a reference."""
+    """Return the fields of a reference that `mmerge show` prints."""
     return {
         "name": reference.name,
         "number": reference.number,

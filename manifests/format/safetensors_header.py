@@ -1,5 +1,4 @@
-"""The safetensors header, read with suspicion and written before the data: all shapes are known
-from the plan.
+"""Headers of safetensors files: strict parsing, and writing before the data.
 
 Format: u64 little-endian header length, JSON header, data.
 https://github.com/huggingface/safetensors
@@ -19,10 +18,25 @@ MAX_HEADER_BYTES = 100_000_000
 """The limit of the format itself."""
 
 DTYPE_BYTES: Mapping[str, int] = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
-}  # fmt: skip
-"""Bytes per entry of each safetensors dtype that is read and written here."""
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "I16": 2,
+    "U16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "I32": 4,
+    "U32": 4,
+    "F32": 4,
+    "I64": 8,
+    "U64": 8,
+    "F64": 8,
+    "C64": 8,
+}
+"""Bytes per entry of each supported safetensors dtype."""
 
 FLOAT_DTYPES = ("F32", "BF16", "F16", "F8_E4M3", "F8_E5M2")
 """Dtypes that can be merged."""
@@ -30,9 +44,7 @@ FLOAT_DTYPES = ("F32", "BF16", "F16", "F8_E4M3", "F8_E5M2")
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of a safetensors file: what it is, and where its bytes lie (`offset` from the
-    start of the file).
-    """
+    """One tensor of a safetensors file; `offset` is in bytes from the start of the file."""
 
     name: str
     dtype: str
@@ -42,19 +54,19 @@ class TensorSpec:
 
     @property
     def num_entries(self) -> int:
-        """Entries of the tensor: the product of its shape, 1 for a scalar."""
+        """Number of entries: the product of the shape, 1 for a scalar."""
         return prod(self.shape)
 
 
 def parse_header(
     prefix: bytes | memoryview, *, file_bytes: int, where: str
 ) -> dict[str, TensorSpec]:
-    """Return the tensors of a safetensors file by name, in the order of their offsets.
+    """Return the tensors of a safetensors file by name, ordered by offset.
 
     Args:
-        prefix: the file's first bytes, at least the whole header.
+        prefix: the first bytes of the file, at least its whole header.
         file_bytes: size of the file.
-        where: names the file in errors.
+        where: name of the file in errors.
 
     Raises:
         CheckpointError: the file is truncated or breaks a rule of the format (length, JSON, dtype,
@@ -98,12 +110,10 @@ def parse_header(
 
 
 def header_length(first_eight: bytes | memoryview, *, file_bytes: int, where: str) -> int:
-    """Return the length of the JSON header in bytes, checked against the file's size and the
-    format's limit.
+    """Return the length of the JSON header in bytes.
 
     Raises:
-        CheckpointError: the file is too short for the header it announces, or the header is over
-            the limit.
+        CheckpointError: the header would be longer than the file or than the format's limit.
     """
     if file_bytes < 8 or len(first_eight) < 8:
         raise CheckpointError(
@@ -157,11 +167,11 @@ def _is_sizes(value: object) -> bool:
 def make_header(
     tensors: Sequence[tuple[str, str, Sequence[int]]], *, metadata: Mapping[str, str]
 ) -> tuple[bytes, list[TensorSpec]]:
-    """Return the header bytes of a safetensors file and where each tensor's data will lie.
+    """Return the header of a safetensors file, and the position of each tensor's data.
 
     Args:
-        tensors: (name, dtype, shape) in the order in which their data will be written.
-        metadata: text to text, readable by any safetensors reader.
+        tensors: (name, dtype, shape) in the order of their data.
+        metadata: text by text, which any safetensors reader can read.
 
     The header is padded with spaces to a multiple of 8 bytes, as the official writer does.
     """

@@ -1,10 +1,9 @@
-"""The Parquet table of a build: one row per stored tensor piece, for loaders and for questions by
-DuckDB or pandas.
-"""
+"""The Parquet table of a build: one row per stored tensor piece, for loaders, DuckDB and pandas."""
 
 from __future__ import annotations
 
 import io
+from collections import defaultdict
 from collections.abc import Iterable
 from math import prod
 from typing import Any
@@ -15,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from mmerge.manifests.digest import digest_bytes
 from mmerge.manifests.errors import ManifestError, NotFound, StoreError, StoreUnavailable
-from mmerge.manifests.format.entry import ShardEntry, TensorRow, validate_key
+from mmerge.manifests.format.entry import ObjectEntry, ShardEntry, TensorRow, validate_key
 from mmerge.manifests.format.manifest import TableEntry
 from mmerge.manifests.format.safetensors_header import DTYPE_BYTES
 from mmerge.manifests.format.tensor_names import layer_of
@@ -23,14 +22,29 @@ from mmerge.manifests.stores.base import ReadableStore
 
 SCHEMA = pa.schema(
     [
-        ("object", pa.string()), ("shard", pa.string()), ("layer", pa.int32()), ("name", pa.string()), ("role", pa.string()),
-        ("expert", pa.string()), ("dtype", pa.string()), ("shape", pa.list_(pa.int64())), ("row_start", pa.int64()),
-        ("row_stop", pa.int64()), ("offset", pa.int64()), ("num_bytes", pa.int64()), ("digest", pa.string()),
-        ("num_entries", pa.int64()), ("num_kept", pa.int64()), ("num_agreeing", pa.int64()), ("num_masked", pa.int64()),
-        ("task_vector_norm", pa.float32()), ("delta_norm", pa.float32()),
-        ("consensus", pa.list_(pa.int64())), ("overlaps", pa.list_(pa.int64())),
+        ("object", pa.string()),
+        ("shard", pa.string()),
+        ("layer", pa.int32()),
+        ("name", pa.string()),
+        ("role", pa.string()),
+        ("expert", pa.string()),
+        ("dtype", pa.string()),
+        ("shape", pa.list_(pa.int64())),
+        ("row_start", pa.int64()),
+        ("row_stop", pa.int64()),
+        ("offset", pa.int64()),
+        ("num_bytes", pa.int64()),
+        ("digest", pa.string()),
+        ("num_entries", pa.int64()),
+        ("num_kept", pa.int64()),
+        ("num_agreeing", pa.int64()),
+        ("num_masked", pa.int64()),
+        ("task_vector_norm", pa.float32()),
+        ("delta_norm", pa.float32()),
+        ("consensus", pa.list_(pa.int64())),
+        ("overlaps", pa.list_(pa.int64())),
     ]
-)  # fmt: skip
+)
 _STATISTICS = (
     "num_entries",
     "num_kept",
@@ -44,39 +58,42 @@ _STATISTICS = (
 
 
 class StoredRow(TensorRow):
-    """A tensor row together with the object that holds it."""
+    """A tensor row with the key and shard of its object."""
 
     object: str
     shard: str
 
 
+Group = tuple[str, str]
+"""Key of an object, and its shard in this build."""
 _ROWS = TypeAdapter(list[StoredRow])
 
 
 def make_table(entries: Iterable[ShardEntry]) -> bytes:
-    """Return the Parquet file of these entries, row by row in their order."""
+    """Return the Parquet file of the tensors of these entries, in their order."""
     rows: list[dict[str, Any]] = []
     for entry in entries:
-        for tensor in entry.tensors:
-            row = tensor.model_dump(exclude={"statistics"})
-            statistics = tensor.statistics.model_dump() if tensor.statistics else {}
-            row |= {name: statistics.get(name) for name in _STATISTICS}
-            rows.append(
-                row
-                | {
-                    "object": entry.object.key,
-                    "shard": entry.object.shard,
-                    "layer": layer_of(tensor.name),
-                }
-            )
+        rows += [_to_raw_row(entry, tensor) for tensor in entry.tensors]
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink, compression="zstd")
     return sink.getvalue()
 
 
+def _to_raw_row(entry: ShardEntry, tensor: TensorRow) -> dict[str, Any]:
+    row = tensor.model_dump(exclude={"statistics"})
+    statistics = tensor.statistics.model_dump() if tensor.statistics else {}
+    row |= {name: statistics.get(name) for name in _STATISTICS}
+    row["object"] = entry.object.key
+    row["shard"] = entry.object.shard
+    row["layer"] = layer_of(tensor.name)
+    return row
+
+
 def read_table_bytes(store: ReadableStore, entry: TableEntry) -> bytes:
-    """Return the bytes of a build's table. Raises ManifestError when they are missing or not what
-    the manifest says.
+    """Return the bytes of a build's table.
+
+    Raises:
+        ManifestError: it is missing, or its size or digest differs from the manifest.
     """
     try:
         data = store.read(entry.key, max_bytes=max(entry.num_bytes, 1))
@@ -101,20 +118,22 @@ def read_table_bytes(store: ReadableStore, entry: TableEntry) -> bytes:
 def read_table(
     store: ReadableStore, entry: TableEntry, *, with_statistics: bool = True
 ) -> list[StoredRow]:
-    """Return all rows of a build's table; without `with_statistics` all of them hold None there,
-    which takes about half the time.
+    """Return all rows of a build's table.
 
-    Raises ManifestError when it is missing, damaged, or contradicts itself.
+    Without `with_statistics` every row has None there, and reading takes about half the time.
+
+    Raises:
+        ManifestError: the table is missing, damaged, or inconsistent.
     """
     data = read_table_bytes(store, entry)
     columns = (
         None if with_statistics else [name for name in SCHEMA.names if name not in _STATISTICS]
     )
     try:
-        # Without threads: of a table of this size they cost more than they save.
+        # Threads cost more than they save for a table of this size.
         raws = pq.ParquetFile(io.BytesIO(data)).read(columns, use_threads=False).to_pylist()
         return _parse_rows(raws, with_statistics=with_statistics)
-    # OSError is what pyarrow says of headers of its own that it cannot take apart.
+    # pyarrow raises OSError for a page header that it cannot parse.
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ManifestError(
             f"{store.uri}: {entry.key} is no valid table ({_first_reason(error)}). Run the recipe"
@@ -135,7 +154,7 @@ def _parse_rows(raws: list[dict[str, Any]], *, with_statistics: bool) -> list[St
         if with_statistics:
             statistics = {name: raw.pop(name) for name in _STATISTICS}
             raw["statistics"] = statistics if statistics["num_entries"] is not None else None
-    rows = _ROWS.validate_python(raws)  # all at once: one by one they take twice as long
+    rows = _ROWS.validate_python(raws)  # one by one they take twice as long
     for key in {row.object for row in rows}:
         validate_key(key)
     for row in rows:
@@ -144,3 +163,19 @@ def _parse_rows(raws: list[dict[str, Any]], *, with_statistics: bool) -> list[St
                 f"{row.name}: {row.dtype} {row.shape} does not take {row.num_bytes:,} bytes"
             )
     return rows
+
+
+def group_of(entry: ObjectEntry) -> Group:
+    """Return the group of rows that describes an object of the manifest."""
+    return entry.key, entry.shard
+
+
+def group_rows(rows: Iterable[StoredRow]) -> defaultdict[Group, list[StoredRow]]:
+    """Return the rows of a table by object and shard.
+
+    One object can be two shards of a build: two experts with the same encoder.
+    """
+    groups: defaultdict[Group, list[StoredRow]] = defaultdict(list)
+    for row in rows:
+        groups[row.object, row.shard].append(row)
+    return groups

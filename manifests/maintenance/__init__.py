@@ -1,1 +1,1 @@
-"""What is done to a store: verify, garbage collection, copy, push, leases."""
+"""Operations on a whole store: verify, garbage collection, copy, push, leases."""

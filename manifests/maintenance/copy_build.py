@@ -1,6 +1,4 @@
-"""Copy a build from one store to another, whole or only what is missing; every byte is checked on
-its way.
-"""
+"""Copy a build between stores, whole or only the missing objects, and check every digest."""
 
 from __future__ import annotations
 
@@ -14,7 +12,6 @@ from mmerge.manifests.errors import DamagedObject, ManifestError, NotFound
 from mmerge.manifests.format.entry import ObjectEntry, read_entry, write_entry
 from mmerge.manifests.format.manifest import (
     FileEntry,
-    Manifest,
     manifest_key,
     read_file,
     read_manifest,
@@ -28,25 +25,25 @@ from mmerge.manifests.format.references import (
     write_reference,
 )
 from mmerge.manifests.format.table import read_table_bytes
-from mmerge.manifests.maintenance.lease import Claim
+from mmerge.manifests.maintenance.lease import Lease
 from mmerge.manifests.stores.base import ReadableStore, Store
 from mmerge.manifests.stores.create_check import check_store
 from mmerge.manifests.stores.open import open_readable_store, open_store
 
 READ_BYTES = 16 << 20
-OBJECTS_AT_ONCE = 4
-"""Objects on their way at once; each holds a piece of 16 MiB and the writer's parts."""
+CONCURRENT_OBJECTS = 4
+"""Objects that are copied at once; each holds a piece of 16 MiB and the parts of its writer."""
 
 
 @dataclass(frozen=True)
 class CopyReport:
-    """What was copied."""
+    """The result of a copy."""
 
     uri: str
     build: str
     reference: Reference
     num_copied: int
-    num_there: int
+    num_present: int
     copied_bytes: int
 
 
@@ -58,21 +55,19 @@ def copy_build(
     everything: bool = False,
     on_bytes: Callable[[int], None] = lambda num_bytes: None,
 ) -> CopyReport:
-    """Copy the build at `uri` into the store at `target_uri` and let a name there point to it;
-    return what was done.
+    """Copy the build at `uri` into the store at `target_uri`, and give it a name there.
 
-    The manifest is written last, so that a reader of the target never sees half a build.
+    The manifest is written last, so that a reader of the target never sees an incomplete build.
 
     Args:
         uri: the build, as STORE, STORE#NAME, STORE#NAME@N or STORE#DIGEST.
-        target_uri: the store to copy into; it is made if it is a folder and missing.
-        name: the name in the target; the one in the source if absent.
-        everything: copy objects that the target has already as well (they may be damaged);
-            otherwise only what is missing.
-        on_bytes: told of every piece that was copied.
+        target_uri: the store to copy into; a missing folder is made.
+        name: the name in the target; that of the source if absent.
+        everything: copy objects that the target has already, too (they may be damaged).
+        on_bytes: receives the size of every piece that is copied.
 
     Raises:
-        DamagedObject, ManifestError: the source is damaged or not whole.
+        DamagedObject, ManifestError: the source is damaged or incomplete.
         StoreError: a store cannot be read or written.
     """
     source_uri, fragment = split_uri(uri)
@@ -81,46 +76,36 @@ def copy_build(
     manifest = read_manifest(source, build)
     origin = find_reference(source, fragment, build)
     if name is None and origin is None:
-        raise ManifestError(
-            f"{uri}: no name points to build {build[:12]}. Say which one it gets with --name"
-        )
+        raise ManifestError(f"{uri}: no name points to build {build[:12]}. Choose one with --name")
     check_store(target)
-    with Claim(target, "run") as claim:
-        claim.wait_for_none("collect")
+    with Lease(target, "run") as lease:
+        lease.wait_for_none("collect")
         copier = _Copier(source, target, everything, on_bytes)
-        with ThreadPoolExecutor(OBJECTS_AT_ONCE) as pool:
-            copied = list(
-                pool.map(
-                    copier.copy_object, {entry.key: entry for entry in manifest.entries}.values()
-                )
-            )
-            copied += list(pool.map(copier.copy_file, _files(manifest)))
+        objects = {entry.key: entry for entry in manifest.entries}
+        with ThreadPoolExecutor(CONCURRENT_OBJECTS) as pool:
+            copied_bytes = list(pool.map(copier.copy_object, objects.values()))
+            copied_bytes += pool.map(copier.copy_file, manifest.unique_files())
         if everything or not target.exists(manifest_key(build)):
             target.put(manifest.table.key, read_table_bytes(source, manifest.table))
         write_manifest(target, manifest)
         reference, _ = write_reference(
-            target, name or (origin.name if origin else ""), build, sources=origin.sources if origin else {}, versions=origin.versions if origin else {}
-        )  # fmt: skip
+            target,
+            name or (origin.name if origin else ""),
+            build,
+            sources=origin.sources if origin else {},
+            versions=origin.versions if origin else {},
+        )
     return CopyReport(
-        f"{target.uri}#{reference.name}",
-        build,
-        reference,
-        sum(size > 0 for size in copied),
-        copied.count(0),
-        sum(copied),
+        uri=f"{target.uri}#{reference.name}",
+        build=build,
+        reference=reference,
+        num_copied=sum(num_bytes > 0 for num_bytes in copied_bytes),
+        num_present=copied_bytes.count(0),
+        copied_bytes=sum(copied_bytes),
     )
 
 
-def _files(manifest: Manifest) -> list[FileEntry]:
-    found = {
-        file.key: file
-        for files in (manifest.base.files, *(expert.files for expert in manifest.experts))
-        for file in files
-    }
-    return list(found.values())
-
-
-@dataclass
+@dataclass(frozen=True)
 class _Copier:
     source: ReadableStore
     target: Store
@@ -128,8 +113,8 @@ class _Copier:
     on_bytes: Callable[[int], None]
 
     def copy_object(self, entry: ObjectEntry) -> int:
-        """Copy one object and its entry; return the bytes that were copied, 0 when it was there."""
-        if not self.everything and self._is_there(entry.key, entry.num_bytes):
+        """Copy one object and its entry; return the copied bytes, 0 if the target had it."""
+        if not self.everything and self._is_present(entry.key, entry.num_bytes):
             return 0
         digest = blake3()
         try:
@@ -148,25 +133,26 @@ class _Copier:
                 if digest.hexdigest() != entry.digest:
                     raise DamagedObject(
                         f"{self.source.uri}: {entry.key} ({entry.shard}) is damaged. 'mmerge"
-                        " verify' says where; nothing was copied of it"
+                        " verify' names the tensors; it was not copied"
                     )
         except NotFound as error:
             raise DamagedObject(
                 f"{self.source.uri}: {entry.key} ({entry.shard}) is missing. Run the recipe again"
             ) from error
         stem = entry.key.removeprefix("objects/").removesuffix(".safetensors")
-        if (shard := read_entry(self.source, stem)) is not None:
-            write_entry(self.target, stem, shard)
+        shard_entry = read_entry(self.source, stem)
+        if shard_entry is not None:
+            write_entry(self.target, stem, shard_entry)
         return entry.num_bytes
 
     def copy_file(self, entry: FileEntry) -> int:
-        """Copy one small file; return the bytes that were copied, 0 when it was there."""
-        if not self.everything and self._is_there(entry.key, entry.num_bytes):
+        """Copy one small file; return the copied bytes, 0 if the target had it."""
+        if not self.everything and self._is_present(entry.key, entry.num_bytes):
             return 0
         self.target.put(entry.key, read_file(self.source, entry))
         return entry.num_bytes
 
-    def _is_there(self, key: str, num_bytes: int) -> bool:
+    def _is_present(self, key: str, num_bytes: int) -> bool:
         try:
             return self.target.num_bytes(key) == num_bytes
         except NotFound:

@@ -1,31 +1,31 @@
-"""Garbage collection: what no live build needs, after a grace period, and never while a run uses
-the store.
+"""Garbage collection: delete what no live build needs, after a grace period.
+
+It never runs while a build run uses the store (lease.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from mmerge.manifests.errors import StoreError
 from mmerge.manifests.format.manifest import Manifest, manifest_key, read_manifest
-from mmerge.manifests.format.references import list_references, read_reference
-from mmerge.manifests.maintenance.lease import Claim
+from mmerge.manifests.format.references import list_references, read_reference, reference_key
+from mmerge.manifests.maintenance.lease import Lease
 from mmerge.manifests.stores.base import Listed, ReadableStore, Store
 
 DEFAULT_GRACE = timedelta(days=7)
-_ORDER = ("refs/", "builds/", "objects/", "files/", "surveys/", "probe/", "claims/")
-"""What names something is deleted before what it names: a collection that is killed leaves nothing
-that dangles.
+_DELETION_ORDER = ("refs/", "builds/", "objects/", "files/", "surveys/", "probe/", "claims/")
+"""What names an object is deleted before the object: a killed collection leaves no dangling name.
 """
-_DELETES_AT_ONCE = 8
+_CONCURRENT_DELETES = 8
 
 
 @dataclass(frozen=True)
-class Collection:
-    """What a collection deletes (or would delete) and what it keeps."""
+class GarbageReport:
+    """What a garbage collection deletes, or would delete, and what it keeps."""
 
     uri: str
     garbage: tuple[Listed, ...]
@@ -37,173 +37,159 @@ class Collection:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of what is deleted."""
+        """Bytes of the garbage."""
         return sum(listed.num_bytes for listed in self.garbage)
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Policy:
+    """What counts as garbage: see `collect_garbage`."""
+
+    now: datetime
+    grace: timedelta
+    keep: int
+    surveys: bool
+
+    def is_old(self, listed: Listed) -> bool:
+        return self.now - listed.modified > self.grace
+
+
+@dataclass(frozen=True)
 class _Live:
     """Keys and builds that must stay."""
 
-    keys: set[str] = field(default_factory=set)
-    builds: set[str] = field(default_factory=set)
+    keys: frozenset[str]
+    builds: frozenset[str]
 
 
-def collect(
+def collect_garbage(
     store: Store,
     *,
     grace: timedelta = DEFAULT_GRACE,
     keep: int = 1,
     surveys: bool = False,
     delete: bool = False,
-) -> Collection:
+) -> GarbageReport:
     """Return what is garbage in a store, and delete it if `delete` is set.
 
     A build is live while one of the `keep` newest numbers of a name, or any reference younger than
     `grace`, points to it, or while its manifest is younger than `grace`. An object is garbage when
-    no live build names it and it was written longer than `grace` ago: so a killed run finds what it
-    finished.
+    no live build names it and it was written longer than `grace` ago, so that a killed run can
+    continue from what it finished.
 
     Args:
-        store: what to look through.
-        grace: how long everything stays at least.
-        keep: numbers of each name that stay whatever their age.
-        surveys: whether cached surveys older than `grace` are garbage as well; the next run then
-            reads its inputs again.
-        delete: delete; otherwise only say what would be.
+        store: the store.
+        grace: the least age of garbage.
+        keep: numbers of each name that stay at any age.
+        surveys: whether cached scans older than `grace` are garbage; the next run then reads its
+            inputs again.
+        delete: delete; otherwise only report.
 
     Raises:
-        StoreError: a run is using the store, or another collection.
-        ManifestError: a manifest cannot be read, so that nobody knows what it needs.
+        StoreError: a run or another collection is using the store.
+        ManifestError: a manifest cannot be read, so that what it needs is unknown.
     """
     if keep < 1:
         raise StoreError(
             f"--keep: expected 1 or more, got {keep}: the newest build of a name always stays"
         )
     if not delete:
-        everything = list(store.list_objects())
-        return _find_garbage(
-            store, everything, now=_now(everything), grace=grace, keep=keep, surveys=surveys
-        )
-    with Claim(store, "collect") as claim:
-        if others := claim.find_others("run") + claim.find_others("collect"):
+        listing = list(store.list_objects())
+        policy = _Policy(_latest_time(listing), grace, keep, surveys)
+        return _find_garbage(store, listing, policy)
+    with Lease(store, "collect") as lease:
+        lease_keys = lease.find_others("run") + lease.find_others("collect")
+        if lease_keys:
             raise StoreError(
-                f"{store.uri}: in use by another process ({others[0]}): nothing was deleted. Try"
-                " again when it has ended"
+                f"{store.uri}: in use by another process ({lease_keys[0]}): nothing was deleted."
+                " Try again when it has ended"
             )
-        everything = list(store.list_objects())
-        # The claim was written a moment ago: its time is now by the store's own clock.
-        now = next(
-            (listed.modified for listed in everything if listed.key == claim.key), _now(everything)
-        )
-        found = _find_garbage(store, everything, now=now, grace=grace, keep=keep, surveys=surveys)
-        _delete(store, found.garbage, claim=claim)
-    return Collection(**(vars(found) | {"deleted": True}))
+        listing = list(store.list_objects())
+        # The lease was written a moment ago: its time is the present by the store's own clock.
+        lease_times = [listed.modified for listed in listing if listed.key == lease.key]
+        now = lease_times[0] if lease_times else _latest_time(listing)
+        report = _find_garbage(store, listing, _Policy(now, grace, keep, surveys))
+        _delete(store, report.garbage, own_lease=lease.key)
+    return replace(report, deleted=True)
 
 
-def _delete(store: Store, garbage: Iterable[Listed], *, claim: Claim) -> None:
-    for prefix in _ORDER:
-        keys = [
-            listed.key
-            for listed in garbage
-            if listed.key.startswith(prefix) and listed.key != claim.key
-        ]
+def _delete(store: Store, garbage: Iterable[Listed], *, own_lease: str) -> None:
+    keys = [listed.key for listed in garbage if listed.key != own_lease]
+    for prefix in _DELETION_ORDER:
+        below = [key for key in keys if key.startswith(prefix)]
         # The entry that says an object is complete goes before the object.
-        for group in (
-            [key for key in keys if key.endswith(".json")],
-            [key for key in keys if not key.endswith(".json")],
-        ):
-            with ThreadPoolExecutor(_DELETES_AT_ONCE) as pool:
+        entries = [key for key in below if key.endswith(".json")]
+        objects = [key for key in below if not key.endswith(".json")]
+        for group in (entries, objects):
+            with ThreadPoolExecutor(_CONCURRENT_DELETES) as pool:
                 list(pool.map(store.delete, group))
-    for listed in garbage:
-        if not listed.key.startswith(_ORDER):
-            store.delete(listed.key)
+    for key in keys:
+        if not key.startswith(_DELETION_ORDER):
+            store.delete(key)
 
 
-def _find_garbage(
-    store: Store,
-    everything: list[Listed],
-    *,
-    now: datetime,
-    grace: timedelta,
-    keep: int,
-    surveys: bool,
-) -> Collection:
-    old = {listed.key for listed in everything if now - listed.modified > grace}
-    live = _find_live(store, everything, old, keep=keep)
+def _find_garbage(store: Store, listing: list[Listed], policy: _Policy) -> GarbageReport:
+    live = _find_live(store, listing, policy)
     garbage = [
         listed
-        for listed in everything
-        if listed.key in old and _may_go(listed.key, live, surveys=surveys)
+        for listed in listing
+        if policy.is_old(listed) and _may_be_deleted(listed.key, live, surveys=policy.surveys)
     ]
-    partials = [listed for listed in store.list_partials() if now - listed.modified > grace]
-    gone = {listed.key for listed in garbage}
-    all_builds = {
-        key.split("/")[1] for listed in everything if (key := listed.key).startswith("builds/")
-    }
-    kept = [listed for listed in everything if listed.key not in gone]
-    return Collection(
+    partials = [listed for listed in store.list_partials() if policy.is_old(listed)]
+    garbage_keys = {listed.key for listed in garbage}
+    kept = [listed for listed in listing if listed.key not in garbage_keys]
+    builds = {listed.key.split("/")[1] for listed in listing if listed.key.startswith("builds/")}
+    return GarbageReport(
         uri=store.uri,
         garbage=tuple(sorted([*garbage, *partials], key=lambda listed: listed.key)),
         live_builds=tuple(sorted(live.builds)),
-        dead_builds=tuple(sorted(all_builds - live.builds)),
+        dead_builds=tuple(sorted(builds - live.builds)),
         num_kept=len(kept),
         kept_bytes=sum(listed.num_bytes for listed in kept),
     )
 
 
-def _now(everything: list[Listed]) -> datetime:
-    """Return this moment by this machine's clock, or the newest time in the store where that is
-    later.
-    """
+def _latest_time(listing: list[Listed]) -> datetime:
+    """Return the present by this machine's clock, or the newest time in the store if later."""
     here = datetime.now().astimezone()
-    return max([here, *(listed.modified for listed in everything)])
+    return max([here, *(listed.modified for listed in listing)])
 
 
-def _find_live(
-    store: ReadableStore, everything: list[Listed], old: set[str], *, keep: int
-) -> _Live:
-    live = _Live()
+def _find_live(store: ReadableStore, listing: list[Listed], policy: _Policy) -> _Live:
+    young = {listed.key for listed in listing if not policy.is_old(listed)}
+    keys: set[str] = set()
+    builds: set[str] = set()
     for name, numbers in list_references(store).items():
         for number in numbers:
-            key = f"refs/{name}/{number:06d}.json"
-            if number in numbers[-keep:] or key not in old:
-                live.keys.add(key)
-                live.builds.add(read_reference(store, name, number).build)
-    there = {listed.key for listed in everything}
-    for key in there:
+            key = reference_key(name, number)
+            if number in numbers[-policy.keep :] or key in young:
+                keys.add(key)
+                builds.add(read_reference(store, name, number).build)
+    for key in young:
         parts = key.split("/")
-        if (
-            len(parts) == 3
-            and parts[0] == "builds"
-            and parts[2] == "manifest.json"
-            and key not in old
-        ):
-            live.builds.add(parts[1])
-    for build in sorted(live.builds):
-        if manifest_key(build) in there:
-            live.keys |= needed_keys(read_manifest(store, build))
-    return live
+        if len(parts) == 3 and parts[0] == "builds" and key == manifest_key(parts[1]):
+            builds.add(parts[1])
+    stored_keys = {listed.key for listed in listing}
+    for build in sorted(builds):
+        if manifest_key(build) in stored_keys:
+            keys |= needed_keys(read_manifest(store, build))
+    return _Live(frozenset(keys), frozenset(builds))
 
 
 def needed_keys(manifest: Manifest) -> set[str]:
-    """Return every key that a build consists of, and the entries by which a later run finds its
-    objects.
-    """
-    files = {
-        file.key
-        for files in (manifest.base.files, *(expert.files for expert in manifest.experts))
-        for file in files
-    }
+    """Return every key of a build, with the entries by which a later run finds its objects."""
+    files = {file.key for file in manifest.unique_files()}
     objects = {entry.key for entry in manifest.entries}
     entries = {key.removesuffix(".safetensors") + ".json" for key in objects}
     return {manifest_key(manifest.build), manifest.table.key} | files | objects | entries
 
 
-def _may_go(key: str, live: _Live, *, surveys: bool) -> bool:
+def _may_be_deleted(key: str, live: _Live, *, surveys: bool) -> bool:
     if key in live.keys:
         return False
-    top = key.partition("/")[0]
-    if top == "builds":
+    folder = key.partition("/")[0]
+    if folder == "builds":
         return key.split("/")[1] not in live.builds
-    return top in ("refs", "objects", "files", "probe", "claims") or (top == "surveys" and surveys)
+    if folder == "surveys":
+        return surveys
+    return folder in ("refs", "objects", "files", "probe", "claims")

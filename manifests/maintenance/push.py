@@ -1,6 +1,4 @@
-"""Upload a composite, or an exported checkpoint, to the Hugging Face Hub: one commit, so that
-nobody sees half of it.
-"""
+"""Upload a composite or an exported checkpoint to the Hugging Face Hub, in one atomic commit."""
 
 from __future__ import annotations
 
@@ -31,7 +29,7 @@ from mmerge.manifests.stores.open import is_local, open_readable_store, to_local
 
 @dataclass(frozen=True)
 class PushReport:
-    """What was pushed; `uri` names the commit."""
+    """The result of a push; `uri` names the commit."""
 
     uri: str
     num_files: int
@@ -40,16 +38,15 @@ class PushReport:
 def push(
     source: str, target: str, *, private: bool = False, message: str | None = None
 ) -> PushReport:
-    """Upload `source` to the repository `target` (hf://ORG/REPO or hf://ORG/REPO@BRANCH), which is
-    made if it is missing.
+    """Upload `source` to the repository `target`; return the commit.
 
     A composite is verified before it is sent; it can then be loaded from `hf://ORG/REPO#NAME`.
 
     Args:
-        source: a composite's URI, or a folder with a config.json that `mmerge export` wrote.
-        target: the repository.
-        private: of a repository that is made.
-        message: of the commit.
+        source: the URI of a composite, or a folder with a config.json that `mmerge export` wrote.
+        target: hf://ORG/REPO or hf://ORG/REPO@BRANCH; a missing repository is made.
+        private: whether a new repository is private.
+        message: the message of the commit.
 
     Raises:
         DamagedObject, ManifestError: the composite is damaged or missing.
@@ -75,8 +72,8 @@ def push(
         root = to_local_path(split_uri(local)[0])
         files = {key: root / key for key in keys}
         _make_repo(repo, private=private)
-        number, is_there = _next_number(f"hf://{repo}@{branch}", reference.name, build)
-        if not is_there:
+        number, is_present = _next_number(f"hf://{repo}@{branch}", reference.name, build)
+        if not is_present:
             numbered = reference.model_copy(update={"number": number})
             files[numbered.key] = to_canonical_json(numbered.model_dump(mode="json"))
         return _commit(
@@ -90,15 +87,13 @@ def push(
 
 @contextmanager
 def _local_build(uri: str) -> Iterator[tuple[str, Reference]]:
-    """Yield the URI of a build in a folder, copied there for the time where it is not, and its
-    reference.
-    """
+    """Yield the local URI of a build, and its reference; a remote build is copied temporarily."""
     store_uri, fragment = split_uri(uri)
     store, build = open_build(uri)
     reference = find_reference(store, fragment, build)
     if reference is None:
         raise ManifestError(
-            f"{uri}: no name points to build {build[:12]}. Give it one with 'mmerge copy --name'"
+            f"{uri}: no name points to build {build[:12]}. Add one with 'mmerge copy --name'"
         )
     if is_local(store_uri):
         yield f"{store_uri}#{build}", reference
@@ -109,9 +104,7 @@ def _local_build(uri: str) -> Iterator[tuple[str, Reference]]:
 
 
 def _next_number(uri: str, name: str, build: str) -> tuple[int, bool]:
-    """Return the number that a reference gets on the hub, and whether the newest one there names
-    this build already.
-    """
+    """Return the number of a reference on the Hub, and whether it is there already."""
     try:
         hub = open_readable_store(uri)
         numbers = list_references(hub).get(name, [])
@@ -141,10 +134,10 @@ def _commit(
     ]
 
     def send() -> str:
-        found = make_hub_api().create_commit(
+        commit_info = make_hub_api().create_commit(
             repo, operations, commit_message=message, revision=branch
         )
-        return str(found.oid)
+        return str(commit_info.oid)
 
     commit = translate_hub_errors(repo, f"commit to {branch}", send)
     return PushReport(f"hf://{repo}@{commit}", len(files))

@@ -1,10 +1,9 @@
-"""Re-read a build and compare every digest with what the manifest says."""
+"""Verification: re-read a build, and compare every digest with the manifest."""
 
 from __future__ import annotations
 
 import random
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -12,7 +11,7 @@ from blake3 import blake3
 
 from mmerge.manifests.errors import DamagedObject, ManifestError, NotFound, StoreError
 from mmerge.manifests.format.entry import ObjectEntry
-from mmerge.manifests.format.manifest import FileEntry, Manifest, read_file, read_manifest
+from mmerge.manifests.format.manifest import read_file, read_manifest
 from mmerge.manifests.format.object_header import (
     describe_held,
     describe_row,
@@ -20,20 +19,17 @@ from mmerge.manifests.format.object_header import (
     find_header_damage,
 )
 from mmerge.manifests.format.references import open_build
-from mmerge.manifests.format.table import StoredRow, read_table
+from mmerge.manifests.format.table import Group, StoredRow, group_of, group_rows, read_table
 from mmerge.manifests.stores.base import ReadableStore
 
 READ_BYTES = 16 << 20
-"""Bytes read at once, of each object."""
-OBJECTS_AT_ONCE = 4
-
-Group = tuple[str, str]
-"""Key of an object, and the shard that it is in this build."""
+"""Bytes of one read."""
+CONCURRENT_OBJECTS = 4
 
 
 @dataclass
 class VerifyReport:
-    """What was read and every damage found, as sentences that name object and tensor."""
+    """The amount that was read, and all damages, as sentences that name object and tensor."""
 
     uri: str
     build: str
@@ -42,7 +38,7 @@ class VerifyReport:
     damages: list[str] = field(default_factory=list)
 
     def check(self) -> None:
-        """Raise DamagedObject when anything is damaged."""
+        """Raise DamagedObject if anything is damaged."""
         if self.damages:
             raise DamagedObject(
                 f"{self.uri}: {len(self.damages)} damaged:\n  "
@@ -58,57 +54,46 @@ def verify(
     seed: int | None = None,
     on_bytes: Callable[[int], None] = lambda num_bytes: None,
 ) -> VerifyReport:
-    """Return what a re-read of the build at `uri` finds.
+    """Re-read the build at `uri`, and return its damages.
 
     Args:
         uri: the build.
-        sample: share of the tensors that is read, in (0, 1]; of 1 everything is read. Size and
-            header of every object are compared in any case.
-        seed: which tensors a sample takes; other ones each time if absent.
-        on_bytes: told of every piece read.
+        sample: share of the tensors that is read, in (0, 1]. Size and header of every object are
+            compared for any share.
+        seed: seed of the choice of tensors; another choice each time if absent.
+        on_bytes: receives the size of every piece that is read.
 
     Raises:
-        ManifestError: `sample` is no share; or
-        ManifestError: the manifest or its table is missing or damaged, so that nothing else can be
-            checked.
+        ManifestError: `sample` is no share, or the manifest or its table is missing or damaged, so
+            that nothing else can be checked.
     """
     if not 0 < sample <= 1:
         raise ManifestError(f"--sample: expected a share in (0, 1], got {sample:g}")
     store, build = open_build(uri)
     manifest = read_manifest(store, build)
+    verifier = _Verifier(store, manifest.method, on_bytes)
     rows = group_rows(read_table(store, manifest.table))
-    report = VerifyReport(uri=uri, build=build)
     objects = list({entry.key: entry for entry in manifest.entries}.values())
-    chosen = (
-        _choose([rows[_group(entry)] for entry in objects], sample, random.Random(seed))
-        if sample < 1
-        else None
-    )
+    report = VerifyReport(uri=uri, build=build)
+    chosen: Mapping[Group, list[StoredRow]] | None = None
+    if sample < 1:
+        chosen = _choose([rows[group_of(entry)] for entry in objects], sample, random.Random(seed))
 
     def check(entry: ObjectEntry) -> list[str]:
+        group = group_of(entry)
         if chosen is None:
-            return verify_object(
-                store, entry, rows[_group(entry)], method=manifest.method, on_bytes=on_bytes
-            )
-        return verify_tensors(
-            store,
-            entry,
-            rows[_group(entry)],
-            chosen[_group(entry)],
-            method=manifest.method,
-            on_bytes=on_bytes,
-        )
+            return verifier.check_object(entry, rows[group])
+        return verifier.check_tensors(entry, rows[group], chosen=chosen[group])
 
-    with ThreadPoolExecutor(OBJECTS_AT_ONCE) as pool:
+    with ThreadPoolExecutor(CONCURRENT_OBJECTS) as pool:
         for entry, damages in zip(objects, pool.map(check, objects), strict=True):
             report.damages += damages
             report.num_objects += 1
-            report.num_bytes += (
-                entry.num_bytes
-                if chosen is None
-                else sum(row.num_bytes for row in chosen[_group(entry)])
-            )
-    for file in _files(manifest):
+            if chosen is None:
+                report.num_bytes += entry.num_bytes
+            else:
+                report.num_bytes += sum(row.num_bytes for row in chosen[group_of(entry)])
+    for file in manifest.unique_files():
         try:
             read_file(store, file)
         except (ManifestError, StoreError) as error:
@@ -118,135 +103,100 @@ def verify(
     return report
 
 
-def _files(manifest: Manifest) -> list[FileEntry]:
-    unique = {file.digest: file for file in manifest.base.files}
-    for expert in manifest.experts:
-        unique |= {file.digest: file for file in expert.files}
-    return list(unique.values())
-
-
-def _group(entry: ObjectEntry) -> Group:
-    return entry.key, entry.shard
-
-
-def group_rows(rows: Iterable[StoredRow]) -> defaultdict[Group, list[StoredRow]]:
-    """Return a table's rows by object and shard: one object may be two shards of a build, as where
-    two experts carry one encoder.
-    """
-    groups: defaultdict[Group, list[StoredRow]] = defaultdict(list)
-    for row in rows:
-        groups[row.object, row.shard].append(row)
-    return groups
-
-
 def _choose(
-    rows: Sequence[Sequence[StoredRow]], sample: float, chance: random.Random
-) -> defaultdict[Group, list[StoredRow]]:
+    rows_by_object: Sequence[Sequence[StoredRow]], sample: float, generator: random.Random
+) -> Mapping[Group, list[StoredRow]]:
     """Return a share of all tensors, at least one, by object and shard."""
-    every = [row for found in rows for row in found]
-    return group_rows(chance.sample(every, min(len(every), max(1, round(sample * len(every))))))
+    rows = [row for object_rows in rows_by_object for row in object_rows]
+    count = min(len(rows), max(1, round(sample * len(rows))))
+    return group_rows(generator.sample(rows, count))
 
 
-def verify_tensors(
-    store: ReadableStore,
-    entry: ObjectEntry,
-    rows: list[StoredRow],
-    chosen: list[StoredRow],
-    *,
-    method: str,
-    on_bytes: Callable[[int], None] = lambda num_bytes: None,
-) -> list[str]:
-    """Return the damages of the chosen tensors of one object, and of its size and header."""
-    try:
-        header = find_header_damage(store, entry, rows, method=method)
+@dataclass(frozen=True)
+class _Verifier:
+    store: ReadableStore
+    method: str
+    """The method in the manifest; headers name it."""
+    on_bytes: Callable[[int], None]
+
+    def check_tensors(
+        self, entry: ObjectEntry, rows: list[StoredRow], *, chosen: list[StoredRow]
+    ) -> list[str]:
+        """Return the damages of some tensors of one object, and of its size and header."""
+        try:
+            header = find_header_damage(self.store, entry, rows, method=self.method)
+            if header:
+                return [header]
+            return [
+                _describe_damage(entry, row)
+                for row in chosen
+                if self._digest_row(entry, row) != row.digest
+            ]
+        except NotFound:
+            return [_describe_missing(entry, rows)]
+        except StoreError as error:
+            return [Exception.__str__(error)]
+
+    def _digest_row(self, entry: ObjectEntry, row: StoredRow) -> str:
+        digest = blake3()
+        for offset in range(0, row.num_bytes, READ_BYTES):
+            num_bytes = min(READ_BYTES, row.num_bytes - offset)
+            data = self.store.read_range(entry.key, offset=row.offset + offset, num_bytes=num_bytes)
+            digest.update(data)
+            self.on_bytes(num_bytes)
+        return str(digest.hexdigest())
+
+    def check_object(self, entry: ObjectEntry, rows: list[StoredRow]) -> list[str]:
+        """Return the damages of one object: a sentence per damaged tensor, or for all."""
+        try:
+            num_bytes = self.store.num_bytes(entry.key)
+            if num_bytes != entry.num_bytes:
+                return [describe_size(entry, rows, num_bytes)]
+            whole = blake3()
+            # By position: of two equal rows each has its own digest.
+            row_digests = [blake3() for _ in rows]
+            for offset, data in self._read_pieces(entry):
+                whole.update(data)
+                for row, digest in zip(rows, row_digests, strict=True):
+                    _update_digest(digest, row, data, offset)
+                self.on_bytes(len(data))
+            if whole.hexdigest() == entry.digest:
+                return []
+            header = find_header_damage(self.store, entry, rows, method=self.method)
+        except NotFound:
+            return [_describe_missing(entry, rows)]
+        except StoreError as error:
+            return [Exception.__str__(error)]
         damages = [header] if header else []
-        for row in chosen if not damages else ():
-            digest = blake3()
-            for offset in range(0, row.num_bytes, READ_BYTES):
-                data = store.read_range(
-                    entry.key,
-                    offset=row.offset + offset,
-                    num_bytes=min(READ_BYTES, row.num_bytes - offset),
-                )
-                digest.update(data)
-                on_bytes(len(data))
+        for row, digest in zip(rows, row_digests, strict=True):
             if digest.hexdigest() != row.digest:
                 damages.append(_describe_damage(entry, row))
-        return damages
-    except NotFound:
-        return [_describe_missing(entry, rows)]
-    except StoreError as error:
-        return [Exception.__str__(error)]
+        return damages or [
+            f"{entry.key} ({entry.shard}): its digest differs from the manifest, though those of"
+            " all its tensors do not"
+        ]
+
+    def _read_pieces(self, entry: ObjectEntry) -> Iterator[tuple[int, memoryview]]:
+        for offset in range(0, entry.num_bytes, READ_BYTES):
+            num_bytes = min(READ_BYTES, entry.num_bytes - offset)
+            data = self.store.read_forward(
+                entry.key, offset=offset, num_bytes=num_bytes, start=0, stop=entry.num_bytes
+            )
+            yield offset, data
 
 
-def verify_object(
-    store: ReadableStore,
-    entry: ObjectEntry,
-    rows: list[StoredRow],
-    *,
-    method: str,
-    on_bytes: Callable[[int], None] = lambda num_bytes: None,
-) -> list[str]:
-    """Return the damages of one object: none, or one sentence per damaged tensor (or for the whole
-    object).
-    """
-    try:
-        found = store.num_bytes(entry.key)
-        if found != entry.num_bytes:
-            return [describe_size(entry, rows, found)]
-        whole = blake3()
-        parts = {id(row): blake3() for row in rows}
-        for offset, data in _read_pieces(store, entry):
-            whole.update(data)
-            _update_tensors(parts, rows, data, offset)
-            on_bytes(len(data))
-        if whole.hexdigest() == entry.digest:
-            return []
-        header = find_header_damage(store, entry, rows, method=method)
-    except NotFound:
-        return [_describe_missing(entry, rows)]
-    except StoreError as error:
-        return [Exception.__str__(error)]
-    damages = [
-        _describe_damage(entry, row) for row in rows if parts[id(row)].hexdigest() != row.digest
-    ]
-    if header:
-        damages.insert(0, header)
-    return damages or [
-        f"{entry.key} ({entry.shard}): its digest is not that of the manifest, though all of its"
-        " tensors' are"
-    ]
+def _update_digest(digest: blake3, row: StoredRow, data: memoryview, offset: int) -> None:
+    """Add what a piece of an object has of a tensor to the digest of that tensor."""
+    begin = max(row.offset, offset)
+    stop = min(row.offset + row.num_bytes, offset + len(data))
+    if begin < stop:
+        digest.update(data[begin - offset : stop - offset])
 
 
 def _describe_damage(entry: ObjectEntry, row: StoredRow) -> str:
-    return (
-        f"{entry.key}: {describe_row(row)}: damaged within bytes {row.offset} to"
-        f" {row.offset + row.num_bytes}"
-    )
+    stop = row.offset + row.num_bytes
+    return f"{entry.key}: {describe_row(row)}: damaged within bytes {row.offset} to {stop}"
 
 
 def _describe_missing(entry: ObjectEntry, rows: list[StoredRow]) -> str:
     return f"{entry.key} ({entry.shard}): is missing{describe_held(rows)}"
-
-
-def _read_pieces(store: ReadableStore, entry: ObjectEntry) -> Iterator[tuple[int, memoryview]]:
-    for offset in range(0, entry.num_bytes, READ_BYTES):
-        yield (
-            offset,
-            store.read_forward(
-                entry.key,
-                offset=offset,
-                num_bytes=min(READ_BYTES, entry.num_bytes - offset),
-                start=0,
-                stop=entry.num_bytes,
-            ),
-        )
-
-
-def _update_tensors(
-    parts: dict[int, blake3], rows: list[StoredRow], data: memoryview, offset: int
-) -> None:
-    for row in rows:
-        begin, stop = max(row.offset, offset), min(row.offset + row.num_bytes, offset + len(data))
-        if begin < stop:
-            parts[id(row)].update(data[begin - offset : stop - offset])

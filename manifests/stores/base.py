@@ -162,7 +162,7 @@ class ReadableStore(ABC):
         return self.read_range(key, offset=0, num_bytes=num_bytes), object_bytes
 
     def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> Sequence[memoryview]:
-        """Return several ranges of one object, each given as (offset, bytes). Errors: `read_range`."""
+        """Return several ranges (offset, bytes) of one object. Raises as `read_range`."""
         return [
             self.read_range(key, offset=offset, num_bytes=num_bytes) for offset, num_bytes in ranges
         ]
@@ -253,7 +253,7 @@ class Store(ReadableStore):
 
     @property
     def backend(self) -> str:
-        """Text that identifies the server behind the store; `check_store` keeps a verdict for it."""
+        """Text that identifies the server; `check_store` keeps one verdict for each."""
         return self.uri.partition("://")[0]
 
     @abstractmethod

@@ -70,7 +70,7 @@ class LocalFile:
         os.close(self._descriptor)
 
     def read(self, *, offset: int, num_bytes: int) -> memoryview:
-        """Return exactly `num_bytes` bytes from `offset`. Raises StoreError if the file is shorter."""
+        """Return `num_bytes` bytes from `offset`. Raises StoreError if the file is shorter."""
         self.check_range(offset, num_bytes)
         block = np.empty(num_bytes, np.uint8)
         self.read_into(block, offset=offset)

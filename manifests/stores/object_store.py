@@ -262,8 +262,8 @@ class ObjectStoreSink:
         stored_bytes = self._store.num_bytes(self._key)
         if stored_bytes != self._num_bytes:
             raise StoreUnavailable(
-                f"{self._store.uri}: {self._key}: {self._num_bytes:,} bytes were written, the server"
-                f" has {stored_bytes:,}"
+                f"{self._store.uri}: {self._key}: {self._num_bytes:,} bytes were written, the"
+                f" server has {stored_bytes:,}"
             )
 
     def abort(self) -> None:

@@ -98,7 +98,7 @@ class ReadableStoreConformance:
     @pytest.mark.parametrize("block_bytes", [7, 64, 1 << 20])
     @pytest.mark.parametrize("is_kept", [False, True])
     def test_a_range_is_read_in_blocks(self, fill: Fill, block_bytes: int, is_kept: bool) -> None:
-        """`read_blocks` yields whole blocks and a shorter last one, in the caller's memory if any."""
+        """`read_blocks` yields whole blocks and a shorter last one, in `into` if given."""
         store = fill({"a": HUNDRED_BYTES})
         into = np.zeros(90, np.uint8) if is_kept else None
         blocks = store.read_blocks("a", offset=5, num_bytes=90, block_bytes=block_bytes, into=into)

@@ -11,7 +11,7 @@ from mmerge.manifests.errors import MmergeError, TaskErrors
 from mmerge.manifests.format.entry import read_entry
 from mmerge.manifests.format.manifest import Manifest, manifest_key, read_manifest
 from mmerge.manifests.format.references import Reference
-from mmerge.manifests.maintenance.lease import Claim
+from mmerge.manifests.maintenance.lease import Lease
 from mmerge.manifests.stores.create_check import check_store
 from mmerge.manifests.stores.open import open_store
 from mmerge.pipeline.build.commit import (
@@ -71,8 +71,8 @@ def run(
     """
     build_run = _Run(plan, executor or SerialExecutor(), progress or LogProgress(), fresh)
     check_store(build_run.store)
-    with Claim(build_run.store, "run") as claim:
-        claim.wait_for_none("collect")
+    with Lease(build_run.store, "run") as lease:
+        lease.wait_for_none("collect")
         return build_run.run()
 
 

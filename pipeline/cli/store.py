@@ -293,12 +293,14 @@ def gc(
     """Delete what no live build needs. A dry run unless --delete is given; refuses while a run uses
     the store.
     """
-    from mmerge.manifests.maintenance.garbage_collection import collect
+    from mmerge.manifests.maintenance.garbage_collection import collect_garbage
     from mmerge.manifests.stores.open import open_store
     from mmerge.pipeline.monitoring.progress import to_size
 
     period = parse_duration(grace, option="--grace")
-    found = collect(open_store(store_uri), grace=period, keep=keep, surveys=surveys, delete=delete)
+    found = collect_garbage(
+        open_store(store_uri), grace=period, keep=keep, surveys=surveys, delete=delete
+    )
     if as_json:
         keys = [listed.key for listed in found.garbage]
         print(
@@ -349,7 +351,7 @@ def copy(
     with byte_bar("copy", None) as on_bytes:
         report = copy_build(uri, target, name=name, everything=everything, on_bytes=on_bytes)
     out.print(
-        f"copied {report.num_copied} objects, {to_size(report.copied_bytes)}; {report.num_there}"
+        f"copied {report.num_copied} objects, {to_size(report.copied_bytes)}; {report.num_present}"
         " were there already"
     )
     out.print(

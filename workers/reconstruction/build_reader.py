@@ -25,8 +25,7 @@ from mmerge.manifests.format.entry import Role
 from mmerge.manifests.format.manifest import Manifest, read_file, read_manifest
 from mmerge.manifests.format.object_header import find_header_damage
 from mmerge.manifests.format.references import open_build
-from mmerge.manifests.format.table import StoredRow, read_table
-from mmerge.manifests.maintenance.verify import group_rows
+from mmerge.manifests.format.table import StoredRow, group_rows, read_table
 from mmerge.manifests.stores.base import ReadableStore
 from mmerge.workers.checkpoints.dtypes import TORCH_DTYPES, to_bytes
 from mmerge.workers.families.interface import Family

@@ -1,4 +1,4 @@
-"""FORMAT.md and the schema describe the code, and every door to a store checks its input."""
+"""The description of the format and its schema agree with the code."""
 
 from __future__ import annotations
 

@@ -174,15 +174,17 @@ def test_a_link_out_of_a_store_is_neither_read_nor_written_nor_deleted_through(
     (outside / "secret").write_text("secret")
     (inside / "objects").symlink_to(outside)
     store = open_store(str(inside))
+    key, new_key = "objects/secret", "objects/new"
     for action in (
-        lambda: store.read("objects/secret"),
-        lambda: store.read_range("objects/secret", offset=0, num_bytes=1),
-        lambda: store.read_ranges("objects/secret", [(0, 1)]),
-        lambda: store.num_bytes("objects/secret"),
-        lambda: store.put("objects/new", b""),
-        lambda: store.put_new("objects/new", b""),
-        lambda: store.open_writer("objects/new"),
-        lambda: store.delete("objects/secret"),
+        lambda: store.read(key),
+        lambda: store.read_range(key, offset=0, num_bytes=1),
+        lambda: store.read_ranges(key, [(0, 1)]),
+        lambda: store.num_bytes(key),
+        lambda: store.open_local_file(key),
+        lambda: store.put(new_key, b""),
+        lambda: store.put_new(new_key, b""),
+        lambda: store.open_writer(new_key),
+        lambda: store.delete(key),
         lambda: list(store.list("objects")),
     ):
         with pytest.raises(StoreError, match="leads out of the folder"):

@@ -16,8 +16,8 @@ import pytest
 
 from mmerge.manifests.errors import DamagedObject, ManifestError, RecipeError, StoreError
 from mmerge.manifests.maintenance.copy_build import copy_build
-from mmerge.manifests.maintenance.garbage_collection import collect
-from mmerge.manifests.maintenance.lease import Claim
+from mmerge.manifests.maintenance.garbage_collection import collect_garbage
+from mmerge.manifests.maintenance.lease import Lease
 from mmerge.manifests.stores.base import Store
 from mmerge.manifests.stores.open import open_store
 from mmerge.pipeline import make_plan, read_recipe, run, verify
@@ -149,11 +149,11 @@ def test_collection_is_dry_spares_the_young_the_live_and_what_they_share_and_del
     second = build(lab, raw | {"mask_scale": 0.9})
     store = open_store(str(lab.folder / "store"))
     (Path(store.uri) / "objects" / ".half.0123.partial").write_bytes(b"half")
-    assert collect(store, delete=True).garbage == (), "the young stay"
+    assert collect_garbage(store, delete=True).garbage == (), "the young stay"
     grow_old(store)
     os.utime(Path(store.uri) / "objects" / ".half.0123.partial", (0, 0))
     before = keys(store, "")
-    found = collect(store)
+    found = collect_garbage(store)
     assert keys(store, "") == before, "a dry run deleted"
     assert found.dead_builds == (first.build,)
     assert first.manifest is not None
@@ -169,8 +169,8 @@ def test_collection_is_dry_spares_the_young_the_live_and_what_they_share_and_del
         *(key.replace(".safetensors", ".json") for key in dead),
         "objects/.half.0123.partial",
     }
-    assert collect(store, keep=2).dead_builds == ()
-    assert collect(store, delete=True).deleted
+    assert collect_garbage(store, keep=2).dead_builds == ()
+    assert collect_garbage(store, delete=True).deleted
     assert keys(store, "") == before - {listed.key for listed in found.garbage}
     assert not list(store.list_partials())
     verify(store.uri).check()
@@ -185,18 +185,20 @@ def test_a_collection_refuses_while_a_run_is_at_work_and_a_run_waits_for_a_colle
     build(lab, lab.make_all())
     store = open_store(str(lab.folder / "store"))
     grow_old(store)
-    with Claim(store, "run"), pytest.raises(StoreError, match="in use by another process"):
-        collect(store, delete=True)
+    with Lease(store, "run"), pytest.raises(StoreError, match="in use by another process"):
+        collect_garbage(store, delete=True)
     with (
-        Claim(store, "collect"),
-        Claim(store, "run") as claim,
+        Lease(store, "collect"),
+        Lease(store, "run") as lease,
         pytest.raises(StoreError, match="held by another process"),
     ):
-        claim.wait_for_none("collect", seconds=0.1, pause=0.05)
-    killed = Claim(store, "run")
+        lease.wait_for_none("collect", seconds=0.1, pause=0.05)
+    killed = Lease(store, "run")
     killed._write()
     os.utime(Path(store.uri) / killed.key, (time.time() - 3600,) * 2)
-    assert collect(store, delete=True).deleted, "a run that was killed an hour ago holds nothing"
+    assert collect_garbage(store, delete=True).deleted, (
+        "a run that was killed an hour ago holds nothing"
+    )
 
 
 def test_a_collection_refuses_where_a_manifest_cannot_be_read(lab: Any) -> None:
@@ -205,16 +207,16 @@ def test_a_collection_refuses_where_a_manifest_cannot_be_read(lab: Any) -> None:
     store.put(f"builds/{report.build}/manifest.json", b"{}")
     grow_old(store)
     with pytest.raises(ManifestError):
-        collect(store, delete=True)
+        collect_garbage(store, delete=True)
 
 
 def test_unfinished_objects_of_a_killed_run_go_after_the_grace_period(lab: Any) -> None:
     build(lab, lab.make_all())
     store = open_store(str(lab.folder / "store"))
     store.put("objects/" + "a" * 64 + ".safetensors", b"x" * 100)
-    assert collect(store, grace=timedelta(hours=1)).garbage == ()
+    assert collect_garbage(store, grace=timedelta(hours=1)).garbage == ()
     grow_old(store, days=1)
-    assert [listed.key for listed in collect(store, grace=timedelta(hours=1)).garbage] == [
+    assert [listed.key for listed in collect_garbage(store, grace=timedelta(hours=1)).garbage] == [
         "objects/" + "a" * 64 + ".safetensors"
     ]
 
@@ -226,12 +228,12 @@ def test_a_copy_is_whole_takes_only_what_is_missing_and_carries_on_where_it_was_
     build(lab, raw)
     source, target = str(lab.folder / "store"), places.make("moto")
     first = copy_build(source, target)
-    assert first.num_there == 0
+    assert first.num_present == 0
     verify(target).check()
     build(lab, raw | {"mask_scale": 0.9})
     second = copy_build(source + "#tiny", target)
     assert second.num_copied == 5
-    assert second.num_there > 5
+    assert second.num_present > 5
     assert second.reference.number == 2
     again = copy_build(source + "#tiny", target)
     assert (again.num_copied, again.copied_bytes) == (0, 0)
