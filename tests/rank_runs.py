@@ -20,9 +20,16 @@ SCRIPT = Path(__file__).resolve().parent / "rank_script.py"
 def start(cases: list[dict[str, Any]], folder: Path, num_ranks: int) -> tuple[int, str]:
     """Start ranks with torchrun; return the exit code and what they printed."""
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), str(SCRIPT),
-        json.dumps(cases), str(folder / "found.json"),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(num_ranks),
+        str(SCRIPT),
+        json.dumps(cases),
+        str(folder / "found.json"),
+    ]
     variables = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, timeout=300, env=variables

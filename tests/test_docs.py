@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from test_layers import LAYERS
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_COLUMNS = 100
@@ -130,6 +131,19 @@ def test_lines_of_prose_are_wrapped(page: Path) -> None:
         pytest.xfail("the page is being rewritten")
     lines = [LINK.sub(r"\g<text>", line) for line in prose_lines(page.read_text())]
     assert not [line for line in lines if len(line) > MAX_COLUMNS and " " in line.strip()]
+
+
+def test_the_architecture_page_has_the_table_of_layers() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    for package, rows in LAYERS.items():
+        row = "; ".join(", ".join(names) for names in rows)
+        assert f"| `{package}` | {row} |" in text
+        folders = [name for names in rows for name in names if (ROOT / package / name).is_dir()]
+        assert not [
+            name
+            for name in folders
+            if f"`{package}/{name}`" not in text and f"`{name}`" not in text
+        ]
 
 
 def test_the_checks_find_what_is_wrong(tmp_path: Path) -> None:
