@@ -10,18 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmerge.manifests.format.safetensors_header import TensorSpec
 from mmerge.workers.checkpoints.block_reader import InputBlock
-from mmerge.workers.checkpoints.sources import TensorSource
-from mmerge.workers.compiled.interface import PathRequest
-from mmerge.workers.compiled.registry import FAST_PATHS, find_fast_path
+from mmerge.workers.compiled.interface import PassRequest, find_compiled_pass
 from mmerge.workers.kernels.magnitudes import first_non_finite
 from mmerge.workers.kernels.tiles import CODES
-from mmerge.workers.methods import find_method
-from mmerge.workers.methods.interface import Block
+from mmerge.workers.methods import find_method, method_names
+from mmerge.workers.methods.interface import Block, TensorFacts
 from mmerge.workers.reconstruction.bitmask import packed_bytes
 from mmerge.workers.statistics.magnitude_histograms import MagnitudeCounter
-from mmerge.workers.task import TensorTask
 
 ROWS, COLUMNS, NUM_EXPERTS = 256, 2048, 3
 """A block: 2¹⁹ entries of base and three experts, 4 MB of bfloat16."""
@@ -82,10 +78,11 @@ def main() -> None:
             ]
         ),
     )
-    for name in FAST_PATHS:
+    for name in method_names():
         if name == "slerp":
-            continue  # it needs what its stage found, and then is the kernel of `linear`
-        show_path(name, rows, block, show)
+            continue  # it needs the sums of its stage, and then is the kernel of `linear`
+        if find_method(name).compiled_pass:
+            show_path(name, rows, block, show)
 
 
 def show_path(name: str, rows: list[torch.Tensor], block: InputBlock, show: Any) -> None:
@@ -95,12 +92,8 @@ def show_path(name: str, rows: list[torch.Tensor], block: InputBlock, show: Any)
     experts = [method.expert_parameters_model.model_validate({}) for _ in range(NUM_EXPERTS)]
     names = tuple(f"expert{index}" for index in range(NUM_EXPERTS))
     thresholds = [1e-4] * NUM_EXPERTS if method.trimming(parameters, experts) else []
-    spec = TensorSpec("weight", "BF16", (ROWS, COLUMNS), 0, ROWS * COLUMNS * 2)
-    source = TensorSource("none", "none", spec)
-    tensor = TensorTask("weight", 0, ROWS, ROWS, source, (source,) * NUM_EXPERTS)
-    path = find_fast_path(
-        name, PathRequest(parameters, experts, thresholds, {}, tensor, names, "BF16")
-    )
+    facts = TensorFacts("weight", (ROWS, COLUMNS), thresholds, names, {})
+    path = find_compiled_pass(PassRequest(method, parameters, experts, facts, 0, "BF16"))
     assert path is not None
     out = np.empty(block.num_entries * 2, np.uint8)
     masks = np.zeros(

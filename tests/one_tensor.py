@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mmerge.workers.methods import find_method
-from mmerge.workers.methods.interface import Block, MergedBlock, TensorKnown
+from mmerge.workers.methods.interface import Block, MergedBlock, TensorMeasurements
 from mmerge.workers.methods.ranking import ranked_value
 from mmerge.workers.statistics.exact_sums import to_sum
 from mmerge.workers.statistics.order_statistics import (
@@ -95,7 +95,7 @@ def merge_tensor(
     )
     merged = method.merge_block(block, parameters, numbers)
     return merged, method.rescalers(
-        [TensorKnown(name, base.numel(), stage_results)], num_experts=len(experts)
+        [TensorMeasurements(name, base.numel(), stage_results)], num_experts=len(experts)
     )
 
 

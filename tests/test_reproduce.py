@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mmerge.workers.methods import method_names
-from mmerge.workers.methods.mmer import decouple
+from mmerge.workers.methods.mask_rules import decouple
 from mmerge.workers.methods.registry import unregister_method
 from mmerge.workers.modalities import encoders
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from mmerge.manifests.format.entry import Role
 from mmerge.manifests.stores.base import DeferredCommit
 from mmerge.workers.checkpoints.sources import TensorSource
-from mmerge.workers.methods.interface import Granularity, Known, Numbers
+from mmerge.workers.methods.interface import Granularity, Measured, Numbers
 from mmerge.workers.modalities.prompt import Part
 
 NonFinite = Literal["error", "keep"]
@@ -112,7 +112,7 @@ class MeasureTask:
     tensors: tuple[TensorTask, ...]
     thresholds: tuple[tuple[float, ...], ...]
     numbers: tuple[Numbers, ...]
-    known: tuple[Known, ...]
+    known: tuple[Measured, ...]
     """Per tensor, what the stages before found."""
     method: str
     stage: str
@@ -147,7 +147,7 @@ class MergeTask:
     method: str
     numbers: tuple[Numbers, ...]
     """Per tensor, the parameters that hold for it."""
-    known: tuple[Known, ...]
+    known: tuple[Measured, ...]
     """Per tensor, what the method's stages found."""
     dtype: str
     block_entries: int

@@ -13,9 +13,9 @@ from evidence.ablations import MaskRule, without_congruence, without_significanc
 from evidence.measure import Place, build
 from evidence.tables import original, scaled
 from mmerge.pipeline import read_build
-from mmerge.workers.methods.election import disjoint_merge, elect_sign
-from mmerge.workers.methods.mmer import decouple
-from mmerge.workers.methods.ties import trim
+from mmerge.workers.methods.combine_rules import disjoint_merge, elect_sign
+from mmerge.workers.methods.locate_rules import trim
+from mmerge.workers.methods.mask_rules import decouple
 from mmerge.workers.reconstruction.build_reader import BuildReader
 
 DENSITY = 0.8

@@ -13,7 +13,13 @@ from mmerge.manifests.errors import RecipeError
 from mmerge.pipeline.build.shard_builds import Barrier
 from mmerge.pipeline.build.threshold_search import Thresholds
 from mmerge.pipeline.planning.plan import MergePlan, MergeShard
-from mmerge.workers.methods.interface import Known, Method, Stage, TensorKnown, parse_numbers
+from mmerge.workers.methods.interface import (
+    Measured,
+    Method,
+    Stage,
+    TensorMeasurements,
+    parse_numbers,
+)
 from mmerge.workers.statistics.exact_sums import NUM_RANK_BINS, NUM_SUM_BINS, to_ranked, to_sum
 from mmerge.workers.statistics.order_statistics import Counts, add_sparse, find_bin
 from mmerge.workers.task import MeasureTask, SurveyTask, TensorTask
@@ -124,7 +130,7 @@ class MethodStages:
         """Return the stages of a shard in their order."""
         return self._passes[shard.name]
 
-    def results_of(self, shard: MergeShard) -> tuple[Known, ...]:
+    def results_of(self, shard: MergeShard) -> tuple[Measured, ...]:
         """Return per piece of a shard what has been found of its tensor so far."""
         return tuple(dict(self.results[tensor.name]) for tensor in shard.tensors)
 
@@ -135,7 +141,8 @@ class MethodStages:
             for tensor in shard.tensors:
                 num_entries[tensor.name] += tensor.num_entries
         tensors = [
-            TensorKnown(name, num_entries[name], result) for name, result in self.results.items()
+            TensorMeasurements(name, num_entries[name], result)
+            for name, result in self.results.items()
         ]
         return self.method.rescalers(tensors, num_experts=len(self.plan.recipe.experts))
 
@@ -358,6 +365,6 @@ class StagePass:
         self._vectors.clear()
 
 
-def to_hex(known: Known) -> dict[str, list[str]]:
+def to_hex(known: Measured) -> dict[str, list[str]]:
     """Return the results of stages as text that keeps every bit."""
     return {quantity: [value.hex() for value in values] for quantity, values in known.items()}

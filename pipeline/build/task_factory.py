@@ -9,7 +9,7 @@ from mmerge.pipeline.build.input_scan import InputDigests
 from mmerge.pipeline.build.method_stages import to_hex
 from mmerge.pipeline.build.threshold_search import Thresholds
 from mmerge.pipeline.planning.plan import CopyShard, MergePlan, MergeShard
-from mmerge.workers.methods.interface import Known
+from mmerge.workers.methods.interface import Measured
 from mmerge.workers.task import CopyTask, MergeTask
 
 ARITHMETIC_VERSION = 2
@@ -22,7 +22,7 @@ def make_merge_task(
     digests: InputDigests,
     *,
     thresholds: Thresholds,
-    known: Sequence[Known],
+    known: Sequence[Measured],
     fresh: bool,
 ) -> MergeTask:
     """Return the task that merges a shard.

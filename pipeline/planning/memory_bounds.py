@@ -12,7 +12,6 @@ from mmerge.manifests.format.safetensors_header import DTYPE_BYTES
 from mmerge.manifests.stores.writer import WRITER_BUFFER_BYTES, WRITER_CONCURRENCY
 from mmerge.workers.checkpoints.lora_weights import TILE_ROWS
 from mmerge.workers.checkpoints.sources import BlockScaledSource, LowRankSource, ahead_bytes
-from mmerge.workers.compiled.registry import FAST_PATHS
 from mmerge.workers.methods.interface import Granularity, Method, entries_at_once, num_columns
 from mmerge.workers.reconstruction.bitmask import packed_bytes
 from mmerge.workers.statistics.magnitude_histograms import scan_bytes
@@ -40,7 +39,7 @@ class Working:
         """Return whether a tensor goes through a compiled path in all passes, whatever it must see
         at once.
         """
-        if self.method.name not in FAST_PATHS:
+        if not self.method.compiled_pass:
             return False
         # A path may decline a tensor that holds NaN or Inf, and stages have none: the method's own
         # code then takes it, whole.

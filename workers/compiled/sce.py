@@ -7,8 +7,9 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from mmerge.workers.checkpoints.block_reader import InputBlock
-from mmerge.workers.compiled.interface import FastPath, PathRequest, ReadBlocks
+from mmerge.workers.compiled.interface import CompiledPass, PassRequest, ReadBlocks
 from mmerge.workers.kernels.inner_products import NUM_COPIES
+from mmerge.workers.kernels.locate import TIES
 from mmerge.workers.kernels.sce import count_variances_within, merge_sce, sum_selected
 from mmerge.workers.statistics.exact_sums import NUM_SUM_BINS, to_sum
 from mmerge.workers.statistics.magnitude_histograms import (
@@ -20,18 +21,18 @@ from mmerge.workers.statistics.magnitude_histograms import (
 )
 
 
-class ScePath(FastPath):
+class ScePass(CompiledPass):
     """Select by variance, calculate weights, erase minority signs."""
 
-    def __init__(self, request: PathRequest) -> None:
+    def __init__(self, request: PassRequest) -> None:
         self._num_experts, self._code = len(request.experts), request.code
         self._select_topk, self._scale = (
             request.parameters.select_topk,
             np.float32(request.parameters.scale),
         )
         self._threshold = np.float32(-1)
-        self._ties = np.zeros(2, np.int64)
-        self._weights = np.zeros(self._num_experts, np.float32)
+        self._ties = np.zeros(1, TIES)
+        self._weights = (np.float32(0),) * self._num_experts
 
     @override
     def prepare(self, read_blocks: ReadBlocks) -> bool:
@@ -40,22 +41,27 @@ class ScePath(FastPath):
         sums = np.zeros((self._num_experts, NUM_COPIES * NUM_SUM_BINS), np.int64)
         for block in read_blocks():
             sum_selected(
-                block.addresses, block.codes, block.num_entries, self._threshold, self._ties, sums
+                block.addresses,
+                block.codes,
+                self._weights,
+                block.num_entries,
+                self._threshold,
+                self._ties,
+                sums,
             )
-        self._ties[1] = 0
+        self._ties["seen"] = 0
         if sums[:, 255].any():
             return False
         squares = [to_sum(row.reshape(NUM_COPIES, NUM_SUM_BINS).sum(axis=0)) for row in sums]
         total = sum(squares)
-        self._weights[:] = [
-            square / total if total else 1 / self._num_experts for square in squares
-        ]
+        weights = [square / total if total else 1 / self._num_experts for square in squares]
+        self._weights = tuple(np.float32(weight) for weight in weights)
         return True
 
     def _find_threshold(self, read_blocks: ReadBlocks) -> bool:
         counter = MagnitudeCounter(1)
         for block in read_blocks():
-            counter.add_variances(block)
+            counter.add_variances(block, self._weights)
         if not counter.is_finite():
             return False
         (histogram,) = counter.drain()
@@ -66,14 +72,18 @@ class ScePath(FastPath):
             lower = np.zeros(NUM_LOWER, np.int64)
             for block in read_blocks():
                 count_variances_within(
-                    block.addresses, block.codes, block.num_entries, bin_number // 2, lower
+                    block.addresses,
+                    block.codes,
+                    self._weights,
+                    block.num_entries,
+                    bin_number // 2,
+                    lower,
                 )
             return to_lower(lower)
 
-        threshold, self._ties[0] = find_top(
-            histogram, int(not_zero * self._select_topk), refine=refine
-        )
+        threshold, num_ties = find_top(histogram, int(not_zero * self._select_topk), refine=refine)
         self._threshold = np.float32(threshold)
+        self._ties["belonging"] = num_ties
         return True
 
     @override

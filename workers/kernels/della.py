@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from mmerge.workers.kernels.locate import draw_tile, put_together
+from mmerge.workers.kernels.locate import DROP_BY_RANK, combine_tile, draw_tile
 from mmerge.workers.kernels.tiles import TILE_ENTRIES, compiled, narrow, subtract_at, widen_at
+from mmerge.workers.kernels.unrolled import cut_rows
 
 NUM_BUCKETS = 1 << 15
 """One for each value of the upper 15 bits of a magnitude."""
@@ -144,75 +145,83 @@ def sort_row(
 
 
 @compiled
-def drop_row(delta: Any, keep: Any, chance: Any, count: int, divides: Any, factor: Any) -> None:
-    """Set entries of a row to 0 where `chance` is not below `keep`, and rescale the rest."""
+def drop_row(
+    rule: Any, delta: Any, ranks: Any, position: Any, columns: int, words: Any, chance: Any
+) -> None:
+    """Set entries of a row to 0 where the random number is not below the keep probability, and
+    rescale the rest.
+
+    Args:
+        rule: record of LOCATE_RULE, of kind DROP_BY_RANK.
+        ranks: float32, of the magnitudes of the row (without a span: not read); becomes the keep
+            probabilities.
+        words, chance: see `draw_tile`.
+    """
     zero = np.float32(0)
-    if divides != zero:
-        for i in range(count):
-            delta[i] = delta[i] / keep[i]
-    for i in range(count):
-        delta[i] = (delta[i] if chance[i] < keep[i] else zero) * factor
+    last = np.float32(max(columns - 1, 1))
+    draw_tile(rule.key, position, columns, words, words.view(np.uint32), chance)
+    if columns > 1 and rule.span != zero:
+        for i in range(columns):
+            ranks[i] = rule.lowest + ranks[i] / last * rule.span
+    else:
+        for i in range(columns):
+            ranks[i] = rule.density
+    if rule.divides:
+        for i in range(columns):
+            delta[i] = delta[i] / ranks[i]
+    factor = rule.factor
+    for i in range(columns):
+        delta[i] = (delta[i] if chance[i] < ranks[i] else zero) * factor
 
 
 @compiled
 def merge_by_row(
-    inputs: Any, codes: Any, num_entries: int, position: Any, columns: int, drops: Any, numbers: Any, keys: Any, weights: Any, how: int,
-    zero_sign: Any, divisor: Any, scale: Any, out_code: int, out: Any,
-) -> None:  # fmt: skip
+    inputs: Any,
+    codes: Any,
+    num_entries: int,
+    position: Any,
+    columns: int,
+    rules: Any,
+    combination: Any,
+    out_code: int,
+    out: Any,
+) -> None:
     """Write θ₀ + scale·F(Sub(τ₁), …) of whole rows to `out`: Sub drops at random, with
     probabilities by rank within the row.
 
     Args:
         columns: entries of a row.
-        drops: int64 per expert, whether it drops at all.
-        numbers: float32 (experts, 5): lowest keep probability, its span (0: the same for all),
-            whether what is kept is divided by its probability, a factor on what is kept, and the
-            mean keep probability.
+        rules: LOCATE_RULE per expert, of kind DROP_BY_RANK or KEEP_ALL.
+        combination: CombineRecord. For the others see `merge_located`.
     """
-    num_experts = inputs.shape[0] - 1
-    tiles = np.empty((4, TILE_ENTRIES), np.float32)
-    rest, base_tile = tiles[:3], tiles[3]
+    weights, scale = combination.weights, combination.scale
+    num_experts = len(weights)
+    tiles = np.empty((2, TILE_ENTRIES), np.float32)
+    total, merged = tiles[0], tiles[1]
     deltas = np.empty((num_experts, columns), np.float32)
-    rows = np.empty((3, columns), np.float32)
-    base, ranks, chance = rows[0], rows[1], rows[2]
+    row = np.empty((3, columns), np.float32)
+    base, ranks, chance = row[0], row[1], row[2]
     sorting = np.empty((4, columns), np.uint32)
     words = np.empty(columns // 2 + 1, np.uint64)
-    bits = words.view(np.uint32)
     buckets = np.empty(NUM_BUCKETS, np.int64)
     zero, one = np.float32(0), np.float32(1)
-    last = np.float32(max(columns - 1, 1))
     for row_start in range(0, num_entries, columns):
         widen_at(inputs[0], codes[0], row_start, columns, base)
         for expert in range(num_experts):
-            delta, weight = deltas[expert], weights[expert]
+            delta, rule, weight = deltas[expert], rules[expert], weights[expert]
             subtract_at(inputs[expert + 1], codes[expert + 1], row_start, columns, base, delta)
-            if drops[expert] == 1:
-                lowest, span, divides, factor = (
-                    numbers[expert, 0],
-                    numbers[expert, 1],
-                    numbers[expert, 2],
-                    numbers[expert, 3],
-                )
-                draw_tile(
-                    keys[expert], position + np.uint64(row_start), columns, words, bits, chance
-                )
-                if columns > 1 and span != zero:
+            if rule.kind == DROP_BY_RANK:
+                if columns > 1 and rule.span != zero:
                     rank_row(delta.view(np.uint32), columns, sorting, buckets, ranks)
-                    for i in range(columns):
-                        ranks[i] = lowest + ranks[i] / last * span
-                else:
-                    for i in range(columns):
-                        ranks[i] = numbers[expert, 4]
-                drop_row(delta, ranks, chance, columns, divides, factor)
+                first = position + np.uint64(row_start)
+                drop_row(rule, delta, ranks, first, columns, words, chance)
             if weight != one:
                 for i in range(columns):
                     delta[i] = weight * delta[i]
         for start in range(0, columns, TILE_ENTRIES):
             count = min(TILE_ENTRIES, columns - start)
+            combine_tile(cut_rows(deltas, weights, start, count), combination, count, total, merged)
             part = base[start : start + count]
             for i in range(count):
-                base_tile[i] = part[i]
-            merged = put_together(
-                deltas, weights, start, count, how, zero_sign, divisor, scale, base_tile, rest
-            )
+                merged[i] = part[i] + scale * merged[i]
             narrow(merged, out_code, count, out, row_start + start)

@@ -1,11 +1,14 @@
 """Locate, then merge, in one pass over a block: what of each task vector is kept, and the weighted
 sum or sign election of it.
+
+What the rules mean, and their definition in torch: workers/methods/locate_rules.py and
+combine_rules.py.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,16 +18,59 @@ from mmerge.workers.kernels.tiles import (
     narrow,
     select,
     subtract_at,
-    turn_sign,
     widen_at,
 )
+from mmerge.workers.kernels.unrolled import (
+    add_agreeing,
+    cut_rows,
+    largest_agreeing,
+    sum_agreeing,
+    sum_agreeing_weights,
+    sum_rows,
+    zero_counts,
+)
 
-KEEP_ALL, TRIM, DROP, TOP = 0, 1, 2, 3
-"""How entries are located: all; magnitudes at or above a threshold; at random; ranks between two
-exact counts.
-"""
+KEEP_ALL, TRIM, DROP, TOP, DROP_BY_RANK = 0, 1, 2, 3, 4
+"""Kinds of locate rules."""
 SUM, ELECT_MEAN, ELECT_SUM, ELECT_MAX = 0, 1, 2, 3
-"""How located task vectors are put together."""
+"""Kinds of combine rules."""
+
+LOCATE_RULE = np.dtype(
+    [
+        ("kind", np.int64),
+        ("threshold", np.float32),  # TRIM, TOP: smallest magnitude that is kept
+        ("upper_threshold", np.float32),  # TOP: magnitudes from here on are dropped
+        ("density", np.float32),  # DROP, DROP_BY_RANK: (mean) probability of keeping
+        ("lowest", np.float32),  # DROP_BY_RANK: probability of a row's smallest magnitude
+        ("span", np.float32),  # DROP_BY_RANK: probability of the largest, less the lowest
+        ("divides", np.bool_),  # DROP_BY_RANK: divide by the probability
+        ("divisor", np.float32),  # DROP: divides what is kept
+        ("factor", np.float32),  # DROP, DROP_BY_RANK: multiplies what is kept
+        ("key", np.uint64),  # DROP, DROP_BY_RANK: of the random numbers
+    ],
+    align=True,
+)
+"""How one expert's task vector is located: an array of these has one element per expert. An array,
+not a tuple of records, since the kinds of the experts may differ."""
+
+TIES = np.dtype([("belonging", np.int64), ("seen", np.int64)], align=True)
+"""Entries at a threshold of TOP: how many of them belong to the largest, and how many were seen in
+the tiles before. Kernels keep `seen` up to date."""
+
+
+class CombineRecord(NamedTuple):
+    """How located task vectors are combined."""
+
+    kind: int
+    weights: tuple[np.float32, ...]
+    """Per expert. A tuple: its length, the number of experts, is known when a kernel is compiled.
+    """
+    zero_sign: np.float32
+    """The sign that an exact zero sum elects, 0 for none."""
+    divisor: np.float32
+    """Divides a weighted sum; 1 leaves it as it is."""
+    scale: np.float32
+    """Multiplies the merged task vector."""
 
 
 STEP = np.uint64(0x9E3779B97F4A7C15)
@@ -66,44 +112,36 @@ def draw_tile(key: Any, position: Any, count: int, words: Any, bits: Any, chance
     `words` is scratch (see `draw_words`), and `bits` the same memory as uint32.
     """
     first = draw_words(key, position, count, words)
-    own = bits[first : first + count]
+    drawn = bits[first : first + count]
     for i in range(count):
-        chance[i] = np.float32(np.int32(np.uint32(own[i] >> np.uint32(8)))) * np.float32(2.0**-24)
+        chance[i] = np.float32(np.int32(np.uint32(drawn[i] >> np.uint32(8)))) * np.float32(2.0**-24)
 
 
 @compiled
 def drop_tile(
-    key: Any,
-    position: Any,
-    density: Any,
-    divisor: Any,
-    factor: Any,
-    values: Any,
-    count: int,
-    words: Any,
-    bits: Any,
-    kept: Any,
+    rule: Any, position: Any, values: Any, count: int, words: Any, bits: Any, kept: Any
 ) -> None:
     """Write to `kept` the entries of a tile, 0 where the random number (`draw_tile`) is not below
-    `density`; divide, then multiply them.
+    the rule's density; divide, then multiply them.
     """
     one, zero = np.float32(1), np.float32(0)
-    # The product with the inverse of a power of two is the quotient, and sooner there.
+    divisor, factor = rule.divisor, rule.factor
+    # The product with the inverse of a power of two is the quotient, and faster.
     mantissa, exponent = math.frexp(divisor)
     is_power = (mantissa == 0.5) & (abs(exponent) < 100)
     inverse = one / divisor
-    if density < one:
-        # A number is its upper 24 bits times 2⁻²⁴, so that it can be compared as the integer that
-        # it is made of.
-        limit = np.uint32(np.uint32(math.ceil(np.float64(density) * 2.0**24)) << np.uint32(8))
-        first = draw_words(key, position, count, words)
-        own = bits[first : first + count]
+    if rule.density < one:
+        # A random number is its upper 24 bits times 2⁻²⁴: it is compared as that integer, which
+        # saves the conversion to float32.
+        limit = np.uint32(np.uint32(math.ceil(np.float64(rule.density) * 2.0**24)) << np.uint32(8))
+        first = draw_words(rule.key, position, count, words)
+        drawn = bits[first : first + count]
         if is_power:
             for i in range(count):
-                kept[i] = select(own[i] < limit, values[i] * inverse, zero)
+                kept[i] = select(drawn[i] < limit, values[i] * inverse, zero)
         else:
             for i in range(count):
-                kept[i] = select(own[i] < limit, values[i] / divisor, zero)
+                kept[i] = select(drawn[i] < limit, values[i] / divisor, zero)
     else:
         for i in range(count):
             kept[i] = values[i] / divisor
@@ -119,15 +157,15 @@ def cut_tile(values: Any, count: int, threshold: Any, ties: Any) -> Any:
 
     Args:
         values: magnitudes or other float32 without sign.
-        ties: int64, (how many at the threshold belong, how many were seen in the tiles before).
+        ties: record of TIES.
     """
-    if ties[1] >= ties[0]:
+    if ties.seen >= ties.belonging:
         return np.nextafter(threshold, np.float32(np.inf))
     equal = np.int32(0)
     for i in range(count):
         equal = np.int32(equal + np.int32(values[i] == threshold))
-    if ties[1] + equal <= ties[0]:
-        ties[1] += equal
+    if ties.seen + equal <= ties.belonging:
+        ties.seen += equal
         return threshold
     return np.float32(np.nan)
 
@@ -150,55 +188,78 @@ def top_tile(values: Any, count: int, threshold: Any, ties: Any, flags: Any) -> 
         return
     for i in range(count):
         if values[i] == threshold:
-            flags[i] = ties[1] < ties[0]
-            ties[1] += 1
+            flags[i] = ties.seen < ties.belonging
+            ties.seen += 1
         else:
             flags[i] = values[i] > threshold
 
 
 @compiled
 def locate_tile(
-    kind: int, values: Any, count: int, numbers: Any, key: Any, position: Any, ties: Any, scratch: Any, words: Any, bits: Any, flags: Any,
-    others: Any, located: Any,
-) -> None:  # fmt: skip
+    rule: Any,
+    ties: Any,
+    values: Any,
+    count: int,
+    position: Any,
+    buffers: Any,
+    located: Any,
+) -> None:
     """Write a tile of one task vector to `located`, 0 where it is not located, and the rest
     rescaled.
 
-    From one array to another: what stays where it was would be stored under a mask, which some
-    processors do entry by entry.
+    From one array to another: an entry that stays in place would be stored under a mask, which
+    some processors do entry by entry.
 
     Args:
-        kind: TRIM, DROP or TOP.
-        numbers: float32 of this expert: TRIM (threshold); DROP (keep probability, divisor, factor);
-            TOP (threshold of the larger count, threshold of the smaller count).
-        ties: int64 (2, 2) of TOP, see `top_tile`.
-        words, bits: see `draw_tile`.
+        rule: record of LOCATE_RULE, of kind TRIM, DROP or TOP.
+        ties: TIES at the lower and at the upper threshold of TOP.
+        position: uint64, flat position of the first entry in the whole tensor.
+        buffers: LocateBuffers.
     """
     zero = np.float32(0)
-    if kind == TRIM:
-        trim_tile(values, count, numbers[0], located)
-    elif kind == DROP:
-        drop_tile(
-            key, position, numbers[0], numbers[1], numbers[2], values, count, words, bits, located
-        )
-    elif kind == TOP:
+    if rule.kind == TRIM:
+        trim_tile(values, count, rule.threshold, located)
+    elif rule.kind == DROP:
+        drop_tile(rule, position, values, count, buffers.words, buffers.bits, located)
+    elif rule.kind == TOP:
+        magnitudes, flags, upper_flags = buffers.magnitudes, buffers.flags, buffers.upper_flags
         for i in range(count):
-            scratch[i] = abs(values[i])
-        seen, seen_higher = ties[0, 1], ties[1, 1]
-        low, high = (
-            cut_tile(scratch, count, numbers[0], ties[0]),
-            cut_tile(scratch, count, numbers[1], ties[1]),
-        )
+            magnitudes[i] = abs(values[i])
+        seen, upper_seen = ties[0].seen, ties[1].seen
+        low = cut_tile(magnitudes, count, rule.threshold, ties[0])
+        high = cut_tile(magnitudes, count, rule.upper_threshold, ties[1])
         if np.isnan(low) | np.isnan(high):
-            ties[0, 1], ties[1, 1] = seen, seen_higher
-            top_tile(scratch, count, numbers[0], ties[0], flags)
-            top_tile(scratch, count, numbers[1], ties[1], others)
+            # A count ends within the equal magnitudes of this tile: entry by entry, from the start.
+            ties[0].seen, ties[1].seen = seen, upper_seen
+            top_tile(magnitudes, count, rule.threshold, ties[0], flags)
+            top_tile(magnitudes, count, rule.upper_threshold, ties[1], upper_flags)
             for i in range(count):
-                located[i] = select(flags[i] > others[i], values[i], zero)
+                located[i] = select(flags[i] > upper_flags[i], values[i], zero)
         else:
             for i in range(count):
-                magnitude = scratch[i]
+                magnitude = magnitudes[i]
                 located[i] = select((magnitude >= low) & (magnitude < high), values[i], zero)
+
+
+class LocateBuffers(NamedTuple):
+    """Scratch memory of `locate_tile`."""
+
+    magnitudes: Any
+    flags: Any
+    upper_flags: Any
+    words: Any
+    """uint64, see `draw_words`."""
+    bits: Any
+    """The memory of `words` as uint32."""
+
+
+@compiled
+def make_locate_buffers() -> Any:
+    """Return new LocateBuffers."""
+    flags = np.zeros((2, TILE_ENTRIES), np.uint8)
+    words = np.empty(TILE_ENTRIES // 2 + 1, np.uint64)
+    magnitudes = np.empty(TILE_ENTRIES, np.float32)
+    return LocateBuffers(magnitudes, flags[0], flags[1], words, words.view(np.uint32))
 
 
 @compiled
@@ -210,194 +271,98 @@ def trim_tile(values: Any, count: int, threshold: Any, trimmed: Any) -> None:
 
 
 @compiled
-def elect_three(
-    deltas: Any,
-    weights: Any,
-    start: int,
-    count: int,
-    how: int,
-    zero_sign: Any,
-    total: Any,
-    merged: Any,
-    num_agreeing: Any,
-) -> None:
-    """Do what `elect_tile` does for three experts, by mean or sum, in one loop; add up in
-    `num_agreeing` (int64) who agrees.
-    """
-    zero, one, infinite = np.float32(0), np.float32(1), np.float32(np.inf)
-    first, second, third = (
-        deltas[0][start : start + count],
-        deltas[1][start : start + count],
-        deltas[2][start : start + count],
-    )
-    weight_1, weight_2, weight_3 = weights[0], weights[1], weights[2]
-    agreed_1, agreed_2, agreed_3 = np.int32(0), np.int32(0), np.int32(0)
-    smallest = np.float32(1e-8) if how == ELECT_MEAN else infinite
-    for i in range(count):
-        value_1, value_2, value_3 = first[i], second[i], third[i]
-        elected = value_1 + value_2 + value_3
-        elected = select((elected > zero) | (elected < zero), elected, zero_sign)
-        # With the sign turned by the elected one, who agrees is above 0; where nothing (or NaN) is
-        # elected, nobody is above infinity.
-        limit = select((elected > zero) | (elected < zero), zero, infinite)
-        agrees_1 = turn_sign(value_1, elected) > limit
-        agrees_2 = turn_sign(value_2, elected) > limit
-        agrees_3 = turn_sign(value_3, elected) > limit
-        found = (
-            select(agrees_1, value_1, zero)
-            + select(agrees_2, value_2, zero)
-            + select(agrees_3, value_3, zero)
-        )
-        weight = (
-            select(agrees_1, weight_1, zero)
-            + select(agrees_2, weight_2, zero)
-            + select(agrees_3, weight_3, zero)
-        )
-        merged[i] = found / select(abs(weight) < smallest, one, weight)
-        total[i] = elected
-        agreed_1 = np.int32(agreed_1 + np.int32(agrees_1))
-        agreed_2 = np.int32(agreed_2 + np.int32(agrees_2))
-        agreed_3 = np.int32(agreed_3 + np.int32(agrees_3))
-    num_agreeing[0] += agreed_1
-    num_agreeing[1] += agreed_2
-    num_agreeing[2] += agreed_3
+def combine_tile(rows: Any, rule: Any, count: int, total: Any, merged: Any) -> Any:
+    """Write F(…) of a tile of located, weighted task vectors to `merged`; return per expert how
+    many entries agree with the elected sign (int32; with a sum, nothing is elected and counted).
 
-
-@compiled
-def elect_tile(
-    deltas: Any,
-    weights: Any,
-    start: int,
-    count: int,
-    how: int,
-    zero_sign: Any,
-    total: Any,
-    merged: Any,
-    agreeing: Any,
-) -> None:
-    """Elect the sign of weighted task vectors, from entry `start` of their rows, and write the
-    disjoint merge to `merged`.
-
-    `total` becomes the elected sign times something positive, 0 where nothing is elected.
-    """
-    zero, one = np.float32(0), np.float32(1)
-    num_experts = deltas.shape[0]
-    if num_experts == 3 and how != ELECT_MAX:
-        elect_three(
-            deltas, weights, start, count, how, zero_sign, total, merged, np.zeros(3, np.int64)
-        )
-        return
-    first = deltas[0][start : start + count]
-    for i in range(count):
-        total[i] = first[i]
-        merged[i] = zero
-        agreeing[i] = zero
-    for expert in range(1, num_experts):
-        delta = deltas[expert][start : start + count]
-        for i in range(count):
-            total[i] = total[i] + delta[i]
-    if zero_sign != zero:
-        for i in range(count):
-            value = total[i]
-            total[i] = value if (value > zero) | (value < zero) else zero_sign
-    for expert in range(num_experts):
-        delta, weight = deltas[expert][start : start + count], weights[expert]
-        if how == ELECT_MAX:
-            for i in range(count):
-                value, elected = delta[i], total[i]
-                agrees = ((value > zero) & (elected > zero)) | ((value < zero) & (elected < zero))
-                magnitude = abs(value) if agrees else zero
-                merged[i] = magnitude if magnitude > merged[i] else merged[i]
-        else:
-            for i in range(count):
-                value, elected = delta[i], total[i]
-                agrees = ((value > zero) & (elected > zero)) | ((value < zero) & (elected < zero))
-                merged[i] = merged[i] + (value if agrees else zero)
-                agreeing[i] = agreeing[i] + (weight if agrees else zero)
-    if how == ELECT_MAX:
-        for i in range(count):
-            elected = total[i]
-            merged[i] = merged[i] * (one if elected > zero else (-one if elected < zero else zero))
-    elif how == ELECT_MEAN:
-        for i in range(count):
-            weight = agreeing[i]
-            merged[i] = merged[i] / (one if abs(weight) < np.float32(1e-8) else weight)
-
-
-@compiled
-def put_together(
-    deltas: Any,
-    weights: Any,
-    start: int,
-    count: int,
-    how: int,
-    zero_sign: Any,
-    divisor: Any,
-    scale: Any,
-    base: Any,
-    tiles: Any,
-) -> Any:
-    """Return a tile of θ₀ + scale·F(…): F sums or elects located, weighted task vectors, from entry
-    `start` of their rows.
+    All kinds are one loop over entries (see `unrolled`), so that what is summed stays in registers.
 
     Args:
-        divisor: of the sum; 1 leaves it as it is.
-        base: a tile of θ₀.
-        tiles: float32 (3, TILE_ENTRIES), scratch; the result is one of them.
+        rows: tuple of float32 arrays, one per expert.
+        rule: CombineRecord.
+        total: becomes the sum, or the elected sign times something positive, 0 where nothing is
+            elected.
     """
-    total, merged, agreeing = tiles[0], tiles[1], tiles[2]
-    if how == SUM:
-        first = deltas[0][start : start + count]
+    zero, one, infinite = np.float32(0), np.float32(1), np.float32(np.inf)
+    weights, zero_sign = rule.weights, rule.zero_sign
+    counts = zero_counts(weights)
+    if rule.kind == SUM:
+        if rule.divisor != one:
+            for i in range(count):
+                total[i] = sum_rows(rows, i)
+                merged[i] = total[i] / rule.divisor
+        else:
+            for i in range(count):
+                total[i] = sum_rows(rows, i)
+                merged[i] = total[i]
+        return counts
+    if rule.kind == ELECT_MAX:
         for i in range(count):
-            merged[i] = first[i]
-        for expert in range(1, deltas.shape[0]):
-            delta = deltas[expert][start : start + count]
-            for i in range(count):
-                merged[i] = merged[i] + delta[i]
-        if divisor != np.float32(1):
-            for i in range(count):
-                merged[i] = merged[i] / divisor
-    else:
-        elect_tile(deltas, weights, start, count, how, zero_sign, total, merged, agreeing)
+            elected = sum_rows(rows, i)
+            elected = select((elected > zero) | (elected < zero), elected, zero_sign)
+            limit = select((elected > zero) | (elected < zero), zero, infinite)
+            sign = select(elected > zero, one, select(elected < zero, -one, zero))
+            merged[i] = largest_agreeing(rows, i, elected, limit) * sign
+            total[i] = elected
+            counts = add_agreeing(counts, rows, i, elected, limit)
+        return counts
+    # The mean divides by the weights that agree, by 1 where they are (nearly) 0; the sum always
+    # by 1, since no weight is above infinity.
+    smallest = np.float32(1e-8) if rule.kind == ELECT_MEAN else infinite
     for i in range(count):
-        merged[i] = base[i] + scale * merged[i]
-    return merged
+        elected = sum_rows(rows, i)
+        elected = select((elected > zero) | (elected < zero), elected, zero_sign)
+        limit = select((elected > zero) | (elected < zero), zero, infinite)
+        weight = sum_agreeing_weights(rows, weights, i, elected, limit)
+        weight = select(abs(weight) < smallest, one, weight)
+        merged[i] = sum_agreeing(rows, i, elected, limit) / weight
+        total[i] = elected
+        counts = add_agreeing(counts, rows, i, elected, limit)
+    return counts
 
 
 @compiled
 def merge_located(
-    inputs: Any, codes: Any, num_entries: int, position: Any, kinds: Any, numbers: Any, keys: Any, ties: Any, weights: Any, how: int,
-    zero_sign: Any, divisor: Any, scale: Any, out_code: int, out: Any,
-) -> None:  # fmt: skip
-    """Write θ₀ + scale·F(Sub(τ₁), …) of one block to `out` (bytes): inputs say where rows of bytes
-    begin, base first.
+    inputs: Any,
+    codes: Any,
+    num_entries: int,
+    position: Any,
+    rules: Any,
+    ties: Any,
+    combination: Any,
+    out_code: int,
+    out: Any,
+) -> None:
+    """Write θ₀ + scale·F(Sub(τ₁), …) of one block to `out` (bytes).
 
     Args:
+        inputs: int64, addresses of the rows of bytes, base first.
+        codes: int64, the dtypes of the rows.
         position: uint64, flat position of the block's first entry in the whole tensor.
-        kinds: int64 per expert, how it is located; numbers, keys (uint64), ties: see `locate_tile`.
-        weights: float32 per expert.
+        rules: LOCATE_RULE per expert.
+        ties: TIES (experts, 2), see `locate_tile`.
+        combination: CombineRecord.
     """
-    num_experts = inputs.shape[0] - 1
-    tiles = np.empty((5, TILE_ENTRIES), np.float32)
-    base, scratch, rest = tiles[0], tiles[1], tiles[2:]
-    flags = np.zeros((2, TILE_ENTRIES), np.uint8)
-    words = np.empty(TILE_ENTRIES // 2 + 1, np.uint64)
-    bits = words.view(np.uint32)
+    weights, scale = combination.weights, combination.scale
+    num_experts = len(weights)
+    tiles = np.empty((4, TILE_ENTRIES), np.float32)
+    base, whole, total, merged = tiles[0], tiles[1], tiles[2], tiles[3]
+    buffers = make_locate_buffers()
     deltas = np.empty((num_experts, TILE_ENTRIES), np.float32)
     for start in range(0, num_entries, TILE_ENTRIES):
         count = min(TILE_ENTRIES, num_entries - start)
         widen_at(inputs[0], codes[0], start, count, base)
         for expert in range(num_experts):
-            delta, weight, kind = deltas[expert], weights[expert], kinds[expert]
-            whole = delta if kind == KEEP_ALL else rest[0]
-            subtract_at(inputs[expert + 1], codes[expert + 1], start, count, base, whole)
-            if kind != KEEP_ALL:
-                locate_tile(
-                    kind, whole, count, numbers[expert], keys[expert], position + np.uint64(start), ties[expert], scratch, words, bits, flags[0],
-                    flags[1], delta,
-                )  # fmt: skip
+            delta, rule, weight = deltas[expert], rules[expert], weights[expert]
+            values = delta if rule.kind == KEEP_ALL else whole
+            subtract_at(inputs[expert + 1], codes[expert + 1], start, count, base, values)
+            if rule.kind != KEEP_ALL:
+                first = position + np.uint64(start)
+                locate_tile(rule, ties[expert], values, count, first, buffers, delta)
             if weight != np.float32(1):
                 for i in range(count):
                     delta[i] = weight * delta[i]
-        merged = put_together(deltas, weights, 0, count, how, zero_sign, divisor, scale, base, rest)
+        combine_tile(cut_rows(deltas, weights, 0, count), combination, count, total, merged)
+        for i in range(count):
+            merged[i] = base[i] + scale * merged[i]
         narrow(merged, out_code, count, out, start)

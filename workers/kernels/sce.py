@@ -17,8 +17,15 @@ from mmerge.workers.kernels.tiles import (
     narrow,
     select,
     subtract_at,
-    turn_sign,
     widen_at,
+)
+from mmerge.workers.kernels.unrolled import (
+    cut_rows,
+    sum_agreeing_weights,
+    sum_rows,
+    sum_selected_rows,
+    sum_squared_distances,
+    sum_weighted_agreeing,
 )
 
 
@@ -26,84 +33,69 @@ from mmerge.workers.kernels.tiles import (
 def variance_tile(
     inputs: Any,
     codes: Any,
+    experts: Any,
     start: int,
     count: int,
     base: Any,
     deltas: Any,
-    mean: Any,
     variance: Any,
-) -> None:
-    """Write the task vectors of a tile to `deltas` and their variance across experts to `variance`."""
-    num_experts = deltas.shape[0]
-    number = np.float32(num_experts)
+) -> Any:
+    """Write the task vectors of a tile to `deltas` and their variance across experts to `variance`;
+    return the task vectors as a tuple of rows.
+
+    Args:
+        experts: tuple with one element per expert: its length is known when a kernel is compiled.
+    """
+    number = np.float32(len(experts))
     widen_at(inputs[0], codes[0], start, count, base)
-    if num_experts == 3:
-        # The same in one loop: what is summed stays in registers.
-        first, second, third = deltas[0], deltas[1], deltas[2]
-        for expert in range(num_experts):
-            widen_at(inputs[expert + 1], codes[expert + 1], start, count, deltas[expert])
-        for i in range(count):
-            one, two, three = first[i] - base[i], second[i] - base[i], third[i] - base[i]
-            first[i], second[i], third[i] = one, two, three
-            middle = (one + two + three) / number
-            one, two, three = one - middle, two - middle, three - middle
-            variance[i] = (one * one + two * two + three * three) / number
-        return
-    for expert in range(num_experts):
+    for expert in range(len(experts)):
         delta = deltas[expert]
         subtract_at(inputs[expert + 1], codes[expert + 1], start, count, base, delta)
-    first = deltas[0]
+    rows = cut_rows(deltas, experts, 0, count)
     for i in range(count):
-        mean[i] = first[i]
-    for expert in range(1, num_experts):
-        delta = deltas[expert]
-        for i in range(count):
-            mean[i] = mean[i] + delta[i]
-    for i in range(count):
-        mean[i] = mean[i] / number
-    for expert in range(num_experts):
-        delta = deltas[expert]
-        for i in range(count):
-            off = delta[i] - mean[i]
-            square = off * off
-            variance[i] = square if expert == 0 else variance[i] + square
-    for i in range(count):
-        variance[i] = variance[i] / number
+        mean = sum_rows(rows, i) / number
+        variance[i] = sum_squared_distances(rows, i, mean) / number
+    return rows
 
 
 @compiled
 def count_variances(
-    inputs: Any, codes: Any, num_entries: int, histogram: Any, smallest_and_largest: Any
+    inputs: Any,
+    codes: Any,
+    experts: Any,
+    num_entries: int,
+    histogram: Any,
+    smallest_and_largest: Any,
 ) -> None:
     """Add the variances of a block to a histogram, as `count_magnitudes` does with magnitudes."""
-    tiles = np.empty((3, TILE_ENTRIES), np.float32)
-    base, mean, variance = tiles[0], tiles[1], tiles[2]
-    deltas = np.empty((inputs.shape[0] - 1, TILE_ENTRIES), np.float32)
+    tiles = np.empty((2, TILE_ENTRIES), np.float32)
+    base, variance = tiles[0], tiles[1]
+    deltas = np.empty((len(experts), TILE_ENTRIES), np.float32)
     places = np.empty(TILE_ENTRIES, np.uint32)
     for start in range(0, num_entries, TILE_ENTRIES):
         count = min(TILE_ENTRIES, num_entries - start)
-        variance_tile(inputs, codes, start, count, base, deltas, mean, variance)
+        variance_tile(inputs, codes, experts, start, count, base, deltas, variance)
         count_tile(variance, count, places, histogram, smallest_and_largest)
 
 
 @compiled
 def count_variances_within(
-    inputs: Any, codes: Any, num_entries: int, upper: int, counts: Any
+    inputs: Any, codes: Any, experts: Any, num_entries: int, upper: int, counts: Any
 ) -> None:
     """Add to `counts` (int64, 4,096) the lower 12 bits of the variances whose upper 19 bits are
     `upper`.
     """
-    tiles = np.empty((3, TILE_ENTRIES), np.float32)
-    base, mean, variance = tiles[0], tiles[1], tiles[2]
+    tiles = np.empty((2, TILE_ENTRIES), np.float32)
+    base, variance = tiles[0], tiles[1]
     bits = variance.view(np.uint32)
-    deltas = np.empty((inputs.shape[0] - 1, TILE_ENTRIES), np.float32)
-    wanted = np.uint32(upper)
+    deltas = np.empty((len(experts), TILE_ENTRIES), np.float32)
+    upper_bits = np.uint32(upper)
     for start in range(0, num_entries, TILE_ENTRIES):
         count = min(TILE_ENTRIES, num_entries - start)
-        variance_tile(inputs, codes, start, count, base, deltas, mean, variance)
+        variance_tile(inputs, codes, experts, start, count, base, deltas, variance)
         for i in range(count):
             word = np.uint32(bits[i])
-            if word >> np.uint32(12) == wanted:
+            if word >> np.uint32(12) == upper_bits:
                 counts[word & np.uint32(0xFFF)] += 1
 
 
@@ -119,8 +111,8 @@ def cut_variances(variance: Any, count: int, threshold: Any, ties: Any) -> Any:
         return cut
     for i in range(count):
         if variance[i] == threshold:
-            variance[i] = np.float32(ties[1] < ties[0])
-            ties[1] += 1
+            variance[i] = np.float32(ties.seen < ties.belonging)
+            ties.seen += 1
         else:
             variance[i] = np.float32(variance[i] > threshold)
     return np.float32(1)
@@ -128,7 +120,13 @@ def cut_variances(variance: Any, count: int, threshold: Any, ties: Any) -> Any:
 
 @compiled
 def sum_selected(
-    inputs: Any, codes: Any, num_entries: int, threshold: Any, ties: Any, sums: Any
+    inputs: Any,
+    codes: Any,
+    experts: Any,
+    num_entries: int,
+    threshold: Any,
+    ties: Any,
+    sums: Any,
 ) -> None:
     """Add the squares of the selected entries to `sums`: per exponent the sum of the significands.
 
@@ -138,29 +136,30 @@ def sum_selected(
         sums: int64 (experts, NUM_COPIES * NUM_SUM_BINS), see `sum_products`.
     """
     tiles = np.empty((3, TILE_ENTRIES), np.float32)
-    base, mean, variance = tiles[0], tiles[1], tiles[2]
-    bits, spread = mean.view(np.uint32), variance.view(np.uint32)
+    base, squares, variance = tiles[0], tiles[1], tiles[2]
+    bits, spread = squares.view(np.uint32), variance.view(np.uint32)
     chosen = np.empty(TILE_ENTRIES, np.uint32)
-    deltas = np.empty((inputs.shape[0] - 1, TILE_ENTRIES), np.float32)
+    deltas = np.empty((len(experts), TILE_ENTRIES), np.float32)
     for start in range(0, num_entries, TILE_ENTRIES):
         count = min(TILE_ENTRIES, num_entries - start)
-        variance_tile(inputs, codes, start, count, base, deltas, mean, variance)
+        variance_tile(inputs, codes, experts, start, count, base, deltas, variance)
         largest = np.uint32(0)
         for i in range(count):
             largest = max(largest, np.uint32(spread[i]))
         if largest >= np.uint32(0x7F800000):
             sums[0, 255] += 1
-        cut = cut_variances(variance, count, threshold, ties)
-        found = np.uint32(0)
+        cut = cut_variances(variance, count, threshold, ties[0])
+        num_chosen = np.uint32(0)
         for i in range(count):
-            chosen[found] = np.uint32(i)
-            found = np.uint32(found + np.uint32(variance[i] >= cut))
-        for expert in range(deltas.shape[0]):
+            # Without a branch: a position that is not chosen is overwritten by the next.
+            chosen[num_chosen] = np.uint32(i)
+            num_chosen = np.uint32(num_chosen + np.uint32(variance[i] >= cut))
+        for expert in range(len(experts)):
             delta, total = deltas[expert], sums[expert]
-            for i in range(found):
+            for i in range(num_chosen):
                 value = delta[chosen[i]]
-                mean[i] = value * value
-            for i in range(found):
+                squares[i] = value * value
+            for i in range(num_chosen):
                 word = np.uint32(bits[i])
                 exponent = word >> np.uint32(23)
                 significand = (word & np.uint32(0x7FFFFF)) | (
@@ -183,86 +182,26 @@ def merge_sce(
     out_code: int,
     out: Any,
 ) -> None:
-    """Write θ₀ + scale·Σ wᵢeᵢτᵢ / Σ wᵢeᵢ over the selected entries of one block to `out` (bytes)."""
-    tiles = np.empty((6, TILE_ENTRIES), np.float32)
-    base, sign, variance, total, divisor, selected = (
-        tiles[0],
-        tiles[1],
-        tiles[2],
-        tiles[3],
-        tiles[4],
-        tiles[5],
-    )
-    deltas = np.empty((inputs.shape[0] - 1, TILE_ENTRIES), np.float32)
-    zero, one = np.float32(0), np.float32(1)
+    """Write θ₀ + scale·Σ wᵢeᵢτᵢ / Σ wᵢeᵢ over the selected entries of one block to `out` (bytes).
+
+    Args:
+        threshold: of the variance; ties: TIES (1) at it.
+        weights: tuple of float32, one per expert.
+    """
+    tiles = np.empty((3, TILE_ENTRIES), np.float32)
+    base, variance, merged = tiles[0], tiles[1], tiles[2]
+    deltas = np.empty((len(weights), TILE_ENTRIES), np.float32)
+    zero, one, infinite = np.float32(0), np.float32(1), np.float32(np.inf)
     for start in range(0, num_entries, TILE_ENTRIES):
         count = min(TILE_ENTRIES, num_entries - start)
-        variance_tile(inputs, codes, start, count, base, deltas, sign, variance)
-        cut = cut_variances(variance, count, threshold, ties)
-        if deltas.shape[0] == 3:
-            erase_three(deltas, weights, variance, cut, scale, base, count, total)
-            narrow(total, out_code, count, out, start)
-            continue
-        for expert in range(deltas.shape[0]):
-            delta = deltas[expert]
-            for i in range(count):
-                selected[i] = select(variance[i] >= cut, delta[i], zero)
-            for i in range(count):
-                sign[i] = selected[i] if expert == 0 else sign[i] + selected[i]
+        rows = variance_tile(inputs, codes, weights, start, count, base, deltas, variance)
+        cut = cut_variances(variance, count, threshold, ties[0])
         for i in range(count):
-            sign[i] = select(sign[i] < zero, -one, one)  # a sum of zero elects +1
-            total[i] = zero
-            divisor[i] = zero
-        for expert in range(deltas.shape[0]):
-            delta, weight = deltas[expert], weights[expert]
-            for i in range(count):
-                value = select(variance[i] >= cut, delta[i], zero)
-                agrees = turn_sign(value, sign[i]) > zero
-                total[i] = total[i] + select(agrees, weight * value, zero)
-                divisor[i] = divisor[i] + select(agrees, weight, zero)
-        for i in range(count):
-            merged = total[i] / select(divisor[i] == zero, one, divisor[i])
-            total[i] = base[i] + scale * merged
-        narrow(total, out_code, count, out, start)
-
-
-@compiled
-def erase_three(
-    deltas: Any,
-    weights: Any,
-    variance: Any,
-    cut: Any,
-    scale: Any,
-    base: Any,
-    count: int,
-    merged: Any,
-) -> None:
-    """Do what `merge_sce` does with a tile of three experts, in one loop."""
-    zero, one = np.float32(0), np.float32(1)
-    first, second, third = deltas[0], deltas[1], deltas[2]
-    weight_1, weight_2, weight_3 = weights[0], weights[1], weights[2]
-    for i in range(count):
-        is_selected = variance[i] >= cut
-        value_1, value_2, value_3 = (
-            select(is_selected, first[i], zero),
-            select(is_selected, second[i], zero),
-            select(is_selected, third[i], zero),
-        )
-        sign = select(value_1 + value_2 + value_3 < zero, -one, one)
-        agrees_1, agrees_2, agrees_3 = (
-            turn_sign(value_1, sign) > zero,
-            turn_sign(value_2, sign) > zero,
-            turn_sign(value_3, sign) > zero,
-        )
-        total = zero + select(agrees_1, weight_1 * value_1, zero)
-        total = (
-            total
-            + select(agrees_2, weight_2 * value_2, zero)
-            + select(agrees_3, weight_3 * value_3, zero)
-        )
-        divisor = (
-            select(agrees_1, weight_1, zero)
-            + select(agrees_2, weight_2, zero)
-            + select(agrees_3, weight_3, zero)
-        )
-        merged[i] = base[i] + scale * (total / select(divisor == zero, one, divisor))
+            is_selected = variance[i] >= cut
+            # A sum of zero elects +1; what is not selected agrees with nobody.
+            sign = select(sum_selected_rows(rows, i, is_selected) < zero, -one, one)
+            limit = select(is_selected, zero, infinite)
+            total = sum_weighted_agreeing(rows, weights, i, sign, limit)
+            divisor = sum_agreeing_weights(rows, weights, i, sign, limit)
+            merged[i] = base[i] + scale * (total / select(divisor == zero, one, divisor))
+        narrow(merged, out_code, count, out, start)

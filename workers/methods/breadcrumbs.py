@@ -5,25 +5,26 @@ elect signs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from pydantic import Field
 from typing_extensions import override
 
-from mmerge.workers.methods.interface import Block, Density, Granularity, Method, Parameters
-from mmerge.workers.methods.locate import (
+from mmerge.workers.methods.interface import Density, Granularity, Parameters, TensorFacts
+from mmerge.workers.methods.locate_rules import KeepAll, KeepTop, LocateRule
+from mmerge.workers.methods.locate_then_merge import (
+    ByElection,
+    BySum,
     ElectParameters,
-    LocateThenElect,
-    LocateThenSum,
+    LocateThenMerge,
+    Locating,
     SumParameters,
     WeightParameters,
 )
-from mmerge.workers.methods.ranking import top_mask
 
 
 class BreadcrumbsParameters(Parameters):
-    """Numbers of Breadcrumbs."""
+    """Parameters of Breadcrumbs."""
 
     density: Density = Field(0.9, description="share of each tensor's task vector that is kept")
     gamma: float = Field(
@@ -32,7 +33,7 @@ class BreadcrumbsParameters(Parameters):
 
 
 class BreadcrumbsExpertParameters(WeightParameters):
-    """Numbers of Breadcrumbs per expert."""
+    """Parameters of Breadcrumbs per expert."""
 
     density: Density | None = Field(
         None, description="this expert's density, instead of the recipe's"
@@ -42,58 +43,57 @@ class BreadcrumbsExpertParameters(WeightParameters):
     )
 
 
-def drop_outliers(delta: torch.Tensor, *, density: float, gamma: float) -> torch.Tensor:
-    """Return `delta` without its int(γN) largest magnitudes, then without the smallest, so that
+def middle_rule(num_entries: int, *, density: float, gamma: float) -> LocateRule:
+    """Return the rule that drops the int(γN) largest magnitudes, then the smallest, so that
     int(density·N) are kept.
 
-    Model Breadcrumbs (arXiv 2312.06795), section 3. Where less than int(γN) can be dropped at the
-    top, the top gives way; density 1 keeps everything. Of equal magnitudes the lower position
-    counts as the larger (our choice).
+    Model Breadcrumbs (arXiv 2312.06795), section 3. Where fewer than int(γN) can be dropped at the
+    top, the top gives way; density 1 keeps everything.
     """
     if density == 1:
-        return delta
-    num_entries = delta.numel()
-    kept = int(density * num_entries)
-    top = min(int(gamma * num_entries), num_entries - kept)
-    magnitudes = delta.abs()
-    mask = top_mask(magnitudes, top + kept) & ~top_mask(magnitudes, top)
-    return torch.where(mask, delta, torch.zeros_like(delta))
+        return KeepAll()
+    num_kept = int(density * num_entries)
+    num_outliers = min(int(gamma * num_entries), num_entries - num_kept)
+    return KeepTop(num_outliers + num_kept, num_outliers)
 
 
-class _WholeTensor(Method):
-    """What both forms share: exact ranks need the whole tensor."""
+class MiddleMagnitudes(Locating):
+    """The magnitudes between outliers and noise are kept, by exact ranks within a tensor."""
 
     @override
-    def granularity(self, parameters: Any, experts: Sequence[Any]) -> Granularity:
+    def granularity(
+        self, parameters: BreadcrumbsParameters, experts: Sequence[BreadcrumbsExpertParameters]
+    ) -> Granularity:
         return "tensor"
 
     @override
-    def working_bytes(self, num_entries: int, *, num_experts: int, shape: Sequence[int]) -> int:
-        # Beside what every method takes: ranks of one task vector as int64, twice, and its masks.
-        return super().working_bytes(
-            num_entries, num_experts=num_experts, shape=shape
-        ) + num_entries * (8 * num_experts + 64)
+    def working_bytes(self, num_entries: int, *, num_experts: int) -> int:
+        # Ranks of one task vector as int64, twice, and its masks.
+        return num_entries * (8 * num_experts + 64)
 
-
-def _locate(
-    block: Block, parameters: BreadcrumbsParameters, experts: Sequence[BreadcrumbsExpertParameters]
-) -> list[torch.Tensor]:
-    return [
-        drop_outliers(
-            delta,
-            density=parameters.density if expert.density is None else expert.density,
-            gamma=parameters.gamma if expert.gamma is None else expert.gamma,
-        )
-        for delta, expert in zip(block.task_vectors(), experts, strict=True)
-    ]
+    @override
+    def rules(
+        self,
+        tensor: TensorFacts,
+        parameters: BreadcrumbsParameters,
+        experts: Sequence[BreadcrumbsExpertParameters],
+    ) -> Sequence[LocateRule]:
+        return [
+            middle_rule(
+                tensor.num_entries,
+                density=parameters.density if expert.density is None else expert.density,
+                gamma=parameters.gamma if expert.gamma is None else expert.gamma,
+            )
+            for expert in experts
+        ]
 
 
 class BreadcrumbsSumParameters(BreadcrumbsParameters, SumParameters):
-    """Numbers of Breadcrumbs by sum."""
+    """Parameters of Breadcrumbs by sum."""
 
 
 class BreadcrumbsTiesParameters(BreadcrumbsParameters, ElectParameters):
-    """Numbers of Breadcrumbs with sign election."""
+    """Parameters of Breadcrumbs with sign election."""
 
     reduction: Literal["mean", "sum", "max"] = Field(
         "sum",
@@ -103,31 +103,23 @@ class BreadcrumbsTiesParameters(BreadcrumbsParameters, ElectParameters):
     )
 
 
-class Breadcrumbs(_WholeTensor, LocateThenSum):
+class Breadcrumbs(LocateThenMerge):
     """θ = θ₀ + λ·Σ wᵢ·Sub(τᵢ), Sub without the largest and the smallest magnitudes of each tensor."""
 
     name = "breadcrumbs"
     source = "Model Breadcrumbs, arXiv 2312.06795"
     parameters_model = BreadcrumbsSumParameters
     expert_parameters_model = BreadcrumbsExpertParameters
-
-    @override
-    def locate(
-        self, block: Block, parameters: BreadcrumbsSumParameters, experts: Sequence[Any]
-    ) -> list[torch.Tensor]:
-        return _locate(block, parameters, experts)
+    locating = MiddleMagnitudes()
+    combining = BySum()
 
 
-class BreadcrumbsTies(_WholeTensor, LocateThenElect):
+class BreadcrumbsTies(LocateThenMerge):
     """θ = θ₀ + λ·τ⋆ with τ⋆ from the elected signs of wᵢ·Sub(τᵢ), Sub as in Breadcrumbs."""
 
     name = "breadcrumbs_ties"
     source = "Model Breadcrumbs, arXiv 2312.06795, with the election of TIES, arXiv 2306.01708"
     parameters_model = BreadcrumbsTiesParameters
     expert_parameters_model = BreadcrumbsExpertParameters
-
-    @override
-    def locate(
-        self, block: Block, parameters: BreadcrumbsTiesParameters, experts: Sequence[Any]
-    ) -> list[torch.Tensor]:
-        return _locate(block, parameters, experts)
+    locating = MiddleMagnitudes()
+    combining = ByElection()

@@ -5,21 +5,23 @@ signs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from typing_extensions import override
 
-from mmerge.workers.methods.interface import Block, Density, Parameters, Stage
-from mmerge.workers.methods.locate import (
+from mmerge.workers.methods.interface import Block, Density, Parameters, Stage, TensorFacts
+from mmerge.workers.methods.locate_rules import DropAtRandom, LocateRule, Stream
+from mmerge.workers.methods.locate_then_merge import (
+    ByElection,
+    BySum,
     ElectParameters,
-    LocateThenElect,
-    LocateThenSum,
+    LocateThenMerge,
+    Locating,
     SumParameters,
     WeightParameters,
 )
-from mmerge.workers.methods.randomness import uniform
 
 Rescale = Literal["probability", "norm", "none"]
 NORMS = "norms"
@@ -27,7 +29,7 @@ NORMS = "norms"
 
 
 class DropParameters(Parameters):
-    """Numbers of random dropping."""
+    """Parameters of random dropping."""
 
     density: Density = Field(
         0.9,
@@ -51,49 +53,11 @@ class DropParameters(Parameters):
 
 
 class DropExpertParameters(WeightParameters):
-    """Numbers of random dropping per expert."""
+    """Parameters of random dropping per expert."""
 
     density: Density | None = Field(
         None, description="this expert's density, instead of the recipe's"
     )
-
-
-def norm_stages(parameters: DropParameters) -> tuple[Stage, ...]:
-    """Return the stage that rescaling by norms needs."""
-    return (Stage(NORMS, "sums", "tensor"),) if parameters.rescale == "norm" else ()
-
-
-def norm_quantities(
-    before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Return the magnitudes of task vectors before and after dropping, to be summed."""
-    found = {f"before.{index}": delta.abs() for index, delta in enumerate(before)}
-    return found | {f"after.{index}": delta.abs() for index, delta in enumerate(after)}
-
-
-def restore_norm(delta: torch.Tensor, block: Block, index: int) -> torch.Tensor:
-    """Return `delta` scaled so that its tensor's L1 norm is that of expert `index` before dropping;
-    unchanged where either is 0.
-    """
-    before, after = block.known[f"before.{index}"][0], block.known[f"after.{index}"][0]
-    return delta * (before / after) if before and after else delta
-
-
-def drop(
-    block: Block, parameters: DropParameters, experts: Sequence[DropExpertParameters]
-) -> list[torch.Tensor]:
-    """Return the task vectors with entries dropped at random, not rescaled. DARE (arXiv
-    2311.03099), section 3.1.
-    """
-    kept = []
-    for delta, density, name in zip(
-        block.task_vectors(), densities(parameters, experts), block.expert_names, strict=True
-    ):
-        chance = uniform(
-            parameters.seed, expert=name, name=block.name, start=block.start, like=delta
-        )
-        kept.append(torch.where(chance < density, delta, torch.zeros_like(delta)))
-    return kept
 
 
 def densities(parameters: DropParameters, experts: Sequence[DropExpertParameters]) -> list[float]:
@@ -101,26 +65,75 @@ def densities(parameters: DropParameters, experts: Sequence[DropExpertParameters
     return [parameters.density if expert.density is None else expert.density for expert in experts]
 
 
-def _locate(
-    block: Block, parameters: DropParameters, experts: Sequence[DropExpertParameters]
-) -> list[torch.Tensor]:
-    kept = drop(block, parameters, experts)
-    if parameters.rescale == "norm":
-        return [restore_norm(delta, block, index) for index, delta in enumerate(kept)]
-    if parameters.rescale == "probability":
+class RescaledDrop(Locating):
+    """Random dropping whose kept entries may be rescaled by L1 norms."""
+
+    @override
+    def stages(
+        self, parameters: DropParameters, experts: Sequence[DropExpertParameters]
+    ) -> tuple[Stage, ...]:
+        return (Stage(NORMS, "sums", "tensor"),) if parameters.rescale == "norm" else ()
+
+    @override
+    def measure(
+        self,
+        block: Block,
+        parameters: DropParameters,
+        experts: Sequence[DropExpertParameters],
+        *,
+        stage: str,
+    ) -> Mapping[str, torch.Tensor]:
+        """Return the magnitudes of task vectors before and after dropping, to be summed."""
+        unscaled = parameters.model_copy(update={"rescale": "none"})
+        quantities: dict[str, torch.Tensor] = {}
+        rules = self.rules(block.facts, unscaled, experts)
+        for index, (rule, delta) in enumerate(zip(rules, block.task_vectors(), strict=True)):
+            quantities[f"before.{index}"] = delta.abs()
+            quantities[f"after.{index}"] = rule.locate(delta, start=block.start).abs()
+        return quantities
+
+
+def norm_factor(tensor: TensorFacts, parameters: DropParameters, index: int) -> float:
+    """Return the factor that restores the L1 norm of expert `index`: 1 where the recipe does not
+    ask for that, or either norm is 0.
+    """
+    if parameters.rescale != "norm":
+        return 1.0
+    before = tensor.measured[f"before.{index}"][0]
+    after = tensor.measured[f"after.{index}"][0]
+    return before / after if before and after else 1.0
+
+
+class RandomDrop(RescaledDrop):
+    """Every entry is kept with the expert's density as probability."""
+
+    @override
+    def rules(
+        self,
+        tensor: TensorFacts,
+        parameters: DropParameters,
+        experts: Sequence[DropExpertParameters],
+    ) -> Sequence[LocateRule]:
+        divides = parameters.rescale == "probability"
         return [
-            delta / density
-            for delta, density in zip(kept, densities(parameters, experts), strict=True)
+            DropAtRandom(
+                density=density,
+                divisor=density if divides else 1.0,
+                factor=norm_factor(tensor, parameters, index),
+                stream=Stream(parameters.seed, name, tensor.name),
+            )
+            for index, (density, name) in enumerate(
+                zip(densities(parameters, experts), tensor.expert_names, strict=True)
+            )
         ]
-    return kept
 
 
 class DareLinearParameters(DropParameters, SumParameters):
-    """Numbers of DARE with task arithmetic."""
+    """Parameters of DARE with task arithmetic."""
 
 
 class DareTiesParameters(DropParameters, ElectParameters):
-    """Numbers of DARE with sign election."""
+    """Parameters of DARE with sign election."""
 
     reduction: Literal["mean", "sum", "max"] = Field(
         "sum",
@@ -130,53 +143,23 @@ class DareTiesParameters(DropParameters, ElectParameters):
     )
 
 
-class DareLinear(LocateThenSum):
+class DareLinear(LocateThenMerge):
     """θ = θ₀ + λ·Σ wᵢ·Mᵢ∘τᵢ/(1−p) with Mᵢ random."""
 
     name = "dare_linear"
     source = "DARE, arXiv 2311.03099"
     parameters_model = DareLinearParameters
     expert_parameters_model = DropExpertParameters
-
-    @override
-    def stages(self, parameters: DareLinearParameters, experts: Sequence[Any]) -> tuple[Stage, ...]:
-        return norm_stages(parameters)
-
-    @override
-    def measure_block(
-        self, block: Block, parameters: DareLinearParameters, experts: Sequence[Any], *, stage: str
-    ) -> Mapping[str, torch.Tensor]:
-        return norm_quantities(block.task_vectors(), drop(block, parameters, experts))
-
-    @override
-    def locate(
-        self, block: Block, parameters: DareLinearParameters, experts: Sequence[Any]
-    ) -> list[torch.Tensor]:
-        return _locate(block, parameters, experts)
+    locating = RandomDrop()
+    combining = BySum()
 
 
-class DareTies(LocateThenElect):
+class DareTies(LocateThenMerge):
     """θ = θ₀ + λ·τ⋆ with τ⋆ from the elected signs of wᵢ·Mᵢ∘τᵢ/(1−p) with Mᵢ random."""
 
     name = "dare_ties"
     source = "DARE, arXiv 2311.03099, with the election of TIES, arXiv 2306.01708"
     parameters_model = DareTiesParameters
     expert_parameters_model = DropExpertParameters
-
-    @override
-    def locate_stages(
-        self, parameters: DareTiesParameters, experts: Sequence[Any]
-    ) -> tuple[Stage, ...]:
-        return norm_stages(parameters)
-
-    @override
-    def measure_located(
-        self, block: Block, parameters: DareTiesParameters, experts: Sequence[Any], *, stage: str
-    ) -> Mapping[str, torch.Tensor]:
-        return norm_quantities(block.task_vectors(), drop(block, parameters, experts))
-
-    @override
-    def locate(
-        self, block: Block, parameters: DareTiesParameters, experts: Sequence[Any]
-    ) -> list[torch.Tensor]:
-        return _locate(block, parameters, experts)
+    locating = RandomDrop()
+    combining = ByElection()

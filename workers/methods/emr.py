@@ -9,35 +9,43 @@ from typing import Any
 import torch
 from typing_extensions import override
 
-from mmerge.workers.methods.election import sum_in_order
-from mmerge.workers.methods.interface import Block, MergedBlock, Method, Stage, TensorKnown
+from mmerge.workers.methods.combine_rules import CombineRule, Election
+from mmerge.workers.methods.interface import Block, Stage, TensorFacts, TensorMeasurements
+from mmerge.workers.methods.locate_then_mask import LocateThenMask, Masking, Unweighted
+from mmerge.workers.methods.mask_rules import Elected, MaskRule
+from mmerge.workers.methods.task_arithmetic import Everything
 
 
-def unify(deltas: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the unified task vector and the elected sign: per entry the largest magnitude among
-    those of the mean's sign.
+class Unified(Unweighted):
+    """The unified task vector: per entry the largest magnitude among those of the mean's sign.
 
     EMR-Merging (arXiv 2405.17461), section 3.1. A zero mean counts as negative, as in the official
     code.
     """
-    total = sum_in_order(deltas)
-    sign = torch.where(total > 0, torch.ones_like(total), -torch.ones_like(total))
-    largest = torch.zeros_like(total)
-    for delta in deltas:
-        largest = torch.maximum(
-            largest, torch.where(delta.sign() == sign, delta.abs(), torch.zeros_like(delta))
-        )
-    return largest * sign, sign
+
+    @override
+    def rule(self, tensor: TensorFacts, parameters: Any, experts: Sequence[Any]) -> CombineRule:
+        return Election(self.weights(experts), "max", zero_sign=-1.0)
 
 
-class Emr(Method):
+class ElectedMasks(Masking):
+    """Entries whose task vector has the elected sign."""
+
+    @override
+    def rules(self, parameters: Any, experts: Sequence[Any]) -> Sequence[MaskRule]:
+        return [Elected()] * len(experts)
+
+
+class Emr(LocateThenMask):
     """τ⋆ = the unified task vector, masks 1{τᵢ·γ > 0}, and a rescaler per expert; expert i is θ₀ +
     rᵢ·mᵢ∘τ⋆.
     """
 
     name = "emr"
-    kind = "masks"
     source = "EMR-Merging, arXiv 2405.17461 (NeurIPS 2024)"
+    locating = Everything()
+    combining = Unified()
+    masking = ElectedMasks()
 
     @override
     def stages(self, parameters: Any, experts: Sequence[Any]) -> tuple[Stage, ...]:
@@ -49,33 +57,27 @@ class Emr(Method):
     ) -> Mapping[str, torch.Tensor]:
         merged = self.merge_block(block, parameters, experts)
         unified = merged.values.to(torch.float32).abs()
-        found = {f"own.{index}": delta.abs() for index, delta in enumerate(merged.trimmed)}
-        return found | {
-            f"unified.{index}": torch.where(mask, unified, torch.zeros_like(unified))
-            for index, mask in enumerate(merged.masks)
-        }
+        quantities = {f"own.{index}": delta.abs() for index, delta in enumerate(merged.trimmed)}
+        for index, mask in enumerate(merged.masks):
+            quantities[f"unified.{index}"] = torch.where(mask, unified, torch.zeros_like(unified))
+        return quantities
 
     @override
-    def rescalers(self, tensors: Sequence[TensorKnown], *, num_experts: int) -> tuple[float, ...]:
+    def rescalers(
+        self, tensors: Sequence[TensorMeasurements], *, num_experts: int
+    ) -> tuple[float, ...]:
         """Return rᵢ = Σ_tensors mean|τᵢ| / Σ_tensors mean|mᵢ∘τ⋆|, with τ⋆ as stored; 1 where the
         mask leaves nothing.
         """
         factors = []
         for index in range(num_experts):
-            own = math.fsum(
-                tensor.known[f"own.{index}"][0] / max(tensor.num_entries, 1) for tensor in tensors
-            )
-            unified = math.fsum(
-                tensor.known[f"unified.{index}"][0] / max(tensor.num_entries, 1)
-                for tensor in tensors
-            )
-            factors.append(own / unified if unified else 1.0)
+            expert_mean = _sum_means(tensors, f"own.{index}")
+            unified_mean = _sum_means(tensors, f"unified.{index}")
+            factors.append(expert_mean / unified_mean if unified_mean else 1.0)
         return tuple(factors)
 
-    @override
-    def merge_block(self, block: Block, parameters: Any, experts: Sequence[Any]) -> MergedBlock:
-        deltas = block.task_vectors()
-        unified, sign = unify(deltas)
-        return MergedBlock(
-            unified.to(block.dtype), [delta.sign() == sign for delta in deltas], deltas, sign
-        )
+
+def _sum_means(tensors: Sequence[TensorMeasurements], quantity: str) -> float:
+    return math.fsum(
+        tensor.measured[quantity][0] / max(tensor.num_entries, 1) for tensor in tensors
+    )

@@ -20,7 +20,7 @@ Reduction = Literal["sum", "mean"]
 Kind = Literal["plain", "masks", "adapters"]
 Granularity = Literal["entry", "row", "tensor"]
 """What a method must see at once: any entries, whole rows, or the whole tensor."""
-Known = Mapping[str, tuple[float, ...]]
+Measured = Mapping[str, tuple[float, ...]]
 """What the stages of a method found, by quantity: one number per sum, one per rank that was asked
 for.
 """
@@ -57,6 +57,18 @@ class Trimming:
 
 
 @dataclass(frozen=True)
+class ProductVectors:
+    """Inputs whose entrywise products a stage sums: of every pair of vectors, each with itself too,
+    as quantities "0.0", "0.1", …, "1.1", …
+    """
+
+    first: int
+    """The first input that is a vector: 0 for the base, 1 for the first expert."""
+    from_base: bool
+    """Whether the vectors are task vectors."""
+
+
+@dataclass(frozen=True)
 class Stage:
     """One look at the inputs before shards can be merged: quantities measured on every block and
     reduced to numbers.
@@ -71,6 +83,8 @@ class Stage:
     name: str
     measures: Literal["sums", "ranks", "vectors"]
     scope: Scope = "tensor"
+    products: ProductVectors | None = None
+    """Set where the quantities are products of inputs: a compiled pass then sums them."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +96,31 @@ class Numbers:
 
 
 @dataclass(frozen=True)
-class TensorKnown:
+class TensorMeasurements:
     """What the stages found for one whole tensor."""
 
     name: str
     num_entries: int
-    known: Known
+    measured: Measured
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """What is known of one whole tensor before its blocks are merged."""
+
+    name: str
+    """Its name in the base."""
+    shape: tuple[int, ...]
+    thresholds: Sequence[float]
+    """Per expert, the exact trim threshold; empty for methods that do not trim."""
+    expert_names: tuple[str, ...]
+    measured: Measured
+    """What the method's stages found."""
+
+    @property
+    def num_entries(self) -> int:
+        """Entries of the whole tensor."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -124,8 +157,13 @@ class Block:
     shape: tuple[int, ...] = ()
     """Shape of the whole tensor in the base."""
     expert_names: tuple[str, ...] = ()
-    known: Known = field(default_factory=dict)
+    measured: Measured = field(default_factory=dict)
     """What the method's stages found for this tensor."""
+
+    @property
+    def facts(self) -> TensorFacts:
+        """What is known of the whole tensor."""
+        return TensorFacts(self.name, self.shape, self.thresholds, self.expert_names, self.measured)
 
     def to_device(self, device: str) -> Block:
         """Return the block on a device."""
@@ -178,6 +216,10 @@ class Method(ABC):
     """
     task_unit: ClassVar[Literal["layer", "tensor"]] = "layer"
     """What one task merges; `tensor` for methods whose work on one matrix is long."""
+    compiled_pass: ClassVar[str] = ""
+    """`module:attribute` of a function that makes the compiled pass of one tensor, see
+    workers/compiled/interface.py; empty for a method that runs in torch.
+    """
 
     def check_recipe(self, parameters: Any, experts: Sequence[Any], *, has_base: bool) -> None:
         """Raise RecipeError where the recipe as a whole does not fit the method."""
@@ -257,14 +299,18 @@ class Method(ABC):
         *,
         stage: str,
         config: Mapping[str, Any],
-    ) -> Mapping[str, Known]:
+    ) -> Mapping[str, Measured]:
         """Return by tensor what follows from the vectors of all tensors. `config` is the base's, of
         its language model.
         """
         raise NotImplementedError(f"{self.name} has no stage {stage!r}")
 
+    def device(self, parameters: Any) -> str:
+        """Return where whole matrices are merged, `cpu` or `cuda`."""
+        return "cpu"
+
     def rescalers(
-        self, tensors: Sequence[TensorKnown], *, num_experts: int
+        self, tensors: Sequence[TensorMeasurements], *, num_experts: int
     ) -> tuple[float, ...] | None:
         """Return per expert the factor on its masked τ⋆ in a masks build (EMR), None where there is
         none.

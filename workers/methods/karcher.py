@@ -9,8 +9,13 @@ from pydantic import Field
 from typing_extensions import override
 
 from mmerge.workers.methods.interface import Block, MergedBlock, Method, Parameters, Stage
-from mmerge.workers.methods.slerp import GRAM
-from mmerge.workers.methods.sphere import combine, karcher_coefficients, measure_products, read_gram
+from mmerge.workers.methods.sphere import (
+    combine,
+    gram_stage,
+    karcher_coefficients,
+    measure_products,
+    read_gram,
+)
 
 
 class KarcherParameters(Parameters):
@@ -37,7 +42,7 @@ class Karcher(Method):
     def stages(
         self, parameters: KarcherParameters, experts: Sequence[Parameters]
     ) -> tuple[Stage, ...]:
-        return (GRAM,)
+        return (gram_stage(),)
 
     @override
     def measure_block(
@@ -56,7 +61,7 @@ class Karcher(Method):
     ) -> MergedBlock:
         if len(block.experts) == 1:
             return MergedBlock(block.experts[0].to(block.dtype))
-        products = read_gram(block.known, count=len(block.experts))
+        products = read_gram(block.measured, count=len(block.experts))
         coefficients = karcher_coefficients(
             products, max_iterations=parameters.max_iter, tolerance=parameters.tol
         )

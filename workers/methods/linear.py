@@ -32,6 +32,7 @@ class Linear(Method):
     needs_base = False
     source = "Model soups, arXiv 2203.05482"
     parameters_model = LinearParameters
+    compiled_pass = "mmerge.workers.compiled.linear:make_linear_pass"
     expert_parameters_model = LinearExpertParameters
 
     @override

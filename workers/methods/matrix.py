@@ -64,6 +64,10 @@ class MatrixMethod(Method):
         return "tensor" if is_layer_matrix(name, shape) else "entry"
 
     @override
+    def device(self, parameters: Any) -> str:
+        return str(parameters.device)
+
+    @override
     def working_bytes(self, num_entries: int, *, num_experts: int, shape: Sequence[int]) -> int:
         if len(shape) != 2:
             return super().working_bytes(num_entries, num_experts=num_experts, shape=shape)

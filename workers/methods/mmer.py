@@ -6,42 +6,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from pydantic import Field
 from typing_extensions import override
 
-from mmerge.workers.methods.election import disjoint_merge, elect_sign
 from mmerge.workers.methods.interface import (
-    Block,
     Density,
-    MergedBlock,
-    Method,
     Parameters,
     Reduction,
     Scope,
+    TensorFacts,
     Trimming,
 )
-from mmerge.workers.methods.ties import trim
-
-
-def decouple(trimmed: torch.Tensor, merged: torch.Tensor, *, mask_scale: float) -> torch.Tensor:
-    """Return the modality mask of one expert, boolean, shape of `merged`.
-
-    1 where both tests hold: dominant significance |τᵢ| ≥ λᵢ·0.5·|τ⋆|, and directional congruence
-    sign(τᵢ) = sign(τ⋆) ≠ 0. MMER (arXiv 2505.17110), docs/arithmetic.md, step 4.
-
-    Args:
-        trimmed: the expert's trimmed task vector, float32.
-        merged: τ⋆ as stored, widened to float32, so that the mask is right for the bytes on disk.
-        mask_scale: λᵢ.
-    """
-    dominant = trimmed.abs() >= (mask_scale * 0.5) * merged.abs()
-    congruent = (trimmed.sign() == merged.sign()) & (merged != 0)
-    return dominant & congruent
+from mmerge.workers.methods.locate_rules import LocateRule, Trim
+from mmerge.workers.methods.locate_then_mask import ByUnweightedElection, LocateThenMask, Masking
+from mmerge.workers.methods.locate_then_merge import Locating
+from mmerge.workers.methods.mask_rules import MaskRule, Significant
 
 
 class MmerParameters(Parameters):
-    """Parameters of MMER; sum and scope `model` are our choices (docs/arithmetic.md)."""
+    """Parameters of MMER. Sum and scope `model` are our choices where the paper is open
+    (docs/arithmetic.md).
+    """
 
     density: Density = Field(
         0.8, description="share of each task vector that is kept (published: 0.8)"
@@ -59,7 +44,7 @@ class MmerParameters(Parameters):
 
 
 class MmerExpertParameters(Parameters):
-    """Numbers of MMER per expert."""
+    """Parameters of MMER per expert."""
 
     mask_scale: float | None = Field(
         None, gt=0, le=10, description="this expert's λ, instead of the recipe's"
@@ -69,14 +54,8 @@ class MmerExpertParameters(Parameters):
     )
 
 
-class Mmer(Method):
-    """τ⋆ from trim, elect and disjoint merge, then one mask per expert; the base stays beside them."""
-
-    name = "mmer"
-    kind = "masks"
-    source = "MMER, arXiv 2505.17110 (ACL 2025)"
-    parameters_model = MmerParameters
-    expert_parameters_model = MmerExpertParameters
+class MmerTrim(Locating):
+    """Magnitudes at or above each expert's trim threshold."""
 
     @override
     def trimming(
@@ -88,22 +67,35 @@ class Mmer(Method):
         return Trimming(densities, parameters.scope)
 
     @override
-    def merge_block(
-        self, block: Block, parameters: MmerParameters, experts: Sequence[MmerExpertParameters]
-    ) -> MergedBlock:
-        trimmed = [
-            trim(delta, threshold=threshold)
-            for delta, threshold in zip(block.task_vectors(), block.thresholds, strict=True)
-        ]
-        sign = elect_sign(trimmed)
-        stored = disjoint_merge(trimmed, sign, reduction=parameters.reduction).to(block.dtype)
-        merged = stored.to(torch.float32)
-        scales = [
-            parameters.mask_scale if expert.mask_scale is None else expert.mask_scale
+    def rules(
+        self,
+        tensor: TensorFacts,
+        parameters: MmerParameters,
+        experts: Sequence[MmerExpertParameters],
+    ) -> Sequence[LocateRule]:
+        return [Trim(threshold) for threshold in tensor.thresholds]
+
+
+class ModalityMasks(Masking):
+    """Entries of dominant significance and directional congruence."""
+
+    @override
+    def rules(
+        self, parameters: MmerParameters, experts: Sequence[MmerExpertParameters]
+    ) -> Sequence[MaskRule]:
+        return [
+            Significant(parameters.mask_scale if expert.mask_scale is None else expert.mask_scale)
             for expert in experts
         ]
-        masks = [
-            decouple(delta, merged, mask_scale=scale)
-            for delta, scale in zip(trimmed, scales, strict=True)
-        ]
-        return MergedBlock(stored, masks, trimmed, sign)
+
+
+class Mmer(LocateThenMask):
+    """τ⋆ from trim, elect and disjoint merge, then one mask per expert; the base stays beside them."""
+
+    name = "mmer"
+    source = "MMER, arXiv 2505.17110 (ACL 2025)"
+    parameters_model = MmerParameters
+    expert_parameters_model = MmerExpertParameters
+    locating = MmerTrim()
+    combining = ByUnweightedElection()
+    masking = ModalityMasks()

@@ -18,8 +18,13 @@ from mmerge.workers.methods.interface import (
     Parameters,
     Stage,
 )
-from mmerge.workers.methods.slerp import GRAM
-from mmerge.workers.methods.sphere import gram, measure_products, model_stock_ratio, read_gram
+from mmerge.workers.methods.sphere import (
+    gram,
+    gram_stage,
+    measure_products,
+    model_stock_ratio,
+    read_gram,
+)
 
 
 class ModelStockParameters(Parameters):
@@ -50,7 +55,7 @@ class ModelStock(Method):
     def stages(
         self, parameters: ModelStockParameters, experts: Sequence[Parameters]
     ) -> tuple[Stage, ...]:
-        return () if parameters.filter_wise else (GRAM,)
+        return () if parameters.filter_wise else (gram_stage(from_base=True),)
 
     @override
     def measure_block(
@@ -70,7 +75,7 @@ class ModelStock(Method):
         products = (
             gram(block.task_vectors())
             if parameters.filter_wise
-            else read_gram(block.known, count=len(block.experts))
+            else read_gram(block.measured, count=len(block.experts))
         )
         t = model_stock_ratio(products).to(torch.float32).unsqueeze(-1)
         mean = torch.zeros_like(block.base)

@@ -11,9 +11,9 @@ from typing_extensions import override
 from mmerge.manifests.errors import CheckpointError, RecipeError
 from mmerge.workers.methods.interface import Block, MergedBlock, Method, Parameters, Stage
 from mmerge.workers.methods.nuslerp import Origin, add_origin, check_origin, vectors_around
-from mmerge.workers.methods.slerp import GRAM
 from mmerge.workers.methods.sphere import (
     combine,
+    gram_stage,
     measure_products,
     multislerp_coefficients,
     read_gram,
@@ -68,7 +68,7 @@ class Multislerp(Method):
     def stages(
         self, parameters: MultislerpParameters, experts: Sequence[MultislerpExpertParameters]
     ) -> tuple[Stage, ...]:
-        return (GRAM,)
+        return (gram_stage(from_base=parameters.origin == "base"),)
 
     @override
     def measure_block(
@@ -92,7 +92,7 @@ class Multislerp(Method):
         if len(vectors) == 1:
             return MergedBlock(block.experts[0].to(block.dtype))
         weights = [expert.weight for expert in experts]
-        products = read_gram(block.known, count=len(vectors))
+        products = read_gram(block.measured, count=len(vectors))
         if not products.any():
             merged = torch.zeros_like(vectors[0])
         else:

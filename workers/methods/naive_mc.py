@@ -14,6 +14,7 @@ class NaiveMc(Method):
 
     name = "naive_mc"
     kind = "plain"
+    compiled_pass = "mmerge.workers.compiled.linear:MeanPass"
     source = "Model Composition for Multimodal LLMs, arXiv 2402.12750 (ACL 2024)"
 
     @override

@@ -23,7 +23,7 @@ from mmerge.workers.families.registry import projection_of, role_of
 from mmerge.workers.methods.interface import (
     Block,
     Granularity,
-    Known,
+    Measured,
     MergedBlock,
     Method,
     Parameters,
@@ -164,7 +164,7 @@ class NeuronFusion(Method):
         *,
         stage: str,
         config: Mapping[str, Any],
-    ) -> Mapping[str, Known]:
+    ) -> Mapping[str, Measured]:
         _check_names(tensors)
         measured = {tensor.name: tensor.vectors for tensor in tensors if tensor.vectors}
         groups = _make_groups(
@@ -173,7 +173,7 @@ class NeuronFusion(Method):
         scores = [score_neurons(group, measured, score=parameters.score) for group in groups]
         own = {tensor.name: tensor.parameters for tensor in tensors}
         thresholds = _find_thresholds(groups, scores, own, parameters)
-        known: dict[str, Known] = {}
+        known: dict[str, Measured] = {}
         for group, found, threshold in zip(groups, scores, thresholds, strict=True):
             for part in group.parts:
                 known[part.name] = _describe(
@@ -185,7 +185,7 @@ class NeuronFusion(Method):
     def merge_block(
         self, block: Block, parameters: NeuronFusionParameters, experts: Sequence[Parameters]
     ) -> MergedBlock:
-        kept = block.known.get("kept")
+        kept = block.measured.get("kept")
         if kept is None:
             owner = _owner(block.name, block.shape, parameters)
             return MergedBlock(
@@ -194,7 +194,7 @@ class NeuronFusion(Method):
         axis = _axis(block.name, parameters)
         length = block.shape[axis]
         factors = torch.full((length,), parameters.suppress, dtype=torch.float32)
-        factors[torch.tensor(kept, dtype=torch.int64)] = block.known["factor"][0]
+        factors[torch.tensor(kept, dtype=torch.int64)] = block.measured["factor"][0]
         if axis == 0 and len(block.shape) == 2:
             first = block.start // block.shape[1]
             factors = factors[first : first + len(block.base)].unsqueeze(-1)
@@ -269,7 +269,7 @@ def _place(values: torch.Tensor, first: int, length: int) -> torch.Tensor:
 
 def _describe(
     part: Part, kept: torch.Tensor, squares: torch.Tensor, parameters: NeuronFusionParameters
-) -> Known:
+) -> Measured:
     """Return which rows or columns of a matrix are kept, and the factor on them."""
     chosen = kept[part.neurons]
     factor = (

@@ -20,10 +20,10 @@ from mmerge.workers.methods.interface import (
     Parameters,
     Stage,
 )
-from mmerge.workers.methods.slerp import GRAM
 from mmerge.workers.methods.sphere import (
     combine,
     gram,
+    gram_stage,
     measure_products,
     nuslerp_coefficients,
     read_gram,
@@ -89,7 +89,11 @@ class Nuslerp(Method):
     def stages(
         self, parameters: NuslerpParameters, experts: Sequence[NuslerpExpertParameters]
     ) -> tuple[Stage, ...]:
-        return (GRAM,) if parameters.along == "tensor" else ()
+        return (
+            (gram_stage(from_base=parameters.origin == "base"),)
+            if parameters.along == "tensor"
+            else ()
+        )
 
     @override
     def measure_block(
@@ -114,7 +118,7 @@ class Nuslerp(Method):
         t = experts[1].weight / total if abs(total) >= 1e-6 else 0.5
         vectors = vectors_around(block, parameters.origin)
         if parameters.along == "tensor":
-            merged = combine(nuslerp_coefficients(read_gram(block.known, count=2), t=t), vectors)
+            merged = combine(nuslerp_coefficients(read_gram(block.measured, count=2), t=t), vectors)
         elif parameters.along == "rows" or block.base.ndim < 2:
             merged = combine(nuslerp_coefficients(gram(vectors), t=t), vectors)
         else:

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from typing_extensions import override
 
-from mmerge.workers.methods.election import sum_in_order
+from mmerge.workers.methods.combine_rules import sum_in_order
 from mmerge.workers.methods.interface import Block, MergedBlock, Method, Parameters, Scope, Stage
 
 MAGNITUDES = "magnitudes"
@@ -115,7 +115,7 @@ class Pcb(Method):
     ) -> MergedBlock:
         merged, total = torch.zeros_like(block.base), torch.zeros_like(block.base)
         for index, (scores, expert) in enumerate(zip(_scores(block), experts, strict=True)):
-            low, high = block.known[f"score.{index}"]
+            low, high = block.measured[f"score.{index}"]
             if high > low:
                 share = (scores.clamp(low, high) - low) / (high - low)
                 merged += share * (expert.weight * _clamp(block, index))
@@ -129,7 +129,7 @@ def _clamp(block: Block, index: int) -> torch.Tensor:
     statistics; zeros stay zero.
     """
     delta = block.experts[index] - block.base
-    low, high = block.known[f"magnitude.{index}"]
+    low, high = block.measured[f"magnitude.{index}"]
     return delta.sign() * delta.abs().clamp(low, high)
 
 
@@ -138,7 +138,7 @@ def _scores(block: Block) -> list[torch.Tensor]:
     total = sum_in_order(deltas)
     scores = []
     for index, delta in enumerate(deltas):
-        low, high = block.known[f"magnitude.{index}"]
+        low, high = block.measured[f"magnitude.{index}"]
         clamped = delta.abs().clamp(low, high)
         scores.append(
             intra_balance(clamped, low=low, high=high, num_experts=len(deltas))

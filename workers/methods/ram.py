@@ -109,7 +109,10 @@ class RamPlus(Method):
     ) -> MergedBlock:
         factors = []
         for index in range(len(experts)):
-            shared, unique = block.known[f"shared.{index}"][0], block.known[f"unique.{index}"][0]
+            shared, unique = (
+                block.measured[f"shared.{index}"][0],
+                block.measured[f"unique.{index}"][0],
+            )
             ratio = min(shared / unique, parameters.alpha) if unique else 0.0
             factors.append(1 + parameters.r * ratio)
         merged = merge_changes(block.task_vectors(), epsilon=parameters.epsilon, factors=factors)

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from typing_extensions import override
 
-from mmerge.workers.methods.election import elect_sign, sum_in_order
+from mmerge.workers.methods.combine_rules import elect_sign, sum_in_order
 from mmerge.workers.methods.interface import Block, Granularity, MergedBlock, Method, Parameters
 from mmerge.workers.methods.ranking import top_mask
 from mmerge.workers.statistics.exact_sums import exact_sum
@@ -59,6 +59,7 @@ class Sce(Method):
     kind = "plain"
     source = "FuseChat (SCE), arXiv 2408.07990"
     parameters_model = SceParameters
+    compiled_pass = "mmerge.workers.compiled.sce:ScePass"
 
     @override
     def granularity(self, parameters: SceParameters, experts: Sequence[Any]) -> Granularity:

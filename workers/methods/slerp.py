@@ -10,9 +10,7 @@ from typing_extensions import override
 
 from mmerge.manifests.errors import RecipeError
 from mmerge.workers.methods.interface import Block, MergedBlock, Method, Parameters, Stage
-from mmerge.workers.methods.sphere import combine, measure_products, slerp_pair
-
-GRAM = Stage("gram", "sums", "tensor")
+from mmerge.workers.methods.sphere import combine, gram_stage, measure_products, slerp_pair
 
 
 class SlerpParameters(Parameters):
@@ -33,6 +31,7 @@ class Slerp(Method):
         " mergekit"
     )
     parameters_model = SlerpParameters
+    compiled_pass = "mmerge.workers.compiled.linear:make_slerp_pass"
     max_experts = 2
     needs_base = False
 
@@ -51,7 +50,8 @@ class Slerp(Method):
     def stages(
         self, parameters: SlerpParameters, experts: Sequence[Parameters]
     ) -> tuple[Stage, ...]:
-        return (GRAM,)
+        first = first_vector(len(experts))
+        return (gram_stage(first=first),)
 
     @override
     def measure_block(
@@ -69,9 +69,16 @@ class Slerp(Method):
         self, block: Block, parameters: SlerpParameters, experts: Sequence[Parameters]
     ) -> MergedBlock:
         coefficients = torch.tensor(
-            slerp_pair(block.known, t=parameters.t), dtype=torch.float64, device=block.base.device
+            slerp_pair(block.measured, t=parameters.t),
+            dtype=torch.float64,
+            device=block.base.device,
         )
         return MergedBlock(combine(coefficients, _models(block)).to(block.dtype))
+
+
+def first_vector(num_experts: int) -> int:
+    """Return which input is the first model: an expert of two, or the base (0) for a single one."""
+    return 1 if num_experts == 2 else 0
 
 
 def _models(block: Block) -> list[torch.Tensor]:

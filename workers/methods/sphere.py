@@ -13,6 +13,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from mmerge.workers.methods.interface import ProductVectors, Stage
+
+GRAM = "gram"
+"""The stage in which inner products are summed."""
 COLINEAR_COSINE = 0.9995
 """Above this |cosine| slerp interpolates linearly, as the common implementation does."""
 _MIN_NORM = 1e-8
@@ -25,6 +29,11 @@ def gram(vectors: Sequence[torch.Tensor]) -> torch.Tensor:
         torch.stack([(one * other).sum(dim=-1) for other in stacked], dim=-1) for one in stacked
     ]
     return torch.stack(rows, dim=-2)
+
+
+def gram_stage(*, first: int = 1, from_base: bool = False) -> Stage:
+    """Return the stage that sums the products of inputs from `first` on, less the base if asked."""
+    return Stage(GRAM, "sums", "tensor", ProductVectors(first, from_base))
 
 
 def measure_products(vectors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 from typing_extensions import override
 
-from mmerge.workers.methods.interface import Block
-from mmerge.workers.methods.locate import LocateThenSum, SumParameters, WeightParameters
+from mmerge.workers.methods.interface import TensorFacts
+from mmerge.workers.methods.locate_rules import KeepAll, LocateRule
+from mmerge.workers.methods.locate_then_merge import (
+    BySum,
+    LocateThenMerge,
+    Locating,
+    SumParameters,
+)
 
 
-class TaskArithmetic(LocateThenSum):
+class Everything(Locating):
+    """All entries are kept."""
+
+    @override
+    def rules(
+        self, tensor: TensorFacts, parameters: Any, experts: Sequence[Any]
+    ) -> Sequence[LocateRule]:
+        return [KeepAll()] * len(experts)
+
+
+class TaskArithmetic(LocateThenMerge):
     """θ = θ₀ + λ·Σ wᵢτᵢ."""
 
     name = "task_arithmetic"
     source = "Editing Models with Task Arithmetic, arXiv 2212.04089"
     parameters_model = SumParameters
-
-    @override
-    def locate(
-        self, block: Block, parameters: SumParameters, experts: Sequence[WeightParameters]
-    ) -> list[torch.Tensor]:
-        return block.task_vectors()
+    locating = Everything()
+    combining = BySum()

@@ -3,58 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from pydantic import Field
 from typing_extensions import override
 
 from mmerge.manifests.errors import RecipeError
-from mmerge.workers.methods.election import disjoint_merge, elect_sign
 from mmerge.workers.methods.interface import (
-    Block,
     Density,
     Granularity,
     Parameters,
     Scope,
+    TensorFacts,
     Trimming,
 )
-from mmerge.workers.methods.locate import ElectParameters, LocateThenElect, WeightParameters
-from mmerge.workers.methods.ranking import top_mask
-
-__all__ = [
-    "Ties",
-    "TiesExpertParameters",
-    "TiesParameters",
-    "TrimParameters",
-    "disjoint_merge",
-    "elect_sign",
-    "trim",
-]
-
-
-def trim(delta: torch.Tensor, *, threshold: float) -> torch.Tensor:
-    """Return `delta` with every entry of magnitude below `threshold` set to 0; ties at the
-    threshold stay.
-
-    TIES-Merging (arXiv 2306.01708), section 4, step 1; docs/arithmetic.md.
-    """
-    return torch.where(
-        delta.abs() >= threshold, delta, torch.zeros((), dtype=delta.dtype, device=delta.device)
-    )
-
-
-def trim_exactly(delta: torch.Tensor, *, density: float) -> torch.Tensor:
-    """Return `delta` with exactly its int(density·N) largest magnitudes kept; among equals the
-    lower position stays.
-    """
-    return torch.where(
-        top_mask(delta.abs(), int(density * delta.numel())), delta, torch.zeros_like(delta)
-    )
+from mmerge.workers.methods.locate_rules import KeepTop, LocateRule, Trim
+from mmerge.workers.methods.locate_then_merge import (
+    ByElection,
+    ElectParameters,
+    LocateThenMerge,
+    Locating,
+    WeightParameters,
+)
 
 
 class TrimParameters(Parameters):
-    """Numbers of trimming."""
+    """Parameters of trimming."""
 
     density: Density = Field(0.2, description="share of each task vector that is kept")
     scope: Scope = Field(
@@ -63,7 +37,7 @@ class TrimParameters(Parameters):
 
 
 class TiesParameters(ElectParameters, TrimParameters):
-    """Numbers of TIES."""
+    """Parameters of TIES."""
 
     count: Literal["threshold", "exact"] = Field(
         "threshold",
@@ -81,26 +55,26 @@ class TiesParameters(ElectParameters, TrimParameters):
 
 
 class TiesExpertParameters(WeightParameters):
-    """Numbers of TIES per expert."""
+    """Parameters of TIES per expert."""
 
     density: Density | None = Field(
         None, description="this expert's density, instead of the recipe's"
     )
 
 
-class Ties(LocateThenElect):
-    """θ = θ₀ + λ·τ⋆ with τ⋆ from trim, elect and disjoint merge."""
+def _densities(
+    parameters: TiesParameters, experts: Sequence[TiesExpertParameters]
+) -> tuple[float, ...]:
+    return tuple(
+        parameters.density if expert.density is None else expert.density for expert in experts
+    )
 
-    name = "ties"
-    source = "TIES-Merging, arXiv 2306.01708"
-    parameters_model = TiesParameters
-    expert_parameters_model = TiesExpertParameters
+
+class TiesTrim(Locating):
+    """The largest magnitudes, by threshold or by exact count."""
 
     @override
-    def check_recipe(
-        self, parameters: TiesParameters, experts: Sequence[Any], *, has_base: bool
-    ) -> None:
-        super().check_recipe(parameters, experts, has_base=has_base)
+    def check(self, parameters: TiesParameters, experts: Sequence[TiesExpertParameters]) -> None:
         if parameters.count == "exact" and (
             parameters.scope != "tensor" or parameters.rounding != "kept"
         ):
@@ -124,35 +98,39 @@ class Ties(LocateThenElect):
         return Trimming(_densities(parameters, experts), parameters.scope, parameters.rounding)
 
     @override
-    def majority_scope(self, parameters: TiesParameters) -> Scope:
-        return parameters.scope
+    def working_bytes(self, num_entries: int, *, num_experts: int) -> int:
+        # Ranks of one task vector as int64, twice, and its masks.
+        return num_entries * (16 * num_experts + 48)
 
     @override
-    def locate(
-        self, block: Block, parameters: TiesParameters, experts: Sequence[TiesExpertParameters]
-    ) -> list[torch.Tensor]:
-        deltas = block.task_vectors()
-        if parameters.count == "exact":
-            return [
-                trim_exactly(delta, density=density)
-                for delta, density in zip(deltas, _densities(parameters, experts), strict=True)
-            ]
+    def rules(
+        self,
+        tensor: TensorFacts,
+        parameters: TiesParameters,
+        experts: Sequence[TiesExpertParameters],
+    ) -> Sequence[LocateRule]:
+        if parameters.count == "threshold":
+            return [Trim(threshold) for threshold in tensor.thresholds]
         return [
-            trim(delta, threshold=threshold)
-            for delta, threshold in zip(deltas, block.thresholds, strict=True)
+            KeepTop(int(density * tensor.num_entries))
+            for density in _densities(parameters, experts)
         ]
 
+
+class TiesElection(ByElection):
+    """Sign election whose majority sign has the scope of the trim threshold."""
+
     @override
-    def working_bytes(self, num_entries: int, *, num_experts: int, shape: Sequence[int]) -> int:
-        # Beside what every method takes: ranks of one task vector as int64, twice, and its masks.
-        return super().working_bytes(
-            num_entries, num_experts=num_experts, shape=shape
-        ) + num_entries * (16 * num_experts + 48)
+    def scope(self, parameters: TiesParameters) -> Scope:
+        return parameters.scope
 
 
-def _densities(
-    parameters: TiesParameters, experts: Sequence[TiesExpertParameters]
-) -> tuple[float, ...]:
-    return tuple(
-        parameters.density if expert.density is None else expert.density for expert in experts
-    )
+class Ties(LocateThenMerge):
+    """θ = θ₀ + λ·τ⋆ with τ⋆ from trim, elect and disjoint merge."""
+
+    name = "ties"
+    source = "TIES-Merging, arXiv 2306.01708"
+    parameters_model = TiesParameters
+    expert_parameters_model = TiesExpertParameters
+    locating = TiesTrim()
+    combining = TiesElection()

@@ -49,10 +49,18 @@ class MagnitudeCounter:
             block.addresses, block.codes, block.num_entries, self._tables, self._ranges
         )
 
-    def add_variances(self, block: InputBlock) -> None:
-        """Count, in a counter of one histogram, the variances of the task vectors across experts."""
+    def add_variances(self, block: InputBlock, experts: tuple[np.float32, ...]) -> None:
+        """Count, in a counter of one histogram, the variances of the task vectors across experts.
+
+        `experts` has one element per expert, of any value, see `variance_tile`.
+        """
         count_variances(
-            block.addresses, block.codes, block.num_entries, self._tables[0], self._ranges[0]
+            block.addresses,
+            block.codes,
+            experts,
+            block.num_entries,
+            self._tables[0],
+            self._ranges[0],
         )
 
     def is_finite(self) -> bool:

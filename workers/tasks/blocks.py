@@ -13,7 +13,7 @@ from mmerge.workers.checkpoints.dtypes import TORCH_DTYPES
 from mmerge.workers.methods.interface import (
     Block,
     Granularity,
-    Known,
+    TensorFacts,
     entries_at_once,
     num_columns,
 )
@@ -24,9 +24,7 @@ def read_blocks(
     tensor: TensorTask,
     reader: InputReader,
     *,
-    thresholds: Sequence[float],
-    known: Known,
-    expert_names: tuple[str, ...],
+    facts: TensorFacts,
     dtype: str,
     block_entries: int,
 ) -> Iterator[Block]:
@@ -34,14 +32,21 @@ def read_blocks(
     shape = tensor.base.spec.shape
     columns, granularity = num_columns(shape), tensor.granularity
     at_once = entries_at_once(shape, block_entries, granularity=granularity)
-    for found in reader.blocks((tensor.base, *tensor.experts), block_entries=at_once):
+    for block in reader.blocks((tensor.base, *tensor.experts), block_entries=at_once):
         base, *experts = (
-            _to_shape(values, shape, columns, granularity) for values in to_float_tensors(found)
+            _to_shape(values, shape, columns, granularity) for values in to_float_tensors(block)
         )
         yield Block(
-            base=base, experts=experts, thresholds=thresholds, dtype=TORCH_DTYPES[dtype], name=tensor.name, start=tensor.start + found.start,
-            shape=tensor.shape, expert_names=expert_names, known=known,
-        )  # fmt: skip
+            base=base,
+            experts=experts,
+            thresholds=facts.thresholds,
+            dtype=TORCH_DTYPES[dtype],
+            name=facts.name,
+            start=tensor.start + block.start,
+            shape=facts.shape,
+            expert_names=facts.expert_names,
+            measured=facts.measured,
+        )
 
 
 def to_float_tensors(block: InputBlock) -> list[torch.Tensor]:
@@ -49,7 +54,7 @@ def to_float_tensors(block: InputBlock) -> list[torch.Tensor]:
     memory.
     """
     names = ("F32", "BF16", "F16")
-    found = []
+    tensors = []
     for row, code in zip(block.rows, block.codes.tolist(), strict=True):
         dtype = TORCH_DTYPES[names[code]]
         values = (
@@ -57,8 +62,8 @@ def to_float_tensors(block: InputBlock) -> list[torch.Tensor]:
             if block.num_entries
             else torch.empty(0)
         )
-        found.append(values.to(torch.float32, copy=True))
-    return found
+        tensors.append(values.to(torch.float32, copy=True))
+    return tensors
 
 
 def _to_shape(

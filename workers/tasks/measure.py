@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from mmerge.manifests.stores.base import Store
 from mmerge.workers.checkpoints.block_reader import InputReader
-from mmerge.workers.compiled.inner_products import VECTORS, measure_gram
+from mmerge.workers.compiled.inner_products import sum_vector_products
 from mmerge.workers.methods import find_method
-from mmerge.workers.methods.interface import Block, parse_numbers
+from mmerge.workers.methods.interface import Block, TensorFacts, parse_numbers
 from mmerge.workers.statistics.exact_sums import count_sum, high_ranks, low_ranks
 from mmerge.workers.statistics.order_statistics import Counts, to_sparse
 from mmerge.workers.task import MeasureTask, TaskResult, TensorTask
@@ -47,20 +47,20 @@ def count_quantities(
         return {quantity: count_sum(values) for quantity, values in measured.items()}
     if high_bins is None:
         return {quantity: high_ranks(values) for quantity, values in measured.items()}
-    found = {}
+    refined = {}
     for quantity, bins in high_bins.items():
         for high_bin, counts in zip(
             bins, low_ranks(measured[quantity], high_bins=bins), strict=True
         ):
-            found[f"{quantity}#{high_bin}"] = counts
-    return found
+            refined[f"{quantity}#{high_bin}"] = counts
+    return refined
 
 
 def measure_shard(task: MeasureTask, store: Store) -> TaskResult:
     """Measure one shard and leave the counts in the store, by "piece:quantity"."""
-    began = time.monotonic()
+    start_time = time.monotonic()
     if not task.fresh and read_scan(store, task.key) is not None:
-        return TaskResult(task.shard, 0, True, time.monotonic() - began)
+        return TaskResult(task.shard, 0, True, time.monotonic() - start_time)
     histograms: dict[str, SparseHistogram] = {}
     vectors: dict[str, NDArray[np.float64]] = {}
     with InputReader() as reader:
@@ -75,16 +75,17 @@ def measure_shard(task: MeasureTask, store: Store) -> TaskResult:
             for quantity, counts in _measure_tensor(task, index, reader).items():
                 histograms[f"{piece}:{quantity}"] = to_sparse(counts)
     store.put(scan_key(task.key), ScanResult({}, histograms, vectors).to_bytes())
-    return TaskResult(task.shard, task.num_bytes, False, time.monotonic() - began)
+    return TaskResult(task.shard, task.num_bytes, False, time.monotonic() - start_time)
 
 
 def _measure_tensor(task: MeasureTask, index: int, reader: InputReader) -> dict[str, Counts]:
     method = find_method(task.method)
     parameters, experts = parse_numbers(method, task.numbers[index])
-    tensor, vectors = task.tensors[index], VECTORS.get((task.method, task.stage))
-    if vectors is not None:
-        blocks = reader.blocks((tensor.base, *tensor.experts), block_entries=task.block_entries)
-        return measure_gram(vectors(parameters, len(experts)), blocks)
+    tensor = task.tensors[index]
+    for stage in method.stages(parameters, experts):
+        if stage.name == task.stage and stage.products is not None:
+            blocks = reader.blocks((tensor.base, *tensor.experts), block_entries=task.block_entries)
+            return sum_vector_products(stage.products, blocks)
     total: dict[str, Counts] = {}
     for block in _read_blocks(task, tensor, index, reader, task.block_entries):
         measured = method.measure_block(block, parameters, experts, stage=task.stage)
@@ -117,7 +118,7 @@ def _measure_vectors(
 def _read_blocks(
     task: MeasureTask, tensor: TensorTask, index: int, reader: InputReader, block_entries: int
 ) -> Iterator[Block]:
-    return read_blocks(
-        tensor, reader, thresholds=task.thresholds[index], known=task.known[index], expert_names=task.expert_names,
-        dtype=task.dtype, block_entries=block_entries,
-    )  # fmt: skip
+    facts = TensorFacts(
+        tensor.name, tensor.shape, task.thresholds[index], task.expert_names, task.known[index]
+    )
+    return read_blocks(tensor, reader, facts=facts, dtype=task.dtype, block_entries=block_entries)

@@ -416,7 +416,7 @@ def test_the_compiled_path_and_the_method_write_the_same_objects(
             read_recipe(lab.write_recipe(raw | {"output": "compiled"})), block_entries=1 << 16
         )
     )
-    monkeypatch.setattr("mmerge.workers.tasks.merge.find_fast_path", lambda *_: None)
+    monkeypatch.setattr("mmerge.workers.tasks.merge.find_compiled_pass", lambda *_: None)
     run(
         make_plan(
             read_recipe(lab.write_recipe(raw | {"output": "reference"})), block_entries=1 << 17

@@ -11,7 +11,7 @@ from mmerge.manifests.errors import RecipeError
 from mmerge.pipeline import make_plan, make_recipe_schema, parse_recipe, read_recipe, run
 from mmerge.pipeline.recipes.parameter_schedule import numeric_fields, parse_schedule
 from mmerge.workers.methods import find_method, method_names
-from mmerge.workers.methods.locate import SumParameters
+from mmerge.workers.methods.locate_then_merge import SumParameters
 from mmerge.workers.methods.ties import TiesExpertParameters, TiesParameters
 from mmerge.workers.reconstruction.build_reader import BuildReader
 

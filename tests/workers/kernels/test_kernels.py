@@ -5,7 +5,6 @@ special values.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,25 +15,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from input_blocks import make_block
 
-from mmerge.manifests.format.safetensors_header import TensorSpec
 from mmerge.workers.checkpoints.block_reader import InputBlock
 from mmerge.workers.checkpoints.dtypes import (
-    SAFETENSORS_DTYPES,
     TORCH_DTYPES,
     to_bytes,
     with_one_nan,
 )
-from mmerge.workers.checkpoints.sources import TensorSource
-from mmerge.workers.compiled.inner_products import VECTORS, measure_gram
-from mmerge.workers.compiled.interface import FastPath, MaskPath, PathRequest
-from mmerge.workers.compiled.registry import FAST_PATHS, find_fast_path
+from mmerge.workers.compiled.inner_products import sum_vector_products
+from mmerge.workers.compiled.interface import (
+    CompiledPass,
+    MaskPass,
+    PassRequest,
+    find_compiled_pass,
+)
 from mmerge.workers.kernels import tiles as kernels
 from mmerge.workers.kernels.magnitudes import first_non_finite
 from mmerge.workers.methods import find_method, method_names
-from mmerge.workers.methods.interface import Block, Known, MergedBlock, Method, num_columns
+from mmerge.workers.methods.interface import Block, MergedBlock, Method, TensorFacts, num_columns
 from mmerge.workers.reconstruction.bitmask import pack_mask, packed_bytes
 from mmerge.workers.statistics.exact_sums import exact_sum, to_sum
-from mmerge.workers.task import TensorTask
 
 DTYPES = ("BF16", "F16", "F32")
 SPECIAL = (
@@ -92,6 +91,17 @@ PARAMETERS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "della": [
         ({"density": 0.4, "epsilon": 0.3}, {"weight": 0.3}),
         ({"rescale": "none", "zero_sign": "positive"}, {"density": 1.0}),
+        ({"density": 0.6, "epsilon": 0.1}, {"epsilon": 0.35}),
+    ],
+    "tall_masks": [
+        ({"mask_scale": 0.4}, {}),
+        ({"multi_task": "ties", "zero_sign": "majority"}, {"mask_scale": 0.9}),
+    ],
+    "emr": [({}, {})],
+    "consensus": [
+        ({"agreement": 2, "scale": 0.7}, {}),
+        ({"agreement": 1, "multi_task": "ties", "zero_sign": "positive"}, {"mask_scale": 0.2}),
+        ({"agreement": 0}, {}),
     ],
     "sce": [
         ({"select_topk": 0.3}, {}),
@@ -122,28 +132,9 @@ def make_rows(dtypes: list[str], size: int, seed: int, *, special: bool) -> list
 
 
 def make_request(
-    parameters: Any,
-    experts: list[Any],
-    thresholds: Sequence[float],
-    dtype: str,
-    base: torch.Tensor,
-    known: Known,
-) -> PathRequest:
-    spec = TensorSpec(
-        "weight", SAFETENSORS_DTYPES[base.dtype], tuple(base.shape), 0, base.numel() * base.itemsize
-    )
-    source = TensorSource("memory://none", "model.safetensors", spec)
-    num_rows = base.shape[0]
-    tensor = TensorTask("weight", 0, num_rows, num_rows, source, (source,) * len(experts))
-    return PathRequest(
-        parameters,
-        experts,
-        thresholds,
-        known,
-        tensor,
-        tuple(f"expert{index}" for index in range(len(experts))),
-        dtype,
-    )
+    method: Method, parameters: Any, experts: list[Any], facts: TensorFacts, dtype: str
+) -> PassRequest:
+    return PassRequest(method, parameters, experts, facts, 0, dtype)
 
 
 def make_reference(
@@ -175,8 +166,8 @@ def make_reference(
         measured = method.measure_block(block, parameters, experts, stage=stage.name)
         block = replace(
             block,
-            known={
-                **block.known,
+            measured={
+                **block.measured,
                 **{name: (exact_sum(found),) for name, found in measured.items()},
             },
         )
@@ -193,7 +184,7 @@ def cut(block: InputBlock, start: int, stop: int) -> InputBlock:
 
 
 def run_path(
-    path: FastPath, block: InputBlock, width: int, num_masks: int, columns: int
+    path: CompiledPass, block: InputBlock, width: int, num_masks: int, columns: int
 ) -> tuple[bytes, np.ndarray[Any, Any]] | None:
     """What a path makes of the tensor in two blocks, None where it declines."""
     step = columns if path.by_row else kernels.TILE_ENTRIES
@@ -249,12 +240,7 @@ def test_a_path_gives_the_bytes_of_the_method(
     parameters = method.parameters_model.model_validate(numbers[0])
     experts = [method.expert_parameters_model.model_validate(numbers[1]) for _ in rows[1:]]
     found_block, wanted = make_reference(method, rows, dtype, parameters, experts)
-    path = find_fast_path(
-        name,
-        make_request(
-            parameters, experts, found_block.thresholds, dtype, rows[0], found_block.known
-        ),
-    )
+    path = find_compiled_pass(make_request(method, parameters, experts, found_block.facts, dtype))
     assert path is not None
     width, num_masks = TORCH_DTYPES[dtype].itemsize, len(experts) if method.kind == "masks" else 0
     found = run_path(path, make_block(rows), width, num_masks, num_columns(rows[0].shape))
@@ -264,25 +250,25 @@ def test_a_path_gives_the_bytes_of_the_method(
     out, masks = found
     assert out == bytes(to_bytes(with_one_nan(wanted.values)))
     deltas = found_block.task_vectors()
-    if not isinstance(path, MaskPath):
+    if not isinstance(path, MaskPass):
         return
     for row, mask in zip(masks, wanted.masks, strict=True):
         assert row.tobytes() == bytes(to_bytes(pack_mask(mask)))
     n = len(deltas)
-    assert path.counts[0, :n].tolist() == [int((delta != 0).sum()) for delta in wanted.trimmed]
-    assert path.counts[1, :n].tolist() == [
+    assert path.statistics.kept.tolist() == [int((delta != 0).sum()) for delta in wanted.trimmed]
+    assert path.statistics.agreeing.tolist() == [
         int(((delta.sign() == wanted.sign) & (wanted.sign != 0)).sum()) for delta in wanted.trimmed
     ]
-    assert path.counts[2, :n].tolist() == [int(mask.sum()) for mask in wanted.masks]
+    assert path.statistics.masked.tolist() == [int(mask.sum()) for mask in wanted.masks]
     votes = torch.stack(list(wanted.masks)).sum(dim=0)
-    assert path.counts[3].tolist() == torch.bincount(votes, minlength=n + 1).tolist()
-    assert path.overlaps.tolist() == [
+    assert path.statistics.consensus.tolist() == torch.bincount(votes, minlength=n + 1).tolist()
+    assert path.statistics.overlaps.tolist() == [
         int((one & other).sum()) for one, other in itertools.combinations(wanted.masks, 2)
     ]
     squares = [
         kernels.add_squares(0.0, values.float().numpy()) for values in [*deltas, wanted.values]
     ]
-    np.testing.assert_array_equal(path.squares, squares)
+    np.testing.assert_array_equal(path.statistics.squares, squares)
 
 
 @pytest.mark.parametrize("num_experts", [1, 3, 7, 9])
@@ -293,16 +279,17 @@ def test_votes_of_any_number_of_experts_are_counted(num_experts: int) -> None:
     parameters = method.parameters_model.model_validate({"mask_scale": 0.3})
     experts = [method.expert_parameters_model() for _ in rows[1:]]
     block, wanted = make_reference(method, rows, "BF16", parameters, experts)
-    path = find_fast_path(
-        "mmer", make_request(parameters, experts, block.thresholds, "BF16", rows[0], {})
-    )
-    assert isinstance(path, MaskPath)
+    path = find_compiled_pass(make_request(method, parameters, experts, block.facts, "BF16"))
+    assert isinstance(path, MaskPass)
     found = run_path(path, make_block(rows), 2, num_experts, size)
     assert found is not None
     assert found[0] == bytes(to_bytes(wanted.values))
     votes = torch.stack(list(wanted.masks)).sum(dim=0)
-    assert path.counts[3].tolist() == torch.bincount(votes, minlength=num_experts + 1).tolist()
-    assert path.overlaps.tolist() == [
+    assert (
+        path.statistics.consensus.tolist()
+        == torch.bincount(votes, minlength=num_experts + 1).tolist()
+    )
+    assert path.statistics.overlaps.tolist() == [
         int((one & other).sum()) for one, other in itertools.combinations(wanted.masks, 2)
     ]
 
@@ -318,9 +305,7 @@ def test_ties_are_taken_by_position_where_both_counts_end_within_tiles() -> None
     parameters = method.parameters_model.model_validate({"density": 0.45, "gamma": 0.1})
     experts = [method.expert_parameters_model() for _ in rows[1:]]
     block, wanted = make_reference(method, rows, "BF16", parameters, experts)
-    path = find_fast_path(
-        "breadcrumbs", make_request(parameters, experts, (), "BF16", rows[0], block.known)
-    )
+    path = find_compiled_pass(make_request(method, parameters, experts, block.facts, "BF16"))
     assert path is not None
     found = run_path(path, make_block(rows), 2, 0, size)
     assert found is not None
@@ -353,8 +338,10 @@ def test_a_compiled_stage_finds_the_sums_of_the_methods_own_quantities(
     parameters = method.parameters_model.model_validate(numbers)
     experts = [method.expert_parameters_model() for _ in rows[1:]]
     wanted, _ = make_reference(method, rows, "BF16", parameters, experts)
-    vectors = VECTORS[name, "gram"](parameters, len(experts))
-    found = measure_gram(
+    (stage,) = method.stages(parameters, experts)
+    vectors = stage.products
+    assert vectors is not None
+    found = sum_vector_products(
         vectors,
         [
             cut(make_block(rows), *span)
@@ -362,13 +349,14 @@ def test_a_compiled_stage_finds_the_sums_of_the_methods_own_quantities(
             if span[0] < span[1]
         ],
     )
-    assert found.keys() == wanted.known.keys()
+    assert found.keys() == wanted.measured.keys()
     for quantity, counts in found.items():
-        np.testing.assert_equal(to_sum(counts), wanted.known[quantity][0])
+        np.testing.assert_equal(to_sum(counts), wanted.measured[quantity][0])
 
 
 def test_every_path_has_numbers_to_be_tried_with_and_belongs_to_a_method() -> None:
-    assert set(FAST_PATHS) == set(PARAMETERS) <= set(method_names())
+    compiled = {name for name in method_names() if find_method(name).compiled_pass}
+    assert compiled == set(PARAMETERS)
 
 
 def test_weights_that_cancel_take_the_method_itself() -> None:
@@ -376,11 +364,9 @@ def test_weights_that_cancel_take_the_method_itself() -> None:
     experts = [
         method.expert_parameters_model.model_validate({"weight": weight}) for weight in (1.0, -1.0)
     ]
+    facts = TensorFacts("weight", (3,), (), ("a", "b"), {})
     assert (
-        find_fast_path(
-            "linear",
-            make_request(method.parameters_model(), experts, (), "BF16", torch.zeros(3), {}),
-        )
+        find_compiled_pass(make_request(method, method.parameters_model(), experts, facts, "BF16"))
         is None
     )
 

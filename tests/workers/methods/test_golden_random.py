@@ -21,7 +21,7 @@ from golden_cases import (
 )
 from one_tensor import merge_tensor
 
-from mmerge.workers.methods.della import keep_probabilities
+from mmerge.workers.methods.locate_rules import keep_probabilities
 
 NUM_DRAWS = 200
 

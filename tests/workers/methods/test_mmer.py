@@ -7,9 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmerge.workers.methods.combine_rules import disjoint_merge, elect_sign
 from mmerge.workers.methods.interface import Block, MergedBlock
-from mmerge.workers.methods.mmer import Mmer, MmerExpertParameters, MmerParameters, decouple
-from mmerge.workers.methods.ties import disjoint_merge, elect_sign, trim
+from mmerge.workers.methods.locate_rules import trim
+from mmerge.workers.methods.mask_rules import decouple
+from mmerge.workers.methods.mmer import Mmer, MmerExpertParameters, MmerParameters
 from mmerge.workers.statistics.order_statistics import exact_threshold
 
 
