@@ -132,8 +132,9 @@ def main() -> None:
 
 
 def _output_bytes(name: str, model_bytes: int, *, again: bool = False) -> int:
-    """Return what a build writes: a model, or for MMER τ⋆, three masks of a bit per entry, and the
-    base, which is shared by builds.
+    """Return the bytes that a build writes.
+
+    A plain build writes one model; MMER writes τ⋆, three masks of one bit per entry, and the base.
     """
     if not name.startswith("mmer"):
         return model_bytes
@@ -170,8 +171,9 @@ def _parse() -> argparse.Namespace:
 
 
 def _prepare(paths: list[Path]) -> None:
-    """Bring memory and inputs to the state in which every run begins: the first touch after a pause
-    was seen to take many times as long.
+    """Touch memory and read the inputs, so that every run starts in the same state.
+
+    On a virtual machine the first touch after a pause can take many times as long as a later one.
     """
     touch_free_memory(TOUCHED_BYTES)
     _read_all(paths)
@@ -187,8 +189,9 @@ def _read_all(paths: list[Path]) -> None:
 
 
 def measure_floor(paths: list[Path], output_bytes: int, work: Path) -> tuple[float, float]:
-    """Return wall and CPU seconds to read all inputs and write an output of one model's size, by
-    two threads, nothing computed.
+    """Return wall and CPU seconds of the I/O bound.
+
+    Two threads read all inputs and write an output of one model's size, with nothing computed.
     """
     files = [file for path in paths for file in path.glob("*.safetensors")]
     target = work / "floor.bin"
@@ -269,9 +272,7 @@ def run_ours(name: str, paths: list[Path], work: Path, *more: str) -> Measured:
 
 
 def run_again(name: str, paths: list[Path], work: Path, change: str) -> tuple[Measured, str]:
-    """Return what a second build with another number takes, and what it says about the bytes it
-    read.
-    """
+    """Return the cost of a rebuild with another parameter, and its report of bytes read."""
     output = Path(tempfile.mkdtemp(dir=work))
     try:
         _run_recipe(_recipe(name, paths, output, {}), work, paths)

@@ -1,5 +1,6 @@
-"""Measure a composite at work: loading, prefill and decoding beside the dense base model, memory
-beside separate models.
+"""Measure a composite model: loading, prefill, decoding and memory.
+
+The references are a raw read, the dense base model, and separate models.
 
     python benchmarks/bench_composite.py --shape 300m
     python benchmarks/bench_composite.py --shape 300m --dtype float32 --out build/composite.json
@@ -115,9 +116,7 @@ less.
 
 
 def print_limits(results: dict[str, Any]) -> None:
-    """Print every promised ratio that was measured, of time on the clock and of CPU time, and
-    whether it is kept.
-    """
+    """Print every ratio that has a limit, for wall and CPU time, and whether it is met."""
     for name, limit in LIMITS.items():
         for key in (name, name.replace("wall_ratio", "cpu_ratio")):
             if key in results:
@@ -210,8 +209,9 @@ def fresh_memory(num_bytes: int, *, large_pages: bool) -> Any:
 def read_raw(
     uri: str, rows: Sequence[Any], *, num_threads: int, large_pages: bool, digest: bool = False
 ) -> list[Any]:
-    """Read byte ranges of a local store, each by one `readv` into fresh memory, with their digests
-    if asked.
+    """Read byte ranges of a local store into fresh memory, with digests if asked.
+
+    Each range is read by one `readv`.
     """
 
     def read(row: Any) -> Any:
@@ -233,8 +233,9 @@ def read_raw(
 
 
 def load_plain(folder: Path) -> dict[str, Any]:
-    """Read a checkpoint with safetensors into memory of its own: what `load_file` returns lies in
-    mapped files, not read yet.
+    """Read a checkpoint with safetensors into its own memory.
+
+    `load_file` alone returns mapped files that have not been read yet.
     """
     return {
         name: tensor.clone()
@@ -244,8 +245,9 @@ def load_plain(folder: Path) -> dict[str, Any]:
 
 
 def load_by_transformers(folder: Path) -> Any:
-    """Load a checkpoint with transformers, and touch each page of what it only maps: the weights
-    are there then, as ours are.
+    """Load a checkpoint with transformers and touch each mapped page.
+
+    Afterwards the weights are in memory, as they are after `load_composite`.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     for value in model.parameters():
@@ -256,8 +258,7 @@ def load_by_transformers(folder: Path) -> Any:
 def measure_loading(
     uri: str, method: str, state: str, folder: Path, rounds: int
 ) -> dict[str, float]:
-    """Loading against reading the same ranges, and against safetensors and transformers for a plain
-    checkpoint.
+    """Compare loading with a raw read, and with safetensors and transformers.
 
     The raw side reads into fresh memory, as the loader does, in ordinary and in huge pages; each
     with 1, 2 and 4 threads, of which the best counts.
@@ -310,8 +311,9 @@ def measure_loading(
 def measure_speed(
     uri: str, base: Path, dtype: torch.dtype, num_tokens: int, rounds: int
 ) -> dict[str, float]:
-    """Prefill of text and every modality, and one decoded token behind it, against the dense base
-    model.
+    """Compare prefill and one decoded token with the dense base model.
+
+    The prompt has tokens of text and of every modality.
     """
     dense = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
     ids = torch.arange(-1, NUM_EXPERTS).repeat_interleave(num_tokens)[None]

@@ -1,5 +1,6 @@
-"""Measure whole-matrix methods beside a plain loop of torch over the same tensors: the same
-arithmetic, on as many threads.
+"""Measure whole-matrix methods beside a plain torch loop with the same arithmetic.
+
+Both use the same tensors and the same number of threads.
 
     python benchmarks/bench_matrix.py
     python benchmarks/bench_matrix.py --hidden 2048 --ffn 5632 --methods iso_c swudi
@@ -109,9 +110,7 @@ def _parse() -> argparse.Namespace:
 
 
 class _Sides:
-    """An executor of this process: every merge task, and beside it the plain loop over the task's
-    tensors, in turn.
-    """
+    """An executor that runs every merge task and the plain loop over its tensors in turn."""
 
     def __init__(
         self,
@@ -335,8 +334,9 @@ PLAIN: Mapping[str, Callable[..., torch.Tensor]] = {
 
 
 def measure_batches(hidden: int, repeat: int) -> None:
-    """Print the CPU seconds of one call for three square matrices, beside three calls, on one
-    thread: the fastest of several turns.
+    """Print the CPU seconds of one call for three square matrices and of three calls.
+
+    One thread, the fastest of several rounds.
     """
     stack = torch.randn(3, hidden, hidden, generator=torch.Generator().manual_seed(0))
     symmetric = stack @ stack.transpose(1, 2)

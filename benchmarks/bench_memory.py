@@ -1,5 +1,6 @@
-"""Measure the peak memory of builds, all processes together: of a model, of one with four times the
-layers, of one tensor of 4 GB.
+"""Measure the peak memory of builds, all processes together.
+
+Shapes: a model, one with four times the layers, one with a tensor of 4 GB.
 
     python benchmarks/bench_memory.py
     python benchmarks/bench_memory.py --shapes one-tensor --methods mmer_model

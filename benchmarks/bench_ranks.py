@@ -1,5 +1,6 @@
-"""Measure what each rank of a composite reads and how much memory it takes: torchrun on this
-machine, gloo.
+"""Measure the bytes read and the memory held by each rank of a composite model.
+
+Ranks are started by torchrun on this machine, with gloo.
 
     python benchmarks/bench_ranks.py --shape 1.1b-2layers --ranks 1 2 4
 

@@ -1,5 +1,6 @@
-"""Measure what Ray costs on one node: builds on a local cluster of one node against `serial`, the
-cluster's start excepted.
+"""Measure the overhead of Ray: a local cluster of one node against `serial`.
+
+The start of the cluster is reported separately.
 
     python benchmarks/bench_ray_overhead.py --shape 1.1b --repeats 5 --forecast
     python benchmarks/bench_ray_overhead.py --shape 1.1b --inputs build/bench/1.1b/inputs --out
@@ -36,9 +37,7 @@ TICK = os.sysconf("SC_CLK_TCK")
 
 @dataclass
 class Build:
-    """One measured build: seconds of wall, of CPU in all processes, and what its record says of
-    each phase.
-    """
+    """One measured build: wall seconds, CPU seconds of all processes, and its run record."""
 
     wall_s: float
     cpu_s: float
@@ -238,8 +237,9 @@ def make_row(builds: dict[str, list[Build]], options: argparse.Namespace) -> dic
 def forecast(
     plan: Any, builds: list[Build], options: argparse.Namespace, task_seconds: float
 ) -> dict[str, Any]:
-    """Return how far the simulation is from each run, with the rates of that run and with those of
-    the run before it.
+    """Return the relative error of the simulation for each run.
+
+    Once with the rates of that run, once with those of the run before it.
     """
     from mmerge.pipeline.build.simulation import simulate, to_rates
     from mmerge.pipeline.execution.simulated_cluster import Nodes

@@ -1,5 +1,6 @@
-"""How long a rebuild takes when one expert changed in one layer: python benchmarks/bench_rebuild.py
-[--layers 16] [--hidden 1024].
+"""Measure a rebuild after one expert changed in one layer.
+
+Usage: python benchmarks/bench_rebuild.py [--layers 16] [--hidden 1024].
 
 Writes a synthetic base and three experts, builds, changes one tensor of one expert, builds again,
 and lists what was written.

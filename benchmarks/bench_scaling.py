@@ -1,5 +1,6 @@
-"""Simulate builds of 7B, 70B and 400B models on 1 to 256 nodes: plans over headers of files without
-contents, no cluster.
+"""Simulate builds of 7B, 70B and 400B models on 1 to 256 nodes.
+
+Plans read headers of files without contents; no cluster is needed.
 
 Prints a table, and with --plot writes the curves as SVG.
 """
@@ -23,9 +24,7 @@ NODE_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 def write_headers(path: Path, shape: dict[str, int]) -> None:
-    """Write checkpoint files of a LLaMA-like model in bfloat16, one per layer, whose data are holes
-    on the disk.
-    """
+    """Write sparse checkpoint files of a LLaMA-like model, bfloat16, one per layer."""
     hidden, ffn, kv, vocab = shape["hidden"], shape["ffn"], shape["kv"], shape["vocab"]
     path.mkdir()
     files: list[dict[str, tuple[int, ...]]] = [

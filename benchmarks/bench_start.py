@@ -1,5 +1,4 @@
-"""Measure what a user waits for before anything happens: `mmerge --help`, and `mmerge plan` on the
-layout of a 70B model.
+"""Measure start-up: `mmerge --help`, and `mmerge plan` on the layout of a 70B model.
 
 The checkpoints are sparse files with true headers: they take no room on the disk, and a plan reads
 nothing else.

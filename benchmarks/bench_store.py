@@ -1,5 +1,6 @@
-"""Throughput to a real S3 server and back, ours beside the library alone: python
-benchmarks/bench_store.py [--mib 512] [--server ceph|moto|URI].
+"""Measure throughput to and from a real S3 server, beside the library alone.
+
+Usage: python benchmarks/bench_store.py [--mib 512] [--server ceph|moto|URI].
 
 With `ceph` (the default) a Ceph object gateway on this machine is started and stopped (Debian:
 radosgw, ceph-mon, ceph-osd, ceph-common). A URI measures the store that it names, with credentials

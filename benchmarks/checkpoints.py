@@ -1,5 +1,6 @@
-"""Synthetic checkpoints of a LLaMA shape: a base and experts near it, bfloat16, written once and
-used again.
+"""Synthetic checkpoints of a LLaMA shape: a base and experts near it, bfloat16.
+
+They are written once and reused.
 """
 
 from __future__ import annotations
@@ -92,9 +93,7 @@ SHAPES = {
 
 
 def make_checkpoints(folder: Path, shape: Shape, *, num_experts: int) -> list[Path]:
-    """Return the folders of base and experts below `folder`; what is there already is left as it
-    is.
-    """
+    """Return the folders of base and experts below `folder`; existing files are kept."""
     paths = [folder / "base", *(folder / f"expert{index}" for index in range(num_experts))]
     missing = [path for path in paths if not (path / "config.json").exists()]
     if missing:

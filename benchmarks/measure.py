@@ -17,8 +17,9 @@ SAMPLE_SECONDS = 0.02
 
 
 def plain_environment() -> dict[str, str]:
-    """Return this process's environment, in which Python keeps what it compiled: otherwise every
-    start compiles all modules anew.
+    """Return this process's environment with bytecode caching enabled.
+
+    Without the cache every start compiles all modules again.
     """
     return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
@@ -38,8 +39,7 @@ class Measured:
 
 
 def touch_free_memory(num_bytes: int, *, large_pages: bool = False) -> None:
-    """Write to so many bytes of memory and give them back: what runs next then gets pages that the
-    machine really has.
+    """Write to `num_bytes` of memory and free it, so that the next run gets backed pages.
 
     A virtual machine hands memory that is free for some seconds back to its host; the first write
     to it afterwards was seen to take ten times as long, and would be counted as the writing of the

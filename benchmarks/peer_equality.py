@@ -1,5 +1,6 @@
-"""Run the same YAML with mergekit and with mmerge on the lab's base and experts, and compare the
-outputs entry by entry.
+"""Compare mergekit and mmerge on the same YAML, entry by entry.
+
+Inputs are the lab's base and experts.
 
 mergekit is a program of its own in an environment of its own (`make bench-peers` makes it); nothing
 of it is imported. Both compute in float32 and write the dtype asked for. Entries that a sort of
@@ -46,9 +47,7 @@ FILTERED = [
 
 @dataclass(frozen=True)
 class Result:
-    """One method in one dtype: how far the two outputs are apart, on the entries that no sort of
-    equals decides.
-    """
+    """Distances of one method in one dtype, entries decided by a sort of ties left out."""
 
     label: str
     dtype: str
@@ -125,8 +124,9 @@ def make_configs() -> dict[str, dict[str, Any]]:
 
 
 def write_language_models(folder: Path) -> None:
-    """Write the base and each expert's language model, under the base's names and with its rows:
-    what a text-only tool can read.
+    """Write the base and each expert's language model for a text-only tool.
+
+    Experts get the base's tensor names and number of rows.
     """
     base = Checkpoint(str(LAB / "base"), owner="base")
     shapes = {name: source.spec.shape for name, source in base.tensors.items()}
@@ -156,8 +156,7 @@ Tensors = dict[str, torch.Tensor]
 def compare(
     theirs: Tensors, ours: Tensors, *, models: list[Tensors], tied: Tensors, label: str, dtype: str
 ) -> Result:
-    """Return the distances between two checkpoints made from `models`, entries marked in `tied`
-    left out.
+    """Return the distances between two checkpoints, entries marked in `tied` left out.
 
     Raises:
         ValueError: their tensors or dtypes differ.
@@ -196,8 +195,9 @@ def compare(
 
 
 def to_ordered(values: torch.Tensor) -> torch.Tensor:
-    """Return the numbers as integers, flat, in which neighbours of their dtype differ by one; both
-    zeros are 0.
+    """Return values as flat integers in which adjacent numbers of their dtype differ by 1.
+
+    Both zeros are 0.
     """
     bits = (
         values.reshape(-1)
@@ -209,8 +209,9 @@ def to_ordered(values: torch.Tensor) -> torch.Tensor:
 
 
 def find_ties(config: dict[str, Any], models: dict[str, Tensors]) -> Tensors:
-    """Return by tensor the entries whose selection hangs on the order of equal magnitudes (of a
-    whole tensor for SCE's weights).
+    """Return by tensor the entries whose selection depends on the order of equal magnitudes.
+
+    For SCE these are all entries of the tensor, because its weights depend on the selection.
     """
     method, names = config["merge_method"], [entry["model"] for entry in config["models"]]
     base = models.get(config.get("base_model", ""), {})
@@ -235,8 +236,9 @@ def find_ties(config: dict[str, Any], models: dict[str, Tensors]) -> Tensors:
 
 
 def border(values: torch.Tensor, count: int, *, tolerance: float = 0.0) -> torch.Tensor:
-    """Return the entries equal to the smallest of the `count` largest, where not all such entries
-    are among them.
+    """Return the entries equal to the smallest of the `count` largest.
+
+    Empty where all entries of that value are among the `count` largest.
     """
     if not 0 < count < values.numel():
         return torch.zeros(values.shape, dtype=torch.bool)
@@ -343,8 +345,9 @@ def to_page(results: list[Result], version: str) -> str:
 
 
 def main() -> int:
-    """Compare, write the table, and return 1 where outputs in bfloat16, the lab's dtype, are
-    further apart than one unit in the last place.
+    """Compare, write the page, and return 1 if outputs in bfloat16 differ too much.
+
+    The limit is one unit in the last place in bfloat16, the lab's dtype.
     """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

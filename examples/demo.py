@@ -57,9 +57,7 @@ console = Console(soft_wrap=True)
 
 @dataclass(frozen=True)
 class Score:
-    """One cell of the retention table: accuracy on one held-out task, and its ratio to the original
-    expert's.
-    """
+    """One cell of the retention table: accuracy on one task, and its ratio to the expert's."""
 
     method: str
     task: str
@@ -158,8 +156,9 @@ def ask(composite: Composite) -> None:
 
 
 def score_experts(num_examples: int) -> list[Score]:
-    """Return the accuracies of the original experts and of every method's export, all loaded by
-    transformers alone.
+    """Return the accuracies of the original experts and of every method's export.
+
+    All checkpoints are loaded by transformers alone.
     """
     scores: list[Score] = []
     for modality in tasks.MODALITIES:
@@ -242,8 +241,9 @@ def draw_retention(scores: list[Score], path: Path) -> None:
 
 
 def score_mixed(composite: Composite, num_examples: int) -> list[dict[str, Any]]:
-    """Return accuracies on prompts with two to four real media: the composite's, and each single
-    expert's, which sees its own medium alone.
+    """Return accuracies on prompts with two to four real inputs.
+
+    Those of the composite model, and of each single expert, which sees only its own modality.
     """
     rows = []
     experts = {

@@ -51,9 +51,7 @@ def find_available(checkpoints: Path) -> set[str]:
 
 
 def encode_all(place: Place, available: set[str]) -> tuple[str, ...]:
-    """Encode every medium of every set once, by each expert that will read it, and keep the
-    embeddings; return the files.
-    """
+    """Encode every input of every set once per expert that reads it; return the files."""
     modalities = tuple(m for m in EXPECTED[:4] if m in available)
     groups = set_names(modalities)
     seeded = {

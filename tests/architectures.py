@@ -1,5 +1,6 @@
-"""Tiny random composites of real transformers classes, and a naive model of them: token by token,
-without cache or padding.
+"""Tiny random composite models of real transformers classes, and a naive model.
+
+The naive model computes token by token, without cache or padding.
 """
 
 from __future__ import annotations
@@ -79,8 +80,9 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def make_model(architecture: str, *, seed: int = 0, **sizes: Any) -> Any:
-    """A tiny model of a real class, every parameter random: biases and norms too, which are 0 and 1
-    in a new model.
+    """Return a tiny model of a real class with every parameter random.
+
+    Biases and norms too, which are 0 and 1 in a new model.
     """
     config = transformers.AutoConfig.for_model(
         architecture, **(_SIZES | _OWN[architecture] | sizes)
@@ -211,8 +213,9 @@ class NaiveLinear(nn.Module):
 
 
 class Naive:
-    """The composite written out: every modality's weights formed from the stored bytes, every token
-    multiplied alone.
+    """The naive composite model: every token multiplied alone.
+
+    Each modality's weights are formed explicitly from the stored bytes.
     """
 
     def __init__(self, uri: str, architecture: str, **sizes: Any) -> None:
@@ -273,9 +276,7 @@ class Naive:
     def logits(
         self, embeds: torch.Tensor, ids: list[int], answer: Sequence[int] = ()
     ) -> torch.Tensor:
-        """Return the logits [tokens, vocabulary] of a prompt and the text tokens behind it, in one
-        pass without a cache.
-        """
+        """Return logits [tokens, vocabulary] of a prompt and following text, in one pass."""
         self.ids[:] = [*ids, *[-1] * len(answer)]
         tail = self.model.get_input_embeddings()(torch.tensor(list(answer), dtype=torch.long))
         logits: torch.Tensor = self.model(

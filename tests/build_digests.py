@@ -152,9 +152,7 @@ def _write(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any
 
 
 def describe(raw: dict[str, Any], folder: Path) -> dict[str, str]:
-    """Run a recipe and return the digests of its build: its name, its objects' keys, and what they
-    hold.
-    """
+    """Run a recipe and return the digests of its build: name, object keys, contents."""
     manifest = run(make_plan(parse_recipe(raw, folder=folder))).manifest
     assert manifest is not None
     entries = [entry.model_dump(mode="json") for entry in manifest.entries]

@@ -1,6 +1,4 @@
-"""Fixtures that several folders of tests share: tiny checkpoints in the real layouts, recipes over
-them.
-"""
+"""Shared fixtures: tiny checkpoints in real layouts, recipes over them, store servers."""
 
 from __future__ import annotations
 
@@ -106,8 +104,9 @@ class Lab:
         return self.write("base", self.base, self.config)
 
     def expert_tensors(self, seed: int, *, extra_rows: int = 2) -> dict[str, torch.Tensor]:
-        """The base with random changes, in the names of a LLaVA checkpoint, with a connector and
-        added vocabulary rows.
+        """Return the base with random changes, in the tensor names of a LLaVA checkpoint.
+
+        With a connector and added vocabulary rows.
         """
         generator = torch.Generator().manual_seed(1000 + seed)
         tensors = {}
@@ -176,9 +175,7 @@ def lab_checkpoints() -> Path:
 
 @pytest.fixture(scope="session")
 def lab_store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A store with composites of the trained experts: `mmer`, and `naive_mc` of kind plain. Not to
-    be changed.
-    """
+    """Return a read-only store with builds of the trained experts by `mmer` and `naive_mc`."""
     folder = tmp_path_factory.mktemp("lab") / "store"
     for method in ("mmer", "naive_mc"):
         raw = yaml.safe_load(
@@ -200,8 +197,9 @@ class StoreServers:
         self._folder, self._stack, self._running = folder, ExitStack(), dict[str, dict[str, str]]()
 
     def environment(self, name: str) -> dict[str, str]:
-        """The variables that a client of this server needs. Skips the test where the server is not
-        installed.
+        """Return the variables that a client of this server needs.
+
+        Skips the test if the server is not installed.
         """
         start, is_there, reason = SERVERS[name]
         if not is_there():

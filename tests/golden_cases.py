@@ -29,9 +29,7 @@ _numbers = itertools.count()
 
 
 def cases(*methods: str) -> Any:
-    """Return the decorator that runs a test once for every case of these methods; informational
-    ones are no test.
-    """
+    """Return the decorator that runs a test once per case; informational cases are left out."""
     selected = [
         case
         for case in MANIFEST["cases"]
@@ -100,8 +98,7 @@ def base_of(case: Case) -> torch.Tensor:
 def build(
     case: Case, method: str, *, experts: Sequence[dict[str, Any]] | None = None, **keys: Any
 ) -> tuple[BuildReader, RunReport]:
-    """Run the whole pipeline on the inputs of a case, in a store of this process, and open what it
-    built.
+    """Run the whole pipeline on the inputs of a case, in memory, and open the build.
 
     `keys` are keys of the recipe, `experts` those of each expert.
     """

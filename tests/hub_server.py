@@ -1,5 +1,6 @@
-"""A model hub of one process: what huggingface_hub asks of it to list, download and commit, over
-files in memory.
+"""A model hub in one process: list, download and commit for huggingface_hub.
+
+Files are in memory.
 """
 
 from __future__ import annotations

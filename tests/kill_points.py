@@ -1,5 +1,6 @@
-"""A run in a process of its own that kills itself at a given wait for the disk: exact points, and
-no start-up to pay.
+"""A run in a forked process that kills itself at a chosen wait for the disk.
+
+Kill points are exact, and forking avoids the start-up.
 """
 
 from __future__ import annotations

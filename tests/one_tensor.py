@@ -1,6 +1,4 @@
-"""One tensor merged by a method in memory, with the stages and thresholds that the pipeline would
-find for it alone.
-"""
+"""One tensor merged by a method in memory, with its stages and thresholds."""
 
 from __future__ import annotations
 
@@ -33,9 +31,7 @@ def merge_tensor(
     names: Sequence[str] | None = None,
     name: str = "w",
 ) -> tuple[MergedBlock, tuple[float, ...] | None]:
-    """Return what a method makes of a float32 tensor that is the whole model, and the rescalers of
-    its masks.
-    """
+    """Return a method's result for a float32 tensor as the whole model, and rescalers."""
     method = find_method(method_name)
     parameters = method.parameters_model.model_validate(raw or {})
     numbers = [

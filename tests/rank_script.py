@@ -1,6 +1,4 @@
-"""Run by torchrun, one process per rank: load a composite together, compute, and let rank 0 write
-what was found.
-"""
+"""Script for torchrun: load a composite model on all ranks, compute, write from rank 0."""
 
 from __future__ import annotations
 

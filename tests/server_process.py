@@ -1,6 +1,4 @@
-"""What the servers of tests have in common: a free port, a wait, an end by pid, and a bucket of an
-S3 server.
-"""
+"""Helpers for test servers: a free port, waiting, ending by pid, an S3 bucket."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""A real OpenStack Swift with its S3 face (s3api): one proxy and one server each for accounts,
-containers and objects.
+"""An OpenStack Swift server with its S3 API (s3api), one process per service.
 
 Its create (`If-None-Match: *`) looks first and writes later, so several writers at once can all
 succeed.
@@ -114,8 +113,9 @@ def keeps_attributes() -> bool:
 
 @contextmanager
 def swift_server(folder: Path) -> Iterator[dict[str, str]]:
-    """Start Swift with its state in a folder, and end its four processes by their pids. Yields what
-    an S3 client needs.
+    """Run Swift with its state in a folder; yield the variables that an S3 client needs.
+
+    Its four processes are ended by their pids.
     """
     python = find_swift()
     assert python is not None

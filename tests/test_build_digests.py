@@ -1,6 +1,4 @@
-"""Stored objects stay what they were: committed digests of reference builds, and a store that an
-earlier version wrote.
-"""
+"""Stored objects keep their digests, and stores of an earlier version stay readable."""
 
 from __future__ import annotations
 
@@ -34,8 +32,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def old_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with builds of `make_checkpoints` by mmer, emr and ties, written by version 0.1
-    before its redesign.
+    """Return a store written by version 0.1 before its redesign.
+
+    It has builds of `make_checkpoints` by mmer, emr and ties.
     """
     path = tmp_path_factory.mktemp("old")
     with tarfile.open(DATA / "store-0.1.tar.gz") as archive:

@@ -1,5 +1,6 @@
-"""Run with TRITON_INTERPRET=1, or on a CUDA device: compare the Triton kernel with the plain torch
-reference, bit by bit.
+"""Compare the Triton kernel with the plain torch reference, bit by bit.
+
+Run with TRITON_INTERPRET=1, or on a CUDA device.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""MMER without one of its parts, as merge methods of their own: registered here, for they are for
-measuring alone.
-"""
+"""Ablations of MMER as merge methods, registered for measurements only."""
 
 from __future__ import annotations
 
@@ -32,8 +30,9 @@ def without_significance(
 
 
 def euclidean(trimmed: torch.Tensor, merged: torch.Tensor, mask_scale: float) -> torch.Tensor:
-    """The mask whose m∘τ⋆ is nearest to τᵢ by Euclidean distance. No mask scale: each bit is set
-    where that shortens the distance.
+    """Return the mask whose m∘τ⋆ is nearest to τᵢ by Euclidean distance.
+
+    There is no mask scale: each bit is set where that reduces the distance.
     """
     return ((merged - trimmed).square() <= trimmed.square()) & (merged != 0)
 

@@ -1,5 +1,4 @@
-"""Mask scales chosen without labels, by `mmerge calibrate`'s own code, beside scales chosen with
-labels.
+"""Mask scales chosen by `mmerge calibrate` without labels, and with labels.
 
 Both choices see the same validation prompts, the same grid, and give retention, expansion and mixed
 prompts the same weights. They differ in one
@@ -110,8 +109,9 @@ def _without_labels(place: Place, modalities: tuple[str, ...], method: str) -> C
 def _with_labels(
     place: Place, modalities: tuple[str, ...], *, workers: int
 ) -> tuple[dict[str, float], list[Path]]:
-    """The scale of each expert with the largest share of right answers, the smallest of equals; and
-    the files of what was measured.
+    """Return the scale with the most right answers per expert, and the result files.
+
+    Of equal scales the smallest is taken.
     """
     validation = replace(place, seeds=(VALIDATION_SEED,))
     sets = tuple(set_names(modalities)["validation"])

@@ -1,6 +1,4 @@
-"""How far each expert went from the base, what of it MMER's masks keep, and what leaving out a test
-of the masks lets in.
-"""
+"""Task vectors of the experts, and what masks with and without each test keep of them."""
 
 from __future__ import annotations
 
@@ -98,8 +96,7 @@ def find_changes(place: Place, experts: tuple[str, ...], scales: Mapping[str, fl
 def find_kept(
     deltas: Sequence[torch.Tensor], merged: torch.Tensor, scales: Sequence[float]
 ) -> tuple[list[dict[str, Kept]], dict[str, float]]:
-    """What masks by each rule make of τ⋆ for each expert, and the share of its norm that text
-    tokens keep.
+    """Return what masks by each rule make of τ⋆, and the share of its norm in text tokens.
 
     `deltas`: task vectors, float32 [entries]; `merged`: τ⋆ of them; `scales`: mask scales.
     """
@@ -123,8 +120,9 @@ def find_kept(
 def simulate(
     magnitudes: Mapping[str, float], *, entries: int = 1_000_000, scale: float = 0.75
 ) -> list[dict[str, Kept]]:
-    """What masks keep of independent normal task vectors with these mean magnitudes, merged as MMER
-    merges.
+    """Return what masks keep of independent normal task vectors.
+
+    They have the given mean magnitudes and are merged as MMER merges.
     """
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(len(magnitudes), entries, generator=generator)

@@ -1,5 +1,6 @@
-"""Jobs: build a composite, load it one way, and count right answers on some sets. Results are kept,
-so that a run continues where it was.
+"""Measurement jobs: build, load, and count right answers.
+
+Results are stored, so that an interrupted run continues.
 """
 
 from __future__ import annotations
@@ -101,9 +102,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Effort:
-    """What the measurements of a page took, in seconds: of a processor in all and in this run, and
-    of the clock in this run.
-    """
+    """Seconds spent: processor time in all and in this run, and wall time of this run."""
 
     processor: float
     processor_now: float
@@ -134,9 +133,7 @@ def revision(folder: str) -> str:
 
 
 def build(recipe: dict[str, Any], place: Place) -> str:
-    """Build a recipe of the lab's checkpoints in the place's store; return the URI of that very
-    build.
-    """
+    """Build a recipe of the lab's checkpoints in the place's store; return the build's URI."""
     raw = {
         "base": "base",
         "output": place.store,
@@ -153,8 +150,9 @@ def build(recipe: dict[str, Any], place: Place) -> str:
 def count_right(
     composite: Composite, prompts: Sequence[Prompt], *, only: str | None = None
 ) -> dict[str, tuple[int, int]]:
-    """By task, how many answers are right, of how many: greedy decoding gives the answer, and then
-    the end.
+    """Return, by task, the number of right answers and of questions.
+
+    An answer is right if greedy decoding gives it and then the end token.
     """
     counts: dict[str, tuple[int, int]] = {}
     for start in range(0, len(prompts), BATCH):
@@ -181,8 +179,9 @@ def to_tokens(composite: Composite, answer: str) -> list[int]:
 
 
 def _named(parts: Sequence[Part], composite: Composite) -> list[Part]:
-    """The parts, each medium under the name of the first expert of its modality, for composites
-    with several of one.
+    """Return the parts, each input under the name of the first expert of its modality.
+
+    For composite models with several experts of one modality.
     """
     first: dict[str, str] = {}
     for record in composite.manifest.experts:
@@ -233,9 +232,7 @@ def measure(job: Job, place: Place) -> Counts:
 
 
 def keep(path: Path, make: Callable[[], Any]) -> Any:
-    """A result as JSON gives it: from its file, or made now and written there with the processor
-    time that it took.
-    """
+    """Return a result as JSON, from its file or computed now and stored with its CPU time."""
     if not path.exists():
         began = time.process_time()
         value = make()
@@ -247,9 +244,7 @@ def keep(path: Path, make: Callable[[], Any]) -> Any:
 
 
 def sum_seconds(files: Iterable[Path], *, since: float = 0.0) -> float:
-    """Processor time of the kept results that there are, of those alone that were made since a time
-    of the clock.
-    """
+    """Return the processor time of stored results, of those since a wall time if given."""
     return sum(
         json.loads(path.read_text())["cpu_seconds"]
         for path in set(files)
@@ -258,9 +253,7 @@ def sum_seconds(files: Iterable[Path], *, since: float = 0.0) -> float:
 
 
 def start_worker(place: Place) -> None:
-    """Prepare a process for jobs: one thread, the ablations, and encoders that look up what was
-    encoded before.
-    """
+    """Prepare a process for jobs: one thread, the ablations, and embedding look-up."""
     torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()
     logging.getLogger("mmerge").setLevel(logging.WARNING)
@@ -278,8 +271,9 @@ def open_pool(place: Place, workers: int) -> ProcessPoolExecutor:
 def measure_all(
     jobs: Sequence[Job], place: Place, *, workers: int, seconds: float
 ) -> Iterator[tuple[Job, Counts]]:
-    """Yield the results as they come, the first jobs first; after `seconds` no further job is
-    begun.
+    """Yield results as they arrive; after `seconds` no further job is started.
+
+    Jobs are started in the order given.
     """
     end = time.monotonic() + seconds
     if workers == 1:

@@ -1,5 +1,6 @@
-"""What the numbers say about each claim, computed from them: a claim that does not hold on the lab
-is said not to hold.
+"""Verdicts on each claim, computed from the measured rows.
+
+A claim that does not hold on the lab is reported as such.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Why directional congruence costs so little on the lab, and why static merges are ahead in mixes:
-what was measured about it.
-"""
+"""Why static merges answer mixes better, and why congruence costs little on the lab."""
 
 from __future__ import annotations
 
@@ -13,8 +11,9 @@ from evidence.rows import Row
 
 
 def mask_table(changes: Changes, simulated: Sequence[Mapping[str, Kept]]) -> list[str]:
-    """What masks by each rule keep, of the lab's experts and of simulated ones with the published
-    magnitudes.
+    """Return the table of what masks keep, for the lab's and for simulated experts.
+
+    Simulated experts have the published mean magnitudes.
     """
     lines = [
         (
@@ -66,9 +65,7 @@ def _range(values: Sequence[float], *, digits: int = 1) -> str:
 def text_tokens(
     rows: Sequence[Row], changes: Changes, simulated: Sequence[Mapping[str, Kept]]
 ) -> list[str]:
-    """Why static merges are ahead in mixes, and why directional congruence costs so little: whose
-    weights decide.
-    """
+    """Return verdicts on which tokens' weights explain the results in mixes."""
     figures = figures_of(rows, "text tokens", "mix/", "value")
     static = figures_of(rows, "expansion", "mix/", "value")
     lines: list[str] = []

@@ -12,8 +12,10 @@ from evidence.measure import Counts, Job
 
 @dataclass(frozen=True)
 class Row:
-    """One figure. `performance_retention` is value / value of the original on the same prompts;
-    None where there is no original.
+    """One figure.
+
+    `performance_retention` is value / value of the original on the same prompts; None without an
+    original.
     """
 
     table: str
@@ -28,8 +30,9 @@ class Row:
 
 
 def make_rows(measured: Sequence[tuple[Job, Counts]]) -> list[Row]:
-    """The rows of all jobs. The number of experts' jobs of one count are averaged over the sets of
-    experts.
+    """Return the rows of all jobs.
+
+    Jobs with the same number of experts are averaged over the sets of experts.
     """
     originals: dict[tuple[str, str, str, str], float] = {}
     for job, counts in measured:
@@ -88,8 +91,9 @@ class Difference:
 def compare(
     rows: Sequence[Row], first: str, second: str, *, value: str = "value"
 ) -> Difference | None:
-    """The first method less the second, on the same prompts: paired by set, task and seed; None
-    with fewer than two pairs.
+    """Return the paired difference of two methods; None with fewer than two pairs.
+
+    Pairs have the same set, task and seed.
     """
     by_method: dict[str, dict[tuple[str, str, int], float]] = {first: {}, second: {}}
     for row in rows:
@@ -121,8 +125,7 @@ class Figure:
 def summarise(
     rows: Sequence[Row], *, choose: Callable[[Row], bool] = lambda row: True, value: str = "value"
 ) -> Figure | None:
-    """Mean over the chosen rows' tasks for each seed, then over seeds; None where nothing was
-    measured.
+    """Return the mean over tasks per seed, then over seeds; None without measurements.
 
     `value`: "value", or "performance_retention", which leaves tasks out that the original cannot do
     at all.

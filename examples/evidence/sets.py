@@ -1,5 +1,6 @@
-"""Held-out prompts by name and seed, with keys in place of media, and what the experts' frozen
-encoders make of those media.
+"""Held-out prompts by name and seed, and embeddings of their inputs.
+
+Prompts hold keys in place of inputs; the experts' frozen encoders embed each input once.
 
 Encoders are carried unchanged by every method, so each medium is encoded once for all of them.
 """
@@ -151,8 +152,9 @@ class Lookup:
 
 
 def register_lookups(paths: Sequence[str]) -> None:
-    """Let composites loaded from now on, in this process, look media up in these files of
-    embeddings.
+    """Register encoders that look inputs up in these files of embeddings.
+
+    They apply to composite models that this process loads from now on.
     """
     table: dict[tuple[str, str], torch.Tensor] = {}
     for path in paths:

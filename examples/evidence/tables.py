@@ -72,8 +72,9 @@ LANGUAGE = {
 
 
 def experts_of(names: Mapping[str, str] | tuple[str, ...]) -> dict[str, dict[str, str]]:
-    """The experts of a recipe: folder and modality by name (`image_new` reads images, `twins/image`
-    too).
+    """Return the experts of a recipe: folder and modality by name.
+
+    `image_new` and `twins/image` have modality image.
     """
     experts = {}
     for name in names:
@@ -89,8 +90,9 @@ def original(name: str) -> dict[str, Any]:
 
 
 def scaled(names: tuple[str, ...], scales: Mapping[str, float]) -> dict[str, dict[str, Any]]:
-    """The experts of a recipe with their mask scales; one that learned a new task has its
-    original's.
+    """Return the experts of a recipe with their mask scales.
+
+    An expert that learned a new task has the scale of its original.
     """
     return {
         name: {**expert, **({"mask_scale": scales[expert["modality"]]} if scales else {})}
@@ -109,8 +111,9 @@ class Jobs:
         tall: Mapping[str, float],
         labelled: Mapping[str, float],
     ) -> None:
-        """`mmer`, `tall`, `labelled`: mask scales by expert; MMER's and TALL's chosen without
-        labels, MMER's with labels.
+        """Take mask scales by expert.
+
+        `mmer` and `tall` are chosen without labels, `labelled` (for MMER) with labels.
         """
         self.available, self.mmer, self.tall, self.labelled = available, mmer, tall, labelled
         self.modalities = tuple(m for m in ("image", "audio", "video", "point") if m in available)

@@ -59,9 +59,7 @@ class RowWriter:
     """Writes the rows of a batch piece by piece."""
 
     def __init__(self, word_ids: dict[str, int], *, edges: int = 0) -> None:
-        """`edges`: places that a medium has beside its encoder's outputs, for learned tokens around
-        them.
-        """
+        """`edges`: positions beside the encoder's outputs, for learned tokens around them."""
         self.word_ids = word_ids
         self.edges = edges
         self.end_id = word_ids["</s>"]
@@ -83,9 +81,7 @@ class RowWriter:
         self._sources = len(self.rows[-1][0])
 
     def add_medium(self, modality: str, length: int, pool_row: int) -> None:
-        """Leave places for what the encoder makes of a real source, between the expert's own marks
-        where it has them.
-        """
+        """Reserve positions for the encoder's output, between the expert's own markers."""
         marks = [
             self.word_ids[mark] for mark in MEDIA_MARKS.get(modality, ()) if mark in self.word_ids
         ]
@@ -201,8 +197,9 @@ def target_logits(
 
 
 def preprocess(modality: str, preprocessor: Any, values: Sequence[Any]) -> Tensor:
-    """Encoder inputs of images, sounds, videos or point clouds; a sound's mask is its input's last
-    row.
+    """Return encoder inputs of images, audio, videos or point clouds.
+
+    The mask of audio is the last row of its input.
     """
     if modality == "point":
         return torch.from_numpy(np.stack(list(values)))

@@ -1,6 +1,4 @@
-"""What has been trained is loaded again from its files, asked, and compared with what transformers
-itself generates.
-"""
+"""Checks of trained models: reload from files, ask, compare with `generate`."""
 
 from __future__ import annotations
 
@@ -14,8 +12,9 @@ from lab.evaluate import accuracy, ask_expert, load_checkpoint
 
 
 def check_all(parts: Sequence[str], out: Path, *, split: str, num_examples: int) -> None:
-    """Print the accuracies of each part. Raises RuntimeError where `generate` disagrees about an
-    answer.
+    """Print the accuracies of each part.
+
+    Raises RuntimeError if `generate` gives a different answer.
     """
     for part in parts:
         group, _, modality = part.rpartition("/")

@@ -105,8 +105,9 @@ def draw_video(digit: int, direction: str, *, split: str, rng: np.random.Generat
 
 
 def draw_cloud(digit: int, depth: str, *, split: str, rng: np.random.Generator) -> np.ndarray:
-    """Points scattered over a handwritten digit, flat or deep, turned a little about the upright
-    axis: float32 [points, 3].
+    """Return points on a handwritten digit, flat or deep, float32 [points, 3].
+
+    The cloud is rotated slightly about the upright axis.
 
     x points to the right, y up and z to the viewer; the digit is about 2 high.
     """

@@ -101,8 +101,9 @@ def score_checkpoint(
 def mixed_accuracy(
     composite: Composite, examples: Sequence[tasks.Example], *, only: str | None = None
 ) -> float:
-    """Share of right answers to prompts with several media; of media other than `only`, if given,
-    nothing is shown.
+    """Return the share of right answers to prompts with several inputs.
+
+    With `only`, inputs of other modalities are not shown.
     """
     prompts = [
         [

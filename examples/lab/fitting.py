@@ -1,6 +1,4 @@
-"""What all training has in common: the optimizer's loop, the loss of answers, and streams of random
-prompts.
-"""
+"""Shared parts of training: optimizer loop, answer loss, streams of random prompts."""
 
 from __future__ import annotations
 
@@ -98,8 +96,9 @@ def make_text_prompt(
 
 
 def make_expert_prompt(modality: str, rng: np.random.Generator) -> tasks.Prompt:
-    """A prompt to train an expert on: its real source alone, or beside described ones, or words
-    alone.
+    """Return a prompt to train an expert on.
+
+    It has one real input, alone or beside described ones, or only words.
     """
     share = rng.random()
     if share >= SHARE_ALONE + SHARE_TOGETHER:

@@ -180,8 +180,9 @@ def _pixel_settings(size: int) -> dict[str, Any]:
 
 
 def build_preprocessor(modality: str) -> Any:
-    """What turns an image, a sound or the frames of a video into the encoder's input; points need
-    nothing.
+    """Return the preprocessor of an encoder for images, audio or video frames.
+
+    Point clouds need none.
 
     None of them needs torchvision. The frames of a video pass through Video-LLaVA's image
     processor one by one, since every video processor of transformers 5 does need torchvision.

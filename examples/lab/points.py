@@ -1,5 +1,6 @@
-"""The point cloud expert: a class that transformers does not know, whose encoder is registered with
-mmerge by its user.
+"""The point-cloud expert, a class unknown to transformers.
+
+Its encoder is registered with mmerge as a user would do it.
 
 Its checkpoint is a LLaMA with a few tensors more: `point_encoder.…` and the connector
 `modal_projectors.point.…`.
@@ -27,8 +28,9 @@ ENCODER, CONNECTOR = "point_encoder.", "modal_projectors.point."
 
 
 class PointEncoder(nn.Module):
-    """A small PointNet over groups of neighbouring points, and a transformer over the groups:
-    [clouds, points, 3] to [clouds, groups, width].
+    """A small PointNet over groups of points, and a transformer over the groups.
+
+    Maps [clouds, points, 3] to [clouds, groups, width].
 
     The centres of the groups are the farthest points, begun with the one farthest from the middle,
     so nothing is drawn at random.
@@ -101,8 +103,9 @@ class PointLlamaForCausalLM(LlamaForCausalLM):
 
 
 class RegisteredPointEncoder:
-    """The point cloud expert's encoder and connector, as mmerge calls them: a cloud to embeddings
-    [groups, hidden].
+    """Encoder and connector of the point-cloud expert for mmerge.
+
+    Maps a cloud to embeddings [groups, hidden].
     """
 
     modality = "point"
@@ -126,15 +129,17 @@ class RegisteredPointEncoder:
         self.device = request.device
 
     def encode(self, part: Part) -> Tensor:
-        """Embeddings of a cloud [points, 3]: an array, or an .npy file. Raises PromptError for
-        anything else.
+        """Return embeddings of a cloud [points, 3], given as an array or an .npy file.
+
+        Raises PromptError for anything else.
         """
         return self.connector(self.encoder(read_cloud(part.value)[None].to(self.device)))[0]
 
 
 def read_cloud(value: Any) -> Tensor:
-    """A point cloud [points, 3] as float32, from an array, a tensor or an .npy file. Raises
-    PromptError.
+    """Return a point cloud [points, 3] as float32, from an array, a tensor or an .npy file.
+
+    Raises PromptError.
     """
     if isinstance(value, (str, Path)):
         value = read_array(

@@ -1,6 +1,4 @@
-"""The training sources of a modality, its encoder's training on them, and what the frozen encoder
-makes of them.
-"""
+"""Training inputs of a modality, the training of its encoder, and their features."""
 
 from __future__ import annotations
 
@@ -50,9 +48,7 @@ def find_tower(modality: str, model: PreTrainedModel) -> nn.Module:
 def train_encoder(
     modality: str, model: PreTrainedModel, pool: Pool, size: Size, *, seed: int
 ) -> None:
-    """Teach the encoder, under two linear heads that are then thrown away, what sources show; then
-    freeze it.
-    """
+    """Train the encoder under two linear heads, drop the heads, and freeze it."""
     torch.manual_seed(seed + 10)
     device = model.device
     tower = find_tower(modality, model)

@@ -1,5 +1,6 @@
-"""Write held-out prompts as files, for any harness: python examples/lab/prompts.py --out DIR
-[--split test] [--seed 7] [--examples 200].
+"""Write held-out prompts as files.
+
+Usage: python examples/lab/prompts.py --out DIR [--split test] [--seed 7] [--examples 200].
 
 DIR/NAME.jsonl has one prompt per line: id, task, parts ({"text": ...}, or a modality and a file
 below DIR), answer and options. NAME is `text`, a modality, a modality's new task (`image_new`), a
@@ -45,9 +46,7 @@ def write_medium(kind: str, value: Any, path: Path) -> None:
 
 
 def write_prompts(folder: Path, name: str, examples: Sequence[tasks.Example]) -> Path:
-    """Write the examples as `folder/name.jsonl` and their media below `folder/media`; returns the
-    file.
-    """
+    """Write examples to `folder/name.jsonl` and inputs to `folder/media`; return the file."""
     media = folder / "media"
     media.mkdir(parents=True, exist_ok=True)
     lines = []

@@ -1,5 +1,6 @@
-"""Write a few held-out images, sounds, videos and point clouds as files: python
-examples/lab/samples.py.
+"""Write a few held-out images, audio, videos and point clouds as files.
+
+Usage: python examples/lab/samples.py.
 """
 
 from __future__ import annotations

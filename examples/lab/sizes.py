@@ -1,5 +1,6 @@
-"""How large the lab's models are and how long they are trained: LAB_SIZE=small (committed, for a
-CPU) or large (for a GPU).
+"""Sizes and training schedules of the lab's models.
+
+LAB_SIZE is small (committed, for a CPU) or large (for a GPU).
 """
 
 from __future__ import annotations
@@ -107,8 +108,9 @@ SIZES = MappingProxyType(
 
 
 def read_size() -> tuple[str, Size]:
-    """The size that LAB_SIZE names, and its name; `small` without it. Raises SystemExit for another
-    name.
+    """Return the size that LAB_SIZE names, and its name; `small` by default.
+
+    Raises SystemExit for another name.
     """
     name = os.environ.get("LAB_SIZE", "small")
     if name not in SIZES:

@@ -103,8 +103,9 @@ class Prompt:
 
 
 def chance(task: str) -> float:
-    """Accuracy of the best blind guess at a task: a name such as `image/digit` or
-    `image+audio/same`.
+    """Return the accuracy of the best blind guess at a task.
+
+    A task is named like `image/digit` or `image+audio/same`.
     """
     modalities, question = task.split("/")
     chosen = [m for m in modalities.split("+") if m in ATTRIBUTES] or list(MODALITIES)

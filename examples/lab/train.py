@@ -1,5 +1,4 @@
-"""Train the laboratory from nothing: the base, four experts, two of them further on a new task, and
-the experts' LoRA twins.
+"""Train the lab from scratch: base, four experts, two new tasks, LoRA twins.
 
     python examples/lab/train.py [--out DIR] [--seed 0] [--device auto] [--only PART ...]
     [--keep-encoders]
@@ -47,8 +46,9 @@ PARTS = ("base", *tasks.MODALITIES, *NEW, *TWINS)
 
 
 def train_base(out: Path, size: Size, *, seed: int, device: torch.device) -> None:
-    """Train the base on prompts in which every source is described in words: the core questions
-    first, then all.
+    """Train the base on prompts in which every input is described in words.
+
+    Core questions come first, then all.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 1])
@@ -117,8 +117,9 @@ def _train_base_on_all(out: Path, size: Size, *, seed: int, device: torch.device
 
 
 def _source_labels(ids: Tensor, word_ids: dict[str, int]) -> Tensor:
-    """For each token [rows, length], the source that was named last before it; -100 where none was,
-    in its own question or before.
+    """Return for each token [rows, length] the input that was named last before it.
+
+    -100 where none was, in its own question or before.
     """
     words = torch.tensor([word_ids[word] for word in tasks.SOURCE_WORDS.values()])
     is_word = ids[..., None] == words
@@ -213,9 +214,7 @@ def train_expert(
 
 
 def train_new(part: str, out: Path, size: Size, *, seed: int, device: torch.device) -> None:
-    """Tune an expert further on its new task alone: it learns that, and forgets of the rest what it
-    may.
-    """
+    """Tune an expert further on its new task only, which makes it forget others."""
     modality = NEW[part]
     torch.manual_seed(seed + 2)
     rng = np.random.default_rng([seed, 4, tasks.MODALITIES.index(modality)])

@@ -1,5 +1,6 @@
-"""LoRA twins of the experts: the base untouched, a connector, and in every Linear two adapters, one
-for the modality's tokens and one for text.
+"""LoRA twins of the experts: frozen base, a connector, two adapters in every Linear.
+
+One adapter serves the modality's tokens, the other text.
 
 They are tuned as Model Composition (arXiv 2402.12750) tunes its experts, with learned tokens around
 each medium, and written as PEFT does. Their frozen encoders are those of the experts and stand in
@@ -102,8 +103,9 @@ class Twin(nn.Module):
         return self.base.model, self.base.lm_head, self.connector
 
     def embed(self, batch: Batch, features: Tensor, lengths: Tensor) -> Tensor:
-        """Token embeddings with media in their places; from here on each token runs through its own
-        adapter.
+        """Return token embeddings with the inputs' embeddings in place.
+
+        From here on each token runs through its own adapter.
         """
         embeddings = self.base.get_input_embeddings()(batch.ids.to(self.device))
         self.places[0] = batch.media.to(self.device)
@@ -120,9 +122,7 @@ class Twin(nn.Module):
         return [p for p in self.parameters() if p.requires_grad]
 
     def save(self, folder: Path) -> None:
-        """Write the default adapter, connector and learned tokens into the folder, and the
-        modality's adapter into a subfolder.
-        """
+        """Write default adapter, connector and learned tokens; modality adapter in a subfolder."""
         config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
