@@ -88,7 +88,7 @@ def main() -> None:
     for name in names:
         num_inputs = 2 if name == "slerp" else 4
         floor_s = find_floor(num_inputs, _output_bytes(name, shape.num_bytes))
-        run_ours(name, small[:num_inputs], work)  # compiles its kernels, once on a machine
+        run_ours(name, small[:num_inputs], work)  # compiles the kernels
         measured = min(
             (run_ours(name, paths[:num_inputs], work) for _ in range(options.repeat)),
             key=lambda run: run.wall_s,
@@ -262,7 +262,7 @@ def _run_recipe(recipe: dict[str, Any], work: Path, paths: list[Path], *more: st
 
 
 def run_ours(name: str, paths: list[Path], work: Path, *more: str) -> Measured:
-    """Return what a first build takes, into a new store: survey, thresholds, merge, manifest."""
+    """Return what a first build takes, into a new store: scan, thresholds, merge, manifest."""
     work.mkdir(parents=True, exist_ok=True)
     output = Path(tempfile.mkdtemp(dir=work))
     try:

@@ -71,7 +71,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     logging.disable_progress_bar()
-    options.folder = options.folder.absolute()  # recipes stand elsewhere
+    options.folder = options.folder.absolute()  # recipes are in other folders
     stores = build(options.folder, options.shape)
     dtype = getattr(torch, options.dtype)
     results: dict[str, Any] = {
@@ -171,7 +171,7 @@ def least(
         for fastest, action in zip(best, actions, strict=True):
             before()
             wall, cpu = time.perf_counter(), time.process_time()
-            kept = action()  # what is read or loaded is given back outside of the time
+            kept = action()  # freed outside the timed region
             fastest.wall = min(fastest.wall, time.perf_counter() - wall)
             fastest.cpu = min(fastest.cpu, time.process_time() - cpu)
             del kept
@@ -281,12 +281,12 @@ def measure_loading(
         actions["transformers"] = lambda: load_by_transformers(folder / "base")
 
     for load in ("ours", "transformers"):
-        actions.get(load, list)()  # the first of a process imports libraries
+        actions.get(load, list)()  # the first call imports libraries
 
     def prepare() -> None:
         for source in folders:
             drop_from_cache(source)
-        touch_free_memory(round(1.2 * num_bytes), large_pages=True)  # for each side alike
+        touch_free_memory(round(1.2 * num_bytes), large_pages=True)  # the same for both sides
 
     times = dict(zip(actions, least(rounds, *actions.values(), before=prepare), strict=True))
     results = {f"load.{method}.bytes": float(num_bytes)}

@@ -66,9 +66,9 @@ def main() -> None:
 
     show("memcpy", fastest(lambda: np.copyto(target, inputs)))
     counter = MagnitudeCounter(NUM_EXPERTS)
-    show("survey: magnitudes", fastest(lambda: counter.add(block)))
+    show("scan: magnitudes", fastest(lambda: counter.add(block)))
     show(
-        "survey: non-finite check",
+        "scan: non-finite check",
         fastest(
             lambda: [
                 first_non_finite(address, 1, block.num_entries)
@@ -78,7 +78,7 @@ def main() -> None:
     )
     for name in method_names():
         if name == "slerp":
-            continue  # it needs the sums of its stage, and then is the kernel of `linear`
+            continue  # it needs the sums of its stage, and runs the kernel of `linear`
         if find_method(name).compiled_pass:
             show_path(name, rows, block, show)
 

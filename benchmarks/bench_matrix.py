@@ -45,8 +45,7 @@ def main() -> None:
     if options.batch:
         measure_batches(options.hidden, options.repeat)
         return
-    # What the library loads at its first use belongs to neither side: torch.optim.Adam imports for
-    # two seconds.
+    # Imports at first use count for neither side: torch.optim.Adam imports for two seconds.
     torch.linalg.svd(torch.eye(8))
     _adam(torch.eye(8), torch.eye(8), torch.eye(8), 1)
     with tempfile.TemporaryDirectory() as place:
@@ -97,7 +96,7 @@ def _parse() -> argparse.Namespace:
         "--repeat",
         type=int,
         default=2,
-        help="turns of both sides for each matrix; the fastest of each counts",
+        help="rounds of both sides per matrix; the fastest of each counts",
     )
     parser.add_argument(
         "--batch", action="store_true", help="one call for three equal matrices, beside three calls"
@@ -156,9 +155,7 @@ class _Sides:
     def run(
         self, tasks: Sequence[Task], store_uri: str, follow: Follow = nothing_follows
     ) -> Outcomes:
-        """Yield each task with its result. Nothing follows: merges have a phase of their own, in
-        which no survey is measured.
-        """
+        """Yield each task with its result; tasks that would follow are not requested."""
         for task in tasks:
             yield (
                 task,

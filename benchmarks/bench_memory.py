@@ -71,8 +71,8 @@ def _make_inputs(folder: Path, name: str) -> list[Path]:
     base, first = make_checkpoints(folder, SHAPES[name], num_experts=1)
     others = [folder / f"expert{index}" for index in range(1, NUM_EXPERTS)]
     for expert in others:
-        # Files linked into a folder of their own: one folder under several names counts as one
-        # expert, given twice.
+        # Hard links in separate folders: one folder under several names would count as the
+        # same expert.
         expert.mkdir(exist_ok=True)
         for file in first.iterdir():
             if not (expert / file.name).exists():

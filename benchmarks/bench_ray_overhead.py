@@ -116,7 +116,7 @@ def main() -> int:
         "--inputs",
         type=Path,
         default=None,
-        help="a folder of base, expert0, … that exists; made if absent",
+        help="folder with base, expert0, …; created if absent",
     )
     parser.add_argument("--scope", choices=("model", "tensor"), default="model")
     parser.add_argument("--repeats", type=int, default=5)

@@ -296,8 +296,8 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=300, help="held-out examples per modality")
     num_examples: int = parser.parse_args().examples
     transformers.logging.disable_progress_bar()
-    points.register()  # the point cloud expert's encoder is the user's own
-    torch.set_num_threads(1)  # the models are tiny: more threads would only wait for each other
+    points.register()  # the point-cloud encoder is defined by the user
+    torch.set_num_threads(1)  # more threads slow tiny models down
     began = time.monotonic()
     console.rule("merge")
     merge_all()

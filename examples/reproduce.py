@@ -88,7 +88,7 @@ def encode_all(place: Place, available: set[str]) -> tuple[str, ...]:
 
         keep(path.with_suffix(".json"), make)
 
-    # Twins take features: they come before the point cloud expert's own encoder is registered.
+    # Twins take features, so they are encoded before the point-cloud encoder is registered.
     if all(f"twins/{m}" in available for m in modalities):
         prepare = partial(twins.to_features, checkpoints=Path(place.checkpoints))
         encode(tuple(f"twin_{m}" for m in modalities), shared, method="damc", prepare=prepare)
@@ -122,7 +122,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--minutes", type=float, default=38, help="after which no further measurement is begun"
+        "--minutes", type=float, default=38, help="no further measurement starts after this time"
     )
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--checkpoints", type=Path, default=LAB)

@@ -43,7 +43,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "mistral": {"tie_word_embeddings": False, "sliding_window": None},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"tie_word_embeddings": False},
-    # Its files name each expert's matrices apart, its class holds them fused.
+    # Its files hold one matrix per expert, its class holds them fused.
     "mixtral": {
         "tie_word_embeddings": False,
         "sliding_window": None,

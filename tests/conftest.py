@@ -22,10 +22,10 @@ from store_servers import SCHEME, SERVERS
 
 from mmerge.pipeline import make_plan, parse_recipe, run
 
-torch.set_num_threads(1)  # the tensors are tiny: more threads would only wait for each other
+torch.set_num_threads(1)  # more threads slow tiny tensors down
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    # A shell starts jobs in the background so, and processes inherit it: those that tests interrupt
-    # would not hear of it.
+    # Shells ignore SIGINT in background jobs, and child processes inherit that: interrupted tests
+    # would not notice the signal.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 REPOSITORY = Path(__file__).resolve().parent.parent
 LAB = REPOSITORY / "examples" / "lab" / "checkpoints"

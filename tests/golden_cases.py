@@ -116,7 +116,7 @@ def build(
         "output": output,
         "dtype": "float32",
     } | keys
-    store = open_store(output, create=True)  # a store in memory lives while somebody holds it
+    store = open_store(output, create=True)  # a memory store lives while it is referenced
     report = run(make_plan(parse_recipe(raw, folder=GOLDEN)))
     reader = BuildReader(output)
     assert reader.store.uri == store.uri

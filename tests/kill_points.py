@@ -31,7 +31,7 @@ def count_waits(recipe: str) -> int:
 
 def run_until(recipe: str, kill_at: int) -> int:
     """Return the exit code of a run that kills itself (SIGKILL) at its wait number `kill_at`."""
-    num_waits = _context.Value("i", 0)  # kept until the process has opened it
+    num_waits = _context.Value("i", 0)  # must live until the process has opened it
     process = _start(recipe, kill_at, num_waits)
     process.join(120)
     assert process.exitcode is not None

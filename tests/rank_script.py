@@ -76,7 +76,7 @@ def measure(group: ProcessGroup, case: dict[str, Any]) -> dict[str, Any]:
     except PromptError as error:
         results["refused"] = group.all_gather_object(str(error))
     if os.environ.get("DIES") == os.environ["RANK"]:
-        os._exit(7)  # as a process that is killed: no word to the others
+        os._exit(7)  # like a killed process: the other ranks get no message
     composite.logits(prompts[0])
     return results
 

@@ -196,7 +196,7 @@ def test_what_masks_keep_is_what_a_loop_over_entries_finds(evidence: Any) -> Non
     trimmed = evidence.changes._trim(deltas)
     assert [int((values != 0).sum()) for values in trimmed] == [
         400 + 1
-    ] * 3  # ascending rank N − int(0.8·N), and all that are larger
+    ] * 3  # entries from ascending rank N − int(0.8·N) on
     merged = torch.randn(500, generator=generator)
     kept, norms = evidence.changes.find_kept(deltas, merged, [0.75] * 3)
     inside = opposite = 0

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from lab import data, tasks
 from lab.points import PointLlamaForCausalLM
 
-# what an expert's processor puts around a medium by itself
+# markers that an expert's processor puts around an input
 MEDIA_MARKS = {"audio": ("<|audio_bos|>", "<|audio_eos|>")}
 
 

@@ -82,8 +82,8 @@ def accuracy(
             else embed(model, batch, features, lengths)
         )
         logits = target_logits(language_model, head, embeddings, batch)
-        # every word is asked for after the right ones before it: all are right just where greedy
-        # decoding gives the answer
+        # Each word is predicted after the right words before it: all predictions are right exactly
+        # if greedy decoding gives the answer.
         for example, is_right in zip(chunk, batch.right(logits.argmax(-1)).tolist(), strict=True):
             right.setdefault(example.task, []).append(is_right)
     return {task: sum(goods) / len(goods) for task, goods in right.items()}

@@ -129,7 +129,7 @@ def _random_kinds(
     kinds = [kind for kind in questions if kind in tasks.SINGLE_QUESTIONS]
     if len(modalities) == 1:
         return [kinds[index] for index in rng.permutation(len(kinds))[:NUM_QUESTIONS]]
-    # where exactly one thing is shared by all, the digits of two sources are seldom the same
+    # where exactly one property is shared, two inputs rarely show the same digit
     sharing = rng.random() < SHARE_SHARING
     kinds += ["bigger"] if sharing else tasks.JOINT_QUESTIONS
     chosen = [kinds[index] for index in rng.permutation(len(kinds))[: NUM_QUESTIONS - sharing]]

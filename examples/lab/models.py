@@ -220,8 +220,7 @@ def save_preprocessor(
     elif modality == "point":
         tokenizer.save_pretrained(folder)
     else:
-        # Without torchvision a VideoLlavaProcessor cannot even be built, so what it would save is
-        # written here by hand.
+        # VideoLlavaProcessor needs torchvision, so its files are written directly.
         tokenizer.save_pretrained(folder)
         preprocessor.save_pretrained(folder)
         common = {"processor_class": "VideoLlavaProcessor"}

@@ -58,9 +58,8 @@ def train_base(out: Path, size: Size, *, seed: int, device: torch.device) -> Non
     make = partial(make_text_prompt, rng, questions=tasks.CORE_QUESTIONS)
     batches = stream_batches(make, collate, rng=rng, batch_size=size.batch)
 
-    # A small model finds it hard to tell which source a word belongs to, or is asked for. A linear
-    # head, thrown away afterwards, teaches the first layer to; without it the accuracy stays near
-    # 0.5 for thousands of steps.
+    # A small model learns slowly which input a word belongs to. A temporary linear head teaches
+    # the first layer; without it the accuracy stays near 0.5 for thousands of steps.
     source_head = nn.Linear(model.config.hidden_size, len(tasks.MODALITIES)).to(device)
     first_layer: list[Tensor] = []
     hook = model.model.layers[0].register_forward_hook(
@@ -161,9 +160,8 @@ def train_expert(
     language_model, head, connector = find_parts(model)
     assert connector is not None
 
-    # What a film shows takes several of its tokens to tell. A linear head, thrown away afterwards,
-    # asks the second layer for the attribute at the medium's last token; without it the direction
-    # of a film stays near a guess.
+    # The direction of a video depends on several of its tokens. A temporary linear head predicts
+    # it from the second layer at the video's last token; without it, accuracy stays near chance.
     torch.manual_seed(seed + 11)
     attribute_head = nn.Linear(
         model.config.get_text_config().hidden_size, len(tasks.ATTRIBUTES[modality])
@@ -199,7 +197,7 @@ def train_expert(
                 "lr": size.expert_rate[modality],
                 "weight_decay": 0.0,
             },
-            # the connector learns the base's language; the language model itself moves little
+            # the connector is tuned faster, so that the language model changes little
             {
                 "params": [*connector.parameters(), *attribute_head.parameters()],
                 "lr": size.connector_rate,
