@@ -25,13 +25,15 @@ def introduce(place: Place, effort: Effort) -> list[str]:
         "answer and then end. Mean ± standard deviation over "
         f"{len(seeds)} seeds ({', '.join(map(str, seeds))}). A seed selects a set of held-out "
         "prompts with digits and voices that were never trained on; **the experts come from "
-        "one training run**, so the spread does not include variation between training runs. "
+        "one training run**, so the spread does not include variation between training runs.",
+        "",
         f"Per seed {sizes.single} prompts per modality, {sizes.mixed} per mix of modalities, "
         f"{sizes.share} per mix for *share* "
         f"(what do all digits share, the lab's MCUB-like task), {sizes.new} per new task. "
         "Performance retention is the mean over tasks of "
         "accuracy / accuracy of the original expert on the same prompts. Composites are "
-        "loaded in float32. "
+        "loaded in float32.",
+        "",
         "Methods have their defaults ([methods.md](methods.md)) unless a row says otherwise. "
         "The mask scales of MMER and TALL are calibrated "
         "without labels on validation prompts (last section), as the paper calibrates them "

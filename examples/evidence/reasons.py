@@ -109,13 +109,17 @@ def text_tokens(
         "So directional congruence costs little here because text tokens do not need it: each "
         "entry of m̄ is 0 to 1, so m̄∘τ⋆ has the elected sign with the "
         "test and without it. Entries of the wrong sign affect only modality tokens and "
-        "reconstructed experts. There, too, their effect is smaller than that of the entries "
+        "reconstructed experts.",
+        "",
+        "There, too, their effect is smaller than that of the entries "
         f"which dominant significance removes: a mask's result is at most {ours[congruence]:.1f} "
         "times the "
         "task vector's norm away without congruence, "
         f"{ours[significance]:.1f} times without significance. With the published magnitudes, "
         f"simulated, it is {theirs[congruence]:.1f} and "
-        f"{theirs[significance]:.1f} times. From these distances the published drop to 7.20 does "
+        f"{theirs[significance]:.1f} times.",
+        "",
+        "From these distances the published drop to 7.20 does "
         "not follow from the definition of the masks. Whether that ablation leaves out more, or "
         "why wrong signs would be so costly in 7B experts, is not known here.",
         "",
