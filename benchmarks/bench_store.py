@@ -28,7 +28,8 @@ from blake3 import blake3
 from mmerge.manifests.stores.object_store import ObjectStore
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from store_servers import ceph_server, moto_server
+from ceph_server import ceph_server
+from store_servers import moto_server
 
 PIECE_BYTES = 16 << 20
 
