@@ -240,7 +240,7 @@ def test_examples_are_the_same_for_a_seed_and_others_for_another(lab_modules: An
 def test_prompts_written_as_files_are_read_as_the_same_media(
     lab_modules: Any, tmp_path: Path
 ) -> None:
-    from mmerge.workers.modalities.prompt import read_image, read_sound, read_video
+    from mmerge.workers.modalities.media_files import read_audio, read_image, read_video
 
     (example,) = lab_modules.tasks.make_mixed_examples(
         ALL_FOUR, split="test", num_examples=1, seed=1
@@ -262,7 +262,7 @@ def test_prompts_written_as_files_are_read_as_the_same_media(
     assert np.array_equal(np.load(files["point"]), values["point"])
     assert (
         np.abs(
-            read_sound(files["audio"], sampling_rate=lab_modules.data.SAMPLE_RATE) - values["audio"]
+            read_audio(files["audio"], sampling_rate=lab_modules.data.SAMPLE_RATE) - values["audio"]
         ).max()
         < 1e-4
     )

@@ -51,7 +51,7 @@ def export(
             language model for text tokens alone (the merged model of a plain build, θ₀ + m̄∘τ⋆ of
             one with masks), with the base's tokenizer.
         max_file_bytes: weights are split into files of at most this size.
-        on_bytes: told of every tensor that is written.
+        on_bytes: called with the bytes of every tensor that is written.
 
     Raises:
         ManifestError: the build is missing or damaged, or has no such expert.
@@ -61,11 +61,12 @@ def export(
     record = reader.manifest.to_expert(expert) if expert else reader.manifest.base
     if expert and reader.manifest.kind == "adapters":
         raise ManifestError(
-            f"{uri}: an expert with decoupled adapters is no ordinary checkpoint: its tokens run"
-            " through different weights. Export without --expert for the weights of text tokens"
+            f"{uri}: an expert with decoupled adapters is no ordinary checkpoint: its tokens are"
+            " multiplied by different weights. Export without --expert for the weights of text"
+            " tokens"
         )
     target = to_export_folder(folder)
-    # A half export must not look like a whole one: it gets its name when it is complete.
+    # Written under a temporary name, so that an interrupted export is no checkpoint.
     partial = target.parent / f".{target.name}.partial"
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -133,9 +134,8 @@ def _write_weights(
         nonlocal waiting, waiting_bytes
         path = folder / f"part{len(files)}"
         save_file(waiting, path, metadata={"format": "pt"})
-        shutil.copymode(
-            folder / "config.json", path
-        )  # the library makes files that their owner alone can read
+        # safetensors creates files that only their owner can read.
+        shutil.copymode(folder / "config.json", path)
         files.append(list(waiting))
         waiting, waiting_bytes = {}, 0
 

@@ -9,12 +9,13 @@ from mmerge.manifests.errors import StoreError
 
 
 def to_export_folder(folder: str | Path) -> Path:
-    """Return the path of a folder for an export. Raises StoreError when it is a file, a URL, or
-    holds anything.
+    """Return the path of a folder for an export.
+
+    Raises:
+        StoreError: it is a file or a URL, or it is not empty.
     """
-    if re.match(
-        r"[A-Za-z][A-Za-z0-9+.-]+:/", str(folder)
-    ):  # a Path made of a URL has one slash left
+    # A Path made from a URL keeps one of its slashes.
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(folder)):
         raise StoreError(
             f"{folder}: an export goes to a folder of this machine. Write it there, and copy the"
             " folder to where it belongs"

@@ -27,7 +27,7 @@ from mmerge.workers.runtime.cores import one_thread
 
 @dataclass
 class AdapterReport:
-    """What was written, and what of the merge an adapter of that rank does not hold."""
+    """What was written, and how much of the merge an adapter of that rank leaves out."""
 
     folder: str
     rank: int
@@ -35,7 +35,7 @@ class AdapterReport:
     residual: float = 0.0
     """‖τ − BA‖ / ‖τ‖ over all matrices."""
     left_out: list[str] = field(default_factory=list)
-    """Tensors that the merge changed and that are no matrix of a layer: the base's stay."""
+    """Changed tensors that are no matrix of a layer, and so keep the values of the base."""
 
 
 def export_adapter(
@@ -47,7 +47,7 @@ def export_adapter(
     expert: str | None = None,
     on_bytes: Callable[[int], None] = lambda num_bytes: None,
 ) -> AdapterReport:
-    """Write a PEFT adapter of a merged language model, and return how much of the merge it holds.
+    """Write a PEFT adapter of a merged language model and return how close it is to the merge.
 
     Of each matrix of a layer the task vector τ = θ − θ₀ is truncated to its `rank` leading singular
     triplets (the best approximation of that rank, Eckart and Young 1936): B = U√S [out, rank], A =
@@ -56,13 +56,13 @@ def export_adapter(
     Args:
         uri: the composite; its language model for text tokens is taken.
         folder: must be empty or not exist.
-        rank: of every pair of factors; at most the largest that a matrix can have.
-        base: the base's checkpoint. Needed of plain builds, which do not hold it.
+        rank: of every pair of factors; at most the largest rank of a matrix.
+        base: the base's checkpoint. Plain builds need it, since they do not contain their base.
         expert: an expert to rebuild instead.
-        on_bytes: told of every matrix.
+        on_bytes: called with the bytes of every matrix.
 
     Raises:
-        ManifestError: the base is needed, or is not this build's; the rank is none.
+        ManifestError: the base is needed, or is not this build's, or the rank is out of range.
         StoreError: the folder is not empty or cannot be written.
     """
     if rank < 1:
@@ -71,30 +71,29 @@ def export_adapter(
     if expert:
         reader.manifest.to_expert(expert)
     target = to_export_folder(folder)
-    most = max(
-        (min(reader.shape(name, role)) for name, role in _layer_matrices(reader)), default=rank
-    )
-    if rank > most:
-        raise ManifestError(f"rank: no matrix of a layer of {uri} has more than {most}, got {rank}")
+    ranks = [min(reader.shape(name, role)) for name, role in _layer_matrices(reader)]
+    max_rank = max(ranks, default=rank)
+    if rank > max_rank:
+        raise ManifestError(
+            f"rank: no matrix of a layer of {uri} has more than {max_rank}, got {rank}"
+        )
     report = AdapterReport(str(target), rank)
     with one_thread():
         factors = _make_factors(reader, _BaseReader(reader, base), expert, report, on_bytes)
-    # A half adapter must not look like a whole one: it gets its name when it is complete.
+    # Written under a temporary name, so that an interrupted export is no adapter.
     partial = target.parent / f".{target.name}.partial"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        from safetensors.torch import (
-            save_file,  # it imports torch, which printing a report does not need
-        )
+        # Imports torch, which a report of an earlier export does not need.
+        from safetensors.torch import save_file
 
         save_file(factors, partial / WEIGHT_FILES[0], metadata={"format": "pt"})
         (partial / CONFIG_FILE).write_text(
             json.dumps(_make_config(factors, rank, base), indent=2, sort_keys=True) + "\n"
         )
-        shutil.copymode(
-            partial / CONFIG_FILE, partial / WEIGHT_FILES[0]
-        )  # the library makes files that their owner alone can read
+        # safetensors creates files that only their owner can read.
+        shutil.copymode(partial / CONFIG_FILE, partial / WEIGHT_FILES[0])
         if target.exists():
             target.rmdir()
         partial.rename(target)
@@ -116,13 +115,13 @@ class _BaseReader:
         self._checkpoint = Checkpoint(base, owner="base") if base is not None else None
 
     def read(self, name: str) -> torch.Tensor:
-        """Return one tensor, float32. Raises ManifestError where there is no base to read it from."""
+        """Return one tensor of the base, float32. Raises ManifestError where there is none."""
         if self._reader.has(name, "base"):
             return self._reader.read(name, "base").to(torch.float32)
         if self._checkpoint is None:
             raise ManifestError(
-                f"{self._reader.uri}: a plain build does not hold its base, and an adapter is made"
-                " against it. Name it with --base"
+                f"{self._reader.uri}: a plain build does not contain its base, which an adapter"
+                " refers to. Name it with --base"
             )
         source = self._checkpoint.tensors.get(name)
         if source is None:
@@ -185,9 +184,7 @@ def _make_factors(
 
 
 def truncate_to_factors(delta: torch.Tensor, *, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A [rank, in] and B [out, rank], float32, with B·A the best approximation of `delta` of
-    that rank.
-    """
+    """Return A [rank, in] and B [out, rank], float32: B·A is the best approximation of that rank."""
     u, s, vt = torch.linalg.svd(delta, full_matrices=False)
     count = min(rank, len(s))
     root = s[:count].sqrt()
@@ -201,6 +198,15 @@ def _make_config(
 ) -> dict[str, object]:
     modules = sorted({name.split(".lora_")[0].rsplit(".", 1)[1] for name in factors})
     return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank, "lora_alpha": rank, "lora_dropout": 0.0,
-        "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "target_modules": modules, "modules_to_save": None,
-    }  # fmt: skip
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": modules,
+        "modules_to_save": None,
+    }

@@ -1,6 +1,4 @@
-"""Adapters averaged factor by factor, read from their folders and written as one: for comparison
-with published numbers.
-"""
+"""Average LoRA adapters factor by factor, for comparison with published results."""
 
 from __future__ import annotations
 
@@ -26,10 +24,9 @@ from mmerge.workers.runtime.cores import one_thread
 
 
 def write_average(uris: Sequence[str], folder: Path, *, strategy: str, density: float) -> int:
-    """Write the adapter whose factors are those of the adapters at `uris`, averaged one by one;
-    return how many factors it has.
+    """Write the adapter whose factors are the averages of those at `uris`; return their number.
 
-    Of folders with several adapters the one called `default` is taken.
+    Of a folder with several adapters the one called `default` counts.
 
     Raises:
         RecipeError: the strategy is unknown, or fewer than two adapters are given.
@@ -46,17 +43,16 @@ def write_average(uris: Sequence[str], folder: Path, *, strategy: str, density: 
         )
     folders = [AdapterFolder(uri, owner=f"adapter {uri}") for uri in uris]
     experts, scales, ranks = [], set(), set()
-    for found in folders:
-        pairs = found.pairs_of(found.adapters[0] if len(found.adapters) == 1 else DEFAULT_ADAPTER)
+    for adapter_folder in folders:
+        names = adapter_folder.adapters
+        pairs = adapter_folder.pairs_of(names[0] if len(names) == 1 else DEFAULT_ADAPTER)
         scales |= {pair.scale for pair in pairs}
         ranks |= {pair.rank for pair in pairs}
-        experts.append(
-            {
-                f"{pair.module}.lora_{letter}.weight": _read(source)
-                for pair in pairs
-                for letter, source in (("A", pair.a), ("B", pair.b))
-            }
-        )
+        factors = {}
+        for pair in pairs:
+            factors[f"{pair.module}.lora_A.weight"] = _read(pair.a)
+            factors[f"{pair.module}.lora_B.weight"] = _read(pair.b)
+        experts.append(factors)
     with one_thread():
         merged = average_lora(experts, strategy=strategy, density=density)
     if len(scales) != 1 or len(ranks) != 1:

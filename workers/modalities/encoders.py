@@ -1,6 +1,4 @@
-"""Encoders of a composite: an expert's own, one that a user registered, or one that another rank
-holds.
-"""
+"""Encoders of a composite: the expert's own, or one that a user registered for a modality."""
 
 from __future__ import annotations
 
@@ -19,28 +17,28 @@ from mmerge.workers.reconstruction.weights import rebuild_weight
 
 
 class Encoder(Protocol):
-    """Turns a medium into embeddings for the language model."""
+    """Turns one input of a modality into embeddings for the language model."""
 
     modality: str
 
     def encode(self, part: Part) -> torch.Tensor:
-        """Return the embeddings of one medium, [tokens, hidden]. Raises PromptError when it cannot
-        be read.
+        """Return the embeddings of one input, [tokens, hidden].
+
+        Raises:
+            PromptError: it cannot be read.
         """
 
 
 @dataclass(frozen=True)
 class EncoderRequest:
-    """All that a registered encoder is made from."""
+    """What a registered encoder is made from."""
 
     expert: str
     modality: str
     files: Mapping[str, bytes]
     """The expert's configuration and processor files, by name."""
     state: Mapping[str, torch.Tensor]
-    """The carried tensors: encoder, connector and whatever else of the expert is not the base's,
-    named as in its files.
-    """
+    """The copied tensors (encoder, connector, anything else outside the base), named as in its files."""
     hidden_size: int
     """Width of the embeddings to return."""
     dtype: torch.dtype
@@ -52,11 +50,11 @@ _makers: dict[str, EncoderMaker] = {}
 
 
 def register_encoder(modality: str, maker: EncoderMaker) -> None:
-    """Let experts of a modality encode with what `maker` returns, in composites loaded from now on.
+    """Use the encoder that `maker` returns for a modality, in composites loaded from now on.
 
-    `maker` gets the expert's carried tensors and files and returns an object with `modality` and
-    `encode(part)`, which gives embeddings [tokens, hidden_size]. Part.value is whatever the prompt
-    gives: a path, an array, an object of your own.
+    `maker` receives the expert's copied tensors and files and returns an object with `modality` and
+    `encode(part)`, which returns embeddings [tokens, hidden_size]. `part.value` is passed through
+    from the prompt: a path, an array or any other object.
     """
     _makers[modality] = maker
 
@@ -70,12 +68,15 @@ def load_encoder(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Encoder:
-    """Return the encoder of an expert: the registered one of its modality, else its own, else its
-    connector of features.
+    """Return the encoder of an expert.
+
+    The one registered for its modality; else the expert's own; else, without a vision, audio or
+    other model in its configuration, its connector.
     """
     record = reader.manifest.to_expert(expert)
     state = {key: reader.read(key, "carried", expert) for key in reader.encoder_names(expert)}
-    if (maker := _makers.get(record.modality)) is not None:
+    maker = _makers.get(record.modality)
+    if maker is not None:
         request = EncoderRequest(expert, record.modality, files, state, hidden_size, dtype, device)
         return _Checked(maker(request), request)
     config = make_config(files, owner=f"expert {expert!r}") if "config.json" in files else None
@@ -106,9 +107,7 @@ def load_encoder(
 
 
 class _Checked:
-    """A registered encoder whose embeddings are checked: a wrong shape is named here, not deep in
-    the language model.
-    """
+    """A registered encoder whose embeddings are checked before they reach the language model."""
 
     def __init__(self, inner: Encoder, request: EncoderRequest) -> None:
         self.modality, self._inner, self._request = request.modality, inner, request
@@ -122,17 +121,12 @@ class _Checked:
         """See Encoder."""
         with torch.inference_mode():
             embeds = self._inner.encode(part)
-        wanted = self._request
-        if (
-            not isinstance(embeds, torch.Tensor)
-            or embeds.ndim != 2
-            or embeds.shape[1] != wanted.hidden_size
-        ):
-            shape = (
-                tuple(embeds.shape) if isinstance(embeds, torch.Tensor) else type(embeds).__name__
-            )
+        request = self._request
+        is_tensor = isinstance(embeds, torch.Tensor)
+        if not is_tensor or embeds.ndim != 2 or embeds.shape[1] != request.hidden_size:
+            shape = tuple(embeds.shape) if is_tensor else type(embeds).__name__
             raise PromptError(
-                f"{part.kind}: the encoder registered for {wanted.modality!r} returned {shape},"
-                f" expected embeddings [tokens, {wanted.hidden_size}]"
+                f"{part.kind}: the encoder registered for {request.modality!r} returned {shape},"
+                f" expected embeddings [tokens, {request.hidden_size}]"
             )
-        return embeds.to(wanted.device, wanted.dtype)
+        return embeds.to(request.device, request.dtype)

@@ -1,6 +1,4 @@
-"""An expert's own encoder and connector: from an image, sound or video to embeddings for the
-language model.
-"""
+"""An expert's own processor, encoder and connector, run with transformers."""
 
 from __future__ import annotations
 
@@ -20,12 +18,15 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from mmerge.manifests.digest import parse_json
 from mmerge.manifests.errors import CheckpointError, PromptError
 from mmerge.workers.families.registry import role_of
-from mmerge.workers.modalities.prompt import Part, read_image, read_sound, read_video
+from mmerge.workers.modalities.media_files import read_audio, read_image, read_video
+from mmerge.workers.modalities.prompt import Part
 
 
 def make_config(files: Mapping[str, bytes], *, owner: str) -> Any:
-    """Return the transformers configuration of a model from its files. Raises CheckpointError for
-    models it does not know.
+    """Return the transformers configuration of a model from its files.
+
+    Raises:
+        CheckpointError: transformers does not know the model type; `owner` is named.
     """
     raw = parse_json(files["config.json"], what=f"{owner}: config.json")
     model_type = raw.get("model_type")
@@ -48,15 +49,13 @@ def make_model(
     """Return the transformers model of a configuration with these weights, named as in its files.
 
     Raises:
-        CheckpointError: the class is unknown, weights are left over, or weights are missing that
-            `may_lack` does not excuse.
+        CheckpointError: the class is unknown, there are unexpected weights, or weights are missing
+            for which `may_lack` is false.
     """
     name = str((config.architectures or [""])[0])
     model_class = _find_class(name, owner=owner)
-    verbosity, has_bars = (
-        transformers.logging.get_verbosity(),
-        transformers.logging.is_progress_bar_enabled(),
-    )
+    verbosity = transformers.logging.get_verbosity()
+    has_bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
@@ -82,9 +81,9 @@ def make_model(
 
 
 def _find_class(name: str, *, owner: str) -> Any:
-    found: Any = getattr(transformers, name, None)
-    if inspect.isclass(found) and transformers.PreTrainedModel in inspect.getmro(found):
-        return found
+    model_class: Any = getattr(transformers, name, None)
+    if inspect.isclass(model_class) and issubclass(model_class, transformers.PreTrainedModel):
+        return model_class
     raise CheckpointError(
         f"{owner}: transformers {transformers.__version__} has no model class {name!r}"
         " (config.json, 'architectures')"
@@ -92,16 +91,18 @@ def _find_class(name: str, *, owner: str) -> Any:
 
 
 def write_files(files: Mapping[str, bytes], folder: Path) -> None:
-    """Write small files into a folder. Names are plain: a path in one is refused."""
+    """Write small files to a folder. Raises CheckpointError for a name that is a path."""
     for name, data in files.items():
         if Path(name).name != name:
-            raise CheckpointError(f"{name!r} is no plain file name")
+            raise CheckpointError(f"{name!r}: expected a file name without folders")
         (folder / name).write_bytes(data)
 
 
 def load_tokenizer(files: Mapping[str, bytes], *, config: Any, owner: str) -> Any:
-    """Return the tokenizer among a model's files, of the class that goes with its `config`. Raises
-    CheckpointError when there is none.
+    """Return the tokenizer among a model's files, of the class that its `config` implies.
+
+    Raises:
+        CheckpointError: transformers can load none.
     """
     with tempfile.TemporaryDirectory() as folder:
         write_files(files, Path(folder))
@@ -117,12 +118,11 @@ def load_tokenizer(files: Mapping[str, bytes], *, config: Any, owner: str) -> An
 
 
 class MediaEncoder:
-    """Turns media of one modality into the embeddings that the expert's own language model would
-    see.
+    """Turns inputs of one modality into the embeddings that enter the expert's language model.
 
-    The expert's own class runs with a language model of zero layers; what its processor and forward
-    pass make of the placeholder is caught where it would enter the language model. So every layout
-    of media tokens is the expert's own.
+    The expert's model class runs with a language model of zero layers. A hook captures the
+    embeddings of the placeholder, as processor and forward pass laid them out, where they would
+    enter the language model.
     """
 
     def __init__(
@@ -143,39 +143,45 @@ class MediaEncoder:
             expert: its name, for errors.
             modality: what it encodes.
             files: the expert's configuration, tokenizer and processor files.
-            state: the carried tensors, named as in the expert's files.
+            state: the copied tensors, named as in the expert's files.
             embedding: name in the expert's files and values of its embedding, for wrapper tokens.
-            placeholder: the text that stands for one medium; from the processor if None.
+            placeholder: the text that stands for one input; from the processor if None.
             dtype, device: of the encoder.
         """
         owner = f"expert {expert!r}"
         config = make_config(files, owner=owner)
         self.expert, self.modality, self.dtype, self.device = expert, modality, dtype, device
         self.config = config
-        stub = copy.deepcopy(config)
-        text = stub.get_text_config()
+        headless = copy.deepcopy(config)
+        text = headless.get_text_config()
         text.num_hidden_layers = 0
         if getattr(text, "layer_types", None) is not None:
             text.layer_types = []
-        text.vocab_size = embedding[1].shape[0]
+        embedding_name, embedding_weight = embedding
+        text.vocab_size = embedding_weight.shape[0]
         model = make_model(
-            stub, state | {embedding[0]: embedding[1]}, dtype=dtype, owner=owner,
+            headless,
+            state | {embedding_name: embedding_weight},
+            dtype=dtype,
+            owner=owner,
             may_lack=lambda key: role_of(key) in ("head", "final_norm"),
-        )  # fmt: skip
+        )
         self.model = model.to(device)
         self.inputs = _open_inputs(config.model_type, files, owner=owner)
         self.placeholder = placeholder or self.inputs.find_placeholder(modality, owner=owner)
-        self._caught: list[torch.Tensor] = []
+        self._captured: list[torch.Tensor] = []
         decoder: nn.Module = self.model.get_decoder()
-        decoder.register_forward_pre_hook(self._catch, with_kwargs=True)
+        decoder.register_forward_pre_hook(self._capture, with_kwargs=True)
 
-    def _catch(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self._caught.append(kwargs["inputs_embeds"])
+    def _capture(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._captured.append(kwargs["inputs_embeds"])
 
     @torch.inference_mode()
     def encode(self, part: Part) -> torch.Tensor:
-        """Return the embeddings of one medium, [tokens, hidden]. Raises PromptError when it cannot
-        be read.
+        """Return the embeddings of one input, [tokens, hidden].
+
+        Raises:
+            PromptError: it cannot be read, or the processor refuses it.
         """
         try:
             inputs = self.inputs.make(self.placeholder, self.modality, part)
@@ -190,14 +196,14 @@ class MediaEncoder:
             for name, value in inputs.items()
             if isinstance(value, torch.Tensor)
         }
-        self._caught.clear()
+        self._captured.clear()
         self.model(**moved, use_cache=False)
-        if not self._caught:
+        if not self._captured:
             raise CheckpointError(
                 f"expert {self.expert!r}: its model does not pass embeddings to its language model"
                 " as inputs_embeds"
             )
-        embeds = self._caught[0][0]
+        embeds = self._captured[0][0]
         return embeds[self.inputs.without_frame(moved["input_ids"][0])]
 
 
@@ -211,14 +217,16 @@ class ProcessorInputs:
         self.tokenizer = self.processor.tokenizer
 
     def find_placeholder(self, modality: str, *, owner: str) -> str:
-        """Return the text that the processor expands to the tokens of one medium. Raises
-        CheckpointError.
+        """Return the text that the processor expands to the tokens of one input.
+
+        Raises:
+            CheckpointError: the processor has none.
         """
         token = getattr(self.processor, f"{modality}_token", None)
         if not isinstance(token, str):
             raise CheckpointError(
-                f"{owner}: its processor has no {modality}_token; say in the recipe which text"
-                " stands for one medium: 'placeholder'"
+                f"{owner}: its processor has no {modality}_token; name the text that stands for"
+                " one input in the recipe: 'placeholder'"
             )
         vocabulary = self.tokenizer.get_vocab()
         begin, end = (
@@ -229,33 +237,29 @@ class ProcessorInputs:
         return token
 
     def make(self, placeholder: str, modality: str, part: Part) -> Mapping[str, Any]:
-        """Return the model's inputs for a prompt that is one medium."""
+        """Return the model's inputs for a prompt that consists of one input."""
+        inputs: Mapping[str, Any]
         if modality == "image":
-            made = self.processor(
-                text=placeholder, images=read_image(part.value), return_tensors="pt"
-            )
+            image = read_image(part.value)
+            inputs = self.processor(text=placeholder, images=image, return_tensors="pt")
         elif modality == "audio":
             rate = self.processor.feature_extractor.sampling_rate
-            sound = read_sound(part.value, sampling_rate=rate, given_rate=part.sampling_rate)
-            made = self.processor(
-                text=placeholder, audio=sound, sampling_rate=rate, return_tensors="pt"
+            audio = read_audio(part.value, sampling_rate=rate, input_rate=part.sampling_rate)
+            inputs = self.processor(
+                text=placeholder, audio=audio, sampling_rate=rate, return_tensors="pt"
             )
         elif modality == "video":
-            made = self.processor(
-                text=placeholder, videos=list(read_video(part.value)), return_tensors="pt"
-            )
+            frames = list(read_video(part.value))
+            inputs = self.processor(text=placeholder, videos=frames, return_tensors="pt")
         else:
             raise PromptError(
                 f"no reader for modality {modality!r}; register one with"
                 " mmerge.workers.modalities.processor_encoder.register_inputs"
             )
-        inputs: Mapping[str, Any] = made
         return inputs
 
     def without_frame(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Return which positions are the medium: all but a leading BOS and a trailing EOS that the
-        tokenizer added.
-        """
+        """Return a mask of the input's positions, without the BOS and EOS of the tokenizer."""
         keep = torch.ones_like(input_ids, dtype=torch.bool)
         if int(input_ids[0]) == self.tokenizer.bos_token_id:
             keep[0] = False
@@ -265,8 +269,9 @@ class ProcessorInputs:
 
 
 class VideoLlavaInputs(ProcessorInputs):
-    """Video-LLaVA without torchvision, which its processor class cannot do without: frames go
-    through its image processor.
+    """Inputs of Video-LLaVA without torchvision, which its processor class requires.
+
+    Frames go through its image processor.
     """
 
     def __init__(self, folder: str, *, owner: str) -> None:
@@ -292,17 +297,17 @@ class VideoLlavaInputs(ProcessorInputs):
         return str(self.tokenizer.convert_ids_to_tokens(self.token_ids[modality]))
 
     def make(self, placeholder: str, modality: str, part: Part) -> Mapping[str, Any]:
-        """Return placeholder tokens and pixels; a frame has one token per patch and one more."""
+        """Return placeholder tokens and pixels; a frame of a video has one token per patch + 1."""
         if self.processor is not None:
             return super().make(placeholder, modality, part)
         frames = list(read_video(part.value)) if modality == "video" else [read_image(part.value)]
         pixels = self.images(images=frames, return_tensors="pt", return_legacy_image_output=False)[
             "pixel_values"
         ]
-        per_frame = (pixels.shape[-2] // self.patch_size) * (
-            pixels.shape[-1] // self.patch_size
-        ) + (1 if modality == "video" else 0)
-        ids = torch.full((1, per_frame * len(frames)), self.token_ids[modality], dtype=torch.long)
+        height, width = (size // self.patch_size for size in pixels.shape[-2:])
+        tokens_per_frame = height * width + (1 if modality == "video" else 0)
+        num_tokens = tokens_per_frame * len(frames)
+        ids = torch.full((1, num_tokens), self.token_ids[modality], dtype=torch.long)
         name = "pixel_values_videos" if modality == "video" else "pixel_values_images"
         return {
             "input_ids": ids,
@@ -316,9 +321,7 @@ _INPUTS: dict[str, InputMaker] = {"video_llava": VideoLlavaInputs}
 
 
 def register_inputs(model_type: str, maker: InputMaker) -> None:
-    """Let models of `model_type` get their inputs from `maker(folder, owner=…)` instead of their
-    processor.
-    """
+    """Use `maker(folder, owner=…)` for the inputs of models of a type, instead of their processor."""
     _INPUTS[model_type] = maker
 
 

@@ -1,6 +1,4 @@
-"""Connectors of experts whose encoder is not in their files: features in, embeddings out, learned
-tokens around them.
-"""
+"""Connectors of experts without an encoder in their files: from features to embeddings."""
 
 from __future__ import annotations
 
@@ -13,7 +11,8 @@ import torch
 from torch import nn
 
 from mmerge.manifests.errors import CheckpointError, PromptError
-from mmerge.workers.modalities.prompt import Part, read_array
+from mmerge.workers.modalities.media_files import read_array
+from mmerge.workers.modalities.prompt import Part
 
 _LINEAR = re.compile(
     r"(?:^|\.)modal_projectors\.(?P<modality>[^.]+)\.(?:(?P<index>\d+)\.)?(?P<kind>weight|bias)$"
@@ -22,12 +21,11 @@ _TOKENS = re.compile(r"(?:^|\.)(?P<place>prefix|suffix)_tokens\.(?P<modality>[^.
 
 
 class FeatureEncoder:
-    """Turns a modality's features into embeddings: the connector of the official Model Composition
-    code, and its learned tokens.
+    """Turns features of a modality into embeddings by a connector and learned tokens.
 
-    The connector is one Linear, or several with GELU between them; without one the features are
-    embeddings already. Learned prefix and suffix tokens count as tokens of the modality (arXiv
-    2402.12750).
+    As in the official Model Composition code (arXiv 2402.12750): the connector is one Linear layer,
+    or several with GELU in between; without one the features are embeddings already. Learned prefix
+    and suffix tokens count as tokens of the modality.
     """
 
     def __init__(
@@ -40,8 +38,10 @@ class FeatureEncoder:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """Make the encoder of an expert from its carried tensors, by name. Raises CheckpointError
-        for connectors of another kind.
+        """Make the encoder of an expert from its copied tensors, by name.
+
+        Raises:
+            CheckpointError: the connector has layers other than Linear.
         """
         self.expert, self.modality, self.dtype, self.device = expert, modality, dtype, device
         self.hidden_size = hidden_size
@@ -50,32 +50,29 @@ class FeatureEncoder:
         for name, value in state.items():
             linear, tokens = _LINEAR.search(name), _TOKENS.search(name)
             if linear:
-                self.layers.setdefault(int(linear["index"] or 0), {})[linear["kind"]] = value.to(
-                    device, dtype
-                )
+                layer = self.layers.setdefault(int(linear["index"] or 0), {})
+                layer[linear["kind"]] = value.to(device, dtype)
             elif tokens and value.numel():
                 self.tokens[tokens["place"]] = value.reshape(-1, hidden_size).to(device, dtype)
             elif "modal_projectors." in name:
                 raise CheckpointError(
                     f"expert {expert!r}: {name}: only connectors of Linear layers are read"
                 )
-        if any(
-            layer.get("weight") is None or layer["weight"].ndim != 2
-            for layer in self.layers.values()
-        ):
-            raise CheckpointError(
-                f"expert {expert!r}: its connector has a layer that is no Linear; only connectors"
-                " of Linear layers are read"
-            )
+        for layer in self.layers.values():
+            if layer.get("weight") is None or layer["weight"].ndim != 2:
+                raise CheckpointError(
+                    f"expert {expert!r}: its connector has a layer that is no Linear; only"
+                    " connectors of Linear layers are read"
+                )
 
     @torch.inference_mode()
     def encode(self, part: Part) -> torch.Tensor:
-        """Return the embeddings of features [tokens, width] (an array, a tensor, or an .npy file),
-        [tokens, hidden].
+        """Return the embeddings of features [tokens, width], [tokens, hidden].
+
+        The features are an array, a tensor or an .npy file.
 
         Raises:
-            PromptError: the features cannot be read, or have another width than the connector
-                takes.
+            PromptError: the features cannot be read, or do not have the width of the connector.
         """
         values = self._read(part.value)
         for position, index in enumerate(sorted(self.layers)):
@@ -85,24 +82,21 @@ class FeatureEncoder:
                     f"{part.kind}: features have width {values.shape[-1]}, the connector of expert"
                     f" {self.expert!r} takes {layer['weight'].shape[1]}"
                 )
-            values = nn.functional.linear(
-                nn.functional.gelu(values) if position else values,
-                layer["weight"],
-                layer.get("bias"),
-            )
+            inputs = nn.functional.gelu(values) if position else values
+            values = nn.functional.linear(inputs, layer["weight"], layer.get("bias"))
         if values.shape[-1] != self.hidden_size:
             raise PromptError(
                 f"{part.kind}: embeddings have width {values.shape[-1]}, the language model's have"
                 f" {self.hidden_size}"
             )
-        around = [self.tokens.get("prefix"), values, self.tokens.get("suffix")]
-        return torch.cat([tokens for tokens in around if tokens is not None])
+        pieces = [self.tokens.get("prefix"), values, self.tokens.get("suffix")]
+        return torch.cat([piece for piece in pieces if piece is not None])
 
     def _read(self, value: object) -> torch.Tensor:
         if isinstance(value, (str, Path)):
             remedy = (
-                f"Expert {self.expert!r} has no encoder in its files: give what its encoder makes"
-                " of a medium, an array [tokens, width] saved by numpy.save"
+                f"Expert {self.expert!r} has no encoder in its files: give the output of its"
+                " encoder, an array [tokens, width] saved by numpy.save"
             )
             value = read_array(value, what="features", remedy=remedy)
         if isinstance(value, np.ndarray):

@@ -1,6 +1,4 @@
-"""Masks packed to bits: eight entries a byte, the first in the most significant bit, padded to
-whole 8-byte words.
-"""
+"""Bit masks: eight entries per byte, the first in the highest bit, padded to 8-byte words."""
 
 from __future__ import annotations
 
@@ -10,11 +8,11 @@ import numpy as np
 import torch
 
 WORD_BYTES = 8
-"""Packed masks end on a multiple of this, so that the tensor behind one in a file stays aligned."""
+"""Packed masks end on a multiple of this, which keeps the next tensor in the file aligned."""
 
 
 def packed_bytes(num_entries: int) -> int:
-    """Return the bytes that a packed mask of so many entries takes."""
+    """Return the size of a packed mask in bytes."""
     return -(-num_entries // (8 * WORD_BYTES)) * WORD_BYTES
 
 
@@ -41,9 +39,7 @@ def mean_mask(masks: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def pack_rows(packed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """Return a packed mask of a matrix [rows, width] with each row on whole bytes, uint8 [rows,
-    ⌈width/8⌉].
-    """
+    """Return a packed mask of a matrix [rows, width], packed by rows: uint8 [rows, ⌈width/8⌉]."""
     rows, width = shape
     if width % 8 == 0:
         return packed[: rows * width // 8].reshape(rows, width // 8)

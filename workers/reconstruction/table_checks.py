@@ -1,6 +1,4 @@
-"""Rows of a build's table held against each other, before memory is taken and bytes are read by
-what they say.
-"""
+"""Consistency of a build's table, checked before memory is allocated and bytes are read from it."""
 
 from __future__ import annotations
 
@@ -18,29 +16,33 @@ Key = tuple[str, str, str]
 
 
 def check_rows(pieces: Mapping[Key, Sequence[StoredRow]], *, uri: str) -> None:
-    """Check that pieces of each tensor make a whole one, and that θ₀, τ⋆ and masks of a name have
-    one shape.
+    """Check that the pieces of each tensor are contiguous, and θ₀, τ⋆ and masks of one shape.
+
+    Neither headers nor digests of objects show such a fault.
 
     Args:
-        pieces: of each tensor, by their first rows.
-        uri: the build's.
+        pieces: rows of each tensor, sorted by their first row.
+        uri: the build's, for messages.
 
     Raises:
-        ManifestError: they do not; headers and digests of objects do not show that.
+        ManifestError: the table contradicts itself.
     """
-    shapes = {}
+    shapes: dict[Key, tuple[int, ...]] = {}
     for key, rows in pieces.items():
-        if reason := next(filter(None, map(_fault_of_row, rows)), "") or _fault_of_tensor(rows):
+        reasons = [_find_row_fault(row) for row in rows]
+        reasons.append("" if any(reasons) else _find_tensor_fault(rows))
+        for reason in filter(None, reasons):
             raise _contradiction(uri, key, reason)
-        shapes[key] = (
-            (sum(row.shape[0] for row in rows), *rows[0].shape[1:]) if rows[0].shape else ()
-        )
+        shapes[key] = ()
+        if rows[0].shape:
+            shapes[key] = (sum(row.shape[0] for row in rows), *rows[0].shape[1:])
     for (role, expert, name), shape in shapes.items():
-        if role in ("delta", "mask") and shapes.get(("base", "", name)) != shape:
-            wanted = shapes.get(("base", "", name), "missing")
-            raise _contradiction(
-                uri, (role, expert, name), f"has shape {shape}, θ₀ of that name {wanted}"
-            )
+        if role not in ("delta", "mask"):
+            continue
+        base_shape = shapes.get(("base", "", name), "missing")
+        if base_shape != shape:
+            reason = f"has shape {shape}, θ₀ of that name {base_shape}"
+            raise _contradiction(uri, (role, expert, name), reason)
 
 
 def _contradiction(uri: str, key: Key, reason: str) -> ManifestError:
@@ -52,7 +54,8 @@ def _contradiction(uri: str, key: Key, reason: str) -> ManifestError:
     )
 
 
-def _fault_of_row(row: StoredRow) -> str:
+def _find_row_fault(row: StoredRow) -> str:
+    """Return what is wrong with a row, or nothing."""
     if row.dtype not in TORCH_DTYPES:
         return f"has dtype {row.dtype}, which no tensor of a build has"
     if any(size < 0 for size in row.shape) or row.row_start < 0:
@@ -67,20 +70,19 @@ def _fault_of_row(row: StoredRow) -> str:
     return ""
 
 
-def _fault_of_tensor(rows: Sequence[StoredRow]) -> str:
+def _find_tensor_fault(rows: Sequence[StoredRow]) -> str:
+    """Return what is wrong with the pieces of a tensor together, or nothing."""
     first = rows[0]
-    if (
-        first.role != "extra_rows" and first.row_start
-    ):  # rows that were added begin behind the base's
+    # The rows that an expert added to the vocabulary begin after those of the base.
+    if first.role != "extra_rows" and first.row_start:
         return f"begins with row {first.row_start}"
-    for one, other in itertools.pairwise(rows):
-        if (one.dtype, one.shape[1:]) != (other.dtype, other.shape[1:]) or not (
-            one.shape and other.shape
-        ):
-            return f"has pieces of {one.dtype} {one.shape} and {other.dtype} {other.shape}"
-        if one.row_stop != other.row_start:
+    for left, right in itertools.pairwise(rows):
+        same_kind = (left.dtype, left.shape[1:]) == (right.dtype, right.shape[1:])
+        if not same_kind or not (left.shape and right.shape):
+            return f"has pieces of {left.dtype} {left.shape} and {right.dtype} {right.shape}"
+        if left.row_stop != right.row_start:
             return (
-                f"has a piece that ends at row {one.row_stop} and one that begins at row"
-                f" {other.row_start}"
+                f"has a piece that ends at row {left.row_stop} and one that begins at row"
+                f" {right.row_start}"
             )
     return ""

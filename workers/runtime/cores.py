@@ -1,6 +1,4 @@
-"""Cores of a machine, and threads of a task: one, so that results do not depend on how many cores
-there are.
-"""
+"""Cores of this process, and the number of torch threads of a task."""
 
 from __future__ import annotations
 
@@ -20,16 +18,16 @@ def num_cores() -> int:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Run inside with one thread of torch: how a sum is split over threads decides its last bits."""
+    """Run torch on one thread inside: how a sum is divided over threads decides its last bits."""
     if not torch_is_loaded():
-        yield  # it will begin with one thread
+        yield  # it starts with one thread when it is imported
         return
-    before = torch.get_num_threads()
-    if before == 1:
-        yield  # nothing to undo: tasks beside this one may run in threads of the same process
+    num_threads = torch.get_num_threads()
+    if num_threads == 1:
+        yield  # nothing to restore: other tasks may run in threads of the same process
         return
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(num_threads)

@@ -1,6 +1,4 @@
-"""Answers of a composite to some prompts, written to a store: what `mmerge evaluate` and `mmerge
-calibrate` are made of.
-"""
+"""Answer prompts with a composite, or score answers, for `mmerge evaluate` and `calibrate`."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ MAX_ANSWERS_BYTES = 1 << 28
 
 @dataclass(frozen=True)
 class Answer:
-    """A greedy answer: its text, and its tokens with the end token where it came."""
+    """A greedy answer: its text, and its tokens up to and with the end token."""
 
     text: str
     tokens: tuple[int, ...]
@@ -32,36 +30,36 @@ class Answer:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """How a model finds a given answer."""
+    """How likely a model finds an answer."""
 
     log_probability: float
     """Mean natural logarithm over the answer's tokens."""
     is_greedy: bool
-    """Whether greedy decoding gives just this answer."""
+    """Whether greedy decoding gives exactly this answer."""
 
 
 def answers_key(key: str) -> str:
-    """Return where the result of an AnswerTask lies."""
+    """Return the key of the result of an AnswerTask."""
     return f"answers/{key}.json"
 
 
 def answer_prompts(task: AnswerTask, store: Store) -> TaskResult:
-    """Answer the prompts of a task, or score its targets, and write the result; nothing is done
-    where it is there already.
+    """Answer the prompts of a task, or score its targets, unless the result is stored already.
 
     Raises:
         ManifestError, StoreError: the model cannot be read, or the result not be written.
         PromptError: a prompt does not fit the model.
     """
-    began = time.monotonic()
+    start_time = time.monotonic()
     reused = not task.fresh and store.exists(answers_key(task.key))
     if not reused:
-        # One task at a time in a process: they share the model, and a composite answers one call at
-        # a time.
+        # One task at a time per process: tasks share the model, which answers one call at a time.
         with _lock:
-            rows = _answer(task, _held(task))
+            rows = _answer(task, _load_model(task))
         store.put(answers_key(task.key), json.dumps(rows).encode())
-    return TaskResult(task.shard, 0 if reused else task.num_bytes, reused, time.monotonic() - began)
+    return TaskResult(
+        task.shard, 0 if reused else task.num_bytes, reused, time.monotonic() - start_time
+    )
 
 
 def read_answers(store: Store, key: str) -> list[Answer] | list[Likelihood]:
@@ -85,9 +83,8 @@ def _answer(task: AnswerTask, composite: Composite) -> dict[str, list[tuple[obje
     for start, prompts in _batches(task.prompts, task.batch_size):
         if task.targets is None:
             for tokens in composite.generate_tokens(prompts, max_new_tokens=task.max_new_tokens):
-                rows.append(
-                    (composite.tokenizer.decode(tokens, skip_special_tokens=True).strip(), tokens)
-                )
+                text = composite.tokenizer.decode(tokens, skip_special_tokens=True)
+                rows.append((text.strip(), tokens))
         else:
             rows += composite.score(prompts, task.targets[start : start + len(prompts)])
     return {"answers" if task.targets is None else "likelihoods": rows}
@@ -105,35 +102,33 @@ _loaded: dict[tuple[object, ...], Composite] = {}
 _registered: set[str] = set()
 
 
-def _held(task: AnswerTask) -> Composite:
-    """Return the task's model; the last one that was used is kept, for the next task is likely to
-    ask it too.
-    """
-    wanted = (task.model, task.expert, task.device, task.encoders)
-    if wanted not in _loaded:
+def _load_model(task: AnswerTask) -> Composite:
+    """Return the task's model. The last one is kept: the next task is likely to use it too."""
+    key = (task.model, task.expert, task.device, task.encoders)
+    if key not in _loaded:
         _loaded.clear()
-        for place in task.encoders:
-            register_from(place)
+        for target in task.encoders:
+            register_from(target)
         mode: Mode = "retention" if task.expert else "expansion"
-        _loaded[wanted] = load_composite(
-            task.model, mode=mode, expert=task.expert, device=task.device
-        )
-    return _loaded[wanted]
+        _loaded[key] = load_composite(task.model, mode=mode, expert=task.expert, device=task.device)
+    return _loaded[key]
 
 
-def register_from(place: str) -> None:
-    """Call MODULE:FUNCTION of the user's own once in this process: it registers encoders
-    (workers/modalities/encoders.py). Raises RecipeError.
+def register_from(target: str) -> None:
+    """Call the user's MODULE:FUNCTION, which registers encoders, once per process.
+
+    Raises:
+        RecipeError: there is no such module or function.
     """
-    if place in _registered:
+    if target in _registered:
         return
-    module, colon, function = place.partition(":")
+    module, colon, function = target.partition(":")
     if not colon or not module or not function:
-        raise RecipeError(f"--encoders: expected MODULE:FUNCTION, got {place!r}")
+        raise RecipeError(f"--encoders: expected MODULE:FUNCTION, got {target!r}")
     try:
         getattr(importlib.import_module(module), function)()
     except (ImportError, AttributeError) as error:
         raise RecipeError(
-            f"--encoders: {place}: {error}. The module must be on PYTHONPATH, on every node"
+            f"--encoders: {target}: {error}. The module must be on PYTHONPATH, on every node"
         ) from error
-    _registered.add(place)
+    _registered.add(target)

@@ -21,7 +21,7 @@ from transformers import (
 from mmerge.manifests.errors import DamagedObject, ManifestError, PromptError, StoreError
 from mmerge.pipeline import Composite, Part, export, load_composite
 from mmerge.workers.composite.routed_linear import RoutedLinear
-from mmerge.workers.modalities.prompt import read_image, read_sound, read_video
+from mmerge.workers.modalities.media_files import read_audio, read_image, read_video
 from mmerge.workers.reconstruction.bitmask import mean_mask, unpack_mask
 from mmerge.workers.reconstruction.build_reader import BuildReader
 
@@ -64,7 +64,7 @@ def make_inputs(modality: str, folder: Path, text: str, target: Path) -> dict[st
     return dict(
         processor(
             text=text,
-            audio=[read_sound(target, sampling_rate=16000)],
+            audio=[read_audio(target, sampling_rate=16000)],
             sampling_rate=16000,
             return_tensors="pt",
         )
@@ -200,7 +200,7 @@ def test_the_samples_are_answered(composite: Composite) -> None:
 def test_media_may_be_given_as_arrays(composite: Composite) -> None:
     image = Image.open(IMAGE)
     film = np.asarray(read_video(FILM))
-    sound = read_sound(SOUND, sampling_rate=16000)
+    sound = read_audio(SOUND, sampling_rate=16000)
     for given, path in (
         (Part("image", image), MEDIA["image"]),
         (Part("audio", sound, 16000), MEDIA["audio"]),

@@ -11,15 +11,8 @@ import soundfile  # type: ignore[import-untyped]
 from PIL import Image
 
 from mmerge.manifests.errors import PromptError
-from mmerge.workers.modalities.prompt import (
-    Part,
-    check_places,
-    make_prompt,
-    read_array,
-    read_image,
-    read_sound,
-    read_video,
-)
+from mmerge.workers.modalities.media_files import read_array, read_audio, read_image, read_video
+from mmerge.workers.modalities.prompt import Part, check_places, make_prompt
 
 A, B = Part("image", "a.png"), Part("audio", "b.wav")
 
@@ -56,7 +49,7 @@ def test_a_sound_is_resampled_and_mixed_to_one_channel(tmp_path: Path) -> None:
     soundfile.write(
         tmp_path / "x.wav", np.stack([np.sin(440 * 2 * np.pi * time)] * 2, axis=1), 8000
     )
-    sound = read_sound(tmp_path / "x.wav", sampling_rate=16000)
+    sound = read_audio(tmp_path / "x.wav", sampling_rate=16000)
     assert sound.dtype == np.float32
     assert abs(len(sound) - 16000) <= 2
     assert np.abs(np.fft.rfft(sound[:16000])).argmax() == 440
@@ -74,7 +67,7 @@ def test_a_film_gives_its_frames_in_order(tmp_path: Path) -> None:
     ("read", "word"),
     [
         (read_image, "image"),
-        (lambda value: read_sound(value, sampling_rate=16000), "sound"),
+        (lambda value: read_audio(value, sampling_rate=16000), "audio"),
         (read_video, "video"),
     ],
 )
@@ -84,20 +77,20 @@ def test_a_broken_or_missing_file_is_named(tmp_path: Path, read: object, word: s
         read(tmp_path / "nowhere.x")
     broken = tmp_path / "broken.x"
     broken.write_bytes(b"RIFF nonsense")
-    with pytest.raises(PromptError, match=f"broken.x: cannot be read as an? {word}"):
+    with pytest.raises(PromptError, match=f"broken.x: cannot be read as (an? )?{word}"):
         read(broken)
 
 
 def test_arrays_of_wrong_shape_are_refused() -> None:
     with pytest.raises(PromptError, match="give one channel"):
-        read_sound(np.zeros((2, 100)), sampling_rate=16000)
+        read_audio(np.zeros((2, 100)), sampling_rate=16000)
     with pytest.raises(PromptError, match="give uint8"):
         read_video(np.zeros((2, 100)))
     with pytest.raises(PromptError, match="has no samples"):
-        read_sound(np.zeros(0), sampling_rate=16000)
+        read_audio(np.zeros(0), sampling_rate=16000)
 
 
-def test_a_sound_that_is_cut_short_is_refused_and_one_of_unknown_length_is_read(
+def test_a_truncated_audio_file_is_refused_and_one_of_unknown_length_is_read(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "cut.wav"
@@ -105,11 +98,11 @@ def test_a_sound_that_is_cut_short_is_refused_and_one_of_unknown_length_is_read(
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
     with pytest.raises(
-        PromptError, match=r"cut.wav: is cut short: 1,\d+ bytes, its header says 3,\d+"
+        PromptError, match=r"cut.wav: is truncated: 1,\d+ bytes, its header says 3,\d+"
     ):
-        read_sound(path, sampling_rate=16000)
+        read_audio(path, sampling_rate=16000)
     path.write_bytes(data[:4] + b"\xff" * 4 + data[8:])
-    assert len(read_sound(path, sampling_rate=16000)) == 1600
+    assert len(read_audio(path, sampling_rate=16000)) == 1600
 
 
 @pytest.mark.parametrize(
@@ -120,12 +113,12 @@ def test_an_mp3_that_is_cut_short_is_refused(tmp_path: Path, ahead: bytes) -> No
     soundfile.write(path, np.sin(np.arange(16000) * 0.1).astype(np.float32), 16000)
     data = ahead + path.read_bytes()
     path.write_bytes(data)
-    assert len(read_sound(path, sampling_rate=16000)) == 16000
+    assert len(read_audio(path, sampling_rate=16000)) == 16000
     path.write_bytes(data[: len(ahead) + (len(data) - len(ahead)) // 2])
     with pytest.raises(
-        PromptError, match=rf"cut.mp3: is cut short: [\d,]+ bytes, its header says {len(data):,}"
+        PromptError, match=rf"cut.mp3: is truncated: [\d,]+ bytes, its header says {len(data):,}"
     ):
-        read_sound(path, sampling_rate=16000)
+        read_audio(path, sampling_rate=16000)
 
 
 def test_what_a_decoder_prints_about_a_broken_sound_is_not_added_to_the_error(
@@ -137,11 +130,11 @@ def test_what_a_decoder_prints_about_a_broken_sound_is_not_added_to_the_error(
     with pytest.raises(
         PromptError,
         match=(
-            r"broken.mp3: cannot be read as a sound \(the decoder finds no sound in it\)\. Give"
+            r"broken.mp3: cannot be read as audio \(the decoder finds no audio in it\)\. Give"
             r" a WAV"
         ),
     ):
-        read_sound(path, sampling_rate=16000)
+        read_audio(path, sampling_rate=16000)
     assert capfd.readouterr().err == ""
 
 
@@ -191,7 +184,7 @@ def test_a_video_without_frames_is_refused() -> None:
 
 def test_a_place_without_a_medium_is_refused() -> None:
     with pytest.raises(
-        PromptError, match=r"the question names \{image\} 2 times, 1 such media were given"
+        PromptError, match=r"the question names \{image\} 2 times, 1 such inputs were given"
     ):
         check_places("{image} and {image}?", [Part("image", "a.png")], kinds=["image", "audio"])
     check_places("{image} and {other}", [Part("image", "a.png")], kinds=["image", "audio"])
