@@ -1,4 +1,4 @@
-"""Load the language model of a composite: items read, scattered and put into a meta-device model."""
+"""Load the language model of a composite: read items, scatter them, fill a meta-device model."""
 
 from __future__ import annotations
 

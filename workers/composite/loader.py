@@ -117,7 +117,7 @@ def load_composite(
 def _check_group(
     placement: Placement | None, device: str, *, group: ProcessGroup | None
 ) -> ProcessGroup:
-    """Return the process group of a placement, opened if absent; PlacementError where they differ."""
+    """Return the process group of a placement, opened if absent; they must have the same size."""
     num_ranks = placement.num_ranks if placement is not None else None
     if group is None:
         if num_ranks is None or num_ranks == 1:
@@ -145,7 +145,7 @@ def _load(request: LoadRequest) -> Composite:
     if "config.json" not in files:
         raise CheckpointError(f"{request.owner}: the build has no config.json of it")
     config = make_config(files, owner=request.owner)
-    # Imports the module of the model; with the kernel, all code is in memory before the first weight.
+    # Imports the model's module; with the kernel, all code is in memory before the first weight.
     text_class = find_text_class(config.get_text_config(), owner=request.owner)
     if manifest.kind == "masks":
         load_kernel()

@@ -41,8 +41,8 @@ class LoadReport:
 class Composite:
     """A language model, the encoders of the experts, and the routing between them.
 
-    Made by `load_composite`. In retention mode one expert is rebuilt and every token is multiplied by
-    its weights; in expansion mode each token by the weights of its own modality.
+    Made by `load_composite`. In retention mode one expert is rebuilt and every token is multiplied
+    by its weights; in expansion mode each token by the weights of its own modality.
     """
 
     def __init__(

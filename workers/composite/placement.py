@@ -37,10 +37,10 @@ class DeviceMemory:
         """The sum of all fields."""
         return sum(getattr(self, field.name) for field in fields(self))
 
-    def plus(self, other: DeviceMemory) -> DeviceMemory:
+    def plus(self, addend: DeviceMemory) -> DeviceMemory:
         """Return the sums, field by field."""
         names = [field.name for field in fields(self)]
-        return DeviceMemory(*(getattr(self, name) + getattr(other, name) for name in names))
+        return DeviceMemory(*(getattr(self, name) + getattr(addend, name) for name in names))
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Placement:
 
 
 def parse_devices(text: str) -> list[int]:
-    """Return the memory of each device in bytes, from `4x80`, `80` or `2x80,1x40` in GB (10⁹ bytes).
+    """Return the memory of each device in bytes, from `4x80`, `80` or `2x80,1x40` (GB, 10⁹ bytes).
 
     Raises:
         PlacementError: the text has another form.

@@ -1,4 +1,4 @@
-"""Prefetch the tensors of a load: threads read ahead of the tensor that is placed, within a window."""
+"""Prefetch the tensors of a load: threads read ahead of the consumer, within a byte window."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WINDOW_BYTES = 256 << 20
 The largest shard where that is larger.
 """
 RANK_WINDOW_BYTES = WINDOW_BYTES // 4
-"""The same for each of several ranks, or one tensor: a rank sends most of what it reads to others."""
+"""The same for each of several ranks, or one tensor; a rank sends most of it to other ranks."""
 LOCAL_THREADS = 8
 """Threads that read a local store, at most one per core: each copies, hashes and reconstructs."""
 REMOTE_THREADS = 4

@@ -174,7 +174,7 @@ def check_device(name: str) -> None:
 
 
 def in_torchrun() -> bool:
-    """Return whether torchrun, or an equivalent launcher, started this process as one of several."""
+    """Return whether torchrun, or a similar launcher, started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 

@@ -19,7 +19,7 @@ BLOCK_ENTRIES = 1 << 21
 A block is multiplied while it is still in the last-level cache.
 """
 BLOCK_ROWS = 1024
-"""Rows of a block, at least: products with fewer are slow, by half on processors with matrix units."""
+"""Rows of a block, at least: products of fewer are slow, by half on CPUs with matrix units."""
 ROW_STEP = 64
 """Blocks are multiples of this many rows: a product pays for the next multiple anyway."""
 

@@ -22,8 +22,8 @@ class Routing:
     Groups are computed once per pass, not once per layer: on a GPU each computation is a
     synchronisation with the device.
 
-    Call order: `follow` once per model; then, per prompt, `prefill` around the passes. A pre-forward
-    hook of the model sets the groups ahead of every pass; layers read `groups`.
+    Call order: `follow` once per model; then, per prompt, `prefill` around the passes. A
+    pre-forward hook of the model sets the groups ahead of every pass; layers read `groups`.
     """
 
     def __init__(self) -> None:

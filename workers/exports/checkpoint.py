@@ -1,4 +1,4 @@
-"""Write an ordinary Hugging Face checkpoint of one rebuilt expert, or of a merged language model."""
+"""Write a Hugging Face checkpoint of one rebuilt expert, or of a merged language model."""
 
 from __future__ import annotations
 

@@ -184,7 +184,7 @@ def _make_factors(
 
 
 def truncate_to_factors(delta: torch.Tensor, *, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A [rank, in] and B [out, rank], float32: B·A is the best approximation of that rank."""
+    """Return A [rank, in] and B [out, rank], float32; B·A is the best approximation by rank."""
     u, s, vt = torch.linalg.svd(delta, full_matrices=False)
     count = min(rank, len(s))
     root = s[:count].sqrt()

@@ -38,7 +38,7 @@ class EncoderRequest:
     files: Mapping[str, bytes]
     """The expert's configuration and processor files, by name."""
     state: Mapping[str, torch.Tensor]
-    """The copied tensors (encoder, connector, anything else outside the base), named as in its files."""
+    """The copied tensors: encoder, connector and others outside the base, named as in its files."""
     hidden_size: int
     """Width of the embeddings to return."""
     dtype: torch.dtype

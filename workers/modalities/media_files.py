@@ -150,7 +150,7 @@ def _check_complete(path: Path) -> None:
 
 
 def _mp3_bytes(frame: bytes) -> int:
-    """Return the length of an MP3 stream from the "Xing" or "Info" tag in its first frame, else 0."""
+    """Return the length of an MP3 stream from the "Xing" or "Info" tag of its first frame, or 0."""
     if len(frame) < 2 or frame[0] != 0xFF or frame[1] & 0xE0 != 0xE0:
         return 0
     tag = max(frame.find(b"Xing"), frame.find(b"Info"))

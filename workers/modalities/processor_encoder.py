@@ -321,7 +321,7 @@ _INPUTS: dict[str, InputMaker] = {"video_llava": VideoLlavaInputs}
 
 
 def register_inputs(model_type: str, maker: InputMaker) -> None:
-    """Use `maker(folder, owner=…)` for the inputs of models of a type, instead of their processor."""
+    """Make the inputs of models of a type by `maker(folder, owner=…)`, not by their processor."""
     _INPUTS[model_type] = maker
 
 

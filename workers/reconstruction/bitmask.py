@@ -17,7 +17,7 @@ def packed_bytes(num_entries: int) -> int:
 
 
 def pack_mask(mask: torch.Tensor) -> torch.Tensor:
-    """Return a boolean mask (any shape) as uint8 of `packed_bytes(mask.numel())` bytes, in C order."""
+    """Return a boolean mask (any shape) packed in C order, uint8 [packed_bytes(mask.numel())]."""
     packed = torch.from_numpy(np.packbits(mask.reshape(-1).cpu().numpy()))
     return torch.nn.functional.pad(packed, (0, packed_bytes(mask.numel()) - packed.numel()))
 
@@ -48,6 +48,6 @@ def pack_rows(packed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 
 def unpack_rows(packed: torch.Tensor, width: int) -> torch.Tensor:
-    """Return the boolean mask [..., width] of rows packed by `pack_rows`, uint8 [..., ⌈width/8⌉]."""
+    """Return the boolean mask [..., width] of rows from `pack_rows`, uint8 [..., ⌈width/8⌉]."""
     shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
     return ((packed.unsqueeze(-1) >> shifts) & 1).bool().flatten(-2)[..., :width]

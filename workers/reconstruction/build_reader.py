@@ -173,7 +173,7 @@ class BuildReader:
         return 1.0 if rescaler is None else rescaler
 
     def read_packed_mask(self, name: str, expert: str) -> torch.Tensor:
-        """Return an expert's mask of one tensor, packed (uint8, see `bitmask.pack_mask`)."""
+        """Return an expert's packed mask of one tensor, uint8, see `bitmask.pack_mask`."""
         rows = self._pieces(name, "mask", expert)
         packed = [self._read_packed(row) for row in rows]
         if len(rows) == 1:
@@ -183,7 +183,7 @@ class BuildReader:
         return pack_mask(torch.cat(masks))
 
     def masked_pieces(self, name: str, experts: Sequence[str] = ()) -> list[Sequence[StoredRow]]:
-        """Return the stored rows of θ₀, of τ⋆ and of the mask of each expert; of all by default."""
+        """Return the stored rows of θ₀, of τ⋆ and of each expert's mask (all experts by default)."""
         masks = [self._pieces(name, "mask", expert) for expert in experts or self.expert_names]
         return [self._pieces(name, "base", ""), self._pieces(name, "delta", ""), *masks]
 

@@ -55,7 +55,7 @@ def read_masked_weight(
     """
     base_row, delta_row, *mask_rows = (rows[0] for rows in pieces)
     base_dtype, delta_dtype = (TORCH_DTYPES[row.dtype] for row in (base_row, delta_row))
-    samples = [torch.empty(0, dtype=each) for each in (base_dtype, delta_dtype, dtype)]
+    samples = [torch.empty(0, dtype=kind) for kind in (base_dtype, delta_dtype, dtype)]
     if any(len(rows) > 1 for rows in pieces) or not can_use_numba(*samples):
         return None
     values = empty_tensor(base_row.shape, dtype=dtype)

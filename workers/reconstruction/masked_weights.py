@@ -1,9 +1,10 @@
 """Reconstruct weights: θ = θ₀ + (Σ factorⱼ·mⱼ / divisor)∘τ⋆, the only formula of a composite.
 
-MMER (arXiv 2505.17110): one mask with factor 1 gives the weights of an expert (Retention), all masks
-with factor 1 and divisor n those of text tokens (Expansion). EMR-Merging (arXiv 2405.17461) has
-other factors. Three backends give the same bits: a numba kernel on the CPU, a Triton kernel on CUDA
-devices, and plain torch, the reference, for everything else. Computed in float32, rounded once.
+MMER (arXiv 2505.17110): one mask with factor 1 gives the weights of an expert (Retention), all
+masks with factor 1 and divisor n those of text tokens (Expansion). EMR-Merging (arXiv
+2405.17461) has other factors. Three backends give the same bits: a numba kernel on the CPU, a
+Triton kernel on CUDA devices, and plain torch, the reference, for everything else. Computed in
+float32, rounded once.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def add_masked_delta_by_torch(
     divisor: float,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """Write what `add_masked_delta` returns to `out` and return it: the reference of the kernels."""
+    """Write what `add_masked_delta` returns to `out` and return it: the kernels' reference."""
     weights = torch.zeros(delta.shape, dtype=torch.float32, device=delta.device)
     for mask, factor in zip(masks, factors, strict=True):
         weights += factor * unpack_rows(mask, delta.shape[1]).to(torch.float32)
@@ -103,7 +104,7 @@ def add_masked_tensor(
 
 
 def can_use_numba(*tensors: torch.Tensor) -> bool:
-    """Return whether the numba kernel takes these tensors: contiguous, on the CPU, 16 or 32 bits."""
+    """Return whether the numba kernel takes these tensors: contiguous, on the CPU, 16 or 32 bit."""
     return all(tensor.device.type == "cpu" and _has_kernel_layout(tensor) for tensor in tensors)
 
 
@@ -170,7 +171,7 @@ def _threads(num_threads: int) -> ThreadPoolExecutor:
 class BlockKernel:
     """The numba kernel for blocks of one tensor: dtypes and factors are prepared once.
 
-    Preparing them for each block of half a megabyte would take a third of the time and hold the GIL.
+    Preparing them per block of half a megabyte would take a third of the time and hold the GIL.
     """
 
     def __init__(
@@ -197,7 +198,7 @@ class BlockKernel:
         self.add_rows(base[None], delta[None], masks[:, None], out=out[None])
 
     def add_rows(self, base: Bytes, delta: Bytes, masks: Bytes, *, out: Bytes) -> None:
-        """Write rows of the result, uint8 [rows, bytes of a row]; `masks` [experts, rows, bytes]."""
+        """Write rows of the result, uint8 [rows, row bytes]; `masks` is [experts, rows, bytes]."""
         width = out.shape[1] // self._item_bytes
         if width % 8 == 0 and masks.strides[1:] == (width // 8, 1):
             # Rows that end on whole bytes of bits are one long row: fewer and fuller tiles.

@@ -55,7 +55,7 @@ def read_default_adapters(
 ) -> list[LowRank]:
     """Return the default adapters of some experts in a Linear.
 
-    Their scales are multiplied by the coefficients of the merge, unless one expert is rebuilt alone.
+    Their scales are multiplied by the coefficients of the merge unless one expert is rebuilt alone.
     """
     adapters = []
     for expert in experts:
