@@ -183,7 +183,7 @@ class BuildReader:
         return pack_mask(torch.cat(masks))
 
     def masked_pieces(self, name: str, experts: Sequence[str] = ()) -> list[Sequence[StoredRow]]:
-        """Return the stored rows of θ₀, of τ⋆ and of each expert's mask (all experts by default)."""
+        """Return the stored rows of θ₀, τ⋆ and each expert's mask (all experts by default)."""
         masks = [self._pieces(name, "mask", expert) for expert in experts or self.expert_names]
         return [self._pieces(name, "base", ""), self._pieces(name, "delta", ""), *masks]
 
@@ -199,7 +199,7 @@ class BuildReader:
     def read_blocks(
         self, row: StoredRow, *, block_bytes: int, into: NDArray[np.uint8] | None = None
     ) -> Iterator[NDArray[np.uint8]]:
-        """Yield the bytes of one piece in blocks, as `ReadableStore.read_blocks` does, and hash them.
+        """Yield one piece of a tensor in blocks, as `ReadableStore.read_blocks`, and hash it."""
 
         Raises:
             DamagedObject: after the last block, if the digest is not that of the manifest; results
