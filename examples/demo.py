@@ -37,8 +37,8 @@ from mmerge.pipeline import (
 )
 from mmerge.pipeline.execution.open import open_executor
 from mmerge.pipeline.monitoring.progress import BarProgress, LogProgress, to_size
-from mmerge.pipeline.views.report import print_build, print_run
-from mmerge.pipeline.views.show import read_build
+from mmerge.pipeline.views.build_report import print_build, print_run
+from mmerge.pipeline.views.build_summary import read_build
 
 ROOT = Path(__file__).resolve().parent.parent
 LAB = ROOT / "examples" / "lab"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mmerge.pipeline.planning.plan import MergePlan, make_plan
     from mmerge.pipeline.recipes.recipe import Recipe, make_recipe_schema, parse_recipe, read_recipe
     from mmerge.pipeline.serving.actors import ActorComposite, load_on_actors
-    from mmerge.pipeline.views.show import read_build
+    from mmerge.pipeline.views.build_summary import read_build
     from mmerge.workers.composite.loader import load_composite
     from mmerge.workers.composite.model import Composite
     from mmerge.workers.exports.checkpoint import export
@@ -41,7 +41,7 @@ _PLACES = {
     "RunReport": "mmerge.pipeline.build.run",
     "run": "mmerge.pipeline.build.run",
     "open_executor": "mmerge.pipeline.execution.open",
-    "read_build": "mmerge.pipeline.views.show",
+    "read_build": "mmerge.pipeline.views.build_summary",
     "Composite": "mmerge.workers.composite.model",
     "load_composite": "mmerge.workers.composite.loader",
     "Part": "mmerge.workers.modalities.prompt",

@@ -21,8 +21,8 @@ from evidence.sets import VALIDATION_SEED, load_set, set_names
 from evidence.tables import experts_of
 from mmerge.manifests.digest import digest_json
 from mmerge.pipeline import parse_recipe
+from mmerge.pipeline.evaluation.answer_tasks import Settings
 from mmerge.pipeline.evaluation.calibrate import SCALES, Calibration, calibrate, weigh
-from mmerge.pipeline.evaluation.evaluate import Settings
 from mmerge.pipeline.evaluation.questions import Question
 from mmerge.pipeline.execution.executor import SerialExecutor
 from mmerge.pipeline.monitoring.progress import SeveralProgress

@@ -1,38 +1,51 @@
-"""The command that scores models."""
+"""`mmerge evaluate`: scores of models on the same questions."""
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from mmerge.manifests.errors import RecipeError
-from mmerge.pipeline.cli import questions as asking
+from mmerge.pipeline.cli.asking import (
+    DeviceOption,
+    EncodersOption,
+    MediaOption,
+    PromptsOption,
+    make_settings,
+    opened_executor,
+    read_all_questions,
+)
+from mmerge.pipeline.cli.options import (
+    BatchOption,
+    ExecutorOption,
+    JsonOption,
+    RayAddressOption,
+    TokensOption,
+    WorkersOption,
+)
+from mmerge.pipeline.cli.output import err, out
 
 if TYPE_CHECKING:
-    from mmerge.pipeline.evaluation.evaluate import Model, TaskScore
+    from mmerge.pipeline.evaluation.models import Model
     from mmerge.pipeline.execution.executor import Executor
     from mmerge.pipeline.monitoring.progress import Progress
-
-out = Console(soft_wrap=True)
-err = Console(stderr=True, soft_wrap=True)
 
 
 def evaluate(
     models: Annotated[
         list[str],
         typer.Argument(
-            metavar="[NAME=]MODEL[,expert=E]…",
+            metavar="[NAME=]MODEL[,KEY=VALUE]…",
             help=(
-                "STORE#NAME, with ',expert=image' to rebuild one; or a checkpoint"
-                " FOLDER,modality=image"
+                "composite STORE#NAME, with ',expert=image' to reconstruct one expert; or"
+                " checkpoint FOLDER, with ',modality=image' if it has an encoder"
             ),
         ),
     ],
@@ -41,10 +54,10 @@ def evaluate(
         typer.Option(
             "--to",
             metavar="DIR",
-            help="folder of the results; a run that was killed continues there",
+            help="folder of the results; an interrupted evaluation continues there",
         ),
     ],
-    prompts: asking.PromptsOption = None,
+    prompts: PromptsOption = None,
     mcub: Annotated[
         list[Path] | None,
         typer.Option(
@@ -56,14 +69,20 @@ def evaluate(
     ] = None,
     answers: Annotated[
         Path | None,
-        typer.Option("--answers", metavar="FILE", help="MCUB-answer.json", show_default=False),
+        typer.Option(
+            "--answers",
+            metavar="FILE",
+            help="with --mcub: its file of answers (MCUB-answer.json)",
+            show_default=False,
+        ),
     ] = None,
-    media: asking.MediaOption = None,
+    media: MediaOption = None,
     base: Annotated[
         str | None,
         typer.Option(
             "--base",
-            help="base LLM of models that are ordinary multimodal checkpoints",
+            metavar="URI",
+            help="base LLM of the models that are checkpoints with an encoder",
             show_default=False,
         ),
     ] = None,
@@ -72,54 +91,56 @@ def evaluate(
         typer.Option(
             "--original",
             metavar="NAME",
-            help="the model that performance retention compares with",
+            help="model whose scores are the reference of performance retention",
             show_default=False,
         ),
     ] = None,
-    max_new_tokens: asking.TokensOption = 64,
-    batch: asking.BatchOption = 16,
-    encoders: asking.EncodersOption = None,
-    device: asking.DeviceOption = "cpu",
-    executor: asking.ExecutorOption = "ray",
-    address: asking.AddressOption = None,
-    workers: asking.WorkersOption = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="ask everything again")] = False,
-    as_json: asking.JsonOption = False,
+    max_new_tokens: TokensOption = 64,
+    batch: BatchOption = 16,
+    encoders: EncodersOption = None,
+    device: DeviceOption = "cpu",
+    executor: ExecutorOption = "ray",
+    address: RayAddressOption = None,
+    workers: WorkersOption = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="ask again, even where the folder has an answer")
+    ] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Ask models the same questions and score them: exact match, multiple choice (MCUB too),
-    captions by ROUGE-L.
+    """Ask models the same questions and score the answers.
 
-    Writes answers.parquet, scores.parquet, report.md and plots.
+    Metrics: exact match, multiple choice (also MCUB's), ROUGE-L for captions. Writes
+    answers.parquet, scores.parquet, report.md and plots.
     """
-    from mmerge.pipeline.evaluation.evaluate import evaluate as ask
-    from mmerge.pipeline.evaluation.evaluate import summarise
-    from mmerge.pipeline.evaluation.report import check_matplotlib, write_report
+    from mmerge.pipeline.evaluation.evaluate import check_original, summarise
+    from mmerge.pipeline.evaluation.evaluate import evaluate as evaluate_models
+    from mmerge.pipeline.evaluation.report import check_matplotlib, print_scores, write_report
     from mmerge.pipeline.monitoring.progress import show_progress
 
-    asked = asking.read_all(prompts, media=media, mcub=mcub or [], answers=answers)
+    choices = [ModelChoice.parse(text) for text in models]
+    questions = read_all_questions(prompts or (), media=media, mcub=mcub or (), answers=answers)
     check_matplotlib()
     if to.exists() and not to.is_dir():
         raise RecipeError(f"--to: {to} is a file; give the folder of the results")
-    settings = asking.make_settings(
+    settings = make_settings(
         max_new_tokens=max_new_tokens, batch=batch, encoders=encoders, device=device
     )
+    store_uri = str((to / "store").absolute())
     with (
-        asking.open_executor(executor, address=address, workers=workers) as where,
+        opened_executor(executor, address=address, workers=workers) as task_executor,
         show_progress(err) as progress,
     ):
-        store = str((to / "store").absolute())
-        opened = _open_models(models, base=base, store_uri=store, where=where, progress=progress)
-        if original is not None and original not in [model.name for model in opened]:
-            raise RecipeError(
-                f"--original: there is no model {original!r}; there are"
-                f" {', '.join(model.name for model in opened)}"
-            )
-        rows = ask(
+        opened = open_models(
+            choices, base=base, store_uri=store_uri, executor=task_executor, progress=progress
+        )
+        if original is not None:
+            check_original(original, [model.name for model in opened])
+        rows = evaluate_models(
             opened,
-            asked,
-            out=store,
+            questions,
+            out=store_uri,
             settings=settings,
-            executor=where,
+            executor=task_executor,
             progress=progress,
             fresh=fresh,
         )
@@ -129,97 +150,99 @@ def evaluate(
         print(json.dumps([asdict(score) for score in scores], indent=2))
         return
     if scores:
-        _print_scores(scores)
-    unscored = sum(not question.answers for question in asked)
-    if unscored:
+        print_scores(scores, out)
+    num_unscored = sum(not question.answers for question in questions)
+    if num_unscored:
         out.print(
-            f"{unscored} of {len(asked)} questions have no 'answer' to compare with: answered, not"
-            " scored"
+            f"{num_unscored} of {len(questions)} questions have no 'answer' to compare with: they"
+            " were asked, but not scored"
         )
     out.print(f"wrote {escape(', '.join(str(path) for path in written))}")
 
 
-def _open_models(
-    texts: list[str], *, base: str | None, store_uri: str, where: Executor, progress: Progress
-) -> list[Model]:
-    from mmerge.pipeline.evaluation.evaluate import Model, is_checkpoint, open_checkpoint
+@dataclass(frozen=True)
+class ModelChoice:
+    """A model as named on the command line."""
 
-    found: list[Model] = []
-    for text in texts:
-        name, uri, options = _parse_model(text)
-        if is_checkpoint(uri):
-            if "expert" in options:
-                raise RecipeError(
-                    f"{text}: 'expert' has no effect on a checkpoint; say what its encoder reads:"
-                    " modality=image"
-                )
-            absolute = uri if "://" in uri else str(Path(uri).absolute())
-            own_base = base if base is None or "://" in base else str(Path(base).absolute())
-            modality = options.get("modality")
-            found.append(
-                open_checkpoint(
-                    name,
-                    absolute,
-                    base=own_base if modality else None,
-                    modality=modality,
-                    store_uri=store_uri,
-                    executor=where,
-                    progress=progress,
-                )
-            )
+    text: str
+    name: str
+    uri: str
+    expert: str | None
+    modality: str | None
+
+    @classmethod
+    def parse(cls, text: str) -> ModelChoice:
+        """Return the model that `[NAME=]URI[,expert=E][,modality=M]` stands for.
+
+        Without NAME, the model is called after its URI and expert. Raises RecipeError.
+        """
+        head, *pieces = text.split(",")
+        options: dict[str, str] = {}
+        for piece in pieces:
+            key, equals, value = piece.partition("=")
+            if key not in ("expert", "modality") or not equals or not value:
+                raise RecipeError(f"{text}: expected expert=NAME or modality=NAME, got {piece!r}")
+            options[key] = value
+        expert = options.get("expert")
+        match = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9 ._-]*)=(.+)", head)
+        if match:
+            name, uri = match[1], match[2]
         else:
-            if "modality" in options:
-                raise RecipeError(
-                    f"{text}: 'modality' has no effect on a composite; to rebuild one expert say"
-                    " expert=NAME"
-                )
-            found.append(Model.open(name, uri, expert=options.get("expert")))
-    names = [model.name for model in found]
+            uri = head
+            name = uri.rstrip("/").rpartition("#")[2].rpartition("/")[2]
+            if expert is not None:
+                name = f"{name}-{expert}"
+        return cls(text, name, uri, expert, options.get("modality"))
+
+
+def open_models(
+    choices: Sequence[ModelChoice],
+    *,
+    base: str | None,
+    store_uri: str,
+    executor: Executor,
+    progress: Progress,
+) -> list[Model]:
+    """Return the models; a checkpoint is first stored as a build of its own.
+
+    Raises:
+        RecipeError: two models have one name, or an option does not fit its model.
+    """
+    from mmerge.pipeline.evaluation.models import Model, is_checkpoint, open_checkpoint
+
+    names = [choice.name for choice in choices]
     repeated = [name for name in names if names.count(name) > 1]
     if repeated:
-        raise RecipeError(f"two models are called {repeated[0]!r}; write NAME=MODEL to name them")
-    return found
-
-
-def _parse_model(text: str) -> tuple[str, str, dict[str, str]]:
-    """Return name, URI and options of NAME=URI,key=value,…"""
-    head, *rest = text.split(",")
-    options: dict[str, str] = {}
-    for piece in rest:
-        key, equals, value = piece.partition("=")
-        if key not in ("expert", "modality") or not equals or not value:
-            raise RecipeError(f"{text}: {piece!r}: expected expert=NAME or modality=NAME")
-        options[key] = value
-    match = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9 ._-]*)=(.+)", head)
-    uri = match[2] if match else head
-    name = match[1] if match else uri.rstrip("/").rpartition("#")[2].rpartition("/")[2]
-    return (
-        (name if match or "expert" not in options else f"{name}-{options['expert']}"),
-        uri,
-        options,
-    )
-
-
-def _print_scores(scores: list[TaskScore]) -> None:
-    models = list(dict.fromkeys(score.model for score in scores))
-    table = Table("task", "metric", box=None, header_style="bold", pad_edge=False)
-    for model in models:
-        table.add_column(model, justify="right")
-    by = {(score.model, score.task): score for score in scores}
-    for task in dict.fromkeys(score.task for score in scores):
-        found = [by.get((model, task)) for model in models]
-        cells = [
-            (
-                ""
-                if each is None
-                else f"{each.score:.1%}"
-                + (
-                    f" ({each.performance_retention:.1%})"
-                    if each.performance_retention is not None
-                    else ""
+        raise RecipeError(
+            f"two models are called {repeated[0]!r}. Write NAME=MODEL to give them names"
+        )
+    models: list[Model] = []
+    for choice in choices:
+        if not is_checkpoint(choice.uri):
+            if choice.modality is not None:
+                raise RecipeError(
+                    f"{choice.text}: 'modality' has no effect on a composite. To reconstruct one"
+                    " expert, write expert=NAME"
                 )
+            models.append(Model.open(choice.name, choice.uri, expert=choice.expert))
+            continue
+        if choice.expert is not None:
+            raise RecipeError(
+                f"{choice.text}: 'expert' has no effect on a checkpoint. Write modality=image to"
+                " say what its encoder reads"
             )
-            for each in found
-        ]
-        table.add_row(task, next(each.metric for each in found if each), *cells)
-    out.print(table)
+        model = open_checkpoint(
+            choice.name,
+            _to_absolute(choice.uri),
+            base=None if base is None or choice.modality is None else _to_absolute(base),
+            modality=choice.modality,
+            store_uri=store_uri,
+            executor=executor,
+            progress=progress,
+        )
+        models.append(model)
+    return models
+
+
+def _to_absolute(uri: str) -> str:
+    return uri if "://" in uri else str(Path(uri).absolute())

@@ -1,1 +1,1 @@
-"""Scoring composites and calibrating recipes."""
+"""Questions asked to models, scores of the answers, and calibration without labels."""

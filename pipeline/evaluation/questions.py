@@ -1,9 +1,9 @@
-"""Questions to evaluate on: JSON lines of a user's own, or MCUB as it was published."""
+"""Questions to evaluate on, from files of JSON lines."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,22 +16,16 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 Metric = Literal["exact", "choice", "rouge"]
 
 CHOICE_REQUEST = "Answer with the option's letter from the given choices directly."
-"""What LLaVA-1.5's published prompts for multiple choice end with."""
-MCUB_TEMPLATE = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives"
-    " helpful, detailed, and polite answers to the user's questions. USER: {text} ASSISTANT:"
-)
-"""The conversation (`vicuna_v1`) in which the official evaluation puts every MCUB question."""
-MCUB_PLACES = {"vision": "<image>", "audio": "<audio>", "video": "<video>", "point": "<point>"}
-"""Keys of `modal_inputs` in MCUB, and the text that stands for one medium of each in a question."""
-_MCUB_MODALITIES = {"vision": "image", "audio": "audio", "video": "video", "point": "point"}
-_KEYS = {"id", "task", "question", "parts", "answer", "options", "metric", "letters"}
+"""The end of LLaVA-1.5's published prompts for multiple choice."""
+_QUESTION_KEYS = {"id", "task", "question", "parts", "answer", "options", "metric", "letters"}
+_EXAMPLE = '{"question": "…", "image": "a.png", "answer": "…"}'
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question. Either `parts` is the whole prompt, or `text` and `media` are put together as
-    the composite's templates say.
+    """One question.
+
+    Either `parts` is the whole prompt, or the composite's templates combine `text` and `media`.
     """
 
     id: str
@@ -40,13 +34,13 @@ class Question:
     media: tuple[Part, ...] = ()
     parts: tuple[Part, ...] = ()
     answers: tuple[str, ...] = ()
-    """Right answers; empty where none is known. Of `choice` the first is the right option, or its
+    """Right answers; empty if unknown. With metric `choice` the first is the right option, or its
     letter.
     """
     options: tuple[str, ...] = ()
     metric: Metric = "exact"
-    template: str | None = field(default=None)
-    """Instead of the composite's."""
+    template: str | None = None
+    """Prompt template of this question, used instead of the composite's."""
 
     def to_prompt(
         self, *, template: str | None, media_templates: Mapping[str, str]
@@ -54,39 +48,40 @@ class Question:
         """Return the parts of the prompt. Raises PromptError."""
         if self.parts:
             return self.parts
-        own = template if self.template is None else self.template
         if self.template is not None and self.media:
-            before, _, after = own.partition("{text}")  # type: ignore[union-attr]
-            return tuple(
-                make_prompt(
-                    before + self.text + after, self.media, template=None, media_templates={}
-                )
-            )
+            # The question's own template has the places of its media files.
+            before, _, after = self.template.partition("{text}")
+            text = before + self.text + after
+            return tuple(make_prompt(text, self.media, template=None, media_templates={}))
+        chosen_template = template if self.template is None else self.template
         return tuple(
-            make_prompt(self.text, self.media, template=own, media_templates=media_templates)
+            make_prompt(
+                self.text, self.media, template=chosen_template, media_templates=media_templates
+            )
         )
 
 
 def read_questions(path: Path, *, media_root: Path | None = None) -> list[Question]:
     """Return the questions of a file of JSON lines.
 
-    A line is an object with `question` and media by modality (`"image": "a.png"`, or a list), or
-    with `parts`, a list of `{"text": "…"}`, `{"image": "a.png"}`, … that is the whole prompt;
-    further `id`, `task`, `answer` (a text, or a list of right ones), `options`, `letters` (true:
-    list the options with letters and ask for one) and `metric` (exact, choice, rouge). Without a
-    metric it is `choice` where there are options, `rouge` where there are several answers, else
-    `exact`.
+    A line is an object with `question` and files by modality (`"image": "a.png"`, or a list), or
+    with `parts`, a list of `{"text": "…"}`, `{"image": "a.png"}`, … that is the whole prompt.
+    Optional keys: `id`, `task`, `answer` (a string, or a list of right ones), `options`, `letters`
+    (true: list the options with letters and ask for a letter) and `metric` (exact, choice, rouge;
+    by default `choice` with options, `rouge` with several answers, else `exact`).
 
     Args:
         path: the file.
-        media_root: the folder that media are in, the file's own if absent; none outside it is read.
+        media_root: folder of the media files, by default the folder of `path`; files outside it are
+            refused.
 
     Raises:
-        RecipeError: the file cannot be read, or a line is not such an object; names the line.
+        RecipeError: the file cannot be read or a line is malformed; the message names the line.
     """
     root = (media_root or path.parent).resolve()
     questions: list[Question] = []
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+    # Not splitlines: strings of JSON may contain other line separators.
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             where = f"{path}, line {number}"
             try:
@@ -96,11 +91,12 @@ def read_questions(path: Path, *, media_root: Path | None = None) -> list[Questi
             questions.append(_parse_line(raw, where=where, root=root, number=number))
     if not questions:
         raise RecipeError(f"{path}: has no questions")
-    _refuse_repeats(questions, str(path))
+    check_unique(questions, str(path))
     return questions
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Return the text of a file of questions. Raises RecipeError."""
     try:
         if path.stat().st_size > MAX_QUESTIONS_BYTES:
             raise RecipeError(f"{path}: has more than {MAX_QUESTIONS_BYTES:,} bytes")
@@ -113,101 +109,104 @@ def _read_text(path: Path) -> str:
 
 def _parse_line(raw: Any, *, where: str, root: Path, number: int) -> Question:
     if not isinstance(raw, dict):
-        raise RecipeError(
-            f'{where}: expected an object like {{"question": "…", "image": "a.png", "answer": "…"}}'
-        )
-    identity, task = str(raw.get("id", number)), raw.get("task", "questions")
-    question, parts = raw.get("question", ""), raw.get("parts")
-    if not isinstance(question, str) or not isinstance(task, str):
-        raise RecipeError(f"{where}: question and task are texts")
-    answers, options = (
-        _texts(raw.get("answer", []), f"{where}: answer"),
-        _texts(raw.get("options") or [], f"{where}: options"),
-    )
-    metric: Any = raw.get("metric") or (
-        "choice" if options else "rouge" if len(answers) > 1 else "exact"
-    )
-    if metric not in get_args(Metric):
-        raise RecipeError(
-            f"{where}: metric: expected {', '.join(get_args(Metric))}, got {metric!r}"
-        )
-    media = {key: value for key, value in raw.items() if key not in _KEYS}
-    if parts is not None:
-        if question or media or raw.get("letters"):
+        raise RecipeError(f"{where}: expected an object like {_EXAMPLE}")
+    text, task = raw.get("question", ""), raw.get("task", "questions")
+    if not isinstance(text, str) or not isinstance(task, str):
+        raise RecipeError(f"{where}: question and task must be strings")
+    answers = parse_strings(raw.get("answer", []), f"{where}: answer")
+    options = parse_strings(raw.get("options") or [], f"{where}: options")
+    metric = _choose_metric(raw.get("metric"), options, answers, where=where)
+    files = {key: value for key, value in raw.items() if key not in _QUESTION_KEYS}
+    parts: tuple[Part, ...] = ()
+    if raw.get("parts") is not None:
+        extra_keys = [key for key in ("question", "letters", *files) if raw.get(key)]
+        if extra_keys:
             raise RecipeError(
-                f"{where}: 'parts' is the whole prompt: leave out"
-                f" {'question' if question else next(iter(media), 'letters')}"
+                f"{where}: 'parts' is the whole prompt. Leave out {', '.join(extra_keys)}"
             )
-        return Question(
-            identity,
-            task,
-            parts=_parse_parts(parts, where=where, root=root),
-            answers=answers,
-            options=options,
-            metric=metric,
-        )
-    if raw.get("letters"):
-        question, answers = _ask_for_letter(question, options, answers, where=where)
-    found = tuple(
-        Part(kind, _inside(root, file, where))
-        for kind, files in media.items()
-        for file in _texts(files, f"{where}: {kind}")
-    )
-    if not question and not found:
-        raise RecipeError(f"{where}: has neither a question nor a medium")
+        parts = _parse_parts(raw["parts"], where=where, root=root)
+    elif raw.get("letters"):
+        text, answers = _ask_for_letter(text, options, answers, where=where)
+    media = _parse_files(files, where=where, root=root)
+    if not text and not media and not parts:
+        raise RecipeError(f"{where}: has neither a question nor a file")
     return Question(
-        identity, task, text=question, media=found, answers=answers, options=options, metric=metric
+        id=str(raw.get("id", number)),
+        task=task,
+        text=text,
+        media=media,
+        parts=parts,
+        answers=answers,
+        options=options,
+        metric=metric,
     )
 
 
-def _texts(value: Any, where: str) -> tuple[str, ...]:
+def _choose_metric(
+    metric: Any, options: Sequence[str], answers: Sequence[str], *, where: str
+) -> Metric:
+    if not metric:
+        if options:
+            return "choice"
+        return "rouge" if len(answers) > 1 else "exact"
+    if metric not in get_args(Metric):
+        expected = ", ".join(get_args(Metric))
+        raise RecipeError(f"{where}: metric: expected {expected}, got {metric!r}")
+    chosen: Metric = metric
+    return chosen
+
+
+def _parse_files(files: Mapping[str, Any], *, where: str, root: Path) -> tuple[Part, ...]:
+    parts = []
+    for kind, value in files.items():
+        for file in parse_strings(value, f"{where}: {kind}"):
+            parts.append(Part(kind, resolve_file(root, file, where)))
+    return tuple(parts)
+
+
+def parse_strings(value: Any, where: str) -> tuple[str, ...]:
+    """Return a string, or a list of strings, as a tuple. Raises RecipeError."""
     values = value if isinstance(value, list) else [value]
-    if not all(isinstance(each, str) for each in values):
-        raise RecipeError(f"{where}: expected a text, or a list of texts, got {value!r}")
+    if not all(isinstance(item, str) for item in values):
+        raise RecipeError(f"{where}: expected a string or a list of strings, got {value!r}")
     return tuple(values)
 
 
-def _parse_parts(parts: Any, *, where: str, root: Path) -> tuple[Part, ...]:
-    if (
-        not isinstance(parts, list)
-        or not parts
-        or not all(isinstance(p, dict) and len(p) == 1 for p in parts)
-    ):
-        raise RecipeError(
-            f'{where}: parts: expected a list like [{{"text": "…"}}, {{"image": "a.png"}}]'
-        )
-    pairs = [(kind, value) for part in parts for kind, value in part.items()]
-    if not all(isinstance(value, str) for _, value in pairs):
-        raise RecipeError(f"{where}: parts: expected texts and file names")
-    return tuple(
-        Part(kind, value if kind == "text" else _inside(root, value, where))
-        for kind, value in pairs
-    )
+def _parse_parts(value: Any, *, where: str, root: Path) -> tuple[Part, ...]:
+    expected = f'{where}: parts: expected a list like [{{"text": "…"}}, {{"image": "a.png"}}]'
+    if not isinstance(value, list) or not value:
+        raise RecipeError(expected)
+    parts = []
+    for item in value:
+        if not isinstance(item, dict) or len(item) != 1:
+            raise RecipeError(expected)
+        [(kind, content)] = item.items()
+        if not isinstance(content, str):
+            raise RecipeError(f"{where}: parts: expected texts and file names, got {content!r}")
+        parts.append(Part(kind, content if kind == "text" else resolve_file(root, content, where)))
+    return tuple(parts)
 
 
-def _inside(root: Path, file: str, where: str) -> str:
-    """Return the path of a medium. A file of questions names nothing outside its folder."""
+def resolve_file(root: Path, file: str, where: str) -> str:
+    """Return the path of a media file. Raises RecipeError for a file outside the media folder."""
     path = (root / file).resolve()
     if not path.is_relative_to(root):
         raise RecipeError(
-            f"{where}: {file} lies outside {root}. Name the folder of the media with --media"
+            f"{where}: {file} lies outside {root}. Name the folder of the media files with --media"
         )
     return str(path)
 
 
 def list_options(options: Sequence[str]) -> str:
-    """Return options one a line with a letter before each, and the request for a letter."""
-    return "\n".join(
-        [
-            *(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)),
-            CHOICE_REQUEST,
-        ]
-    )
+    """Return the options with letters, one per line, and the request for a letter."""
+    lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
+    return "\n".join([*lines, CHOICE_REQUEST])
 
 
 def _ask_for_letter(
     question: str, options: tuple[str, ...], answers: tuple[str, ...], *, where: str
 ) -> tuple[str, tuple[str, ...]]:
+    """Return the question with its options, and the letters of the right answers."""
     if not 2 <= len(options) <= len(LETTERS):
         raise RecipeError(
             f"{where}: letters: needs 2 to {len(LETTERS)} options, got {len(options)}"
@@ -220,82 +219,10 @@ def _ask_for_letter(
     return f"{question}\n{list_options(options)}", letters
 
 
-def _refuse_repeats(questions: Sequence[Question], where: str) -> None:
+def check_unique(questions: Sequence[Question], where: str) -> None:
+    """Raise RecipeError if a task has an id twice."""
     seen: set[tuple[str, str]] = set()
     for question in questions:
         if (question.task, question.id) in seen:
-            raise RecipeError(f"{where}: id {question.id!r} stands twice in task {question.task!r}")
+            raise RecipeError(f"{where}: task {question.task!r} has id {question.id!r} twice")
         seen.add((question.task, question.id))
-
-
-def read_mcub(
-    path: Path, *, answers: Path | None = None, media_root: Path | None = None
-) -> list[Question]:
-    """Return the questions of MCUB (arXiv 2402.12750) from its JSON as published.
-
-    A list of `{"id", "conversations": [{"from": "human", "value": "<image>\\n<audio>\\n… options"},
-    {"from": "gpt", "value": "B"}], "modal_inputs": {"vision": [files], "audio": [files], "video":
-    [files], "point": [files]}}`. The right letters stand in the last turn, or in a second file of
-    the same form (`MCUB-answer.json`). A media place in a question takes the next file of its kind.
-
-    Raises:
-        RecipeError: a file is not of this form, an answer is missing, or a medium lies outside its
-            folder.
-    """
-    root = (media_root or path.parent).resolve()
-    known = {str(row.get("id")): row for row in _read_rows(answers)} if answers else {}
-    questions = []
-    for row in _read_rows(path):
-        where = f"{path}: {row.get('id')}"
-        try:
-            text, files = row["conversations"][0]["value"], row.get("modal_inputs", {})
-            right = (
-                known.get(str(row["id"]), row)["conversations"][-1]["value"]
-                if known or len(row["conversations"]) > 1
-                else None
-            )
-        except (KeyError, IndexError, TypeError) as error:
-            raise RecipeError(
-                f"{where}: is not in the form of MCUB: {error!r} is missing"
-            ) from error
-        if not isinstance(right, str) or not right.strip():
-            raise RecipeError(f"{where}: has no answer. Give the file of answers with --answers")
-        if (
-            not isinstance(text, str)
-            or not isinstance(files, dict)
-            or not files.keys() <= MCUB_PLACES.keys()
-        ):
-            raise RecipeError(f"{where}: modal_inputs: expected some of {', '.join(MCUB_PLACES)}")
-        media = tuple(
-            Part(_MCUB_MODALITIES[kind], _inside(root, file, where))
-            for kind, listed in files.items()
-            for file in _texts(listed, f"{where}: {kind}")
-        )
-        for kind, place in MCUB_PLACES.items():
-            text = text.replace(place, "{" + _MCUB_MODALITIES[kind] + "}")
-        name = f"MCUB-{len({part.kind for part in media})}"
-        questions.append(
-            Question(
-                str(row["id"]),
-                name,
-                text=text,
-                media=media,
-                answers=(right.strip(),),
-                metric="choice",
-                template=MCUB_TEMPLATE,
-            )
-        )
-    _refuse_repeats(questions, str(path))
-    return questions
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        rows = parse_json(_read_text(path).encode(), what=str(path), max_bytes=MAX_QUESTIONS_BYTES)
-    except ValueError as error:
-        raise RecipeError(f"{path}: {error}") from error
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise RecipeError(
-            f"{path}: expected a list of objects with id, conversations and modal_inputs"
-        )
-    return rows

@@ -1,4 +1,4 @@
-"""What a composite should answer, without labels: prompts, and the experts' own answers to them."""
+"""Reference answers without labels: the experts' own answers to prompts of their modality."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ from mmerge.manifests.digest import digest_json
 from mmerge.manifests.errors import RecipeError
 from mmerge.manifests.stores.base import Store
 from mmerge.pipeline.build.run import run
-from mmerge.pipeline.evaluation.evaluate import Model, Settings, make_answer_task, run_answers
+from mmerge.pipeline.evaluation.answer_tasks import Settings, make_answer_task, run_answer_tasks
+from mmerge.pipeline.evaluation.models import Model
 from mmerge.pipeline.evaluation.questions import Question
 from mmerge.pipeline.execution.executor import Executor
 from mmerge.pipeline.monitoring.progress import Progress
 from mmerge.pipeline.planning.plan import make_plan
-from mmerge.pipeline.recipes.recipe import Recipe, parse_recipe
+from mmerge.pipeline.recipes.recipe import Expert, Recipe, parse_recipe
 from mmerge.workers.modalities.prompt import Part
 from mmerge.workers.task import AnswerTask
 
 Prompt = tuple[Part, ...]
+Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Prompts, the answer wanted to each, and the experts whose media each has."""
+    """Prompts, the reference answer to each, and the experts whose media it contains."""
 
     prompts: tuple[Prompt, ...] = ()
-    answers: tuple[tuple[int, ...], ...] = ()
-    """Token ids, the end token included where it came."""
+    answers: tuple[Tokens, ...] = ()
+    """Token ids, including the end token if the answer has one."""
     experts: tuple[tuple[str, ...], ...] = ()
 
 
@@ -43,67 +45,81 @@ class Asking:
     progress: Progress
 
     def run(self, tasks: Sequence[AnswerTask]) -> None:
-        """Run the tasks whose results are not there yet."""
-        run_answers(tasks, self.store, executor=self.executor, progress=self.progress)
+        """Run the tasks whose results are not stored yet."""
+        run_answer_tasks(tasks, self.store, executor=self.executor, progress=self.progress)
+
+
+@dataclass(frozen=True)
+class MixedPrompt:
+    """A prompt with media of several experts, whose names are in recipe order."""
+
+    prompt: Prompt
+    experts: tuple[str, ...]
 
 
 def ask_experts(
     recipe: Recipe, questions: Sequence[Question], asking: Asking
 ) -> tuple[dict[str, Targets], Targets]:
-    """Let the experts, as they were tuned, answer: return the targets of each expert's own prompts,
-    and of prompts with several modalities.
+    """Return the targets of every expert's own prompts, and those of prompts with several experts.
 
-    An expert answers a prompt greedily. Of a prompt with several modalities each expert is shown
-    its own medium alone, and the answer that an expert is surest of (the largest mean
-    log-probability per token; the first of equals) is the target.
+    The fine-tuned experts answer greedily. Of a prompt with several modalities every expert sees
+    its own media alone; the target is the answer with the largest mean log-probability per token
+    under its own expert (the first of equals).
 
     Raises:
-        RecipeError: a prompt has no medium, or one of no expert; a modality has several experts; or
-            an expert has no prompt of its own.
+        RecipeError: a prompt has no media, or media of no expert; a modality has several experts;
+            or an expert has no prompt of its own.
     """
-    own, mixed = assign(recipe, questions)
-    template, media = (
-        recipe.template,
-        {e.modality: e.template for e in recipe.experts if e.template},
-    )
+    own_questions, mixed_questions = assign(recipe, questions)
+    media_templates = {
+        expert.modality: expert.template for expert in recipe.experts if expert.template
+    }
 
     def to_prompt(question: Question) -> Prompt:
-        return question.to_prompt(template=template, media_templates=media)
+        return question.to_prompt(template=recipe.template, media_templates=media_templates)
 
-    models = {expert.name: _open_original(recipe, expert.name, asking) for expert in recipe.experts}
-    single = {name: tuple(to_prompt(question) for question in found) for name, found in own.items()}
-    whole = [(to_prompt(question), names) for question, names in mixed]
-    shown = {
-        name: {
-            index: _show(prompt, {name, _modality_of(recipe, name)}) for index, (prompt, names) in enumerate(whole) if name in names
-        }
-        for name in models
-    }  # fmt: skip
-    answers = _answer(
-        models, {name: [*single[name], *shown[name].values()] for name in models}, asking
-    )
-    alone = {
-        name: dict(zip(shown[name], answers[name][len(single[name]) :], strict=True))
-        for name in models
+    models = {expert.name: _open_original(recipe, expert, asking) for expert in recipe.experts}
+    own_prompts = {
+        name: [to_prompt(question) for question in expert_questions]
+        for name, expert_questions in own_questions.items()
     }
-    sureness = _score(models, shown, alone, asking)
-    targets = []
-    for index, (_, names) in enumerate(whole):
-        surest = max(names, key=lambda name: sureness[name][index])
-        targets.append(alone[surest][index])
-    by_expert = {
-        name: Targets(found, tuple(answers[name][: len(found)]), ((name,),) * len(found)) for name, found in single.items()
-    }  # fmt: skip
-    return by_expert, Targets(
-        tuple(prompt for prompt, _ in whole), tuple(targets), tuple(names for _, names in whole)
+    mixed_prompts = [MixedPrompt(to_prompt(question), names) for question, names in mixed_questions]
+    seen_prompts = {expert.name: _select_media(mixed_prompts, expert) for expert in recipe.experts}
+    answers = _generate(
+        models,
+        {name: [*own_prompts[name], *seen_prompts[name].values()] for name in models},
+        asking,
     )
+    own_targets = {}
+    mixed_answers: dict[str, dict[int, Tokens]] = {}
+    for name, prompts in own_prompts.items():
+        own_answers = tuple(answers[name][: len(prompts)])
+        own_targets[name] = Targets(tuple(prompts), own_answers, ((name,),) * len(prompts))
+        mixed_answers[name] = dict(
+            zip(seen_prompts[name], answers[name][len(prompts) :], strict=True)
+        )
+    log_probabilities = _score(models, seen_prompts, mixed_answers, asking)
+    chosen_answers = []
+    for index, mixed_prompt in enumerate(mixed_prompts):
+        surest = mixed_prompt.experts[0]
+        for name in mixed_prompt.experts[1:]:
+            if log_probabilities[name][index] > log_probabilities[surest][index]:
+                surest = name
+        chosen_answers.append(mixed_answers[surest][index])
+    mixed_targets = Targets(
+        tuple(mixed_prompt.prompt for mixed_prompt in mixed_prompts),
+        tuple(chosen_answers),
+        tuple(mixed_prompt.experts for mixed_prompt in mixed_prompts),
+    )
+    return own_targets, mixed_targets
 
 
 def assign(
     recipe: Recipe, questions: Sequence[Question]
 ) -> tuple[dict[str, list[Question]], list[tuple[Question, tuple[str, ...]]]]:
-    """Return each expert's own questions, and those with media of several experts beside their
-    names, in recipe order.
+    """Return every expert's own questions, and questions of several experts with their names.
+
+    Names are in recipe order.
 
     Raises:
         RecipeError: as `ask_experts`.
@@ -112,55 +128,58 @@ def assign(
     mixed: list[tuple[Question, tuple[str, ...]]] = []
     for question in questions:
         kinds = {part.kind for part in (*question.parts, *question.media) if part.kind != "text"}
-        owners = {_owner(kind, recipe, question) for kind in kinds}
+        owners = {_find_owner(kind, recipe, question) for kind in kinds}
         if not owners:
             raise RecipeError(
-                f"question {question.id!r}: has no medium, so no expert can say what is right."
-                " Leave it out"
+                f"question {question.id!r}: has no media, so no expert can give the reference"
+                " answer. Leave it out"
             )
         if len(owners) == 1:
             own[owners.pop()].append(question)
         else:
             mixed.append((question, tuple(name for name in own if name in owners)))
-    lacking = [name for name, found in own.items() if not found]
-    if lacking:
+    experts_without_prompts = [name for name, assigned in own.items() if not assigned]
+    if experts_without_prompts:
         raise RecipeError(
-            f"no prompt has media of expert {lacking[0]!r} alone. Give each expert some prompts of"
-            " its own modality; no labels are needed"
+            f"no prompt has media of expert {experts_without_prompts[0]!r} alone. Give every expert"
+            " some prompts of its own modality; no labels are needed"
         )
     return own, mixed
 
 
-def _owner(kind: str, recipe: Recipe, question: Question) -> str:
-    fitting = [e.name for e in recipe.experts if e.name == kind] or [
-        e.name for e in recipe.experts if e.modality == kind
-    ]
-    if len(fitting) > 1:
+def _find_owner(kind: str, recipe: Recipe, question: Question) -> str:
+    """Return the expert that media of this kind belong to: by its name, else by its modality."""
+    names = [expert.name for expert in recipe.experts if expert.name == kind]
+    if not names:
+        names = [expert.name for expert in recipe.experts if expert.modality == kind]
+    if len(names) > 1:
         raise RecipeError(
-            f"question {question.id!r}: {len(fitting)} experts have modality {kind!r}; name the"
-            f" expert instead: {', '.join(fitting)}"
+            f"question {question.id!r}: {len(names)} experts have modality {kind!r}. Name one"
+            f" instead: {', '.join(names)}"
         )
-    if not fitting:
-        known = ", ".join(dict.fromkeys(e.modality for e in recipe.experts))
+    if not names:
+        modalities = ", ".join(dict.fromkeys(expert.modality for expert in recipe.experts))
         raise RecipeError(
-            f"question {question.id!r}: no expert of the recipe reads {kind!r}; they read {known}."
-            " Leave it out"
+            f"question {question.id!r}: no expert of the recipe reads {kind!r}; they read"
+            f" {modalities}. Leave it out"
         )
-    return fitting[0]
+    return names[0]
 
 
-def _modality_of(recipe: Recipe, name: str) -> str:
-    (modality,) = (expert.modality for expert in recipe.experts if expert.name == name)
-    return modality
+def _select_media(mixed_prompts: Sequence[MixedPrompt], expert: Expert) -> dict[int, Prompt]:
+    """Return, by index, the mixed prompts of an expert without the media of the others."""
+    kinds = ("text", expert.name, expert.modality)
+    return {
+        index: tuple(part for part in mixed_prompt.prompt if part.kind in kinds)
+        for index, mixed_prompt in enumerate(mixed_prompts)
+        if expert.name in mixed_prompt.experts
+    }
 
 
-def _show(prompt: Prompt, kinds: set[str]) -> Prompt:
-    return tuple(part for part in prompt if part.kind == "text" or part.kind in kinds)
-
-
-def _answer(
+def _generate(
     models: Mapping[str, Model], prompts: Mapping[str, Sequence[Prompt]], asking: Asking
-) -> dict[str, list[tuple[int, ...]]]:
+) -> dict[str, list[Tokens]]:
+    """Return the greedy answers of every expert to its prompts."""
     tasks = {
         name: make_answer_task(
             model, prompts[name], shard=f"{name} itself", settings=asking.settings
@@ -168,22 +187,22 @@ def _answer(
         for name, model in models.items()
     }
     asking.run(list(tasks.values()))
-    from mmerge.workers.tasks.answer import Answer, read_answers
+    from mmerge.workers.tasks.answer import Answer, read_answers  # imports transformers
 
-    return {
-        name: [
-            each.tokens for each in read_answers(asking.store, task.key) if isinstance(each, Answer)
-        ]
-        for name, task in tasks.items()
-    }
+    tokens: dict[str, list[Tokens]] = {}
+    for name, task in tasks.items():
+        answers = read_answers(asking.store, task.key)
+        tokens[name] = [answer.tokens for answer in answers if isinstance(answer, Answer)]
+    return tokens
 
 
 def _score(
     models: Mapping[str, Model],
     prompts: Mapping[str, Mapping[int, Prompt]],
-    answers: Mapping[str, Mapping[int, tuple[int, ...]]],
+    answers: Mapping[str, Mapping[int, Tokens]],
     asking: Asking,
 ) -> dict[str, dict[int, float]]:
+    """Return the mean log-probability per token of every expert's answers, by prompt index."""
     tasks = {
         name: make_answer_task(
             models[name],
@@ -196,38 +215,41 @@ def _score(
         if prompts[name]
     }
     asking.run(list(tasks.values()))
-    from mmerge.workers.tasks.answer import Likelihood, read_answers
+    from mmerge.workers.tasks.answer import Likelihood, read_answers  # imports transformers
 
-    found = {
-        name: [
-            each.log_probability
-            for each in read_answers(asking.store, task.key)
-            if isinstance(each, Likelihood)
+    log_probabilities: dict[str, dict[int, float]] = {}
+    for name, task in tasks.items():
+        values = [
+            result.log_probability
+            for result in read_answers(asking.store, task.key)
+            if isinstance(result, Likelihood)
         ]
-        for name, task in tasks.items()
-    }
-    return {name: dict(zip(prompts[name], values, strict=True)) for name, values in found.items()}
+        log_probabilities[name] = dict(zip(prompts[name], values, strict=True))
+    return log_probabilities
 
 
-def _open_original(recipe: Recipe, name: str, asking: Asking) -> Model:
-    """Return one expert as it is: a linear merge of it alone."""
-    (expert,) = (each for each in recipe.experts if each.name == name)
-    keys = {
+def _open_original(recipe: Recipe, expert: Expert, asking: Asking) -> Model:
+    """Return one expert as it was fine-tuned: a linear merge of it alone."""
+    expert_keys = {
         "path": expert.uri,
         "modality": expert.modality,
         "placeholder": expert.placeholder,
         "template": expert.template,
     }
-    raw: dict[str, Any] = {
-        "name": f"calibrate-expert-{digest_json([expert.uri, recipe.base])[:12]}", "method": "linear", "base": recipe.base, "output": recipe.output,
-        "dtype": recipe.dtype, "template": recipe.template, "carry": list(recipe.carry),
-        "experts": {name: {key: value for key, value in keys.items() if value is not None}},
-    }  # fmt: skip
-    made = parse_recipe(
-        {key: value for key, value in raw.items() if value is not None}, folder=Path.cwd()
-    )
-    return Model.open(
-        name,
-        run(make_plan(made), executor=asking.executor, progress=asking.progress).uri,
-        expert=name,
-    )
+    recipe_keys: dict[str, Any] = {
+        "name": f"calibrate-expert-{digest_json([expert.uri, recipe.base])[:12]}",
+        "method": "linear",
+        "base": recipe.base,
+        "output": recipe.output,
+        "dtype": recipe.dtype,
+        "template": recipe.template,
+        "carry": list(recipe.carry),
+        "experts": {expert.name: _drop_none(expert_keys)},
+    }
+    plan = make_plan(parse_recipe(_drop_none(recipe_keys), folder=Path.cwd()))
+    report = run(plan, executor=asking.executor, progress=asking.progress)
+    return Model.open(expert.name, report.uri, expert=expert.name)
+
+
+def _drop_none(keys: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in keys.items() if value is not None}

@@ -1,1 +1,1 @@
-"""What is shown of a build."""
+"""Plans, builds, methods and runs as tables and JSON."""

@@ -1,9 +1,8 @@
-"""The methods there are, with parameters and sources: for people on the command line, and as the
-tables of docs/methods.md.
-"""
+"""The merge methods with parameters and sources: `mmerge methods`, the tables of docs/methods.md."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -11,7 +10,6 @@ from typing import Any, get_args
 from rich.console import Console
 from rich.markup import escape
 
-from mmerge.pipeline.recipes.parameter_schedule import is_number
 from mmerge.workers.methods import find_method, method_names
 from mmerge.workers.methods.interface import Method, Parameters
 
@@ -21,40 +19,31 @@ class ParameterLine:
     """One parameter of a method."""
 
     name: str
-    """With `experts.NAME.` before it where each expert may have its own."""
+    """With the prefix `experts.NAME.` if every expert may have its own value."""
     default: str
-    """Empty for a parameter that must be given, or that takes another's value."""
+    """Empty for a required parameter, and for one that defaults to the value of another."""
     choices: tuple[str, ...]
     is_required: bool
-    is_number: bool
-    """Whether it may differ from tensor to tensor."""
     description: str
 
 
 def list_parameters(method: Method) -> Iterator[ParameterLine]:
-    """Yield the parameters of a method: of the recipe, then of each expert."""
-    for place, model in (
-        ("", method.parameters_model),
-        ("experts.NAME.", method.expert_parameters_model),
-    ):
-        yield from _list_fields(place, model)
+    """Yield the parameters of a method: of the recipe, then of every expert."""
+    yield from _list_fields("", method.parameters_model)
+    yield from _list_fields("experts.NAME.", method.expert_parameters_model)
 
 
-def _list_fields(place: str, model: type[Parameters]) -> Iterator[ParameterLine]:
+def _list_fields(prefix: str, model: type[Parameters]) -> Iterator[ParameterLine]:
     for name, field in model.model_fields.items():
-        default = (
-            ""
-            if field.is_required() or field.default is None
-            else _to_yaml(field.get_default(call_default_factory=True))
-        )
-        choices = tuple(choice for choice in get_args(field.annotation) if isinstance(choice, str))
+        default = ""
+        if not field.is_required() and field.default is not None:
+            default = _to_yaml(field.get_default(call_default_factory=True))
         yield ParameterLine(
-            place + name,
-            default,
-            choices,
-            field.is_required(),
-            is_number(field.annotation),
-            field.description or "",
+            name=prefix + name,
+            default=default,
+            choices=tuple(item for item in get_args(field.annotation) if isinstance(item, str)),
+            is_required=field.is_required(),
+            description=field.description or "",
         )
 
 
@@ -63,18 +52,19 @@ def _to_yaml(value: Any) -> str:
 
 
 def describe_experts(method: Method) -> str:
-    """Return how many experts a method takes, and whether it needs a base."""
+    """Return how many experts a method takes, and whether it works without a base."""
     low, high = method.min_experts, method.max_experts
-    count = (
-        f"{low}" if low == high else f"{low} to {high}" if high is not None else f"{low} or more"
-    )
+    count = f"{low} or more" if high is None else f"{low} to {high}"
+    if low == high:
+        count = str(low)
     noun = "expert" if count == "1" else "experts"
     return f"{count} {noun}" + ("" if method.needs_base else ", the base may be left out")
 
 
 def summarise(method: Method) -> str:
-    """Return the first line of a method's description."""
-    return (type(method).__doc__ or "").strip().splitlines()[0]
+    """Return the first paragraph of a method's description, on one line."""
+    docstring = inspect.cleandoc(type(method).__doc__ or "")
+    return " ".join(docstring.partition("\n\n")[0].split())
 
 
 def print_methods(console: Console) -> None:
@@ -86,22 +76,22 @@ def print_methods(console: Console) -> None:
         )
         console.print(f"  {escape(method.source)}")
         for line in list_parameters(method):
-            default = (
-                " (required)"
-                if line.is_required
-                else f" (default {line.default})"
-                if line.default
-                else ""
-            )
-            choices = f" [{', '.join(line.choices)}]" if line.choices else ""
-            console.print(
-                f"    {line.name}{default}: {escape(line.description + choices)}", highlight=False
-            )
+            console.print(f"    {escape(_to_text(line))}", highlight=False)
     console.print(
-        "\nA number may also be a gradient over depth, or rules by layers and tensor names:"
+        "\nA number may also be a gradient over the layers, or rules by layer and tensor name:"
         " docs/methods.md",
         highlight=False,
     )
+
+
+def _to_text(line: ParameterLine) -> str:
+    default = ""
+    if line.is_required:
+        default = " (required)"
+    elif line.default:
+        default = f" (default {line.default})"
+    choices = f" [{', '.join(line.choices)}]" if line.choices else ""
+    return f"{line.name}{default}: {line.description}{choices}"
 
 
 def methods_to_markdown() -> str:
@@ -118,17 +108,16 @@ def methods_to_markdown() -> str:
         lines.append(_to_row(cells))
     for method in map(find_method, method_names()):
         lines += ["", f"### {method.name}", ""]
-        found = list(list_parameters(method))
-        if not found:
+        parameters = list(list_parameters(method))
+        if not parameters:
             lines.append("No parameters.")
             continue
         lines += ["| parameter | default | meaning |", "|---|---|---|"]
-        for line in found:
-            choices = (
-                f" ({', '.join(f'`{choice}`' for choice in line.choices)})" if line.choices else ""
-            )
+        for line in parameters:
+            choices = ", ".join(f"`{choice}`" for choice in line.choices)
+            meaning = f"{line.description} ({choices})" if choices else line.description
             default = "required" if line.is_required else line.default
-            lines.append(_to_row((f"`{line.name}`", default, line.description + choices)))
+            lines.append(_to_row((f"`{line.name}`", default, meaning)))
     return "\n".join(lines) + "\n"
 
 

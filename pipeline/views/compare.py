@@ -1,8 +1,9 @@
-"""What changed between two builds, and which builds stand behind a name."""
+"""Differences between two builds, and the history of a name."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,33 +18,38 @@ from mmerge.manifests.format.references import (
 from mmerge.manifests.format.table import StoredRow
 from mmerge.manifests.format.tensor_names import layer_of
 from mmerge.manifests.stores.base import ReadableStore
-from mmerge.pipeline.views.show import BuildSummary, read_build, summarise_masks
+from mmerge.pipeline.views.build_summary import (
+    BuildSummary,
+    read_build,
+    select_layer,
+    summarise_masks,
+)
 
 Change = tuple[str, Any, Any]
-"""What, its value in the first build, its value in the second; None where a build has none."""
+"""A name, its value in the first build, its value in the second; None where a build lacks it."""
 
 
 @dataclass(frozen=True)
 class LayerChange:
-    """One layer (None: embeddings, last norm, head) in two builds."""
+    """Differences in one layer (None: embeddings, last norm, head)."""
 
     layer: int | None
     num_tensors: int
     """Tensors whose bytes differ, or that only one build has."""
     densities: dict[str, tuple[float, float]]
-    """Mask density per expert."""
+    """Mask density of each expert, before and after."""
     norms: tuple[float | None, float | None]
-    """‖τ⋆‖₂ of the layer, from the stored norms of its tensors."""
+    """‖τ⋆‖₂ of the layer before and after, from the stored norms of its tensors."""
 
 
 @dataclass(frozen=True)
 class Difference:
     """All that differs between two builds."""
 
-    one: Manifest
-    other: Manifest
+    before: Manifest
+    after: Manifest
     inputs: tuple[Change, ...]
-    numbers: tuple[Change, ...]
+    parameters: tuple[Change, ...]
     num_shared: int
     shared_bytes: int
     num_new: int
@@ -53,89 +59,84 @@ class Difference:
     @property
     def is_empty(self) -> bool:
         """Whether both are the same build."""
-        return self.one.build == self.other.build
+        return self.before.build == self.after.build
 
 
-def compare_builds(uri: str, other_uri: str) -> Difference:
-    """Return what changed from the build at `uri` to the one at `other_uri`. Raises StoreError,
-    ManifestError.
-    """
-    one, other = read_build(uri), read_build(other_uri)
-    before, after = (
-        {entry.key: entry.num_bytes for entry in found.manifest.entries} for found in (one, other)
-    )
-    shared, new = before.keys() & after.keys(), after.keys() - before.keys()
+def compare_builds(before_uri: str, after_uri: str) -> Difference:
+    """Return what changed from one build to another. Raises StoreError, ManifestError."""
+    before, after = read_build(before_uri), read_build(after_uri)
+    old_sizes = {entry.key: entry.num_bytes for entry in before.manifest.entries}
+    new_sizes = {entry.key: entry.num_bytes for entry in after.manifest.entries}
+    shared_keys = old_sizes.keys() & new_sizes.keys()
+    new_keys = new_sizes.keys() - old_sizes.keys()
     return Difference(
-        one=one.manifest,
-        other=other.manifest,
-        inputs=tuple(_changes(_inputs(one.manifest), _inputs(other.manifest))),
-        numbers=tuple(_changes(_numbers(one.manifest), _numbers(other.manifest))),
-        num_shared=len(shared),
-        shared_bytes=sum(after[key] for key in shared),
-        num_new=len(new),
-        new_bytes=sum(after[key] for key in new),
-        layers=tuple(_compare_layers(one, other)),
+        before=before.manifest,
+        after=after.manifest,
+        inputs=_list_changes(_inputs_of(before.manifest), _inputs_of(after.manifest)),
+        parameters=_list_changes(_parameters_of(before.manifest), _parameters_of(after.manifest)),
+        num_shared=len(shared_keys),
+        shared_bytes=sum(new_sizes[key] for key in shared_keys),
+        num_new=len(new_keys),
+        new_bytes=sum(new_sizes[key] for key in new_keys),
+        layers=_compare_layers(before, after),
     )
 
 
-def _changes(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
+def _list_changes(before: dict[str, Any], after: dict[str, Any]) -> tuple[Change, ...]:
     names = [*before, *(name for name in after if name not in before)]
-    return [
+    return tuple(
         (name, before.get(name), after.get(name))
         for name in names
         if before.get(name) != after.get(name)
-    ]
+    )
 
 
-def _inputs(manifest: Manifest) -> dict[str, Any]:
-    return {"base": manifest.base.revision} | {
-        f"expert {expert.name!r}": expert.revision for expert in manifest.experts
-    }
+def _inputs_of(manifest: Manifest) -> dict[str, Any]:
+    revisions = {f"expert {expert.name!r}": expert.revision for expert in manifest.experts}
+    return {"base": manifest.base.revision} | revisions
 
 
-def _numbers(manifest: Manifest) -> dict[str, Any]:
-    found: dict[str, Any] = {
+def _parameters_of(manifest: Manifest) -> dict[str, Any]:
+    parameters: dict[str, Any] = {
         "method": manifest.method,
         "merge": manifest.merge,
         "dtype": manifest.dtype,
         "template": manifest.template,
     }
-    found |= manifest.parameters
+    parameters |= manifest.parameters
     for expert in manifest.experts:
-        found |= {f"{expert.name}.{name}": value for name, value in expert.parameters.items()}
-    return found
+        for name, value in expert.parameters.items():
+            parameters[f"{expert.name}.{name}"] = value
+    return parameters
 
 
-def _compare_layers(one: BuildSummary, other: BuildSummary) -> list[LayerChange]:
-    digests = [_digests(found.rows) for found in (one, other)]
-    changed: dict[int | None, int] = defaultdict(int)
-    for key in digests[0].keys() | digests[1].keys():
-        if digests[0].get(key) != digests[1].get(key):
-            changed[layer_of(key[0])] += 1
-    layers = []
-    for layer in sorted(changed, key=lambda number: (number is not None, number or 0)):
-        densities = [
-            {mask.expert: mask.density for mask in _masks(found, layer)} for found in (one, other)
-        ]
-        both = {
-            name: (densities[0][name], densities[1][name])
-            for name in densities[0]
-            if name in densities[1]
+def _compare_layers(before: BuildSummary, after: BuildSummary) -> tuple[LayerChange, ...]:
+    old_digests, new_digests = _digests_of(before.rows), _digests_of(after.rows)
+    num_changed: dict[int | None, int] = defaultdict(int)
+    for key in old_digests.keys() | new_digests.keys():
+        if old_digests.get(key) != new_digests.get(key):
+            num_changed[layer_of(key[0])] += 1
+    changes = []
+    # Tensors outside layers come first.
+    for layer in sorted(num_changed, key=lambda number: -1 if number is None else number):
+        old_rows, new_rows = select_layer(before.rows, layer), select_layer(after.rows, layer)
+        old_densities = _densities_of(before.manifest, old_rows)
+        new_densities = _densities_of(after.manifest, new_rows)
+        densities = {
+            name: (old_densities[name], new_densities[name])
+            for name in old_densities
+            if name in new_densities
         }
-        layers.append(
-            LayerChange(
-                layer, changed[layer], both, (_norm(one.rows, layer), _norm(other.rows, layer))
-            )
-        )
-    return layers
+        norms = (_delta_norm(old_rows), _delta_norm(new_rows))
+        changes.append(LayerChange(layer, num_changed[layer], densities, norms))
+    return tuple(changes)
 
 
-def _masks(found: BuildSummary, layer: int | None) -> Any:
-    rows = tuple(row for row in found.rows if layer_of(row.name) == layer)
-    return summarise_masks(found.manifest, rows)
+def _densities_of(manifest: Manifest, rows: Sequence[StoredRow]) -> dict[str, float]:
+    return {mask.expert: mask.density for mask in summarise_masks(manifest, rows)}
 
 
-def _digests(rows: tuple[StoredRow, ...]) -> dict[tuple[str, str, str, int], str]:
+def _digests_of(rows: Sequence[StoredRow]) -> dict[tuple[str, str, str, int], str]:
     return {
         (row.name, row.role, row.expert, row.row_start): row.digest
         for row in rows
@@ -143,26 +144,25 @@ def _digests(rows: tuple[StoredRow, ...]) -> dict[tuple[str, str, str, int], str
     }
 
 
-def _norm(rows: tuple[StoredRow, ...], layer: int | None) -> float | None:
+def _delta_norm(rows: Sequence[StoredRow]) -> float | None:
     norms = [
         row.statistics.delta_norm
         for row in rows
-        if row.role == "delta" and row.statistics and layer_of(row.name) == layer
+        if row.role == "delta" and row.statistics and row.statistics.delta_norm is not None
     ]
-    found = [norm for norm in norms if norm is not None]
-    return sum(norm**2 for norm in found) ** 0.5 if found else None
+    return sum(norm**2 for norm in norms) ** 0.5 if norms else None
 
 
 @dataclass(frozen=True)
-class LogLine:
-    """One number of a name, newest first, and whether its build is still in the store."""
+class LogEntry:
+    """One reference of a name, and whether its build is still in the store."""
 
     reference: Reference
-    is_there: bool
+    is_stored: bool
 
 
-def read_log(store: ReadableStore, name: str) -> list[LogLine]:
-    """Return the builds behind a name, newest first.
+def read_log(store: ReadableStore, name: str) -> list[LogEntry]:
+    """Return the builds of a name, newest first; an empty name stands for the only one.
 
     Raises:
         ManifestError: the store has no such name, or, where `name` is empty, several or none.
@@ -172,24 +172,33 @@ def read_log(store: ReadableStore, name: str) -> list[LogLine]:
         find_build(store, "")
         name = next(iter(references))
     if name not in references:
-        raise ManifestError(
-            f"{store.uri}: no composite {name!r}; names there: {', '.join(references) or 'none'}"
-        )
-    found = [read_reference(store, name, number) for number in reversed(references[name])]
-    return [LogLine(reference, store.exists(manifest_key(reference.build))) for reference in found]
+        names = ", ".join(references) or "none"
+        raise ManifestError(f"{store.uri}: no composite {name!r}; names there: {names}")
+    entries = []
+    for number in reversed(references[name]):
+        reference = read_reference(store, name, number)
+        entries.append(LogEntry(reference, store.exists(manifest_key(reference.build))))
+    return entries
 
 
-def difference_to_json(found: Difference) -> dict[str, Any]:
+def log_to_json(entries: Sequence[LogEntry]) -> list[dict[str, Any]]:
+    """Return the builds of a name as JSON."""
+    return [
+        entry.reference.model_dump(mode="json") | {"is_there": entry.is_stored} for entry in entries
+    ]
+
+
+def difference_to_json(difference: Difference) -> dict[str, Any]:
     """Return a difference as JSON."""
     return {
-        "builds": [found.one.build, found.other.build],
-        "inputs": [list(change) for change in found.inputs],
-        "numbers": [list(change) for change in found.numbers],
+        "builds": [difference.before.build, difference.after.build],
+        "inputs": [list(change) for change in difference.inputs],
+        "parameters": [list(change) for change in difference.parameters],
         "objects": {
-            "shared": found.num_shared,
-            "shared_bytes": found.shared_bytes,
-            "new": found.num_new,
-            "new_bytes": found.new_bytes,
+            "shared": difference.num_shared,
+            "shared_bytes": difference.shared_bytes,
+            "new": difference.num_new,
+            "new_bytes": difference.new_bytes,
         },
-        "layers": [vars(layer) for layer in found.layers],
+        "layers": [vars(layer) for layer in difference.layers],
     }

@@ -24,7 +24,7 @@ from mmerge.pipeline import make_plan, read_recipe, run, verify
 from mmerge.pipeline.build.forecast import Forecast, make_forecast
 from mmerge.pipeline.build.run import RunReport
 from mmerge.pipeline.cli.main import main
-from mmerge.pipeline.cli.store import parse_duration
+from mmerge.pipeline.cli.options import parse_duration
 from mmerge.pipeline.views.compare import compare_builds, read_log
 
 CHANGED = "language_model.model.layers.1.mlp.up_proj.weight"
@@ -116,7 +116,7 @@ def test_a_difference_names_inputs_numbers_and_layers(lab: Any) -> None:
     place = str(lab.folder / "store")
     found = compare_builds(place + "#tiny@1", place + "#tiny@2")
     assert [name for name, _, _ in found.inputs] == ["expert 'audio'"]
-    assert not found.numbers
+    assert not found.parameters
     assert [layer.layer for layer in found.layers] == [1]
     assert found.num_new == 1
     before, after = found.layers[0].norms
@@ -124,7 +124,7 @@ def test_a_difference_names_inputs_numbers_and_layers(lab: Any) -> None:
     assert after is not None
     assert after > before
     other = compare_builds(place + "#tiny@2", place + "#tiny@3")
-    assert other.numbers == (("mask_scale", 0.75, 0.9),)
+    assert other.parameters == (("mask_scale", 0.75, 0.9),)
     assert not other.inputs
     assert all(
         after <= before for layer in other.layers for before, after in layer.densities.values()
@@ -132,7 +132,7 @@ def test_a_difference_names_inputs_numbers_and_layers(lab: Any) -> None:
     assert compare_builds(place, place + "#tiny@3").is_empty
     lines = read_log(open_store(place), "")
     assert [line.reference.number for line in lines] == [3, 2, 1]
-    assert all(line.is_there for line in lines)
+    assert all(line.is_stored for line in lines)
 
 
 def grow_old(store: Store, *, days: float = 30) -> None:
@@ -322,8 +322,8 @@ def test_every_command_about_stores_works_from_the_command_line(
     code, text = cli("copy", place, str(lab.folder / "copy"))
     assert code == 0
     assert "copied" in text
-    assert "all digests equal" in cli("verify", str(lab.folder / "copy"))[1]
-    assert "a sample of 50.0%" in cli("verify", place, "--sample", "0.5")[1]
+    assert "all digests are equal" in cli("verify", str(lab.folder / "copy"))[1]
+    assert "a 50.0% sample" in cli("verify", place, "--sample", "0.5")[1]
     code, text = cli("gc", place, "--grace", "soon")
     assert code == 1
     assert "--grace: expected a time like 7d" in text

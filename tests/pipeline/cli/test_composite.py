@@ -20,7 +20,7 @@ def test_place_shows_what_each_device_holds(lab_store: str, capsys: Any) -> None
     code, out, _ = invoke(capsys, "place", f"{lab_store}#mmer", "--gpus", "4x80")
     assert code == 0
     assert "cuda:3" in out
-    assert "by tensor, torchrun --nproc-per-node 4; 512 tokens, 1 at once, policy packed" in out
+    assert "by tensor, torchrun --nproc-per-node 4; 512 tokens, batch 1, policy packed" in out
     code, out, _ = invoke(
         capsys, "place", f"{lab_store}#mmer", "--gpus", "2x80", "--by", "layers", "--json"
     )
@@ -49,7 +49,7 @@ def test_place_shows_what_each_device_holds(lab_store: str, capsys: Any) -> None
         (["--gpus", "80", "--policy", "magic"], "--policy: expected 'packed' or 'resident'"),
         (
             ["--gpus", "80", "--dtype", "int4"],
-            "--dtype: expected 'bfloat16' or 'float16' or 'float32'",
+            "--dtype: expected 'bfloat16', 'float16' or 'float32'",
         ),
     ],
 )
@@ -174,7 +174,7 @@ def test_a_point_cloud_that_is_cut_short_is_one_clear_error(
         (["x ?", "--image", __file__], "cannot be read as an image"),
         (
             ["x ?", "--media", "text=a.txt"],
-            "--media: 'text' is no medium. Put the text into the question",
+            "--media: 'text' is no modality. Put the text into the question",
         ),
         (["what is in {image} ?"], "the question names {image} 1 times, 0 such inputs were given"),
         (["x ?", "--image", "/dev/null"], "cannot be read as an image"),
@@ -185,13 +185,13 @@ def test_a_point_cloud_that_is_cut_short_is_one_clear_error(
         (["x ?", "--gpus", "1x0.001"], "does not fit"),
         (
             ["x ?", "--gpus", "2x80", "--device", "cuda:1"],
-            "--gpus takes devices from cuda:0 on, 'cuda:1' would have no effect",
+            "--gpus starts at cuda:0, so 'cuda:1' would have no effect",
         ),
-        (["x ?", "--seed", "3"], "--seed has no effect on greedy answers"),
-        (["x ?", "--temperature", "0"], "--temperature 0 is greedy"),
+        (["x ?", "--seed", "3"], "--seed: has no effect on greedy answers"),
+        (["x ?", "--temperature", "0"], "--temperature: 0 means greedy"),
         (["x ?", "--cache", "paged"], "--cache: expected 'dynamic' or 'static', got 'paged'"),
         ([], "give a question, or an --image"),
-        (["x ?", "--prompts", __file__], "the questions and media stand in the file"),
+        (["x ?", "--prompts", __file__], "questions and files come from the prompt file"),
         (["--prompts", __file__], "line 1"),
     ],
 )

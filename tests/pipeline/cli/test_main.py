@@ -12,7 +12,8 @@ import jsonschema
 import pytest
 import torch
 
-from mmerge.pipeline.cli.main import COMMANDS, main
+from mmerge.pipeline.cli.commands import COMMANDS
+from mmerge.pipeline.cli.main import main
 
 SAMPLES = Path(__file__).resolve().parent.parent.parent.parent / "examples" / "lab" / "samples"
 Call = Callable[..., tuple[int, str, str]]
@@ -63,14 +64,13 @@ def test_no_arguments_show_the_help_and_a_wrong_option_is_wrong_usage(call: Call
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_list_of_commands_says_what_a_command_says_of_itself(call: Call, name: str) -> None:
-    code, own, _ = call(name, "--help")
+def test_the_overview_says_what_a_command_says_of_itself(call: Call, name: str) -> None:
+    code, command_help, _ = call(name, "--help")
     assert code == 0
-    assert f" {name} [OPTIONS]" in own
-    _, listed, _ = call("--help")
-    line = COMMANDS[name][1]
-    assert " ".join(own.split("\n\n")[1].split()) == line
-    assert f" {name} {line} " in " ".join(listed.split())
+    assert f" {name} [OPTIONS]" in command_help
+    summary = " ".join(command_help.split("\n\n")[1].split())
+    _, overview, _ = call("--help")
+    assert f" {name} {summary} " in " ".join(overview.split())
 
 
 def test_a_mistyped_command_is_wrong_usage_and_a_like_one_is_named(call: Call) -> None:
@@ -117,7 +117,7 @@ def test_a_run_shows_its_shards_and_a_second_run_says_there_is_nothing_to_do(
     )
     code, out, _ = call("verify", store)
     assert code == 0
-    assert "all digests equal" in out
+    assert "all digests are equal" in out
 
 
 def test_a_store_of_several_composites_is_listed_and_asks_which(call: Call, lab: Any) -> None:

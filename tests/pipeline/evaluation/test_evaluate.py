@@ -15,8 +15,8 @@ from mmerge.manifests.digest import digest_json
 from mmerge.manifests.errors import RecipeError
 from mmerge.manifests.stores.open import open_store
 from mmerge.pipeline import Recipe, load_composite, parse_recipe, read_recipe
+from mmerge.pipeline.evaluation.answer_tasks import Settings
 from mmerge.pipeline.evaluation.calibrate import Agreement, Point, calibrate, choose
-from mmerge.pipeline.evaluation.evaluate import Settings
 from mmerge.pipeline.evaluation.questions import Question, read_questions
 from mmerge.pipeline.evaluation.targets import Asking, ask_experts
 from mmerge.pipeline.execution.executor import SerialExecutor
@@ -121,7 +121,7 @@ def test_evaluate_scores_an_original_and_its_rebuilt_expert(
         (["{store}#mmer"], "--prompts: give a file of questions, or --mcub"),
         (
             ["{store}#mmer", "--prompts", "{q}", "--answers", "x.json"],
-            "--answers has no effect without --mcub",
+            "--answers: has no effect without --mcub",
         ),
         (
             ["{store}#mmer", "--prompts", "{q}", "--original", "x"],
@@ -139,7 +139,7 @@ def test_evaluate_scores_an_original_and_its_rebuilt_expert(
         ),
         (
             ["{store}#mmer", "--prompts", "{q}", "--executor", "magic"],
-            "--executor: expected 'ray' or 'serial'",
+            "--executor: expected 'ray', 'processes' or 'serial'",
         ),
         (
             ["{store}#mmer", "--prompts", "nowhere.jsonl"],
@@ -193,7 +193,9 @@ def test_questions_without_an_answer_are_answered_and_said_not_to_be_scored(
         "4",
     )
     assert code == 0, err
-    assert "1 of 2 questions have no 'answer' to compare with: answered, not scored" in out
+    assert (
+        "1 of 2 questions have no 'answer' to compare with: they were asked, but not scored" in out
+    )
     assert "image/ink" in out
     assert "image/digit" not in out
 
@@ -214,7 +216,7 @@ def test_plots_are_refused_before_the_work(
         "--plot",
     ]
     for plot, message in (
-        ("curve.xyz", "expected .png, .svg or .pdf"),
+        ("curve.xyz", "expected a name ending in .png, .svg or .pdf"),
         (str(tmp_path / "no" / "c.png"), "there is no folder"),
     ):
         code, _, err = invoke(capsys, *given, plot)
@@ -345,7 +347,7 @@ def test_prompts_of_several_modalities_want_the_answer_of_the_expert_that_is_sur
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "two and two ?"}, "has no medium"),
+        ({"question": "two and two ?"}, "has no media"),
         (
             {"question": "how deep ?", "depth": "image_four_dark.png"},
             "no expert of the recipe reads 'depth'; they read image, audio, video",
@@ -376,7 +378,7 @@ def test_calibrate_refuses_methods_without_mask_scales_and_experts_without_promp
     path = write(tmp_path, *QUESTIONS)
     for recipe, message in (
         ("ties", "'ties' has no mask scales"),
-        ("mmer", "alone. Give each expert some prompts"),
+        ("mmer", "alone. Give every expert some prompts"),
     ):
         code, _, err = invoke(
             capsys,

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from mmerge.manifests.errors import MmergeError, RecipeError
-from mmerge.pipeline.evaluation.questions import MCUB_TEMPLATE, Question, read_mcub, read_questions
+from mmerge.pipeline.evaluation.mcub import MCUB_TEMPLATE, read_mcub
+from mmerge.pipeline.evaluation.questions import Question, read_questions
 from mmerge.pipeline.evaluation.scores import performance_retention, score_answer
 from mmerge.workers.modalities.prompt import Part
 
@@ -54,19 +55,19 @@ def test_a_line_is_a_question_with_media_or_a_whole_prompt(tmp_path: Path) -> No
     ("row", "message"),
     [
         ([1], "line 1: expected an object"),
-        ({"task": "t"}, "line 1: has neither a question nor a medium"),
+        ({"task": "t"}, "line 1: has neither a question nor a file"),
         ({"question": "?", "image": "../secret.png"}, "line 1: ../secret.png lies outside"),
         ({"question": "?", "image": "/etc/passwd"}, "lies outside"),
         ({"question": "?", "metric": "bleu"}, "metric: expected exact, choice, rouge, got 'bleu'"),
         (
             {"parts": [{"text": "a"}], "question": "?"},
-            "'parts' is the whole prompt: leave out question",
+            "'parts' is the whole prompt. Leave out question",
         ),
         (
             {"question": "?", "options": ["a", "b"], "answer": "c", "letters": True},
             "'c' is none of the options",
         ),
-        ({"question": "?", "image": 3}, "expected a text, or a list of texts"),
+        ({"question": "?", "image": 3}, "expected a string or a list of strings"),
     ],
 )
 def test_a_bad_line_is_refused_with_its_number(tmp_path: Path, row: Any, message: str) -> None:
@@ -75,7 +76,7 @@ def test_a_bad_line_is_refused_with_its_number(tmp_path: Path, row: Any, message
 
 
 def test_an_id_stands_once_in_a_task(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="id '1' stands twice"):
+    with pytest.raises(RecipeError, match="has id '1' twice"):
         read_questions(
             write(tmp_path / "q.jsonl", {"id": 1, "question": "a"}, {"id": 1, "question": "b"})
         )

@@ -13,7 +13,7 @@ import pytest
 
 from mmerge.manifests.errors import MmergeError, RecipeError
 from mmerge.pipeline import make_plan, read_recipe
-from mmerge.pipeline.cli.run import parse_size
+from mmerge.pipeline.cli.options import parse_size
 from mmerge.pipeline.execution.executor import SerialExecutor
 from mmerge.pipeline.execution.open import open_executor
 from mmerge.pipeline.execution.ray_executor import RayExecutor
@@ -164,9 +164,9 @@ def test_memory_limits_how_many_tasks_run_at_once(
     ("text", "num_bytes"), [("1.5GB", 1_500_000_000), ("800 MB", 800_000_000), ("2GiB", 2 << 30)]
 )
 def test_sizes_are_read_with_their_units(text: str, num_bytes: int) -> None:
-    assert parse_size(text) == num_bytes
+    assert parse_size(text, option="--memory") == num_bytes
 
 
 def test_a_size_without_unit_is_refused() -> None:
     with pytest.raises(RecipeError, match="expected a size such as"):
-        parse_size("12")
+        parse_size("12", option="--memory")

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from mmerge.manifests.errors import CheckpointError, ShapeMismatch
 from mmerge.pipeline import make_plan, read_recipe
-from mmerge.pipeline.views.report import plan_to_json
+from mmerge.pipeline.views.plan_report import plan_to_json
 
 
 def plan_of(lab: Any, **changes: Any) -> Any:
@@ -45,7 +45,7 @@ def test_the_same_recipe_gives_the_same_plan_byte_for_byte(lab: Any) -> None:
 
 
 def test_encoders_connectors_and_extra_rows_are_carried_and_nothing_else(lab: Any) -> None:
-    carried = plan_to_json(plan_of(lab))["carried"]["image"]
+    carried = plan_to_json(plan_of(lab))["copied"]["image"]
     assert {(tensor["name"], tensor["role"], tuple(tensor["shape"])) for tensor in carried} == {
         ("multi_modal_projector.linear_1.weight", "carried", (16, 8)),
         ("vision_tower.embeddings.position_ids", "carried", (9,)),

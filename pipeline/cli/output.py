@@ -1,0 +1,48 @@
+"""The two streams that commands print to, and a progress bar for bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TransferSpeedColumn,
+)
+
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True)
+
+
+class ByteBar:
+    """Bytes done and bytes per second; does nothing without a display."""
+
+    def __init__(self, display: Progress | None, label: str) -> None:
+        self._display = display
+        self._task = TaskID(0) if display is None else display.add_task(label, total=None)
+
+    def advance(self, num_bytes: int) -> None:
+        """Add bytes to those done."""
+        if self._display is not None:
+            self._display.advance(self._task, num_bytes)
+
+    def update(self, num_done: int, total: int) -> None:
+        """Set the bytes done and their total."""
+        if self._display is not None:
+            self._display.update(self._task, completed=num_done, total=total)
+
+
+@contextmanager
+def show_bytes(label: str, *, enabled: bool = True) -> Iterator[ByteBar]:
+    """Show a progress bar while the context lasts, where stderr is a terminal."""
+    if not enabled or not err.is_terminal:
+        yield ByteBar(None, label)
+        return
+    columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=err, transient=True) as display:
+        yield ByteBar(display, label)
