@@ -199,7 +199,7 @@ class BuildReader:
     def read_blocks(
         self, row: StoredRow, *, block_bytes: int, into: NDArray[np.uint8] | None = None
     ) -> Iterator[NDArray[np.uint8]]:
-        """Yield one piece of a tensor in blocks, as `ReadableStore.read_blocks`, and hash it."""
+        """Yield one piece of a tensor in blocks, as `ReadableStore.read_blocks`, and hash it.
 
         Raises:
             DamagedObject: after the last block, if the digest is not that of the manifest; results
