@@ -19,7 +19,6 @@ MODULE = re.compile(r"\bmmerge\.(?:pipeline|workers|manifests)(?:\.\w+)*")
 NOT_YET_WRAPPED = {
     "docs/checkpoints.md",
     "docs/cluster.md",
-    "docs/composite.md",
     "docs/evaluation.md",
     "docs/scaling.md",
     "docs/storage.md",

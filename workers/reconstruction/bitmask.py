@@ -30,14 +30,6 @@ def unpack_mask(packed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     return bits.reshape(-1)[:num_entries].bool().reshape(tuple(shape))
 
 
-def mean_mask(masks: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return m̄, the elementwise mean of boolean masks, float32 in {0, 1/n, …, 1}."""
-    count = torch.zeros(masks[0].shape, dtype=torch.float32, device=masks[0].device)
-    for mask in masks:
-        count += mask
-    return count / len(masks)
-
-
 def pack_rows(packed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """Return a packed mask of a matrix [rows, width], packed by rows: uint8 [rows, ⌈width/8⌉]."""
     rows, width = shape

@@ -22,7 +22,7 @@ from mmerge.manifests.errors import DamagedObject, ManifestError, PromptError, S
 from mmerge.pipeline import Composite, Part, export, load_composite
 from mmerge.workers.composite.routed_linear import RoutedLinear
 from mmerge.workers.modalities.media_files import read_audio, read_image, read_video
-from mmerge.workers.reconstruction.bitmask import mean_mask, unpack_mask
+from mmerge.workers.reconstruction.bitmask import unpack_mask
 from mmerge.workers.reconstruction.build_reader import BuildReader
 
 SAMPLES = Path(__file__).resolve().parent.parent.parent.parent / "examples" / "lab" / "samples"
@@ -145,7 +145,9 @@ def test_every_linear_of_the_layers_is_routed_and_equals_formed_weights(lab_stor
             unpack_mask(reader.read_packed_mask(f"{path}.weight", name), base.shape)
             for name in reader.expert_names
         ]
-        torch.testing.assert_close(module.weight, base + mean_mask(masks) * delta)
+        torch.testing.assert_close(
+            module.weight, base + torch.stack(masks).float().mean(dim=0) * delta
+        )
         for index, mask in enumerate(masks):
             torch.testing.assert_close(module.modality_weight(index), base + mask * delta)
 

@@ -15,7 +15,7 @@ from mmerge.workers.composite.routed_linear import (
 )
 from mmerge.workers.composite.routing import TEXT, Routing
 from mmerge.workers.composite.token_groups import make_groups
-from mmerge.workers.reconstruction.bitmask import mean_mask, pack_mask, pack_rows
+from mmerge.workers.reconstruction.bitmask import pack_mask, pack_rows
 from mmerge.workers.reconstruction.masked_weights import add_masked_delta
 
 NUM_EXPERTS, OUT, IN = 3, 7, 12
@@ -66,7 +66,11 @@ def test_every_token_gets_what_a_loop_over_tokens_with_formed_weights_gives(
     for row in range(2):
         for place in range(9):
             modality = int(ids[row, place])
-            mask = mean_mask(masks) if modality == TEXT else masks[modality].float()
+            mask = (
+                torch.stack(masks).float().mean(dim=0)
+                if modality == TEXT
+                else masks[modality].float()
+            )
             wanted = (base + mask * delta) @ inputs[row, place]
             if bias is not None:
                 wanted = wanted + bias.of(modality)
@@ -135,7 +139,9 @@ def test_outside_of_a_prefill_every_token_is_text(
     with layer._routing.prefill(torch.zeros(1, 4, dtype=torch.long)):
         routed = layer(inputs)
     base, delta, masks = weights
-    torch.testing.assert_close(layer(inputs), inputs @ (base + mean_mask(masks) * delta).T)
+    torch.testing.assert_close(
+        layer(inputs), inputs @ (base + torch.stack(masks).float().mean(dim=0) * delta).T
+    )
     assert not torch.allclose(layer(inputs), routed)
 
 
