@@ -17,7 +17,6 @@ LINK = re.compile(r"!?\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)")
 REPOSITORY_PATH = re.compile(rf"(?<![\w./-])(?:{FOLDERS})/[\w./*-]*[\w*]")
 MODULE = re.compile(r"\bmmerge\.(?:pipeline|workers|manifests)(?:\.\w+)*")
 NOT_YET_WRAPPED = {
-    "docs/checkpoints.md",
     "docs/cluster.md",
     "docs/evaluation.md",
     "docs/scaling.md",

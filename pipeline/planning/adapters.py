@@ -1,4 +1,4 @@
-"""Which adapters of which experts a build of kind `adapters` keeps, and under which names."""
+"""Adapters that a build of kind `adapters` stores: which of each expert, under which names."""
 
 from __future__ import annotations
 
@@ -19,14 +19,12 @@ from mmerge.workers.checkpoints.lora_adapter import (
 from mmerge.workers.checkpoints.sources import TensorSource
 
 _OTHER_NAMES = {"image": ("vision",), "vision": ("image",), "point": ("point_cloud", "pointcloud")}
-"""How adapters of a modality are called beside its own name."""
+"""Other usual names of the adapter of a modality."""
 
 
 @dataclass(frozen=True)
 class ExpertAdapters:
-    """What a build keeps of one expert: its factors under the base's names, everything else, and
-    how they are used.
-    """
+    """What a build stores of one expert: its factors, its other tensors, their use."""
 
     factors: dict[str, TensorSource]
     others: dict[str, TensorSource]
@@ -36,12 +34,11 @@ class ExpertAdapters:
 def list_adapters(
     recipe: Recipe, base: Checkpoint, experts: Sequence[Checkpoint]
 ) -> tuple[ExpertAdapters, ...]:
-    """Return what is kept of each expert.
+    """Return what a build stores of each expert, in recipe order.
 
     Raises:
-        RecipeError: the recipe says something that has no effect on adapters, or an expert is no
-            adapter.
-        CheckpointError, ShapeMismatch: an adapter is missing, or does not fit the base.
+        RecipeError: a key of the recipe has no effect on adapters, or an expert is no adapter.
+        CheckpointError, ShapeMismatch: an adapter is missing or does not fit the base.
     """
     if recipe.merge != "all" or recipe.carry:
         key = "carry" if recipe.carry else "merge"
@@ -51,17 +48,17 @@ def list_adapters(
         )
     if recipe.schedules:
         raise RecipeError(
-            f"{recipe.method!r} has one number per expert for the whole model; give plain numbers,"
-            " not rules per tensor"
+            f"{recipe.method!r} has one coefficient per expert for the whole model; give plain"
+            " numbers, not rules per tensor"
         )
-    found = []
+    adapters = []
     for expert, checkpoint in zip(recipe.experts, experts, strict=True):
         if not isinstance(checkpoint, AdapterCheckpoint):
             raise RecipeError(
                 f"experts.{expert.name}.path: {expert.uri} holds no LoRA adapter; {recipe.method!r}"
                 " composes adapters. Choose another method"
             )
-        found.append(
+        adapters.append(
             _describe(
                 checkpoint.folder,
                 expert.modality,
@@ -70,7 +67,7 @@ def list_adapters(
                 share=1 / len(recipe.experts),
             )
         )
-    return tuple(found)
+    return tuple(adapters)
 
 
 def _describe(
@@ -79,10 +76,10 @@ def _describe(
     default = parameters.default_adapter or (
         folder.adapters[0] if len(folder.adapters) == 1 else DEFAULT_ADAPTER
     )
-    own = parameters.adapter or _find_own(folder, modality, default)
+    modality_adapter = parameters.adapter or _find_modality_adapter(folder, modality, default)
     factors: dict[str, TensorSource] = {}
     scales: dict[str, float] = {}
-    for adapter in dict.fromkeys((default, own)):
+    for adapter in dict.fromkeys((default, modality_adapter)):
         for pair in folder.pairs_of(adapter):
             name = _place(folder, pair, base)
             factors |= {
@@ -93,13 +90,13 @@ def _describe(
     replaced = sorted(name for name in folder.others if name in base.tensors)
     if replaced:
         raise CheckpointError(
-            f"{folder.owner}: {replaced[0]}: is saved whole beside the adapters, and a composite of"
-            " adapters keeps the base's. Use a method that merges, or leave the tensor out of the"
+            f"{folder.owner}: {replaced[0]}: is saved whole beside the adapters, but a composite of"
+            " adapters uses the base's. Use a method that merges, or remove the tensor from the"
             " adapter"
         )
     usual = max(sorted(set(scales.values())), key=list(scales.values()).count)
     record = AdapterRecord(
-        modality_adapter=own,
+        modality_adapter=modality_adapter,
         default_adapter=default,
         coefficient=share if parameters.coefficient is None else parameters.coefficient,
         scale=usual,
@@ -108,29 +105,30 @@ def _describe(
     return ExpertAdapters(dict(sorted(factors.items())), folder.others, record)
 
 
-def _find_own(folder: AdapterFolder, modality: str, default: str) -> str:
-    """Return the adapter of a modality's tokens: called as the modality, or the only one beside the
-    default, or the default.
+def _find_modality_adapter(folder: AdapterFolder, modality: str, default: str) -> str:
+    """Return the adapter of a modality's tokens.
+
+    It has the name of the modality, or is the only one beside the default, or the default itself.
     """
-    rest = [name for name in folder.adapters if name != default]
-    named = [name for name in (modality, *_OTHER_NAMES.get(modality, ())) if name in rest]
-    if named or len(rest) == 1:
-        return (named or rest)[0]
-    if not rest:
+    names = [name for name in folder.adapters if name != default]
+    matching = [name for name in (modality, *_OTHER_NAMES.get(modality, ())) if name in names]
+    if matching or len(names) == 1:
+        return (matching or names)[0]
+    if not names:
         return default
     raise CheckpointError(
-        f"{folder.owner}: {folder.uri} has the adapters {', '.join(folder.adapters)}; say with"
-        f" 'adapter' which is that of {modality} tokens"
+        f"{folder.owner}: {folder.uri} has the adapters {', '.join(folder.adapters)}; name"
+        f" the one of {modality} tokens with 'adapter'"
     )
 
 
 def _place(folder: AdapterFolder, pair: AdapterPair, base: Checkpoint) -> str:
-    """Return the name of the base's weight that a pair belongs to."""
+    """Return the name of the base's weight that a pair adapts."""
     name = base.family.find_adapted_weight(pair.module, base.tensors)
     if name is None:
         raise CheckpointError(
-            f"{folder.owner}: {pair.module}: the base has no such Linear. Was the adapter trained"
-            " on this base?"
+            f"{folder.owner}: {pair.module}: the base has no such Linear layer. Was the adapter"
+            " trained on this base?"
         )
     shape = (pair.b.spec.shape[0], pair.a.spec.shape[1])
     if base.tensors[name].spec.shape != shape:
@@ -142,5 +140,5 @@ def _place(folder: AdapterFolder, pair: AdapterPair, base: Checkpoint) -> str:
 
 
 def factor_name(linear: str, factor: str, adapter: str) -> str:
-    """Return the name under which a factor of a Linear's adapter is stored."""
+    """Return the stored name of a factor: `….lora_A.ADAPTER.weight`."""
     return f"{linear.removesuffix('.weight')}.lora_{factor}.{adapter}.weight"

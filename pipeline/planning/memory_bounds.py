@@ -11,7 +11,11 @@ from mmerge.manifests.errors import RecipeError
 from mmerge.manifests.format.safetensors_header import DTYPE_BYTES
 from mmerge.manifests.stores.writer import WRITER_BUFFER_BYTES, WRITER_CONCURRENCY
 from mmerge.workers.checkpoints.lora_weights import TILE_ROWS
-from mmerge.workers.checkpoints.sources import BlockScaledSource, LowRankSource, ahead_bytes
+from mmerge.workers.checkpoints.sources import (
+    BlockScaledSource,
+    LowRankSource,
+    total_prefetch_bytes,
+)
 from mmerge.workers.methods.interface import Granularity, Method, entries_at_once, num_columns
 from mmerge.workers.reconstruction.bitmask import packed_bytes
 from mmerge.workers.statistics.magnitude_histograms import scan_bytes
@@ -54,7 +58,7 @@ def merge_peak_bytes(tensors: Sequence[TensorTask], working: Working) -> int:
     blocks = max(_block_bytes(tensor, num_experts, working) for tensor in tensors)
     masks = num_masks * max(packed_bytes(tensor.num_entries) for tensor in tensors)
     survey = scan_bytes([tensor.num_entries for tensor in tensors], num_experts=num_experts)
-    ahead = max(ahead_bytes((tensor.base, *tensor.experts)) for tensor in tensors)
+    ahead = max(total_prefetch_bytes((tensor.base, *tensor.experts)) for tensor in tensors)
     forming = max(_forming_bytes(tensor, working.block_entries) for tensor in tensors)
     return max(blocks + masks, survey) + forming + ahead + WRITER_BYTES + WORKER_BYTES
 

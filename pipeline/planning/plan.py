@@ -28,7 +28,7 @@ from mmerge.pipeline.recipes.recipe import Recipe, pin_recipe
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
 from mmerge.workers.checkpoints.dtypes import NAMED_DTYPES
 from mmerge.workers.checkpoints.lora_adapter import open_expert
-from mmerge.workers.checkpoints.sources import BlockScaledSource, TensorSource, ahead_bytes
+from mmerge.workers.checkpoints.sources import BlockScaledSource, TensorSource, total_prefetch_bytes
 from mmerge.workers.families.registry import is_before_layers
 from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Granularity, Kind, Numbers
@@ -437,5 +437,5 @@ def _make_copy_shards(
             expert,
             tuple(group),
             num_bytes,
-            COPY_PEAK_BYTES + ahead_bytes([group[0].source]),
+            COPY_PEAK_BYTES + total_prefetch_bytes([group[0].source]),
         )

@@ -1,4 +1,4 @@
-"""Tensor layout: which tensors of an expert's files are the base's language model, which are copied.
+"""Tensor layout: which tensors of an expert are the base's language model, which are copied.
 
 Decided from headers and configurations alone.
 """
@@ -33,7 +33,7 @@ Renames = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class SharedTensor:
-    """A language-model tensor of base and all experts, of equal shape up to extra vocabulary rows."""
+    """A language-model tensor of base and experts, of equal shape up to extra vocabulary rows."""
 
     name: str
     base: TensorSource

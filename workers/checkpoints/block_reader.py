@@ -1,9 +1,7 @@
-"""The bytes of base and experts, block by block: no copy on the way but the one from the page
-cache.
+"""Block reader: the bytes of base and experts, block by block, for the kernels.
 
-Local files are read a megabyte at a time into buffers that stay in the caches
-(manifests/stores/local_file.py); what lies behind a network is fetched before its use
-(manifests/stores/prefetch.py).
+Local files are read into buffers small enough to stay in the processor's caches
+(manifests/stores/local_file.py). Remote objects are prefetched (manifests/stores/prefetch.py).
 """
 
 from __future__ import annotations
@@ -35,17 +33,16 @@ Bytes = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class InputBlock:
-    """The same entries of several sources. Their memory is used again for the next block."""
+    """The same entries of several sources; the next block reuses their memory."""
 
     start: int
     stop: int
     rows: Sequence[Bytes]
-    """The bytes of each source, in dtypes that kernels know; at least as many as the entries need.
-    """
+    """Bytes of each source in a dtype of the kernels; may be longer than the entries."""
     codes: NDArray[np.int64]
-    """The dtype of each row, as kernels name it."""
+    """Kernel code of the dtype of each row."""
     raw: tuple[memoryview, ...]
-    """The bytes of each source as they are stored."""
+    """Bytes of each source as they are stored."""
 
     @property
     def num_entries(self) -> int:
@@ -54,26 +51,24 @@ class InputBlock:
 
     @cached_property
     def addresses(self) -> NDArray[np.int64]:
-        """Where each row begins in memory: what kernels read."""
+        """Memory address of each row, for the kernels."""
         return np.array([row.__array_interface__["data"][0] for row in self.rows], np.int64)
 
     def at(self, start: int) -> InputBlock:
-        """Return the block of equally many entries from `start` on, read to the same memory."""
+        """Return the block from `start` on of equal length, read into the same memory."""
         block = InputBlock(start, start + self.num_entries, self.rows, self.codes, self.raw)
         vars(block)["addresses"] = self.addresses
         return block
 
     def of_expert(self, index: int) -> InputBlock:
-        """Return the block of the base, the first source, and of one expert alone."""
+        """Return the block of the base (the first source) and one expert."""
         which = [0, index + 1]
         rows, raw = (self.rows[0], self.rows[index + 1]), (self.raw[0], self.raw[index + 1])
         return InputBlock(self.start, self.stop, rows, self.codes[which], raw)
 
 
 class InputReader:
-    """Reads tensors of several checkpoints; files stay open until it closes. One per task: it is
-    not for several threads.
-    """
+    """Reads tensors of several checkpoints. Files stay open until it closes. Not thread-safe."""
 
     def __init__(self) -> None:
         self._files: dict[tuple[str, str], LocalFile] = {}
@@ -96,46 +91,47 @@ class InputReader:
     def blocks(
         self, sources: Sequence[TensorSource], *, block_entries: int
     ) -> Iterator[InputBlock]:
-        """Yield the blocks of sources that have equally many entries, in order; `block_entries` is
-        a multiple of whole tiles.
+        """Yield the blocks of several sources in order.
+
+        Args:
+            sources: of equally many entries.
+            block_entries: a multiple of the kernels' tile.
 
         Raises:
-            NotFound, StoreError: a file is gone, or shorter than its header says.
+            NotFound, StoreError: a file is missing, or shorter than its header says.
         """
         num_entries = sources[0].spec.num_entries
-        at_once = max(min(block_entries, num_entries), 1)
+        step = max(min(block_entries, num_entries), 1)
         dtypes = [source.spec.dtype for source in sources]
         codes = np.array([CODES.get(dtype, 0) for dtype in dtypes], np.int64)
         streams = [self._open(source) for source in sources]
-        stays = all(
+        keeps_memory = all(
             stream.needs_room and dtype in CODES
             for stream, dtype in zip(streams, dtypes, strict=True)
         )
         block: InputBlock | None = None
-        for start in range(0, num_entries, at_once):
-            stop = min(start + at_once, num_entries)
-            if block is not None and stays and stop - start == block.num_entries:
+        for start in range(0, num_entries, step):
+            stop = min(start + step, num_entries)
+            if block is not None and keeps_memory and stop - start == block.num_entries:
                 for stream, row in zip(streams, block.rows, strict=True):
                     stream.read(len(row), row)
                 block = block.at(start)
                 yield block
                 continue
-            found = []
+            stored = []
             for index, (stream, dtype) in enumerate(zip(streams, dtypes, strict=True)):
                 num_bytes = (stop - start) * DTYPE_BYTES[dtype]
                 data = stream.read(num_bytes, self._room(f"read {index}", num_bytes, stream))
-                found.append(data if stream.needs_room else self._align(data, dtype, index))
+                stored.append(data if stream.needs_room else self._align(data, dtype, index))
             rows = [
                 self._widen(data, dtype, index)
-                for index, (data, dtype) in enumerate(zip(found, dtypes, strict=True))
+                for index, (data, dtype) in enumerate(zip(stored, dtypes, strict=True))
             ]
-            block = InputBlock(start, stop, rows, codes, tuple(data.data for data in found))
+            block = InputBlock(start, stop, rows, codes, tuple(data.data for data in stored))
             yield block
 
     def _room(self, name: str, num_bytes: int, stream: _Stream | None = None) -> Bytes:
-        """Return memory of a name that is used again and begins at a whole cache line; none for a
-        stream that has its own.
-        """
+        """Return a reusable buffer that starts at a cache line; empty for a stream with its own."""
         if stream is not None and not stream.needs_room:
             return _NO_ROOM
         if len(self._rooms.get(name, _NO_ROOM)) < num_bytes:
@@ -145,7 +141,7 @@ class InputReader:
         return self._rooms[name][:num_bytes]
 
     def _align(self, data: Bytes, dtype: str, index: int) -> Bytes:
-        """Return bytes that begin at a whole entry: a header may leave the data of a file anywhere."""
+        """Return bytes that start at a whole entry; a header may leave data at any offset."""
         if data.__array_interface__["data"][0] % DTYPE_BYTES[dtype] == 0:
             return data
         room = self._room(f"aligned {index}", len(data))
@@ -178,13 +174,13 @@ _NO_ROOM: Bytes = np.empty(0, np.uint8)
 
 
 class _Stream(Protocol):
-    """The bytes of one tensor, from its first to its last."""
+    """The bytes of one tensor, read once in order."""
 
     needs_room: bool
-    """Whether `read` fills the memory that it is given."""
+    """Whether `read` fills `room`; otherwise it returns memory of its own."""
 
     def read(self, num_bytes: int, room: Bytes) -> Bytes:
-        """Return the next bytes, which are valid until the next call."""
+        """Return the next bytes, valid until the next call."""
 
 
 class _LocalStream(_Stream):
@@ -201,9 +197,7 @@ class _LocalStream(_Stream):
 
 
 class _SourceStream(_Stream):
-    """Bytes that are fetched ahead over a network, or weights that lie in no file: a base's with a
-    LoRA adapter.
-    """
+    """Prefetched bytes of a remote object, or weights computed from several stored tensors."""
 
     needs_room = False
 

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints read as names and byte ranges: only headers until a task asks for bytes."""
+"""Hugging Face checkpoints: their configuration and the headers of their weight files."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from mmerge.workers.families.registry import find_family, text_config_of
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SMALL_FILE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
-"""Endings of the files that travel with a model: configuration, tokenizer, processor, templates.
-Code does not.
+"""Suffixes of the files copied with a model: configuration, tokenizer, processor, templates.
+
+Code is never copied.
 """
 MAX_SMALL_FILE_BYTES = 64 << 20
 _FIRST_READ_BYTES = 1 << 16
@@ -60,8 +61,8 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> dict[str, TensorSource]:
-        """All tensors by their name in the files. Only headers are read. Raises CheckpointError."""
-        found: dict[str, TensorSource] = {}
+        """All tensors by their stored name. Only headers are read. Raises CheckpointError."""
+        sources: dict[str, TensorSource] = {}
         for file, names in self._weight_files().items():
             specs = self._read_header(file)
             missing = sorted(set(names or specs) - set(specs))
@@ -70,14 +71,16 @@ class Checkpoint:
                     f"{self.owner}: {self.uri}/{file} lacks {missing[0]}, which the index places"
                     " there. Fetch the checkpoint again"
                 )
-            found |= {name: TensorSource(self.uri, file, specs[name]) for name in names or specs}
-        weights = dequantise(found, self.config, where=f"{self.owner}: {self.uri}")
+            for name in names or specs:
+                sources[name] = TensorSource(self.uri, file, specs[name])
+        weights = dequantise(sources, self.config, where=f"{self.owner}: {self.uri}")
         return dict(sorted(weights.items()))
 
     @property
     def identity(self) -> dict[str, str]:
-        """For each weight file a text that changes when the file is replaced (size, entity tag,
-        time of change). Asked anew each time: a plan may be run again later.
+        """By weight file, a text that changes when the file is replaced.
+
+        It is read from the store at every access, because a plan may be run again later.
         """
         return {file: self._store.identity(file) for file in self._weight_files()}
 
@@ -88,12 +91,12 @@ class Checkpoint:
 
     @cached_property
     def family(self) -> Family:
-        """The family of the language model, told from names and shapes. Raises CheckpointError."""
+        """The family of the language model, from names and shapes. Raises CheckpointError."""
         shapes = {name: source.spec.shape for name, source in self.tensors.items()}
         return find_family(shapes, self.text_config, where=f"{self.owner}: {self.uri}")
 
     def is_tied(self) -> bool:
-        """Return whether the head shares its weights with the embedding, as the configuration says."""
+        """Return whether the configuration ties the head to the embedding."""
         return bool(
             self.config.get(
                 "tie_word_embeddings", self.text_config.get("tie_word_embeddings", False)
@@ -123,15 +126,13 @@ class Checkpoint:
                 )
             files[name] = self._store.read(name)
         if "config.json" in files and has_quantization(self.config):
-            # What is read, merged and exported are plain weights.
+            # Weights are dequantised when they are read, so all outputs are plain.
             plain = without_quantization(self.config)
             files["config.json"] = json.dumps(plain, indent=2, sort_keys=True).encode() + b"\n"
         return files
 
     def _weight_files(self) -> dict[str, list[str] | None]:
-        """Return each weight file with the tensors that the index places there (None: all that it
-        has).
-        """
+        """Return the tensors that the index places in each weight file; None for all of a file."""
         if self._store.exists(INDEX_FILE):
             index = self._read_json(INDEX_FILE, missing="")
             weight_map = index.get("weight_map") if isinstance(index, dict) else None
@@ -146,8 +147,8 @@ class Checkpoint:
             for name, file in sorted(weight_map.items()):
                 if "/" in file or "\\" in file or file in ("", ".", ".."):
                     raise CheckpointError(
-                        f"{self.owner}: {INDEX_FILE} places {name} in {file!r}; only files of the"
-                        " same folder are read"
+                        f"{self.owner}: {INDEX_FILE} places {name} in {file!r}; only files in"
+                        " the same folder are read"
                     )
                 names = files.setdefault(file, [])
                 assert names is not None
@@ -162,7 +163,7 @@ class Checkpoint:
         )
 
     def _refuse_gguf(self) -> None:
-        """Raise CheckpointError where the weights lie in GGUF files."""
+        """Raise CheckpointError if the folder holds GGUF files."""
         file = next((name for name in self._store.list() if name.endswith(".gguf")), None)
         if file is not None:
             raise CheckpointError(

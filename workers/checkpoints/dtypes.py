@@ -1,4 +1,4 @@
-"""Between safetensors' names of dtypes and torch's, and between bytes and tensors."""
+"""Conversion between the dtype names of safetensors and torch, and between bytes and tensors."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _NAMES: Mapping[str, str] = {
 
 
 class _TorchDtypes(Mapping[str, "torch.dtype"]):
-    """Looks torch's dtypes up when they are asked for: reading this file does not import torch."""
+    """Looks up torch dtypes on access, so that importing this module does not import torch."""
 
     @override
     def __getitem__(self, name: str) -> torch.dtype:
-        found: torch.dtype = getattr(torch, _NAMES[name])
-        return found
+        dtype: torch.dtype = getattr(torch, _NAMES[name])
+        return dtype
 
     @override
     def __iter__(self) -> Iterator[str]:
@@ -59,28 +59,26 @@ class _SafetensorsDtypes(Mapping["torch.dtype", str]):
 _SAFETENSORS_NAMES = {torch_name: name for name, torch_name in _NAMES.items()}
 TORCH_DTYPES: Mapping[str, torch.dtype] = _TorchDtypes()
 SAFETENSORS_DTYPES: Mapping[torch.dtype, str] = _SafetensorsDtypes()
-# Said of buffers that `view_tensor` shows. For good: filters that are put back again are not safe
-# in threads.
+# torch warns about the buffers of `view_tensor`. The filter stays for the whole process, because
+# restoring filters is not thread-safe.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 NAMED_DTYPES: Mapping[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-"""The dtypes that a recipe may ask for."""
+"""The dtypes that a recipe may name."""
 
 
 def to_tensor(data: bytes | memoryview, dtype: str) -> torch.Tensor:
-    """Return the flat tensor that these bytes are; it owns its memory, whatever becomes of `data`."""
+    """Return these bytes as a flat tensor that owns its memory."""
     if not len(data):
         return torch.empty(0, dtype=TORCH_DTYPES[dtype])
     return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(TORCH_DTYPES[dtype])
 
 
 def view_tensor(data: bytes | memoryview, dtype: str) -> torch.Tensor:
-    """Return the flat tensor over these bytes without a copy; it keeps them alive, and is only to
-    be read from.
-    """
+    """Return these bytes as a flat read-only tensor, without a copy where they are aligned."""
     if not len(data):
         return to_tensor(data, dtype)
     raw = torch.frombuffer(data, dtype=torch.uint8)
-    # A part of a larger request may begin anywhere; entries must not lie across their own size.
+    # Part of a larger request may start at any byte, and torch needs aligned entries.
     return raw.view(TORCH_DTYPES[dtype]) if raw.data_ptr() % 8 == 0 else to_tensor(data, dtype)
 
 
@@ -100,8 +98,9 @@ _NAN_BITS: Mapping[str, tuple[str, int]] = {
 
 
 def with_one_nan(values: torch.Tensor) -> torch.Tensor:
-    """Return `values` with every NaN as the quiet NaN without sign or payload: which one arises
-    depends on the machine.
+    """Return `values` with every NaN replaced by the canonical quiet NaN.
+
+    Sign and payload of a computed NaN depend on the machine; digests must not.
     """
     is_nan = values.isnan()
     if not bool(is_nan.any()):

@@ -1,8 +1,7 @@
-"""LoRA adapter folders: PEFT's, and the official ones of Model Composition, seen as names and byte
-ranges.
+"""LoRA adapter folders of PEFT and of Model Composition: names, byte ranges and scales.
 
-A folder holds one adapter or several by name (DAMC: `default` for text, one for the modality's
-tokens), in one file or, as PEFT saves them, one in a subfolder each.
+A folder holds one or several named adapters (DAMC: `default` for text tokens, one for the tokens of
+the modality), in one file or, as PEFT saves them, in one subfolder each.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^
 
 @dataclass(frozen=True)
 class AdapterPair:
-    """The two factors of one adapter in one Linear: its task vector is scale·B·A."""
+    """Both factors of one adapter in one Linear layer; the task vector is scale·B·A."""
 
     module: str
-    """The Linear's path in the adapter's files."""
+    """Path of the Linear layer in the adapter's files."""
     adapter: str
     a: TensorSource
     """[rank, in]."""
@@ -56,7 +55,7 @@ def is_adapter(store: ReadableStore) -> bool:
 
 
 class AdapterFolder:
-    """One folder of adapters: headers and configuration only, until a task asks for bytes."""
+    """One folder of adapters: its configuration and the headers of its files."""
 
     def __init__(self, uri: str, *, owner: str) -> None:
         """Open the folder at `uri`; `owner` ("expert 'image'") begins every error. Raises
@@ -67,15 +66,15 @@ class AdapterFolder:
 
     @cached_property
     def tensors(self) -> dict[str, TensorSource]:
-        """All tensors by their name in the files, those of subfolders with their adapter's name put
-        in.
-        """
+        """All tensors by stored name; names from subfolders include their adapter's name."""
         return self.checkpoint.tensors
 
     @cached_property
     def pairs(self) -> tuple[AdapterPair, ...]:
-        """Every adapter in every Linear. Raises CheckpointError where a factor is missing or does
-        not fit the other.
+        """Every adapter in every Linear layer.
+
+        Raises:
+            CheckpointError, ShapeMismatch: a factor is missing or does not fit the other.
         """
         factors: dict[tuple[str, str], dict[str, TensorSource]] = {}
         for name, source in self.tensors.items():
@@ -88,12 +87,16 @@ class AdapterFolder:
                     f"{self.owner}: {self.uri}: {name} is no LoRA factor of a Linear. Merge that"
                     " adapter into its weights first"
                 )
-        return tuple(self._make_pair(*key, found) for key, found in sorted(factors.items()))
+        return tuple(
+            self._make_pair(module, adapter, sources)
+            for (module, adapter), sources in sorted(factors.items())
+        )
 
     @cached_property
     def others(self) -> dict[str, TensorSource]:
-        """Everything that is no LoRA factor (connectors, learned prefix tokens, tensors saved
-        whole), by its stripped name.
+        """All tensors that are no LoRA factors, by stripped name.
+
+        These are connectors, learned prefix tokens and tensors saved whole.
         """
         return {
             _strip(name): source
@@ -107,22 +110,24 @@ class AdapterFolder:
         return tuple(sorted({pair.adapter for pair in self.pairs}))
 
     def pairs_of(self, adapter: str) -> tuple[AdapterPair, ...]:
-        """Return the pairs of one adapter. Raises CheckpointError when there is none of that name."""
-        found = tuple(pair for pair in self.pairs if pair.adapter == adapter)
-        if not found:
+        """Return the pairs of one adapter. Raises CheckpointError if there is none of that name."""
+        pairs = tuple(pair for pair in self.pairs if pair.adapter == adapter)
+        if not pairs:
             raise CheckpointError(
                 f"{self.owner}: {self.uri} has no adapter {adapter!r}; it has"
                 f" {', '.join(self.adapters) or 'none'}"
             )
-        return found
+        return pairs
 
-    def _make_pair(self, module: str, adapter: str, found: dict[str, TensorSource]) -> AdapterPair:
+    def _make_pair(
+        self, module: str, adapter: str, sources: dict[str, TensorSource]
+    ) -> AdapterPair:
         where = f"{self.owner}: {self.uri}: {module}: adapter {adapter!r}"
-        if set(found) != {"A", "B"}:
+        if set(sources) != {"A", "B"}:
             raise CheckpointError(
-                f"{where} has only lora_{next(iter(found))}. Fetch the adapter again"
+                f"{where} has only lora_{next(iter(sources))}. Fetch the adapter again"
             )
-        a, b = found["A"], found["B"]
+        a, b = sources["A"], sources["B"]
         if len(a.spec.shape) != 2 or len(b.spec.shape) != 2 or a.spec.shape[0] != b.spec.shape[1]:
             raise ShapeMismatch(
                 f"{where}: lora_A has {a.spec.shape} and lora_B {b.spec.shape}; they must be (rank,"
@@ -152,7 +157,7 @@ class AdapterFolder:
 
 
 class _AdapterFiles(Checkpoint):
-    """The files of an adapter folder, read as a checkpoint's."""
+    """The files of an adapter folder, read like those of a checkpoint."""
 
     def __init__(self, uri: str, *, owner: str) -> None:
         self._store: ReadableStore
@@ -169,41 +174,43 @@ class _AdapterFiles(Checkpoint):
 
     @cached_property
     def configs(self) -> dict[str, dict[str, Any]]:
-        """By adapter the configuration of those that have one of their own, in a subfolder."""
-        found: dict[str, dict[str, Any]] = {}
+        """Configurations in subfolders, by adapter."""
+        configs: dict[str, dict[str, Any]] = {}
         for file in self._subfolders:
             folder = file.split("/", 1)[0]
             name = f"{folder}/{CONFIG_FILE}"
             if self._store.exists(name):
-                found[folder] = self._read_json(name, missing="")
-                self._refuse_variants(found[folder], name)
-        return found
+                configs[folder] = self._read_json(name, missing="")
+                self._refuse_variants(configs[folder], name)
+        return configs
 
     def _refuse_variants(self, config: dict[str, Any], file: str) -> None:
-        kind = config.get("peft_type", "LORA")
-        if kind != "LORA" or config.get("use_dora") or config.get("fan_in_fan_out"):
+        variant = config.get("peft_type", "LORA")
+        if config.get("use_dora"):
+            variant = "DoRA"
+        elif variant == "LORA" and config.get("fan_in_fan_out"):
+            variant = "LoRA with fan_in_fan_out"
+        if variant != "LORA":
             raise CheckpointError(
                 f"{self.owner}: {self.uri}/{file}: only LoRA adapters of Linear layers are read,"
-                " this is"
-                f" {'DoRA' if config.get('use_dora') else kind if kind != 'LORA' else 'LoRA with fan_in_fan_out'}."
-                " Merge it into its weights first (merge_and_unload)"
+                f" this is {variant}. Merge it into its weights first (merge_and_unload)"
             )
 
     @override
     def _weight_files(self) -> dict[str, list[str] | None]:
-        found = [file for file in WEIGHT_FILES if self._store.exists(file)][:1]
-        found += [file for file in OFFICIAL_FILES if self._store.exists(file)]
-        found += self._subfolders
-        if not found:
+        files = [file for file in WEIGHT_FILES if self._store.exists(file)][:1]
+        files += [file for file in OFFICIAL_FILES if self._store.exists(file)]
+        files += self._subfolders
+        if not files:
             raise CheckpointError(
                 f"{self.owner}: {self.uri} has neither {' nor '.join(WEIGHT_FILES)}. Fetch the"
                 " adapter again"
             )
-        return dict.fromkeys(found)
+        return dict.fromkeys(files)
 
     @cached_property
     def _subfolders(self) -> list[str]:
-        """Weight files of adapters that PEFT saved in a subfolder by their name."""
+        """Weight files of adapters that PEFT saved in subfolders named after them."""
         keys = sorted(
             key
             for key in self._store.list()
@@ -213,7 +220,7 @@ class _AdapterFiles(Checkpoint):
         for key in keys:
             folder = key.split("/", 1)[0]
             if re.fullmatch(r"checkpoint-\d+", folder):
-                continue  # an earlier state that a trainer left there, no adapter of that name
+                continue  # a trainer's earlier state, no adapter of that name
             if folder not in chosen or key.endswith(".safetensors"):
                 chosen[folder] = key
         return list(chosen.values())
@@ -226,16 +233,17 @@ class _AdapterFiles(Checkpoint):
 
     @cached_property
     def tensors(self) -> dict[str, TensorSource]:
-        found: dict[str, TensorSource] = {}
+        sources: dict[str, TensorSource] = {}
         for file in self._weight_files():
             folder = file.split("/", 1)[0] if "/" in file else ""
             for name, spec in self._read_header(file).items():
-                named = _put_adapter(name, folder) if folder else name
-                found.setdefault(named, TensorSource(self.uri, file, spec))
-        return dict(sorted(found.items()))
+                full_name = _insert_adapter(name, folder) if folder else name
+                sources.setdefault(full_name, TensorSource(self.uri, file, spec))
+        return dict(sorted(sources.items()))
 
 
-def _put_adapter(name: str, adapter: str) -> str:
+def _insert_adapter(name: str, adapter: str) -> str:
+    """Return the name of a factor with its adapter's name, as PEFT writes several in one file."""
     match = _FACTOR.match(name)
     if match is None:
         return f"{adapter}.{name}"
@@ -243,14 +251,12 @@ def _put_adapter(name: str, adapter: str) -> str:
 
 
 def _strip(name: str) -> str:
-    """Return a name without what PEFT puts in front of it."""
+    """Return a name without the prefix of PEFT."""
     return name.removeprefix("base_model.model.")
 
 
 def _by_pattern(patterns: object, module: str) -> Any:
-    """Return the value of the pattern that fits a module's path, as PEFT finds it: a regular
-    expression for the path's end.
-    """
+    """Return the value of the first pattern that matches the end of a module's path, as in PEFT."""
     if not isinstance(patterns, dict):
         return None
     for pattern, value in patterns.items():
@@ -263,10 +269,10 @@ def _by_pattern(patterns: object, module: str) -> Any:
 
 
 class AdapterCheckpoint(Checkpoint):
-    """An expert that is a LoRA adapter: the base's language model with the products added, tensor
-    by tensor, never whole.
+    """An expert given as a LoRA adapter: the base's weights plus the products of the factors.
 
-    Of a folder with several adapters it is the one called `default`: the one of text tokens (DAMC).
+    Weights are computed block by block when they are read. Of several adapters in the folder,
+    `default` is used: the one of text tokens (DAMC).
     """
 
     def __init__(self, uri: str, *, owner: str, base: Checkpoint) -> None:
@@ -279,30 +285,28 @@ class AdapterCheckpoint(Checkpoint):
 
     @cached_property
     def tensors(self) -> dict[str, TensorSource]:
-        """The base's tensors, those of adapted Linears formed, and whatever else the adapter's
-        files hold.
-        """
-        found = dict(self._base.tensors)
-        placed: dict[str, TensorSource] = {}
+        """The base's tensors with adapted weights, and all other tensors of the adapter."""
+        base_tensors = self._base.tensors
+        replaced: dict[str, TensorSource] = {}
         names = self.folder.adapters
         for pair in self.folder.pairs_of(names[0] if len(names) == 1 else DEFAULT_ADAPTER):
-            name = self._base.family.find_adapted_weight(pair.module, found)
+            name = self._base.family.find_adapted_weight(pair.module, base_tensors)
             if name is not None:
-                placed[name] = self._form(name, pair)
-        if not placed:
+                replaced[name] = self._make_source(name, pair)
+        if not replaced:
             raise CheckpointError(
-                f"{self.owner}: {self.uri}: no adapter fits a Linear of the base; the first is of"
-                f" {self.folder.pairs[0].module}. Was it trained on this base?"
+                f"{self.owner}: {self.uri}: no adapter fits a Linear layer of the base; the first"
+                f" is for {self.folder.pairs[0].module}. Was it trained on this base?"
             )
         for name, source in self.folder.others.items():
             base_name = None
             if name.endswith(".weight"):
                 module = name.removesuffix(".weight")
-                base_name = self._base.family.find_adapted_weight(module, found)
-            placed[base_name or name] = source
-        return dict(sorted((found | placed).items()))
+                base_name = self._base.family.find_adapted_weight(module, base_tensors)
+            replaced[base_name or name] = source
+        return dict(sorted((base_tensors | replaced).items()))
 
-    def _form(self, name: str, pair: AdapterPair) -> LowRankSource:
+    def _make_source(self, name: str, pair: AdapterPair) -> LowRankSource:
         base = self._base.tensors[name]
         shape = (pair.b.spec.shape[0], pair.a.spec.shape[1])
         if base.spec.shape != shape:
@@ -314,23 +318,24 @@ class AdapterCheckpoint(Checkpoint):
 
     @cached_property
     def identity(self) -> dict[str, str]:
-        """For each file of the adapter a text that changes when it is replaced."""
+        """By file of the adapter, a text that changes when the file is replaced."""
         return self.folder.checkpoint.identity
 
     @override
     def read_small_files(self) -> dict[str, bytes]:
-        """Return the base's configuration and tokenizer with the adapter's own files; its
-        config.json becomes adapter_config.json.
+        """Return the small files of the base, replaced by the adapter's of the same name.
+
+        The adapter's config.json becomes adapter_config.json.
         """
-        own = self.folder.checkpoint.read_small_files()
-        if "config.json" in own:
-            own.setdefault(CONFIG_FILE, own.pop("config.json"))
-            own.pop("config.json", None)
-        return self._base.read_small_files() | own
+        files = self.folder.checkpoint.read_small_files()
+        if "config.json" in files:
+            files.setdefault(CONFIG_FILE, files.pop("config.json"))
+            files.pop("config.json", None)
+        return self._base.read_small_files() | files
 
 
 def make_low_rank(base: TensorSource, pair: AdapterPair) -> LowRankSource:
-    """Return the weights of a Linear with an adapter, as a source."""
+    """Return the source of a Linear layer's weights with an adapter."""
     num_bytes = 4 * base.spec.num_entries
     spec = type(base.spec)(base.spec.name, "F32", base.spec.shape, 0, num_bytes)
     return LowRankSource(
@@ -339,15 +344,15 @@ def make_low_rank(base: TensorSource, pair: AdapterPair) -> LowRankSource:
 
 
 def open_expert(uri: str, *, owner: str, base: Checkpoint) -> Checkpoint:
-    """Return the expert at `uri`: a whole checkpoint, or an adapter of the base. Raises
-    CheckpointError.
+    """Return the expert at `uri`: a whole checkpoint, or a LoRA adapter of the base.
+
+    Raises:
+        CheckpointError: the folder cannot be read as either.
     """
     try:
         store = open_readable_store(uri)
     except (NotFound, StoreError):
         return Checkpoint(uri, owner=owner)
-    return (
-        AdapterCheckpoint(uri, owner=owner, base=base)
-        if is_adapter(store)
-        else Checkpoint(uri, owner=owner)
-    )
+    if is_adapter(store):
+        return AdapterCheckpoint(uri, owner=owner, base=base)
+    return Checkpoint(uri, owner=owner)

@@ -1,4 +1,4 @@
-"""Weights of a Linear with a LoRA adapter, formed block by block: θ₀ + scale·B·A, float32."""
+"""Arithmetic of LoRA adapters in a Linear layer: θ₀ + scale·B·A, in float32."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from dataclasses import dataclass
 import torch
 
 TILE_ROWS = 8
-"""Rows whose product is formed at once, counted from the matrix's first row: so a value does not
-depend on the block it is in.
+"""Rows whose product is computed at once, counted from the first row of the matrix.
+
+So the bits of a value do not depend on the block in which it is computed.
 """
 
 
 def low_rank_rows(
     a: torch.Tensor, b: torch.Tensor, *, scale: float, row_start: int, row_stop: int
 ) -> torch.Tensor:
-    """Return rows `row_start` to `row_stop` of scale·B·A, float32, the same bits however the rows
-    are asked for.
+    """Return rows `row_start` to `row_stop` of scale·B·A, float32.
+
+    The bits of a row do not depend on the requested range.
 
     Args:
         a: [rank, in], float32.
@@ -34,7 +36,7 @@ def low_rank_rows(
 
 @dataclass(frozen=True)
 class LowRank:
-    """One adapter in one Linear: its task vector is scale·B·A."""
+    """One adapter in one Linear layer; its task vector is scale·B·A."""
 
     a: torch.Tensor
     """[rank, in]."""
@@ -50,10 +52,10 @@ class LowRank:
 def add_adapters(
     base: torch.Tensor, defaults: Sequence[LowRank], *, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return W + Σ cᵢ·s·B_dᵢ A_dᵢ in `dtype`, [out, in]; the scales hold the coefficients. Computed
-    in float32, rounded once.
+    """Return W + Σ cᵢ·s·B_dᵢ A_dᵢ in `dtype`, [out, in]; the scales include the coefficients.
 
-    Model Composition (arXiv 2402.12750), parameter adjustment.
+    Computed in float32 and rounded once. Model Composition (arXiv 2402.12750), parameter
+    adjustment.
     """
     total = base.to(torch.float32)
     for default in defaults:

@@ -1,4 +1,4 @@
-"""The bytes of sources: read from a file, or formed of several tensors."""
+"""Bytes of tensor sources: read from a store, or computed from several stored tensors."""
 
 from __future__ import annotations
 
@@ -19,8 +19,12 @@ from mmerge.workers.checkpoints.sources import (
 def read_source(
     source: TensorSource, *, stores: dict[str, ReadableStore], offset: int, num_bytes: int
 ) -> memoryview:
-    """Return `num_bytes` bytes of a tensor, `offset` bytes from its start. `stores` keeps opened
-    checkpoints.
+    """Return `num_bytes` bytes of a tensor, from `offset` bytes after its start.
+
+    A store that is missing in `stores` is opened and added.
+
+    Raises:
+        NotFound, StoreError: the file is missing or shorter than its header says.
     """
     if isinstance(source, LowRankSource):
         return read_low_rank(source, stores, start=offset // 4, stop=(offset + num_bytes) // 4)
@@ -29,22 +33,20 @@ def read_source(
     store = stores.get(source.uri)
     if store is None:
         store = stores[source.uri] = open_readable_store(source.uri)
-    begin = source.spec.offset
+    tensor_start = source.spec.offset
     return store.read_forward(
         source.file,
-        offset=begin + offset,
+        offset=tensor_start + offset,
         num_bytes=num_bytes,
-        start=begin,
-        stop=begin + source.spec.num_bytes,
+        start=tensor_start,
+        stop=tensor_start + source.spec.num_bytes,
     )
 
 
 def read_low_rank(
     source: LowRankSource, stores: dict[str, ReadableStore], *, start: int, stop: int
 ) -> memoryview:
-    """Return the bytes (float32) of entries `start` to `stop` of the weights that a source
-    describes.
-    """
+    """Return the bytes (float32) of entries `start` to `stop` of θ₀ + scale·B·A."""
     width = source.spec.shape[1]
     row_start, row_stop = start // width, -(-stop // width)
     factors = [_read_factor(factor, stores) for factor in (source.a, source.b)]
@@ -63,9 +65,8 @@ def read_low_rank(
         num_bytes=(stop - start) * entry_bytes,
     )
     base = to_tensor(data, source.base.spec.dtype).to(torch.float32)
-    return to_bytes(
-        base + product.reshape(-1)[start - row_start * width : stop - row_start * width]
-    )
+    first = row_start * width
+    return to_bytes(base + product.reshape(-1)[start - first : stop - first])
 
 
 def read_block_scaled(
@@ -89,11 +90,11 @@ def read_block_scaled(
 
 
 def _read_factor(source: TensorSource, stores: dict[str, ReadableStore]) -> torch.Tensor:
-    kept = stores.factors if isinstance(stores, OpenStores) else {}
-    if source not in kept:
+    """Return a factor or the scales as float32; `OpenStores` keeps them for the next block."""
+    cache = stores.factors if isinstance(stores, OpenStores) else {}
+    if source not in cache:
         data = read_source(source, stores=stores, offset=0, num_bytes=source.spec.num_bytes)
-        kept[source] = (
-            to_tensor(data, source.spec.dtype).to(torch.float32).reshape(source.spec.shape)
-        )
-    found: torch.Tensor = kept[source]
-    return found
+        values = to_tensor(data, source.spec.dtype).to(torch.float32)
+        cache[source] = values.reshape(source.spec.shape)
+    factor: torch.Tensor = cache[source]
+    return factor

@@ -1,4 +1,4 @@
-"""Where the bytes of tensors lie, as data."""
+"""Tensor sources: where the bytes of input tensors are, as pure data that tasks carry."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from mmerge.manifests.stores.open import prefetch_bytes
 
 @dataclass(frozen=True)
 class TensorSource:
-    """Where the bytes of one tensor lie: checkpoint, file, offset. Pure data; tasks carry it."""
+    """Location of one tensor: checkpoint, file, byte range, dtype and shape."""
 
     uri: str
     file: str
     spec: TensorSpec
 
     def to_rows(self, row_start: int, row_stop: int) -> TensorSource:
-        """Return the source of some of the tensor's rows (its first dimension); a scalar counts as
-        one row.
+        """Return the source of rows `row_start` to `row_stop` of the first dimension.
+
+        A scalar counts as one row.
         """
         shape = self.spec.shape or (1,)
         row_bytes = self.spec.num_bytes // shape[0] if shape[0] else 0
@@ -39,11 +40,10 @@ class TensorSource:
 
 @dataclass(frozen=True)
 class LowRankSource(TensorSource):
-    """The weights that a LoRA adapter makes of a Linear: θ₀ + scale·B·A, float32, formed where a
-    task reads them.
+    """Weights of a Linear layer with a LoRA adapter: θ₀ + scale·B·A, float32, computed when read.
 
-    `uri` and `file` are the adapter's; `spec` describes the rows formed, as if they lay in a file
-    as float32.
+    `uri` and `file` are the adapter's. `spec` describes the computed rows as if they were stored as
+    float32.
     """
 
     base: TensorSource
@@ -54,10 +54,10 @@ class LowRankSource(TensorSource):
     """[out, rank], all rows of the matrix."""
     scale: float
     first_row: int = 0
-    """Which row of the matrix the first one here is."""
+    """Position in the matrix of the first row of this source."""
 
     def to_rows(self, row_start: int, row_stop: int) -> LowRankSource:
-        """Return the source of some of the rows."""
+        """Return the source of rows `row_start` to `row_stop`."""
         return LowRankSource(
             uri=self.uri,
             file=self.file,
@@ -71,7 +71,7 @@ class LowRankSource(TensorSource):
 
     @property
     def factor_bytes(self) -> int:
-        """Bytes of both factors as read and widened to float32: what a task holds of them."""
+        """Bytes that a task holds of both factors: as stored, and widened to float32."""
         return sum(
             factor.spec.num_bytes + 4 * factor.spec.num_entries for factor in (self.a, self.b)
         )
@@ -79,10 +79,10 @@ class LowRankSource(TensorSource):
 
 @dataclass(frozen=True)
 class BlockScaledSource(TensorSource):
-    """Weights stored as float8 with scales, formed where a task reads them: float8 · scale, float32.
+    """Weights stored as float8 with scales: float8 · scale, float32, computed when read.
 
-    `uri` and `file` are those of the float8 weights; `spec` describes the rows formed, as if they
-    lay in a file as float32.
+    `uri` and `file` are those of the float8 weights. `spec` describes the computed rows as if they
+    were stored as float32.
     """
 
     weights: TensorSource
@@ -92,12 +92,12 @@ class BlockScaledSource(TensorSource):
     block: tuple[int, int]
     """Rows and columns that share a scale; blocks at the edges may be smaller."""
     matrix_rows: int
-    """Rows after which the blocks begin anew: those of one matrix in a stack of matrices."""
+    """Rows of one matrix in a stack of matrices; blocks do not cross matrices."""
     first_row: int = 0
-    """Which row of the stack, laid out as one matrix, the first one here is."""
+    """Position of the first row of this source in the stack, laid out as one matrix."""
 
     def to_rows(self, row_start: int, row_stop: int) -> BlockScaledSource:
-        """Return the source of some of the rows (of the first dimension)."""
+        """Return the source of rows `row_start` to `row_stop` of the first dimension."""
         return replace(
             self,
             spec=TensorSource.to_rows(self, row_start, row_stop).spec,
@@ -107,21 +107,25 @@ class BlockScaledSource(TensorSource):
 
     @property
     def scale_bytes(self) -> int:
-        """Bytes of the scales as read and widened to float32: what a task holds of them."""
+        """Bytes that a task holds of the scales: as stored, and widened to float32."""
         return self.scales.spec.num_bytes + 4 * self.scales.spec.num_entries
 
 
 class OpenStores(dict[str, ReadableStore]):
-    """Checkpoints that a task has opened, and the adapter factors that it has read."""
+    """Stores that a task has opened, by URI, and the factors and scales that it has read."""
 
     def __init__(self) -> None:
         super().__init__()
         self.factors: dict[TensorSource, Any] = {}
+        """Float32 tensors; every block of a matrix needs all of A."""
 
 
 def identity_digest(identities: dict[str, dict[str, str]], source: TensorSource) -> str:
-    """Return the digest of a tensor's place in files of these identities (by URI and file): equal
-    while none is replaced.
+    """Return a digest that stays equal until a file of the tensor is replaced.
+
+    Args:
+        identities: by URI and file, the store's identity of the file.
+        source: the tensor.
     """
     if isinstance(source, LowRankSource):
         parts = [identity_digest(identities, part) for part in (source.base, source.a, source.b)]
@@ -135,8 +139,6 @@ def identity_digest(identities: dict[str, dict[str, str]], source: TensorSource)
     )
 
 
-def ahead_bytes(sources: Sequence[TensorSource]) -> int:
-    """Return the most that is held in memory to read these tensors ahead of a task: something only
-    for what lies behind a network.
-    """
+def total_prefetch_bytes(sources: Sequence[TensorSource]) -> int:
+    """Return the most bytes that prefetching these tensors holds in memory; 0 for local files."""
     return sum(prefetch_bytes(uri) for uri in {source.uri for source in sources})

@@ -1,8 +1,8 @@
-"""Where the tensors of a file written by `torch.save` lie. Nothing but tensors is unpickled, and
-none of their bytes is read.
+"""Tensor locations in files written by `torch.save`, without reading tensor bytes.
 
-PyTorch's own loader, restricted to weights and run without data, gives names, shapes and places;
-afterwards the bytes are read by range like those of a safetensors file.
+PyTorch's own loader, restricted to weights and run on fake tensors, gives names, shapes and
+offsets. Nothing but tensors is unpickled. The bytes are then read by range, as in a safetensors
+file.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ _REMEDY = "Save the adapter as safetensors (safe_serialization=True)"
 
 
 def read_pickled_specs(store: ReadableStore, file: str, *, where: str) -> dict[str, TensorSpec]:
-    """Return name, dtype, shape and byte range of every tensor in a file that holds a dict of
-    tensors.
+    """Return dtype, shape and byte range of every tensor in a file that holds a dict of tensors.
 
     Args:
         store: where the file is.
@@ -32,8 +31,8 @@ def read_pickled_specs(store: ReadableStore, file: str, *, where: str) -> dict[s
         where: names the file in errors.
 
     Raises:
-        CheckpointError: the file holds anything but tensors by name, is in the format of before
-            PyTorch 1.6, or a tensor in it is not contiguous.
+        CheckpointError: the file holds anything but tensors by name, has the format that
+            PyTorch wrote before 1.6, or one of its tensors is not contiguous.
     """
     from torch._subclasses.fake_tensor import (
         FakeTensorMode,  # takes longer to import than torch itself
@@ -105,9 +104,7 @@ class _RangedFile(io.RawIOBase):
 
     @override
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        wanted = min(len(buffer), max(0, self._length - self._position))
-        buffer[:wanted] = self._store.read_range(
-            self._file, offset=self._position, num_bytes=wanted
-        )
-        self._position += wanted
-        return wanted
+        count = min(len(buffer), max(0, self._length - self._position))
+        buffer[:count] = self._store.read_range(self._file, offset=self._position, num_bytes=count)
+        self._position += count
+        return count

@@ -33,8 +33,8 @@ class GenericFamily(Family):
         if split_layer(name) is None:
             return REPLICATED  # every model has layers, and those are refused
         raise PlacementError(
-            f"{name} {tuple(shape)}: no model family knows this tensor's name, so it cannot be split"
-            f" over devices. Load on one device. {_REMEDY}"
+            f"{name} {tuple(shape)}: no model family knows this tensor's name, so it cannot be"
+            f" split over devices. Load on one device. {_REMEDY}"
         )
 
 

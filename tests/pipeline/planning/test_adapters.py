@@ -348,7 +348,7 @@ def test_an_adapter_of_another_model_is_refused(lab: Any, raw: dict[str, Any]) -
         {name.replace("layers", "blocks"): value for name, value in factors.items()},
         lab.folder / "one" / "adapter_model.safetensors",
     )
-    with pytest.raises(CheckpointError, match="no adapter fits a Linear of the base"):
+    with pytest.raises(CheckpointError, match="no adapter fits a Linear layer of the base"):
         make_plan(read_recipe(lab.write_recipe(raw | {"experts": experts("one")})))
 
 
