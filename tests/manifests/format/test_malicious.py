@@ -105,7 +105,7 @@ def test_a_weight_map_cannot_name_a_file_elsewhere(
 ) -> None:
     index = json.dumps({"weight_map": {"a": place}}).encode()
     found = checkpoint(**{"model__safetensors__index__json": index})
-    with pytest.raises(CheckpointError, match="only files of the same folder are read"):
+    with pytest.raises(CheckpointError, match="only files in the same folder are read"):
         _ = found.tensors
 
 

@@ -231,7 +231,7 @@ def test_an_index_cannot_point_out_of_its_folder(lab: Any, file: str) -> None:
     raw = lab.make_all()
     index = {"weight_map": {"language_model.model.norm.weight": file}}
     (lab.folder / "audio" / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="only files of the same folder are read"):
+    with pytest.raises(CheckpointError, match="only files in the same folder are read"):
         make_plan(read_recipe(lab.write_recipe(raw)))
 
 
