@@ -1,6 +1,4 @@
-"""Decisions: recipe → plan → run → manifest, and the Python names of the project, loaded when first
-used.
-"""
+"""Decisions: recipe → plan → run → manifest. The public Python names, imported when first used."""
 
 from __future__ import annotations
 
@@ -19,7 +17,9 @@ if TYPE_CHECKING:
     from mmerge.pipeline.build.run import RunReport, run
     from mmerge.pipeline.execution.open import open_executor
     from mmerge.pipeline.planning.plan import MergePlan, make_plan
-    from mmerge.pipeline.recipes.recipe import Recipe, make_recipe_schema, parse_recipe, read_recipe
+    from mmerge.pipeline.recipes.parsing import parse_recipe, read_recipe
+    from mmerge.pipeline.recipes.recipe import Recipe
+    from mmerge.pipeline.recipes.schema import make_recipe_schema
     from mmerge.pipeline.serving.actors import ActorComposite, load_on_actors
     from mmerge.pipeline.views.build_summary import read_build
     from mmerge.workers.composite.loader import load_composite
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mmerge.workers.exports.checkpoint import export
     from mmerge.workers.modalities.prompt import Part
 
-_PLACES = {
+_MODULES = {
     "MmergeError": "mmerge.manifests.errors",
     "Manifest": "mmerge.manifests.format.manifest",
     "VerifyReport": "mmerge.manifests.maintenance.verify",
@@ -35,9 +35,9 @@ _PLACES = {
     "MergePlan": "mmerge.pipeline.planning.plan",
     "make_plan": "mmerge.pipeline.planning.plan",
     "Recipe": "mmerge.pipeline.recipes.recipe",
-    "make_recipe_schema": "mmerge.pipeline.recipes.recipe",
-    "parse_recipe": "mmerge.pipeline.recipes.recipe",
-    "read_recipe": "mmerge.pipeline.recipes.recipe",
+    "make_recipe_schema": "mmerge.pipeline.recipes.schema",
+    "parse_recipe": "mmerge.pipeline.recipes.parsing",
+    "read_recipe": "mmerge.pipeline.recipes.parsing",
     "RunReport": "mmerge.pipeline.build.run",
     "run": "mmerge.pipeline.build.run",
     "open_executor": "mmerge.pipeline.execution.open",
@@ -75,9 +75,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'mmerge.pipeline' has no attribute {name!r}")
-    value = getattr(import_module(_PLACES[name]), name)
+    value = getattr(import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 

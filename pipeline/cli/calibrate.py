@@ -91,7 +91,7 @@ def calibrate(
     from mmerge.pipeline.evaluation.calibrated_recipe import write_recipe
     from mmerge.pipeline.evaluation.report import check_plot, draw_calibration, print_calibration
     from mmerge.pipeline.monitoring.progress import show_progress
-    from mmerge.pipeline.recipes.recipe import read_recipe
+    from mmerge.pipeline.recipes.parsing import read_recipe
 
     if plot is not None:
         check_plot(plot)

@@ -30,7 +30,7 @@ def methods(
 
 def schema() -> None:
     """Print the JSON schema of recipes, for editors and other validators."""
-    from mmerge.pipeline.recipes.recipe import make_recipe_schema
+    from mmerge.pipeline.recipes.schema import make_recipe_schema
 
     print(json.dumps(make_recipe_schema(), indent=2))
 

@@ -125,7 +125,7 @@ def make_plan_of(
 ) -> MergePlan:
     """Return the plan of a recipe file. Raises RecipeError and what `make_plan` raises."""
     from mmerge.pipeline.planning.plan import make_plan
-    from mmerge.pipeline.recipes.recipe import read_recipe
+    from mmerge.pipeline.recipes.parsing import read_recipe
 
     try:
         return make_plan(

@@ -17,7 +17,8 @@ from mmerge.pipeline.evaluation.questions import Question
 from mmerge.pipeline.execution.executor import Executor
 from mmerge.pipeline.monitoring.progress import Progress
 from mmerge.pipeline.planning.plan import make_plan
-from mmerge.pipeline.recipes.recipe import Expert, Recipe, parse_recipe
+from mmerge.pipeline.recipes.parsing import parse_recipe
+from mmerge.pipeline.recipes.recipe import Expert, Recipe
 from mmerge.workers.modalities.prompt import Part
 from mmerge.workers.task import AnswerTask
 

@@ -23,7 +23,8 @@ import yaml
 
 from mmerge.manifests.digest import SHOWN_DIGITS, digest_json
 from mmerge.manifests.errors import MmergeError, RecipeError
-from mmerge.pipeline.recipes.recipe import Recipe, read_recipe
+from mmerge.pipeline.recipes.parsing import read_recipe
+from mmerge.pipeline.recipes.recipe import Recipe
 
 IfRunning = Literal["follow", "skip", "fail"]
 PACKAGES = ("manifests", "workers", "pipeline")

@@ -1,1 +1,1 @@
-"""What the user writes: recipes, parameter schedules, mergekit YAML."""
+"""What the user writes: recipe files, parsed and validated."""

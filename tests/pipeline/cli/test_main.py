@@ -296,7 +296,7 @@ def test_bad_input_is_refused_with_one_clear_line(call: Call, lab: Any) -> None:
     refused(call, "no such recipe file", "run", lab.folder / "none.yaml")
     run("expert 'image': ", experts={"image": {"path": "nowhere", "modality": "image"}})
     run("nowhere: no such folder. Check the path in the recipe", base="nowhere")
-    run("densty: unknown key for method 'mmer'; known are", densty=0.8)
+    run("densty: unknown key for method 'mmer'. Did you mean 'density'?", densty=0.8)
     run("density: expected a number in (0, 1], got 80", density=80)
     run(
         "experts.audio.path",

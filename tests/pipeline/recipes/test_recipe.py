@@ -52,7 +52,7 @@ def test_paths_start_at_the_recipes_folder_and_defaults_are_filled_in(tmp_path: 
         ({"density": "much"}, r"density: expected a number in \(0, 1\], got 'much'"),
         (
             {"dens": 0.8},
-            "dens: unknown key for method 'mmer'; known are method, experts, name, base, output",
+            r"dens: unknown key for method 'mmer'\. Did you mean 'density'\? Known keys: method, experts",
         ),
         ({"scale": 1.0}, "scale: unknown key for method 'mmer'"),
         ({"method": "ties", "mask_scale": 0.5}, "mask_scale: unknown key for method 'ties'"),
@@ -65,7 +65,7 @@ def test_paths_start_at_the_recipes_folder_and_defaults_are_filled_in(tmp_path: 
         ),
         (
             {"experts": {"a": {"path": "a", "modality": "image", "weights": 1}}},
-            "experts.a.weights: unknown key for method 'mmer'; known are path",
+            r"experts.a.weights: unknown key for method 'mmer'\. Known keys: path",
         ),
         (
             {
@@ -83,7 +83,7 @@ def test_paths_start_at_the_recipes_folder_and_defaults_are_filled_in(tmp_path: 
         ({"experts": {"a/b": {"path": "x", "modality": "image"}}}, "no valid name"),
         ({"dtype": "int8"}, "dtype: .*got 'int8'"),
         ({"name": "a/b"}, "name: "),
-        ({"template": "no place"}, "template: must hold {text} once"),
+        ({"template": "no place"}, "template: must contain {text} once"),
         ({"base": 7}, "base: .*got 7"),
     ],
 )
@@ -104,8 +104,8 @@ def test_a_missing_key_and_what_is_no_mapping_are_refused(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("base: a\nbase: b\n", "line 2, column 1: key 'base' stands twice"),
-        ("experts:\n  image: {path: a}\n  image: {path: b}\n", "key 'image' stands twice"),
+        ("base: a\nbase: b\n", "line 2, column 1: key 'base' is given twice"),
+        ("experts:\n  image: {path: a}\n  image: {path: b}\n", "key 'image' is given twice"),
         ("base: [", "line "),
         ("base: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
     ],

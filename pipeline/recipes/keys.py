@@ -1,0 +1,104 @@
+"""The keys of a recipe: those of every recipe, and with those of a method its pydantic model."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, create_model
+
+from mmerge.manifests.format.references import NAME_PATTERN
+from mmerge.workers.methods import find_method
+from mmerge.workers.methods.interface import Parameters
+
+
+class RecipeKeys(Parameters):
+    """The keys that every recipe may have, whatever its method."""
+
+    name: str | None = Field(
+        None,
+        pattern=NAME_PATTERN,
+        description="name of the composite in its store; by default the recipe's file name",
+    )
+    base: str | None = Field(
+        None,
+        min_length=1,
+        description=(
+            "folder or URI of the base LLM (Hugging Face layout, safetensors), relative to the"
+            " recipe; optional for some methods"
+        ),
+    )
+    output: str = Field(
+        min_length=1,
+        description="folder or URI of the store to write to, relative to the recipe",
+    )
+    merge: Literal["all", "linear"] = Field(
+        "all",
+        description=(
+            "merge all shared tensors of the language model, or only its linear projections"
+            " (embeddings, norms and head stay the base's)"
+        ),
+    )
+    dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
+        None, description="dtype of the merged weights; by default the base's"
+    )
+    carry: list[str] = Field(
+        default_factory=list,
+        description=(
+            "patterns (with *) of base tensors that are not merged but copied from every expert"
+        ),
+    )
+    non_finite: Literal["error", "keep"] = Field(
+        "error", description="what to do about NaN and Inf in an input"
+    )
+    template: str | None = Field(
+        None, description="prompt template; '{media}' and '{text}' mark the places"
+    )
+
+
+class ExpertKeys(Parameters):
+    """The keys that every expert may have, whatever the method."""
+
+    path: str = Field(
+        min_length=1, description="folder or URI of the expert's checkpoint, relative to the recipe"
+    )
+    modality: str = Field(
+        pattern=r"^[a-z][a-z0-9_]{0,39}$", description="image, audio, video, point, …"
+    )
+    placeholder: str | None = Field(
+        None,
+        description=(
+            "text that the expert's processor expands to media tokens; by default found from the"
+            " processor"
+        ),
+    )
+    template: str | None = Field(
+        None, description="text around one media file in a prompt; '{media}' marks its place"
+    )
+
+
+@cache
+def make_recipe_model(method_name: str) -> type[BaseModel]:
+    """Return the pydantic model of recipes with this method: the common keys and its own."""
+    method = find_method(method_name)
+    title = to_title(method_name)
+    expert_model = create_model(
+        f"{title}Expert", __base__=(ExpertKeys, method.expert_parameters_model)
+    )
+    experts_type: Any = dict[str, expert_model]
+    method_type: Any = Literal[method_name]
+    experts_field: Any = Field(
+        min_length=1, description="the experts by name, in the order of summation"
+    )
+    model: type[BaseModel] = create_model(
+        f"{title}Recipe",
+        __base__=(RecipeKeys, method.parameters_model),
+        method=(method_type, Field(description=method.source)),
+        experts=(experts_type, experts_field),
+    )
+    return model
+
+
+def to_title(method_name: str) -> str:
+    """Return the name of a method in the names of its models: TallMasks for tall_masks."""
+    return "".join(word.title() for word in method_name.split("_"))
