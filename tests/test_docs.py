@@ -10,12 +10,16 @@ from pathlib import Path
 import pytest
 from test_layers import LAYERS
 
+from mmerge.pipeline.cli.commands import COMMANDS
+
 ROOT = Path(__file__).resolve().parent.parent
 MAX_COLUMNS = 100
 FOLDERS = "pipeline|workers|manifests|tests|infra|examples|benchmarks|docs"
 LINK = re.compile(r"!?\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)")
 REPOSITORY_PATH = re.compile(rf"(?<![\w./-])(?:{FOLDERS})/[\w./*-]*[\w*]")
 MODULE = re.compile(r"\bmmerge\.(?:pipeline|workers|manifests)(?:\.\w+)*")
+PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"(?:`|^    (?:\$ )?)mmerge ([a-z][a-z-]*)", re.MULTILINE)
 NOT_YET_WRAPPED = {
     "docs/cluster.md",
     "docs/evaluation.md",
@@ -121,6 +125,21 @@ def test_every_path_of_the_repository_that_a_page_names_exists(page: Path) -> No
 @each_page
 def test_every_module_that_a_page_names_exists(page: Path) -> None:
     assert not [name for name in MODULE.findall(page.read_text()) if not exists_as_module(name)]
+
+
+@each_page
+def test_every_import_in_a_python_example_exists(page: Path) -> None:
+    imported = set()
+    for source in PYTHON_BLOCK.findall(page.read_text()):
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mmerge."):
+                imported |= {f"{node.module}.{alias.name}" for alias in node.names}
+    assert not [name for name in imported if not exists_as_module(name)]
+
+
+@each_page
+def test_every_command_that_a_page_shows_exists(page: Path) -> None:
+    assert set(COMMAND.findall(page.read_text())) <= COMMANDS.keys()
 
 
 @each_page
