@@ -24,9 +24,7 @@ NOT_YET_WRAPPED = {
     "docs/cluster.md",
     "docs/evaluation.md",
     "docs/scaling.md",
-    "docs/storage.md",
     "infra/README.md",
-    "manifests/FORMAT.md",
 }
 
 

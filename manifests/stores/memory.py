@@ -12,6 +12,7 @@ from typing_extensions import Self, override
 
 from mmerge.manifests.errors import AlreadyExists, NotFound
 from mmerge.manifests.stores.base import Listed, OnPart, Store, check_key
+from mmerge.manifests.stores.writer import BufferedSink
 
 
 @dataclass(frozen=True)
@@ -97,29 +98,9 @@ class MemoryStore(Store):
             contents.objects[key] = _Object(bytes(data), contents.num_writes, now)
 
     @override
-    def open_sink(self, key: str) -> MemorySink:
-        return MemorySink(self, key)
+    def open_sink(self, key: str) -> BufferedSink:
+        return BufferedSink(lambda data: self.put(key, data))
 
     @override
     def delete(self, key: str) -> None:
         self._contents.objects.pop(check_key(key), None)
-
-
-class MemorySink:
-    """Collects the bytes of one object."""
-
-    def __init__(self, store: MemoryStore, key: str) -> None:
-        self._store, self._key = store, key
-        self._data = bytearray()
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Append `data`."""
-        self._data += data
-
-    def commit(self) -> None:
-        """Make the object visible."""
-        self._store.put(self._key, bytes(self._data))
-
-    def abort(self) -> None:
-        """Discard the bytes."""
-        self._data.clear()

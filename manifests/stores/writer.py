@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol
 
@@ -29,6 +30,27 @@ class ObjectSink(Protocol):
 
     def abort(self) -> None:
         """Discard what was written; nothing becomes visible."""
+
+
+class BufferedSink:
+    """A sink for stores that put whole objects: it collects the bytes, and puts them at the end."""
+
+    def __init__(self, put: Callable[[bytes], None]) -> None:
+        """Make a sink that calls `put` with all bytes on `commit`."""
+        self._put = put
+        self._data = bytearray()
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append `data`."""
+        self._data += data
+
+    def commit(self) -> None:
+        """Put the object."""
+        self._put(bytes(self._data))
+
+    def abort(self) -> None:
+        """Discard the bytes."""
+        self._data.clear()
 
 
 class ObjectWriter:
