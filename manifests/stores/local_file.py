@@ -4,9 +4,9 @@ Files are read by `preadv` into memory that the caller names or that stays in th
 them costs more, measured for stores and for inputs: bringing pages into a map and out of it takes
 as long as the copy, and a digest reads what was just copied from a cache.
 
-There is one readahead rule: the kernel is told to fetch a window of 16 MiB before it is read. To
-ask for a whole range at once waits until all of its requests are queued: files that were not cached
-loaded a third slower.
+There is one readahead rule: who reads a file from front to back says so, and the kernel's readahead
+does the rest. To request windows of 4 or 16 MiB before they are read (WILLNEED) was 0.6 to 1.1
+times as fast, measured on files that were not cached, with one stream and with four in step.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from numpy.typing import NDArray
 from mmerge.manifests.errors import NotFound, StoreError
 from mmerge.manifests.stores.buffers import BufferPool
 
-READAHEAD_BYTES = 16 << 20
-"""Bytes that the kernel is told to fetch before they are read."""
 _block_buffers = BufferPool(max_free=64)
 """One per concurrent reader; the bound only limits what a burst of readers leaves behind."""
 
@@ -112,37 +110,11 @@ class LocalFile:
                 f" {self.num_bytes}"
             )
 
-    def request_readahead(self, start: int, stop: int) -> None:
-        """Tell the kernel to fetch bytes `start` to `stop`; returns at once."""
+    def advise_sequential(self) -> None:
+        """Tell the kernel that the file is read from front to back."""
         if hasattr(os, "posix_fadvise"):
-            with suppress(OSError):  # some file systems give no advice
-                os.posix_fadvise(self._descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
-
-
-class ForwardFileReader:
-    """Reads one range of a local file from its first byte to its last, with readahead."""
-
-    def __init__(self, file: LocalFile, *, offset: int, num_bytes: int) -> None:
-        self._file = file
-        self._position = offset
-        self._stop = offset + num_bytes
-        self._requested = offset
-        """The kernel was told to fetch everything before this byte."""
-
-    def read_into(self, block: NDArray[np.uint8]) -> None:
-        """Fill `block`, uint8, with the next bytes. Raises StoreError if the file is shorter."""
-        self._request_readahead(len(block))
-        self._file.read_into(block, offset=self._position)
-        self._position += len(block)
-
-    def _request_readahead(self, num_bytes: int) -> None:
-        end = self._position + num_bytes
-        # Again when half of the window is used up, so that the disk never runs out of requests.
-        if self._requested >= self._stop or end + READAHEAD_BYTES // 2 <= self._requested:
-            return
-        stop = min(max(self._requested, end) + READAHEAD_BYTES, self._stop)
-        self._file.request_readahead(self._requested, stop)
-        self._requested = stop
+            with suppress(OSError):  # some file systems take no advice
+                os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
 
 def read_blocks_of(
@@ -162,18 +134,18 @@ def read_blocks_of(
         StoreError: the file is shorter (then nothing was read), or cannot be read.
     """
     file.check_range(offset, num_bytes)
-    reader = ForwardFileReader(file, offset=offset, num_bytes=num_bytes)
+    file.advise_sequential()
     if into is not None:
         for start in range(0, num_bytes, block_bytes):
             block = into[start : min(start + block_bytes, num_bytes)]
-            reader.read_into(block)
+            file.read_into(block, offset=offset + start)
             yield block
         return
     buffer = _block_buffers.acquire(min(block_bytes, num_bytes))
     try:
         for start in range(0, num_bytes, block_bytes):
             block = buffer[: min(block_bytes, num_bytes - start)]
-            reader.read_into(block)
+            file.read_into(block, offset=offset + start)
             yield block
     finally:
         _block_buffers.release(buffer)

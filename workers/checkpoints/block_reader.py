@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from mmerge.manifests.format.safetensors_header import DTYPE_BYTES
-from mmerge.manifests.stores.local_file import ForwardFileReader, LocalFile
+from mmerge.manifests.stores.local_file import LocalFile
 from mmerge.manifests.stores.open import open_readable_store
 from mmerge.workers.checkpoints.reading import read_source
 from mmerge.workers.checkpoints.sources import (
@@ -166,6 +166,7 @@ class InputReader:
             file = store.open_local_file(source.file)
             if file is None:
                 return _SourceStream(self._stores, source)
+            file.advise_sequential()
             self._files[key] = file
         return _LocalStream(self._files[key], source)
 
@@ -187,12 +188,13 @@ class _LocalStream(_Stream):
     needs_room = True
 
     def __init__(self, file: LocalFile, source: TensorSource) -> None:
-        spec = source.spec
-        self._reader = ForwardFileReader(file, offset=spec.offset, num_bytes=spec.num_bytes)
+        self._file = file
+        self._position = source.spec.offset
 
     @override
     def read(self, num_bytes: int, room: Bytes) -> Bytes:
-        self._reader.read_into(room)
+        self._file.read_into(room, offset=self._position)
+        self._position += num_bytes
         return room
 
 

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from mmerge.manifests.errors import NotFound, StoreError
-from mmerge.manifests.stores.local_file import ForwardFileReader, LocalFile, read_blocks_of
+from mmerge.manifests.stores.local_file import LocalFile, read_blocks_of
 
 DATA = np.random.default_rng(0).integers(0, 256, 10_000, dtype=np.uint8)
 
@@ -132,25 +132,6 @@ def test_a_reader_that_is_left_closes_its_file(path: Path) -> None:
     assert open_files(path) == 1
     blocks.close()
     assert not open_files(path)
-
-
-def test_a_forward_reader_requests_a_window_before_it_is_read(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    requests: list[tuple[int, int]] = []
-    monkeypatch.setattr("mmerge.manifests.stores.local_file.READAHEAD_BYTES", 1000)
-    monkeypatch.setattr(
-        LocalFile, "request_readahead", lambda self, start, stop: requests.append((start, stop))
-    )
-    with LocalFile(path, name="file") as file:
-        reader = ForwardFileReader(file, offset=100, num_bytes=4000)
-        block = np.empty(400, np.uint8)
-        for start in range(100, 4100, 400):
-            reader.read_into(block)
-            assert np.array_equal(block, DATA[start : start + 400])
-    assert requests[0] == (100, 1500)
-    assert [stop for _, stop in requests[:-1]] == [start for start, _ in requests[1:]], "gaps"
-    assert requests[-1][1] == 4100, "bytes behind the range were requested"
 
 
 def test_a_missing_file_and_a_folder_are_not_found(tmp_path: Path) -> None:
