@@ -280,8 +280,8 @@ def combine_tile(rows: Any, rule: Any, count: int, total: Any, merged: Any) -> A
     Args:
         rows: tuple of float32 arrays, one per expert.
         rule: CombineRecord.
-        total: becomes the sum, or the elected sign times something positive, 0 where nothing is
-            elected.
+        total: becomes the elected sign times something positive, 0 where nothing is elected; left
+            as it is by a sum.
     """
     zero, one, infinite = np.float32(0), np.float32(1), np.float32(np.inf)
     weights, zero_sign = rule.weights, rule.zero_sign
@@ -289,12 +289,10 @@ def combine_tile(rows: Any, rule: Any, count: int, total: Any, merged: Any) -> A
     if rule.kind == SUM:
         if rule.divisor != one:
             for i in range(count):
-                total[i] = sum_rows(rows, i)
-                merged[i] = total[i] / rule.divisor
+                merged[i] = sum_rows(rows, i) / rule.divisor
         else:
             for i in range(count):
-                total[i] = sum_rows(rows, i)
-                merged[i] = total[i]
+                merged[i] = sum_rows(rows, i)
         return counts
     if rule.kind == ELECT_MAX:
         for i in range(count):

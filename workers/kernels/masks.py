@@ -122,7 +122,7 @@ def merge_with_masks(
         counts = combine_tile(rows, combination, count, total, merged)
         for expert in range(num_experts):
             if combination.kind == SUM:
-                agreeing[expert] += count_agreeing(deltas[expert], total, count)
+                agreeing[expert] += count_agreeing(deltas[expert], merged, count)
             else:
                 agreeing[expert] += counts[expert]
         narrow(merged, out_code, count, out, start)

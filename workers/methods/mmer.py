@@ -9,18 +9,10 @@ from collections.abc import Sequence
 from pydantic import Field
 from typing_extensions import override
 
-from mmerge.workers.methods.interface import (
-    Density,
-    Parameters,
-    Reduction,
-    Scope,
-    TensorFacts,
-    Trimming,
-)
-from mmerge.workers.methods.locate_rules import LocateRule, Trim
+from mmerge.workers.methods.interface import Density, Parameters, Reduction, Scope
 from mmerge.workers.methods.locate_then_mask import ByUnweightedElection, LocateThenMask, Masking
-from mmerge.workers.methods.locate_then_merge import Locating
 from mmerge.workers.methods.mask_rules import MaskRule, Significant
+from mmerge.workers.methods.ties import ThresholdTrim
 
 
 class MmerParameters(Parameters):
@@ -54,28 +46,6 @@ class MmerExpertParameters(Parameters):
     )
 
 
-class MmerTrim(Locating):
-    """Magnitudes at or above each expert's trim threshold."""
-
-    @override
-    def trimming(
-        self, parameters: MmerParameters, experts: Sequence[MmerExpertParameters]
-    ) -> Trimming:
-        densities = tuple(
-            parameters.density if expert.density is None else expert.density for expert in experts
-        )
-        return Trimming(densities, parameters.scope)
-
-    @override
-    def rules(
-        self,
-        tensor: TensorFacts,
-        parameters: MmerParameters,
-        experts: Sequence[MmerExpertParameters],
-    ) -> Sequence[LocateRule]:
-        return [Trim(threshold) for threshold in tensor.thresholds]
-
-
 class ModalityMasks(Masking):
     """Entries of dominant significance and directional congruence."""
 
@@ -96,6 +66,6 @@ class Mmer(LocateThenMask):
     source = "MMER, arXiv 2505.17110 (ACL 2025)"
     parameters_model = MmerParameters
     expert_parameters_model = MmerExpertParameters
-    locating = MmerTrim()
+    locating = ThresholdTrim()
     combining = ByUnweightedElection()
     masking = ModalityMasks()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 from typing_extensions import override
@@ -62,15 +62,29 @@ class TiesExpertParameters(WeightParameters):
     )
 
 
-def _densities(
-    parameters: TiesParameters, experts: Sequence[TiesExpertParameters]
-) -> tuple[float, ...]:
+def _densities(parameters: Any, experts: Sequence[Any]) -> tuple[float, ...]:
     return tuple(
         parameters.density if expert.density is None else expert.density for expert in experts
     )
 
 
-class TiesTrim(Locating):
+class ThresholdTrim(Locating):
+    """Magnitudes at or above each expert's trim threshold, for `TrimParameters` and experts with
+    a density.
+    """
+
+    @override
+    def trimming(self, parameters: Any, experts: Sequence[Any]) -> Trimming | None:
+        return Trimming(_densities(parameters, experts), parameters.scope)
+
+    @override
+    def rules(
+        self, tensor: TensorFacts, parameters: Any, experts: Sequence[Any]
+    ) -> Sequence[LocateRule]:
+        return [Trim(threshold) for threshold in tensor.thresholds]
+
+
+class TiesTrim(ThresholdTrim):
     """The largest magnitudes, by threshold or by exact count."""
 
     @override
@@ -110,7 +124,7 @@ class TiesTrim(Locating):
         experts: Sequence[TiesExpertParameters],
     ) -> Sequence[LocateRule]:
         if parameters.count == "threshold":
-            return [Trim(threshold) for threshold in tensor.thresholds]
+            return super().rules(tensor, parameters, experts)
         return [
             KeepTop(int(density * tensor.num_entries))
             for density in _densities(parameters, experts)
