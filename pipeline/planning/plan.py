@@ -15,6 +15,10 @@ from mmerge.manifests.format.manifest import AdapterRecord
 from mmerge.manifests.format.safetensors_header import DTYPE_BYTES, FLOAT_DTYPES
 from mmerge.manifests.format.tensor_names import layer_of
 from mmerge.pipeline.planning.adapters import list_adapters
+from mmerge.pipeline.planning.input_checks import (
+    check_expert_only_tensors,
+    check_unmerged_tensors,
+)
 from mmerge.pipeline.planning.memory_bounds import (
     COPY_PEAK_BYTES,
     MIN_BLOCK_ENTRIES,
@@ -23,7 +27,13 @@ from mmerge.pipeline.planning.memory_bounds import (
     process_bytes,
     too_little_memory,
 )
-from mmerge.pipeline.planning.tensor_layout import CarriedTensor, Layout, SharedTensor, make_layout
+from mmerge.pipeline.planning.tensor_layout import (
+    CarriedTensor,
+    Layout,
+    SharedTensor,
+    make_layout,
+    match_names,
+)
 from mmerge.pipeline.recipes.recipe import Recipe, pin_recipe
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
 from mmerge.workers.checkpoints.dtypes import NAMED_DTYPES
@@ -164,6 +174,10 @@ def make_plan(
             recipe, base, experts, block_entries or DEFAULT_BLOCK_ENTRIES, max_shard_bytes
         )
     layout = make_layout(base, experts, merge=recipe.merge, carry=recipe.carry)
+    check_unmerged_tensors(
+        base, experts, renames=layout.renames, exempt=match_names(base.tensors, recipe.carry)
+    )
+    check_expert_only_tensors(base, experts, layout, kind=method.kind)
     dtype = NAMED_DTYPES[recipe.dtype] if recipe.dtype else _base_dtype(base)
     copied = tuple(base.tensors.values()) if method.kind == "masks" else layout.kept
     names = [expert.name for expert in recipe.experts]

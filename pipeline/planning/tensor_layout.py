@@ -5,6 +5,7 @@ Decided from headers and configurations alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -149,7 +150,7 @@ def make_layout(
     for expert in experts:
         _check_architecture(base, expert)
     renames = [find_renames(base, expert) for expert in experts]
-    listed = {name for name in base.tensors if any(fnmatchcase(name, pattern) for pattern in carry)}
+    listed = match_names(base.tensors, carry)
     for pattern in carry:
         if not any(fnmatchcase(name, pattern) for name in base.tensors):
             raise CheckpointError(
@@ -175,6 +176,12 @@ def make_layout(
         for expert, names in zip(experts, renames, strict=True)
     )
     return Layout(tuple(shared), tuple(kept), carried, tuple(renames))
+
+
+def match_names(names: Iterable[str], patterns: Iterable[str]) -> set[str]:
+    """Return the names that fit one of the patterns of a recipe's `carry`."""
+    chosen = tuple(patterns)
+    return {name for name in names if any(fnmatchcase(name, pattern) for pattern in chosen)}
 
 
 def is_merged(source: TensorSource, family: Family, *, merge: str) -> bool:

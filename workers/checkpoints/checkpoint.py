@@ -16,6 +16,7 @@ from mmerge.workers.checkpoints.quantization import (
     without_quantization,
 )
 from mmerge.workers.checkpoints.sources import TensorSource
+from mmerge.workers.checkpoints.tied_head import drop_tied_head
 from mmerge.workers.families.interface import Family
 from mmerge.workers.families.registry import find_family, text_config_of
 
@@ -73,8 +74,9 @@ class Checkpoint:
                 )
             for name in names or specs:
                 sources[name] = TensorSource(self.uri, file, specs[name])
-        weights = dequantise(sources, self.config, where=f"{self.owner}: {self.uri}")
-        return dict(sorted(weights.items()))
+        where = f"{self.owner}: {self.uri}"
+        weights = dequantise(sources, self.config, where=where)
+        return dict(sorted(drop_tied_head(weights, self.config, where=where).items()))
 
     @property
     def identity(self) -> dict[str, str]:

@@ -15,6 +15,9 @@ from mmerge.workers.checkpoints.sources import (
     TensorSource,
 )
 
+COMPARED_BYTES = 4 << 20
+"""Bytes of each tensor that are compared at once."""
+
 
 def read_source(
     source: TensorSource, *, stores: dict[str, ReadableStore], offset: int, num_bytes: int
@@ -41,6 +44,22 @@ def read_source(
         start=tensor_start,
         stop=tensor_start + source.spec.num_bytes,
     )
+
+
+def has_equal_bytes(first: TensorSource, second: TensorSource, *, stores: OpenStores) -> bool:
+    """Return whether two tensors have the same dtype, shape and bytes; reads both in pieces."""
+    if (first.spec.dtype, first.spec.shape) != (second.spec.dtype, second.spec.shape):
+        return False
+    num_bytes = first.spec.num_bytes
+    for offset in range(0, num_bytes, COMPARED_BYTES):
+        size = min(COMPARED_BYTES, num_bytes - offset)
+        pieces = [
+            read_source(source, stores=stores, offset=offset, num_bytes=size)
+            for source in (first, second)
+        ]
+        if pieces[0] != pieces[1]:
+            return False
+    return True
 
 
 def read_low_rank(

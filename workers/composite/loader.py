@@ -33,6 +33,7 @@ from mmerge.workers.composite.shard_exchange import assign_ranks
 from mmerge.workers.modalities.encoders import Encoder, load_encoder
 from mmerge.workers.modalities.processor_encoder import load_tokenizer, make_config
 from mmerge.workers.reconstruction.build_reader import BuildReader
+from mmerge.workers.reconstruction.expert_only import refuse_unshared
 from mmerge.workers.reconstruction.masked_weights import load_kernel
 from mmerge.workers.runtime.host_memory import resident_bytes
 
@@ -68,7 +69,8 @@ def load_composite(
         on_bytes: called with the stored bytes that this rank has read and will read in all.
 
     Raises:
-        ManifestError, StoreError: the build is missing or damaged, or has no such expert.
+        ManifestError, StoreError: the build is missing or damaged, has no such expert, or an
+            expert's language model has tensors that the base lacks.
         CheckpointError: transformers does not know the models.
         PlacementError: the model cannot be divided as asked, or there is no such device.
         RankLost: another rank ended.
@@ -96,6 +98,7 @@ def load_composite(
             f"{uri}: 'expert' has no effect in expansion mode; use mode='retention', or leave"
             " it out"
         )
+    refuse_unshared(reader, expert)
     group = _check_group(placement, device, group=group)
     request = LoadRequest(
         reader=reader,

@@ -12,10 +12,14 @@ import torch
 from safetensors.torch import save_file
 
 from mmerge.manifests.errors import ManifestError, StoreError
+from mmerge.manifests.format.entry import Role
 from mmerge.manifests.format.manifest import FileEntry, read_file
+from mmerge.workers.checkpoints.lora_adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from mmerge.workers.exports.folder import to_export_folder
+from mmerge.workers.families.registry import text_config_of
 from mmerge.workers.modalities.processor_encoder import write_files
 from mmerge.workers.reconstruction.build_reader import BuildReader
+from mmerge.workers.reconstruction.expert_only import refuse_unshared
 from mmerge.workers.reconstruction.weights import rebuild_weight, text_weight
 
 MAX_FILE_BYTES = 5 * 10**9
@@ -65,13 +69,15 @@ def export(
             " multiplied by different weights. Export without --expert for the weights of text"
             " tokens"
         )
+    if expert is None:
+        refuse_unshared(reader, None)
     target = to_export_folder(folder)
     # Written under a temporary name, so that an interrupted export is no checkpoint.
     partial = target.parent / f".{target.name}.partial"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _write_small_files(reader, record.files, partial)
+        _write_small_files(reader, record.files, partial, expert=expert)
         report = _write_weights(reader, expert, partial, max_file_bytes, on_bytes)
         if target.exists():
             target.rmdir()
@@ -88,18 +94,46 @@ def export(
     )
 
 
-def _write_small_files(reader: BuildReader, entries: tuple[FileEntry, ...], folder: Path) -> None:
-    files = {entry.name: read_file(reader.store, entry) for entry in entries}
+def _write_small_files(
+    reader: BuildReader, entries: tuple[FileEntry, ...], folder: Path, *, expert: str | None
+) -> None:
+    # Beside an adapter's configuration, transformers would take the whole checkpoint for an adapter
+    # of another base.
+    files = {
+        entry.name: read_file(reader.store, entry)
+        for entry in entries
+        if entry.name != ADAPTER_CONFIG_FILE
+    }
     if "config.json" not in files:
         raise ManifestError(f"{reader.uri}: the build has no config.json to export")
     config = json.loads(files["config.json"])
     dtype = _CONFIG_DTYPES.get(reader.manifest.dtype)
+    stated_rows = text_config_of(config).get("vocab_size")
+    num_rows = _count_vocabulary(reader, expert)
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in ("dtype", "torch_dtype"):
             if dtype and key in part:
                 part[key] = dtype
+        if num_rows is not None and stated_rows and part.get("vocab_size") == stated_rows:
+            part["vocab_size"] = num_rows
     files["config.json"] = json.dumps(config, indent=2, sort_keys=True).encode() + b"\n"
     write_files(files, folder)
+
+
+def _count_vocabulary(reader: BuildReader, expert: str | None) -> int | None:
+    """Return the rows of the exported embedding: an adapter may have added tokens to its base."""
+    name = reader.family.find_embedding(reader.llm_names())
+    if name is None:
+        return None
+    role: Role = "merged" if reader.has(name, "merged") else "base"
+    if expert is None:
+        return reader.num_rows(name, role)
+    own = reader.manifest.rename(name, expert=expert)
+    if reader.has(own, "carried", expert):
+        return reader.num_rows(own, "carried", expert)
+    if reader.has(name, "extra_rows", expert):
+        return reader.num_rows(name, "extra_rows", expert)
+    return reader.num_rows(name, role)
 
 
 def _iterate_tensors(reader: BuildReader, expert: str | None) -> Iterator[tuple[str, torch.Tensor]]:
