@@ -10,11 +10,13 @@ from mmerge.manifests.errors import CheckpointError, RecipeError, ShapeMismatch
 from mmerge.manifests.format.manifest import AdapterRecord
 from mmerge.pipeline.recipes.recipe import Recipe
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
+from mmerge.workers.checkpoints.expert_only import find_expert_only
 from mmerge.workers.checkpoints.lora_adapter import (
     DEFAULT_ADAPTER,
     AdapterCheckpoint,
     AdapterFolder,
     AdapterPair,
+    place_others,
 )
 from mmerge.workers.checkpoints.sources import TensorSource
 
@@ -87,7 +89,14 @@ def _describe(
                 factor_name(name, "B", adapter): pair.b,
             }
             scales[f"{name}:{adapter}"] = pair.scale
-    replaced = sorted(name for name in folder.others if name in base.tensors)
+    others = place_others(folder, base)
+    replaced = sorted(name for name in others if name in base.tensors)
+    prefix = base.family.find_prefixes(base.tensors)[0]
+    replaced += find_expert_only(
+        others,
+        base_names=base.tensors,
+        renames=((prefix, prefix), (base.family.head, base.family.head)),
+    )
     if replaced:
         raise CheckpointError(
             f"{folder.owner}: {replaced[0]}: is saved whole beside the adapters, but a composite of"
@@ -102,7 +111,7 @@ def _describe(
         scale=usual,
         other_scales={name: scale for name, scale in sorted(scales.items()) if scale != usual},
     )
-    return ExpertAdapters(dict(sorted(factors.items())), folder.others, record)
+    return ExpertAdapters(dict(sorted(factors.items())), others, record)
 
 
 def _find_modality_adapter(folder: AdapterFolder, modality: str, default: str) -> str:

@@ -18,7 +18,10 @@ from mmerge.manifests.errors import CheckpointError, NotFound, ShapeMismatch, St
 from mmerge.manifests.stores.base import ReadableStore
 from mmerge.manifests.stores.open import open_readable_store
 from mmerge.workers.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
+from mmerge.workers.checkpoints.expert_only import describe_names
+from mmerge.workers.checkpoints.lora_variants import refuse_variants
 from mmerge.workers.checkpoints.sources import LowRankSource, TensorSource
+from mmerge.workers.checkpoints.tied_head import drop_tied_head
 from mmerge.workers.checkpoints.torch_pickle import read_pickled_specs
 
 CONFIG_FILE = "adapter_config.json"
@@ -26,6 +29,10 @@ WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 OFFICIAL_FILES = ("mm_projector.bin", "non_lora_trainables.bin")
 DEFAULT_ADAPTER = "default"
 _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.weight$")
+_WRAPPERS = re.compile(r"\.(base_layer|original_module|modules_to_save(\.default)?)(?=\.)")
+"""What PEFT puts into the names of tensors that it saves whole."""
+_UNREAD_PARTS = ("lora_", "vera_", "hada_", "trainable_tokens", "token_adapter")
+"""Parts of names that only tensors of adapters have."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ class AdapterFolder:
             if match:
                 key = (match["module"], match["adapter"] or DEFAULT_ADAPTER)
                 factors.setdefault(key, {})[match["factor"]] = source
-            elif "lora_" in name or "vera_" in name or "hada_" in name:
+            elif any(part in name for part in _UNREAD_PARTS):
                 raise CheckpointError(
                     f"{self.owner}: {self.uri}: {name} is no LoRA factor of a Linear. Merge that"
                     " adapter into its weights first"
@@ -99,7 +106,7 @@ class AdapterFolder:
         These are connectors, learned prefix tokens and tensors saved whole.
         """
         return {
-            _strip(name): source
+            _WRAPPERS.sub("", _strip(name)): source
             for name, source in self.tensors.items()
             if not _FACTOR.match(_strip(name))
         }
@@ -170,7 +177,7 @@ class _AdapterFiles(Checkpoint):
         self.config = self._read_json(
             file, missing=f"an adapter has {CONFIG_FILE}, an official one config.json"
         )
-        self._refuse_variants(self.config, CONFIG_FILE)
+        refuse_variants(self.config, where=f"{owner}: {uri}/{file}")
 
     @cached_property
     def configs(self) -> dict[str, dict[str, Any]]:
@@ -181,20 +188,8 @@ class _AdapterFiles(Checkpoint):
             name = f"{folder}/{CONFIG_FILE}"
             if self._store.exists(name):
                 configs[folder] = self._read_json(name, missing="")
-                self._refuse_variants(configs[folder], name)
+                refuse_variants(configs[folder], where=f"{self.owner}: {self.uri}/{name}")
         return configs
-
-    def _refuse_variants(self, config: dict[str, Any], file: str) -> None:
-        variant = config.get("peft_type", "LORA")
-        if config.get("use_dora"):
-            variant = "DoRA"
-        elif variant == "LORA" and config.get("fan_in_fan_out"):
-            variant = "LoRA with fan_in_fan_out"
-        if variant != "LORA":
-            raise CheckpointError(
-                f"{self.owner}: {self.uri}/{file}: only LoRA adapters of Linear layers are read,"
-                f" this is {variant}. Merge it into its weights first (merge_and_unload)"
-            )
 
     @override
     def _weight_files(self) -> dict[str, list[str] | None]:
@@ -289,25 +284,44 @@ class AdapterCheckpoint(Checkpoint):
         base_tensors = self._base.tensors
         replaced: dict[str, TensorSource] = {}
         names = self.folder.adapters
-        for pair in self.folder.pairs_of(names[0] if len(names) == 1 else DEFAULT_ADAPTER):
+        saved_whole = place_others(self.folder, self._base)
+        unplaced: list[str] = []
+        pairs = self.folder.pairs_of(names[0] if len(names) == 1 else DEFAULT_ADAPTER)
+        for pair in pairs:
             name = self._base.family.find_adapted_weight(pair.module, base_tensors)
-            if name is not None:
-                replaced[name] = self._make_source(name, pair)
-        if not replaced:
+            if name is None:
+                unplaced.append(pair.module)
+                continue
+            if name in replaced:
+                raise CheckpointError(
+                    f"{self.owner}: {self.uri}: two adapters fit {name}, the second is of"
+                    f" {pair.module}. Give each its own file"
+                )
+            # A Linear that is adapted and saved as well (`base_layer`) is adapted as saved.
+            replaced[name] = self._make_source(
+                name, pair, saved_whole.pop(name, base_tensors[name])
+            )
+        self._refuse_unplaced(unplaced, num_pairs=len(pairs))
+        where = f"{self.owner}: {self.uri}"
+        tensors = drop_tied_head(base_tensors | saved_whole | replaced, self.config, where=where)
+        return dict(sorted(tensors.items()))
+
+    def _refuse_unplaced(self, modules: list[str], *, num_pairs: int) -> None:
+        """Raise CheckpointError where adapters fit no Linear of the base: nothing is left out."""
+        if not modules:
+            return
+        if len(modules) == num_pairs:
             raise CheckpointError(
                 f"{self.owner}: {self.uri}: no adapter fits a Linear layer of the base; the first"
-                f" is for {self.folder.pairs[0].module}. Was it trained on this base?"
+                f" is for {modules[0]}. Was it trained on this base?"
             )
-        for name, source in self.folder.others.items():
-            base_name = None
-            if name.endswith(".weight"):
-                module = name.removesuffix(".weight")
-                base_name = self._base.family.find_adapted_weight(module, base_tensors)
-            replaced[base_name or name] = source
-        return dict(sorted((base_tensors | replaced).items()))
+        raise CheckpointError(
+            f"{self.owner}: {self.uri}: {len(modules)} of {num_pairs} adapters fit no Linear of the"
+            f" base: {describe_names(modules)}. Merge the adapter into the model that it was"
+            " trained on (PEFT: merge_and_unload, save_pretrained) and give that as the expert"
+        )
 
-    def _make_source(self, name: str, pair: AdapterPair) -> LowRankSource:
-        base = self._base.tensors[name]
+    def _make_source(self, name: str, pair: AdapterPair, base: TensorSource) -> LowRankSource:
         shape = (pair.b.spec.shape[0], pair.a.spec.shape[1])
         if base.spec.shape != shape:
             raise ShapeMismatch(
@@ -332,6 +346,16 @@ class AdapterCheckpoint(Checkpoint):
             files.setdefault(CONFIG_FILE, files.pop("config.json"))
             files.pop("config.json", None)
         return self._base.read_small_files() | files
+
+
+def place_others(folder: AdapterFolder, base: Checkpoint) -> dict[str, TensorSource]:
+    """Return what an adapter saved whole, under the base's names where the base has the module."""
+    placed = {}
+    for name, source in folder.others.items():
+        module, _, last = name.rpartition(".")
+        weight = base.family.find_adapted_weight(module, base.tensors) if module else None
+        placed[f"{weight.removesuffix('weight')}{last}" if weight else name] = source
+    return placed
 
 
 def make_low_rank(base: TensorSource, pair: AdapterPair) -> LowRankSource:
