@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,7 +11,6 @@ from rich.markup import escape
 from mmerge.manifests.digest import SHOWN_DIGITS
 from mmerge.manifests.format.references import Reference
 from mmerge.manifests.format.tensor_names import layer_of
-from mmerge.pipeline.build.run import RunReport
 from mmerge.pipeline.monitoring.progress import to_size
 from mmerge.pipeline.views.build_summary import (
     BuildSummary,
@@ -21,7 +20,10 @@ from mmerge.pipeline.views.build_summary import (
 )
 from mmerge.pipeline.views.compare import Difference, LayerChange, LogEntry
 from mmerge.pipeline.views.tables import make_table
-from mmerge.workers.exports.lora import AdapterReport
+
+if TYPE_CHECKING:
+    from mmerge.pipeline.build.run import RunReport
+    from mmerge.workers.exports.lora import AdapterReport
 
 _CONSENSUS_NAMES = {0: "no mask (catastrophic)", 1: "one mask (selfish)"}
 

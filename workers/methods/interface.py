@@ -8,12 +8,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from mmerge.manifests.errors import RecipeError
+
+if TYPE_CHECKING:
+    import torch
 
 Scope = Literal["model", "tensor"]
 Reduction = Literal["sum", "mean"]

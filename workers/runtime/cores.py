@@ -6,8 +6,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from mmerge.workers.runtime.lazy_torch import torch_is_loaded
 
 
@@ -22,6 +20,8 @@ def one_thread() -> Iterator[None]:
     if not torch_is_loaded():
         yield  # it starts with one thread when it is imported
         return
+    import torch
+
     num_threads = torch.get_num_threads()
     if num_threads == 1:
         yield  # nothing to restore: other tasks may run in threads of the same process

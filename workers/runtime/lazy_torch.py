@@ -1,9 +1,11 @@
-"""Torch when it is first used: importing it takes longer than many merges, and compiled paths never
-need it.
+"""Deferred import of torch: it takes longer than many merges, and compiled methods never use it.
 
-The command line puts a stand-in where `import torch` finds it. Its first attribute imports the real
-module. Python's own `importlib.util.LazyLoader` does the same, but before 3.12 two threads that
-need the module at once may see half of it.
+The command line puts a placeholder module where `import torch` finds it; the first access to an
+attribute imports torch. Python's own `importlib.util.LazyLoader` does the same, but before 3.12 two
+threads that use the module at once may see it half initialised.
+
+Only modules of method definitions and tasks rely on it: they are imported by compiled methods too,
+for their parameters.
 """
 
 from __future__ import annotations
@@ -20,29 +22,30 @@ _lock = threading.RLock()
 
 
 def postpone_torch(*, num_threads: int) -> None:
-    """Import torch only when it is used, and let it then use so many threads. Nothing happens where
-    it was imported before.
+    """Import torch when it is first used, and set its number of threads then.
+
+    Has no effect where torch is imported already.
     """
     if _NAME not in sys.modules:
         spec = importlib.util.find_spec(_NAME)
         if spec is not None:
-            sys.modules[_NAME] = _Later(spec, num_threads)
+            sys.modules[_NAME] = _Placeholder(spec, num_threads)
 
 
 def torch_is_loaded() -> bool:
-    """Return whether torch was imported, and is more than a stand-in."""
-    found = sys.modules.get(_NAME)
-    return found is not None and not isinstance(found, _Later)
+    """Return whether torch itself is imported, not its placeholder alone."""
+    module = sys.modules.get(_NAME)
+    return module is not None and not isinstance(module, _Placeholder)
 
 
-class _Later(ModuleType):
+class _Placeholder(ModuleType):
     def __init__(self, spec: Any, num_threads: int) -> None:
         super().__init__(_NAME)
         self.__spec__, self.__file__ = spec, spec.origin
         self._num_threads = num_threads
 
     def __getattr__(self, name: str) -> Any:
-        # Submodules, too, lead here: the import system asks their parent for __path__.
+        # Imports of submodules lead here too: the import system asks the parent for __path__.
         with _lock:
             if sys.modules.get(_NAME) is self:
                 del sys.modules[_NAME]
