@@ -65,7 +65,7 @@ def test_a_run_killed_at_50_random_points_leaves_only_what_verifies_and_ends_wit
     undisturbed = str(lab.write_recipe(raw | {"output": "undisturbed"}, "undisturbed.yaml"))
     num_waits = kill_points.count_waits(undisturbed)
     assert num_waits > 40
-    wanted = digests(open_store(str(lab.folder / "undisturbed")))
+    expected = digests(open_store(str(lab.folder / "undisturbed")))
     chance = random.Random(7)
     num_killed = num_stores = 0
     while num_killed < num_points:
@@ -80,7 +80,7 @@ def test_a_run_killed_at_50_random_points_leaves_only_what_verifies_and_ends_wit
             for manifest in [key for key in store.list("builds") if key.endswith("/manifest.json")]:
                 verify(f"{place}#{manifest.split('/')[1]}").check()
         assert code == 0 or kill_points.run_until(recipe, 0) == 0
-        assert digests(store) == wanted
+        assert digests(store) == expected
         verify(place).check()
 
 

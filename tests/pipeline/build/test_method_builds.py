@@ -161,8 +161,8 @@ def test_a_composite_of_masks_rebuilds_routes_answers_and_is_exported(
         for expert in reader.expert_names
     ]
     for expert, mask, factor in zip(reader.expert_names, masks, factors, strict=True):
-        wanted = (base + factor * mask * delta).to(reader.dtype)
-        assert rebuild_weight(reader, name, expert=expert).equal(wanted)
+        expected = (base + factor * mask * delta).to(reader.dtype)
+        assert rebuild_weight(reader, name, expert=expert).equal(expected)
     mean = sum(factor * mask for factor, mask in zip(factors, masks, strict=True)) / len(masks)
     assert text_weight(reader, name).equal((base + mean * delta).to(reader.dtype))
     export(uri, tmp_path / "image", expert="image")

@@ -148,13 +148,13 @@ def test_masks_and_task_vector_equal_the_arithmetic_on_whole_tensors(lab: Any) -
         stop = position + lab.base[name].numel()
         assert reader.read(name, "delta").float().flatten().equal(star[position:stop]), name
         for index, expert in enumerate(("image", "audio", "video")):
-            wanted = (
+            expected = (
                 (trimmed[index].sign() == star.sign())
                 & (star != 0)
                 & (trimmed[index].abs() >= 0.375 * star.abs())
             )
             base = lab.base[name].float().flatten()
-            rebuilt = (base + torch.where(wanted[position:stop], star[position:stop], 0.0)).to(
+            rebuilt = (base + torch.where(expected[position:stop], star[position:stop], 0.0)).to(
                 torch.bfloat16
             )
             found = rebuild_weight(reader, name, expert=expert)
@@ -210,9 +210,9 @@ def test_static_merges_equal_their_formula(lab: Any, method: str) -> None:
             for seed in range(3)
         ]
         total = sum(expert - base.float() for expert in experts)
-        wanted = base.float() + (total if method == "task_arithmetic" else total / 3)
+        expected = base.float() + (total if method == "task_arithmetic" else total / 3)
         torch.testing.assert_close(
-            reader.read(name, "merged").float(), wanted, rtol=0.01, atol=1e-6
+            reader.read(name, "merged").float(), expected, rtol=0.01, atol=1e-6
         )
 
 

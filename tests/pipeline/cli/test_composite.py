@@ -64,8 +64,8 @@ def test_place_refuses_with_the_reason(
 
 def test_generate_streams_samples_and_spreads(lab_store: str, capsys: Any) -> None:
     uri = f"{lab_store}#mmer"
-    wanted = invoke(capsys, "generate", uri, ASK, "--image", IMAGE, "--max-new-tokens", "3")
-    assert wanted[:2] == (0, "seven\n")
+    expected = invoke(capsys, "generate", uri, ASK, "--image", IMAGE, "--max-new-tokens", "3")
+    assert expected[:2] == (0, "seven\n")
     assert (
         invoke(capsys, "generate", uri, ASK, "--image", IMAGE, "--max-new-tokens", "3", "--stream")[
             1

@@ -39,10 +39,10 @@ def make_tiny_plan(lab: Any, raw: dict[str, Any], output: str = "store") -> Any:
 def test_tasks_are_spread_over_nodes_and_the_bytes_are_those_of_a_serial_run(
     lab: Any, connected: Any, faults: Any, undisturbed: tuple[Any, dict[str, str]], digests: Any
 ) -> None:
-    raw, wanted = undisturbed
+    raw, expected = undisturbed
     faults.set("all", "slow")
     run(make_tiny_plan(lab, raw), executor=RayExecutor())
-    assert digests(lab.folder / "store") == wanted
+    assert digests(lab.folder / "store") == expected
     verify(str(lab.folder / "store")).check()
     begun = faults.events()
     per_node = Counter(event["node"] for event in begun)
@@ -78,10 +78,10 @@ def test_a_merge_runs_where_its_inputs_were_surveyed(
 def test_a_killed_worker_costs_one_attempt_elsewhere(
     lab: Any, connected: Any, faults: Any, undisturbed: tuple[Any, dict[str, str]], digests: Any
 ) -> None:
-    raw, wanted = undisturbed
+    raw, expected = undisturbed
     faults.set("layers.2", "kill")
     run(make_tiny_plan(lab, raw), executor=RayExecutor())
-    assert digests(lab.folder / "store") == wanted
+    assert digests(lab.folder / "store") == expected
     first, second = faults.events(shard="layers.2")[:2]
     assert first["node"] != second["node"]
 
@@ -89,7 +89,7 @@ def test_a_killed_worker_costs_one_attempt_elsewhere(
 def test_an_attempt_over_its_deadline_gets_a_second_elsewhere(
     lab: Any, connected: Any, faults: Any, undisturbed: tuple[Any, dict[str, str]], digests: Any
 ) -> None:
-    raw, wanted = undisturbed
+    raw, expected = undisturbed
     plan = make_tiny_plan(lab, raw)
     run(
         make_tiny_plan(lab, raw, "warm"), executor=RayExecutor()
@@ -99,7 +99,7 @@ def test_an_attempt_over_its_deadline_gets_a_second_elsewhere(
     began = time.monotonic()
     run(plan, executor=RayExecutor(policy=Policy(deadline_seconds=3)))
     assert time.monotonic() - began < 12, "within the deadline and one task"
-    assert digests(lab.folder / "store") == wanted
+    assert digests(lab.folder / "store") == expected
     first, second = faults.events(shard="layers.3")[before : before + 2]
     assert first["node"] != second["node"]
     assert second["time"] - first["time"] >= 2.5
@@ -110,7 +110,7 @@ def test_sigkill_of_a_raylet_in_mid_task_ends_with_the_same_bytes(
 ) -> None:
     import threading
 
-    raw, wanted = undisturbed
+    raw, expected = undisturbed
     faults.set("layers.1", "wait")
     failures: list[BaseException] = []
 
@@ -131,7 +131,7 @@ def test_sigkill_of_a_raylet_in_mid_task_ends_with_the_same_bytes(
         thread.join(30)
         connected.nodes.append(connected.add())
     assert not failures, failures
-    assert digests(lab.folder / "store") == wanted
+    assert digests(lab.folder / "store") == expected
     assert faults.events(shard="layers.1")[1]["node"] != first["node"]
 
 

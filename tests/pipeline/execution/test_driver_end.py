@@ -33,13 +33,13 @@ def await_held(faults: Any) -> None:
 
 
 def check_interrupted(
-    store: Path, *, state: str, found: dict[str, str], wanted: dict[str, str]
+    store: Path, *, state: str, found: dict[str, str], expected: dict[str, str]
 ) -> None:
     """Check that the run record has an end, no lease is left, and every object is complete."""
     (record,) = (store / "runs" / "tiny").glob("*.status.json")
     assert json.loads(record.read_text())["state"] == state
-    assert 0 < len(found) < len(wanted)
-    assert found.items() <= wanted.items()
+    assert 0 < len(found) < len(expected)
+    assert found.items() <= expected.items()
     assert not list(store.glob("builds/*/manifest.json"))
     if state == "interrupted":
         assert not [path for path in (store / "claims").rglob("*") if path.is_file()]
@@ -57,7 +57,7 @@ def test_a_driver_that_ends_leaves_no_orphan_and_the_next_one_continues(
     number: signal.Signals,
     drive: Any,
 ) -> None:
-    raw, wanted = undisturbed
+    raw, expected = undisturbed
     hold(faults)
     process = drive(ray_nodes.address, raw)
     try:
@@ -73,13 +73,13 @@ def test_a_driver_that_ends_leaves_no_orphan_and_the_next_one_continues(
         process.kill()
     state = "running" if number == signal.SIGKILL else "interrupted"
     store = lab.folder / "store"
-    check_interrupted(store, state=state, found=digests(store), wanted=wanted)
+    check_interrupted(store, state=state, found=digests(store), expected=expected)
     if number == signal.SIGKILL:
         again = drive(ray_nodes.address, raw)
         output, _ = again.communicate(timeout=120)
         assert again.returncode == 0, output
         assert "there already" in output
-        assert digests(store) == wanted
+        assert digests(store) == expected
 
 
 def test_ray_job_stop_leaves_no_orphan_and_the_next_submission_continues_at_once(
@@ -92,7 +92,7 @@ def test_ray_job_stop_leaves_no_orphan_and_the_next_submission_continues_at_once
 ) -> None:
     import cloudpickle
 
-    raw, wanted = undisturbed
+    raw, expected = undisturbed
     hold(faults)
     hook = tmp_path / "hooks" / "mmerge_test_hook.py"
     hook.parent.mkdir()
@@ -140,9 +140,9 @@ def test_ray_job_stop_leaves_no_orphan_and_the_next_submission_continues_at_once
     assert jobs.find(job.id).status == "STOPPED"
     faults.await_end_of_workers(driver)
     store = lab.folder / "store"
-    check_interrupted(store, state="interrupted", found=digests(store), wanted=wanted)
+    check_interrupted(store, state="interrupted", found=digests(store), expected=expected)
     jobs._client.submit_job = submit_job
     again, is_new = jobs.submit(recipe, options=["--exclusive"])
     assert is_new
     assert jobs.follow(again.id, lambda text: None).status == "SUCCEEDED"
-    assert digests(store) == wanted
+    assert digests(store) == expected

@@ -180,7 +180,7 @@ def test_prometheus_finds_the_metrics_that_the_dashboard_and_the_alerts_ask_for(
     ports = {node["MetricsExportPort"] for node in _nodes(ray_nodes)}
     end = time.monotonic() + 40
     text = ""
-    wanted = {
+    expected = {
         f"ray_{name}"
         for name in (
             "mmerge_bytes_read_total",
@@ -189,10 +189,10 @@ def test_prometheus_finds_the_metrics_that_the_dashboard_and_the_alerts_ask_for(
             "mmerge_shards_total",
         )
     }
-    while not all(name + "{" in text for name in wanted) and time.monotonic() < end:
+    while not all(name + "{" in text for name in expected) and time.monotonic() < end:
         time.sleep(1)
         text = "".join(_scrape(port) for port in ports)
-    assert all(name + "{" in text for name in wanted), sorted(
+    assert all(name + "{" in text for name in expected), sorted(
         {line.split("{")[0] for line in text.splitlines() if "mmerge" in line}
     )
     assert 'phase="merge"' in text

@@ -21,7 +21,7 @@ def test_a_task_that_eats_the_nodes_memory_is_ended_and_repeated_with_the_same_b
 ) -> None:
     import ray
 
-    raw, wanted = undisturbed
+    raw, expected = undisturbed
     meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     total, free = (int(meminfo[name].split()[0]) for name in ("MemTotal", "MemAvailable"))
     if free < 8 << 20:
@@ -42,4 +42,4 @@ def test_a_task_that_eats_the_nodes_memory_is_ended_and_repeated_with_the_same_b
         event["pid"] for event in faults.events(kind="end") if event["shard"] == "layers.3"
     }
     assert len(attempts) >= 2
-    assert digests(lab.folder / "store") == wanted
+    assert digests(lab.folder / "store") == expected

@@ -188,7 +188,7 @@ def test_a_node_cut_off_in_mid_task_costs_at_most_the_deadline_and_its_late_writ
     drive: Any,
     digests: Any,
 ) -> None:
-    raw, wanted = undisturbed
+    raw, expected = undisturbed
     faults.set("layers.1", "wait")
     process = drive(
         "10.77.0.1:6379", raw, options=["--task-deadline", str(DEADLINE)], prefix=network.enter(1)
@@ -206,7 +206,7 @@ def test_a_node_cut_off_in_mid_task_costs_at_most_the_deadline_and_its_late_writ
     finally:
         process.kill()
     assert process.returncode == 0, output
-    assert digests(lab.folder / "store") == wanted
+    assert digests(lab.folder / "store") == expected
     second = faults.events(shard="layers.1")[1]
     assert second["address"] != held["address"]
     assert second["time"] - cut <= DEADLINE + 5
@@ -218,7 +218,7 @@ def test_a_node_cut_off_in_mid_task_costs_at_most_the_deadline_and_its_late_writ
     # bytes.
     faults.release()
     faults.await_end_of(held)
-    assert digests(lab.folder / "store") == wanted
+    assert digests(lab.folder / "store") == expected
     network.set_link(number, "up")
     time.sleep(3)
-    assert digests(lab.folder / "store") == wanted
+    assert digests(lab.folder / "store") == expected

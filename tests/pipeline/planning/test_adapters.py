@@ -110,8 +110,8 @@ def test_the_task_vector_of_an_adapter_is_its_product(lab: Any, raw: dict[str, A
     two = write_adapter(lab, "two", seed=2, rank=3, use_rslora=True)
     reader = build(lab, raw | {"experts": experts("one", "two")})
     for name, base in lab.base.items():
-        wanted = base + delta_of(one, name, 8 / 4) + delta_of(two, name, 8 / math.sqrt(3))
-        torch.testing.assert_close(text_weight(reader, name), wanted, rtol=1e-5, atol=1e-5)
+        expected = base + delta_of(one, name, 8 / 4) + delta_of(two, name, 8 / math.sqrt(3))
+        torch.testing.assert_close(text_weight(reader, name), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_patterns_give_a_linear_its_own_rank_and_alpha(lab: Any, raw: dict[str, Any]) -> None:

@@ -90,12 +90,12 @@ def test_transformers_loads_the_export_and_its_logits_are_those_of_retention_mod
     inputs = make_inputs(modality, tmp_path / "export", text, MEDIA[modality].value)
     inputs.pop("token_type_ids", None)
     with torch.inference_mode():
-        wanted = model(**inputs).logits[0]
+        expected = model(**inputs).logits[0]
     media_only = {"audio": ("<|audio_bos|>", "<|audio_eos|>")}.get(modality, ())
     assert all(edge in text for edge in media_only)
     found = retained.logits(parts)
-    assert found.shape == wanted.shape
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_large_export_is_split_into_files_that_transformers_joins(

@@ -54,8 +54,8 @@ def test_a_plain_merge_of_them_is_the_model_of_its_tensors_and_reads_each_byte_o
         == stored
         == sum(value.nbytes for value in files.values())
     )
-    wanted = model_of({name: reader.read(name, "merged") for name in names}, tmp_path / "base")
-    assert logits_of(composite.language_model).equal(logits_of(wanted))
+    expected = model_of({name: reader.read(name, "merged") for name in names}, tmp_path / "base")
+    assert logits_of(composite.language_model).equal(logits_of(expected))
     assert told[-1] == (stored, stored), "the progress bar ends where the model is whole"
     assert composite.generate([Part.text("w5 w6 w7")], max_new_tokens=3).split()
 
@@ -72,10 +72,10 @@ def test_one_expert_of_a_build_of_masks_of_them_loads_and_all_at_once_are_refuse
         load_composite(uri)
     composite = load_composite(uri, mode="retention", expert="audio")
     names = reader.llm_names()
-    wanted = model_of(
+    expected = model_of(
         {name: rebuild_weight(reader, name, expert="audio") for name in names}, tmp_path / "base"
     )
-    assert logits_of(composite.language_model).equal(logits_of(wanted))
+    assert logits_of(composite.language_model).equal(logits_of(expected))
     stored = sum(reader.stored_bytes(name, role) for name in names for role in ("base", "delta"))
     assert composite.load_reports[0].bytes_read == stored + sum(
         reader.stored_bytes(name, "mask", "audio") for name in names

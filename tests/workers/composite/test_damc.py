@@ -164,7 +164,7 @@ def test_every_token_runs_through_the_adapters_of_its_modality_alone(
     with composite._routing.prefill(ids):
         outputs = module(inputs)
     kinds = {-1: None, 0: "image", 1: "audio"}
-    wanted = [
+    expected = [
         naive(
             lab,
             "layers.1.self_attn.v_proj",
@@ -174,7 +174,7 @@ def test_every_token_runs_through_the_adapters_of_its_modality_alone(
         )
         for index in range(6)
     ]
-    torch.testing.assert_close(outputs[0], torch.stack(wanted), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs[0], torch.stack(expected), rtol=1e-4, atol=1e-4)
     decoded = module(inputs[:, :1])
     torch.testing.assert_close(
         decoded[0, 0],
@@ -293,9 +293,9 @@ def test_the_export_of_text_weights_has_the_default_adapters_in_it(
     exported = load_file(lab.folder / "exported" / "model.safetensors")
     unit = torch.zeros(16)
     unit[3] = 1
-    wanted = naive(lab, "layers.0.self_attn.q_proj", unit, None, {"image": 0.7, "audio": 0.5})
+    expected = naive(lab, "layers.0.self_attn.q_proj", unit, None, {"image": 0.7, "audio": 0.5})
     torch.testing.assert_close(
-        exported["model.layers.0.self_attn.q_proj.weight"][:, 3], wanted, rtol=1e-5, atol=1e-5
+        exported["model.layers.0.self_attn.q_proj.weight"][:, 3], expected, rtol=1e-5, atol=1e-5
     )
     with pytest.raises(ManifestError, match="without --expert"):
         export(uri, lab.folder / "other", expert="image")
@@ -327,7 +327,7 @@ def test_two_builds_of_the_same_adapters_have_the_same_bytes(
         )
     )
     assert third.build != first.build
-    assert third.num_computed["carry"] == 0, "a coefficient is no reason to copy adapters again"
+    assert third.num_computed["copy"] == 0, "a coefficient is no reason to copy adapters again"
 
 
 def _change_config(lab: Any, **keys: Any) -> None:

@@ -126,15 +126,15 @@ def test_logits_of_prefill_and_of_every_decoded_token_equal_the_naive_loop(
             )
         for row in range(len(prompts)):
             is_own = mask[row] == 1
-            wanted = naive.logits(
+            expected = naive.logits(
                 embeds[row, is_own], ids[row, is_own].tolist(), made.sequences[row].tolist()
             )
             num_tokens = int(is_own.sum())
             torch.testing.assert_close(
-                prefilled[row, is_own], wanted[:num_tokens], rtol=1e-5, atol=1e-5
+                prefilled[row, is_own], expected[:num_tokens], rtol=1e-5, atol=1e-5
             )
             found = torch.stack([step[row] for step in made.logits])
-            torch.testing.assert_close(found, wanted[num_tokens - 1 : -1], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found, expected[num_tokens - 1 : -1], rtol=1e-5, atol=1e-5)
 
 
 def pad(
@@ -160,11 +160,11 @@ def test_the_public_calls_give_what_the_naive_loop_gives(family: Family, kind: s
     answers = composite.generate_tokens(PROMPTS, max_new_tokens=4)
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         embeds, ids = composite.embed(prompt)
-        wanted = naive.logits(embeds, ids.tolist(), answer)
+        expected = naive.logits(embeds, ids.tolist(), answer)
         torch.testing.assert_close(
-            composite.logits(prompt), wanted[: len(ids)], rtol=1e-5, atol=1e-5
+            composite.logits(prompt), expected[: len(ids)], rtol=1e-5, atol=1e-5
         )
-        assert answer == wanted[len(ids) - 1 : -1].argmax(-1).tolist()
+        assert answer == expected[len(ids) - 1 : -1].argmax(-1).tolist()
 
 
 def test_routing_matters_in_these_models(family: Family) -> None:
@@ -215,13 +215,13 @@ def test_a_prompt_in_pieces_is_routed_as_in_one_pass(family: Family) -> None:
     uri, naive = family.find("mistral", "masks")
     composite = load_composite(uri)
     embeds, ids = composite.embed(PROMPTS[0])
-    wanted = naive.logits(embeds, ids.tolist())
+    expected = naive.logits(embeds, ids.tolist())
     model = composite.language_model
     with torch.inference_mode(), composite._routing.prefill(ids[None]):
         first = model(inputs_embeds=embeds[None, :6], use_cache=True)
         second = model(inputs_embeds=embeds[None, 6:], past_key_values=first.past_key_values)
     torch.testing.assert_close(
-        torch.cat([first.logits[0], second.logits[0]]), wanted, rtol=1e-5, atol=1e-5
+        torch.cat([first.logits[0], second.logits[0]]), expected, rtol=1e-5, atol=1e-5
     )
 
 
@@ -250,13 +250,13 @@ def test_a_stream_gives_the_answer_in_pieces_and_its_errors_to_the_reader(family
 def test_a_stream_that_is_left_ends_and_the_next_answer_is_right(family: Family) -> None:
     composite = load_composite(family.find("llama", "masks")[0])
     options: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8}
-    wanted = composite.generate(PROMPTS[1], **options)
+    expected = composite.generate(PROMPTS[1], **options)
     passes = []
     composite.language_model.register_forward_pre_hook(lambda *_: passes.append(1))
     for _ in range(5):
         for _piece in composite.stream(PROMPTS[0], max_new_tokens=100, min_new_tokens=100):
             break
-        assert composite.generate(PROMPTS[1], **options) == wanted
+        assert composite.generate(PROMPTS[1], **options) == expected
     assert len(passes) < 5 * (100 + 8) * 0.8, "what nobody asks for is not generated"
 
 
@@ -265,10 +265,10 @@ def test_threads_may_ask_one_composite_and_copies_of_a_model_have_their_own_turn
 ) -> None:
     composite = load_composite(family.find("llama", "masks")[0])
     options: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4}
-    wanted = [composite.generate(prompt, **options) for prompt in PROMPTS]
+    expected = [composite.generate(prompt, **options) for prompt in PROMPTS]
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(lambda prompt: composite.generate(prompt, **options), PROMPTS * 5))
-    assert found == wanted * 5
+    assert found == expected * 5
     copied = copy.deepcopy(composite.language_model)
     routings = [
         next(each._routing for each in model.modules() if isinstance(each, RoutedLinear))

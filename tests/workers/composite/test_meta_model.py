@@ -26,14 +26,14 @@ CONFIG = LlamaConfig(
 
 
 def test_a_meta_model_has_the_names_and_shapes_of_the_model_no_memory_and_its_buffers() -> None:
-    wanted = LlamaForCausalLM(CONFIG).to(torch.bfloat16)
+    expected = LlamaForCausalLM(CONFIG).to(torch.bfloat16)
     found = make_meta_model(CONFIG, dtype=torch.bfloat16, owner="base")
     assert {name: (value.shape, value.dtype) for name, value in found.named_parameters()} == {
-        name: (value.shape, value.dtype) for name, value in wanted.named_parameters()
+        name: (value.shape, value.dtype) for name, value in expected.named_parameters()
     }
     assert all(value.is_meta and not value.requires_grad for value in found.parameters())
     buffers = dict(found.named_buffers())
-    assert buffers.keys() == dict(wanted.named_buffers()).keys()
+    assert buffers.keys() == dict(expected.named_buffers()).keys()
     assert all(
         torch.equal(value.float(), buffers[name].float())
         for name, value in LlamaForCausalLM(CONFIG).named_buffers()

@@ -25,7 +25,7 @@ GB = 10**9
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted"),
+    ("text", "expected"),
     [
         ("4x80", [80 * GB] * 4),
         ("24", [24 * GB]),
@@ -33,8 +33,8 @@ GB = 10**9
         ("0.5", [GB // 2]),
     ],
 )
-def test_devices_are_a_count_and_gigabytes(text: str, wanted: list[int]) -> None:
-    assert parse_devices(text) == wanted
+def test_devices_are_a_count_and_gigabytes(text: str, expected: list[int]) -> None:
+    assert parse_devices(text) == expected
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def test_threads_read_before_the_first_is_asked_for_and_end_when_the_caller_fail
 
 
 @pytest.mark.parametrize(
-    ("cores", "ranks_here", "wanted"),
+    ("cores", "ranks_here", "expected"),
     [
         (1, None, 1),
         (2, None, 2),
@@ -128,13 +128,17 @@ def test_threads_read_before_the_first_is_asked_for_and_end_when_the_caller_fail
     ],
 )
 def test_a_local_store_is_read_by_one_thread_per_core_shared_by_the_ranks_of_the_node(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int, ranks_here: str | None, wanted: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cores: int,
+    ranks_here: str | None,
+    expected: int,
 ) -> None:
     monkeypatch.setattr(prefetch_module, "num_cores", lambda: cores)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if ranks_here:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks_here)
-    assert read_threads(open_store(str(tmp_path))) == wanted
+    assert read_threads(open_store(str(tmp_path))) == expected
 
 
 @pytest.mark.parametrize("cores", [1, 64])

@@ -71,10 +71,10 @@ def test_every_token_gets_what_a_loop_over_tokens_with_formed_weights_gives(
                 if modality == TEXT
                 else masks[modality].float()
             )
-            wanted = (base + mask * delta) @ inputs[row, place]
+            expected = (base + mask * delta) @ inputs[row, place]
             if bias is not None:
-                wanted = wanted + bias.of(modality)
-            torch.testing.assert_close(found[row, place], wanted, rtol=1e-5, atol=1e-5)
+                expected = expected + bias.of(modality)
+            torch.testing.assert_close(found[row, place], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -109,12 +109,12 @@ def test_a_matrix_that_is_formed_in_blocks_multiplies_as_one_that_is_kept(
 
 
 @pytest.mark.parametrize(
-    ("rows", "width", "wanted"),
+    ("rows", "width", "expected"),
     [(5632, 2048, 960), (2048, 5632, 1024), (2560, 8192, 896), (1100, 512, 1100), (7, 12, 7)],
 )
-def test_blocks_that_are_formed_have_about_one_size(rows: int, width: int, wanted: int) -> None:
+def test_blocks_that_are_formed_have_about_one_size(rows: int, width: int, expected: int) -> None:
     found = block_rows(rows, width)
-    assert found == wanted
+    assert found == expected
     assert (rows % found or found) > found // 2
 
 

@@ -239,7 +239,7 @@ def test_a_path_gives_the_bytes_of_the_method(
         rows = [row.reshape(-1, columns) for row in rows]
     parameters = method.parameters_model.model_validate(numbers[0])
     experts = [method.expert_parameters_model.model_validate(numbers[1]) for _ in rows[1:]]
-    found_block, wanted = make_reference(method, rows, dtype, parameters, experts)
+    found_block, expected = make_reference(method, rows, dtype, parameters, experts)
     path = find_compiled_pass(make_request(method, parameters, experts, found_block.facts, dtype))
     assert path is not None
     width, num_masks = TORCH_DTYPES[dtype].itemsize, len(experts) if method.kind == "masks" else 0
@@ -248,25 +248,26 @@ def test_a_path_gives_the_bytes_of_the_method(
         assert special, "only what is not finite may be declined"
         return
     out, masks = found
-    assert out == bytes(to_bytes(with_one_nan(wanted.values)))
+    assert out == bytes(to_bytes(with_one_nan(expected.values)))
     deltas = found_block.task_vectors()
     if not isinstance(path, MaskPass):
         return
-    for row, mask in zip(masks, wanted.masks, strict=True):
+    for row, mask in zip(masks, expected.masks, strict=True):
         assert row.tobytes() == bytes(to_bytes(pack_mask(mask)))
     n = len(deltas)
-    assert path.statistics.kept.tolist() == [int((delta != 0).sum()) for delta in wanted.trimmed]
+    assert path.statistics.kept.tolist() == [int((delta != 0).sum()) for delta in expected.trimmed]
     assert path.statistics.agreeing.tolist() == [
-        int(((delta.sign() == wanted.sign) & (wanted.sign != 0)).sum()) for delta in wanted.trimmed
+        int(((delta.sign() == expected.sign) & (expected.sign != 0)).sum())
+        for delta in expected.trimmed
     ]
-    assert path.statistics.masked.tolist() == [int(mask.sum()) for mask in wanted.masks]
-    votes = torch.stack(list(wanted.masks)).sum(dim=0)
+    assert path.statistics.masked.tolist() == [int(mask.sum()) for mask in expected.masks]
+    votes = torch.stack(list(expected.masks)).sum(dim=0)
     assert path.statistics.consensus.tolist() == torch.bincount(votes, minlength=n + 1).tolist()
     assert path.statistics.overlaps.tolist() == [
-        int((one & other).sum()) for one, other in itertools.combinations(wanted.masks, 2)
+        int((one & other).sum()) for one, other in itertools.combinations(expected.masks, 2)
     ]
     squares = [
-        kernels.add_squares(0.0, values.float().numpy()) for values in [*deltas, wanted.values]
+        kernels.add_squares(0.0, values.float().numpy()) for values in [*deltas, expected.values]
     ]
     np.testing.assert_array_equal(path.statistics.squares, squares)
 
@@ -278,19 +279,19 @@ def test_votes_of_any_number_of_experts_are_counted(num_experts: int) -> None:
     method = find_method("mmer")
     parameters = method.parameters_model.model_validate({"mask_scale": 0.3})
     experts = [method.expert_parameters_model() for _ in rows[1:]]
-    block, wanted = make_reference(method, rows, "BF16", parameters, experts)
+    block, expected = make_reference(method, rows, "BF16", parameters, experts)
     path = find_compiled_pass(make_request(method, parameters, experts, block.facts, "BF16"))
     assert isinstance(path, MaskPass)
     found = run_path(path, make_block(rows), 2, num_experts, size)
     assert found is not None
-    assert found[0] == bytes(to_bytes(wanted.values))
-    votes = torch.stack(list(wanted.masks)).sum(dim=0)
+    assert found[0] == bytes(to_bytes(expected.values))
+    votes = torch.stack(list(expected.masks)).sum(dim=0)
     assert (
         path.statistics.consensus.tolist()
         == torch.bincount(votes, minlength=num_experts + 1).tolist()
     )
     assert path.statistics.overlaps.tolist() == [
-        int((one & other).sum()) for one, other in itertools.combinations(wanted.masks, 2)
+        int((one & other).sum()) for one, other in itertools.combinations(expected.masks, 2)
     ]
 
 
@@ -304,13 +305,13 @@ def test_ties_are_taken_by_position_where_both_counts_end_within_tiles() -> None
     # Of equal magnitudes the first tenth ends in the first tile, the 45 % behind it in the third.
     parameters = method.parameters_model.model_validate({"density": 0.45, "gamma": 0.1})
     experts = [method.expert_parameters_model() for _ in rows[1:]]
-    block, wanted = make_reference(method, rows, "BF16", parameters, experts)
+    block, expected = make_reference(method, rows, "BF16", parameters, experts)
     path = find_compiled_pass(make_request(method, parameters, experts, block.facts, "BF16"))
     assert path is not None
     found = run_path(path, make_block(rows), 2, 0, size)
     assert found is not None
-    assert found[0] == bytes(to_bytes(wanted.values))
-    assert int((wanted.values != 0).sum()) == int(0.45 * size)
+    assert found[0] == bytes(to_bytes(expected.values))
+    assert int((expected.values != 0).sum()) == int(0.45 * size)
 
 
 @settings(max_examples=40, deadline=None)
@@ -337,7 +338,7 @@ def test_a_compiled_stage_finds_the_sums_of_the_methods_own_quantities(
     rows = make_rows(dtypes[: (method.max_experts or len(dtypes)) + 1], size, seed, special=special)
     parameters = method.parameters_model.model_validate(numbers)
     experts = [method.expert_parameters_model() for _ in rows[1:]]
-    wanted, _ = make_reference(method, rows, "BF16", parameters, experts)
+    expected, _ = make_reference(method, rows, "BF16", parameters, experts)
     (stage,) = method.stages(parameters, experts)
     vectors = stage.products
     assert vectors is not None
@@ -349,9 +350,9 @@ def test_a_compiled_stage_finds_the_sums_of_the_methods_own_quantities(
             if span[0] < span[1]
         ],
     )
-    assert found.keys() == wanted.measured.keys()
+    assert found.keys() == expected.measured.keys()
     for quantity, counts in found.items():
-        np.testing.assert_equal(to_sum(counts), wanted.measured[quantity][0])
+        np.testing.assert_equal(to_sum(counts), expected.measured[quantity][0])
 
 
 def test_every_path_has_numbers_to_be_tried_with_and_belongs_to_a_method() -> None:
@@ -374,13 +375,13 @@ def test_weights_that_cancel_take_the_method_itself() -> None:
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
 def test_every_16_bit_value_is_widened_exactly_and_comes_back(dtype: str) -> None:
     words = np.arange(1 << 16, dtype=np.uint16)
-    wanted = torch.from_numpy(words.view(np.int16)).view(TORCH_DTYPES[dtype])
+    expected = torch.from_numpy(words.view(np.int16)).view(TORCH_DTYPES[dtype])
     found = np.empty(1 << 16, np.float32)
     kernels.widen(words.view(np.uint8), kernels.CODES[dtype], 0, 1 << 16, found)
     is_nan = np.isnan(found)
-    assert np.array_equal(is_nan, wanted.isnan().numpy())
+    assert np.array_equal(is_nan, expected.isnan().numpy())
     assert np.array_equal(
-        found[~is_nan].view(np.uint32), wanted.float().numpy()[~is_nan].view(np.uint32)
+        found[~is_nan].view(np.uint32), expected.float().numpy()[~is_nan].view(np.uint32)
     )
     back = np.empty(1 << 16, np.uint16)
     kernels.narrow(found, kernels.CODES[dtype], 1 << 16, back.view(np.uint8), 0)
@@ -396,10 +397,10 @@ def test_any_float32_is_rounded_as_torch_rounds_it(dtype: str, seed: int) -> Non
     bits[1::3] &= 0xFFFF8000  # halves between bfloat16 values
     bits[::2] = (bits[::2] & 0x87FFFFFF) | 0x30000000  # magnitudes at which float16 is subnormal
     values = bits.view(np.float32)
-    wanted = with_one_nan(torch.from_numpy(values).to(TORCH_DTYPES[dtype]))
+    expected = with_one_nan(torch.from_numpy(values).to(TORCH_DTYPES[dtype]))
     out = np.empty(4096 * TORCH_DTYPES[dtype].itemsize, np.uint8)
     kernels.narrow(values.copy(), kernels.CODES[dtype], 4096, out, 0)
-    assert out.tobytes() == bytes(to_bytes(wanted))
+    assert out.tobytes() == bytes(to_bytes(expected))
 
 
 def test_the_sum_of_squares_is_the_sum_and_does_not_depend_on_where_a_block_ends() -> None:

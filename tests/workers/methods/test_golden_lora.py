@@ -64,13 +64,13 @@ def test_factors_averaged_one_by_one_are_those_of_the_official_code(case: Case) 
         adapters, strategy=strategy, density=density, iterations=params.get("iterations") or 300
     )
     prefix = case["id"].split("/", 1)[1] + "/"
-    wanted = {
+    expected = {
         name.removeprefix(prefix): value
         for name, value in read_file(case["output"]).items()
         if name.startswith(prefix)
     }
-    assert len(wanted) == case["n_tensors"]
-    for name, value in wanted.items():
+    assert len(expected) == case["n_tensors"]
+    for name, value in expected.items():
         torch.testing.assert_close(
             merged[name],
             value,

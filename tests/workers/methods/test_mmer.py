@@ -77,8 +77,8 @@ def test_a_block_is_merged_as_a_naive_loop_merges_it(
     found = merge(deltas, density=density, mask_scale=mask_scale, reduction=reduction)
     merged, masks = naive(deltas, density, mask_scale, reduction)
     torch.testing.assert_close(found.values, torch.tensor(merged), rtol=1e-6, atol=1e-7)
-    for mask, wanted in zip(found.masks, masks, strict=True):
-        assert mask.tolist() == wanted
+    for mask, expected in zip(found.masks, masks, strict=True):
+        assert mask.tolist() == expected
 
 
 def test_trim_keeps_every_entry_at_the_threshold() -> None:

@@ -139,11 +139,11 @@ def test_what_a_decoder_prints_about_a_broken_sound_is_not_added_to_the_error(
 
 
 def test_an_array_file_gives_its_numbers_in_the_order_of_this_machine(tmp_path: Path) -> None:
-    wanted = np.arange(12, dtype=np.float32).reshape(4, 3)
-    np.save(tmp_path / "x.npy", wanted.astype(">f4"))
+    expected = np.arange(12, dtype=np.float32).reshape(4, 3)
+    np.save(tmp_path / "x.npy", expected.astype(">f4"))
     found = read_array(tmp_path / "x.npy", what="features", remedy="")
     assert found.dtype.isnative
-    assert np.array_equal(found, wanted)
+    assert np.array_equal(found, expected)
 
 
 def test_an_array_file_that_is_cut_anywhere_is_refused(tmp_path: Path) -> None:

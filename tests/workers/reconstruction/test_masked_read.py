@@ -87,14 +87,14 @@ def test_a_block_former_equals_the_loop_over_entries(
         kernel.add_block(
             raw(base[start:stop]), raw(delta[start:stop]), bits, out=raw(found[start:stop])
         )
-    wanted = form_entry_by_entry(
+    expected = form_entry_by_entry(
         base, delta, masks, factors, divisor=float(len(factors)), dtype=out_dtype
     )
-    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
     if stored == out_dtype:
         values = raw(base)
         kernel.add_block(values, raw(delta), packed, out=values)
-        torch.testing.assert_close(base, wanted, rtol=0, atol=0)
+        torch.testing.assert_close(base, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("block_entries", [8, 1_000, 1 << 19])
@@ -127,9 +127,9 @@ def test_weights_are_formed_from_what_is_stored_whatever_the_blocks(
         (factor * mask.to(torch.float32) for factor, mask in zip(factors, masks, strict=True)),
         torch.zeros(base.numel()),
     )
-    wanted = base.reshape(-1).float() + share / 4.0 * delta.reshape(-1).float()
+    expected = base.reshape(-1).float() + share / 4.0 * delta.reshape(-1).float()
     assert formed.values.shape == base.shape
-    torch.testing.assert_close(formed.values.reshape(-1), wanted.to(dtype), rtol=0, atol=0)
+    torch.testing.assert_close(formed.values.reshape(-1), expected.to(dtype), rtol=0, atol=0)
     alone = read_masked_weight(reader, reader.masked_pieces(NAME), dtype=dtype, factors=factors)
     assert alone is not None
     assert alone.delta is None

@@ -68,8 +68,8 @@ def test_exactly_so_many_largest_are_kept_and_of_equals_the_first(
     values: list[int], count: int
 ) -> None:
     order = sorted(range(len(values)), key=lambda position: (-values[position], position))
-    wanted = [position in order[:count] for position in range(len(values))]
-    assert top_mask(torch.tensor(values, dtype=torch.float32), count).tolist() == wanted
+    expected = [position in order[:count] for position in range(len(values))]
+    assert top_mask(torch.tensor(values, dtype=torch.float32), count).tolist() == expected
 
 
 def naive_uniform(seed: int, expert: str, name: str, position: int) -> float:
@@ -91,10 +91,10 @@ def test_random_numbers_are_those_of_the_definition(seed: int, start: int) -> No
     found = uniform(
         seed, expert="audio", name="model.norm.weight", start=start, like=torch.empty(2, 3)
     )
-    wanted = [
+    expected = [
         naive_uniform(seed, "audio", "model.norm.weight", start + offset) for offset in range(6)
     ]
-    assert found.reshape(-1).tolist() == wanted
+    assert found.reshape(-1).tolist() == expected
 
 
 def test_random_numbers_are_uniform() -> None:

@@ -60,8 +60,8 @@ def test_a_score_is_the_mean_log_probability_of_one_prompt_by_itself(composite: 
     for parts, tokens, (likelihood, _) in zip(asked, answers, found, strict=True):
         logs = torch.log_softmax(composite.logits([*parts, Part("ids", tokens)]), dim=-1)
         places = range(len(logs) - len(tokens) - 1, len(logs) - 1)
-        wanted = [float(logs[place, token]) for place, token in zip(places, tokens, strict=True)]
-        assert math.isclose(likelihood, sum(wanted) / len(wanted), rel_tol=1e-4)
+        expected = [float(logs[place, token]) for place, token in zip(places, tokens, strict=True)]
+        assert math.isclose(likelihood, sum(expected) / len(expected), rel_tol=1e-4)
 
 
 def test_an_empty_answer_has_no_score(composite: Any) -> None:
