@@ -191,10 +191,14 @@ class _Sweep:
     """The composites of a calibration, built and measured."""
 
     def __init__(
-        self, recipe: Recipe, asking: Asking, own: Mapping[str, Targets], mixed: Targets
+        self,
+        recipe: Recipe,
+        asking: Asking,
+        own_targets: Mapping[str, Targets],
+        mixed_targets: Targets,
     ) -> None:
         self.recipe, self.asking = recipe, asking
-        self.own, self.mixed = own, mixed
+        self.own, self.mixed = own_targets, mixed_targets
         self.has_density = hasattr(recipe.parameters, "density")
 
     def run(self, scales: Sequence[float], densities: Sequence[float]) -> Calibration:

@@ -125,7 +125,7 @@ def assign(
     Raises:
         RecipeError: as `ask_experts`.
     """
-    own: dict[str, list[Question]] = {expert.name: [] for expert in recipe.experts}
+    own_questions: dict[str, list[Question]] = {expert.name: [] for expert in recipe.experts}
     mixed: list[tuple[Question, tuple[str, ...]]] = []
     for question in questions:
         kinds = {part.kind for part in (*question.parts, *question.media) if part.kind != "text"}
@@ -136,16 +136,16 @@ def assign(
                 " answer. Leave it out"
             )
         if len(owners) == 1:
-            own[owners.pop()].append(question)
+            own_questions[owners.pop()].append(question)
         else:
-            mixed.append((question, tuple(name for name in own if name in owners)))
-    experts_without_prompts = [name for name, assigned in own.items() if not assigned]
+            mixed.append((question, tuple(name for name in own_questions if name in owners)))
+    experts_without_prompts = [name for name, assigned in own_questions.items() if not assigned]
     if experts_without_prompts:
         raise RecipeError(
             f"no prompt has media of expert {experts_without_prompts[0]!r} alone. Give every expert"
             " some prompts of its own modality; no labels are needed"
         )
-    return own, mixed
+    return own_questions, mixed
 
 
 def _find_owner(kind: str, recipe: Recipe, question: Question) -> str:

@@ -1,4 +1,4 @@
-"""The merge methods with parameters and sources: `mmerge methods`, the tables of docs/methods.md."""
+"""The merge methods with parameters and sources: `mmerge methods` and docs/methods.md."""
 
 from __future__ import annotations
 

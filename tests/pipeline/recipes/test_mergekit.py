@@ -130,7 +130,7 @@ def test_two_models_of_one_name_get_two(tmp_path: Path) -> None:
     [
         (
             {"merge_method": "passthrough"},
-            r"merge_method: 'passthrough' has no counterpart here; of mergekit's there are linear",
+            r"merge_method: 'passthrough' has no counterpart here. Supported are linear",
         ),
         ({"modules": {}}, "modules: is not supported"),
         ({"tokenizer_source": "union"}, "tokenizer_source: only the base's tokenizer"),
