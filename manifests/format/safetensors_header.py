@@ -142,7 +142,8 @@ def _parse_spec(name: str, entry: object, *, start: int, where: str) -> TensorSp
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise CheckpointError(
-            f"{where}: {name}: dtype {dtype!r} is not one of {', '.join(DTYPE_BYTES)}, so its values"
+            f"{where}: {name}: dtype {dtype!r} is not one of {', '.join(DTYPE_BYTES)}, so its"
+            " values"
             " cannot be read. Save the checkpoint with one of these dtypes"
         )
     if not _is_sizes(shape):

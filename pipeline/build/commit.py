@@ -24,7 +24,7 @@ from mmerge.workers.task import CopyTask, MergeTask
 
 @dataclass(frozen=True)
 class BuildRecords:
-    """A build whose tasks are all known: its digest, and all that its manifest holds but entries."""
+    """A build whose tasks are all decided: its digest, and its manifest without entries."""
 
     build: str
     """The digest of the build."""
@@ -98,7 +98,7 @@ def refer_to_build(store: Store, plan: MergePlan, build: str) -> tuple[Reference
 
 
 def _label(entry: ShardEntry, shard: str, expert: str) -> ShardEntry:
-    """Return an entry with its shard and expert in this build: builds share objects without them."""
+    """Return an entry with its shard and expert in this build, which shared objects lack."""
     rows: Sequence[Any] = entry.tensors
     return ShardEntry(
         object=entry.object.model_copy(update={"shard": shard, "expert": expert}),

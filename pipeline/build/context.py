@@ -54,7 +54,7 @@ class BuildContext:
         return ["scan", *thresholds, *self.stages.phases, "merge", "copy"]
 
     def scans_of(self, shard: CopyShard) -> list[SurveyTask]:
-        """Return the scans that a copy depends on: its own, and those of merged tensors it holds."""
+        """Return the scans that a copy depends on, including those of merged tensors it holds."""
         tasks = {}
         if shard.name in self.scan_tasks:
             tasks[shard.name] = self.scan_tasks[shard.name]

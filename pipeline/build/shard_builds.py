@@ -33,8 +33,10 @@ class Barrier:
 
 
 ShardBuild = Generator[BuildTask | Barrier, Any, ShardEntry]
-"""The build of one shard. It yields a task and is sent what the task left in the store (a `ScanResult`,
-for the last task a `ShardEntry`); or it yields a barrier. It returns the entry of its object.
+"""The build of one shard.
+
+It yields a task and is sent the result that the task left in the store (a `ScanResult`, for the
+last task a `ShardEntry`); or it yields a barrier. It returns the entry of its object.
 """
 FindResult = Callable[[BuildTask], Any]
 """Returns what an earlier run left of a task, None where there is nothing."""

@@ -73,9 +73,14 @@ class ProcessExecutor(Executor):
 
         try:
             found = run_in_pool(
-                self._pool, tasks, store_uri, num_workers=self.num_processes, memory_bytes=self.memory_bytes, worker_bytes=PROCESS_BYTES,
+                self._pool,
+                tasks,
+                store_uri,
+                num_workers=self.num_processes,
+                memory_bytes=self.memory_bytes,
+                worker_bytes=PROCESS_BYTES,
                 follow=follow_and_note,
-            )  # fmt: skip
+            )
             with closing(found) as outcomes:
                 for task, outcome in outcomes:
                     waiting.remove(task.shard)

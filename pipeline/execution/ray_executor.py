@@ -173,9 +173,12 @@ class RayCluster:
 
         resources = attempt.resources
         options: dict[str, Any] = {
-            "num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus, "memory": self._to_shape(resources.memory),
-            "scheduling_strategy": "SPREAD", "name": f"{attempt.task.shard} (attempt {attempt.number})",
-        }  # fmt: skip
+            "num_cpus": resources.num_cpus,
+            "num_gpus": resources.num_gpus,
+            "memory": self._to_shape(resources.memory),
+            "scheduling_strategy": "SPREAD",
+            "name": f"{attempt.task.shard} (attempt {attempt.number})",
+        }
         others = [
             node["NodeID"]
             for node in self._alive_nodes()

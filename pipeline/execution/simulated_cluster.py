@@ -55,7 +55,7 @@ class _Job:
 
 @dataclass
 class _PhaseTimes:
-    """When the first task of a phase began and its last one ended, and what its tasks waited for."""
+    """Start of a phase's first task, end of its last one, and the limits of its tasks."""
 
     began: float
     ended: float

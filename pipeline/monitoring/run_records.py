@@ -184,9 +184,14 @@ def begin_run(
             _await_death(store, name, numbers[-1], clock)
         number = (numbers[-1] if numbers else 0) + 1
         status = RunStatus(
-            name=name, number=number, host=socket.gethostname(), pid=os.getpid(), job=_job_id(),
-            started=_now(), updated=_now(),
-        )  # fmt: skip
+            name=name,
+            number=number,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            job=_job_id(),
+            started=_now(),
+            updated=_now(),
+        )
         try:
             store.put_new(
                 _claim_key(name, number),

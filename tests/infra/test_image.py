@@ -39,9 +39,18 @@ def run_step(pattern: str, folder: Path) -> str:
         rest for word, rest in instructions() if word == "RUN" and re.search(pattern, rest)
     )
     done = subprocess.run(
-        ["bash", "-euc", f'python() {{ "{sys.executable}" "$@"; }}; pip() {{ python -m pip "$@"; }}; {command}'],
-        cwd=folder, env=os.environ | {"ACCELERATOR": "cpu", "TORCH_INDEX_URL": ""}, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
+        [
+            "bash",
+            "-euc",
+            f'python() {{ "{sys.executable}" "$@"; }}; pip() {{ python -m pip "$@"; }}; {command}',
+        ],
+        cwd=folder,
+        env=os.environ | {"ACCELERATOR": "cpu", "TORCH_INDEX_URL": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

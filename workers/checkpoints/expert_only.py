@@ -41,7 +41,7 @@ def find_expert_only(
 
 
 def _is_in_decoder(name: str, prefixes: set[str]) -> bool:
-    """Return whether a tensor lies in a layer or the last norm directly below one of the prefixes."""
+    """Return whether a tensor is in a layer or the last norm directly below a prefix."""
     split = split_layer(name)
     if split is not None:
         return split.prefix in prefixes

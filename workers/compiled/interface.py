@@ -1,5 +1,6 @@
-"""The interface of compiled passes: an object per tensor that merges its blocks to the same bytes as
-the method's own code, faster.
+"""The interface of compiled passes, which merge blocks to the same bytes as torch, faster.
+
+There is one object per tensor.
 
 Calls, by the merge task (workers/tasks/merge.py), for each tensor:
 

@@ -95,7 +95,7 @@ def count_magnitudes(
 def count_tile(
     values: Any, count: int, places: Any, histogram: Any, smallest_and_largest: Any
 ) -> None:
-    """Add the magnitudes of a tile of float32 values to one histogram; `places` is uint32, scratch."""
+    """Add the magnitudes of a float32 tile to one histogram; `places` is uint32 scratch."""
     smallest, largest = np.uint32(smallest_and_largest[0]), np.uint32(smallest_and_largest[1])
     for i in range(count):
         word = np.uint32(to_bits(values[i]) & np.uint32(0x7FFFFFFF))

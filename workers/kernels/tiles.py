@@ -90,7 +90,7 @@ def _pointer(_: Any, address: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def select(_: Any, condition: Any, chosen: Any, other: Any) -> Any:
-    """Return `chosen` where the condition holds, else `other`, without a branch: both of one type."""
+    """Return `chosen` where the condition holds, else `other`, branch-free; both of one type."""
     if condition != types.boolean or chosen != other:
         return None
 

@@ -22,7 +22,9 @@ class SlerpParameters(Parameters):
 
 
 class Slerp(Method):
-    """Interpolate along the arc, per tensor: between two experts, or from the base to a single one."""
+    """Interpolate along the arc, per tensor: between two experts, or from the base to a single
+    one.
+    """
 
     name = "slerp"
     kind = "plain"

@@ -49,7 +49,7 @@ def measure_products(vectors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 def read_gram(known: Mapping[str, Sequence[float]], *, count: int) -> torch.Tensor:
-    """Return the Gram matrix, float64 [count, count], whose sums of `measure_products` were found."""
+    """Return the Gram matrix, float64 [count, count], from the sums of `measure_products`."""
     rows = [
         [known[f"{min(one, other)}.{max(one, other)}"][0] for other in range(count)]
         for one in range(count)

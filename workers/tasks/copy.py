@@ -48,11 +48,18 @@ def copy_shard(task: CopyTask, store: Store) -> TaskResult:
                 out.write(block.raw[0])
             rows.append(
                 TensorRow(
-                    name=tensor.name, role=tensor.role, expert=task.expert, dtype=spec.dtype, shape=spec.shape,
-                    row_start=tensor.row_start, row_stop=tensor.row_stop, offset=spec.offset, num_bytes=spec.num_bytes,
+                    name=tensor.name,
+                    role=tensor.role,
+                    expert=task.expert,
+                    dtype=spec.dtype,
+                    shape=spec.shape,
+                    row_start=tensor.row_start,
+                    row_stop=tensor.row_stop,
+                    offset=spec.offset,
+                    num_bytes=spec.num_bytes,
                     digest=digest.hexdigest(),
                 )
-            )  # fmt: skip
+            )
     entry = ShardEntry(
         object=ObjectEntry(
             key=out.key,

@@ -21,7 +21,7 @@ for functions that others compiled.
 
 
 def begin_process() -> None:
-    """Prepare this process for tasks: it lives no longer than its parent, and leaves Ctrl-C to it."""
+    """Prepare this process for tasks: it ends with its parent, which handles Ctrl-C."""
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # a terminal sends it to all; what runs is finished, and the parent says when to end

@@ -52,7 +52,8 @@ def test_paths_start_at_the_recipes_folder_and_defaults_are_filled_in(tmp_path: 
         ({"density": "much"}, r"density: expected a number in \(0, 1\], got 'much'"),
         (
             {"dens": 0.8},
-            r"dens: unknown key for method 'mmer'\. Did you mean 'density'\? Known keys: method, experts",
+            r"dens: unknown key for method 'mmer'\. Did you mean 'density'\?"
+            r" Known keys: method, experts",
         ),
         ({"scale": 1.0}, "scale: unknown key for method 'mmer'"),
         ({"method": "ties", "mask_scale": 0.5}, "mask_scale: unknown key for method 'ties'"),
