@@ -33,9 +33,14 @@ def read_mcub(
 ) -> list[Question]:
     """Return the questions of MCUB.
 
-    The file is a list of `{"id", "conversations": [{"from": "human", "value": "<image>\\n<audio>\\n
-    … options"}, {"from": "gpt", "value": "B"}], "modal_inputs": {"vision": [files], "audio": [files],
-    "video": [files], "point": [files]}}`. The right letter is the last turn, here or in a second
+    The file is a list of records:
+
+        {"id": …,
+         "conversations": [{"from": "human", "value": "<image>\\n<audio>\\n… options"},
+                           {"from": "gpt", "value": "B"}],
+         "modal_inputs": {"vision": [files], "audio": [files], "video": [files], "point": [files]}}
+
+    The right letter is the last turn, here or in a second
     file of the same form (`MCUB-answer.json`). Every place in a question takes the next file of its
     kind.
 

@@ -69,7 +69,7 @@ class MergekitDocument:
         return int(checkpoint.text_config.get("num_hidden_layers", 0))
 
     def to_path(self, model: str) -> str:
-        """Return where a model is, relative to the YAML, or as in mergekit to the working folder."""
+        """Return a model's path, relative to the YAML or, as in mergekit, to the working folder."""
         if "://" in model or Path(model).is_absolute():
             return model
         if (self.folder / model).exists():
