@@ -60,9 +60,9 @@ def check_expert_only_tensors(
     """
     if kind != "plain":
         return
-    for expert, carried, pairs in zip(experts, layout.carried, layout.renames, strict=True):
+    for expert, copied, pairs in zip(experts, layout.copied, layout.renames, strict=True):
         names = find_expert_only(
-            (tensor.name for tensor in carried if not tensor.is_extra_rows),
+            (tensor.name for tensor in copied if not tensor.is_extra_rows),
             base_names=(rename(name, pairs) for name in base.tensors),
             renames=pairs,
         )

@@ -28,7 +28,7 @@ from mmerge.pipeline.planning.memory_bounds import (
     too_little_memory,
 )
 from mmerge.pipeline.planning.tensor_layout import (
-    CarriedTensor,
+    CopiedTensor,
     Layout,
     SharedTensor,
     make_layout,
@@ -179,7 +179,7 @@ def make_plan(
     )
     check_expert_only_tensors(base, experts, layout, kind=method.kind)
     dtype = NAMED_DTYPES[recipe.dtype] if recipe.dtype else _base_dtype(base)
-    copied = tuple(base.tensors.values()) if method.kind == "masks" else layout.kept
+    base_copies = tuple(base.tensors.values()) if method.kind == "masks" else layout.kept
     names = [expert.name for expert in recipe.experts]
 
     def make_shards(entries: int) -> tuple[MergeShard, ...]:
@@ -202,11 +202,11 @@ def make_plan(
         numbers=recipe.numbers_by_tensor([tensor.name for tensor in layout.shared]),
         dtype=dtype,
         merge_shards=merge_shards,
-        base_shards=tuple(_make_base_shards(copied, max_shard_bytes)),
+        base_shards=tuple(_make_base_shards(base_copies, max_shard_bytes)),
         carry_shards=tuple(
             shard
-            for name, carried in zip(names, layout.carried, strict=True)
-            for shard in _make_carry_shards(name, carried, max_shard_bytes)
+            for name, copied in zip(names, layout.copied, strict=True)
+            for shard in _make_carry_shards(name, copied, max_shard_bytes)
         ),
         renames=layout.renames,
         block_entries=entries,
@@ -403,11 +403,11 @@ def _make_base_shards(sources: Sequence[TensorSource], max_bytes: int) -> Iterab
 
 
 def _make_carry_shards(
-    expert: str, carried: Sequence[CarriedTensor], max_bytes: int
+    expert: str, copied: Sequence[CopiedTensor], max_bytes: int
 ) -> Iterable[CopyShard]:
     tensors = [
         copy
-        for tensor in carried
+        for tensor in copied
         for copy in _make_copies(
             tensor.name,
             "extra_rows" if tensor.is_extra_rows else "carried",

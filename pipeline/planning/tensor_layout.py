@@ -42,7 +42,7 @@ class SharedTensor:
 
 
 @dataclass(frozen=True)
-class CarriedTensor:
+class CopiedTensor:
     """A tensor copied from one expert: its own, or the vocabulary rows it added to a shared one."""
 
     name: str
@@ -64,7 +64,7 @@ class Layout:
     """Every tensor of the base that is merged."""
     kept: tuple[TensorSource, ...]
     """Tensors of the base that are not merged and taken from the base."""
-    carried: tuple[tuple[CarriedTensor, ...], ...]
+    copied: tuple[tuple[CopiedTensor, ...], ...]
     """Per expert, the tensors copied from it."""
     renames: tuple[Renames, ...]
     """Per expert, how its files name the base's tensors."""
@@ -171,11 +171,11 @@ def make_layout(
             for expert, names in zip(experts, renames, strict=True)
         )
         shared.append(SharedTensor(name, source, sources))
-    carried = tuple(
-        tuple(_list_carried(base, expert, names, listed))
+    copied = tuple(
+        tuple(_list_copied(base, expert, names, listed))
         for expert, names in zip(experts, renames, strict=True)
     )
-    return Layout(tuple(shared), tuple(kept), carried, tuple(renames))
+    return Layout(tuple(shared), tuple(kept), copied, tuple(renames))
 
 
 def match_names(names: Iterable[str], patterns: Iterable[str]) -> set[str]:
@@ -204,20 +204,20 @@ def _check_projections(base: Checkpoint) -> None:
         )
 
 
-def _list_carried(
+def _list_copied(
     base: Checkpoint, expert: Checkpoint, renames: Renames, listed: set[str]
-) -> list[CarriedTensor]:
+) -> list[CopiedTensor]:
     in_expert = {rename(name, renames): name for name in base.tensors}
-    carried = []
+    copied = []
     for file_name, source in expert.tensors.items():
         name = in_expert.get(file_name)
         if name is None or name in listed:
-            carried.append(CarriedTensor(file_name, source))
+            copied.append(CopiedTensor(file_name, source))
             continue
         rows, base_rows = _num_rows(source), _num_rows(base.tensors[name])
         if rows > base_rows:
-            carried.append(CarriedTensor(name, source.to_rows(base_rows, rows), base_rows))
-    return carried
+            copied.append(CopiedTensor(name, source.to_rows(base_rows, rows), base_rows))
+    return copied
 
 
 def _num_rows(source: TensorSource) -> int:
