@@ -48,7 +48,7 @@ class _Policy:
     now: datetime
     grace: timedelta
     keep: int
-    surveys: bool
+    scans: bool
 
     def is_old(self, listed: Listed) -> bool:
         return self.now - listed.modified > self.grace
@@ -67,7 +67,7 @@ def collect_garbage(
     *,
     grace: timedelta = DEFAULT_GRACE,
     keep: int = 1,
-    surveys: bool = False,
+    scans: bool = False,
     delete: bool = False,
 ) -> GarbageReport:
     """Return what is garbage in a store, and delete it if `delete` is set.
@@ -81,7 +81,7 @@ def collect_garbage(
         store: the store.
         grace: the least age of garbage.
         keep: numbers of each name that stay at any age.
-        surveys: whether cached scans older than `grace` are garbage; the next run then reads its
+        scans: whether cached scans older than `grace` are garbage; the next run then reads its
             inputs again.
         delete: delete; otherwise only report.
 
@@ -95,7 +95,7 @@ def collect_garbage(
         )
     if not delete:
         listing = list(store.list_objects())
-        policy = _Policy(_latest_time(listing), grace, keep, surveys)
+        policy = _Policy(_latest_time(listing), grace, keep, scans)
         return _find_garbage(store, listing, policy)
     with Lease(store, "collect") as lease:
         lease_keys = lease.find_others("run") + lease.find_others("collect")
@@ -108,7 +108,7 @@ def collect_garbage(
         # The lease was written a moment ago: its time is the present by the store's own clock.
         lease_times = [listed.modified for listed in listing if listed.key == lease.key]
         now = lease_times[0] if lease_times else _latest_time(listing)
-        report = _find_garbage(store, listing, _Policy(now, grace, keep, surveys))
+        report = _find_garbage(store, listing, _Policy(now, grace, keep, scans))
         _delete(store, report.garbage, own_lease=lease.key)
     return replace(report, deleted=True)
 
@@ -133,7 +133,7 @@ def _find_garbage(store: Store, listing: list[Listed], policy: _Policy) -> Garba
     garbage = [
         listed
         for listed in listing
-        if policy.is_old(listed) and _may_be_deleted(listed.key, live, surveys=policy.surveys)
+        if policy.is_old(listed) and _may_be_deleted(listed.key, live, scans=policy.scans)
     ]
     partials = [listed for listed in store.list_partials() if policy.is_old(listed)]
     garbage_keys = {listed.key for listed in garbage}
@@ -184,12 +184,12 @@ def needed_keys(manifest: Manifest) -> set[str]:
     return {manifest_key(manifest.build), manifest.table.key} | files | objects | entries
 
 
-def _may_be_deleted(key: str, live: _Live, *, surveys: bool) -> bool:
+def _may_be_deleted(key: str, live: _Live, *, scans: bool) -> bool:
     if key in live.keys:
         return False
     folder = key.partition("/")[0]
     if folder == "builds":
         return key.split("/")[1] not in live.builds
     if folder == "surveys":
-        return surveys
+        return scans
     return folder in ("refs", "objects", "files", "probe", "claims")

@@ -77,7 +77,7 @@ def gc(
 
     period = parse_duration(grace, option="--grace")
     report = collect_garbage(
-        open_store(store_uri), grace=period, keep=keep, surveys=scans, delete=delete
+        open_store(store_uri), grace=period, keep=keep, scans=scans, delete=delete
     )
     if as_json:
         document = {

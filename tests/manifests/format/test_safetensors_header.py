@@ -39,10 +39,10 @@ def test_a_file_of_the_official_writer_is_read(tmp_path: Path) -> None:
     data = (tmp_path / "x.safetensors").read_bytes()
     specs = parse_header(data, file_bytes=len(data), where="x")
     assert set(specs) == {"a", "b", "e"}
-    found = np.frombuffer(data, np.float32, count=6, offset=specs["a"].offset).reshape(
+    values = np.frombuffer(data, np.float32, count=6, offset=specs["a"].offset).reshape(
         specs["a"].shape
     )
-    assert (found == tensors["a"]).all()
+    assert (values == tensors["a"]).all()
     assert specs["b"].shape == ()
     assert specs["b"].num_entries == 1
 

@@ -53,14 +53,14 @@ def test_a_truncated_a_missing_and_a_swapped_object_are_found(
     built: tuple[Path, list[StoredRow]],
 ) -> None:
     folder, rows = built
-    one, two, three, four = sorted({row.object for row in rows})[:4]
-    (folder / one).write_bytes((folder / one).read_bytes()[:-1])
-    (folder / two).unlink()
-    data = (folder / three).read_bytes()
-    (folder / three).write_bytes((folder / four).read_bytes())
-    (folder / four).write_bytes(data)
+    truncated, missing, swapped, swapped_in = sorted({row.object for row in rows})[:4]
+    (folder / truncated).write_bytes((folder / truncated).read_bytes()[:-1])
+    (folder / missing).unlink()
+    data = (folder / swapped).read_bytes()
+    (folder / swapped).write_bytes((folder / swapped_in).read_bytes())
+    (folder / swapped_in).write_bytes(data)
     damages = "\n".join(verify(str(folder)).damages)
-    assert all(key in damages for key in (one, two, three, four))
+    assert all(key in damages for key in (truncated, missing, swapped, swapped_in))
 
 
 def test_a_damaged_header_table_or_file_is_found(built: tuple[Path, list[StoredRow]]) -> None:

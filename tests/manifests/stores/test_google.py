@@ -73,10 +73,10 @@ class Bucket:
 
 @pytest.fixture
 def bucket() -> Iterator[Bucket]:
-    found = Bucket()
-    yield found
-    found.server.shutdown()
-    found.server.server_close()
+    server_bucket = Bucket()
+    yield server_bucket
+    server_bucket.server.shutdown()
+    server_bucket.server.server_close()
 
 
 def test_a_bucket_is_reached_with_the_service_account_that_the_environment_names(
