@@ -1,0 +1,49 @@
+"""Adapters that are no plain LoRA are refused by the name of their kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mmerge.manifests.errors import CheckpointError
+from mmerge.workers.checkpoints.lora_variants import refuse_variants
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"use_dora": True}, "DoRA"),
+        ({"use_tomorrow": True}, "use_tomorrow"),
+        ({"init_lora_weights": "pissa"}, "PiSSA"),
+        ({"init_lora_weights": "pissa_niter_16"}, "PiSSA"),
+        ({"init_lora_weights": "olora"}, "OLoRA"),
+        ({"init_lora_weights": "corda"}, "CorDA"),
+        ({"init_lora_weights": "loftq"}, "LoftQ"),
+        ({"init_lora_weights": "tomorrow"}, "'tomorrow'"),
+        ({"alora_invocation_tokens": [1, 2]}, "aLoRA"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
+        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
+        ({"trainable_token_indices": {"embed_tokens": [3]}}, "trainable_token_indices"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"lora_bias": True}, "lora_bias"),
+    ],
+)
+def test_a_variant_is_refused_by_its_name(config: dict[str, Any], name: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"this is .*{name}.*merge_and_unload"):
+        refuse_variants(config, where="expert 'one'")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"peft_type": "LORA", "use_rslora": True, "rank_pattern": {"q_proj": 2}, "bias": "all"},
+        {"init_lora_weights": True, "use_dora": False, "trainable_token_indices": None},
+        {"init_lora_weights": "gaussian", "modules_to_save": ["lm_head"]},
+        {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}},
+    ],
+)
+def test_plain_adapters_pass(config: dict[str, Any]) -> None:
+    refuse_variants(config, where="expert 'one'")
