@@ -36,7 +36,6 @@ def test_names_say_what_they_hold() -> None:
     assert len(empty) * 1000 <= MAX_PER_THOUSAND * len(names)
 
 
-@pytest.mark.xfail(reason="rewrapping goes on folder by folder")
 @pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(ROOT)) for path in FILES])
 def test_no_line_is_longer_than_the_limit(path: Path) -> None:
     lines = enumerate(path.read_text().splitlines(), start=1)

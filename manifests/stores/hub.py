@@ -233,7 +233,10 @@ class HubStore(ReadableStore):
 
     def _request_head(self, key: str, num_bytes: int) -> memoryview | None:
         from huggingface_hub import get_session, hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]
+            build_hf_headers,
+            hf_raise_for_status,
+        )
 
         if num_bytes == 0:
             return memoryview(b"")

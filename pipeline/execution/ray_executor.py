@@ -292,7 +292,8 @@ class RayCluster:
             event = Event(
                 self._attempts[stream], "lost", error=MmergeError("it ended without a result")
             )
-        except Exception as error:  # noqa: BLE001 - sorted out below; nothing but Ray's and the task's own errors comes here
+        except Exception as error:  # noqa: BLE001
+            # Only errors of Ray and of the task arrive here.
             event = _to_event(self._attempts[stream], error, ray.exceptions)
         else:
             if isinstance(value, str):

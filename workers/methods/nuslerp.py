@@ -83,7 +83,12 @@ class Nuslerp(Method):
     def granularity(
         self, parameters: NuslerpParameters, experts: Sequence[NuslerpExpertParameters]
     ) -> Granularity:
-        return {"tensor": "entry", "rows": "row", "columns": "tensor"}[parameters.along]  # type: ignore[return-value]
+        by_direction: dict[str, Granularity] = {
+            "tensor": "entry",
+            "rows": "row",
+            "columns": "tensor",
+        }
+        return by_direction[parameters.along]
 
     @override
     def stages(

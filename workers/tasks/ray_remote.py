@@ -11,7 +11,7 @@ from mmerge.workers.task import Task, TaskResult
 from mmerge.workers.tasks.run import run_task
 
 
-@ray.remote(num_returns="streaming", max_retries=0)  # type: ignore[untyped-decorator]  # ray is taken as Any
+@ray.remote(num_returns="streaming", max_retries=0)  # type: ignore[untyped-decorator]
 def run_task_remote(task: Task, store_uri: str) -> Iterator[str | TaskResult]:
     """Yield the node's id when the task begins, then its result. One thread: Ray places one task
     per core.

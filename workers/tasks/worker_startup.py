@@ -62,7 +62,8 @@ def _hidden(names: Sequence[str]) -> Iterator[None]:
     """Let these modules not be found while the context lasts, those that were imported before
     excepted.
     """
-    modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]  # None is how the import system marks what must not be found
+    # The import system takes None for a module that must not be found.
+    modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]
     missing = [name for name in names if name not in modules]
     modules.update(dict.fromkeys(missing))
     try:
