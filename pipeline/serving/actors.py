@@ -1,6 +1,4 @@
-"""A composite held by several Ray actors in a placement group, one per device: tensor parallel, as
-with torchrun.
-"""
+"""A composite on several Ray actors, one per device: tensor parallel, as with torchrun."""
 
 from __future__ import annotations
 
@@ -31,29 +29,25 @@ from mmerge.workers.composite.routed_linear import Policy
 from mmerge.workers.modalities.prompt import Part
 
 GRACE_S = 10.0
-"""Seconds that the other ranks have to say what they saw when one has failed: the first to be heard
-need not be the cause.
-"""
+"""Seconds to wait for the errors of the other ranks: the first to arrive need not be the cause."""
 START_TIMEOUT_S = 300.0
 
 
 class RankActor:
-    """One rank: a process with one device, that joins the others and makes the same calls."""
+    """One rank: a process with one device that makes the same calls as the others."""
 
     def __init__(self) -> None:
         self._process_group = ProcessGroup()
         self._composite: Composite | None = None
 
     def find_place(self) -> tuple[str, int]:
-        """Return this node's address and a port that is free on it, where the ranks meet if this is
-        the first.
-        """
+        """Return this node's address and a free port, where rank 0 lets the others connect."""
         with socket.socket() as free:
             free.bind(("", 0))
             return str(ray.util.get_node_ip_address()), int(free.getsockname()[1])
 
     def find_pid(self) -> int:
-        """Return the process that this rank is, for those who watch it."""
+        """Return the process id of this rank."""
         return os.getpid()
 
     def load(
@@ -66,8 +60,10 @@ class RankActor:
         timeout_s: float,
         options: dict[str, Any],
     ) -> None:
-        """Join the other ranks and load this one's part. The variables are those that torchrun
-        sets; Ray shows each actor its own GPU as the first.
+        """Join the process group and load this rank's part.
+
+        Sets the environment variables that torchrun sets; Ray shows every actor its own GPU as the
+        first, hence LOCAL_RANK 0.
         """
         address, port = place
         names = {
@@ -82,7 +78,7 @@ class RankActor:
         self._composite = load_composite(uri, group=self._process_group, **options)
 
     def reports(self) -> tuple[LoadReport, ...]:
-        """Return what each rank read."""
+        """Return what every rank read."""
         assert self._composite is not None
         return self._composite.load_reports
 
@@ -104,13 +100,14 @@ class RankActor:
         return self._composite.generate_batch(prompts, **options)
 
     def close(self) -> None:
-        """End the exchange with the others."""
+        """Leave the process group."""
         self._process_group.close()
 
 
 class ActorComposite:
-    """A composite on actors. Made by `load_on_actors`; a rank that fails to load or dies ends all
-    of them, with one error.
+    """A composite on actors, made by `load_on_actors`.
+
+    A rank that fails to load or dies ends all of them, with one error.
     """
 
     def __init__(self, actors: Sequence[Any], group: Any, executor: RayExecutor) -> None:
@@ -120,28 +117,28 @@ class ActorComposite:
 
     def prompt(self, question: str, media: Sequence[Part] = ()) -> list[Part]:
         """Return the parts of a prompt in the form that the recipe's templates give it."""
-        found: list[Part] = self._gather([self._actors[0].prompt.remote(question, list(media))])[0]
-        return found
+        parts: list[Part] = self._gather([self._actors[0].prompt.remote(question, list(media))])[0]
+        return parts
 
     def logits(self, parts: Sequence[Part]) -> torch.Tensor:
-        """Return the logits of every position of a prompt, [tokens, vocabulary]. Files are read by
-        the actors, on their nodes.
+        """Return the logits of every position of a prompt, [tokens, vocabulary].
+
+        The actors read the files, on their nodes.
         """
-        found: torch.Tensor = self._call("logits", list(parts))[0]
-        return found
+        logits: torch.Tensor = self._call("logits", list(parts))[0]
+        return logits
 
     def generate_batch(
         self, prompts: Sequence[Sequence[Part]], *, max_new_tokens: int = 64, **options: Any
     ) -> list[str]:
         """Return one answer per prompt. Options and errors as of `Composite.generate_batch`."""
-        given = {"max_new_tokens": max_new_tokens} | options
-        found: list[str] = self._call("generate_batch", [list(parts) for parts in prompts], given)[
-            0
-        ]
-        return found
+        all_options = {"max_new_tokens": max_new_tokens} | options
+        prompt_lists = [list(parts) for parts in prompts]
+        answers: list[str] = self._call("generate_batch", prompt_lists, all_options)[0]
+        return answers
 
     def close(self) -> None:
-        """End the actors and give their devices back."""
+        """End the actors and release their devices."""
         actors, self._actors = self._actors, []
         if not actors:
             return
@@ -170,8 +167,10 @@ class ActorComposite:
         return self._gather([getattr(actor, name).remote(*arguments) for actor in self._actors])
 
     def _gather(self, waiting: Sequence[Any]) -> list[Any]:
-        """Return what every rank returns. When one is gone or out of step, all are ended and the
-        error that says why is raised.
+        """Return the results of all ranks.
+
+        If a rank died or only some failed, end all of them and raise the error nearest to the
+        cause.
         """
         if not waiting:
             raise RankLost("this composite's actors have ended; load it again")
@@ -181,11 +180,11 @@ class ActorComposite:
             ready, left = ray.wait(
                 left, timeout=None if until is None else max(0.0, until - time.monotonic())
             )
-            for each in ready:
+            for reference in ready:
                 try:
-                    ray.get(each)
+                    ray.get(reference)
                 except (RayTaskError, ActorDiedError, ActorUnavailableError) as error:
-                    failures[list(waiting).index(each)] = error
+                    failures[list(waiting).index(reference)] = error
                     until = until or time.monotonic() + GRACE_S
         if not failures:
             return list(ray.get(list(waiting)))
@@ -208,8 +207,9 @@ class ActorComposite:
 
 
 def _choose(failures: dict[int, BaseException]) -> tuple[int, BaseException]:
-    """Return the failure that is nearest to the cause: an actor that ended, then what is no
-    consequence of another rank's end.
+    """Return rank and error nearest to the cause.
+
+    An actor that ended comes first, consequences of another rank's end come last.
     """
 
     def distance(item: tuple[int, BaseException]) -> tuple[int, int]:
@@ -239,8 +239,9 @@ def load_on_actors(
     cpus_per_rank: float = 1,
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> ActorComposite:
-    """Return the composite at `uri` on `num_ranks` Ray actors in one placement group (PACK), each
-    with a part of every matrix.
+    """Return the composite at `uri` on Ray actors, each with a part of every matrix.
+
+    The actors form one placement group (strategy PACK).
 
     Args:
         uri: as of `load_composite`; every node must see it.
@@ -301,8 +302,10 @@ def load_on_actors(
 def _await_group(
     group: Any, bundle: dict[str, float], num_ranks: int, executor: RayExecutor
 ) -> None:
-    """Wait until the placement group has its devices. Raises PlacementError at once where the
-    cluster can never have them.
+    """Wait until the placement group has its devices.
+
+    Raises:
+        PlacementError: after a timeout, or at once if the cluster can never have them.
     """
     total = ray.cluster_resources()
     lacking = [name for name, amount in bundle.items() if total.get(name, 0) < amount * num_ranks]
@@ -310,12 +313,12 @@ def _await_group(
         return
     remove_placement_group(group)
     executor.close()
-    wanted = ", ".join(f"{amount * num_ranks:g} {name}" for name, amount in bundle.items())
-    there = ", ".join(f"{total.get(name, 0):g} {name}" for name in bundle)
+    needed = ", ".join(f"{amount * num_ranks:g} {name}" for name, amount in bundle.items())
+    available = ", ".join(f"{total.get(name, 0):g} {name}" for name in bundle)
     state = (
         "has" if lacking else f"did not have them free within {START_TIMEOUT_S:g} s; in all it has"
     )
     raise PlacementError(
-        f"{num_ranks} ranks need {wanted}; the Ray cluster {state} {there}. Use fewer ranks, or a"
-        " larger cluster"
+        f"{num_ranks} ranks need {needed}; the Ray cluster {state} {available}. Use fewer ranks,"
+        " or a larger cluster"
     )

@@ -1,4 +1,4 @@
-"""A composite behind HTTP, as a Ray Serve application: what `infra/kubernetes/base/service` runs.
+"""A composite as a Ray Serve application over HTTP, run by `infra/kubernetes/base/service`.
 
 A request is JSON: `{"question": "…", "media": [{"kind": "image", "data": "<base64 of a file>"}],
 "max_new_tokens": 64}`; the answer is `{"answer": "…", "build": "…"}`, or with status 400 `{"error":
@@ -23,15 +23,15 @@ from mmerge.workers.modalities.prompt import Part
 
 
 class Arguments(BaseModel):
-    """What `args` of the application may hold."""
+    """The `args` of the application."""
 
     model_config = ConfigDict(extra="forbid")
 
     uri: str
-    """The composite: STORE#NAME, resolved once when a replica starts."""
+    """The composite, STORE#NAME; resolved once, when a replica starts."""
     device: str = "cpu"
     expert: str | None = None
-    """Rebuild this expert alone, instead of routing by modality."""
+    """Reconstruct this expert alone, instead of routing by modality."""
 
 
 class Medium(BaseModel):
@@ -54,7 +54,7 @@ class Question(BaseModel):
 
 
 class Answerer:
-    """A loaded composite that answers requests; knows nothing of Ray."""
+    """A loaded composite that answers requests, independent of Ray."""
 
     def __init__(self, arguments: Arguments) -> None:
         mode: Any = "retention" if arguments.expert else "expansion"
@@ -63,18 +63,14 @@ class Answerer:
         )
 
     def answer(self, raw: object) -> dict[str, str]:
-        """Return the answer to a request. Raises PromptError when it cannot be understood or
-        answered.
-        """
+        """Return the answer to a request. Raises PromptError if it is malformed or unanswerable."""
         try:
             asked = Question.model_validate(raw)
         except ValidationError as error:
-            raise PromptError(
-                "; ".join(
-                    f"{'.'.join(map(str, found['loc']))}: {found['msg']}"
-                    for found in error.errors()
-                )
-            ) from None
+            messages = [
+                f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors()
+            ]
+            raise PromptError("; ".join(messages)) from None
         with tempfile.TemporaryDirectory() as folder:
             parts = [
                 _to_part(medium, Path(folder) / str(index))
@@ -117,8 +113,10 @@ class CompositeServer:
 
 
 def make_app(args: dict[str, Any]) -> Any:
-    """Return the application. Raises ValidationError when `args` do not fit `Arguments`, before a
-    replica starts.
+    """Return the application.
+
+    Raises:
+        ValidationError: `args` do not fit `Arguments`; raised before a replica starts.
     """
     deployment: Any = CompositeServer  # what the decorator makes of the class
     return deployment.bind(Arguments.model_validate(args).model_dump())
