@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from mmerge.manifests.format.tensor_names import split_layer
+from mmerge.workers.families.registry import role_of
 
 _BUFFERS = ("rotary_emb.inv_freq",)
 """Ends of tensors that are computed from the configuration, and that old files hold as well."""
@@ -45,7 +46,9 @@ def _is_in_decoder(name: str, prefixes: set[str]) -> bool:
     split = split_layer(name)
     if split is not None:
         return split.prefix in prefixes
-    return any(name.startswith(f"{prefix}norm.") for prefix in prefixes)
+    module = name.rpartition(".")[0]
+    is_below_prefix = any(f"{prefix}{module.rpartition('.')[2]}" == module for prefix in prefixes)
+    return is_below_prefix and role_of(name) == "final_norm"
 
 
 def describe_names(names: list[str]) -> str:

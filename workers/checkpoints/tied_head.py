@@ -8,9 +8,8 @@ from typing import Any
 from mmerge.manifests.errors import CheckpointError
 from mmerge.workers.checkpoints.reading import has_equal_bytes
 from mmerge.workers.checkpoints.sources import OpenStores, TensorSource
+from mmerge.workers.families.registry import role_of
 
-_HEAD = "lm_head.weight"
-_EMBEDDING = "embed_tokens.weight"
 _PARTS = ("text_config", "llm_config", "language_config")
 
 
@@ -37,8 +36,8 @@ def drop_tied_head(
         CheckpointError: the configuration ties the head, but the files hold another one. Which of
             the two the model uses depends on who loads it.
     """
-    heads = [name for name in tensors if name == _HEAD or name.endswith(f".{_HEAD}")]
-    embeddings = [name for name in tensors if name.endswith(_EMBEDDING)]
+    heads = [name for name in tensors if role_of(name) == "head"]
+    embeddings = [name for name in tensors if role_of(name) == "embedding"]
     if not heads or not embeddings or not is_surely_tied(config):
         return dict(tensors)
     stores = OpenStores()
