@@ -1,6 +1,6 @@
-"""The interface of compiled passes, which merge blocks to the same bytes as torch, faster.
+"""The interface of compiled passes: one object per tensor that merges its blocks.
 
-There is one object per tensor.
+A pass writes the same bytes as the method's own code, faster.
 
 Calls, by the merge task (workers/tasks/merge.py), for each tensor:
 

@@ -58,9 +58,9 @@ def rank_row(bits: Any, count: int, sorting: Any, buckets: Any, ranks: Any) -> N
     total = buckets[0]
     buckets[0] = 0
     for i in range(len(used)):
-        found = used[i]
+        bucket_size = used[i]
         used[i] = total
-        total += found
+        total += bucket_size
     if with_lower == 0:
         for i in range(count):
             place = np.uint64(places[i])
@@ -129,9 +129,9 @@ def sort_row(
             continue
         total = 0
         for i in range(2048):
-            found = buckets[i]
+            bucket_size = buckets[i]
             buckets[i] = total
-            total += found
+            total += bucket_size
         for i in range(count):
             key = source[i]
             bucket = np.uint64((key >> shift) & mask)
@@ -204,7 +204,7 @@ def merge_by_row(
     sorting = np.empty((4, columns), np.uint32)
     words = np.empty(columns // 2 + 1, np.uint64)
     buckets = np.empty(NUM_BUCKETS, np.int64)
-    zero, one = np.float32(0), np.float32(1)
+    zero, unit = np.float32(0), np.float32(1)
     for row_start in range(0, num_entries, columns):
         widen_at(inputs[0], codes[0], row_start, columns, base)
         for expert in range(num_experts):
@@ -215,7 +215,7 @@ def merge_by_row(
                     rank_row(delta.view(np.uint32), columns, sorting, buckets, ranks)
                 first = position + np.uint64(row_start)
                 drop_row(rule, delta, ranks, first, columns, words, chance)
-            if weight != one:
+            if weight != unit:
                 for i in range(columns):
                     delta[i] = weight * delta[i]
         for start in range(0, columns, TILE_ENTRIES):

@@ -50,11 +50,11 @@ def sum_products(inputs: Any, codes: Any, num_entries: int, from_base: bool, sum
                 widen_at(inputs[index + 1], codes[index + 1], start, count, vector)
         pair = 0
         for index in range(num_vectors):
-            one = vectors[index]
+            vector = vectors[index]
             for partner in range(index, num_vectors):
-                other, total = vectors[partner], sums[pair]
+                partner_vector, total = vectors[partner], sums[pair]
                 for i in range(count):
-                    word = np.uint32(to_bits(one[i] * other[i]))
+                    word = np.uint32(to_bits(vector[i] * partner_vector[i]))
                     normal = select(
                         (word & np.uint32(0x7F800000)) != 0, np.uint32(1 << 23), np.uint32(0)
                     )

@@ -13,7 +13,7 @@ from mmerge.workers.kernels.tiles import TILE_ENTRIES, compiled, narrow, subtrac
 def merge_linear(
     inputs: Any, codes: Any, num_entries: int, weights: Any, divisor: Any, out_code: int, out: Any
 ) -> None:
-    """Write Σ wᵢθᵢ / divisor of one block to `out` (bytes); a divisor of 0 does not divide."""
+    """Write Σ wᵢθᵢ / divisor of one block to `out` (bytes); a divisor of 0 is no division."""
     tiles = np.empty((2, TILE_ENTRIES), np.float32)
     expert, total = tiles[0], tiles[1]
     for start in range(0, num_entries, TILE_ENTRIES):

@@ -124,13 +124,13 @@ def drop_tile(
     """Write to `kept` the entries of a tile, 0 where the random number (`draw_tile`) is not below
     the rule's density; divide, then multiply them.
     """
-    one, zero = np.float32(1), np.float32(0)
+    unit, zero = np.float32(1), np.float32(0)
     divisor, factor = rule.divisor, rule.factor
     # The product with the inverse of a power of two is the quotient, and faster.
     mantissa, exponent = math.frexp(divisor)
     is_power = (mantissa == 0.5) & (abs(exponent) < 100)
-    inverse = one / divisor
-    if rule.density < one:
+    inverse = unit / divisor
+    if rule.density < unit:
         # A random number is its upper 24 bits times 2⁻²⁴: it is compared as that integer, which
         # saves the conversion to float32.
         limit = np.uint32(np.uint32(math.ceil(np.float64(rule.density) * 2.0**24)) << np.uint32(8))
@@ -145,7 +145,7 @@ def drop_tile(
     else:
         for i in range(count):
             kept[i] = values[i] / divisor
-    if factor != one:
+    if factor != unit:
         for i in range(count):
             kept[i] = kept[i] * factor
 
@@ -283,11 +283,11 @@ def combine_tile(rows: Any, rule: Any, count: int, total: Any, merged: Any) -> A
         total: becomes the elected sign times something positive, 0 where nothing is elected; left
             as it is by a sum.
     """
-    zero, one, infinite = np.float32(0), np.float32(1), np.float32(np.inf)
+    zero, unit, infinite = np.float32(0), np.float32(1), np.float32(np.inf)
     weights, zero_sign = rule.weights, rule.zero_sign
     counts = zero_counts(weights)
     if rule.kind == SUM:
-        if rule.divisor != one:
+        if rule.divisor != unit:
             for i in range(count):
                 merged[i] = sum_rows(rows, i) / rule.divisor
         else:
@@ -299,7 +299,7 @@ def combine_tile(rows: Any, rule: Any, count: int, total: Any, merged: Any) -> A
             elected = sum_rows(rows, i)
             elected = select((elected > zero) | (elected < zero), elected, zero_sign)
             limit = select((elected > zero) | (elected < zero), zero, infinite)
-            sign = select(elected > zero, one, select(elected < zero, -one, zero))
+            sign = select(elected > zero, unit, select(elected < zero, -unit, zero))
             merged[i] = largest_agreeing(rows, i, elected, limit) * sign
             total[i] = elected
             counts = add_agreeing(counts, rows, i, elected, limit)
@@ -312,7 +312,7 @@ def combine_tile(rows: Any, rule: Any, count: int, total: Any, merged: Any) -> A
         elected = select((elected > zero) | (elected < zero), elected, zero_sign)
         limit = select((elected > zero) | (elected < zero), zero, infinite)
         weight = sum_agreeing_weights(rows, weights, i, elected, limit)
-        weight = select(abs(weight) < smallest, one, weight)
+        weight = select(abs(weight) < smallest, unit, weight)
         merged[i] = sum_agreeing(rows, i, elected, limit) / weight
         total[i] = elected
         counts = add_agreeing(counts, rows, i, elected, limit)

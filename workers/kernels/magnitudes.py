@@ -1,4 +1,4 @@
-"""The survey's pass over a block, compiled: histograms of task-vector magnitudes, and the first
+"""The scan of a block, compiled: histograms of task-vector magnitudes, and the first
 entry that is not finite.
 """
 
@@ -95,7 +95,7 @@ def count_magnitudes(
 def count_tile(
     values: Any, count: int, places: Any, histogram: Any, smallest_and_largest: Any
 ) -> None:
-    """Add the magnitudes of a float32 tile to one histogram; `places` is uint32 scratch."""
+    """Add the magnitudes of a tile of float32 values to a histogram; `places` is uint32 scratch."""
     smallest, largest = np.uint32(smallest_and_largest[0]), np.uint32(smallest_and_largest[1])
     for i in range(count):
         word = np.uint32(to_bits(values[i]) & np.uint32(0x7FFFFFFF))
@@ -132,14 +132,14 @@ def count_lower_bits(inputs: Any, codes: Any, num_entries: int, upper: int, coun
     tiles = np.empty((2, TILE_ENTRIES), np.float32)
     base, delta = tiles[0], tiles[1]
     bits = delta.view(np.uint32)
-    wanted = np.uint32(upper)
+    upper_bits = np.uint32(upper)
     for start in range(0, num_entries, TILE_ENTRIES):
         count = min(TILE_ENTRIES, num_entries - start)
         widen_at(inputs[0], codes[0], start, count, base)
         subtract_at(inputs[1], codes[1], start, count, base, delta)
         for i in range(count):
             word = bits[i] & np.uint32(0x7FFFFFFF)
-            if word >> np.uint32(12) == wanted:
+            if word >> np.uint32(12) == upper_bits:
                 counts[word & np.uint32(0xFFF)] += 1
 
 
@@ -151,7 +151,7 @@ def drain_histogram(histogram: Any, smallest: int, largest: int, bins: Any, coun
     A bin's number is NUM_LOWS times the upper 15 bits, plus the class of the lower 16. `bins` and
     `counts` must have room for all bins of the range and for the bin of 0.
     """
-    found = 0
+    num_bins = 0
     for step in range(2):
         # Magnitude 0 lies outside of the range, so that the range stays narrow.
         first, last = (0, 0) if step == 0 else (max(smallest >> 16, 1), largest >> 16)
@@ -167,8 +167,8 @@ def drain_histogram(histogram: Any, smallest: int, largest: int, bins: Any, coun
             classes[0] = total
             for low in range(NUM_LOWS):
                 if classes[low]:
-                    bins[found] = top * NUM_LOWS + low
-                    counts[found] = classes[low]
-                    found += 1
+                    bins[num_bins] = top * NUM_LOWS + low
+                    counts[num_bins] = classes[low]
+                    num_bins += 1
                     classes[low] = 0
-    return found
+    return num_bins

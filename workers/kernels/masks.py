@@ -100,7 +100,7 @@ def merge_with_masks(
     wholes = np.empty((num_experts if keeps_whole else 1, TILE_ENTRIES), np.float32)
     buffers = make_locate_buffers()
     scratch = np.empty(TILE_ENTRIES, np.float64)
-    wanted = np.zeros((num_experts, TILE_ENTRIES // 64), np.uint64)
+    mask_bits = np.zeros((num_experts, TILE_ENTRIES // 64), np.uint64)
     votes = np.empty((4, TILE_ENTRIES // 64), np.uint64)
     mask = np.zeros(TILE_ENTRIES, np.uint8)
     for start in range(0, num_entries, TILE_ENTRIES):
@@ -132,14 +132,14 @@ def merge_with_masks(
             whole = wholes[expert if keeps_whole else 0]
             scale = mask_rule.scales[expert]
             mask_tile(mask_rule.kind, whole, deltas[expert], total, merged, count, scale, mask)
-            bits = wanted[expert].view(np.uint8)
+            bits = mask_bits[expert].view(np.uint8)
             if count < TILE_ENTRIES:
                 bits[:] = 0
             pack_bits(mask, count, bits, 0)
             target, first_byte = masks[expert], mask_start + start // 8
             target[first_byte : first_byte + (count + 7) // 8] = bits[: (count + 7) // 8]
-            statistics.masked[expert] += count_bits(wanted[expert])
-        count_votes(wanted, count, votes, statistics.consensus, statistics.overlaps)
+            statistics.masked[expert] += count_bits(mask_bits[expert])
+        count_votes(mask_bits, count, votes, statistics.consensus, statistics.overlaps)
 
 
 @compiled
@@ -200,10 +200,10 @@ def merge_consensus(
 @compiled
 def count_not_zero(values: Any, count: int) -> Any:
     """Return how many entries of a tile are not 0."""
-    found = np.int32(0)
+    num_found = np.int32(0)
     for i in range(count):
-        found = np.int32(found + np.int32(values[i] != np.float32(0)))
-    return np.int64(found)
+        num_found = np.int32(num_found + np.int32(values[i] != np.float32(0)))
+    return np.int64(num_found)
 
 
 @compiled
@@ -252,45 +252,45 @@ def count_agreeing(delta: Any, total: Any, count: int) -> Any:
 
 
 @compiled
-def count_votes(wanted: Any, count: int, votes: Any, consensus: Any, overlaps: Any) -> None:
+def count_votes(mask_bits: Any, count: int, votes: Any, consensus: Any, overlaps: Any) -> None:
     """Add how many of the first `count` entries are wanted by 0, 1, …, n experts, and by both
     experts of each pair.
 
     Args:
-        wanted: uint64 (experts, a bit per entry of a tile).
+        mask_bits: uint64 (experts, a bit per entry of a tile).
         votes: uint64 (4, as long), scratch: three binary digits of the number of experts per entry,
             and what is counted.
     """
-    num_experts = wanted.shape[0]
+    num_experts = mask_bits.shape[0]
     digits, chosen = votes[:3], votes[3]
     left = count
     if num_experts < 8:
         for digit in range(3):
-            for i in range(wanted.shape[1]):
+            for i in range(mask_bits.shape[1]):
                 digits[digit, i] = np.uint64(0)
         for expert in range(num_experts):
-            row = wanted[expert]
-            for i in range(wanted.shape[1]):
+            row = mask_bits[expert]
+            for i in range(mask_bits.shape[1]):
                 carry = row[i] & digits[0, i]
                 digits[0, i] = digits[0, i] ^ row[i]
                 more = carry & digits[1, i]
                 digits[1, i] = digits[1, i] ^ carry
                 digits[2, i] = digits[2, i] ^ more
         for number in range(1, num_experts + 1):
-            for i in range(wanted.shape[1]):
+            for i in range(mask_bits.shape[1]):
                 low = digits[0, i] if number & 1 else ~digits[0, i]
                 middle = digits[1, i] if number & 2 else ~digits[1, i]
                 high = digits[2, i] if number & 4 else ~digits[2, i]
                 chosen[i] = low & middle & high
-            found = count_bits(chosen)
-            consensus[number] += found
-            left -= found
+            num_found = count_bits(chosen)
+            consensus[number] += num_found
+            left -= num_found
     else:
-        for word in range(wanted.shape[1]):
+        for word in range(mask_bits.shape[1]):
             for bit in range(64):
                 number = 0
                 for expert in range(num_experts):
-                    number += int((wanted[expert, word] >> np.uint64(bit)) & np.uint64(1))
+                    number += int((mask_bits[expert, word] >> np.uint64(bit)) & np.uint64(1))
                 if number:
                     consensus[number] += 1
                     left -= 1
@@ -298,8 +298,8 @@ def count_votes(wanted: Any, count: int, votes: Any, consensus: Any, overlaps: A
     pair = 0
     for expert in range(num_experts):
         for partner in range(expert + 1, num_experts):
-            one, other = wanted[expert], wanted[partner]
-            for i in range(wanted.shape[1]):
-                chosen[i] = one[i] & other[i]
+            first, second = mask_bits[expert], mask_bits[partner]
+            for i in range(mask_bits.shape[1]):
+                chosen[i] = first[i] & second[i]
             overlaps[pair] += count_bits(chosen)
             pair += 1

@@ -191,7 +191,7 @@ def merge_sce(
     tiles = np.empty((3, TILE_ENTRIES), np.float32)
     base, variance, merged = tiles[0], tiles[1], tiles[2]
     deltas = np.empty((len(weights), TILE_ENTRIES), np.float32)
-    zero, one, infinite = np.float32(0), np.float32(1), np.float32(np.inf)
+    zero, unit, infinite = np.float32(0), np.float32(1), np.float32(np.inf)
     for start in range(0, num_entries, TILE_ENTRIES):
         count = min(TILE_ENTRIES, num_entries - start)
         rows = variance_tile(inputs, codes, weights, start, count, base, deltas, variance)
@@ -199,9 +199,9 @@ def merge_sce(
         for i in range(count):
             is_selected = variance[i] >= cut
             # A sum of zero elects +1; what is not selected agrees with nobody.
-            sign = select(sum_selected_rows(rows, i, is_selected) < zero, -one, one)
+            sign = select(sum_selected_rows(rows, i, is_selected) < zero, -unit, unit)
             limit = select(is_selected, zero, infinite)
             total = sum_weighted_agreeing(rows, weights, i, sign, limit)
             divisor = sum_agreeing_weights(rows, weights, i, sign, limit)
-            merged[i] = base[i] + scale * (total / select(divisor == zero, one, divisor))
+            merged[i] = base[i] + scale * (total / select(divisor == zero, unit, divisor))
         narrow(merged, out_code, count, out, start)

@@ -45,9 +45,9 @@ def _find_cache_folder() -> str:
     """
     sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     name = f"kernels-{blake3(sources).hexdigest(8)}"
-    own = os.environ.get("NUMBA_CACHE_DIR")
-    if own:
-        return str(Path(own) / name)
+    folder = os.environ.get("NUMBA_CACHE_DIR")
+    if folder:
+        return str(Path(folder) / name)
     home = os.path.expanduser("~")  # noqa: PTH111 - Path.home raises where there is none
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path(home) / ".cache") / "mmerge"
     nearest = next((folder for folder in (cache, *cache.parents) if folder.exists()), cache)
@@ -63,13 +63,13 @@ def compiled(function: _Function) -> _Function:
     """Return the function compiled at its first call: no lock held, no fastmath, kept on disk for
     the next process.
     """
-    with _own_cache():
-        made: _Function = numba.njit(nogil=True, cache=True, error_model="numpy")(function)
-    return made
+    with _project_cache():
+        dispatcher: _Function = numba.njit(nogil=True, cache=True, error_model="numpy")(function)
+    return dispatcher
 
 
 @contextmanager
-def _own_cache() -> Iterator[None]:
+def _project_cache() -> Iterator[None]:
     before = numba.config.CACHE_DIR
     numba.config.CACHE_DIR = _CACHE_FOLDER
     try:
@@ -89,30 +89,34 @@ def _pointer(_: Any, address: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def select(_: Any, condition: Any, chosen: Any, other: Any) -> Any:
-    """Return `chosen` where the condition holds, else `other`, branch-free; both of one type."""
-    if condition != types.boolean or chosen != other:
+def select(_: Any, condition: Any, chosen: Any, alternative: Any) -> Any:
+    """Return `chosen` where the condition holds, else `alternative`, without a branch.
+
+    Both have one type.
+    """
+    if condition != types.boolean or chosen != alternative:
         return None
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.select(*arguments)
 
-    return chosen(condition, chosen, other), generate
+    return chosen(condition, chosen, alternative), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def turn_sign(_: Any, value: Any, other: Any) -> Any:
+def turn_sign(_: Any, value: Any, signed: Any) -> Any:
     """Return a float32 whose sign is turned where the sign of another is set."""
-    if value != types.float32 or other != types.float32:
+    if value != types.float32 or signed != types.float32:
         return None
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         bits = context.get_value_type(types.uint32)
-        one, two = (builder.bitcast(argument, bits) for argument in arguments)
-        turned = builder.xor(one, builder.and_(two, context.get_constant(types.uint32, 1 << 31)))
+        value_bits, signed_bits = (builder.bitcast(argument, bits) for argument in arguments)
+        sign = builder.and_(signed_bits, context.get_constant(types.uint32, 1 << 31))
+        turned = builder.xor(value_bits, sign)
         return builder.bitcast(turned, context.get_value_type(types.float32))
 
-    return types.float32(value, other), generate
+    return types.float32(value, signed), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -127,14 +131,14 @@ def from_bits(_: Any, bits: Any) -> Any:
     return _recast(bits, types.uint32, types.float32)
 
 
-def _recast(given: Any, expected: Any, other: Any) -> Any:
-    if given != expected:
+def _recast(argument: Any, expected: Any, target: Any) -> Any:
+    if argument != expected:
         return None
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], context.get_value_type(signature.return_type))
 
-    return other(expected), generate
+    return target(expected), generate
 
 
 @compiled
@@ -242,9 +246,9 @@ def _to_half(word: Any) -> Any:
             return np.uint16(sign)
         mantissa = (magnitude & np.uint32(0x007FFFFF)) | np.uint32(0x00800000)
         kept = mantissa >> shift
-        rest = mantissa & ((np.uint32(1) << shift) - np.uint32(1))
+        remainder = mantissa & ((np.uint32(1) << shift) - np.uint32(1))
         half = np.uint32(1) << (shift - np.uint32(1))
-        if rest > half or (rest == half and (kept & np.uint32(1)) == np.uint32(1)):
+        if remainder > half or (remainder == half and (kept & np.uint32(1)) == np.uint32(1)):
             kept = kept + np.uint32(1)
         return np.uint16(sign | kept)
     odd = (magnitude >> np.uint32(13)) & np.uint32(1)
@@ -268,8 +272,8 @@ def sum_squares(values: Any, count: int, scratch: Any) -> Any:
     for start in range(0, count, NUM_LANES):
         part = values[start : start + NUM_LANES]
         for i in range(NUM_LANES):
-            one = np.float64(part[i])
-            lanes[i] = lanes[i] + one * one
+            value = np.float64(part[i])
+            lanes[i] = lanes[i] + value * value
     half = NUM_LANES // 2
     while half > 0:
         upper = scratch[half : 2 * half]
@@ -298,7 +302,7 @@ def pack_bits(mask: Any, count: int, out: Any, start: int) -> None:
 @compiled
 def count_bits(words: Any) -> Any:
     """Return how many bits of uint64 words are set."""
-    found = np.uint64(0)
+    num_set = np.uint64(0)
     for i in range(len(words)):
         word = words[i]
         word = word - ((word >> np.uint64(1)) & np.uint64(0x5555555555555555))
@@ -306,8 +310,8 @@ def count_bits(words: Any) -> Any:
             (word >> np.uint64(2)) & np.uint64(0x3333333333333333)
         )
         word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
-        found += (word * np.uint64(0x0101010101010101)) >> np.uint64(56)
-    return np.int64(found)
+        num_set += (word * np.uint64(0x0101010101010101)) >> np.uint64(56)
+    return np.int64(num_set)
 
 
 @compiled

@@ -65,7 +65,7 @@ def choose_alpha(answers: Mapping[float, Sequence[str]]) -> AlphaChoice:
         raise ValueError(f"answers: every alpha needs one answer to each question, got {counts}")
     lowered = {alpha: [answer.lower() for answer in answers[alpha]] for alpha in alphas}
     differences = tuple(
-        sum(one != other for one, other in zip(lowered[below], lowered[above], strict=True))
+        sum(lower != upper for lower, upper in zip(lowered[below], lowered[above], strict=True))
         for below, above in itertools.pairwise(alphas)
     )
     fewest = min(differences)
@@ -76,7 +76,7 @@ def choose_alpha(answers: Mapping[float, Sequence[str]]) -> AlphaChoice:
 
 
 class AdammsParameters(Parameters):
-    """Numbers of AdaMMS."""
+    """Parameters of AdaMMS."""
 
     alpha: float = Field(
         ge=0,

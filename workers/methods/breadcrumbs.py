@@ -104,9 +104,7 @@ class BreadcrumbsTiesParameters(BreadcrumbsParameters, ElectParameters):
 
 
 class Breadcrumbs(LocateThenMerge):
-    """θ = θ₀ + λ·Σ wᵢ·Sub(τᵢ), Sub without the largest and the smallest magnitudes of each
-    tensor.
-    """
+    """θ = θ₀ + λ·Σ wᵢ·Sub(τᵢ), Sub without the largest and smallest magnitudes of each tensor."""
 
     name = "breadcrumbs"
     source = "Model Breadcrumbs, arXiv 2312.06795"

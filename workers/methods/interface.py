@@ -39,7 +39,7 @@ Density = Annotated[float, Field(gt=0, le=1), BeforeValidator(_check_density)]
 
 
 class Parameters(BaseModel):
-    """Numbers and choices of a method; unknown keys are refused."""
+    """Parameters of a method; unknown keys are refused."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=False, allow_inf_nan=False, defer_build=True
@@ -232,15 +232,15 @@ class Method(ABC):
         if len(experts) < self.min_experts or (
             self.max_experts is not None and len(experts) > self.max_experts
         ):
-            wanted = (
+            allowed = (
                 f"{self.min_experts}"
                 if self.max_experts == self.min_experts
                 else f"at least {self.min_experts}"
             )
             if self.max_experts is not None and self.max_experts != self.min_experts:
-                wanted = f"{self.min_experts} to {self.max_experts}"
+                allowed = f"{self.min_experts} to {self.max_experts}"
             raise RecipeError(
-                f"experts: {self.name!r} takes {wanted}, the recipe has {len(experts)}. Take some"
+                f"experts: {self.name!r} takes {allowed}, the recipe has {len(experts)}. Take some"
                 " out, or choose another method"
             )
 

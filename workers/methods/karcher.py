@@ -19,7 +19,7 @@ from mmerge.workers.methods.sphere import (
 
 
 class KarcherParameters(Parameters):
-    """Numbers of the Karcher mean."""
+    """Parameters of the Karcher mean."""
 
     max_iter: int = Field(10, ge=0, description="most steps of the descent")
     tol: float = Field(

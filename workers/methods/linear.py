@@ -13,13 +13,13 @@ from mmerge.workers.methods.interface import Block, MergedBlock, Method, Paramet
 
 
 class LinearParameters(Parameters):
-    """Numbers of the linear merge."""
+    """Parameters of the linear merge."""
 
     normalize: bool = Field(True, description="divide by the sum of the weights")
 
 
 class LinearExpertParameters(Parameters):
-    """Numbers of the linear merge per expert."""
+    """Parameters of the linear merge per expert."""
 
     weight: float = Field(1.0, description="weight of this expert")
 

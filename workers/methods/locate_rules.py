@@ -23,7 +23,7 @@ class LocateRule(ABC):
     """What of one expert's task vector is kept in one tensor."""
 
     kind: ClassVar[int | None] = None
-    """The kind of LOCATE_RULE; None for a rule without a kernel, which runs in torch."""
+    """The kind of LOCATE_RULE; None for a rule without a kernel: its methods run in torch."""
 
     @abstractmethod
     def locate(self, delta: torch.Tensor, *, start: int) -> torch.Tensor:

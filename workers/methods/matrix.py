@@ -17,7 +17,7 @@ from mmerge.workers.methods.interface import Block, Granularity, MergedBlock, Me
 
 
 class MatrixParameters(Parameters):
-    """Numbers that every whole-matrix method has."""
+    """Parameters that every whole-matrix method has."""
 
     scale: float = Field(1.0, description="coefficient λ on the merged task vector")
     device: Literal["cpu", "cuda"] = Field(

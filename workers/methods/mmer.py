@@ -60,9 +60,7 @@ class ModalityMasks(Masking):
 
 
 class Mmer(LocateThenMask):
-    """τ⋆ from trim, elect and disjoint merge, then one mask per expert; the base stays beside
-    them.
-    """
+    """τ⋆ from trim, elect and disjoint merge, a mask per expert; the base stays beside them."""
 
     name = "mmer"
     source = "MMER, arXiv 2505.17110 (ACL 2025)"

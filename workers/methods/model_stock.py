@@ -28,7 +28,7 @@ from mmerge.workers.methods.sphere import (
 
 
 class ModelStockParameters(Parameters):
-    """Choices of Model Stock."""
+    """Parameters of Model Stock."""
 
     filter_wise: bool = Field(False, description="one angle per row instead of one per tensor")
 

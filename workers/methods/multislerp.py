@@ -21,7 +21,7 @@ from mmerge.workers.methods.sphere import (
 
 
 class MultislerpParameters(Parameters):
-    """Choices of Multi-SLERP."""
+    """Parameters of Multi-SLERP."""
 
     origin: Origin = Field(
         "base",
@@ -31,7 +31,7 @@ class MultislerpParameters(Parameters):
 
 
 class MultislerpExpertParameters(Parameters):
-    """Numbers of Multi-SLERP per expert."""
+    """Parameters of Multi-SLERP per expert."""
 
     weight: float = Field(1.0, description="weight of this expert")
 
@@ -105,9 +105,9 @@ class Multislerp(Method):
     def _coefficients(
         self, block: Block, products: torch.Tensor, weights: list[float], *, normalize: bool
     ) -> torch.Tensor:
-        found = multislerp_coefficients(products, weights=weights, normalize=normalize)
-        if found is not None:
-            return found
+        coefficients = multislerp_coefficients(products, weights=weights, normalize=normalize)
+        if coefficients is not None:
+            return coefficients
         if len(weights) > 2:
             raise CheckpointError(
                 f"{block.name}: the experts' weighted directions add up to zero, so 'multislerp'"

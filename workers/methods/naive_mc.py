@@ -1,4 +1,4 @@
-"""NaiveMC: encoders and connectors are carried, the language models are averaged."""
+"""NaiveMC: encoders and connectors are copied, the language models are averaged."""
 
 from __future__ import annotations
 

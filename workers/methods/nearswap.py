@@ -20,7 +20,7 @@ def nearswap(base: torch.Tensor, expert: torch.Tensor, *, t: float) -> torch.Ten
 
 
 class NearswapParameters(Parameters):
-    """Numbers of NearSwap."""
+    """Parameters of NearSwap."""
 
     t: float = Field(
         gt=0,

@@ -171,15 +171,15 @@ class NeuronFusion(Method):
             {tensor.name: tensor.shape for tensor in tensors if tensor.vectors}, parameters, config
         )
         scores = [score_neurons(group, measured, score=parameters.score) for group in groups]
-        own = {tensor.name: tensor.parameters for tensor in tensors}
-        thresholds = _find_thresholds(groups, scores, own, parameters)
-        known: dict[str, Measured] = {}
-        for group, found, threshold in zip(groups, scores, thresholds, strict=True):
+        tensor_parameters = {tensor.name: tensor.parameters for tensor in tensors}
+        thresholds = _find_thresholds(groups, scores, tensor_parameters, parameters)
+        results: dict[str, Measured] = {}
+        for group, group_scores, threshold in zip(groups, scores, thresholds, strict=True):
+            is_kept = group_scores >= threshold
             for part in group.parts:
-                known[part.name] = _describe(
-                    part, found >= threshold, measured[part.name]["squares"], own[part.name]
-                )
-        return known
+                squares = measured[part.name]["squares"]
+                results[part.name] = _describe(part, is_kept, squares, tensor_parameters[part.name])
+        return results
 
     @override
     def merge_block(
@@ -218,36 +218,32 @@ def _check_names(tensors: Sequence[TensorVectors]) -> None:
 def _find_thresholds(
     groups: Sequence[NeuronGroup],
     scores: Sequence[torch.Tensor],
-    own: Mapping[str, Any],
+    tensor_parameters: Mapping[str, Any],
     parameters: NeuronFusionParameters,
 ) -> list[float]:
-    """Return the score from which on the neurons of each group are kept. `own` has the numbers of
-    each tensor.
-    """
-    ratios = [_agreed_ratio(group.parts, own) for group in groups]
+    """Return the score from which on the neurons of each group are kept."""
+    ratios = [_agreed_ratio(group.parts, tensor_parameters) for group in groups]
     if parameters.scope != "model":
         return [
-            keep_threshold(found, keep_ratio=ratio)
-            for found, ratio in zip(scores, ratios, strict=True)
+            keep_threshold(group_scores, keep_ratio=ratio)
+            for group_scores, ratio in zip(scores, ratios, strict=True)
         ]
-    _agreed_ratio([part for group in groups for part in group.parts], own)
-    together: dict[str, list[torch.Tensor]] = {}
-    for group, found in zip(groups, scores, strict=True):
-        together.setdefault(group.kind, []).append(found)
-    found_for = {
-        kind: keep_threshold(torch.cat(found), keep_ratio=ratios[0])
-        for kind, found in together.items()
+    _agreed_ratio([part for group in groups for part in group.parts], tensor_parameters)
+    scores_by_kind: dict[str, list[torch.Tensor]] = {}
+    for group, group_scores in zip(groups, scores, strict=True):
+        scores_by_kind.setdefault(group.kind, []).append(group_scores)
+    thresholds = {
+        kind: keep_threshold(torch.cat(kind_scores), keep_ratio=ratios[0])
+        for kind, kind_scores in scores_by_kind.items()
     }
-    return [found_for[group.kind] for group in groups]
+    return [thresholds[group.kind] for group in groups]
 
 
-def _agreed_ratio(parts: Sequence[Part], own: Mapping[str, Any]) -> float:
-    ratios = {part.name: float(own[part.name].keep_ratio) for part in parts}
+def _agreed_ratio(parts: Sequence[Part], tensor_parameters: Mapping[str, Any]) -> float:
+    ratios = {part.name: float(tensor_parameters[part.name].keep_ratio) for part in parts}
     if len(set(ratios.values())) > 1:
-        low, high = (
-            min(ratios, key=lambda name: ratios[name]),
-            max(ratios, key=lambda name: ratios[name]),
-        )
+        low = min(ratios, key=lambda name: ratios[name])
+        high = max(ratios, key=lambda name: ratios[name])
         raise RecipeError(
             f"keep_ratio: is {ratios[low]} for {low} and {ratios[high]} for {high}, whose neurons"
             " compete. Give one number to tensors that compete, or choose a narrower 'scope'"
@@ -295,18 +291,17 @@ def _make_groups(
             layer = name.removesuffix(f".{split.path}")
             layers.setdefault(layer, {})[name] = shape
     groups = []
-    for layer, own in layers.items():
-        found = _layer_groups(own, parameters, config)
-        if not found:
+    for layer, layer_shapes in layers.items():
+        layer_groups = _layer_groups(layer_shapes, parameters, config)
+        if not layer_groups:
             raise CheckpointError(
                 f"{layer}: has no gate, up and down, and no v and o projections, so it has no"
                 " neurons to find. Say 'unit: row'"
             )
-        groups += (
-            [part for group in found for part in split_group(group)]
-            if parameters.scope == "tensor"
-            else found
-        )
+        if parameters.scope == "tensor":
+            groups += [part for group in layer_groups for part in split_group(group)]
+        else:
+            groups += layer_groups
     return groups
 
 

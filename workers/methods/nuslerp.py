@@ -36,7 +36,7 @@ are).
 
 
 class NuslerpParameters(Parameters):
-    """Choices of NuSLERP."""
+    """Parameters of NuSLERP."""
 
     origin: Origin = Field(
         "base", description="rotate the task vectors ('base') or the weights themselves ('zero')"
@@ -51,7 +51,7 @@ class NuslerpParameters(Parameters):
 
 
 class NuslerpExpertParameters(Parameters):
-    """Numbers of NuSLERP per expert."""
+    """Parameters of NuSLERP per expert."""
 
     weight: float = Field(1.0, description="weight of this expert: the second one's share is t")
 

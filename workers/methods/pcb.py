@@ -17,7 +17,7 @@ SCORES = "scores"
 
 
 class PcbParameters(Parameters):
-    """Numbers of PCB-Merging."""
+    """Parameters of PCB-Merging."""
 
     ratio: float = Field(
         0.1,
@@ -38,7 +38,7 @@ class PcbParameters(Parameters):
 
 
 class PcbExpertParameters(Parameters):
-    """Numbers of PCB-Merging per expert."""
+    """Parameters of PCB-Merging per expert."""
 
     weight: float = Field(1.0, description="coefficient λ of this expert's task vector")
 

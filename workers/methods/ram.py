@@ -13,7 +13,7 @@ from mmerge.workers.methods.interface import Block, MergedBlock, Method, Paramet
 
 
 class RamParameters(Parameters):
-    """Numbers of RAM."""
+    """Parameters of RAM."""
 
     epsilon: float = Field(
         1e-5,
@@ -23,7 +23,7 @@ class RamParameters(Parameters):
 
 
 class RamPlusParameters(RamParameters):
-    """Numbers of RAM+."""
+    """Parameters of RAM+."""
 
     r: float = Field(
         0.1, ge=0, description="how much unique entries are amplified per unit of the overlap ratio"
@@ -94,11 +94,11 @@ class RamPlus(Method):
         self, block: Block, parameters: RamPlusParameters, experts: Sequence[Any], *, stage: str
     ) -> Mapping[str, torch.Tensor]:
         changed, count = find_changes(block.task_vectors(), epsilon=parameters.epsilon)
-        found = {
+        quantities = {
             f"shared.{index}": (mask & (count > 1)).to(torch.float32)
             for index, mask in enumerate(changed)
         }
-        return found | {
+        return quantities | {
             f"unique.{index}": (mask & (count == 1)).to(torch.float32)
             for index, mask in enumerate(changed)
         }

@@ -19,8 +19,8 @@ def ranked_value(values: torch.Tensor, rank: int) -> float:
     """
     if values.numel() <= _SMALL:
         return float(values.reshape(-1).kthvalue(rank).values)
-    high_bin, rest = find_bin(high_ranks(values), rank)
-    return to_ranked(high_bin, find_bin(low_ranks(values, high_bins=[high_bin])[0], rest)[0])
+    high_bin, bin_rank = find_bin(high_ranks(values), rank)
+    return to_ranked(high_bin, find_bin(low_ranks(values, high_bins=[high_bin])[0], bin_rank)[0])
 
 
 def top_mask(values: torch.Tensor, count: int) -> torch.Tensor:

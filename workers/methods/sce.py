@@ -18,7 +18,7 @@ from mmerge.workers.statistics.exact_sums import exact_sum
 
 
 class SceParameters(Parameters):
-    """Numbers of SCE."""
+    """Parameters of SCE."""
 
     select_topk: float = Field(
         1.0,

@@ -14,7 +14,7 @@ from mmerge.workers.methods.sphere import combine, gram_stage, measure_products,
 
 
 class SlerpParameters(Parameters):
-    """Numbers of SLERP."""
+    """Parameters of SLERP."""
 
     t: float = Field(
         ge=0, le=1, description="how far to go from the first model (0) to the second (1)"
@@ -22,9 +22,7 @@ class SlerpParameters(Parameters):
 
 
 class Slerp(Method):
-    """Interpolate along the arc, per tensor: between two experts, or from the base to a single
-    one.
-    """
+    """Interpolate along the arc, per tensor, between two experts or from the base to one expert."""
 
     name = "slerp"
     kind = "plain"

@@ -26,7 +26,7 @@ def gram(vectors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the inner products of vectors along their last dimension, float64 [..., n, n]."""
     stacked = [vector.to(torch.float64) for vector in vectors]
     rows = [
-        torch.stack([(one * other).sum(dim=-1) for other in stacked], dim=-1) for one in stacked
+        torch.stack([(row * column).sum(dim=-1) for column in stacked], dim=-1) for row in stacked
     ]
     return torch.stack(rows, dim=-2)
 
@@ -42,17 +42,17 @@ def measure_products(vectors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]
     """
     count = len(vectors)
     return {
-        f"{one}.{other}": vectors[one] * vectors[other]
-        for one in range(count)
-        for other in range(one, count)
+        f"{row}.{column}": vectors[row] * vectors[column]
+        for row in range(count)
+        for column in range(row, count)
     }
 
 
-def read_gram(known: Mapping[str, Sequence[float]], *, count: int) -> torch.Tensor:
+def read_gram(measured: Mapping[str, Sequence[float]], *, count: int) -> torch.Tensor:
     """Return the Gram matrix, float64 [count, count], from the sums of `measure_products`."""
     rows = [
-        [known[f"{min(one, other)}.{max(one, other)}"][0] for other in range(count)]
-        for one in range(count)
+        [measured[f"{min(row, column)}.{max(row, column)}"][0] for column in range(count)]
+        for row in range(count)
     ]
     return torch.tensor(rows, dtype=torch.float64)
 
@@ -72,7 +72,7 @@ def norms_of(products: torch.Tensor) -> torch.Tensor:
     return products.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
 
 
-def slerp_pair(known: Mapping[str, Sequence[float]], *, t: float) -> tuple[float, float]:
+def slerp_pair(measured: Mapping[str, Sequence[float]], *, t: float) -> tuple[float, float]:
     """Return the two coefficients of spherical interpolation from the first vector (t = 0) to the
     second (t = 1).
 
@@ -80,10 +80,10 @@ def slerp_pair(known: Mapping[str, Sequence[float]], *, t: float) -> tuple[float
     thresholds as in mergekit.
 
     Args:
-        known: the sums of `measure_products`, float64. NaN where a vector holds NaN or Inf, and so
-            are the coefficients.
+        measured: the sums of `measure_products`, float64. NaN where a vector holds NaN or Inf, as
+            are the coefficients then.
     """
-    first, product, second = (known[name][0] for name in ("0.0", "0.1", "1.1"))
+    first, product, second = (measured[name][0] for name in ("0.0", "0.1", "1.1"))
     if math.isnan(first + product + second):
         return math.nan, math.nan
     norms = [math.sqrt(max(square, 0.0)) for square in (first, second)]
@@ -186,9 +186,9 @@ def model_stock_ratio(products: torch.Tensor) -> torch.Tensor:
     count = products.shape[-1]
     norms = norms_of(products)
     cosines = []
-    for one in range(count):
-        for other in range(one + 1, count):
-            product = (norms[..., one] * norms[..., other]).clamp(min=1e-6)
-            cosines.append((products[..., one, other] / product).clamp(-1, 1))
+    for row in range(count):
+        for column in range(row + 1, count):
+            product = (norms[..., row] * norms[..., column]).clamp(min=1e-6)
+            cosines.append((products[..., row, column] / product).clamp(-1, 1))
     cosine = torch.stack(cosines).mean(dim=0)
     return count * cosine / (1 + (count - 1) * cosine)

@@ -149,7 +149,7 @@ class SpectralParameters(MatrixParameters):
 
 
 class SwudiParameters(SpectralParameters):
-    """Numbers of SWUDI."""
+    """Parameters of SWUDI."""
 
     time: float | None = Field(
         300.0, gt=0, description="t of the filter 1 − exp(−λt); null for none"
@@ -177,7 +177,7 @@ class Swudi(MatrixMethod):
 
 
 class AswudiParameters(SpectralParameters):
-    """Numbers of ASWUDI."""
+    """Parameters of ASWUDI."""
 
     rank_rule: str = Field(
         "participation_sqrt",
@@ -198,10 +198,10 @@ class AswudiParameters(SpectralParameters):
     def _is_known(cls, rule: str) -> str:
         share = rule.removeprefix("cumvar_")
         try:
-            known = rule in RANK_RULES or (share != rule and 0 < float(share) <= 1)
+            is_valid = rule in RANK_RULES or (share != rule and 0 < float(share) <= 1)
         except ValueError:
-            known = False
-        if not known:
+            is_valid = False
+        if not is_valid:
             raise ValueError(
                 f"expected one of {', '.join(RANK_RULES)}, or cumvar_F with F in (0, 1], got"
                 f" {rule!r}"

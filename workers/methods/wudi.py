@@ -147,7 +147,7 @@ def optmerge_full_merge(
 
 
 class WudiParameters(MatrixParameters):
-    """Numbers of WUDI."""
+    """Parameters of WUDI."""
 
     iterations: int = Field(300, ge=0, description="steps of Adam")
     learning_rate: float = Field(1e-5, gt=0, description="step size")
@@ -170,7 +170,7 @@ class Wudi(MatrixMethod):
 
 
 class OptmergeParameters(MatrixParameters):
-    """Numbers of OptMerge; what is not given follows from the form."""
+    """Parameters of OptMerge; what is not given follows from the form."""
 
     form: Literal["lora", "full"] = Field(
         "full",

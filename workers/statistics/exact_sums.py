@@ -81,11 +81,11 @@ def low_ranks(values: torch.Tensor, *, high_bins: Sequence[int]) -> list[Counts]
     """Return per upper half given how many of its values have each lower half."""
     bits = rank_bits(values)
     high, low = bits >> 16, bits & 0xFFFF
-    found = []
+    low_counts = []
     for high_bin in high_bins:
         counts = torch.bincount(low[high == high_bin], minlength=NUM_RANK_BINS)
-        found.append(np.asarray(counts.cpu().numpy(), dtype=np.int64))
-    return found
+        low_counts.append(np.asarray(counts.cpu().numpy(), dtype=np.int64))
+    return low_counts
 
 
 def to_ranked(high_bin: int, low_bin: int) -> float:

@@ -69,14 +69,14 @@ class MagnitudeCounter:
 
     def drain(self) -> list[Histogram]:
         """Return the histogram of each expert, and begin anew."""
-        found: list[Histogram] = []
+        histograms: list[Histogram] = []
         for table, (smallest, largest) in zip(self._tables, self._ranges, strict=True):
             room = (max(int(largest) >> 16, 0) + 2) * NUM_LOWS
             bins, counts = np.empty(room, np.uint32), np.empty(room, np.int64)
             used = drain_histogram(table, int(smallest), int(largest), bins, counts)
-            found.append((bins[:used].copy(), counts[:used].copy()))
+            histograms.append((bins[:used].copy(), counts[:used].copy()))
         self._forget_ranges()
-        return found
+        return histograms
 
     def _forget_ranges(self) -> None:
         self._ranges[:, 0], self._ranges[:, 1] = np.iinfo(np.uint32).max, 0
@@ -102,8 +102,9 @@ def find_bin(histogram: Histogram, rank: int) -> tuple[int, int]:
     last = int(cumulative[-1]) if len(cumulative) else 0
     if not 1 <= rank <= last:
         raise ValueError(f"rank {rank} is outside of 1 to {last}")
-    found = int(np.searchsorted(cumulative, rank))
-    return int(bins[found]), rank - (int(cumulative[found - 1]) if found else 0)
+    index = int(np.searchsorted(cumulative, rank))
+    num_before = int(cumulative[index - 1]) if index else 0
+    return int(bins[index]), rank - num_before
 
 
 def is_exact(bin_number: int) -> bool:
@@ -160,12 +161,12 @@ def find_top(
         return float("inf"), 0
     if count >= num_entries:
         return -1.0, 0
-    bin_number, rest = find_bin(histogram, num_entries - count + 1)
+    bin_number, bin_rank = find_bin(histogram, num_entries - count + 1)
     if is_exact(bin_number):
-        return to_magnitude(bin_number), _count_of(histogram, bin_number) - rest + 1
+        return to_magnitude(bin_number), _count_of(histogram, bin_number) - bin_rank + 1
     lower = refine(bin_number)
-    lower_bits, rest = find_bin(lower, rest)
-    return to_magnitude(bin_number, lower_bits), _count_of(lower, lower_bits) - rest + 1
+    lower_bits, bin_rank = find_bin(lower, bin_rank)
+    return to_magnitude(bin_number, lower_bits), _count_of(lower, lower_bits) - bin_rank + 1
 
 
 def _count_of(histogram: Histogram, bin_number: int) -> int:

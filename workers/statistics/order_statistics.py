@@ -67,8 +67,8 @@ def find_bin(counts: Counts, rank: int) -> tuple[int, int]:
     cumulative = np.cumsum(counts)
     if not 1 <= rank <= int(cumulative[-1]):
         raise ValueError(f"rank {rank} is outside of 1 to {int(cumulative[-1])}")
-    found = int(np.searchsorted(cumulative, rank))
-    return found, rank - (int(cumulative[found - 1]) if found else 0)
+    index = int(np.searchsorted(cumulative, rank))
+    return index, rank - (int(cumulative[index - 1]) if index else 0)
 
 
 def to_threshold(high_bin: int, low_bin: int) -> float:
@@ -97,5 +97,5 @@ def exact_threshold(delta: torch.Tensor, *, density: float) -> float:
     rank = trim_rank(delta.numel(), density)
     if rank == 0:
         return 0.0
-    high_bin, rest = find_bin(high_histogram(delta), rank)
-    return to_threshold(high_bin, find_bin(low_histogram(delta, high_bin=high_bin), rest)[0])
+    high_bin, bin_rank = find_bin(high_histogram(delta), rank)
+    return to_threshold(high_bin, find_bin(low_histogram(delta, high_bin=high_bin), bin_rank)[0])

@@ -1,4 +1,4 @@
-"""Copy one shard of the base, or the carried tensors of an expert, into one object."""
+"""Copy one shard of the base, or the copied tensors of an expert, into one object."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ COPY_BYTES = 1 << 20
 
 def copy_shard(task: CopyTask, store: Store) -> TaskResult:
     """Copy one shard into the store; one that a previous run finished is left as it is."""
-    began = time.monotonic()
-    found = None if task.fresh else read_entry(store, task.digest)
-    if found is not None:
-        return TaskResult(task.shard, 0, True, time.monotonic() - began, found)
+    start_time = time.monotonic()
+    stored_entry = None if task.fresh else read_entry(store, task.digest)
+    if stored_entry is not None:
+        return TaskResult(task.shard, 0, True, time.monotonic() - start_time, stored_entry)
     layout = [
         (tensor.name, tensor.source.spec.dtype, tensor.source.spec.shape) for tensor in task.tensors
     ]
@@ -72,4 +72,4 @@ def copy_shard(task: CopyTask, store: Store) -> TaskResult:
         tensors=tuple(rows),
     )
     write_entry(store, task.digest, entry)
-    return TaskResult(task.shard, task.num_bytes, False, time.monotonic() - began, entry)
+    return TaskResult(task.shard, task.num_bytes, False, time.monotonic() - start_time, entry)
