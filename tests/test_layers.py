@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "pipeline": (
         ("cli",),
-        ("evaluation", "views", "serving"),
+        ("evaluation", "views", "serving", "testing"),
         ("build",),
         ("monitoring", "execution"),
         ("planning",),

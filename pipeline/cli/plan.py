@@ -12,7 +12,6 @@ from mmerge.manifests.errors import RecipeError
 from mmerge.pipeline.cli.options import BlockOption, JsonOption, RecipeArgument
 from mmerge.pipeline.cli.output import out
 from mmerge.workers.runtime.lazy_torch import postpone_torch
-from mmerge.workers.tasks.worker_startup import import_numba
 
 if TYPE_CHECKING:
     from mmerge.pipeline.build.simulation import Simulation
@@ -82,7 +81,6 @@ def plan(
     Reads the headers of the checkpoints and the store. Writes nothing, except with --scan.
     """
     postpone_torch(num_threads=1)
-    import_numba()
     from mmerge.pipeline.build.forecast import forecast_to_json, make_forecast
     from mmerge.pipeline.views.plan_report import (
         plan_to_json,

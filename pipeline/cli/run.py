@@ -27,7 +27,6 @@ from mmerge.pipeline.cli.options import (
 from mmerge.pipeline.cli.output import err, out
 from mmerge.pipeline.cli.plan import make_plan_of
 from mmerge.workers.runtime.lazy_torch import postpone_torch
-from mmerge.workers.tasks.worker_startup import load_kernels
 
 if TYPE_CHECKING:
     from mmerge.pipeline.execution.executor import Executor
@@ -66,7 +65,6 @@ def run(
     if name != "ray":
         # Ray cannot pickle functions that refer to the placeholder of torch.
         postpone_torch(num_threads=1)
-        load_kernels()
     from mmerge.pipeline.build.run import run as run_plan
     from mmerge.pipeline.execution.open import open_executor
     from mmerge.pipeline.monitoring.progress import show_progress

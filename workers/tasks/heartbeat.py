@@ -1,4 +1,4 @@
-"""A sign of life from a task that takes long: a large matrix can be decomposed for minutes."""
+"""Heartbeat logging of long tasks: the SVD of a large matrix can take minutes."""
 
 from __future__ import annotations
 
@@ -8,28 +8,26 @@ import time
 from types import TracebackType
 
 log = logging.getLogger("mmerge.run")
-PULSE_SECONDS = 30.0
+HEARTBEAT_SECONDS = 30.0
 
 
-class Pulse:
-    """Logs at intervals what a task is working on, until it ends."""
+class Heartbeat:
+    """Logs at intervals which step a task is at, while it is used as a context manager."""
 
-    def __init__(self, name: str, *, num_steps: int, seconds: float = PULSE_SECONDS) -> None:
-        """Name the task; `num_steps` is how many tensors it has, `seconds` how often it says where
-        it is.
-        """
+    def __init__(self, name: str, *, num_steps: int, seconds: float = HEARTBEAT_SECONDS) -> None:
+        """Name the task. It has `num_steps` steps, and logs every `seconds`."""
         self._name, self._num_steps, self._seconds = name, num_steps, seconds
-        self._step, self._what = 0, ""
+        self._step, self._description = 0, ""
         self._ended = threading.Event()
         self._began = time.monotonic()
-        self._thread = threading.Thread(target=self._beat, name=f"pulse {name}", daemon=True)
+        self._thread = threading.Thread(target=self._log, name=f"heartbeat {name}", daemon=True)
 
-    def begin(self, what: str) -> None:
-        """Say that the next step begins."""
+    def start_step(self, description: str) -> None:
+        """Note that the next step starts."""
         self._step += 1
-        self._what = what
+        self._description = description
 
-    def __enter__(self) -> Pulse:
+    def __enter__(self) -> Heartbeat:
         self._thread.start()
         return self
 
@@ -42,14 +40,13 @@ class Pulse:
         self._ended.set()
         self._thread.join()
 
-    def _beat(self) -> None:
+    def _log(self) -> None:
         while not self._ended.wait(self._seconds):
-            passed = time.monotonic() - self._began
             log.info(
                 "%s: %d of %d, %s, after %.0f s",
                 self._name,
                 self._step,
                 self._num_steps,
-                self._what,
-                passed,
+                self._description,
+                time.monotonic() - self._began,
             )

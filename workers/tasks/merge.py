@@ -45,7 +45,7 @@ from mmerge.workers.methods.interface import (
 from mmerge.workers.reconstruction.bitmask import packed_bytes
 from mmerge.workers.task import MergeTask, TaskResult, TensorTask
 from mmerge.workers.tasks.blocks import read_blocks
-from mmerge.workers.tasks.heartbeat import Pulse
+from mmerge.workers.tasks.heartbeat import Heartbeat
 from mmerge.workers.tasks.mask_tally import MaskTally
 from mmerge.workers.tasks.overflow import OverflowCheck
 
@@ -63,11 +63,11 @@ def merge_shard(task: MergeTask, store: Store) -> TaskResult:
     )
     specs_by_name = {spec.name: spec for spec in specs}
     rows: list[TensorRow] = []
-    pulse = Pulse(f"{task.shard}: {task.method}", num_steps=len(task.tensors))
-    with pulse, InputReader() as reader, store.open_writer(object_key(task.digest)) as out:
+    heartbeat = Heartbeat(f"{task.shard}: {task.method}", num_steps=len(task.tensors))
+    with heartbeat, InputReader() as reader, store.open_writer(object_key(task.digest)) as out:
         out.write(header)
         for index, tensor in enumerate(task.tensors):
-            pulse.begin(f"{tensor.name} {list(tensor.base.spec.shape)}")
+            heartbeat.start_step(f"{tensor.name} {list(tensor.base.spec.shape)}")
             rows += _TensorMerger(task, method, index).write(out, specs_by_name, reader)
     entry = ShardEntry(
         object=ObjectEntry(

@@ -1,4 +1,4 @@
-"""Run any task on the store at a URI."""
+"""Runs any task against the store at a URI."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mmerge.manifests.stores.open import open_store
 from mmerge.workers.runtime.cores import one_thread
 from mmerge.workers.task import (
     AnswerTask,
+    CopyTask,
     MeasureTask,
     MergeTask,
     RefineTask,
@@ -27,33 +28,33 @@ from mmerge.workers.tasks.scan import refine_shard, scan_shard
 
 log = logging.getLogger("mmerge.run")
 ATTEMPTS = 3
-"""How often a task is begun when the store breaks off; a half-written object has no name, so it can
-simply begin again.
+"""Attempts while the store is unavailable. A half-written object has no name, so that an attempt
+may end anywhere.
 """
 
 
-def run_task(task: Task, store_uri: str, *, settles: bool = True) -> TaskResult:
-    """Return the result of one task; whatever is large lies in the store.
+def run_task(task: Task, store_uri: str, *, commits: bool = True) -> TaskResult:
+    """Run one task and return its result, which is small; tensors and histograms go to the store.
 
     Args:
-        task: what is done.
-        store_uri: where its result goes.
-        settles: wait until it is on the disk; otherwise `Store.commit` does, with the result's
-            `pending`.
+        task: the task.
+        store_uri: the store that it writes to.
+        commits: wait until all files are on the disk; otherwise the driver commits the result's
+            `pending` files.
     """
     with one_thread():
         for attempt in range(1, ATTEMPTS):
             try:
-                return _attempt(task, store_uri, settles=settles)
+                return _attempt(task, store_uri, commits=commits)
             except StoreUnavailable as error:
-                log.warning("%s: begins again: %s", task.shard, error)
+                log.warning("%s: attempt %d failed, trying again: %s", task.shard, attempt, error)
                 time.sleep(random.uniform(0.2, 1.0) * 2**attempt)
-        return _attempt(task, store_uri, settles=settles)
+        return _attempt(task, store_uri, commits=commits)
 
 
-def _attempt(task: Task, store_uri: str, *, settles: bool) -> TaskResult:
+def _attempt(task: Task, store_uri: str, *, commits: bool) -> TaskResult:
     store = open_store(store_uri)
-    if settles:
+    if commits:
         return _run(task, store)
     with store.defer_commits() as deferred:
         result = _run(task, store)
@@ -61,18 +62,19 @@ def _attempt(task: Task, store_uri: str, *, settles: bool) -> TaskResult:
 
 
 def _run(task: Task, store: Store) -> TaskResult:
-    if isinstance(task, SurveyTask):
-        return scan_shard(task, store)
-    if isinstance(task, RefineTask):
-        return refine_shard(task, store)
-    if isinstance(task, MeasureTask):
-        return measure_shard(task, store)
-    if isinstance(task, MergeTask):
-        return merge_shard(task, store)
-    if isinstance(task, AnswerTask):
-        from mmerge.workers.tasks.answer import (
-            answer_prompts,  # transformers takes seconds to import; merging does not need it
-        )
+    match task:
+        case SurveyTask():
+            return scan_shard(task, store)
+        case RefineTask():
+            return refine_shard(task, store)
+        case MeasureTask():
+            return measure_shard(task, store)
+        case MergeTask():
+            return merge_shard(task, store)
+        case CopyTask():
+            return copy_shard(task, store)
+        case AnswerTask():
+            # Imported here: transformers takes seconds to import, and no build needs it.
+            from mmerge.workers.tasks.answer import answer_prompts
 
-        return answer_prompts(task, store)
-    return copy_shard(task, store)
+            return answer_prompts(task, store)

@@ -17,7 +17,7 @@ from mmerge.manifests.stores.local import LocalStore
 from mmerge.manifests.stores.open import open_store
 from mmerge.pipeline import make_plan, read_recipe, run, verify
 from mmerge.pipeline.execution.executor import SerialExecutor
-from mmerge.pipeline.execution.worker_pool import SETTLING_AT_ONCE, run_in_threads
+from mmerge.pipeline.execution.worker_pool import COMMITS_PER_WORKER, run_in_threads
 from mmerge.workers.task import Task, TaskResult
 
 
@@ -45,8 +45,8 @@ class Disk:
         monkeypatch.setattr(LocalStore, "commit", commit_later)
         monkeypatch.setattr("mmerge.pipeline.execution.worker_pool.run_task", self.run_task)
 
-    def run_task(self, task: Any, uri: str, *, settles: bool) -> TaskResult:
-        assert not settles
+    def run_task(self, task: Any, uri: str, *, commits: bool) -> TaskResult:
+        assert not commits
         store = open_store(uri)
         with store.defer_commits() as deferred:
             store.put(task.shard, b"x")
@@ -72,7 +72,7 @@ def test_a_worker_goes_on_while_the_disk_is_waited_for_and_no_further_than_that(
     found = run_in_threads(make_shards(20), disk.uri, num_threads=1, memory_bytes=None)
     pool = threading.Thread(target=lambda: ended.extend(task for task, _ in found))
     pool.start()
-    bound = SETTLING_AT_ONCE + 1
+    bound = COMMITS_PER_WORKER + 1
     for _ in range(bound):
         assert disk.begun.acquire(timeout=60)
     assert not disk.begun.acquire(timeout=0.3), "a disk that does not follow holds the workers"

@@ -97,7 +97,7 @@ def build(
 @pytest.fixture(name="in_step")
 def let_workers_wait_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Outcomes then come in the order in which the tasks ran."""
-    monkeypatch.setattr("mmerge.pipeline.execution.worker_pool.SETTLING_AT_ONCE", 0)
+    monkeypatch.setattr("mmerge.pipeline.execution.worker_pool.COMMITS_PER_WORKER", 0)
 
 
 CASES: list[tuple[dict[str, Any], torch.dtype, str]] = [

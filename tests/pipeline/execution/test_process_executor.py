@@ -66,7 +66,7 @@ def await_first_shard(process: subprocess.Popen[str]) -> list[int]:
     """Return the worker processes of a run that has finished a shard."""
     assert process.stderr is not None
     for line in process.stderr:
-        if re.search(r"survey .*: .* in ", line):
+        if re.search(r"scan .*: .* in ", line):
             break
     found = [
         int(pid)
@@ -148,7 +148,7 @@ def test_a_run_that_ends_early_leaves_no_process_and_the_next_one_continues(
     again = start(lab.write_recipe(raw))
     _, rest = again.communicate(timeout=120)
     assert again.returncode == 0, rest
-    assert re.search(r"survey: \d+ shards, [1-9]", rest), (
+    assert re.search(r"scan: \d+ shards, [1-9]", rest), (
         "what the first one finished is not made again"
     )
     run(make_plan(read_recipe(lab.write_recipe(raw | {"output": "undisturbed"}))))

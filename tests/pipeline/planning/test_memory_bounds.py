@@ -125,8 +125,8 @@ def test_memory_limits_how_many_tasks_run_at_once(
     running: list[str] = []
     most = [0]
 
-    def run_task(task: Any, uri: str, *, settles: bool) -> TaskResult:
-        assert not settles
+    def run_task(task: Any, uri: str, *, commits: bool) -> TaskResult:
+        assert not commits
         running.append(task.name)
         most[0] = max(most[0], len(running))
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""Signs of life of long tasks."""
+"""Heartbeat logging of long tasks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from mmerge.workers.tasks.heartbeat import Pulse
+from mmerge.workers.tasks.heartbeat import Heartbeat
 
 
 def test_a_long_task_says_which_tensor_it_is_at(caplog: pytest.LogCaptureFixture) -> None:
@@ -21,9 +21,9 @@ def test_a_long_task_says_which_tensor_it_is_at(caplog: pytest.LogCaptureFixture
     listener = _Listener()
     logging.getLogger("mmerge.run").addHandler(listener)
     try:
-        with Pulse("layers.3: wudi", num_steps=7, seconds=0.01) as pulse:
-            pulse.begin("q_proj [8, 8]")
-            pulse.begin("k_proj [8, 8]")
+        with Heartbeat("layers.3: wudi", num_steps=7, seconds=0.01) as heartbeat:
+            heartbeat.start_step("q_proj [8, 8]")
+            heartbeat.start_step("k_proj [8, 8]")
             assert heard.wait(30)
     finally:
         logging.getLogger("mmerge.run").removeHandler(listener)
@@ -32,7 +32,7 @@ def test_a_long_task_says_which_tensor_it_is_at(caplog: pytest.LogCaptureFixture
 
 def test_a_short_task_says_nothing_and_leaves_no_thread(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "mmerge.run")
-    with Pulse("norm: linear", num_steps=1) as pulse:
-        pulse.begin("norm.weight [8]")
+    with Heartbeat("norm: linear", num_steps=1) as heartbeat:
+        heartbeat.start_step("norm.weight [8]")
     assert not caplog.text
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("pulse")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("heartbeat")]
