@@ -52,7 +52,7 @@ class Working:
 
 
 def merge_peak_bytes(tensors: Sequence[TensorTask], working: Working) -> int:
-    """Return a bound on the memory of a survey, measure or merge task in bytes."""
+    """Return a bound on the memory of a scan, measure or merge task in bytes."""
     num_experts = max(len(tensor.experts) for tensor in tensors)
     num_masks = num_experts if working.method.kind == "masks" else 0
     blocks = max(_block_bytes(tensor, num_experts, working) for tensor in tensors)

@@ -23,7 +23,8 @@ METHODS: list[dict[str, Any]] = [
     {"method": "pcb"},
     {"method": "breadcrumbs"},
     {"method": "model_stock"},
-    {"method": "tall"},
+    {"method": "tall_masks"},
+    {"method": "neuron_fusion"},
 ]
 
 
@@ -31,6 +32,8 @@ METHODS: list[dict[str, Any]] = [
 def test_a_simulation_has_the_tasks_of_the_run(lab: Any, changes: dict[str, Any]) -> None:
     raw = lab.make_all()
     del raw["method"]
+    if changes["method"] == "neuron_fusion":  # takes one expert
+        raw["experts"] = {"image": raw["experts"]["image"]}
     plan = make_plan(read_recipe(lab.write_recipe(raw | changes)))
     simulation = simulate(plan, NODES)
     report = run(plan, executor=SerialExecutor(num_threads=1))
