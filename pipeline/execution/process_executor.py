@@ -1,4 +1,4 @@
-"""Runs tasks in a process pool, one worker per core, avoiding contention on the GIL and mmap_lock."""
+"""Runs tasks in a process pool, one worker per core: no contention on the GIL and on mmap_lock."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def run_in_threads(
         tasks: begun in their order.
         store_uri: the store that they write to.
         num_threads: tasks at once, one core each.
-        memory_bytes: limit for the sum of `peak_bytes` of the tasks at once; one task may exceed it.
+        memory_bytes: limit for the `peak_bytes` of the tasks at once; one task may exceed it.
         follow: see `run_in_pool`.
     """
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="mmerge-task")
@@ -124,7 +124,7 @@ def run_in_pool(
 
 
 def _commit(store: Store, future: Future[TaskResult]) -> TaskResult:
-    """Return a task's result once its files are committed; its worker is at the next task by now."""
+    """Return a result once its files are committed; its worker is at the next task by now."""
     result = future.result()
     store.commit(result.pending)
     return replace(result, pending=())
