@@ -16,6 +16,7 @@ from mmerge.workers.checkpoints.lora_adapter import (
     AdapterCheckpoint,
     AdapterFolder,
     AdapterPair,
+    find_weight,
     place_others,
 )
 from mmerge.workers.checkpoints.sources import TensorSource
@@ -133,7 +134,7 @@ def _find_modality_adapter(folder: AdapterFolder, modality: str, default: str) -
 
 def _place(folder: AdapterFolder, pair: AdapterPair, base: Checkpoint) -> str:
     """Return the name of the base's weight that a pair adapts."""
-    name = base.family.find_adapted_weight(pair.module, base.tensors)
+    name = find_weight(pair.module, base)
     if name is None:
         raise CheckpointError(
             f"{folder.owner}: {pair.module}: the base has no such Linear layer. Was the adapter"

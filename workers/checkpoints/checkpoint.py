@@ -97,6 +97,11 @@ class Checkpoint:
         shapes = {name: source.spec.shape for name, source in self.tensors.items()}
         return find_family(shapes, self.text_config, where=f"{self.owner}: {self.uri}")
 
+    @cached_property
+    def language_prefix(self) -> str:
+        """The prefix of the language model's tensors, that of the first embedding."""
+        return self.family.find_prefixes(self.tensors)[0]
+
     def is_tied(self) -> bool:
         """Return whether the configuration ties the head to the embedding."""
         return bool(

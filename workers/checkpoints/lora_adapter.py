@@ -288,7 +288,7 @@ class AdapterCheckpoint(Checkpoint):
         unplaced: list[str] = []
         pairs = self.folder.pairs_of(names[0] if len(names) == 1 else DEFAULT_ADAPTER)
         for pair in pairs:
-            name = self._base.family.find_adapted_weight(pair.module, base_tensors)
+            name = find_weight(pair.module, self._base)
             if name is None:
                 unplaced.append(pair.module)
                 continue
@@ -348,12 +348,17 @@ class AdapterCheckpoint(Checkpoint):
         return self._base.read_small_files() | files
 
 
+def find_weight(module: str, base: Checkpoint) -> str | None:
+    """Return the base's weight that an adapter's module is, None where the base has none."""
+    return base.family.find_adapted_weight(module, base.tensors, prefix=base.language_prefix)
+
+
 def place_others(folder: AdapterFolder, base: Checkpoint) -> dict[str, TensorSource]:
     """Return what an adapter saved whole, under the base's names where the base has the module."""
     placed = {}
     for name, source in folder.others.items():
         module, _, last = name.rpartition(".")
-        weight = base.family.find_adapted_weight(module, base.tensors) if module else None
+        weight = find_weight(module, base) if module else None
         placed[f"{weight.removesuffix('weight')}{last}" if weight else name] = source
     return placed
 

@@ -185,18 +185,24 @@ class Family:
         """Return the name under which checkpoints store a parameter of transformers."""
         return next((name for name, new in self.parameter_renames if new == parameter), parameter)
 
-    def find_adapted_weight(self, module: str, names: Collection[str]) -> str | None:
+    def find_adapted_weight(
+        self, module: str, names: Collection[str], *, prefix: str | None = None
+    ) -> str | None:
         """Return the base's weight that a LoRA adapter belongs to, None where the base has none.
 
         Args:
             module: path of the adapted module in the adapter's files.
             names: of the base's tensors.
+            prefix: of the language model in `names`. A multimodal base keeps it below another
+                prefix than the class whose paths the adapter has.
         """
+        body = self.body if prefix is None else prefix
         for wrapper in _WRAPPERS:
             if not module.startswith(wrapper):
                 continue
             path = module[len(wrapper) :]
-            for candidate in (path, f"{self.body}{path}", path.removeprefix(self.body)):
+            plain = path.removeprefix(self.body)
+            for candidate in (path, f"{self.body}{path}", plain, f"{body}{plain}"):
                 if f"{candidate}.weight" in names:
                     return f"{candidate}.weight"
         return None

@@ -111,3 +111,18 @@ def test_trained_token_rows_are_refused_though_the_configuration_is_silent(
     expert = open_adapter(lab, base, make_pair(QUERY) | rows)
     with pytest.raises(CheckpointError, match="trainable_tokens_delta is no LoRA factor"):
         _ = expert.tensors
+
+
+@pytest.mark.parametrize("wrapper", ["model.language_model.", "language_model.model.", "model."])
+def test_an_adapter_of_a_multimodal_base_finds_its_language_model(lab: Any, wrapper: str) -> None:
+    lab.dtype = torch.float32
+    lab.make_base()
+    tensors = {"language_model." + name: value for name, value in lab.base.items()}
+    folder = lab.write("llava", tensors, {"model_type": "llava", "text_config": lab.config})
+    multimodal = Checkpoint(str(folder), owner="base")
+    pair = make_pair(f"{wrapper}layers.0.self_attn.q_proj")
+    expert = open_adapter(lab, multimodal, pair)
+    b, a = (pair[name] for name in sorted(pair, reverse=True))
+    expected = lab.base[f"{QUERY}.weight"] + 2 * b @ a
+    name = f"language_model.{QUERY}.weight"
+    torch.testing.assert_close(read_values(expert, name), expected)
