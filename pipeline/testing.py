@@ -21,7 +21,7 @@ from mmerge.manifests.format.safetensors_header import make_header
 from mmerge.manifests.stores.open import open_store
 from mmerge.pipeline.execution.executor import Executor
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
-from mmerge.workers.task import CopyTask, CopyTensor, SurveyTask, Task, TaskResult
+from mmerge.workers.task import CopyTask, CopyTensor, ScanTask, Task, TaskResult
 from mmerge.workers.tasks.scan_cache import read_scan
 
 NUM_TASKS = 6
@@ -45,12 +45,12 @@ class ExecutorConformance(ABC):
             executor.close()
 
     @pytest.fixture
-    def tasks(self, tmp_path: Path) -> list[SurveyTask]:
+    def tasks(self, tmp_path: Path) -> list[ScanTask]:
         """Return scans of the tensors of a small checkpoint."""
         return make_scan_tasks(tmp_path / "checkpoint", num_tasks=NUM_TASKS)
 
     def test_every_task_is_yielded_once_with_its_result(
-        self, executor: Executor, tasks: list[SurveyTask], tmp_path: Path
+        self, executor: Executor, tasks: list[ScanTask], tmp_path: Path
     ) -> None:
         """All tasks end with a result, and what they wrote is in the store."""
         store = open_store(str(tmp_path / "store"), create=True)
@@ -58,13 +58,13 @@ class ExecutorConformance(ABC):
         assert sorted(task.shard for task, _ in outcomes) == [task.shard for task in tasks]
         for task, outcome in outcomes:
             assert isinstance(outcome, TaskResult), outcome
-            assert isinstance(task, SurveyTask)
+            assert isinstance(task, ScanTask)
             assert outcome.num_bytes == task.num_bytes
-            assert not outcome.pending, "files are committed before the task is yielded"
+            assert not outcome.deferred_commits, "files are committed before the task is yielded"
             assert read_scan(store, task.key) is not None
 
     def test_finished_tasks_are_reused(
-        self, executor: Executor, tasks: list[SurveyTask], tmp_path: Path
+        self, executor: Executor, tasks: list[ScanTask], tmp_path: Path
     ) -> None:
         """An executor can run again, and tasks find what they wrote before."""
         store = open_store(str(tmp_path / "store"), create=True)
@@ -74,7 +74,7 @@ class ExecutorConformance(ABC):
         assert all(isinstance(outcome, TaskResult) and outcome.reused for outcome in outcomes)
 
     def test_a_failure_is_yielded_and_the_other_tasks_are_finished(
-        self, executor: Executor, tasks: list[SurveyTask], tmp_path: Path
+        self, executor: Executor, tasks: list[ScanTask], tmp_path: Path
     ) -> None:
         """A task's own error is an outcome: it ends neither the run nor other tasks."""
         store = open_store(str(tmp_path / "store"), create=True)
@@ -86,7 +86,7 @@ class ExecutorConformance(ABC):
         assert all(isinstance(outcome, TaskResult) for outcome in outcomes.values())
 
     def test_followers_run_and_are_followed_in_turn(
-        self, executor: Executor, tasks: list[SurveyTask], tmp_path: Path
+        self, executor: Executor, tasks: list[ScanTask], tmp_path: Path
     ) -> None:
         """`follow` is called once per result, before it is yielded, and its tasks are run."""
         store = open_store(str(tmp_path / "store"), create=True)
@@ -104,7 +104,7 @@ class ExecutorConformance(ABC):
         assert sorted(yielded) == sorted(followed) == [task.shard for task in tasks]
 
     def test_nothing_follows_from_a_failure(
-        self, executor: Executor, tasks: list[SurveyTask], tmp_path: Path
+        self, executor: Executor, tasks: list[ScanTask], tmp_path: Path
     ) -> None:
         """`follow` is not called with a task that failed."""
         store = open_store(str(tmp_path / "store"), create=True)
@@ -119,7 +119,7 @@ class ExecutorConformance(ABC):
         assert sorted(followed) == [task.shard for task in tasks[1:]]
 
     def test_results_carry_the_entry_of_an_object(
-        self, executor: Executor, tasks: list[SurveyTask], tmp_path: Path
+        self, executor: Executor, tasks: list[ScanTask], tmp_path: Path
     ) -> None:
         """A task that writes an object returns its entry."""
         store = open_store(str(tmp_path / "store"), create=True)
@@ -129,13 +129,13 @@ class ExecutorConformance(ABC):
         assert store.exists(outcome.entry.object.key)
 
     def test_a_run_that_is_closed_early_leaves_complete_results_alone(
-        self, executor: Executor, tasks: list[SurveyTask], tmp_path: Path
+        self, executor: Executor, tasks: list[ScanTask], tmp_path: Path
     ) -> None:
         """What is in the store after an early end is complete, and the next run continues."""
         store = open_store(str(tmp_path / "store"), create=True)
         with closing(executor.run(tasks, store.uri)) as outcomes:
             first, _ = next(outcomes)
-        assert isinstance(first, SurveyTask)
+        assert isinstance(first, ScanTask)
         assert read_scan(store, first.key) is not None
         assert len(list(executor.run(tasks, store.uri))) == len(tasks)
 
@@ -148,15 +148,13 @@ class ExecutorConformance(ABC):
 class SeparateProcessConformance(ExecutorConformance):
     """What executors must do whose tasks run in other processes."""
 
-    def test_a_store_in_memory_is_refused(
-        self, executor: Executor, tasks: list[SurveyTask]
-    ) -> None:
+    def test_a_store_in_memory_is_refused(self, executor: Executor, tasks: list[ScanTask]) -> None:
         """Other processes cannot see a store in this process's memory."""
         with pytest.raises(StoreError, match="other processes cannot see it"):
             list(executor.run(tasks, "memory://conformance"))
 
 
-def make_scan_tasks(folder: Path, *, num_tasks: int) -> list[SurveyTask]:
+def make_scan_tasks(folder: Path, *, num_tasks: int) -> list[ScanTask]:
     """Write a checkpoint of one tensor per file into `folder`; return a scan task of each."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
@@ -169,7 +167,7 @@ def make_scan_tasks(folder: Path, *, num_tasks: int) -> list[SurveyTask]:
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {' + files + "}}")
     tensors = Checkpoint(str(folder), owner="base").tensors
     return [
-        SurveyTask(
+        ScanTask(
             key=f"{index:064x}",
             shard=f"shard{index}",
             expert_names=(),
@@ -186,7 +184,7 @@ def make_scan_tasks(folder: Path, *, num_tasks: int) -> list[SurveyTask]:
     ]
 
 
-def make_copy_task(scan: SurveyTask) -> CopyTask:
+def make_copy_task(scan: ScanTask) -> CopyTask:
     """Return the task that copies the tensors of a scan into an object."""
     return CopyTask(
         digest="c" * 64,

@@ -135,7 +135,7 @@ def test_no_modules_import_each_other_in_a_cycle() -> None:
     assert find_cycles() == []
 
 
-def test_no_folder_has_more_modules_than_a_reader_can_survey() -> None:
+def test_no_folder_has_more_than_twenty_modules() -> None:
     counts = Counter(str(path.parent.relative_to(ROOT)) for path in MODULES.values())
     crowded = {folder for folder, count in counts.items() if count > MAX_MODULES + 1}
     assert crowded <= FREE_OF_LIMIT

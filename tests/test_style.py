@@ -29,7 +29,6 @@ def bound_names(path: Path) -> list[str]:
     return names
 
 
-@pytest.mark.xfail(reason="renaming goes on folder by folder")
 def test_names_say_what_they_hold() -> None:
     names = [name for path in FILES for name in bound_names(path)]
     empty = [name for name in names if name in EMPTY_NAMES]

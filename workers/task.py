@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from mmerge.manifests.format.entry import Role
 from mmerge.manifests.stores.base import DeferredCommit
 from mmerge.workers.checkpoints.sources import TensorSource
-from mmerge.workers.methods.interface import Granularity, Measured, Numbers
+from mmerge.workers.methods.interface import Granularity, Measured, MethodParameters
 from mmerge.workers.modalities.prompt import Part
 
 NonFinite = Literal["error", "keep"]
@@ -61,7 +61,7 @@ class CopyTensor:
 
 
 @dataclass(frozen=True)
-class SurveyTask:
+class ScanTask:
     """One pass over the inputs of a shard: digests, non-finite check, magnitude histograms."""
 
     phase: ClassVar[str] = "scan"
@@ -91,7 +91,7 @@ class RefineTask:
     expert_names: tuple[str, ...]
     tensors: tuple[TensorTask, ...]
     bins: tuple[tuple[int | None, ...], ...]
-    """Per tensor and expert, the bin of the survey's histogram in which the threshold lies; None
+    """Per tensor and expert, the bin of the scan's histogram in which the threshold lies; None
     where no second pass is needed.
     """
     block_entries: int
@@ -111,9 +111,9 @@ class MeasureTask:
     expert_names: tuple[str, ...]
     tensors: tuple[TensorTask, ...]
     thresholds: tuple[tuple[float, ...], ...]
-    numbers: tuple[Numbers, ...]
-    known: tuple[Measured, ...]
-    """Per tensor, what the stages before found."""
+    method_parameters: tuple[MethodParameters, ...]
+    earlier_results: tuple[Measured, ...]
+    """Per tensor, results of the method's earlier stages."""
     method: str
     stage: str
     measures: Literal["sums", "ranks", "vectors"]
@@ -145,10 +145,10 @@ class MergeTask:
     thresholds: tuple[tuple[float, ...], ...]
     """Per tensor and expert; empty per tensor for methods that do not trim."""
     method: str
-    numbers: tuple[Numbers, ...]
+    method_parameters: tuple[MethodParameters, ...]
     """Per tensor, the parameters that hold for it."""
-    known: tuple[Measured, ...]
-    """Per tensor, what the method's stages found."""
+    earlier_results: tuple[Measured, ...]
+    """Per tensor, results of the method's stages."""
     dtype: str
     block_entries: int
     num_bytes: int
@@ -201,7 +201,7 @@ class AnswerTask:
     fresh: bool = False
 
 
-Task = SurveyTask | RefineTask | MeasureTask | MergeTask | CopyTask | AnswerTask
+Task = ScanTask | RefineTask | MeasureTask | MergeTask | CopyTask | AnswerTask
 
 
 @dataclass(frozen=True)
@@ -214,9 +214,9 @@ class TaskResult:
     reused: bool
     seconds: float
     entry: Any = None
-    """The ShardEntry of a merge or copy; None of a survey or of answers, whose result lies in the
+    """The ShardEntry of a merge or copy; None of a scan or of answers, whose result lies in the
     store.
     """
-    pending: tuple[DeferredCommit, ...] = ()
+    deferred_commits: tuple[DeferredCommit, ...] = ()
     """Files that the task wrote and the driver has to commit, in order."""
     notes: tuple[str, ...] = field(default=())

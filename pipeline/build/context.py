@@ -9,8 +9,8 @@ from mmerge.pipeline.build.method_stages import MethodStages
 from mmerge.pipeline.build.threshold_search import ThresholdSearch
 from mmerge.pipeline.planning.plan import CopyShard, MergePlan, MergeShard
 from mmerge.workers.methods import find_method
-from mmerge.workers.methods.interface import Trimming, parse_numbers
-from mmerge.workers.task import SurveyTask
+from mmerge.workers.methods.interface import Trimming, parse_parameters
+from mmerge.workers.task import ScanTask
 
 
 class BuildContext:
@@ -53,7 +53,7 @@ class BuildContext:
         thresholds = ["thresholds"] if self.searches else []
         return ["scan", *thresholds, *self.stages.phases, "merge", "copy"]
 
-    def scans_of(self, shard: CopyShard) -> list[SurveyTask]:
+    def scans_of(self, shard: CopyShard) -> list[ScanTask]:
         """Return the scans that a copy depends on, including those of merged tensors it holds."""
         tasks = {}
         if shard.name in self.scan_tasks:
@@ -67,8 +67,8 @@ class BuildContext:
     def _make_trimmings(self) -> dict[str, Trimming]:
         """Return by tensor what is trimmed; empty for methods that do not trim."""
         trimmings = {}
-        for name, numbers in self.plan.numbers.items():
-            trimming = self.method.trimming(*parse_numbers(self.method, numbers))
+        for name, parameters in self.plan.method_parameters.items():
+            trimming = self.method.trimming(*parse_parameters(self.method, parameters))
             if trimming is not None:
                 trimmings[name] = trimming
         return trimmings

@@ -19,7 +19,7 @@ from mmerge.pipeline.build.shard import make_shard_builds
 from mmerge.pipeline.build.shard_builds import Barrier, BuildTask, FinalTask
 from mmerge.pipeline.execution.executor import SerialExecutor
 from mmerge.pipeline.planning.plan import MergePlan
-from mmerge.workers.task import MergeTask, SurveyTask, Task, TaskResult
+from mmerge.workers.task import MergeTask, ScanTask, Task, TaskResult
 from mmerge.workers.tasks.scan_cache import read_scan
 
 State = Literal["compute", "reuse", "unknown"]
@@ -88,8 +88,8 @@ class _Forecaster:
         def follow(task: Task, result: TaskResult) -> Sequence[Task]:
             assert not isinstance(task, FinalTask)
             assert isinstance(task, BuildTask)
-            survey = read_scan(self.store, task.key)
-            return _without_final(self.builds.follow(task, survey, self._find))
+            scan = read_scan(self.store, task.key)
+            return _without_final(self.builds.follow(task, scan, self._find))
 
         tasks = _without_final(self.tasks)
         with closing(SerialExecutor().run(tasks, self.store.uri, follow)) as outcomes:
@@ -100,7 +100,7 @@ class _Forecaster:
     def judge(self) -> Forecast:
         """Return the verdict on every shard."""
         requests = self.builds.requests
-        scans = [task for task in requests.values() if isinstance(task, SurveyTask)]
+        scans = [task for task in requests.values() if isinstance(task, ScanTask)]
         to_scan = tuple(dict.fromkeys(task.shard for task in scans))
         if not self._has_builds():
             return Forecast(_all_new(self.plan).shards, to_scan)
@@ -136,7 +136,7 @@ class _Forecaster:
 
 def _explain_unknown(request: BuildTask | Barrier, to_scan: tuple[str, ...]) -> str:
     """Return what a shard waits for, whose last task depends on it."""
-    if isinstance(request, SurveyTask):
+    if isinstance(request, ScanTask):
         return "inputs not read yet, or changed since"
     if isinstance(request, Barrier):
         return f"waits for other shards, {len(to_scan)} of which must be scanned first"

@@ -9,7 +9,7 @@ from mmerge.manifests.digest import digest_json
 from mmerge.manifests.format.manifest import FileEntry
 from mmerge.pipeline.planning.plan import CopyShard, MergePlan, MergeShard
 from mmerge.workers.checkpoints.sources import TensorSource, identity_digest
-from mmerge.workers.task import CopyTensor, SurveyTask, TensorTask
+from mmerge.workers.task import CopyTensor, ScanTask, TensorTask
 from mmerge.workers.tasks.scan_cache import ScanResult, piece_name
 
 SCAN_VERSION = 2
@@ -27,7 +27,7 @@ class InputDigests:
     _scanned: set[tuple[str, str]] = field(default_factory=set)
     """Key and expert of the scans whose digests are here."""
 
-    def add(self, task: SurveyTask, scan: ScanResult, *, expert: str) -> None:
+    def add(self, task: ScanTask, scan: ScanResult, *, expert: str) -> None:
         """Add the digests of one scan; `expert` owns the tensors that it only copies."""
         self._scanned.add((task.key, expert))
         for tensor in task.tensors:
@@ -38,7 +38,7 @@ class InputDigests:
             piece = piece_name(f"{copy.role}/{copy.name}", copy.row_start)
             self.copied[(expert, copy.name, copy.row_start)] = scan.digests[piece][0]
 
-    def has(self, task: SurveyTask, *, expert: str) -> bool:
+    def has(self, task: ScanTask, *, expert: str) -> bool:
         """Return whether the digests of a scan are here."""
         return (task.key, expert) in self._scanned
 
@@ -77,7 +77,7 @@ def make_scan_tasks(
     *,
     magnitudes: bool,
     fresh: bool,
-) -> dict[str, SurveyTask]:
+) -> dict[str, ScanTask]:
     """Return the scan tasks of a plan by shard.
 
     Their keys follow from the identity of the files, so that unchanged files are not read again.
@@ -110,13 +110,13 @@ class _ScanTaskFactory:
     magnitudes: bool
     fresh: bool
 
-    def make_merge_scan(self, shard: MergeShard) -> SurveyTask:
+    def make_merge_scan(self, shard: MergeShard) -> ScanTask:
         pieces: list[list[str | int]] = []
         sources = []
         for tensor in shard.tensors:
             pieces.append([tensor.name, tensor.row_start])
             sources.append([self._place(source) for source in (tensor.base, *tensor.experts)])
-        return SurveyTask(
+        return ScanTask(
             key=self._key(self.magnitudes, pieces, sources),
             shard=shard.name,
             expert_names=self._expert_names(),
@@ -131,10 +131,10 @@ class _ScanTaskFactory:
             fresh=self.fresh,
         )
 
-    def make_copy_scan(self, shard: CopyShard, copies: tuple[CopyTensor, ...]) -> SurveyTask:
+    def make_copy_scan(self, shard: CopyShard, copies: tuple[CopyTensor, ...]) -> ScanTask:
         pieces: list[list[str | int]] = [[copy.name, copy.row_start] for copy in copies]
         sources = [[self._place(copy.source)] for copy in copies]
-        return SurveyTask(
+        return ScanTask(
             key=self._key(False, pieces, sources),
             shard=shard.name,
             expert_names=self._expert_names(),

@@ -18,11 +18,11 @@ from mmerge.workers.methods.interface import (
     Method,
     Stage,
     TensorMeasurements,
-    parse_numbers,
+    parse_parameters,
 )
 from mmerge.workers.statistics.exact_sums import NUM_RANK_BINS, NUM_SUM_BINS, to_ranked, to_sum
 from mmerge.workers.statistics.order_statistics import Counts, add_sparse, find_bin
-from mmerge.workers.task import MeasureTask, SurveyTask, TensorTask
+from mmerge.workers.task import MeasureTask, ScanTask, TensorTask
 from mmerge.workers.tasks.scan_cache import ScanResult, SparseHistogram, piece_name
 
 MEASURE_VERSION = 2
@@ -54,8 +54,8 @@ class CountPool:
         sums = self._sums.setdefault(group, {})
         if quantity not in sums:
             sums[quantity] = np.zeros(self._num_bins, dtype=np.int64)
-        bins, numbers = counts
-        sums[quantity][bins] += numbers
+        bins, bin_counts = counts
+        sums[quantity][bins] += bin_counts
 
     def quantities(self, group: str) -> list[str]:
         """Return the names of the quantities of a group."""
@@ -175,12 +175,12 @@ class StagePass:
         self.measured = Barrier(len(shards), finish[stage.measures])
         self.resolved = Barrier(len(shards), self._resolve_ranks)
 
-    def make_task(self, shard: MergeShard, scan: SurveyTask, thresholds: Thresholds) -> MeasureTask:
+    def make_task(self, shard: MergeShard, scan: ScanTask, thresholds: Thresholds) -> MeasureTask:
         """Return the (first) pass over a shard; stages before this one are complete for it."""
         return self._make_task(shard, scan, thresholds, None)
 
     def make_exact_task(
-        self, shard: MergeShard, scan: SurveyTask, thresholds: Thresholds
+        self, shard: MergeShard, scan: ScanTask, thresholds: Thresholds
     ) -> MeasureTask:
         """Return the second pass over a shard, once the bins of the ranks are known."""
         high_bins = []
@@ -197,24 +197,24 @@ class StagePass:
     def _make_task(
         self,
         shard: MergeShard,
-        scan: SurveyTask,
+        scan: ScanTask,
         thresholds: Thresholds,
         high_bins: tuple[dict[str, tuple[int, ...]], ...] | None,
     ) -> MeasureTask:
         plan, method = self._stages.plan, self._stages.method
         names = tuple(expert.name for expert in plan.recipe.experts)
-        numbers = tuple(plan.numbers[tensor.name] for tensor in shard.tensors)
-        known = self._stages.results_of(shard)
+        method_parameters = tuple(plan.method_parameters[tensor.name] for tensor in shard.tensors)
+        earlier_results = self._stages.results_of(shard)
         identity: list[Any] = [
             MEASURE_VERSION,
             scan.key,
             method.name,
             self.stage.name,
             plan.dtype,
-            [[number.parameters, list(number.experts)] for number in numbers],
+            [[values.parameters, list(values.experts)] for values in method_parameters],
             list(names),
             [[value.hex() for value in row] for row in thresholds],
-            [to_hex(values) for values in known],
+            [to_hex(values) for values in earlier_results],
             None if high_bins is None else [dict(row) for row in high_bins],
         ]
         return MeasureTask(
@@ -223,8 +223,8 @@ class StagePass:
             expert_names=names,
             tensors=shard.tensors,
             thresholds=thresholds,
-            numbers=numbers,
-            known=known,
+            method_parameters=method_parameters,
+            earlier_results=earlier_results,
             method=method.name,
             stage=self.stage.name,
             measures=self.stage.measures,
@@ -236,23 +236,23 @@ class StagePass:
             fresh=self._stages.fresh,
         )
 
-    def add(self, shard: MergeShard, survey: ScanResult) -> None:
+    def add(self, shard: MergeShard, result: ScanResult) -> None:
         """Add what the first pass over a shard counted, or its vectors."""
-        self._add_counts(self._counts, shard, survey)
-        for name, vector in survey.vectors.items():
+        self._add_counts(self._counts, shard, result)
+        for name, vector in result.vectors.items():
             piece, _, quantity = name.rpartition(":")
             self._vectors.setdefault(piece, {})[quantity] = vector
 
-    def add_exact(self, shard: MergeShard, survey: ScanResult) -> None:
+    def add_exact(self, shard: MergeShard, result: ScanResult) -> None:
         """Add what the second pass over a shard counted."""
-        self._add_counts(self._exact_counts, shard, survey)
+        self._add_counts(self._exact_counts, shard, result)
 
-    def _add_counts(self, pool: CountPool, shard: MergeShard, survey: ScanResult) -> None:
+    def _add_counts(self, pool: CountPool, shard: MergeShard, result: ScanResult) -> None:
         groups = {
             piece_name(tensor.name, tensor.row_start): self._group_of(tensor)
             for tensor in shard.tensors
         }
-        for name, counts in survey.histograms.items():
+        for name, counts in result.histograms.items():
             piece, _, quantity = name.rpartition(":")
             pool.add(groups[piece], quantity, counts)
 
@@ -312,11 +312,11 @@ class StagePass:
         method, plan = self._stages.method, self._stages.plan
         distinct = {}
         for tensor in self._pieces_of(group):
-            numbers = plan.numbers[tensor.name]
-            distinct[id(numbers)] = numbers
+            parameters = plan.method_parameters[tensor.name]
+            distinct[id(parameters)] = parameters
         ranks = set()
-        for numbers in distinct.values():
-            parameters, experts = parse_numbers(method, numbers)
+        for raw in distinct.values():
+            parameters, experts = parse_parameters(method, raw)
             ranks.add(
                 method.ranks(
                     parameters,
@@ -351,7 +351,7 @@ class StagePass:
                 for quantity, values in vectors.items():
                     vector = torch.from_numpy(values)
                     total[quantity] = total[quantity] + vector if quantity in total else vector
-            parameters, _ = parse_numbers(method, plan.numbers[name])
+            parameters, _ = parse_parameters(method, plan.method_parameters[name])
             tensors.append(TensorVectors(name, pieces[0].shape, total, parameters))
         results = method.resolve_vectors(
             tensors,
@@ -365,6 +365,6 @@ class StagePass:
         self._vectors.clear()
 
 
-def to_hex(known: Measured) -> dict[str, list[str]]:
+def to_hex(results: Measured) -> dict[str, list[str]]:
     """Return the results of stages as text that keeps every bit."""
-    return {quantity: [value.hex() for value in values] for quantity, values in known.items()}
+    return {quantity: [value.hex() for value in values] for quantity, values in results.items()}

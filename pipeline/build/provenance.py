@@ -28,7 +28,7 @@ def describe_inputs(
         *(recipe.describe_parameters(expert.name) for expert in recipe.experts),
     ]
     numbers = digest_json([recipe.method, parameters, plan.dtype])
-    found = {}
+    inputs = {}
     for task in tasks:
         pieces = [digests.describe(tensor) for tensor in task.tensors]
         sources = {
@@ -37,10 +37,10 @@ def describe_inputs(
         }
         thresholds = digest_json(
             [[value.hex() for value in values] for values in task.thresholds]
-            + [to_hex(values) for values in task.known]
+            + [to_hex(values) for values in task.earlier_results]
         )
-        found[task.shard] = sources | {NUMBERS: numbers, THRESHOLDS: thresholds}
-    return found
+        inputs[task.shard] = sources | {NUMBERS: numbers, THRESHOLDS: thresholds}
+    return inputs
 
 
 def add_inputs(
@@ -67,10 +67,10 @@ def explain(old: ObjectEntry | None, new: Mapping[str, str]) -> str:
     before, after = (
         {
             key.removeprefix(EXPERT_PREFIX): value
-            for key, value in found.items()
+            for key, value in digests.items()
             if key.startswith(EXPERT_PREFIX)
         }
-        for found in (old.inputs, new)
+        for digests in (old.inputs, new)
     )
     for name in after:
         if name not in before:

@@ -119,10 +119,10 @@ class _Run:
         """Return what an earlier run left of a scan, of refined thresholds or of a stage."""
         if self.fresh or isinstance(task, FinalTask):
             return None
-        survey = read_scan(self.store, task.key)
-        if survey is not None:
+        scan = read_scan(self.store, task.key)
+        if scan is not None:
             self.num_reused[task.phase] += 1
-        return survey
+        return scan
 
     def _take_from_store(self, tasks: Sequence[BuildTask]) -> list[BuildTask]:
         """Finish the shards whose objects are in the store; return the tasks that are left."""
@@ -172,13 +172,13 @@ class _Run:
     def _read_result(self, task: BuildTask, result: TaskResult) -> Any:
         if isinstance(task, FinalTask):
             return result.entry
-        survey = read_scan(self.store, task.key)
-        if survey is None:
+        scan = read_scan(self.store, task.key)
+        if scan is None:
             raise MmergeError(
                 f"{self.store.uri}: the {task.phase} result of {task.shard} is damaged or gone."
                 " Run again with --fresh"
             )
-        return survey
+        return scan
 
     def _note_records(self) -> None:
         """Name the build as soon as the last tasks of all shards are known."""

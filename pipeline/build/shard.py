@@ -16,7 +16,7 @@ from mmerge.pipeline.build.shard_builds import Barrier, BuildTask, ShardBuild, S
 from mmerge.pipeline.build.task_factory import make_copy_task, make_merge_task
 from mmerge.pipeline.build.threshold_search import Thresholds
 from mmerge.pipeline.planning.plan import CopyShard, MergeShard
-from mmerge.workers.task import SurveyTask
+from mmerge.workers.task import ScanTask
 from mmerge.workers.tasks.scan_cache import ScanResult
 
 
@@ -49,14 +49,14 @@ def build_merge_shard(context: BuildContext, shard: MergeShard) -> ShardBuild:
         shard,
         context.digests,
         thresholds=thresholds,
-        known=context.stages.results_of(shard),
+        earlier_results=context.stages.results_of(shard),
         fresh=context.fresh,
     )
     return entry
 
 
 def _find_thresholds(
-    context: BuildContext, shard: MergeShard, scan_task: SurveyTask
+    context: BuildContext, shard: MergeShard, scan_task: ScanTask
 ) -> Generator[BuildTask | Barrier, Any, Thresholds]:
     """Return the trim thresholds of a shard, after a second pass where the scans leave them open.
 
@@ -79,7 +79,7 @@ def _find_thresholds(
 
 
 def _run_stages(
-    context: BuildContext, shard: MergeShard, scan_task: SurveyTask, thresholds: Thresholds
+    context: BuildContext, shard: MergeShard, scan_task: ScanTask, thresholds: Thresholds
 ) -> Generator[BuildTask | Barrier, Any, None]:
     """Run the statistics passes of the method; each stage sees the results of those before it."""
     for stage_pass in context.stages.passes_of(shard):

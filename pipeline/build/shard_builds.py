@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmerge.manifests.format.entry import ShardEntry
-from mmerge.workers.task import CopyTask, MeasureTask, MergeTask, RefineTask, SurveyTask
+from mmerge.workers.task import CopyTask, MeasureTask, MergeTask, RefineTask, ScanTask
 
-BuildTask = SurveyTask | RefineTask | MeasureTask | MergeTask | CopyTask
+BuildTask = ScanTask | RefineTask | MeasureTask | MergeTask | CopyTask
 """The tasks of a build."""
 FinalTask = MergeTask | CopyTask
 """A task that writes an object: the last one of each shard."""
@@ -103,7 +103,7 @@ class ShardBuilds:
         while queue:
             name, result = queue.popleft()
             request = self._resume(name, result)
-            del result  # a survey may be large
+            del result  # a scan result may be large
             if request is None:
                 continue
             if isinstance(request, Barrier):

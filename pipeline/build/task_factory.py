@@ -22,7 +22,7 @@ def make_merge_task(
     digests: InputDigests,
     *,
     thresholds: Thresholds,
-    known: Sequence[Measured],
+    earlier_results: Sequence[Measured],
     fresh: bool,
 ) -> MergeTask:
     """Return the task that merges a shard.
@@ -32,14 +32,14 @@ def make_merge_task(
         shard: its inputs have been scanned.
         digests: of the inputs.
         thresholds: per tensor and expert; empty per tensor for methods that do not trim.
-        known: per tensor, the results of the method's stages.
+        earlier_results: per tensor, the results of the method's stages.
         fresh: merge it again, whatever is in the store.
     """
     names = tuple(expert.name for expert in plan.recipe.experts)
-    numbers = tuple(plan.numbers[tensor.name] for tensor in shard.tensors)
+    method_parameters = tuple(plan.method_parameters[tensor.name] for tensor in shard.tensors)
     tensors = []
     for index, tensor in enumerate(shard.tensors):
-        parameters = [numbers[index].parameters, list(numbers[index].experts)]
+        parameters = [method_parameters[index].parameters, list(method_parameters[index].experts)]
         tensors.append(
             {
                 "name": tensor.name,
@@ -48,7 +48,7 @@ def make_merge_task(
                 "inputs": digests.describe(tensor),
                 "parameters": parameters,
                 "thresholds": [value.hex() for value in thresholds[index]],
-                "known": to_hex(known[index]),
+                "known": to_hex(earlier_results[index]),
             }
         )
     identity = {
@@ -65,8 +65,8 @@ def make_merge_task(
         tensors=shard.tensors,
         thresholds=thresholds,
         method=plan.recipe.method,
-        numbers=numbers,
-        known=tuple(known),
+        method_parameters=method_parameters,
+        earlier_results=tuple(earlier_results),
         dtype=plan.dtype,
         block_entries=plan.block_entries,
         num_bytes=shard.bytes_in,

@@ -24,7 +24,7 @@ from mmerge.workers.statistics.magnitude_histograms import (
     to_magnitude,
 )
 from mmerge.workers.statistics.order_statistics import trim_rank
-from mmerge.workers.task import RefineTask, SurveyTask, TensorTask
+from mmerge.workers.task import RefineTask, ScanTask, TensorTask
 from mmerge.workers.tasks.scan_cache import SparseHistogram, piece_name
 
 Thresholds = tuple[tuple[float, ...], ...]
@@ -85,7 +85,7 @@ class ThresholdSearch:
             else:
                 self._pieces.setdefault(key, []).append(histograms[name])
 
-    def make_refine_task(self, scan: SurveyTask) -> RefineTask | None:
+    def make_refine_task(self, scan: ScanTask) -> RefineTask | None:
         """Return the second pass that the search needs over the inputs of a scan, if any."""
         bins = []
         num_bytes = 0

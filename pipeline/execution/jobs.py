@@ -65,11 +65,11 @@ def make_wheel(folder: Path) -> Path:
     import mmerge.pipeline
     import mmerge.workers
 
-    found = metadata("mmerge")
-    name = f"mmerge-{found['Version']}"
+    version = metadata("mmerge")["Version"]
+    name = f"mmerge-{version}"
     contents = {
         f"{name}.dist-info/METADATA": (
-            f"Metadata-Version: 2.1\nName: mmerge\nVersion: {found['Version']}\n".encode()
+            f"Metadata-Version: 2.1\nName: mmerge\nVersion: {version}\n".encode()
         ),
         f"{name}.dist-info/WHEEL": (
             b"Wheel-Version: 1.0\nGenerator: mmerge\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
@@ -133,8 +133,9 @@ class Jobs:
 
     def list_builds(self) -> list[Job]:
         """Return all builds among the cluster's jobs, the oldest first."""
-        found = [job for info in self._client.list_jobs() if (job := _to_job(info)) is not None]
-        return sorted(found, key=lambda job: job.started or 0.0)
+        jobs = [_to_job(info) for info in self._client.list_jobs()]
+        builds = [job for job in jobs if job is not None]
+        return sorted(builds, key=lambda job: job.started or 0.0)
 
     def find(self, job_id: str) -> Job:
         """Return one job. Raises MmergeError when the cluster does not know it."""
@@ -239,9 +240,9 @@ class Jobs:
                 time.sleep(2)  # the dashboard was away: begin again behind what was written
             job = self.find(job_id)
             if not job.is_alive:
-                rest = str(self._client.get_job_logs(job_id))[written:]
-                if rest:
-                    write(rest)
+                unwritten = str(self._client.get_job_logs(job_id))[written:]
+                if unwritten:
+                    write(unwritten)
                 return job
             time.sleep(0.2)
 
@@ -292,14 +293,14 @@ def to_absolute(path: Path, recipe: Recipe) -> str:
 
 
 def _to_job(info: Any) -> Job | None:
-    found = info.metadata or {}
-    if "mmerge_recipe" not in found or not info.submission_id:
+    labels = info.metadata or {}
+    if "mmerge_recipe" not in labels or not info.submission_id:
         return None
     return Job(
         id=info.submission_id,
         status=str(getattr(info.status, "value", info.status)),
-        recipe=found["mmerge_recipe"],
-        store=found.get("mmerge_store", ""),
+        recipe=labels["mmerge_recipe"],
+        store=labels.get("mmerge_store", ""),
         started=info.start_time / 1000 if info.start_time else None,
         ended=info.end_time / 1000 if info.end_time else None,
         exit_code=info.driver_exit_code,

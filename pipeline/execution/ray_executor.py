@@ -149,7 +149,7 @@ class RayCluster:
 
     def num_slots(self, resources: Resources) -> int:
         """Return how many attempts of this size the nodes alive can run at once."""
-        wanted = {
+        requirements = {
             "CPU": resources.num_cpus,
             "GPU": resources.num_gpus,
             "memory": float(resources.memory),
@@ -158,7 +158,7 @@ class RayCluster:
             int(
                 min(
                     node["Resources"].get(name, 0) // amount
-                    for name, amount in wanted.items()
+                    for name, amount in requirements.items()
                     if amount
                 )
             )
@@ -223,7 +223,8 @@ class RayCluster:
         """End an attempt with its process; a node that cannot be reached ends it when it hears of
         it, if ever.
         """
-        for stream in [stream for stream, found in self._attempts.items() if found is attempt]:
+        streams = [stream for stream, started in self._attempts.items() if started is attempt]
+        for stream in streams:
             self._num_astray += stream not in self._places
             self._drop(stream)
 
@@ -306,9 +307,9 @@ class RayCluster:
 
 
 def _fits(node: dict[str, Any], resources: Resources) -> bool:
-    found = node["Resources"]
+    offered = node["Resources"]
     return bool(
-        found.get("CPU", 0) >= resources.num_cpus and found.get("GPU", 0) >= resources.num_gpus
+        offered.get("CPU", 0) >= resources.num_cpus and offered.get("GPU", 0) >= resources.num_gpus
     )
 
 

@@ -107,7 +107,7 @@ def resources_of(task: Task) -> Resources:
     `device: cuda` or answers are asked of one.
     """
     on_gpu = isinstance(task, MergeTask) and any(
-        numbers.parameters.get("device") == "cuda" for numbers in task.numbers
+        parameters.parameters.get("device") == "cuda" for parameters in task.method_parameters
     )
     on_gpu = on_gpu or (isinstance(task, AnswerTask) and task.device.startswith("cuda"))
     return Resources(num_cpus=1, num_gpus=1.0 if on_gpu else 0.0, memory=task.peak_bytes)
@@ -145,6 +145,13 @@ class _State:
     memory: int = 0
     avoid: set[str] = field(default_factory=set)
     running: list[_Running] = field(default_factory=list)
+
+    def find(self, attempt: Attempt) -> _Running | None:
+        """Return the record of a running attempt, None when it is not of this task."""
+        for running in self.running:
+            if running.attempt is attempt:
+                return running
+        return None
 
 
 @dataclass
@@ -199,15 +206,17 @@ class _Dispatch:
                     self.cluster.cancel(running.attempt)
 
     def _note_sizes(self, tasks: Sequence[Task]) -> None:
-        found = [resources_of(task) for task in tasks] + ([self.largest] if self.largest else [])
-        self.largest = max(found, key=lambda one: (one.num_gpus, one.memory), default=None)
+        sizes = [resources_of(task) for task in tasks]
+        if self.largest is not None:
+            sizes.append(self.largest)
+        self.largest = max(sizes, key=lambda size: (size.num_gpus, size.memory), default=None)
 
     def _add_followers(self, task: Task, result: TaskResult) -> None:
-        found = self.follow(task, result)
-        states = [_State(one, memory=one.peak_bytes) for one in found]
+        followers = self.follow(task, result)
+        states = [_State(follower, memory=follower.peak_bytes) for follower in followers]
         self.states |= {id(state.task): state for state in states}
         self.waiting.extendleft(reversed(states))
-        self._note_sizes(found)
+        self._note_sizes(followers)
 
     def _num_running(self) -> int:
         # Overdue attempts do not count: those that hang must not keep the others from starting.
@@ -234,7 +243,7 @@ class _Dispatch:
 
     def _start(self, state: _State) -> None:
         state.num_started += 1
-        known = self.nodes.get(_place_of(state.task))
+        warm_node = self.nodes.get(_place_of(state.task))
         avoid = frozenset(state.avoid | self.silent)
         resources = resources_of(state.task)
         attempt = Attempt(
@@ -242,18 +251,14 @@ class _Dispatch:
             number=state.num_started,
             resources=Resources(resources.num_cpus, resources.num_gpus, state.memory),
             avoid=avoid,
-            prefer=known if known not in avoid else None,
+            prefer=warm_node if warm_node not in avoid else None,
         )
         state.running.append(_Running(attempt, submitted=self.cluster.now()))
         self.cluster.start(attempt)
 
     def _take(self, event: Event) -> Outcome | None:
         state = self.states.get(id(event.attempt.task))
-        running = (
-            next((found for found in state.running if found.attempt is event.attempt), None)
-            if state
-            else None
-        )
+        running = state.find(event.attempt) if state else None
         if state is None or running is None:
             # Another attempt was first: this one wrote the same bytes under the same names
             return None
@@ -282,8 +287,8 @@ class _Dispatch:
             self.rates.setdefault(running.attempt.task.phase, []).append(rate)
 
     def _finish(self, state: _State, outcome: TaskResult | Exception) -> Outcome:
-        for other in state.running:
-            self.cluster.cancel(other.attempt)
+        for running in state.running:
+            self.cluster.cancel(running.attempt)
         if state in self.waiting:
             self.waiting.remove(state)
         del self.states[id(state.task)]

@@ -23,9 +23,11 @@ def uninterrupted() -> Iterator[None]:
         yield  # handlers run in the main thread
         return
     received: list[tuple[int, FrameType | None]] = []
-    handlers = {
-        number: found for number in _INTERRUPTS if callable(found := signal.getsignal(number))
-    }
+    handlers = {}
+    for number in _INTERRUPTS:
+        handler = signal.getsignal(number)
+        if callable(handler):
+            handlers[number] = handler
     with ExitStack() as restored:  # all of them, even if a signal arrives between two
         for number, handler in handlers.items():
             restored.callback(signal.signal, number, handler)

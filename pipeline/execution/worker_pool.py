@@ -126,8 +126,8 @@ def run_in_pool(
 def _commit(store: Store, future: Future[TaskResult]) -> TaskResult:
     """Return a result once its files are committed; its worker is at the next task by now."""
     result = future.result()
-    store.commit(result.pending)
-    return replace(result, pending=())
+    store.commit(result.deferred_commits)
+    return replace(result, deferred_commits=())
 
 
 def _fits(

@@ -38,11 +38,13 @@ class MetricsProgress(Progress):
 
         self._composite = composite
         self._totals: dict[str, tuple[int, int]] = {}
-        self._found: dict[str, Any] = {
+        self._instruments: dict[str, Any] = {
             name: metrics.Counter(name, text, TAGS) for name, text in COUNTERS.items()
         }
-        self._found |= {name: metrics.Gauge(name, text, TAGS) for name, text in GAUGES.items()}
-        self._found |= {
+        self._instruments |= {
+            name: metrics.Gauge(name, text, TAGS) for name, text in GAUGES.items()
+        }
+        self._instruments |= {
             name: metrics.Histogram(name, text, BOUNDARIES, TAGS)
             for name, text in HISTOGRAMS.items()
         }
@@ -55,8 +57,8 @@ class MetricsProgress(Progress):
         tags = self._tags(phase)
         shards, size = self._totals.get(phase, (0, 0))
         self._totals[phase] = shards + num_tasks + num_reused, size + num_bytes
-        self._found["mmerge_shards_total"].set(self._totals[phase][0], tags)
-        self._found["mmerge_bytes_to_read"].set(self._totals[phase][1], tags)
+        self._instruments["mmerge_shards_total"].set(self._totals[phase][0], tags)
+        self._instruments["mmerge_bytes_to_read"].set(self._totals[phase][1], tags)
         self._add("mmerge_shards_reused", num_reused, tags)
 
     @override
@@ -66,7 +68,7 @@ class MetricsProgress(Progress):
         self._add("mmerge_bytes_read", result.num_bytes, tags)
         if result.entry is not None and not result.reused:
             self._add("mmerge_bytes_written", result.entry.object.num_bytes, tags)
-        self._found["mmerge_task_seconds"].observe(max(result.seconds, 1e-6), tags)
+        self._instruments["mmerge_task_seconds"].observe(max(result.seconds, 1e-6), tags)
 
     @override
     def fail(self, phase: str, shard: str, error: Exception) -> None:
@@ -74,4 +76,4 @@ class MetricsProgress(Progress):
 
     def _add(self, name: str, amount: float, tags: dict[str, str]) -> None:
         if amount > 0:  # Ray refuses to count nothing
-            self._found[name].inc(amount, tags)
+            self._instruments[name].inc(amount, tags)

@@ -69,7 +69,7 @@ class RunStatus(BaseModel):
     number: int = Field(ge=1)
     state: State = "running"
     build: str | None = None
-    """The digest of the build, known once the inputs are surveyed."""
+    """The digest of the build, known once the inputs are scanned."""
     host: str = ""
     pid: int = 0
     job: str | None = None
@@ -110,11 +110,11 @@ class RunUnderWay(MmergeError):
 
 def list_runs(store: Store, name: str) -> list[int]:
     """Return the numbers of a composite's recorded runs, in ascending order."""
-    found = (
+    matches = (
         re.fullmatch(rf"runs/{re.escape(name)}/(\d{{6,}})\.json", key)
         for key in store.list(f"runs/{name}")
     )
-    return sorted(int(match[1]) for match in found if match)
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def list_run_names(store: Store) -> list[str]:
@@ -153,14 +153,14 @@ def _job_id() -> str | None:
     within a job's configuration.
     """
     try:
-        found = (
+        job_id = (
             json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
             .get("metadata", {})
             .get("job_submission_id")
         )
     except (ValueError, AttributeError):
         return None
-    return str(found) if found else None
+    return str(job_id) if job_id else None
 
 
 def begin_run(
@@ -258,24 +258,24 @@ class RunRecord(Progress):
     def begin(self, phase: str, *, num_bytes: int, num_tasks: int, num_reused: int) -> None:
         with self._lock:
             self._began.setdefault(phase, time.monotonic())
-            found = self.status.phases.setdefault(phase, PhaseStatus())
-            found.num_tasks += num_tasks
-            found.num_reused += num_reused
-            found.num_bytes += num_bytes
+            phase_status = self.status.phases.setdefault(phase, PhaseStatus())
+            phase_status.num_tasks += num_tasks
+            phase_status.num_reused += num_reused
+            phase_status.num_bytes += num_bytes
 
     @override
     def advance(self, phase: str, result: TaskResult) -> None:
         with self._lock:
-            found = self.status.phases[phase]
-            found.num_done += 1
-            found.bytes_read += result.num_bytes
-            found.bytes_written += (
+            phase_status = self.status.phases[phase]
+            phase_status.num_done += 1
+            phase_status.bytes_read += result.num_bytes
+            phase_status.bytes_written += (
                 0 if result.reused or result.entry is None else result.entry.object.num_bytes
             )
-            found.seconds += result.seconds
-            found.wall_seconds = time.monotonic() - self._began[phase]
+            phase_status.seconds += result.seconds
+            phase_status.wall_seconds = time.monotonic() - self._began[phase]
             if not self.status.start_seconds:
-                self.status.start_seconds = max(found.wall_seconds - result.seconds, 1e-6)
+                self.status.start_seconds = max(phase_status.wall_seconds - result.seconds, 1e-6)
 
     @override
     def fail(self, phase: str, shard: str, error: Exception) -> None:

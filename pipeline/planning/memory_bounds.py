@@ -57,10 +57,10 @@ def merge_peak_bytes(tensors: Sequence[TensorTask], working: Working) -> int:
     num_masks = num_experts if working.method.kind == "masks" else 0
     blocks = max(_block_bytes(tensor, num_experts, working) for tensor in tensors)
     masks = num_masks * max(packed_bytes(tensor.num_entries) for tensor in tensors)
-    survey = scan_bytes([tensor.num_entries for tensor in tensors], num_experts=num_experts)
-    ahead = max(total_prefetch_bytes((tensor.base, *tensor.experts)) for tensor in tensors)
+    histograms = scan_bytes([tensor.num_entries for tensor in tensors], num_experts=num_experts)
+    prefetch_bytes = max(total_prefetch_bytes((tensor.base, *tensor.experts)) for tensor in tensors)
     forming = max(_forming_bytes(tensor, working.block_entries) for tensor in tensors)
-    return max(blocks + masks, survey) + forming + ahead + WRITER_BYTES + WORKER_BYTES
+    return max(blocks + masks, histograms) + forming + prefetch_bytes + WRITER_BYTES + WORKER_BYTES
 
 
 def _block_bytes(tensor: TensorTask, num_experts: int, working: Working) -> int:
@@ -82,8 +82,8 @@ def _block_bytes(tensor: TensorTask, num_experts: int, working: Working) -> int:
     )
     # Each input as stored and widened (8 + 4 bytes at most), and what the method says that it works
     # with.
-    own = working.method.working_bytes(entries, num_experts=num_experts, shape=shape)
-    return entries * (num_experts + 1) * 12 + own
+    method_bytes = working.method.working_bytes(entries, num_experts=num_experts, shape=shape)
+    return entries * (num_experts + 1) * 12 + method_bytes
 
 
 def _forming_bytes(tensor: TensorTask, block_entries: int) -> int:

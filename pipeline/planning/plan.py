@@ -41,7 +41,7 @@ from mmerge.workers.checkpoints.lora_adapter import open_expert
 from mmerge.workers.checkpoints.sources import BlockScaledSource, TensorSource, total_prefetch_bytes
 from mmerge.workers.families.registry import is_before_layers
 from mmerge.workers.methods import find_method
-from mmerge.workers.methods.interface import Granularity, Kind, Numbers
+from mmerge.workers.methods.interface import Granularity, Kind, MethodParameters
 from mmerge.workers.reconstruction.bitmask import packed_bytes
 from mmerge.workers.task import CopyTensor, TensorTask
 
@@ -86,7 +86,7 @@ class MergePlan:
 
     recipe: Recipe
     kind: Kind
-    numbers: dict[str, Numbers]
+    method_parameters: dict[str, MethodParameters]
     """By merged tensor, the parameters that hold for it."""
     dtype: str
     merge_shards: tuple[MergeShard, ...]
@@ -111,7 +111,7 @@ class MergePlan:
 
     @property
     def bytes_in(self) -> int:
-        """Bytes of distinct input: each is read once to survey and once to merge or copy."""
+        """Bytes of distinct input: each is read once by the scan and once to merge or copy."""
         merged = sum(shard.bytes_in for shard in self.merge_shards)
         shared = {tensor.name for shard in self.merge_shards for tensor in shard.tensors}
         unmerged = sum(
@@ -199,7 +199,7 @@ def make_plan(
     return MergePlan(
         recipe=recipe,
         kind=method.kind,
-        numbers=recipe.numbers_by_tensor([tensor.name for tensor in layout.shared]),
+        method_parameters=recipe.parameters_by_tensor([tensor.name for tensor in layout.shared]),
         dtype=dtype,
         merge_shards=merge_shards,
         base_shards=tuple(_make_base_shards(base_copies, max_shard_bytes)),
@@ -224,17 +224,17 @@ def _make_adapters_plan(
     """Return the plan of a build that merges nothing: the base, and each expert's adapters and own
     tensors, are copied.
     """
-    found = list_adapters(recipe, base, experts)
+    expert_adapters = list_adapters(recipe, base, experts)
     carry_shards: list[CopyShard] = []
-    for expert, adapters in zip(recipe.experts, found, strict=True):
+    for expert, adapters in zip(recipe.experts, expert_adapters, strict=True):
         kinds: tuple[tuple[Role, dict[str, TensorSource]], ...] = (
             ("adapter", adapters.factors),
             ("carried", adapters.others),
         )
         tensors = [
             copy
-            for role, own in kinds
-            for name, source in own.items()
+            for role, sources in kinds
+            for name, source in sources.items()
             for copy in _make_copies(name, role, source, 0, max_shard_bytes)
         ]
         carry_shards += _make_copy_shards(
@@ -243,14 +243,14 @@ def _make_adapters_plan(
     return MergePlan(
         recipe=recipe,
         kind="adapters",
-        numbers={},
+        method_parameters={},
         dtype=NAMED_DTYPES[recipe.dtype] if recipe.dtype else _base_dtype(base),
         merge_shards=(),
         base_shards=tuple(_make_base_shards(tuple(base.tensors.values()), max_shard_bytes)),
         carry_shards=tuple(carry_shards),
         renames=tuple(() for _ in recipe.experts),
         block_entries=block_entries,
-        adapters=tuple(adapters.record for adapters in found),
+        adapters=tuple(adapters.record for adapters in expert_adapters),
         checkpoints=(base, *experts),
     )
 

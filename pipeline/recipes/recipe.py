@@ -11,7 +11,7 @@ from mmerge.manifests.format.tensor_names import layer_of
 from mmerge.manifests.stores.open import pin_uri
 from mmerge.pipeline.recipes.parameter_schedule import Schedule, resolve
 from mmerge.workers.methods import find_method
-from mmerge.workers.methods.interface import Method, Numbers, Parameters
+from mmerge.workers.methods.interface import Method, MethodParameters, Parameters
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Recipe:
     schedules: dict[str, dict[str, Schedule]] = field(default_factory=dict)
     """Parameters that differ between tensors: by expert (empty: of the recipe) and key."""
 
-    def numbers_by_tensor(self, names: Sequence[str]) -> dict[str, Numbers]:
+    def parameters_by_tensor(self, names: Sequence[str]) -> dict[str, MethodParameters]:
         """Return the parameters of every tensor, complete with defaults.
 
         Tensors with equal parameters share one object, so that a plan of thousands of tensors stays
@@ -59,17 +59,17 @@ class Recipe:
         method = find_method(self.method)
         layers = [layer for layer in map(layer_of, names) if layer is not None]
         num_layers = max(layers, default=-1) + 1
-        distinct: list[Numbers] = []
-        by_tensor: dict[str, Numbers] = {}
+        distinct: list[MethodParameters] = []
+        by_tensor: dict[str, MethodParameters] = {}
         for name in names:
-            numbers = self._resolve_for(name, method, num_layers)
-            if numbers not in distinct:
-                self._check(numbers, method)
-                distinct.append(numbers)
-            by_tensor[name] = distinct[distinct.index(numbers)]
+            parameters = self._resolve_for(name, method, num_layers)
+            if parameters not in distinct:
+                self._check(parameters, method)
+                distinct.append(parameters)
+            by_tensor[name] = distinct[distinct.index(parameters)]
         return by_tensor
 
-    def _resolve_for(self, tensor_name: str, method: Method, num_layers: int) -> Numbers:
+    def _resolve_for(self, tensor_name: str, method: Method, num_layers: int) -> MethodParameters:
         parameters = resolve(
             self.parameters.model_dump(mode="json"),
             self.schedules.get("", {}),
@@ -87,12 +87,12 @@ class Recipe:
             )
             for expert in self.experts
         )
-        return Numbers(parameters, experts)
+        return MethodParameters(parameters, experts)
 
-    def _check(self, numbers: Numbers, method: Method) -> None:
+    def _check(self, raw: MethodParameters, method: Method) -> None:
         method.check_recipe(
-            method.parameters_model.model_validate(numbers.parameters),
-            [method.expert_parameters_model.model_validate(item) for item in numbers.experts],
+            method.parameters_model.model_validate(raw.parameters),
+            [method.expert_parameters_model.model_validate(item) for item in raw.experts],
             has_base=self.has_base,
         )
 

@@ -128,9 +128,9 @@ def _count_vocabulary(reader: BuildReader, expert: str | None) -> int | None:
     role: Role = "merged" if reader.has(name, "merged") else "base"
     if expert is None:
         return reader.num_rows(name, role)
-    own = reader.manifest.rename(name, expert=expert)
-    if reader.has(own, "carried", expert):
-        return reader.num_rows(own, "carried", expert)
+    expert_tensor = reader.manifest.rename(name, expert=expert)
+    if reader.has(expert_tensor, "carried", expert):
+        return reader.num_rows(expert_tensor, "carried", expert)
     if reader.has(name, "extra_rows", expert):
         return reader.num_rows(name, "extra_rows", expert)
     return reader.num_rows(name, role)

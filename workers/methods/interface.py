@@ -90,7 +90,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Numbers:
+class MethodParameters:
     """The parameters that hold for one tensor, as plain data: of the recipe, and of each expert."""
 
     parameters: dict[str, Any]
@@ -335,12 +335,12 @@ class Method(ABC):
         """
 
 
-def parse_numbers(method: Method, numbers: Numbers) -> tuple[Any, list[Any]]:
+def parse_parameters(method: Method, raw: MethodParameters) -> tuple[Any, list[Any]]:
     """Return the parameters of the recipe and of each expert that hold for one tensor, as the
     method's models.
     """
-    experts = [method.expert_parameters_model.model_validate(raw) for raw in numbers.experts]
-    return method.parameters_model.model_validate(numbers.parameters), experts
+    experts = [method.expert_parameters_model.model_validate(values) for values in raw.experts]
+    return method.parameters_model.model_validate(raw.parameters), experts
 
 
 def num_columns(shape: Sequence[int]) -> int:

@@ -16,7 +16,7 @@ from mmerge.manifests.stores.base import Store
 from mmerge.workers.checkpoints.block_reader import InputReader
 from mmerge.workers.compiled.inner_products import sum_vector_products
 from mmerge.workers.methods import find_method
-from mmerge.workers.methods.interface import Block, TensorFacts, parse_numbers
+from mmerge.workers.methods.interface import Block, TensorFacts, parse_parameters
 from mmerge.workers.statistics.exact_sums import count_sum, high_ranks, low_ranks
 from mmerge.workers.statistics.order_statistics import Counts, to_sparse
 from mmerge.workers.task import MeasureTask, TaskResult, TensorTask
@@ -80,7 +80,7 @@ def measure_shard(task: MeasureTask, store: Store) -> TaskResult:
 
 def _measure_tensor(task: MeasureTask, index: int, reader: InputReader) -> dict[str, Counts]:
     method = find_method(task.method)
-    parameters, experts = parse_numbers(method, task.numbers[index])
+    parameters, experts = parse_parameters(method, task.method_parameters[index])
     tensor = task.tensors[index]
     for stage in method.stages(parameters, experts):
         if stage.name == task.stage and stage.products is not None:
@@ -101,7 +101,7 @@ def _measure_vectors(
     task: MeasureTask, index: int, reader: InputReader
 ) -> dict[str, NDArray[np.float64]]:
     method = find_method(task.method)
-    parameters, experts = parse_numbers(method, task.numbers[index])
+    parameters, experts = parse_parameters(method, task.method_parameters[index])
     total: dict[str, torch.Tensor] = {}
     tensor = replace(task.tensors[index], granularity="row")
     for block in _read_blocks(task, tensor, index, reader, VECTOR_BLOCK_ENTRIES):
@@ -119,6 +119,10 @@ def _read_blocks(
     task: MeasureTask, tensor: TensorTask, index: int, reader: InputReader, block_entries: int
 ) -> Iterator[Block]:
     facts = TensorFacts(
-        tensor.name, tensor.shape, task.thresholds[index], task.expert_names, task.known[index]
+        tensor.name,
+        tensor.shape,
+        task.thresholds[index],
+        task.expert_names,
+        task.earlier_results[index],
     )
     return read_blocks(tensor, reader, facts=facts, dtype=task.dtype, block_entries=block_entries)

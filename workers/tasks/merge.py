@@ -40,7 +40,7 @@ from mmerge.workers.methods.interface import (
     Method,
     TensorFacts,
     entries_at_once,
-    parse_numbers,
+    parse_parameters,
 )
 from mmerge.workers.reconstruction.bitmask import packed_bytes
 from mmerge.workers.task import MergeTask, TaskResult, TensorTask
@@ -104,13 +104,13 @@ class _TensorMerger:
     def __init__(self, task: MergeTask, method: Method, index: int) -> None:
         self.task, self.method = task, method
         self.tensor: TensorTask = task.tensors[index]
-        self.parameters, self.experts = parse_numbers(method, task.numbers[index])
+        self.parameters, self.experts = parse_parameters(method, task.method_parameters[index])
         self.facts = TensorFacts(
             self.tensor.name,
             self.tensor.shape,
             task.thresholds[index],
             task.expert_names,
-            task.known[index],
+            task.earlier_results[index],
         )
         self.tally = MaskTally(len(self.experts))
         self.overflow: OverflowCheck | None = None

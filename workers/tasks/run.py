@@ -17,7 +17,7 @@ from mmerge.workers.task import (
     MeasureTask,
     MergeTask,
     RefineTask,
-    SurveyTask,
+    ScanTask,
     Task,
     TaskResult,
 )
@@ -40,7 +40,7 @@ def run_task(task: Task, store_uri: str, *, commits: bool = True) -> TaskResult:
         task: the task.
         store_uri: the store that it writes to.
         commits: wait until all files are on the disk; otherwise the driver commits the result's
-            `pending` files.
+            `deferred_commits`.
     """
     with one_thread():
         for attempt in range(1, ATTEMPTS):
@@ -58,12 +58,12 @@ def _attempt(task: Task, store_uri: str, *, commits: bool) -> TaskResult:
         return _run(task, store)
     with store.defer_commits() as deferred:
         result = _run(task, store)
-        return replace(result, pending=tuple(deferred))
+        return replace(result, deferred_commits=tuple(deferred))
 
 
 def _run(task: Task, store: Store) -> TaskResult:
     match task:
-        case SurveyTask():
+        case ScanTask():
             return scan_shard(task, store)
         case RefineTask():
             return refine_shard(task, store)

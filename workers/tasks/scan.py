@@ -23,7 +23,7 @@ from mmerge.workers.task import (
     CopyTensor,
     NonFinite,
     RefineTask,
-    SurveyTask,
+    ScanTask,
     TaskResult,
     TensorTask,
 )
@@ -36,8 +36,8 @@ from mmerge.workers.tasks.scan_cache import (
 )
 
 
-def scan_shard(task: SurveyTask, store: Store) -> TaskResult:
-    """Survey one shard and leave the result in the store.
+def scan_shard(task: ScanTask, store: Store) -> TaskResult:
+    """Scan one shard and leave the result in the store.
 
     Raises:
         NonFiniteError: an input holds NaN or Inf, and the recipe does not say `non_finite: keep`.
@@ -63,7 +63,7 @@ def scan_shard(task: SurveyTask, store: Store) -> TaskResult:
 
 
 def _scan_tensor(
-    task: SurveyTask, tensor: TensorTask, reader: InputReader, counter: MagnitudeCounter | None
+    task: ScanTask, tensor: TensorTask, reader: InputReader, counter: MagnitudeCounter | None
 ) -> list[str]:
     """Return the digests of a piece in base and experts; `counter` takes the magnitudes of its task
     vectors.
@@ -85,7 +85,7 @@ def _scan_tensor(
     return [hasher.hexdigest() for hasher in hashers]
 
 
-def _scan_copy(task: SurveyTask, copy: CopyTensor, reader: InputReader) -> str:
+def _scan_copy(task: ScanTask, copy: CopyTensor, reader: InputReader) -> str:
     hasher = blake3()
     for block in reader.blocks((copy.source,), block_entries=task.block_entries):
         hasher.update(block.raw[0])

@@ -1,6 +1,4 @@
-"""Waiting for the disk beside the work: workers go on, nothing counts as done before it is settled,
-and what was made is kept.
-"""
+"""Deferred commits: workers go on, nothing counts as done before its commit, results are kept."""
 
 from __future__ import annotations
 
@@ -52,7 +50,7 @@ class Disk:
             store.put(task.shard, b"x")
         self.ran.append(task.shard)
         self.begun.release()
-        return TaskResult(task.shard, 1, False, 0.0, pending=tuple(deferred))
+        return TaskResult(task.shard, 1, False, 0.0, deferred_commits=tuple(deferred))
 
     def names(self) -> list[str]:
         return sorted(open_store(self.uri).list())
@@ -88,11 +86,11 @@ def test_a_worker_goes_on_while_the_disk_is_waited_for_and_no_further_than_that(
     )
 
 
-def test_what_follows_begins_when_it_is_settled(disk: Disk) -> None:
+def test_what_follows_begins_when_it_is_committed(disk: Disk) -> None:
     disk.ready.set()
 
     def follow(task: Task, result: TaskResult) -> list[Any]:
-        assert not result.pending
+        assert not result.deferred_commits
         assert task.shard in disk.names()
         return [Shard(f"{task.shard}-then")] if len(task.shard) == 3 else []
 
@@ -102,7 +100,7 @@ def test_what_follows_begins_when_it_is_settled(disk: Disk) -> None:
     assert len(outcomes) == 4
 
 
-def test_a_run_that_is_left_settles_what_ran(disk: Disk) -> None:
+def test_a_run_that_is_left_commits_what_ran(disk: Disk) -> None:
     disk.ready.set()
     found = run_in_threads(make_shards(50), disk.uri, num_threads=2, memory_bytes=None)
     next(found)

@@ -68,6 +68,6 @@ def test_no_task_takes_more_memory_than_it_states(recipe: dict[str, Any], lab: A
         [sys.executable, "-c", PROGRAM, str(path)], capture_output=True, text=True, check=True
     )
     found = json.loads(done.stdout.splitlines()[-1])
-    assert {"MergeTask", "SurveyTask", "CopyTask"} <= {kind for kind, *_ in found}
+    assert {"MergeTask", "ScanTask", "CopyTask"} <= {kind for kind, *_ in found}
     for kind, shard, taken, stated in found:
         assert taken <= stated, f"{kind} {shard} took {taken:,} bytes, its bound is {stated:,}"

@@ -44,7 +44,7 @@ def executor(request: pytest.FixtureRequest) -> Executor:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Every object, file, manifest and table of a store (references hold times, surveys are caches
+    """Every object, file, manifest and table of a store (references hold times, scans are caches
     of paths).
 
     What a killed run was writing lies under a temporary name.
@@ -230,7 +230,7 @@ def test_splitting_layers_and_tensors_changes_no_number(lab: Any) -> None:
             )
 
 
-def test_another_number_reuses_the_survey_the_base_and_what_is_carried(lab: Any) -> None:
+def test_another_number_reuses_the_scan_the_base_and_what_is_carried(lab: Any) -> None:
     raw = lab.make_all()
     first = run(make_plan(read_recipe(lab.write_recipe(raw))))
     second = run(make_plan(read_recipe(lab.write_recipe(raw | {"mask_scale": 0.9}))))

@@ -261,10 +261,10 @@ def test_a_density_that_differs_between_tensors_is_refused_before_anything_is_re
 ) -> None:
     plan = make_plan(read_recipe(lab.write_recipe(lab.make_all() | {"scope": "model"})))
     name = plan.merge_shards[0].tensors[0].name
-    numbers = plan.numbers[name]
+    numbers = plan.method_parameters[name]
     changed = replace(numbers, parameters=numbers.parameters | {"density": 0.5})
     with pytest.raises(RecipeError, match="Add 'scope: tensor'"):
-        run(replace(plan, numbers=plan.numbers | {name: changed}))
+        run(replace(plan, method_parameters=plan.method_parameters | {name: changed}))
     assert not list((lab.folder / "store").glob("surveys/*"))
 
 

@@ -59,7 +59,7 @@ def test_tasks_are_spread_over_nodes_and_the_bytes_are_those_of_a_serial_run(
     assert most <= 6, "no more tasks at once than cores"
 
 
-def test_a_merge_runs_where_its_inputs_were_surveyed(
+def test_a_merge_runs_where_its_inputs_were_scanned(
     lab: Any, connected: Any, faults: Any, undisturbed: tuple[Any, dict[str, str]], digests: Any
 ) -> None:
     raw, _ = undisturbed

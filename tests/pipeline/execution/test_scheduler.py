@@ -359,10 +359,11 @@ def test_a_task_takes_its_peak_and_a_gpu_where_the_recipe_says_so(lab: Any) -> N
     run_plan(plan, executor=Watching())
     merge = next(task for task in tasks if type(task).__name__ == "MergeTask")
     assert resources_of(merge) == Resources(num_cpus=1, num_gpus=0, memory=merge.peak_bytes)
-    numbers = tuple(
-        replace(found, parameters=found.parameters | {"device": "cuda"}) for found in merge.numbers
+    method_parameters = tuple(
+        replace(found, parameters=found.parameters | {"device": "cuda"})
+        for found in merge.method_parameters
     )
-    assert resources_of(replace(merge, numbers=numbers)).num_gpus == 1
+    assert resources_of(replace(merge, method_parameters=method_parameters)).num_gpus == 1
     assert resources_of(tasks[0]).num_gpus == 0
 
 

@@ -95,7 +95,7 @@ def test_embeddings_last_norm_and_head_have_the_beginning_of_a_gradient_as_in_me
 
     def weights(**config: Any) -> list[float]:
         raw = {"merge_method": "task_arithmetic", "base_model": "base", **config}
-        numbers = parse_recipe(translate(raw, lab.folder), folder=lab.folder).numbers_by_tensor(
+        numbers = parse_recipe(translate(raw, lab.folder), folder=lab.folder).parameters_by_tensor(
             names
         )
         return [numbers[name].experts[0]["weight"] for name in names]
