@@ -220,8 +220,14 @@ class Method(ABC):
     """What one task merges; `tensor` for methods whose work on one matrix is long."""
     compiled_pass: ClassVar[str] = ""
     """`module:attribute` of a function that makes the compiled pass of one tensor, see
-    workers/compiled/interface.py; empty for a method that runs in torch.
+    workers/compiled/interface.py; empty for a method that runs in torch. A class that overrides
+    `merge_block` does not inherit it: the pass computes what the overridden method did.
     """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "merge_block" in vars(cls) and "compiled_pass" not in vars(cls):
+            cls.compiled_pass = ""
 
     def check_recipe(self, parameters: Any, experts: Sequence[Any], *, has_base: bool) -> None:
         """Raise RecipeError where the recipe as a whole does not fit the method."""

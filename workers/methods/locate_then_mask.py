@@ -15,7 +15,12 @@ from typing_extensions import override
 
 from mmerge.workers.methods.combine_rules import CombineRule, Election
 from mmerge.workers.methods.interface import Block, MergedBlock, TensorFacts
-from mmerge.workers.methods.locate_then_merge import Combined, Combining, LocateAndCombine
+from mmerge.workers.methods.locate_then_merge import (
+    COMPILED_PASS,
+    Combined,
+    Combining,
+    LocateAndCombine,
+)
 from mmerge.workers.methods.mask_rules import MaskRule, MaskSources
 
 
@@ -51,6 +56,7 @@ class LocateThenMask(LocateAndCombine):
     """τ⋆ and one mask per expert; the base stays beside them."""
 
     kind = "masks"
+    compiled_pass = COMPILED_PASS
     masking: ClassVar[Masking]
 
     @override

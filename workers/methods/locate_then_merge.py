@@ -44,6 +44,7 @@ from mmerge.workers.methods.interface import (
 from mmerge.workers.methods.locate_rules import LocateRule
 
 ZeroSign = Literal["nothing", "positive", "majority"]
+COMPILED_PASS = "mmerge.workers.compiled.locate_then_merge:make_pass"
 ELECT = "elect"
 """The stage in which the signs of a scope are summed, for the majority sign."""
 
@@ -192,7 +193,6 @@ class Combined:
 class LocateAndCombine(Method):
     """Base of the methods that locate and combine; what they store is left to subclasses."""
 
-    compiled_pass = "mmerge.workers.compiled.locate_then_merge:make_pass"
     locating: ClassVar[Locating]
     combining: ClassVar[Combining]
 
@@ -246,6 +246,7 @@ class LocateThenMerge(LocateAndCombine):
     """θ = θ₀ + λ·F(Sub(τ₁), …, Sub(τₙ)), an ordinary checkpoint."""
 
     kind = "plain"
+    compiled_pass = COMPILED_PASS
     expert_parameters_model = WeightParameters
 
     @override

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 from mmerge.manifests.errors import RecipeError
 from mmerge.workers.methods import find_method, method_names, registry
+from mmerge.workers.methods.interface import Block, MergedBlock
 from mmerge.workers.methods.linear import Linear
 
 
@@ -113,3 +115,14 @@ def test_a_registered_method_may_not_take_the_name_of_another() -> None:
         assert find_method("soup").name == "soup"
     finally:
         registry.unregister_method("soup")
+
+
+def test_a_method_that_overrides_its_arithmetic_does_not_run_the_inherited_pass() -> None:
+    class Overridden(Linear):
+        name = "overridden"
+
+        def merge_block(self, block: Block, parameters: Any, experts: Sequence[Any]) -> MergedBlock:
+            return MergedBlock(block.base.to(block.dtype))
+
+    assert Overridden.compiled_pass == ""
+    assert Soup.compiled_pass == Linear.compiled_pass != ""
