@@ -177,7 +177,10 @@ class _AdapterFiles(Checkpoint):
         self.config = self._read_json(
             file, missing=f"an adapter has {CONFIG_FILE}, an official one config.json"
         )
-        refuse_variants(self.config, where=f"{owner}: {uri}/{file}")
+        # Official folders may have only the model's config.json, whose `use_cache` is no variant.
+        refuse_variants(
+            self.config, where=f"{owner}: {uri}/{file}", is_peft_config=file == CONFIG_FILE
+        )
 
     @cached_property
     def configs(self) -> dict[str, dict[str, Any]]:

@@ -46,17 +46,20 @@ _SETTINGS: Mapping[str, str] = {
 """Settings that change what an adapter adds, and what such an adapter is called."""
 
 
-def refuse_variants(config: Mapping[str, Any], *, where: str) -> None:
+def refuse_variants(config: Mapping[str, Any], *, where: str, is_peft_config: bool = True) -> None:
     """Raise CheckpointError where a configuration describes another adapter than plain LoRA.
 
     Args:
-        config: adapter_config.json.
+        config: adapter_config.json, or the config.json of a model with adapters.
         where: owner, folder and file, at the beginning of errors.
+        is_peft_config: whether all settings are those of an adapter, so that an unknown `use_…` is
+            a variant.
     """
     kind = config.get("peft_type", "LORA")
     variants = [] if kind == "LORA" else [str(kind)]
     variants += [name for key, name in _SETTINGS.items() if config.get(key)]
-    variants += [key for key in config if _is_unknown_variant(key) and config[key]]
+    if is_peft_config:
+        variants += [key for key in config if _is_unknown_variant(key) and config[key]]
     changed = _find_changed_base(config.get("init_lora_weights"))
     variants += [f"LoRA initialised by {changed}, which changes the base"] if changed else []
     if not variants:

@@ -47,3 +47,10 @@ def test_a_variant_is_refused_by_its_name(config: dict[str, Any], name: str) -> 
 )
 def test_plain_adapters_pass(config: dict[str, Any]) -> None:
     refuse_variants(config, where="expert 'one'")
+
+
+def test_settings_of_a_model_are_no_variants() -> None:
+    config = {"model_type": "llava", "lora_r": 8, "use_cache": True, "use_mm_proj": True}
+    refuse_variants(config, where="expert 'one'", is_peft_config=False)
+    with pytest.raises(CheckpointError, match="DoRA"):
+        refuse_variants(config | {"use_dora": True}, where="expert 'one'", is_peft_config=False)

@@ -84,6 +84,7 @@ def write_official(lab: Any, modality: str) -> None:
     )
     config = {
         "model_type": "multimodal",
+        "use_cache": True,
         "lora_r": RANKS[modality],
         "lora_alpha": 8,
         "local_prefix_tokens": 5,
