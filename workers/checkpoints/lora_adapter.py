@@ -333,9 +333,10 @@ class AdapterCheckpoint(Checkpoint):
             )
         return make_low_rank(base, pair)
 
-    @cached_property
+    @property
+    @override
     def identity(self) -> dict[str, str]:
-        """By file of the adapter, a text that changes when the file is replaced."""
+        """By file of the adapter, a text that changes when the file is replaced; never cached."""
         return self.folder.checkpoint.identity
 
     @override
