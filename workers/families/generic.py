@@ -57,15 +57,27 @@ def make_generic(shapes: Shapes, text_config: Mapping[str, Any], *, where: str) 
             f" …layers.NUMBER.…, the first is {min(shapes, default='(none)')}. Layers must be named"
             " so; other names can be added as a model family (docs/add-a-family.md)"
         )
-    prefix = min((split.prefix for split in splits), key=len)
     vocab_size = text_config.get("vocab_size")
     outside = [
         name for name, shape in shapes.items() if len(shape) == 2 and split_layer(name) is None
     ]
-    embeddings = [name for name in outside if name.startswith(prefix) and name.endswith(".weight")]
-    # Position embeddings may have any number of rows; a padded embedding has more than vocab_size.
-    exact = [name for name in embeddings if shapes[name][0] == vocab_size]
-    embeddings = exact or embeddings
+    weights = [name for name in outside if name.endswith(".weight")]
+    exact = [name for name in weights if shapes[name][0] == vocab_size]
+    prefixes = sorted({split.prefix for split in splits}, key=lambda text: (len(text), text))
+    # Encoders of a multimodal base have layers, too: the language model has the vocabulary.
+    prefix = next(
+        (prefix for prefix in prefixes if any(name.startswith(prefix) for name in exact)),
+        prefixes[0],
+    )
+    embeddings = [name for name in exact if name.startswith(prefix)]
+    if not embeddings:
+        # Padded rows. Position embeddings may have any number of them.
+        embeddings = [
+            name
+            for name in weights
+            if name.startswith(prefix)
+            and (not isinstance(vocab_size, int) or shapes[name][0] > vocab_size)
+        ]
     if len(embeddings) != 1:
         raise CheckpointError(
             f"{where}: language model {model_type!r} is not supported: its embedding cannot be told"

@@ -254,6 +254,18 @@ def test_an_embedding_that_shapes_do_not_tell_is_refused_with_its_candidates() -
         find_family(shapes, {"model_type": "new", "vocab_size": 42}, where="base")
 
 
+def test_the_encoder_of_an_unknown_multimodal_base_is_not_its_language_model() -> None:
+    shapes = {
+        "audio_tower.embed_positions.weight": (100, 32),
+        "audio_tower.layers.0.fc1.weight": (48, 32),
+        "language_model.model.embed.weight": (42, 32),
+        "language_model.model.layers.0.moe.weight": (48, 32),
+    }
+    family = find_family(shapes, {"model_type": "new", "vocab_size": 42}, where="base")
+    assert family.find_prefixes(shapes) == ["language_model.model."]
+    assert family.body == "language_model.model."
+
+
 def test_listing_families_imports_no_torch() -> None:
     code = (
         "import sys; from mmerge.workers.families.registry import list_families; list_families();"
