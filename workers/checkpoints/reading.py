@@ -50,14 +50,15 @@ def has_equal_bytes(first: TensorSource, second: TensorSource, *, stores: OpenSt
     """Return whether two tensors have the same dtype, shape and bytes; reads both in pieces."""
     if (first.spec.dtype, first.spec.shape) != (second.spec.dtype, second.spec.shape):
         return False
+    # A store reads one range of a file forward at a time. Two ranges in turn would drop what was
+    # prefetched for the other, and request it again.
+    is_same_file = (first.uri, first.file) == (second.uri, second.file)
+    second_stores = OpenStores() if is_same_file else stores
     num_bytes = first.spec.num_bytes
     for offset in range(0, num_bytes, COMPARED_BYTES):
         size = min(COMPARED_BYTES, num_bytes - offset)
-        pieces = [
-            read_source(source, stores=stores, offset=offset, num_bytes=size)
-            for source in (first, second)
-        ]
-        if pieces[0] != pieces[1]:
+        piece = read_source(first, stores=stores, offset=offset, num_bytes=size)
+        if piece != read_source(second, stores=second_stores, offset=offset, num_bytes=size):
             return False
     return True
 
