@@ -30,7 +30,7 @@ MAX_RECIPE_BYTES = 1 << 20
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """Return the recipe in a YAML file, which may be a mergekit YAML (docs/mergekit.md).
+    """Return the recipe in a YAML file, which may be a mergekit YAML (docs/methods.md).
 
     Raises:
         RecipeError: the file is missing, malformed or not valid; the message begins with the path

@@ -62,7 +62,10 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> dict[str, TensorSource]:
-        """All tensors by their stored name. Only headers are read. Raises CheckpointError."""
+        """All tensors by their stored name. Raises CheckpointError.
+
+        Only headers are read, and head and embedding where both are stored although they are tied.
+        """
         sources: dict[str, TensorSource] = {}
         for file, names in self._weight_files().items():
             specs = self._read_header(file)

@@ -8,9 +8,7 @@ from typing import Any
 from mmerge.manifests.errors import CheckpointError
 from mmerge.workers.checkpoints.reading import has_equal_bytes
 from mmerge.workers.checkpoints.sources import OpenStores, TensorSource
-from mmerge.workers.families.registry import role_of
-
-_PARTS = ("text_config", "llm_config", "language_config")
+from mmerge.workers.families.registry import TEXT_CONFIG_KEYS, role_of
 
 
 def is_surely_tied(config: Mapping[str, Any]) -> bool:
@@ -19,7 +17,8 @@ def is_surely_tied(config: Mapping[str, Any]) -> bool:
     Configurations of multimodal models often repeat the class's default at the top and contradict
     it in the language model's part; such a head counts as one of its own.
     """
-    parts = [config, *(config[key] for key in _PARTS if isinstance(config.get(key), dict))]
+    text_configs = [config[key] for key in TEXT_CONFIG_KEYS if isinstance(config.get(key), dict)]
+    parts = [config, *text_configs]
     stated = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
     return bool(stated) and all(stated)
 

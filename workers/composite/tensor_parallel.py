@@ -25,12 +25,6 @@ class TensorPart:
         """First row or column of the first range."""
         return self.ranges[0][0]
 
-    def shape_of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of the part of a tensor of this shape."""
-        if self.along == "whole":
-            return shape
-        return (self.size, *shape[1:]) if self.along == "rows" else (*shape[:-1], self.size)
-
 
 @dataclass(frozen=True)
 class TensorParallelPlan:

@@ -21,7 +21,8 @@ _BUILT_IN: Mapping[str, str] = {
     "gpt_neox": "mmerge.workers.families.gpt_neox:GPT_NEOX",
     "starcoder2": "mmerge.workers.families.starcoder2:STARCODER2",
 }
-_TEXT_CONFIG_KEYS = ("text_config", "llm_config", "language_config")
+TEXT_CONFIG_KEYS = ("text_config", "llm_config", "language_config")
+"""Keys of a multimodal config.json that hold the configuration of its language model."""
 
 
 @cache
@@ -106,7 +107,7 @@ def is_before_layers(name: str) -> bool:
 
 def text_config_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of a config.json that describes the language model."""
-    for key in _TEXT_CONFIG_KEYS:
+    for key in TEXT_CONFIG_KEYS:
         if isinstance(config.get(key), dict):
             return dict(config[key])
     return dict(config)

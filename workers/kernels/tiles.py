@@ -21,7 +21,6 @@ import numpy as np
 from blake3 import blake3
 from numba import carray, types
 from numba.extending import intrinsic
-from numpy.typing import NDArray
 
 TILE_ENTRIES = 2048
 """Entries that a kernel treats at once; blocks begin at whole tiles."""
@@ -32,7 +31,6 @@ NUM_LANES = 64
 CODES: Mapping[str, int] = {"F32": 0, "BF16": 1, "F16": 2}
 """How kernels name the dtypes that they read and write as bytes."""
 
-Bytes2d = NDArray[np.uint8]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
