@@ -59,8 +59,8 @@ class _SafetensorsDtypes(Mapping["torch.dtype", str]):
 _SAFETENSORS_NAMES = {torch_name: name for name, torch_name in _NAMES.items()}
 TORCH_DTYPES: Mapping[str, torch.dtype] = _TorchDtypes()
 SAFETENSORS_DTYPES: Mapping[torch.dtype, str] = _SafetensorsDtypes()
-# torch warns about the buffers of `view_tensor`. The filter stays for the whole process, because
-# restoring filters is not thread-safe.
+# torch warns where it views the read-only bytes of a store. The filter stays for the whole process,
+# because restoring filters is not thread-safe.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 NAMED_DTYPES: Mapping[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """The dtypes that a recipe may name."""
@@ -71,15 +71,6 @@ def to_tensor(data: bytes | memoryview, dtype: str) -> torch.Tensor:
     if not len(data):
         return torch.empty(0, dtype=TORCH_DTYPES[dtype])
     return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(TORCH_DTYPES[dtype])
-
-
-def view_tensor(data: bytes | memoryview, dtype: str) -> torch.Tensor:
-    """Return these bytes as a flat read-only tensor, without a copy where they are aligned."""
-    if not len(data):
-        return to_tensor(data, dtype)
-    raw = torch.frombuffer(data, dtype=torch.uint8)
-    # Part of a larger request may start at any byte, and torch needs aligned entries.
-    return raw.view(TORCH_DTYPES[dtype]) if raw.data_ptr() % 8 == 0 else to_tensor(data, dtype)
 
 
 def to_bytes(tensor: torch.Tensor) -> memoryview:
