@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from mmerge.pipeline.build.input_scan import InputDigests, make_scan_tasks
 from mmerge.pipeline.build.method_stages import MethodStages
 from mmerge.pipeline.build.threshold_search import ThresholdSearch
-from mmerge.pipeline.planning.plan import CopyShard, MergePlan, MergeShard
+from mmerge.pipeline.planning.plan import MergePlan
+from mmerge.pipeline.planning.shards import CopyShard, MergeShard
 from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Trimming, parse_parameters
 from mmerge.workers.task import ScanTask

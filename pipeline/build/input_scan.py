@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from mmerge.manifests.digest import digest_json
 from mmerge.manifests.format.manifest import FileEntry
-from mmerge.pipeline.planning.plan import CopyShard, MergePlan, MergeShard
+from mmerge.pipeline.planning.plan import MergePlan
+from mmerge.pipeline.planning.shards import CopyShard, MergeShard
 from mmerge.workers.checkpoints.sources import TensorSource, identity_digest
 from mmerge.workers.task import CopyTensor, ScanTask, TensorTask
 from mmerge.workers.tasks.scan_cache import ScanResult, piece_name

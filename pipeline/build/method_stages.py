@@ -12,7 +12,8 @@ from mmerge.manifests.digest import digest_json
 from mmerge.manifests.errors import RecipeError
 from mmerge.pipeline.build.shard_builds import Barrier
 from mmerge.pipeline.build.threshold_search import Thresholds
-from mmerge.pipeline.planning.plan import MergePlan, MergeShard
+from mmerge.pipeline.planning.plan import MergePlan
+from mmerge.pipeline.planning.shards import MergeShard
 from mmerge.workers.methods.interface import (
     Measured,
     Method,

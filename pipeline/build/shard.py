@@ -15,7 +15,7 @@ from mmerge.pipeline.build.context import BuildContext
 from mmerge.pipeline.build.shard_builds import Barrier, BuildTask, ShardBuild, ShardBuilds
 from mmerge.pipeline.build.task_factory import make_copy_task, make_merge_task
 from mmerge.pipeline.build.threshold_search import Thresholds
-from mmerge.pipeline.planning.plan import CopyShard, MergeShard
+from mmerge.pipeline.planning.shards import CopyShard, MergeShard
 from mmerge.workers.task import ScanTask
 from mmerge.workers.tasks.scan_cache import ScanResult
 

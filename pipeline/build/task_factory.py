@@ -8,7 +8,8 @@ from mmerge.manifests.digest import digest_json
 from mmerge.pipeline.build.input_scan import InputDigests
 from mmerge.pipeline.build.method_stages import to_hex
 from mmerge.pipeline.build.threshold_search import Thresholds
-from mmerge.pipeline.planning.plan import CopyShard, MergePlan, MergeShard
+from mmerge.pipeline.planning.plan import MergePlan
+from mmerge.pipeline.planning.shards import CopyShard, MergeShard
 from mmerge.workers.methods.interface import Measured
 from mmerge.workers.task import CopyTask, MergeTask
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from mmerge.manifests.digest import digest_json
 from mmerge.manifests.errors import RecipeError
 from mmerge.pipeline.build.shard_builds import Barrier
-from mmerge.pipeline.planning.plan import MergeShard
+from mmerge.pipeline.planning.shards import MergeShard
 from mmerge.workers.methods.interface import Trimming
 from mmerge.workers.statistics.magnitude_histograms import (
     NUM_LOWER,

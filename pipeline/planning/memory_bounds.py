@@ -1,6 +1,4 @@
-"""How much memory a task takes, stated before it runs: a bound that depends on blocks, not on the
-size of tensors.
-"""
+"""Memory bounds of tasks, stated before they run; they depend on blocks, not on tensor sizes."""
 
 from __future__ import annotations
 
@@ -22,76 +20,76 @@ from mmerge.workers.statistics.magnitude_histograms import scan_bytes
 from mmerge.workers.task import TensorTask
 
 WORKER_BYTES = 96 << 20
-"""What a task needs beside its blocks: allocator, readers, small objects."""
+"""Memory of a task apart from its blocks: allocator, readers, small objects."""
 WRITER_BYTES = WRITER_CONCURRENCY * WRITER_BUFFER_BYTES
 COPY_PEAK_BYTES = WRITER_BYTES + WORKER_BYTES
-"""Bound on the memory of a task that copies."""
+"""Memory bound of a copy task."""
 MIN_BLOCK_ENTRIES = 1 << 16
 PROCESS_BYTES = 512 << 20
-"""What a process takes before it has a task: the interpreter, torch, compiled kernels."""
+"""Memory of a process without a task: interpreter, torch, compiled kernels."""
 
 
 @dataclass(frozen=True)
-class Working:
-    """What decides the memory of a merge, beside the tensors."""
+class MergeMemory:
+    """What the memory of a merge depends on, apart from the tensors."""
 
     method: Method
     block_entries: int
     keeps_non_finite: bool
+    has_stages: bool
+    """Whether the method measures the inputs in stages before it merges."""
 
     def streams(self, tensor: TensorTask) -> bool:
-        """Return whether a tensor goes through a compiled path in all passes, whatever it must see
-        at once.
+        """Return whether every pass over a tensor goes through compiled code, block by block.
+
+        Compiled code streams a tensor even if the method's torch definition must see it whole.
         """
         if not self.method.compiled_pass:
             return False
-        # A path may decline a tensor that holds NaN or Inf, and stages have none: the method's own
-        # code then takes it, whole.
-        has_stages = type(self.method).measure_block is not Method.measure_block
-        return tensor.granularity != "tensor" or not (self.keeps_non_finite or has_stages)
+        # Compiled code declines a tensor with NaN or Inf, and stages have none: the torch
+        # definition then takes the whole tensor.
+        return tensor.granularity != "tensor" or not (self.keeps_non_finite or self.has_stages)
 
 
-def merge_peak_bytes(tensors: Sequence[TensorTask], working: Working) -> int:
+def merge_peak_bytes(tensors: Sequence[TensorTask], memory: MergeMemory) -> int:
     """Return a bound on the memory of a scan, measure or merge task in bytes."""
     num_experts = max(len(tensor.experts) for tensor in tensors)
-    num_masks = num_experts if working.method.kind == "masks" else 0
-    blocks = max(_block_bytes(tensor, num_experts, working) for tensor in tensors)
+    num_masks = num_experts if memory.method.kind == "masks" else 0
+    blocks = max(_block_bytes(tensor, num_experts, memory) for tensor in tensors)
     masks = num_masks * max(packed_bytes(tensor.num_entries) for tensor in tensors)
     histograms = scan_bytes([tensor.num_entries for tensor in tensors], num_experts=num_experts)
     prefetch_bytes = max(total_prefetch_bytes((tensor.base, *tensor.experts)) for tensor in tensors)
-    forming = max(_forming_bytes(tensor, working.block_entries) for tensor in tensors)
+    forming = max(_forming_bytes(tensor, memory.block_entries) for tensor in tensors)
     return max(blocks + masks, histograms) + forming + prefetch_bytes + WRITER_BYTES + WORKER_BYTES
 
 
-def _block_bytes(tensor: TensorTask, num_experts: int, working: Working) -> int:
+def _block_bytes(tensor: TensorTask, num_experts: int, memory: MergeMemory) -> int:
     shape = tensor.base.spec.shape
-    if working.streams(tensor):
+    if memory.streams(tensor):
         granularity: Granularity = "row" if tensor.granularity == "row" else "entry"
         entries = min(
-            entries_at_once(shape, working.block_entries, granularity=granularity),
+            entries_at_once(shape, memory.block_entries, granularity=granularity),
             tensor.num_entries,
         )
         widest = max(DTYPE_BYTES[source.spec.dtype] for source in (tensor.base, *tensor.experts))
-        # Inputs as stored (float8 beside its float32), the merged block, and rows of float32 where
+        # Inputs as stored (float8 and its float32 copy), the merged block, and float32 rows where
         # a method ranks rows.
         rows = num_columns(shape) * (num_experts + 7) * 4 if granularity == "row" else 0
         return entries * ((num_experts + 1) * max(widest, 5 if widest == 1 else 0) + 4) + rows
     entries = min(
-        entries_at_once(shape, working.block_entries, granularity=tensor.granularity),
+        entries_at_once(shape, memory.block_entries, granularity=tensor.granularity),
         tensor.num_entries,
     )
-    # Each input as stored and widened (8 + 4 bytes at most), and what the method says that it works
-    # with.
-    method_bytes = working.method.working_bytes(entries, num_experts=num_experts, shape=shape)
+    # Each input as stored and as float32 (8 + 4 bytes at most), and the method's own buffers.
+    method_bytes = memory.method.working_bytes(entries, num_experts=num_experts, shape=shape)
     return entries * (num_experts + 1) * 12 + method_bytes
 
 
 def _forming_bytes(tensor: TensorTask, block_entries: int) -> int:
-    """Return what reading adapters takes beside the weights they make: their factors, and the
-    buffers of one block.
+    """Return the memory for forming weights from adapters or from block-scaled inputs.
 
-    Per entry the base once more as read, copied and widened, and the product in tiles and as one;
-    tiles reach over the block.
+    That is the factors or scales, and the buffers of one block. Per entry: the base as read, copied
+    and widened, and the low-rank product, in tiles and whole. Tiles extend beyond the block.
     """
     adapters = [source for source in tensor.experts if isinstance(source, LowRankSource)]
     sources = (tensor.base, *tensor.experts, *(adapter.base for adapter in adapters))
@@ -108,20 +106,20 @@ def _forming_bytes(tensor: TensorTask, block_entries: int) -> int:
         forming += 24 * entries + 16 * TILE_ROWS * shape[1]
     if scaled:
         forming += sum(source.scale_bytes for source in scaled)
-        # Whole rows of scales, one per entry, reach over the block on either side.
+        # Whole rows of scales, one per entry, extend beyond both ends of the block.
         forming += 24 * entries + 16 * shape[-1]
     return forming
 
 
 def process_bytes(peaks: Iterable[int]) -> int:
-    """Return what a process takes with the largest of tasks that have these peaks."""
+    """Return the memory of a process that runs the largest of tasks with these bounds."""
     return PROCESS_BYTES + max([*peaks, COPY_PEAK_BYTES])
 
 
 def too_little_memory(needed: int, allowed: int) -> RecipeError:
-    """Return the error of a limit that no block size keeps."""
+    """Return the error for a memory limit that no block size satisfies."""
     return RecipeError(
         f"--memory: the largest task needs {needed / 1e9:.2f} GB with its process,"
-        f" {allowed / 1e9:.2f} GB are allowed. Allow more, take a smaller --block-entries if you"
-        " gave one, or a method that needs no whole tensors"
+        f" {allowed / 1e9:.2f} GB are allowed. Raise the limit, lower --block-entries if it is"
+        " set, or use a method that needs no whole tensors"
     )

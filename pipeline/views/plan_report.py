@@ -12,7 +12,8 @@ from rich.markup import escape
 from mmerge.pipeline.build.forecast import Forecast
 from mmerge.pipeline.build.simulation import Simulation
 from mmerge.pipeline.monitoring.progress import to_size
-from mmerge.pipeline.planning.plan import CopyShard, MergePlan, MergeShard
+from mmerge.pipeline.planning.plan import MergePlan
+from mmerge.pipeline.planning.shards import CopyShard, MergeShard
 from mmerge.pipeline.views.tables import make_table
 
 _STATES = {

@@ -167,7 +167,7 @@ def test_nothing_follows_a_failure_and_finished_merges_are_kept(lab: Any) -> Non
 
 def split_into_small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmerge.pipeline.planning.plan.MAX_SHARD_BYTES", 512)
-    monkeypatch.setattr("mmerge.pipeline.planning.plan.MAX_PIECE_BYTES", 512)
+    monkeypatch.setattr("mmerge.pipeline.planning.shards.MAX_PIECE_BYTES", 512)
 
 
 @pytest.mark.usefixtures("in_step")

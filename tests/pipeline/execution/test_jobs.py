@@ -63,7 +63,7 @@ def test_the_wheel_holds_the_code_that_runs_names_no_dependency_and_is_named_aft
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "site" / "mmerge" / "pipeline" / "cli.py").is_file()
+    assert (tmp_path / "site" / "mmerge" / "pipeline" / "cli" / "main.py").is_file()
 
 
 def test_a_recipe_that_travels_has_its_name_and_absolute_paths(lab: Any) -> None:

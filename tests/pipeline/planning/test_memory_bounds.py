@@ -19,7 +19,7 @@ from mmerge.pipeline.execution.open import open_executor
 from mmerge.pipeline.execution.ray_executor import RayExecutor
 from mmerge.pipeline.execution.worker_pool import run_in_threads
 from mmerge.pipeline.planning.memory_bounds import PROCESS_BYTES
-from mmerge.pipeline.planning.plan import MAX_PIECE_BYTES
+from mmerge.pipeline.planning.shards import MAX_PIECE_BYTES
 from mmerge.workers.task import TaskResult
 
 WORKER = """
@@ -90,7 +90,7 @@ def test_the_plan_of_a_tensor_of_gigabytes_needs_no_more_memory_than_a_piece(
     lab: Any, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw = lab.make_all() | {"method": method}
-    monkeypatch.setattr("mmerge.pipeline.planning.plan.MAX_PIECE_BYTES", 400)
+    monkeypatch.setattr("mmerge.pipeline.planning.shards.MAX_PIECE_BYTES", 400)
     plan = make_plan(read_recipe(lab.write_recipe(raw)))
     pieces = [
         tensor
