@@ -106,15 +106,14 @@ def _read_docstrings(module_name: str) -> dict[str, str | None]:
     """Return the docstring of every function of a module, from its source text."""
     try:
         spec = find_spec(module_name)  # imports the parent packages, which are light
-    except ImportError:
-        return {}
-    get_source = getattr(spec.loader, "get_source", None) if spec is not None else None
-    source = get_source(module_name) if get_source is not None else None
-    if source is None:
+        get_source = getattr(spec.loader, "get_source", None) if spec is not None else None
+        source = get_source(module_name) if get_source is not None else None
+        statements = ast.parse(source or "").body
+    except Exception:  # noqa: BLE001 - a broken package must not take the overview away
         return {}
     return {
         node.name: ast.get_docstring(node)
-        for node in ast.parse(source).body
+        for node in statements
         if isinstance(node, ast.FunctionDef)
     }
 
