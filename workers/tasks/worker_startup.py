@@ -8,6 +8,8 @@ import os
 import signal
 import threading
 
+from mmerge.workers.runtime.lazy_torch import postpone_torch
+
 
 def start_worker() -> None:
     """Prepare this process for tasks: it ends with its parent, and ignores Ctrl-C."""
@@ -18,8 +20,8 @@ def start_worker() -> None:
     # Objects of the parent are never collected here: a collection would write to their pages, which
     # both processes share.
     gc.freeze()
-    # One task per core. Read by torch when it is imported, which few tasks do.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Only methods without a kernel use torch, whose import costs more than most tasks do.
+    postpone_torch(num_threads=1)
     load_kernels()
     threading.Thread(target=_exit_with_parent, name="mmerge-parent", daemon=True).start()
 
