@@ -103,7 +103,7 @@ def test_a_submitted_build_streams_its_log_and_ends_with_the_drivers_exit_code(
     again = mmerge("submit", recipe, "--address", ray_nodes.dashboard)
     assert again.returncode == 0
     assert "nothing to do" in again.stdout
-    assert "names it already" in again.stdout
+    assert "already refers to it" in again.stdout
     assert len(list((lab.folder / "store" / "refs" / "tiny").iterdir())) == 1
 
     lab.make_expert(
@@ -141,13 +141,13 @@ def test_two_submits_of_one_recipe_are_one_job_and_a_stopped_job_leaves_no_orpha
     assert is_new
     second, is_new = jobs.submit(recipe, options=[])
     assert (second.id, is_new) == (first.id, False)
-    with pytest.raises(MmergeError, match="builds this recipe already"):
+    with pytest.raises(MmergeError, match="already builds this recipe"):
         jobs.submit(recipe, options=[], if_running="fail")
     skipped = mmerge(
         "submit", str(recipe), "--address", ray_nodes.dashboard, "--if-running", "skip"
     )
     assert skipped.returncode == 0
-    assert "builds this recipe already" in skipped.stderr
+    assert "already builds this recipe" in skipped.stderr
     folder = lab.folder / "store" / "runs" / "tiny"
     end = time.monotonic() + 60
     while not folder.exists() and time.monotonic() < end:
