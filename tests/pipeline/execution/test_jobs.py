@@ -141,7 +141,7 @@ def test_two_submits_of_one_recipe_are_one_job_and_a_stopped_job_leaves_no_orpha
     assert is_new
     second, is_new = jobs.submit(recipe, options=[])
     assert (second.id, is_new) == (first.id, False)
-    with pytest.raises(MmergeError, match="already builds this recipe"):
+    with pytest.raises(MmergeError, match="builds this recipe already"):
         jobs.submit(recipe, options=[], if_running="fail")
     skipped = mmerge(
         "submit", str(recipe), "--address", ray_nodes.dashboard, "--if-running", "skip"
