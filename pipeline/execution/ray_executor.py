@@ -15,14 +15,12 @@ from typing import Any
 from typing_extensions import override
 
 from mmerge.manifests.errors import AlreadyExists, MmergeError, NotFound, StoreError
+from mmerge.pipeline.execution.cluster import Attempt, Event, Resources
 from mmerge.pipeline.execution.executor import Executor, ExecutorOptions
 from mmerge.pipeline.execution.scheduler import (
-    Attempt,
-    Event,
     Follow,
     Outcomes,
     Policy,
-    Resources,
     dispatch,
     nothing_follows,
 )
@@ -31,7 +29,7 @@ from mmerge.workers.runtime.cores import num_cores
 from mmerge.workers.task import Task
 
 NODES_SECONDS = 2.0
-"""How long a list of the cluster's nodes is used: nodes come and go while a build runs."""
+"""Age at which the list of nodes is read again: nodes join and leave during a build."""
 ANSWER_SECONDS = 60.0
 """Limit for reading a task's small result: its node may be cut off in between."""
 
@@ -141,7 +139,7 @@ class RayCluster:
         self._nodes: list[dict[str, Any]] = []
         self._counted = -math.inf
         self._gone: set[str] = set()
-        self._num_astray = 0
+        self._num_undelivered = 0
 
     def now(self) -> float:
         """Return seconds of a monotonic clock."""
@@ -201,9 +199,7 @@ class RayCluster:
         )
 
     def wait(self, timeout: float | None) -> list[Event]:
-        """Return what happened since the last call, at least one event unless `timeout` seconds
-        pass.
-        """
+        """Return the events since the last call, at least one unless `timeout` seconds pass."""
         import ray
 
         if not self._attempts:
@@ -220,12 +216,10 @@ class RayCluster:
                 return events
 
     def cancel(self, attempt: Attempt) -> None:
-        """End an attempt with its process; a node that cannot be reached ends it when it hears of
-        it, if ever.
-        """
+        """End an attempt and its process; an unreachable node does so once it is reconnected."""
         streams = [stream for stream, started in self._attempts.items() if started is attempt]
         for stream in streams:
-            self._num_astray += stream not in self._places
+            self._num_undelivered += stream not in self._places
             self._drop(stream)
 
     def _drop(self, stream: Any) -> Attempt:
@@ -237,11 +231,11 @@ class RayCluster:
         return self._attempts.pop(stream)
 
     def _lose_dead_nodes(self) -> list[Event]:
-        """Return the attempts that nodes now gone have taken with them.
+        """Return events for the attempts on dead nodes and for those that may be undelivered.
 
-        After the end of a raylet Ray waits for its workers, which may live on and hang; and what
-        was on its way to a node that was cut off, it waits for until the connection breaks, which
-        takes minutes.
+        Ray does not report them soon: after the death of a raylet it waits for the raylet's
+        workers, which may hang; for a task sent to an unreachable node it waits until the
+        connection breaks, which takes minutes.
         """
         alive = {node["NodeID"] for node in self._alive_nodes()}
         lost = [(stream, node) for stream, node in self._places.items() if node not in alive]
@@ -251,9 +245,9 @@ class RayCluster:
         ]
         if self._gone:
             self._gone.clear()
-            self._num_astray += 1
+            self._num_undelivered += 1
             events += [
-                Event(attempt, "astray")
+                Event(attempt, "undelivered")
                 for stream, attempt in self._attempts.items()
                 if stream not in self._places
             ]
@@ -270,18 +264,19 @@ class RayCluster:
         return self._nodes
 
     def _to_shape(self, memory: int) -> int:
-        """Return the memory to ask for: never more than the largest node has, or the attempt would
-        wait for ever.
+        """Return the memory to request, at most that of the largest node.
 
-        Ray asks for a worker per shape of task, not per task. Where such a request went to a node
-        that was cut off, a new task of that shape would wait for its answer as well. A byte less is
-        another shape.
+        An attempt that requests more than any node has would wait forever.
+
+        Ray leases workers per resource shape, not per task. If a lease request went to an
+        unreachable node, new tasks of the same shape would wait for it as well. One byte less per
+        undelivered attempt makes a new shape.
         """
         largest = max(
             (node["Resources"].get("memory", memory) for node in self._alive_nodes()),
             default=memory,
         )
-        return max(int(min(memory, largest)) - self._num_astray, 0)
+        return max(int(min(memory, largest)) - self._num_undelivered, 0)
 
     def _read(self, stream: Any) -> Event:
         """Return the next event of an attempt's stream: its node, then its result or its end."""
@@ -314,9 +309,7 @@ def _fits(node: dict[str, Any], resources: Resources) -> bool:
 
 
 def _to_event(attempt: Attempt, error: Exception, exceptions: Any) -> Event:
-    """Return what an attempt's error means: the task's own fault, or its process, node or memory
-    taken away.
-    """
+    """Return the event for an error: `failed` for the task's own fault, otherwise `lost`."""
     if isinstance(error, exceptions.OutOfMemoryError):
         return Event(attempt, "lost", error=MmergeError(_first_line(error)), out_of_memory=True)
     if isinstance(error, exceptions.RayTaskError):

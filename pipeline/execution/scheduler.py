@@ -1,8 +1,7 @@
-"""When which task is started: large ones first, a bounded number at once, a deadline each, another
-attempt elsewhere.
+"""Schedules tasks over a `Cluster`: large ones first, a bounded window, deadlines, new attempts.
 
-Pure decisions over a `Cluster`: the Ray executor gives it a real one, the simulator one with a
-clock of its own.
+The scheduler only decides. The Ray executor gives it a real cluster, the simulation one with a
+simulated clock.
 """
 
 from __future__ import annotations
@@ -11,100 +10,44 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
 
 from mmerge.manifests.errors import MmergeError
+from mmerge.pipeline.execution.cluster import Attempt, Cluster, Event, Resources
 from mmerge.workers.task import AnswerTask, MergeTask, Task, TaskResult
 
 Outcome = tuple[Task, TaskResult | Exception]
 Outcomes = Generator[Outcome, None, None]
-"""What ends, as it ends. Whoever leaves it early closes it: what runs is then ended in good order.
+"""Tasks with their results in the order in which they end.
+
+A caller that stops early closes the generator, which ends the running tasks.
 """
 Follow = Callable[[Task, TaskResult], Sequence[Task]]
+"""Returns the tasks that become ready when a task has ended with a result."""
 
 
 def nothing_follows(task: Task, result: TaskResult) -> Sequence[Task]:
-    """Return no tasks: each one stands alone."""
+    """Return no tasks, for runs of independent tasks."""
     return ()
 
 
 @dataclass(frozen=True)
-class Resources:
-    """What one attempt takes of its node; memory in bytes."""
-
-    num_cpus: float
-    num_gpus: float
-    memory: int
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One start of a task."""
-
-    task: Task
-    number: int
-    """1 for the first."""
-    resources: Resources
-    avoid: frozenset[str] = frozenset()
-    """Nodes where an earlier attempt hangs or was lost."""
-    prefer: str | None = None
-    """The node that read this shard before: its page cache and its downloads are warm."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something happened to an attempt.
-
-    `started` on `node`; `finished` with a result; `failed` with the task's own error; `lost` when
-    its process, its node or its memory was taken away, or the store could not be reached: another
-    attempt may succeed; `astray` when it has not begun and may be on its way to a node that is
-    gone: it is handed out anew.
-    """
-
-    attempt: Attempt
-    kind: Literal["started", "finished", "failed", "lost", "astray"]
-    node: str = ""
-    result: TaskResult | None = None
-    error: Exception | None = None
-    out_of_memory: bool = False
-
-
-class Cluster(Protocol):
-    """Where attempts run."""
-
-    def now(self) -> float:
-        """Return seconds on the cluster's clock."""
-
-    def num_slots(self, resources: Resources) -> int:
-        """Return how many attempts of this size the nodes alive can run at once."""
-
-    def start(self, attempt: Attempt) -> None:
-        """Start an attempt, or queue it where no node is free."""
-
-    def wait(self, timeout: float | None) -> list[Event]:
-        """Return what happened, at least one event unless `timeout` seconds pass."""
-
-    def cancel(self, attempt: Attempt) -> None:
-        """End an attempt; no further event of it is reported."""
-
-
-@dataclass(frozen=True)
 class Policy:
-    """The numbers of the schedule. None of them has an effect on the result."""
+    """Deadlines and attempts of a schedule; they have no effect on the bytes of the result."""
 
     deadline_seconds: float | None = None
-    """What one attempt may take; estimated from the tasks that have ended if None."""
+    """Limit for one attempt; None: estimated from the tasks that have ended."""
     min_deadline_seconds: float = 60.0
     deadline_factor: float = 6.0
-    """How much slower than its peers an attempt may be."""
+    """Limit for an attempt's duration, as a multiple of that expected from finished tasks."""
     slowest_bytes_per_second: float = 10e6
-    """Assumed while no task has ended."""
+    """Assumed rate until a task of the phase has ended."""
     max_attempts: int = 4
 
 
 def resources_of(task: Task) -> Resources:
-    """Return what a task takes: one core, its `peak_bytes`, and a GPU where the recipe says
-    `device: cuda` or answers are asked of one.
+    """Return the resources of a task: one core, its `peak_bytes`, and a GPU where it asks for one.
+
+    A merge asks for a GPU by the parameter `device: cuda`, an answer task by its device.
     """
     on_gpu = isinstance(task, MergeTask) and any(
         parameters.parameters.get("device") == "cuda" for parameters in task.method_parameters
@@ -121,24 +64,25 @@ def dispatch(
     nodes: dict[str, str] | None = None,
     follow: Follow = nothing_follows,
 ) -> Outcomes:
-    """Yield each task with its result, or the error that it ended with, as they end.
+    """Yield each task with its result or its error, in the order in which they end.
 
     Args:
-        tasks: whose only effect is on the store, so that two attempts of one of them may run side
-            by side.
-        cluster: where they run.
+        tasks: tasks without effects outside the store, so that two attempts of one task may run
+            concurrently.
+        cluster: where the tasks run.
         policy: deadlines and attempts.
-        nodes: which node read which shard; used to find warm caches, and filled for the phases that
-            follow.
-        follow: asked for each task that has ended with a result which tasks follow from it; they
-            begin before all that wait.
+        nodes: by shard, the node that has read it and whose caches are warm; updated during the
+            run.
+        follow: returns the tasks that follow from a task with a result; they start before all
+            waiting tasks.
     """
-    yield from _Dispatch(tasks, cluster, policy, nodes if nodes is not None else {}, follow).run()
+    warm_nodes = nodes if nodes is not None else {}
+    yield from _Dispatch(tasks, cluster, policy=policy, nodes=warm_nodes, follow=follow).run()
 
 
 @dataclass
 class _State:
-    """What is known of one unfinished task."""
+    """State of one unfinished task."""
 
     task: Task
     num_started: int = 0
@@ -168,12 +112,13 @@ class _Dispatch:
         self,
         tasks: Sequence[Task],
         cluster: Cluster,
+        *,
         policy: Policy,
         nodes: dict[str, str],
         follow: Follow,
     ) -> None:
         self.cluster, self.policy, self.nodes, self.follow = cluster, policy, nodes, follow
-        # Large ones first: a large task that starts last would run alone at the end.
+        # Large tasks first: a large task that starts last would run alone at the end.
         ordered = sorted(tasks, key=lambda task: -task.num_bytes)
         self.states = {id(task): _State(task, memory=task.peak_bytes) for task in ordered}
         self.waiting: deque[_State] = deque(self.states.values())
@@ -183,8 +128,9 @@ class _Dispatch:
         """Bytes per second by phase: a merge may take many times as long as a scan."""
         self.last_start = 0.0
         self.silent: set[str] = set()
-        """Nodes not heard of since an attempt there was overdue: they may be cut off, and nobody
-        may have noticed yet.
+        """Nodes without an event since an attempt there was overdue.
+
+        They may be unreachable before the cluster has declared them dead.
         """
 
     def run(self) -> Iterator[Outcome]:
@@ -199,8 +145,8 @@ class _Dispatch:
                         yield outcome
                 yield from self._check_deadlines()
         finally:
-            # Attempts are left only after an error, Ctrl-C, or a task that another attempt
-            # finished: leave no orphan behind.
+            # Attempts remain only after an error, after Ctrl-C, or where another attempt finished
+            # the task. Cancel them, so that no orphan keeps running.
             for state in self.states.values():
                 for running in state.running:
                     self.cluster.cancel(running.attempt)
@@ -219,7 +165,7 @@ class _Dispatch:
         self._note_sizes(followers)
 
     def _num_running(self) -> int:
-        # Overdue attempts do not count: those that hang must not keep the others from starting.
+        # Overdue attempts do not count: attempts that hang must not block the waiting tasks.
         return sum(
             not running.is_overdue for state in self.states.values() for running in state.running
         )
@@ -230,7 +176,7 @@ class _Dispatch:
 
     def _window(self) -> int:
         slots = self._num_slots()
-        # A few more than run at once: the next task is at its node when a core becomes free.
+        # Slightly more than can run: the next task is on its node when a core becomes free.
         return slots + max(1, slots // 8)
 
     def _start_waiting(self) -> None:
@@ -260,14 +206,14 @@ class _Dispatch:
         state = self.states.get(id(event.attempt.task))
         running = state.find(event.attempt) if state else None
         if state is None or running is None:
-            # Another attempt was first: this one wrote the same bytes under the same names
+            # Another attempt ended first; this one wrote the same bytes under the same keys.
             return None
         if event.kind == "started":
             running.started = self.last_start = self.cluster.now()
             running.node = event.node
             self.silent.discard(event.node)
             return None
-        if event.kind == "astray":
+        if event.kind == "undelivered":
             self._restart(state, running)
             return None
         state.running.remove(running)
@@ -298,7 +244,7 @@ class _Dispatch:
         if running.node:
             state.avoid.add(running.node)
         if event.out_of_memory:
-            # What stands in the plan is a bound; a node that others use as well needs more distance
+            # The plan states a bound for the task alone; a shared node needs a larger margin.
             state.memory *= 2
         if state.running or state in self.waiting:
             return None
@@ -328,7 +274,7 @@ class _Dispatch:
         return max(self.policy.min_deadline_seconds, self.policy.deadline_factor * expected)
 
     def _due(self, running: _Running) -> float | None:
-        """Return when an attempt is given up; None while it waits for a core that others have."""
+        """Return when an attempt becomes overdue; None while it waits for an occupied core."""
         if running.is_overdue:
             return None
         if running.started is not None:
@@ -344,52 +290,51 @@ class _Dispatch:
         )
 
     def _seconds_to_next_deadline(self) -> float | None:
-        due = [
-            time
-            for state in self.states.values()
-            for running in state.running
-            if (time := self._due(running)) is not None
-        ]
-        return max(0.0, min(due) - self.cluster.now()) if due else None
+        attempts = [running for state in self.states.values() for running in state.running]
+        due_times = [time for time in map(self._due, attempts) if time is not None]
+        return max(0.0, min(due_times) - self.cluster.now()) if due_times else None
 
     def _check_deadlines(self) -> Iterator[Outcome]:
-        """Start a second attempt beside each one that is overdue: it may hang, or its node may be
-        cut off and finish all the same.
+        """Start another attempt for each task whose attempts are all overdue.
+
+        Overdue attempts keep running: their nodes may be slow or unreachable and still finish.
         """
-        now = self.cluster.now()
         for state in list(self.states.values()):
-            for running in list(state.running):
-                due = self._due(running)
-                if due is None or due > now:
-                    continue
-                if running.started is None:
-                    self._restart(state, running)
-                    continue
-                running.is_overdue = True
-                if running.node:
-                    state.avoid.add(running.node)
-                    self.silent.add(running.node)
-            if (
-                state.running
-                and all(running.is_overdue for running in state.running)
-                and state not in self.waiting
-            ):
-                if state.num_started >= self.policy.max_attempts:
-                    seconds = self._deadline(state.task)
-                    yield self._finish(
-                        state,
-                        MmergeError(
-                            f"shard {state.task.shard}: {state.num_started} attempts took longer"
-                            f" than the deadline of {seconds:.0f} s each. Raise it with"
-                            " --task-deadline, or look for a node or store that hangs"
-                        ),
-                    )
-                else:
-                    self.waiting.appendleft(state)
+            self._mark_overdue(state)
+            all_overdue = all(running.is_overdue for running in state.running)
+            if not state.running or not all_overdue or state in self.waiting:
+                continue
+            if state.num_started >= self.policy.max_attempts:
+                seconds = self._deadline(state.task)
+                yield self._finish(
+                    state,
+                    MmergeError(
+                        f"shard {state.task.shard}: {state.num_started} attempts took longer than"
+                        f" the deadline of {seconds:.0f} s each. Raise it with --task-deadline, or"
+                        " check for a node or store that hangs"
+                    ),
+                )
+            else:
+                self.waiting.appendleft(state)
+
+    def _mark_overdue(self, state: _State) -> None:
+        now = self.cluster.now()
+        for running in list(state.running):
+            due = self._due(running)
+            if due is None or due > now:
+                continue
+            if running.started is None:
+                self._restart(state, running)
+                continue
+            running.is_overdue = True
+            if running.node:
+                state.avoid.add(running.node)
+                self.silent.add(running.node)
 
     def _restart(self, state: _State, running: _Running) -> None:
-        """Hand a task out anew whose attempt never began: it went to a node that no longer answers,
-        and does not count.
+        """Submit a task again whose attempt was sent to an unreachable node and never started.
+
+        The attempt does not count towards the limit.
         """
         self.cluster.cancel(running.attempt)
         state.running.remove(running)
@@ -399,7 +344,8 @@ class _Dispatch:
 
 
 def _place_of(task: Task) -> str:
-    """Return what names the bytes that a task reads: the base's copy of a layer is read by the
-    layer's merge as well.
+    """Return the name under which the inputs of a task are cached on a node.
+
+    The copy and the merge of a layer read the same base tensors and share a name.
     """
     return task.shard.removeprefix("base/")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal, cast
 
 from mmerge.manifests.errors import MmergeError
-from mmerge.pipeline.execution.scheduler import Attempt, Cluster, Event, Resources
+from mmerge.pipeline.execution.cluster import Attempt, Cluster, Event, Resources
 from mmerge.workers.task import TaskResult
 
 Limit = Literal["cores", "reading", "writing", "too few shards"]

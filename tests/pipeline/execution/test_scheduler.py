@@ -14,16 +14,9 @@ from mmerge.manifests.errors import MmergeError, NonFiniteError
 from mmerge.pipeline import make_plan, read_recipe
 from mmerge.pipeline import run as run_plan
 from mmerge.pipeline.build.simulation import Rates, simulate
+from mmerge.pipeline.execution.cluster import Attempt, Event, Resources
 from mmerge.pipeline.execution.executor import SerialExecutor
-from mmerge.pipeline.execution.scheduler import (
-    Attempt,
-    Event,
-    Policy,
-    Resources,
-    dispatch,
-    nothing_follows,
-    resources_of,
-)
+from mmerge.pipeline.execution.scheduler import Policy, dispatch, nothing_follows, resources_of
 from mmerge.pipeline.execution.simulated_cluster import Nodes, SimulatedCluster, SimulatedTask
 from mmerge.workers.task import TaskResult
 
@@ -69,16 +62,19 @@ class ScriptedCluster:
             self.swallowed = True
             self.alive += 1
             return
-        if self.script.get((attempt.task.shard, attempt.number)) == "astray" and not self.swallowed:
+        if (
+            self.script.get((attempt.task.shard, attempt.number)) == "undelivered"
+            and not self.swallowed
+        ):
             self.swallowed = True
             self.alive += 1
-            self._add(5, Event(attempt, "astray"))
+            self._add(5, Event(attempt, "undelivered"))
             return
         self._add(0, Event(attempt, "started", node))
         self.alive += 1
         self.most = max(self.most, self.alive)
         end = self.script.get((attempt.task.shard, attempt.number), "finish")
-        if end in ("finish", "swallowed", "astray"):
+        if end in ("finish", "swallowed", "undelivered"):
             self._add(
                 10,
                 Event(
@@ -122,7 +118,7 @@ class ScriptedCluster:
             self.clock += timeout
             return []
         self.clock, _, event = self.pending.pop(0)
-        self.alive -= event.kind not in ("started", "astray")
+        self.alive -= event.kind not in ("started", "undelivered")
         return [event]
 
 
@@ -220,7 +216,7 @@ def test_an_attempt_of_a_lost_node_is_repeated_and_one_that_waits_for_a_core_is_
 
 
 def test_a_task_in_transit_to_a_lost_node_is_repeated_and_counts_as_no_attempt() -> None:
-    cluster = ScriptedCluster({("a", 1): "astray"})
+    cluster = ScriptedCluster({("a", 1): "undelivered"})
     assert isinstance(
         run([make_task("a")], cluster, Policy(deadline_seconds=60, max_attempts=1))["a"], TaskResult
     )
