@@ -1,5 +1,7 @@
-"""Builds as jobs of a Ray cluster: this package and a recipe go there through the dashboard, the
-log comes back.
+"""Builds as jobs of a Ray cluster, submitted and followed through its dashboard.
+
+A submission uploads this package as a wheel together with the recipe; the job's log is streamed
+back.
 """
 
 from __future__ import annotations
@@ -29,11 +31,10 @@ from mmerge.pipeline.recipes.recipe import Recipe
 IfRunning = Literal["follow", "skip", "fail"]
 PACKAGES = ("manifests", "workers", "pipeline")
 WHEEL_TIME = (2020, 1, 1, 0, 0, 0)
-"""Written into every wheel: the same code gives the same bytes, which a cluster then stores once.
-"""
+"""Timestamp of all files in a wheel: equal code gives equal bytes, which a cluster stores once."""
 ALIVE = ("PENDING", "RUNNING")
 READY_SECONDS = 120.0
-"""What a cluster that has only just been started may take until it accepts a job."""
+"""Time limit for a newly started cluster to accept a job."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,15 @@ class Job:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it waits or runs."""
+        """Whether the job is queued or runs."""
         return self.status in ALIVE
 
 
 def make_wheel(folder: Path) -> Path:
-    """Write this package, as it is running, as a wheel into `folder` and return its path.
+    """Write the running package as a wheel into `folder` and return its path.
 
-    It names no dependencies: Ray installs it with pip on every node, where the image has them all,
-    and would fetch torch otherwise.
+    The wheel declares no dependencies. Ray installs it with pip on every node, whose image has all
+    of them; pip would download torch otherwise.
     """
     import mmerge.manifests
     import mmerge.pipeline
@@ -88,8 +89,8 @@ def make_wheel(folder: Path) -> Path:
         f"{key},sha256={_to_record_digest(data)},{len(data)}\n" for key, data in contents.items()
     )
     contents[f"{name}.dist-info/RECORD"] = (record + f"{name}.dist-info/RECORD,,\n").encode()
-    # Ray keeps a wheel under its file's name: the digest of the contents, as a build tag, keeps
-    # versions apart.
+    # Ray caches a wheel by its file name. The digest of the contents, as build tag, distinguishes
+    # versions of the code.
     wheel = (
         folder
         / f"{name}-0_{hashlib.sha256(record.encode()).hexdigest()[:SHOWN_DIGITS]}-py3-none-any.whl"
@@ -108,8 +109,10 @@ class Jobs:
     """The jobs of the cluster whose dashboard is at `address` (http://HOST:8265)."""
 
     def __init__(self, address: str | None) -> None:
-        """Connect. Raises MmergeError when nobody answers, or when the dashboard's client is not
-        installed.
+        """Connect to the dashboard.
+
+        Raises:
+            MmergeError: no dashboard answers, or its client is not installed.
         """
         try:
             from ray.job_submission import JobSubmissionClient
@@ -155,18 +158,18 @@ class Jobs:
     ) -> tuple[Job, bool]:
         """Return the job that builds a recipe, and whether it is new.
 
-        A cluster takes a submission id once. The id is made of the recipe and a number, so that of
-        two that submit at the same moment one is refused, and finds the other's job.
+        A cluster accepts a submission id once. The id is derived from the recipe and a number: of
+        two simultaneous submissions the cluster refuses one, which then finds the accepted job.
 
         Args:
             recipe_path: the recipe's file; local paths in it must be those of the cluster's nodes.
             options: further options of `mmerge run`.
-            if_running: what to do about a living job of the same recipe: return it, or raise.
+            if_running: if a job of the recipe is queued or runs: return that job, or raise.
 
         Raises:
             RecipeError: the recipe is not valid.
-            MmergeError: the cluster refuses, is not ready within two minutes, or `if_running` is
-                "fail" and such a job lives.
+            MmergeError: the cluster refuses the job, is not ready within two minutes, or
+                `if_running` is "fail" and such a job exists.
         """
         recipe = read_recipe(recipe_path)
         text = to_absolute(recipe_path, recipe)
@@ -186,7 +189,7 @@ class Jobs:
                 return self.find(f"{prefix}-{number}"), True
 
     def _submit(self, job_id: str, recipe: Recipe, text: str, options: list[str]) -> bool:
-        """Return False when the id is taken."""
+        """Submit a job; return False if its id exists already."""
         with tempfile.TemporaryDirectory() as folder:
             wheel = make_wheel(Path(folder))
             data = Path(folder) / "data"
@@ -208,8 +211,7 @@ class Jobs:
                     self._client.submit_job(
                         submission_id=job_id,
                         entrypoint=shlex.join(command),
-                        # The code comes with the wheel; the working folder holds the recipe and
-                        # nothing that is imported.
+                        # The wheel holds the code; the working folder holds only the recipe.
                         runtime_env={
                             "py_modules": [str(wheel)],
                             "working_dir": str(data),
@@ -222,14 +224,14 @@ class Jobs:
                     if "already exists" in str(error):
                         return False
                     if "No available agent" in str(error) and time.monotonic() < end:
-                        time.sleep(1)  # the cluster has only just been started
+                        time.sleep(1)  # the cluster was started moments ago
                         continue
                     raise MmergeError(
                         f"{self.address}: the job was refused ({_first_line(error)})"
                     ) from error
 
     def follow(self, job_id: str, write: Callable[[str], None]) -> Job:
-        """Pass the job's log on as it grows and return the ended job."""
+        """Pass the job's log to `write` as it grows; return the job once it has ended."""
         written = 0
         while True:
             try:
@@ -237,7 +239,7 @@ class Jobs:
                     written += len(text)
                     write(text)
             except (ConnectionError, OSError, RuntimeError, asyncio.TimeoutError):
-                time.sleep(2)  # the dashboard was away: begin again behind what was written
+                time.sleep(2)  # dashboard unreachable: resume after the written part
             job = self.find(job_id)
             if not job.is_alive:
                 unwritten = str(self._client.get_job_logs(job_id))[written:]
@@ -264,9 +266,7 @@ class Jobs:
 
 
 def to_exit_code(job: Job) -> int:
-    """Return what the driver of an ended job returned; 143 where it was stopped, 1 where it never
-    began.
-    """
+    """Return the exit code of an ended job: its driver's, 143 if stopped, 1 if never started."""
     if job.status == "SUCCEEDED":
         return 0
     if job.status == "STOPPED":
@@ -275,10 +275,10 @@ def to_exit_code(job: Job) -> int:
 
 
 def to_absolute(path: Path, recipe: Recipe) -> str:
-    """Return a recipe's text with its name and absolute paths, so that it means the same anywhere.
+    """Return a recipe's text with its name and absolute paths, valid in any working folder.
 
     Raises:
-        RecipeError: the output lies in this process's memory.
+        RecipeError: the output is a store in this process's memory.
     """
     if recipe.output.startswith("memory://"):
         raise RecipeError(

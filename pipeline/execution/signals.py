@@ -1,4 +1,4 @@
-"""Steps that Ctrl-C or SIGTERM must not tear apart."""
+"""Critical sections that SIGINT and SIGTERM must not interrupt."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ _INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let SIGINT and SIGTERM wait until the context ends, which is to be short, then handle the
-    last of them as always.
+    """Defer SIGINT and SIGTERM until the context ends, then run the handler of the last one.
 
-    Python raises what a signal means between any two steps of the main thread: a task could be
-    begun and never noted.
+    A Python signal handler may raise between any two bytecode instructions of the main thread: a
+    task could be started and never recorded. Keep the context short.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # handlers run in the main thread
+        yield  # signal handlers run only in the main thread
         return
     received: list[tuple[int, FrameType | None]] = []
     handlers = {}
@@ -28,7 +27,7 @@ def uninterrupted() -> Iterator[None]:
         handler = signal.getsignal(number)
         if callable(handler):
             handlers[number] = handler
-    with ExitStack() as restored:  # all of them, even if a signal arrives between two
+    with ExitStack() as restored:  # restores all handlers, even if a signal arrives in between
         for number, handler in handlers.items():
             restored.callback(signal.signal, number, handler)
             signal.signal(number, lambda *call: received.append(call))

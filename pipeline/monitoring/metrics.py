@@ -1,8 +1,7 @@
-"""What a run tells Ray's metrics, which Prometheus collects from every node: bytes, shards,
-seconds.
+"""Ray metrics of a run, which Prometheus collects from every node: bytes, shards, seconds.
 
-Names as Prometheus shows them have `ray_` in front. `infra/monitoring/` has a dashboard and alerts
-over them.
+Prometheus shows the names with the prefix `ray_`. `infra/monitoring/` has a dashboard and alerts
+for them.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ COUNTERS = {
     "mmerge_bytes_read": "Bytes of base and experts that tasks have read.",
     "mmerge_bytes_written": "Bytes of objects that tasks have written.",
     "mmerge_shards_done": "Shards that were computed.",
-    "mmerge_shards_reused": "Shards that were there already.",
+    "mmerge_shards_reused": "Shards that were already in the store.",
     "mmerge_shards_failed": "Shards that failed.",
 }
 GAUGES = {
-    "mmerge_shards_total": "Shards of the phase, those that were there already included.",
+    "mmerge_shards_total": "Shards of the phase, including those already in the store.",
     "mmerge_bytes_to_read": "Bytes that the phase reads.",
 }
 HISTOGRAMS = {"mmerge_task_seconds": "Seconds that a task takes."}
@@ -31,7 +30,7 @@ BOUNDARIES = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0]
 
 
 class MetricsProgress(Progress):
-    """Counts for one composite. Values reach Ray once this process is connected to a cluster."""
+    """Updates the metrics of one composite; Ray exports them once this process is connected."""
 
     def __init__(self, composite: str) -> None:
         from ray.util import metrics
@@ -75,5 +74,5 @@ class MetricsProgress(Progress):
         self._add("mmerge_shards_failed", 1, self._tags(phase))
 
     def _add(self, name: str, amount: float, tags: dict[str, str]) -> None:
-        if amount > 0:  # Ray refuses to count nothing
+        if amount > 0:  # Ray refuses to increment a counter by 0
             self._instruments[name].inc(amount, tags)

@@ -1,4 +1,4 @@
-"""What a run shows: bars on a terminal, one log line per finished shard elsewhere."""
+"""Progress of a run: bars on a terminal, otherwise one log line per finished shard."""
 
 from __future__ import annotations
 
@@ -29,11 +29,16 @@ log = logging.getLogger("mmerge.run")
 
 
 class Progress(Protocol):
-    """Told of each phase and of each finished shard."""
+    """Receives the events of a run: phases, finished and failed shards, the build's digest."""
 
     def begin(self, phase: str, *, num_bytes: int, num_tasks: int, num_reused: int) -> None:
-        """A phase begins: what it will read, and how many of its shards were there already. Told
-        again, it has so much more to do.
+        """A phase begins, or gets further work if it has begun already.
+
+        Args:
+            phase: the phase.
+            num_bytes: bytes of input that the tasks will read.
+            num_tasks: tasks to run.
+            num_reused: shards whose results are in the store already.
         """
 
     def advance(self, phase: str, result: TaskResult) -> None:
@@ -43,12 +48,12 @@ class Progress(Protocol):
         """One shard failed."""
 
     def name_build(self, build: str) -> None:
-        """The digest of the build is known from here on; ignored unless a class says otherwise."""
+        """The digest of the build has been computed; ignored by default."""
         return
 
 
 class SeveralProgress(Progress):
-    """Passes everything on to several others."""
+    """Forwards every event to several progress objects."""
 
     def __init__(self, parts: Sequence[Progress]) -> None:
         self._parts = tuple(parts)
@@ -75,8 +80,9 @@ class SeveralProgress(Progress):
 
 
 class JsonFormatter(logging.Formatter):
-    """A log record as one JSON object on one line: time, level, logger, message, and what `extra`
-    holds under `fields`.
+    """Formats a log record as one line of JSON.
+
+    The keys are time, level, logger and message, and those of `fields` in the record's `extra`.
     """
 
     @override
@@ -97,9 +103,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class LogProgress(Progress):
-    """One event per line, for logs and files; with phase, shard and build as fields for
-    `JsonFormatter`.
-    """
+    """Logs one event per line, with phase, shard and build as fields for `JsonFormatter`."""
 
     def __init__(self) -> None:
         self._build: str | None = None
@@ -157,7 +161,7 @@ class LogProgress(Progress):
 
 
 class BarProgress(Progress):
-    """A bar per phase with bytes, bytes per second and time left."""
+    """Shows a bar per phase with bytes, bytes per second and remaining time."""
 
     def __init__(self, console: Console) -> None:
         self._bars = RichBars(
@@ -197,7 +201,7 @@ class BarProgress(Progress):
         self._fill_if_done(phase)
 
     def _fill_if_done(self, phase: str) -> None:
-        # What was there already is not read: its bytes are missing in the end.
+        # Reused results are not read, so the bar would end short of its total.
         if not self._num_left[phase]:
             self._bars.update(self._tasks[phase], completed=max(self._totals[phase], 1))
 
@@ -213,7 +217,7 @@ class BarProgress(Progress):
 
 
 def to_size(num_bytes: float) -> str:
-    """Return a size for people, in decimal units: 1.5 GB."""
+    """Return a size as text in decimal units, such as 1.5 GB."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(num_bytes) < 1000:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
@@ -223,7 +227,7 @@ def to_size(num_bytes: float) -> str:
 
 @contextmanager
 def show_progress(console: Console) -> Iterator[Progress]:
-    """Yield what shows a run: bars where `console` is a terminal, log lines elsewhere."""
+    """Yield the progress display: bars if `console` is a terminal, otherwise log lines."""
     if console.is_terminal:
         with BarProgress(console) as bars:
             yield bars

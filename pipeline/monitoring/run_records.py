@@ -1,11 +1,10 @@
-"""Runs as their store knows them: numbered records that tell who builds what, how far it is, and
-whether it still lives.
+"""Numbered run records in the store: builder, progress and heartbeat of every run.
 
-`runs/NAME/000007.json` is created once, by the run that takes this number;
-`runs/NAME/000007.status.json` is replaced every few seconds by that run alone. A run that only one
-may do at a time (`--exclusive`) looks at the last number first: while its status changes, it lives;
-where it has not changed for `EXPIRY_SECONDS`, it is dead, and the next number is taken. No two
-clocks are compared.
+`runs/NAME/000007.json` is created once, by the run that gets this number;
+`runs/NAME/000007.status.json` is replaced every few seconds by that run alone. An exclusive run
+(`--exclusive`) first watches the record with the highest number. If its heartbeat changes, that run
+is alive. If it does not change for `EXPIRY_SECONDS`, that run is dead and the new run takes the
+next number. Clocks of different hosts are never compared.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ from mmerge.workers.task import TaskResult
 
 HEARTBEAT_SECONDS = 5.0
 EXPIRY_SECONDS = 30.0
-"""A run whose status has not changed for so long is dead."""
+"""A run whose status has not changed for this time counts as dead."""
 KEPT_RUNS = 50
-"""Records of a name that are kept; older ones are deleted."""
+"""Number of records kept per name; older ones are deleted."""
 
 EARLIER_PHASES = {"survey": "scan", "carry": "copy"}
 """Names of phases in the records of version 0.1."""
@@ -43,8 +42,10 @@ State = Literal["running", "finished", "failed", "interrupted"]
 
 
 class PhaseStatus(BaseModel):
-    """How far one phase is. `num_bytes` are bytes of input to read, `seconds` is summed over tasks,
-    `wall_seconds` on the driver's clock.
+    """Progress of one phase.
+
+    `num_bytes` are bytes of input to read; `seconds` is the sum over tasks, `wall_seconds` the time
+    on the driver's clock.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -61,7 +62,7 @@ class PhaseStatus(BaseModel):
 
 
 class RunStatus(BaseModel):
-    """What a run says of itself."""
+    """Status of one run, as its record stores it."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -69,20 +70,21 @@ class RunStatus(BaseModel):
     number: int = Field(ge=1)
     state: State = "running"
     build: str | None = None
-    """The digest of the build, known once the inputs are scanned."""
+    """Digest of the build; None until the inputs are scanned."""
     host: str = ""
     pid: int = 0
     job: str | None = None
-    """The submission id, where it is a Ray job."""
+    """Submission id if the run is a Ray job."""
     started: str = ""
     updated: str = ""
     heartbeat: int = 0
     start_seconds: float = 0.0
-    """From the beginning of the first phase with work to its first result, without the seconds of
-    that task: workers starting.
+    """Start-up time of the workers.
+
+    Measured from the start of the first phase with work to its first result, minus that task.
     """
     wall_seconds: float = 0.0
-    """Of the whole run, once it has ended."""
+    """Duration of the whole run; 0 until it has ended."""
     phases: dict[str, PhaseStatus] = Field(default_factory=dict)
     failures: list[str] = Field(default_factory=list)
     message: str | None = None
@@ -97,7 +99,7 @@ class RunStatus(BaseModel):
 
 
 class RunUnderWay(MmergeError):
-    """Another run of the same composite lives."""
+    """Another run of the same composite is alive."""
 
     def __init__(self, status: RunStatus) -> None:
         self.status = status
@@ -118,7 +120,7 @@ def list_runs(store: Store, name: str) -> list[int]:
 
 
 def list_run_names(store: Store) -> list[str]:
-    """Return the names of all composites that runs were recorded of."""
+    """Return the names of all composites with recorded runs."""
     return sorted({key.split("/")[1] for key in store.list("runs") if key.count("/") == 2})
 
 
@@ -127,7 +129,7 @@ def read_status(store: Store, name: str, number: int) -> RunStatus:
     try:
         raw = store.read(_status_key(name, number))
     except NotFound:
-        raw = store.read(_claim_key(name, number))
+        raw = store.read(_record_key(name, number))
     try:
         return RunStatus.model_validate(parse_json(raw, what=_status_key(name, number)))
     except (ValueError, ValidationError) as error:
@@ -136,7 +138,7 @@ def read_status(store: Store, name: str, number: int) -> RunStatus:
         ) from error
 
 
-def _claim_key(name: str, number: int) -> str:
+def _record_key(name: str, number: int) -> str:
     return f"runs/{name}/{number:06d}.json"
 
 
@@ -149,8 +151,9 @@ def _now() -> str:
 
 
 def _job_id() -> str | None:
-    """Return the submission id of the Ray job that this process drives, which Ray gives to it
-    within a job's configuration.
+    """Return the submission id of the Ray job whose driver is this process, None if it is none.
+
+    Ray passes it in the job's configuration.
     """
     try:
         job_id = (
@@ -166,17 +169,17 @@ def _job_id() -> str | None:
 def begin_run(
     store: Store, name: str, *, exclusive: bool, clock: Callable[[], float] = time.monotonic
 ) -> RunStatus:
-    """Return the record of a new run, numbered after the last one.
+    """Create the record of a new run, with the next number, and return it.
 
     Args:
         store: where the composite is built.
         name: the composite's name.
-        exclusive: take the number only if no earlier run lives; watches the last one for up to
-            `EXPIRY_SECONDS` to know.
-        clock: seconds, for tests.
+        exclusive: create the record only if no earlier run is alive; watches the last one for up
+            to `EXPIRY_SECONDS`.
+        clock: returns seconds; replaced in tests.
 
     Raises:
-        RunUnderWay: `exclusive`, and another run lives.
+        RunUnderWay: `exclusive` is set and another run is alive.
     """
     while True:
         numbers = list_runs(store, name)
@@ -194,20 +197,22 @@ def begin_run(
         )
         try:
             store.put_new(
-                _claim_key(name, number),
+                _record_key(name, number),
                 to_canonical_json(status.model_dump(mode="json", exclude_none=True)),
             )
         except AlreadyExists:
-            continue  # another one was faster: look at it
+            continue  # another run took this number: check that run
         for old in numbers[: -KEPT_RUNS + 1]:
             store.delete(_status_key(name, old))
-            store.delete(_claim_key(name, old))
+            store.delete(_record_key(name, old))
         return status
 
 
 def _await_death(store: Store, name: str, number: int, clock: Callable[[], float]) -> None:
-    """Return when the run of that number is over or dead. Raises RunUnderWay as soon as it shows
-    that it lives.
+    """Wait until a run has ended or counts as dead.
+
+    Raises:
+        RunUnderWay: the run's heartbeat has changed.
     """
     seen = read_status(store, name, number)
     end = clock() + EXPIRY_SECONDS
@@ -221,7 +226,7 @@ def _await_death(store: Store, name: str, number: int, clock: Callable[[], float
 
 
 class RunRecord(Progress):
-    """Keeps the record of one run: use as a context manager around the run, and as its progress."""
+    """Updates the record of one run: context manager around the run, and its progress object."""
 
     def __init__(self, store: Store, status: RunStatus) -> None:
         self.status = status
@@ -302,6 +307,5 @@ class RunRecord(Progress):
                 _status_key(self.status.name, self.status.number), to_canonical_json(data)
             )
         except StoreError:
-            # The run itself will say what is wrong with the store; a missed beat is no reason to
-            # end it
+            # A missed heartbeat does not end the run: its own writes report a broken store.
             return

@@ -1,17 +1,15 @@
-"""Numbers that differ from tensor to tensor: by layers, by name, or as a gradient over depth.
+"""Parameter schedules: values that depend on a tensor's layer or name, or on depth.
 
-Where a recipe may have a number, it may have instead
+Instead of a number, a recipe may give
 
-    density: [0.2, 0.8]                              a gradient: interpolated over the layers, first
-        to last
-    density:                                         or rules; the first that fits a tensor decides
+    density: [0.2, 0.8]                              a gradient from the first to the last layer
+    density:                                         rules; the first that matches applies
       - {value: 0.5, layers: [0, 15]}                layers 0 to 15, both included
-      - {value: [0.2, 0.6], pattern: "*self_attn*"}  names that fit a pattern; a gradient here as
-        well
-      - {value: 0.3}                                 everything else
+      - {value: [0.2, 0.6], pattern: "*self_attn*"}  names that match a pattern; a gradient
+      - {value: 0.3}                                 all other tensors
 
-A gradient of a rule with `layers` runs over those layers. Embeddings count as before the first
-layer, the last norm and the head as after the last. Where no rule fits, the parameter has its
+The gradient of a rule with `layers` runs over those layers. Embeddings count as before the first
+layer, the last norm and the head as after the last. If no rule matches, the parameter has its
 default.
 """
 
@@ -46,13 +44,13 @@ class Rule(BaseModel):
     pattern: str | None = Field(None, min_length=1, description="tensor names, with *")
 
     def holds(self, name: str, position: int) -> bool:
-        """Return whether the rule is for this tensor at this position among the layers."""
+        """Return whether the rule applies to a tensor at this position among the layers."""
         if self.pattern is not None and not fnmatchcase(name, self.pattern):
             return False
         return self.layers is None or self.layers[0] <= position <= self.layers[1]
 
     def at(self, position: int, num_layers: int) -> Number:
-        """Return the rule's number at a position, interpolated where it is a gradient."""
+        """Return the rule's value at a position; gradients are interpolated linearly."""
         if not isinstance(self.value, list):
             return self.value
         first, last = self.layers or (0, num_layers - 1)
@@ -69,18 +67,18 @@ class Rule(BaseModel):
         )
 
     def values(self) -> list[Number]:
-        """Return every number that stands in the rule."""
+        """Return all values of the rule."""
         return self.value if isinstance(self.value, list) else [self.value]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a recipe gives in the place of one number."""
+    """The rules that a recipe gives in place of one value."""
 
     rules: tuple[Rule, ...]
 
     def at(self, name: str, num_layers: int) -> Number | None:
-        """Return the number for a tensor, None where no rule fits."""
+        """Return the value for a tensor, None if no rule matches."""
         position = find_position(name, num_layers)
         return next(
             (rule.at(position, num_layers) for rule in self.rules if rule.holds(name, position)),
@@ -93,9 +91,7 @@ class Schedule:
 
 
 def find_position(name: str, num_layers: int) -> int:
-    """Return the layer of a tensor; −1 for embeddings, `num_layers` for what comes after the
-    layers.
-    """
+    """Return a tensor's layer; −1 for embeddings, `num_layers` for last norm and head."""
     layer = layer_of(name)
     if layer is not None:
         return layer
@@ -103,22 +99,24 @@ def find_position(name: str, num_layers: int) -> int:
 
 
 def is_number(annotation: Any) -> bool:
-    """Return whether a field of this type is a number, for which a schedule may stand."""
+    """Return whether a field of this type is a number and accepts a schedule."""
     if annotation in (float, int):
         return True
     return any(is_number(part) for part in getattr(annotation, "__args__", ()))
 
 
 def numeric_fields(model: type[Parameters]) -> list[str]:
-    """Return the fields of a parameter model for which a schedule may stand."""
+    """Return the fields of a parameter model that accept a schedule."""
     return [name for name, field in model.model_fields.items() if is_number(field.annotation)]
 
 
 def take_schedules(
     raw: Mapping[str, Any], model: type[Parameters], *, path: str
 ) -> tuple[dict[str, Any], dict[str, Schedule]]:
-    """Return a mapping with the first number of every schedule in its place, and the schedules by
-    key.
+    """Separate a recipe's plain values from its schedules.
+
+    Returns:
+        the mapping with each schedule replaced by its first value, and the schedules by key.
 
     Raises:
         RecipeError: a schedule is not valid; the message begins with the key's path.
@@ -135,7 +133,7 @@ def take_schedules(
 def parse_schedule(
     value: Sequence[Any], model: type[Parameters], key: str, *, path: str
 ) -> Schedule:
-    """Return the schedule that a list stands for. Raises RecipeError."""
+    """Parse the list that a recipe gives in place of a number. Raises RecipeError."""
     if not value:
         raise RecipeError(
             f"{path}: is an empty list; give numbers (a gradient over depth) or rules {{value,"
@@ -183,7 +181,7 @@ def resolve(
     name: str,
     num_layers: int,
 ) -> dict[str, Any]:
-    """Return the parameters that hold for one tensor."""
+    """Return the parameters of one tensor."""
     resolved = dict(parameters)
     for key, schedule in schedules.items():
         number = schedule.at(name, num_layers)
@@ -197,7 +195,7 @@ def resolve(
 
 
 def schedule_schema(number: dict[str, Any]) -> dict[str, Any]:
-    """Return the JSON schema of a number for which a schedule may stand."""
+    """Return the JSON schema of a number or a schedule of that number."""
     kept: dict[str, Any] = {
         key: number.pop(key) for key in ("default", "description", "title") if key in number
     }
