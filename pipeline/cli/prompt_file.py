@@ -8,6 +8,7 @@ from typing import Any
 
 from mmerge.manifests.digest import parse_json
 from mmerge.manifests.errors import RecipeError
+from mmerge.pipeline.evaluation.questions import read_text
 from mmerge.workers.modalities.prompt import Part
 
 MAX_PROMPTS_BYTES = 1 << 28
@@ -41,24 +42,14 @@ def read_prompts(path: Path) -> list[PromptParts]:
     """
     prompts = []
     # Not splitlines: strings of JSON may contain other line separators.
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+    text = read_text(path, where=f"--prompts: {path}", max_bytes=MAX_PROMPTS_BYTES)
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             where = f"--prompts: {path}, line {number}"
             prompts.append(_parse_line(line, where=where, folder=path.parent))
     if not prompts:
         raise RecipeError(f"--prompts: {path} has no prompts")
     return prompts
-
-
-def _read_text(path: Path) -> str:
-    try:
-        if path.stat().st_size > MAX_PROMPTS_BYTES:
-            raise RecipeError(f"--prompts: {path} has more than {MAX_PROMPTS_BYTES:,} bytes")
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"--prompts: {path} is not UTF-8 text ({error})") from error
-    except OSError as error:
-        raise RecipeError(f"--prompts: {path} cannot be read ({error})") from error
 
 
 def _parse_line(line: str, *, where: str, folder: Path) -> PromptParts:

@@ -95,7 +95,8 @@ def _parse_row(
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     try:
-        rows = parse_json(read_text(path).encode(), what=str(path), max_bytes=MAX_QUESTIONS_BYTES)
+        text = read_text(path, where=str(path))
+        rows = parse_json(text.encode(), what=str(path), max_bytes=MAX_QUESTIONS_BYTES)
     except ValueError as error:
         raise RecipeError(f"{path}: {error}") from error
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):

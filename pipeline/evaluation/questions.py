@@ -81,7 +81,7 @@ def read_questions(path: Path, *, media_root: Path | None = None) -> list[Questi
     root = (media_root or path.parent).resolve()
     questions: list[Question] = []
     # Not splitlines: strings of JSON may contain other line separators.
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path, where=str(path)).split("\n"), start=1):
         if line.strip():
             where = f"{path}, line {number}"
             try:
@@ -95,16 +95,20 @@ def read_questions(path: Path, *, media_root: Path | None = None) -> list[Questi
     return questions
 
 
-def read_text(path: Path) -> str:
-    """Return the text of a file of questions. Raises RecipeError."""
+def read_text(path: Path, *, where: str, max_bytes: int = MAX_QUESTIONS_BYTES) -> str:
+    """Return the text of a UTF-8 file that a user names; `where` begins every error.
+
+    Raises:
+        RecipeError: the file cannot be read, is no UTF-8, or has more than `max_bytes` bytes.
+    """
     try:
-        if path.stat().st_size > MAX_QUESTIONS_BYTES:
-            raise RecipeError(f"{path}: has more than {MAX_QUESTIONS_BYTES:,} bytes")
+        if path.stat().st_size > max_bytes:
+            raise RecipeError(f"{where} has more than {max_bytes:,} bytes")
         return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror or error})") from error
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: cannot be read ({error})") from error
+        raise RecipeError(f"{where} is not UTF-8 text ({error})") from error
+    except OSError as error:
+        raise RecipeError(f"{where} cannot be read ({error.strerror or error})") from error
 
 
 def _parse_line(raw: Any, *, where: str, root: Path, number: int) -> Question:
