@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mmerge.pipeline.build.input_scan import InputDigests, make_scan_tasks
+from mmerge.pipeline.build.input_scan import InputDigests, make_scan_tasks, share_rows
 from mmerge.pipeline.build.method_stages import MethodStages
 from mmerge.pipeline.build.threshold_search import ThresholdSearch
 from mmerge.pipeline.planning.plan import MergePlan
 from mmerge.pipeline.planning.shards import CopyShard, MergeShard
 from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Trimming, parse_parameters
-from mmerge.workers.task import ScanTask
+from mmerge.workers.task import ScanTask, TensorTask
 
 
 class BuildContext:
@@ -42,11 +42,12 @@ class BuildContext:
             config=plan.checkpoints[0].text_config,
             fresh=fresh,
         )
-        self._scans_by_piece = {
-            (tensor.name, tensor.row_start): self.scan_tasks[shard.name]
-            for shard in plan.merge_shards
-            for tensor in shard.tensors
-        }
+        self._merged_pieces: dict[str, list[tuple[TensorTask, ScanTask]]] = {}
+        """By tensor, its merged pieces with the scan of each."""
+        for shard in plan.merge_shards:
+            for tensor in shard.tensors:
+                pieces = self._merged_pieces.setdefault(tensor.name, [])
+                pieces.append((tensor, self.scan_tasks[shard.name]))
 
     @property
     def phases(self) -> list[str]:
@@ -60,9 +61,10 @@ class BuildContext:
         if shard.name in self.scan_tasks:
             tasks[shard.name] = self.scan_tasks[shard.name]
         for tensor in shard.tensors if shard.role == "base" else ():
-            task = self._scans_by_piece.get((tensor.name, tensor.row_start))
-            if task is not None:
-                tasks[task.shard] = task
+            # A copy may hold rows of several merged pieces, and begin or end within one.
+            for piece, scan in self._merged_pieces.get(tensor.name, ()):
+                if share_rows(piece, tensor):
+                    tasks[scan.shard] = scan
         return list(tasks.values())
 
     def _make_trimmings(self) -> dict[str, Trimming]:

@@ -18,13 +18,33 @@ SCAN_VERSION = 2
 
 
 @dataclass(frozen=True)
+class ScannedRows:
+    """The digest of some rows of a tensor."""
+
+    row_start: int
+    row_stop: int
+    digest: str
+
+
+Piece = TensorTask | CopyTensor | ScannedRows
+"""Some rows of a tensor."""
+
+
+def share_rows(first: Piece, second: Piece) -> bool:
+    """Return whether two pieces of one tensor have rows in common; tensors without rows do."""
+    if first.row_start == second.row_start:
+        return True
+    return first.row_start < second.row_stop and second.row_start < first.row_stop
+
+
+@dataclass(frozen=True)
 class InputDigests:
     """Digests of every piece of the inputs that has been scanned."""
 
     merged: dict[str, list[str]] = field(default_factory=dict)
     """By piece of a merged tensor: of the base first, then of the experts."""
-    copied: dict[tuple[str, str, int], str] = field(default_factory=dict)
-    """By expert (empty for the base), tensor name and first row."""
+    copied: dict[tuple[str, str], dict[int, ScannedRows]] = field(default_factory=dict)
+    """By expert (empty for the base) and tensor name: the pieces by first row."""
     _scanned: set[tuple[str, str]] = field(default_factory=set)
     """Key and expert of the scans whose digests are here."""
 
@@ -34,10 +54,14 @@ class InputDigests:
         for tensor in task.tensors:
             piece = piece_name(tensor.name, tensor.row_start)
             self.merged[piece] = scan.digests[piece]
-            self.copied[("", tensor.name, tensor.row_start)] = scan.digests[piece][0]
+            self._add_copied("", tensor, scan.digests[piece][0])
         for copy in task.copies:
             piece = piece_name(f"{copy.role}/{copy.name}", copy.row_start)
-            self.copied[(expert, copy.name, copy.row_start)] = scan.digests[piece][0]
+            self._add_copied(expert, copy, scan.digests[piece][0])
+
+    def _add_copied(self, expert: str, piece: TensorTask | CopyTensor, digest: str) -> None:
+        pieces = self.copied.setdefault((expert, piece.name), {})
+        pieces[piece.row_start] = ScannedRows(piece.row_start, piece.row_stop, digest)
 
     def has(self, task: ScanTask, *, expert: str) -> bool:
         """Return whether the digests of a scan are here."""
@@ -51,9 +75,35 @@ class InputDigests:
             [source.spec.dtype, digest] for source, digest in zip(sources, digests, strict=True)
         ]
 
-    def digest_of(self, shard: CopyShard, tensor: CopyTensor) -> str:
-        """Return the digest of a copied piece."""
-        return self.copied[(shard.expert, tensor.name, tensor.row_start)]
+    def identify(self, shard: CopyShard, tensor: CopyTensor) -> str | list[list[int | str]]:
+        """Return what the bytes of a copied piece follow from.
+
+        That is its digest where exactly its rows were scanned as one piece. Merged tensors are
+        scanned in smaller pieces, whose bounds need not be those of the copies: then it is the
+        first row and the digest of every scanned piece that has some of the rows.
+
+        Raises:
+            LookupError: some of the rows have not been scanned.
+        """
+        pieces = self.copied.get((shard.expert, tensor.name), {})
+        exact = pieces.get(tensor.row_start)
+        if exact is not None and exact.row_stop == tensor.row_stop:
+            return exact.digest
+        next_row = tensor.row_start
+        identity: list[list[int | str]] = []
+        for _, piece in sorted(pieces.items()):
+            if not share_rows(piece, tensor):
+                continue
+            if piece.row_start > next_row:
+                break
+            identity.append([piece.row_start, piece.digest])
+            next_row = piece.row_stop
+        if next_row < tensor.row_stop:
+            raise LookupError(
+                f"{shard.name}: {tensor.name}: rows {next_row} to {tensor.row_stop} are copied"
+                " before they are scanned"
+            )
+        return identity
 
     def revision(self, position: int, expert: str, files: Sequence[FileEntry]) -> str:
         """Return the digest of a whole checkpoint.
@@ -65,9 +115,10 @@ class InputDigests:
         """
         shared = {piece: digests[position] for piece, digests in self.merged.items()}
         copied = {
-            piece_name(name, row): digest
-            for (owner, name, row), digest in self.copied.items()
+            piece_name(name, piece.row_start): piece.digest
+            for (owner, name), pieces in self.copied.items()
             if owner == expert
+            for piece in pieces.values()
         }
         return digest_json([shared, copied, [[file.name, file.digest] for file in files]])
 

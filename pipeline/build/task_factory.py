@@ -86,9 +86,9 @@ def make_copy_task(
     tensors = []
     for tensor in shard.tensors:
         spec = tensor.source.spec
-        digest = digests.digest_of(shard, tensor)
+        contents = digests.identify(shard, tensor)
         tensors.append(
-            [tensor.name, tensor.role, tensor.row_start, spec.dtype, list(spec.shape), digest]
+            [tensor.name, tensor.role, tensor.row_start, spec.dtype, list(spec.shape), contents]
         )
     identity = {"arithmetic": ARITHMETIC_VERSION, "role": shard.role, "tensors": tensors}
     return CopyTask(
