@@ -107,6 +107,18 @@ def test_the_plan_of_a_tensor_of_gigabytes_needs_no_more_memory_than_a_piece(
     assert MAX_PIECE_BYTES // 2 // 8 * 3 < 64 << 20, "the masks of a piece in bfloat16"
 
 
+def test_a_method_that_must_see_whole_tensors_streams_unless_the_recipe_needs_its_stages(
+    lab: Any,
+) -> None:
+    lab.config |= {"vocab_size": 4000, "hidden_size": 256, "head_dim": 64}
+    raw = lab.make_all() | {"method": "breadcrumbs_ties"}
+    streamed = make_plan(read_recipe(lab.write_recipe(raw)))
+    measured = make_plan(read_recipe(lab.write_recipe(raw | {"zero_sign": "majority"})))
+    num_entries = 4000 * 256
+    assert measured.peak_bytes > num_entries * 4 * 8
+    assert streamed.peak_bytes < measured.peak_bytes - num_entries * 4 * 8
+
+
 def test_less_memory_gives_smaller_blocks_and_too_little_is_refused(
     lab: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
