@@ -19,6 +19,7 @@ from mmerge.workers.methods.interface import (
     Method,
     Stage,
     TensorMeasurements,
+    identify_parameters,
     parse_parameters,
 )
 from mmerge.workers.statistics.exact_sums import NUM_RANK_BINS, NUM_SUM_BINS, to_ranked, to_sum
@@ -212,7 +213,7 @@ class StagePass:
             method.name,
             self.stage.name,
             plan.dtype,
-            [[values.parameters, list(values.experts)] for values in method_parameters],
+            [identify_parameters(method, values) for values in method_parameters],
             list(names),
             [[value.hex() for value in row] for row in thresholds],
             [to_hex(values) for values in earlier_results],

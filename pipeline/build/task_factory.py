@@ -10,7 +10,8 @@ from mmerge.pipeline.build.method_stages import to_hex
 from mmerge.pipeline.build.threshold_search import Thresholds
 from mmerge.pipeline.planning.plan import MergePlan
 from mmerge.pipeline.planning.shards import CopyShard, MergeShard
-from mmerge.workers.methods.interface import Measured
+from mmerge.workers.methods import find_method
+from mmerge.workers.methods.interface import Measured, identify_parameters
 from mmerge.workers.task import CopyTask, MergeTask
 
 ARITHMETIC_VERSION = 2
@@ -38,16 +39,16 @@ def make_merge_task(
     """
     names = tuple(expert.name for expert in plan.recipe.experts)
     method_parameters = tuple(plan.method_parameters[tensor.name] for tensor in shard.tensors)
+    method = find_method(plan.recipe.method)
     tensors = []
     for index, tensor in enumerate(shard.tensors):
-        parameters = [method_parameters[index].parameters, list(method_parameters[index].experts)]
         tensors.append(
             {
                 "name": tensor.name,
                 "row_start": tensor.row_start,
                 "shape": list(tensor.base.spec.shape),
                 "inputs": digests.describe(tensor),
-                "parameters": parameters,
+                "parameters": identify_parameters(method, method_parameters[index]),
                 "thresholds": [value.hex() for value in thresholds[index]],
                 "known": to_hex(earlier_results[index]),
             }

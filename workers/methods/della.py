@@ -81,6 +81,14 @@ class RankedDrop(RescaledDrop):
         return "row"
 
     @override
+    def revision(
+        self, parameters: MagpruneParameters, experts: Sequence[DellaExpertParameters]
+    ) -> int:
+        # The first compiled pass took the recipe's epsilon for every expert.
+        epsilons = set(_epsilons(parameters, experts))
+        return 0 if epsilons == {parameters.epsilon} else 1
+
+    @override
     def working_bytes(self, num_entries: int, *, num_experts: int) -> int:
         # Order, ranks and probabilities of one expert, random integers, what was kept.
         return num_entries * (8 * num_experts + 80)

@@ -199,7 +199,8 @@ class Method(ABC):
 
     Adding a method is one file: its parameters, its arithmetic, and a docstring with the source.
     `parameters` and `experts` are instances of the two parameter models, valid for the tensor at
-    hand: a recipe may give numbers per tensor.
+    hand: a recipe may give numbers per tensor. A later correction of the arithmetic goes with a
+    higher `revision`, so that stored objects with the old bytes are not reused.
     """
 
     name: ClassVar[str]
@@ -313,6 +314,14 @@ class Method(ABC):
         """
         raise NotImplementedError(f"{self.name} has no stage {stage!r}")
 
+    def revision(self, parameters: Any, experts: Sequence[Any]) -> int:
+        """Return how often the results for these parameters have changed since the first release.
+
+        Raise it when a correction changes bytes: stored objects and stage results of the affected
+        recipes are then not reused. It is part of their identity unless it is 0.
+        """
+        return 0
+
     def device(self, parameters: Any) -> str:
         """Return where whole matrices are merged, `cpu` or `cuda`."""
         return "cpu"
@@ -347,6 +356,13 @@ def parse_parameters(method: Method, raw: MethodParameters) -> tuple[Any, list[A
     """
     experts = [method.expert_parameters_model.model_validate(values) for values in raw.experts]
     return method.parameters_model.model_validate(raw.parameters), experts
+
+
+def identify_parameters(method: Method, raw: MethodParameters) -> list[Any]:
+    """Return what of a tensor's parameters its results follow from, as plain JSON data."""
+    identity: list[Any] = [raw.parameters, list(raw.experts)]
+    revision = method.revision(*parse_parameters(method, raw))
+    return [*identity, revision] if revision else identity
 
 
 def num_columns(shape: Sequence[int]) -> int:

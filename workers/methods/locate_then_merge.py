@@ -110,6 +110,10 @@ class Locating(ABC):
         """Return the quantities of one of `stages` on one block."""
         raise NotImplementedError(f"{type(self).__name__} has no stage {stage!r}")
 
+    def revision(self, parameters: Any, experts: Sequence[Any]) -> int:
+        """Return how often the results for these parameters have changed, see `Method.revision`."""
+        return 0
+
     def working_bytes(self, num_entries: int, *, num_experts: int) -> int:
         """Return what `locate` allocates for a block, beyond what every method does."""
         return 0
@@ -222,6 +226,10 @@ class LocateAndCombine(Method):
         located = self._locate(block, parameters, experts)
         weights = self.combining.weights(experts)
         return {"sign": elect_sign(WeightedSum(weights).weigh(located))}
+
+    @override
+    def revision(self, parameters: Any, experts: Sequence[Any]) -> int:
+        return self.locating.revision(parameters, experts)
 
     @override
     def working_bytes(self, num_entries: int, *, num_experts: int, shape: Sequence[int]) -> int:
