@@ -14,7 +14,13 @@ from mmerge.workers.checkpoints.sources import (
     LowRankSource,
     total_prefetch_bytes,
 )
-from mmerge.workers.methods.interface import Granularity, Method, entries_at_once, num_columns
+from mmerge.workers.methods.interface import (
+    MAX_COMPILED_EXPERTS,
+    Granularity,
+    Method,
+    entries_at_once,
+    num_columns,
+)
 from mmerge.workers.reconstruction.bitmask import packed_bytes
 from mmerge.workers.statistics.magnitude_histograms import scan_bytes
 from mmerge.workers.task import TensorTask
@@ -44,7 +50,7 @@ class MergeMemory:
 
         Compiled code streams a tensor even if the method's torch definition must see it whole.
         """
-        if not self.method.compiled_pass:
+        if not self.method.compiled_pass or len(tensor.experts) > MAX_COMPILED_EXPERTS:
             return False
         # Compiled code declines a tensor with NaN or Inf, and stages have none: the torch
         # definition then takes the whole tensor.

@@ -29,8 +29,7 @@ from numpy.typing import NDArray
 from mmerge.workers.checkpoints.block_reader import InputBlock
 from mmerge.workers.kernels.masks import MaskStatistics
 from mmerge.workers.kernels.tiles import CODES
-from mmerge.workers.kernels.unrolled import MAX_EXPERTS
-from mmerge.workers.methods.interface import Method, TensorFacts, num_columns
+from mmerge.workers.methods.interface import MAX_COMPILED_EXPERTS, Method, TensorFacts, num_columns
 
 ReadBlocks = Callable[[], Iterator[InputBlock]]
 """Starts a pass over the tensor."""
@@ -102,7 +101,7 @@ class MaskPass(CompiledPass):
 def find_compiled_pass(request: PassRequest) -> CompiledPass | None:
     """Return the compiled pass of a method for one tensor, None where its own code must be used."""
     target = request.method.compiled_pass
-    if not target or request.dtype not in CODES or len(request.experts) > MAX_EXPERTS:
+    if not target or request.dtype not in CODES or len(request.experts) > MAX_COMPILED_EXPERTS:
         return None
     compiled_pass: CompiledPass | None = _load(target)(request)
     return compiled_pass

@@ -19,9 +19,6 @@ from numba.extending import overload
 
 from mmerge.workers.kernels.tiles import select, turn_sign
 
-MAX_EXPERTS = 16
-"""Above it the method's own code is used: compiling takes 1 s for 3 experts, 7 s for 16."""
-
 
 def cut_rows(matrix: Any, weights: Any, start: int, count: int) -> Any:
     """Return rows of a matrix from entry `start` as a tuple, one row per element of `weights`."""

@@ -119,6 +119,16 @@ def test_a_method_that_must_see_whole_tensors_streams_unless_the_recipe_needs_it
     assert streamed.peak_bytes < measured.peak_bytes - num_entries * 4 * 8
 
 
+def test_more_experts_than_kernels_are_compiled_for_are_planned_as_whole_tensors(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.config |= {"vocab_size": 4000, "hidden_size": 256, "head_dim": 64}
+    recipe = read_recipe(lab.write_recipe(lab.make_all(3) | {"method": "breadcrumbs"}))
+    streamed = make_plan(recipe).peak_bytes
+    monkeypatch.setattr("mmerge.pipeline.planning.memory_bounds.MAX_COMPILED_EXPERTS", 2)
+    assert make_plan(recipe).peak_bytes > streamed + 4000 * 256 * 4 * 8
+
+
 def test_less_memory_gives_smaller_blocks_and_too_little_is_refused(
     lab: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
