@@ -1,4 +1,4 @@
-"""Tasks as pure data: everything a worker needs to know, and nothing it must decide."""
+"""Task records: pure data with all inputs and decisions that a worker needs."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class TensorTask:
 
 @dataclass(frozen=True)
 class CopyTensor:
-    """One tensor (or some of its rows) that is copied as it is."""
+    """One tensor (or some of its rows) that is copied unchanged."""
 
     name: str
     role: Role
@@ -81,9 +81,7 @@ class ScanTask:
 
 @dataclass(frozen=True)
 class RefineTask:
-    """A second pass over some inputs of a shard: the thresholds that lie in bins of several
-    magnitudes.
-    """
+    """A second pass over inputs of a shard that resolves thresholds within histogram bins."""
 
     phase: ClassVar[str] = "thresholds"
     key: str
@@ -91,9 +89,7 @@ class RefineTask:
     expert_names: tuple[str, ...]
     tensors: tuple[TensorTask, ...]
     bins: tuple[tuple[int | None, ...], ...]
-    """Per tensor and expert, the bin of the scan's histogram in which the threshold lies; None
-    where no second pass is needed.
-    """
+    """Per tensor and expert, the histogram bin of the threshold; None if it is exact already."""
     block_entries: int
     num_bytes: int
     peak_bytes: int
@@ -102,9 +98,7 @@ class RefineTask:
 
 @dataclass(frozen=True)
 class MeasureTask:
-    """A stage of a method over the inputs of a shard: exact sums or histograms of what
-    `measure_block` returns.
-    """
+    """A stage of a method over one shard: sums or histograms of `measure_block` results."""
 
     key: str
     shard: str
@@ -118,9 +112,7 @@ class MeasureTask:
     stage: str
     measures: Literal["sums", "ranks", "vectors"]
     high_bins: tuple[dict[str, tuple[int, ...]], ...] | None
-    """None in a first pass; in the second pass of `ranks`, per tensor and quantity, the bins in
-    which the ranks lie.
-    """
+    """Per tensor and quantity, the bins of the ranks in the second pass; None in the first."""
     dtype: str
     block_entries: int
     num_bytes: int
@@ -174,8 +166,9 @@ class CopyTask:
 
 @dataclass(frozen=True)
 class AnswerTask:
-    """Let one model answer some prompts, or say how likely it finds given answers. The result lies
-    in the store, at `answers/KEY.json`.
+    """Answers of one model to prompts, or the likelihoods that it gives to target answers.
+
+    The result is stored at `answers/KEY.json`.
     """
 
     phase: ClassVar[str] = "answer"
@@ -206,7 +199,7 @@ Task = ScanTask | RefineTask | MeasureTask | MergeTask | CopyTask | AnswerTask
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What comes back from any task: small, whatever the size of the tensors."""
+    """Result of any task: a small record, independent of the size of the tensors."""
 
     shard: str
     num_bytes: int
@@ -214,9 +207,7 @@ class TaskResult:
     reused: bool
     seconds: float
     entry: Any = None
-    """The ShardEntry of a merge or copy; None of a scan or of answers, whose result lies in the
-    store.
-    """
+    """The ShardEntry of a merge or copy; None for tasks whose result is in the store."""
     deferred_commits: tuple[DeferredCommit, ...] = ()
     """Files that the task wrote and the driver has to commit, in order."""
     notes: tuple[str, ...] = field(default=())

@@ -18,8 +18,9 @@ EXPERT_PREFIX = "expert:"
 def describe_inputs(
     plan: MergePlan, digests: InputDigests, tasks: Sequence[MergeTask]
 ) -> dict[str, dict[str, str]]:
-    """Return by merge shard a digest of each of its inputs: base, every expert, the recipe's
-    numbers, the trim thresholds.
+    """Return the short input digests of each merge shard.
+
+    The inputs are the base, every expert, the hyper-parameters and the trim thresholds.
     """
     recipe = plan.recipe
     names = [BASE, *(EXPERT_PREFIX + expert.name for expert in recipe.experts)]

@@ -68,8 +68,10 @@ class RayExecutor(Executor):
         )
 
     def connect(self) -> None:
-        """Connect this process to the cluster, unless it is connected. Raises MmergeError when it
-        cannot be reached.
+        """Connect this process to the cluster, unless it is connected already.
+
+        Raises:
+            MmergeError: the cluster cannot be reached.
         """
         if self._started:
             return
@@ -164,8 +166,10 @@ class RayCluster:
         )
 
     def start(self, attempt: Attempt) -> None:
-        """Hand an attempt to Ray: beside warm caches if it has any, elsewhere than its
-        predecessors, else on the emptiest node.
+        """Submit an attempt to Ray on a suitable node.
+
+        A new attempt avoids the nodes of earlier ones where others fit it. A first attempt prefers
+        the node with warm caches; otherwise Ray spreads tasks over the nodes.
         """
         from mmerge.workers.tasks.ray_remote import run_task_remote
 

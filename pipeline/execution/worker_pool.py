@@ -22,8 +22,9 @@ from mmerge.workers.tasks.run import run_task
 COMMIT_THREADS = 4
 """Files that are committed (synced and renamed) at once, in the driver."""
 COMMITS_PER_WORKER = 2
-"""Results per worker that may wait for the disk before no further task begins: a slow disk must
-hold the workers up, or uncommitted files would pile up.
+"""Limit for uncommitted results per worker; beyond it no further task starts.
+
+A slow disk must slow the workers down, or uncommitted files would accumulate.
 """
 
 

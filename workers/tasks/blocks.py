@@ -1,6 +1,4 @@
-"""Blocks of one tensor: which entries a method sees at once, read from base and experts and widened
-to float32.
-"""
+"""Blocks of one tensor, read from base and experts and widened to float32."""
 
 from __future__ import annotations
 
@@ -50,9 +48,7 @@ def read_blocks(
 
 
 def to_float_tensors(block: InputBlock) -> list[torch.Tensor]:
-    """Return the entries of a block of base and experts as flat float32 tensors that own their
-    memory.
-    """
+    """Return a block of base and experts as flat float32 tensors with their own memory."""
     names = ("F32", "BF16", "F16")
     tensors = []
     for row, code in zip(block.rows, block.codes.tolist(), strict=True):

@@ -80,8 +80,10 @@ class MaskTally:
 
 
 class SquareSum:
-    """Σ x² over a tensor, summed tile by tile whatever the blocks are: entries of an unfinished
-    tile wait for the next block, so that the bits do not depend on the block size.
+    """Sums x² over a tensor in tiles of fixed size, independent of the blocks.
+
+    Entries of an incomplete tile are kept for the next block, so that the bits do not depend on the
+    block size.
     """
 
     def __init__(self, total: float = 0.0) -> None:

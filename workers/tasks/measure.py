@@ -1,6 +1,4 @@
-"""A stage of a method: its quantities measured block by block, and kept as counts that add up
-exactly over shards.
-"""
+"""Runs one stage of a method: exact counts of its quantities, added block by block."""
 
 from __future__ import annotations
 
@@ -40,8 +38,9 @@ def count_quantities(
     measures: str,
     high_bins: Mapping[str, tuple[int, ...]] | None,
 ) -> dict[str, Counts]:
-    """Return the counts of one block by quantity ("quantity#bin" in the second pass of ranks); they
-    add up over blocks.
+    """Return the counts of one block by quantity, to be added over blocks.
+
+    In the second pass of ranks the keys are "quantity#bin".
     """
     if measures == "sums":
         return {quantity: count_sum(values) for quantity, values in measured.items()}

@@ -134,9 +134,7 @@ class _TensorMerger:
     def _merge_compiled(
         self, reader: InputReader, masks: NDArray[np.uint8]
     ) -> Iterator[memoryview] | None:
-        """Return the bytes of the merged values block by block, None where the method's own code
-        must be used.
-        """
+        """Return the merged bytes block by block, None if compiled code cannot merge the tensor."""
         request = PassRequest(
             method=self.method,
             parameters=self.parameters,

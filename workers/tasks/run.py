@@ -28,9 +28,7 @@ from mmerge.workers.tasks.scan import refine_shard, scan_shard
 
 log = logging.getLogger("mmerge.run")
 ATTEMPTS = 3
-"""Attempts while the store is unavailable. A half-written object has no name, so that an attempt
-may end anywhere.
-"""
+"""Attempts while the store is unavailable; partly written objects have no name."""
 
 
 def run_task(task: Task, store_uri: str, *, commits: bool = True) -> TaskResult:

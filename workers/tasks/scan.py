@@ -1,6 +1,4 @@
-"""What must be known of the inputs before a shard is merged, kept in the store under the identity
-of the files read.
-"""
+"""Scans the inputs of a shard; results are cached under the identity of the files read."""
 
 from __future__ import annotations
 
@@ -65,9 +63,7 @@ def scan_shard(task: ScanTask, store: Store) -> TaskResult:
 def _scan_tensor(
     task: ScanTask, tensor: TensorTask, reader: InputReader, counter: MagnitudeCounter | None
 ) -> list[str]:
-    """Return the digests of a piece in base and experts; `counter` takes the magnitudes of its task
-    vectors.
-    """
+    """Return the digests of a piece in base and experts; `counter` counts its magnitudes."""
     sources = (tensor.base, *tensor.experts)
     owners = ("base", *(f"expert {name!r}" for name in task.expert_names))
     hashers = [blake3() for _ in sources]
@@ -96,9 +92,7 @@ def _scan_copy(task: ScanTask, copy: CopyTensor, reader: InputReader) -> str:
 
 
 def refine_shard(task: RefineTask, store: Store) -> TaskResult:
-    """Count the lower bits of the magnitudes that fall into the bins of the thresholds; leave the
-    result in the store.
-    """
+    """Count the lower bits of magnitudes in the bins of the thresholds; store the result."""
     began = time.monotonic()
     if not task.fresh and read_scan(store, task.key) is not None:
         return TaskResult(task.shard, 0, True, time.monotonic() - began)
