@@ -19,7 +19,7 @@ TENSOR_NAMES = re.compile(
     r"_proj\b|\bc_fc\b|\bdense_(h_to_4h|4h_to_h)\b|\bquery_key_value\.|embed_tokens|\bembed_(in|out)\b"
     r"|\blm_head\b"
 )
-SHARD_NAMES = "pipeline/planning/plan.py"
+SHARD_NAMES = "pipeline/planning/shards.py"
 """Names shards `layers.3`, which is no pattern of tensor names."""
 
 
