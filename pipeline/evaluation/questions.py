@@ -103,12 +103,12 @@ def read_text(path: Path, *, where: str, max_bytes: int = MAX_QUESTIONS_BYTES) -
     """
     try:
         if path.stat().st_size > max_bytes:
-            raise RecipeError(f"{where} has more than {max_bytes:,} bytes")
+            raise RecipeError(f"{where}: has more than {max_bytes:,} bytes")
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{where} is not UTF-8 text ({error})") from error
+        raise RecipeError(f"{where}: is not UTF-8 text ({error})") from error
     except OSError as error:
-        raise RecipeError(f"{where} cannot be read ({error.strerror or error})") from error
+        raise RecipeError(f"{where}: cannot be read ({error.strerror or error})") from error
 
 
 def _parse_line(raw: Any, *, where: str, root: Path, number: int) -> Question:
