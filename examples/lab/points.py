@@ -20,7 +20,7 @@ from lab.sizes import Size
 from mmerge.manifests.errors import PromptError
 from mmerge.pipeline import Part
 from mmerge.workers.modalities.encoders import EncoderRequest, register_encoder
-from mmerge.workers.modalities.prompt import read_array
+from mmerge.workers.modalities.media_files import read_array
 
 NUM_GROUPS = 8
 GROUP_POINTS = 32
