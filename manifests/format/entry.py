@@ -108,6 +108,11 @@ def object_key(digest: str) -> str:
     return f"objects/{digest}.safetensors"
 
 
+def digest_of_object(key: str) -> str:
+    """Return the DIGEST of the key of an object, the inverse of `object_key`."""
+    return key.removeprefix("objects/").removesuffix(".safetensors")
+
+
 def entry_key(digest: str) -> str:
     """Return the key of the entry of an object; the object is complete once its entry exists."""
     return f"objects/{digest}.json"

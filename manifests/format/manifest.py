@@ -155,6 +155,15 @@ class Manifest(Record):
         return list(files.values())
 
 
+IDENTITY_FIELDS = ("kind", "method", "parameters", "merge", "dtype", "template", "base", "experts")
+"""Fields of a manifest of which, with the keys of its objects, `build` is the digest."""
+
+
+def to_fields(manifest: Manifest) -> dict[str, Any]:
+    """Return the fields that describe recipe, base and experts, by name."""
+    return {name: getattr(manifest, name) for name in IDENTITY_FIELDS}
+
+
 def make_manifest_schema() -> dict[str, Any]:
     """Return the JSON schema of manifests, as stored in `manifests/manifest.schema.json`."""
     return {

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from mmerge.manifests.digest import digest_bytes, digest_json
+from mmerge.manifests.digest import digest_bytes
 from mmerge.manifests.format.entry import ShardEntry
-from mmerge.manifests.format.manifest import VERSION, Manifest, TableEntry, write_manifest
+from mmerge.manifests.format.identity import make_build_digest
+from mmerge.manifests.format.manifest import Manifest, TableEntry, write_manifest
 from mmerge.manifests.format.references import Reference, write_reference
 from mmerge.manifests.format.table import make_table
 from mmerge.manifests.stores.base import Store
@@ -43,15 +44,9 @@ def make_build_records(context: BuildContext, builds: ShardBuilds) -> BuildRecor
     copy_tasks = [builds.final_tasks[shard.name] for shard in plan.copy_shards]
     listed, contents = read_files(plan.checkpoints)
     fields = make_records(plan, context.digests, listed, context.stages.rescalers())
-    identity = {
-        **fields,
-        "version": VERSION,
-        "base": fields["base"].model_dump(mode="json"),
-        "experts": [expert.model_dump(mode="json") for expert in fields["experts"]],
-        "objects": [task.digest for task in (*merge_tasks, *copy_tasks)],
-    }
+    objects = [task.digest for task in (*merge_tasks, *copy_tasks)]
     return BuildRecords(
-        build=digest_json(identity),
+        build=make_build_digest(fields, objects),
         fields=fields,
         small_files=contents,
         merge_tasks=tuple(task for task in merge_tasks if isinstance(task, MergeTask)),
