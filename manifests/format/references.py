@@ -2,19 +2,30 @@
 
 Each numbered object is created exactly once and never overwritten. A composite is addressed as
 STORE, STORE#NAME, STORE#NAME@N or STORE#DIGEST (at least 6 digits of the build's name).
+
+A number keeps its meaning for ever. Before `refs/NAME/000042.json` is deleted, the *deletion mark*
+`refs/NAME/000042.deleted` is put, and it stays. A marked number counts as deleted whatever else is
+stored, so that a writer that chose it long ago and creates it now changes nothing:
+
+- a writer creates its number, then looks for the mark, and takes the next number if there is one;
+- a reader reads the number, then looks for the mark: an object that such a writer made is younger
+  than the mark, so a reader of the object sees the mark.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
 from pydantic import Field, ValidationError
 
 from mmerge.manifests.digest import parse_json, to_canonical_json
-from mmerge.manifests.errors import AlreadyExists, ManifestError, StoreError
+from mmerge.manifests.errors import ManifestError, NotFound, StoreError
 from mmerge.manifests.format.entry import DIGEST_PATTERN, Record
+from mmerge.manifests.stores import confirm
 from mmerge.manifests.stores.base import ReadableStore, Store
 from mmerge.manifests.stores.open import open_readable_store
 
@@ -43,44 +54,135 @@ def reference_key(name: str, number: int) -> str:
     return f"refs/{name}/{number:06d}.json"
 
 
+def parse_reference_key(key: str) -> tuple[str, int] | None:
+    """Return the name and the number of a reference's key, None of any other key."""
+    match = re.fullmatch(r"refs/([^/]+)/([0-9]{6,})\.json", key)
+    if match is None or not re.fullmatch(NAME_PATTERN, match[1]):
+        return None
+    return match[1], int(match[2])
+
+
+def deletion_mark_key(name: str, number: int) -> str:
+    """Return the key of the mark that says that one number of a name is deleted, for ever."""
+    return f"refs/{name}/{number:06d}.deleted"
+
+
+@dataclass(frozen=True)
+class ReferenceNumbers:
+    """The numbers of one name: those that can be read, and those that are deleted."""
+
+    live: tuple[int, ...] = ()
+    """In ascending order."""
+    deleted: frozenset[int] = field(default_factory=frozenset)
+
+    @property
+    def next_number(self) -> int:
+        """The lowest number above all that were ever used."""
+        return max((0, *self.live, *self.deleted)) + 1
+
+
+def list_reference_numbers(store: ReadableStore, name: str = "") -> dict[str, ReferenceNumbers]:
+    """Return the live and the deleted numbers of one name, of all names if it is empty."""
+    numbers: dict[str, set[int]] = {}
+    deleted: dict[str, set[int]] = {}
+    for key in store.list(f"refs/{name}" if name else "refs"):
+        match = re.fullmatch(r"refs/([^/]+)/([0-9]{6,})\.(json|deleted)", key)
+        if match and re.fullmatch(NAME_PATTERN, match[1]):
+            kind = numbers if match[3] == "json" else deleted
+            kind.setdefault(match[1], set()).add(int(match[2]))
+    return {
+        found_name: ReferenceNumbers(
+            live=tuple(sorted(numbers.get(found_name, set()) - deleted.get(found_name, set()))),
+            deleted=frozenset(deleted.get(found_name, ())),
+        )
+        for found_name in sorted(numbers.keys() | deleted.keys())
+    }
+
+
 def list_references(store: ReadableStore) -> dict[str, list[int]]:
-    """Return the numbers of every name in the store, in ascending order."""
-    references: dict[str, list[int]] = {}
-    for key in store.list("refs"):
-        match = re.fullmatch(r"refs/([^/]+)/(\d{6,})\.json", key)
-        if match and re.match(NAME_PATTERN, match[1]):
-            references.setdefault(match[1], []).append(int(match[2]))
-    return {name: sorted(numbers) for name, numbers in sorted(references.items())}
+    """Return the numbers of every name in the store, in ascending order; no deleted ones."""
+    names = list_reference_numbers(store)
+    return {name: list(numbers.live) for name, numbers in names.items() if numbers.live}
 
 
 def read_reference(store: ReadableStore, name: str, number: int) -> Reference:
-    """Return one reference. Raises ManifestError when it is damaged."""
+    """Return one reference.
+
+    Raises:
+        NotFound: there is no such number, or it was deleted.
+        ManifestError: it is damaged.
+    """
     key = reference_key(name, number)
     try:
-        return Reference.model_validate(
-            parse_json(store.read(key, max_bytes=MAX_REFERENCE_BYTES), what=key)
+        data = store.read(key, max_bytes=MAX_REFERENCE_BYTES)
+    except NotFound:
+        _check_not_deleted(store, name, number)
+        raise
+    # After the read: see the module's docstring.
+    _check_not_deleted(store, name, number)
+    return _parse_reference(store, name, number, data)
+
+
+def _check_not_deleted(store: ReadableStore, name: str, number: int) -> None:
+    if store.exists(deletion_mark_key(name, number)):
+        raise NotFound(
+            f"{store.uri}: {name}@{number} was deleted. 'mmerge log {store.uri}#{name}' lists the"
+            " numbers that are left"
         )
+
+
+def _parse_reference(store: ReadableStore, name: str, number: int, data: bytes) -> Reference:
+    key = reference_key(name, number)
+    try:
+        reference = Reference.model_validate(parse_json(data, what=key))
     except (ValueError, ValidationError) as error:
         raise ManifestError(
             f"{store.uri}: {key} is damaged ({str(error).splitlines()[0]})"
         ) from error
+    if (reference.name, reference.number) != (name, number):
+        raise ManifestError(
+            f"{store.uri}: {key} is damaged (it says that it is"
+            f" {reference.name}@{reference.number})"
+        )
+    return reference
 
 
 def write_reference(
-    store: Store, name: str, build: str, *, sources: dict[str, str], versions: dict[str, str]
+    store: Store,
+    name: str,
+    build: str,
+    *,
+    sources: dict[str, str],
+    versions: dict[str, str],
+    check: Callable[[], None] = lambda: None,
+    now: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
 ) -> tuple[Reference, bool]:
     """Make NAME@latest resolve to `build`; return the reference, and whether it is new.
 
     It is not new if the latest number is already of that build.
+
+    Args:
+        store: the store, which has the build.
+        name: the name.
+        build: the digest of the build.
+        sources: the inputs of the build, by their names in the recipe.
+        versions: of the packages that made it.
+        check: called immediately before a number is created; what it raises ends the call.
+        now: returns the time of creation.
+
+    Raises:
+        StoreUnavailable: the store loses or changes what it is sent.
+        StoreError: the store cannot be written.
     """
-    numbers = list_references(store).get(name, [])
-    if numbers:
-        latest = read_reference(store, name, numbers[-1])
+    numbers = list_reference_numbers(store, name).get(name, ReferenceNumbers())
+    if numbers.live:
+        latest = read_reference(store, name, numbers.live[-1])
         if latest.build == build:
             return latest, False
-    number = (numbers[-1] if numbers else 0) + 1
+    number = numbers.next_number
     while True:
-        created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        # Microseconds: two writers of one build hardly ever write equal references.
+        created = now().isoformat(timespec="microseconds")
         reference = Reference(
             name=name,
             number=number,
@@ -89,20 +191,39 @@ def write_reference(
             sources=sources,
             versions=versions,
         )
-        try:
-            store.put_new(reference.key, to_canonical_json(reference.model_dump(mode="json")))
-        except AlreadyExists:
-            existing = read_reference(store, name, number)
+        check()
+        data = to_canonical_json(reference.model_dump(mode="json"))
+        stored = confirm.create(store, reference.key, data)
+        if store.exists(deletion_mark_key(name, number)):
+            # The number was used and deleted while this writer was held up.
+            store.delete(reference.key)
+        elif stored == data:
+            return reference, True
+        else:
+            existing = _parse_reference(store, name, number, stored)
             if existing.build == build:
                 return existing, False
-            number += 1
-            continue
-        if store.is_remote and read_reference(store, name, number).build != build:
-            # This server lets several writers create a key, and another one replaced ours: take the
-            # next number.
-            number += 1
-            continue
-        return reference, True
+        # Listed again: a long way behind, one would collide with every number there is.
+        numbers = list_reference_numbers(store, name).get(name, ReferenceNumbers())
+        number = max(number + 1, numbers.next_number)
+
+
+def delete_reference(store: Store, name: str, number: int) -> None:
+    """Delete one number of a name; the number is never used again.
+
+    Its build stays. A number that is deleted already is no error.
+
+    Raises:
+        NotFound: the name never had this number.
+        StoreError: the store cannot be written; the number is deleted or unchanged.
+    """
+    key, mark = reference_key(name, number), deletion_mark_key(name, number)
+    if not store.exists(mark):
+        if not store.exists(key):
+            raise NotFound(f"{store.uri}: {name} has no number {number}")
+        # Confirmed: if the mark were lost, the number could be used again.
+        confirm.put(store, mark, to_canonical_json({"name": name, "number": number}))
+    store.delete(key)
 
 
 def split_uri(uri: str) -> tuple[str, str]:
@@ -152,12 +273,12 @@ def find_build(store: ReadableStore, fragment: str) -> str:
     if name in references:
         if number in ("", "latest"):
             return read_reference(store, name, references[name][-1]).build
-        if number.isdigit() and int(number) in references[name]:
+        if _is_number(number) and int(number) in references[name]:
             return read_reference(store, name, int(number)).build
-        raise ManifestError(
-            f"{store.uri}: {name} has no number {number!r}; it has"
-            f" {', '.join(map(str, references[name]))}"
-        )
+        remaining = ", ".join(map(str, references[name]))
+        if _is_number(number) and store.exists(deletion_mark_key(name, int(number))):
+            raise ManifestError(f"{store.uri}: {name}@{number} was deleted; {name} has {remaining}")
+        raise ManifestError(f"{store.uri}: {name} has no number {number!r}; it has {remaining}")
     if re.fullmatch(r"[0-9a-f]{6,64}", fragment):
         builds = sorted(
             {key.split("/")[1] for key in store.list("builds") if key.endswith("/manifest.json")}
@@ -182,7 +303,7 @@ def find_reference(store: ReadableStore, fragment: str, build: str) -> Reference
     name, _, number = fragment.partition("@")
     if name in references:
         return read_reference(
-            store, name, int(number) if number.isdigit() else references[name][-1]
+            store, name, int(number) if _is_number(number) else references[name][-1]
         )
     candidates: list[Reference] = []
     for name, numbers in references.items():
@@ -192,6 +313,11 @@ def find_reference(store: ReadableStore, fragment: str, build: str) -> Reference
         key=lambda reference: (reference.created, reference.number),
         default=None,
     )
+
+
+def _is_number(text: str) -> bool:
+    """Return whether a text is a number in ASCII digits (`str.isdigit` accepts others)."""
+    return re.fullmatch("[0-9]{1,18}", text) is not None
 
 
 def to_summary(reference: Reference) -> dict[str, Any]:

@@ -12,13 +12,20 @@ from datetime import datetime, timedelta
 
 from mmerge.manifests.errors import StoreError
 from mmerge.manifests.format.manifest import Manifest, manifest_key, read_manifest
-from mmerge.manifests.format.references import list_references, read_reference, reference_key
+from mmerge.manifests.format.references import (
+    delete_reference,
+    list_references,
+    parse_reference_key,
+    read_reference,
+    reference_key,
+)
 from mmerge.manifests.maintenance.lease import Lease
 from mmerge.manifests.stores.base import Listed, ReadableStore, Store
 
 DEFAULT_GRACE = timedelta(days=7)
-_DELETION_ORDER = ("refs/", "builds/", "objects/", "files/", "surveys/", "probe/", "claims/")
+_DELETION_ORDER = ("builds/", "objects/", "files/", "surveys/", "probe/", "claims/")
 """What names an object is deleted before the object: a killed collection leaves no dangling name.
+References go first, one by one.
 """
 _CONCURRENT_DELETES = 8
 
@@ -115,6 +122,8 @@ def collect_garbage(
 
 def _delete(store: Store, garbage: Iterable[Listed], *, own_lease: str) -> None:
     keys = [listed.key for listed in garbage if listed.key != own_lease]
+    for name, number in filter(None, map(parse_reference_key, keys)):
+        delete_reference(store, name, number)
     for prefix in _DELETION_ORDER:
         below = [key for key in keys if key.startswith(prefix)]
         # The entry that says an object is complete goes before the object.
@@ -124,7 +133,7 @@ def _delete(store: Store, garbage: Iterable[Listed], *, own_lease: str) -> None:
             with ThreadPoolExecutor(_CONCURRENT_DELETES) as pool:
                 list(pool.map(store.delete, group))
     for key in keys:
-        if not key.startswith(_DELETION_ORDER):
+        if not key.startswith((*_DELETION_ORDER, "refs/")):
             store.delete(key)
 
 
@@ -192,4 +201,7 @@ def _may_be_deleted(key: str, live: _Live, *, scans: bool) -> bool:
         return key.split("/")[1] not in live.builds
     if folder == "surveys":
         return scans
-    return folder in ("refs", "objects", "files", "probe", "claims")
+    if folder == "refs":
+        # The mark of a deleted number stays: it keeps the number from being used again.
+        return parse_reference_key(key) is not None
+    return folder in ("objects", "files", "probe", "claims")

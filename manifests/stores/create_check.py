@@ -70,6 +70,11 @@ def verdict_key(store: Store) -> str:
     return f"probe/verdict-{digest_json([CHECK_VERSION, store.backend])[:16]}.json"
 
 
+def has_racy_create(store: Store) -> bool:
+    """Return whether the kept verdict says that several writers can create one key."""
+    return store.is_remote and _read_verdict(store) is False
+
+
 def _has_atomic_create(store: Store) -> bool:
     is_atomic = _read_verdict(store)
     if is_atomic is None:
@@ -110,8 +115,17 @@ def _try_creates(store: Store) -> bool:
 
 
 def _create(store: Store, key: str, writer: int) -> bool:
+    data = f"writer {writer}".encode()
     try:
-        store.put_new(key, f"writer {writer}".encode())
+        store.put_new(key, data)
     except AlreadyExists:
-        return False
+        # After a lost answer the object can be this writer's own.
+        return _is_stored(store, key, data)
     return True
+
+
+def _is_stored(store: Store, key: str, data: bytes) -> bool:
+    try:
+        return store.read(key, max_bytes=MAX_VERDICT_BYTES) == data
+    except NotFound:
+        return False
