@@ -52,6 +52,10 @@ class DamagedObject(ManifestError):
     """The bytes of an object differ from what its manifest describes."""
 
 
+class SignatureError(MmergeError):
+    """A signature is missing, cannot be made, or is not by the required identity."""
+
+
 class PromptError(MmergeError):
     """A prompt cannot be answered by this composite."""
 

@@ -21,6 +21,7 @@ from skip_policy import register as pytest_configure  # noqa: F401
 from store_servers import SCHEME, SERVERS
 
 from mmerge.pipeline import make_plan, parse_recipe, run
+from mmerge.pipeline.cli.main import main
 
 torch.set_num_threads(1)  # more threads slow tiny tensors down
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -265,3 +266,16 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         monkeypatch.setattr(constants, name, value)
     yield server
     server.close()
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Run the command line; return exit code and output, both streams in one text."""
+
+    def call(*arguments: str) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as caught:
+            main(list(arguments))
+        captured = capsys.readouterr()
+        return int(caught.value.code or 0), captured.out + captured.err
+
+    return call

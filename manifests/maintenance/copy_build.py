@@ -26,6 +26,7 @@ from mmerge.manifests.format.references import (
 )
 from mmerge.manifests.format.table import read_table_bytes
 from mmerge.manifests.maintenance.lease import Lease
+from mmerge.manifests.maintenance.signatures import MAX_SIGNATURE_BYTES, list_signatures
 from mmerge.manifests.stores.base import ReadableStore, Store
 from mmerge.manifests.stores.create_check import check_store
 from mmerge.manifests.stores.open import open_readable_store, open_store
@@ -87,6 +88,8 @@ def copy_build(
             copied_bytes += pool.map(copier.copy_file, manifest.unique_files())
         if everything or not target.exists(manifest_key(build)):
             target.put(manifest.table.key, read_table_bytes(source, manifest.table))
+        for key in list_signatures(source, build):
+            target.put(key, source.read(key, max_bytes=MAX_SIGNATURE_BYTES))
         write_manifest(target, manifest)
         reference, _ = write_reference(
             target,

@@ -22,6 +22,7 @@ from mmerge.manifests.format.references import (
 )
 from mmerge.manifests.maintenance.copy_build import copy_build
 from mmerge.manifests.maintenance.garbage_collection import needed_keys
+from mmerge.manifests.maintenance.signatures import find_exported_folder, list_signatures
 from mmerge.manifests.maintenance.verify import verify
 from mmerge.manifests.stores.hub import make_hub_api, split_hub_uri, translate_hub_errors
 from mmerge.manifests.stores.open import is_local, open_readable_store, to_local_path
@@ -43,7 +44,7 @@ def push(
     A composite is verified before it is sent; it can then be loaded from `hf://ORG/REPO#NAME`.
 
     Args:
-        source: the URI of a composite, or a folder with a config.json that `mmerge export` wrote.
+        source: the URI of a composite, or a folder that `mmerge export` wrote.
         target: hf://ORG/REPO or hf://ORG/REPO@BRANCH; a missing repository is made.
         private: whether a new repository is private.
         message: the message of the commit.
@@ -53,8 +54,8 @@ def push(
         StoreError: the hub refuses, or does not answer.
     """
     repo, branch = split_hub_uri(target)
-    folder = to_local_path(source)
-    if is_local(source) and (folder / "config.json").is_file() and not (folder / "refs").is_dir():
+    folder = find_exported_folder(source)
+    if folder is not None:
         files: dict[str, Path | bytes] = {
             path.name: path for path in sorted(folder.iterdir()) if path.is_file()
         }
@@ -68,7 +69,8 @@ def push(
     with _local_build(source) as (local, reference):
         store, build = open_build(local)
         verify(local).check()
-        keys = sorted(key for key in needed_keys(read_manifest(store, build)) if store.exists(key))
+        needed = needed_keys(read_manifest(store, build))
+        keys = sorted(key for key in needed if store.exists(key)) + list_signatures(store, build)
         root = to_local_path(split_uri(local)[0])
         files = {key: root / key for key in keys}
         _make_repo(repo, private=private)

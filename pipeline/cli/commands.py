@@ -39,6 +39,7 @@ COMMANDS: dict[str, str] = {
     "log": f"{_CLI}.show:log",
     "diff": f"{_CLI}.show:diff",
     "verify": f"{_CLI}.store:verify",
+    "sign": f"{_CLI}.signatures:sign",
     "gc": f"{_CLI}.store:gc",
     "copy": f"{_CLI}.store:copy",
     "push": f"{_CLI}.store:push",

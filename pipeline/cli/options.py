@@ -26,6 +26,27 @@ UriArgument = Annotated[
     str, typer.Argument(metavar="URI", help="composite: STORE, or STORE#NAME if it has several")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
+IdentityOption = Annotated[
+    str | None,
+    typer.Option(
+        "--identity",
+        metavar="WHO",
+        help=(
+            "require a signature by WHO: PEM file of a public key or of trusted certificates, or"
+            " the account of a keyless signature"
+        ),
+        show_default=False,
+    ),
+]
+IssuerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--issuer",
+        metavar="URL",
+        help="provider of the account of a keyless signature",
+        show_default=False,
+    ),
+]
 FreshOption = Annotated[
     bool, typer.Option("--fresh", help="recompute everything, even what the store already has")
 ]

@@ -9,7 +9,13 @@ import typer
 from rich.markup import escape
 
 from mmerge.manifests.digest import SHOWN_DIGITS
-from mmerge.pipeline.cli.options import JsonOption, UriArgument, parse_duration
+from mmerge.pipeline.cli.options import (
+    IdentityOption,
+    IssuerOption,
+    JsonOption,
+    UriArgument,
+    parse_duration,
+)
 from mmerge.pipeline.cli.output import out, show_bytes
 
 
@@ -26,14 +32,23 @@ def verify(
             show_default=False,
         ),
     ] = None,
+    identity: IdentityOption = None,
+    issuer: IssuerOption = None,
 ) -> None:
     """Re-read a composite and compare every digest with its manifest.
 
-    The exit code is 1 if anything is damaged; the message names it.
+    With --identity, also require a signature of that identity; an exported folder is then compared
+    with its signature. The exit code is 1 if anything is damaged; the message names it.
     """
+    from mmerge.manifests.maintenance.signatures import find_exported_folder
     from mmerge.manifests.maintenance.verify import verify as verify_build
+    from mmerge.pipeline.cli.signatures import verify_signature
     from mmerge.pipeline.monitoring.progress import to_size
 
+    signed_by = verify_signature(uri, identity=identity, issuer=issuer)
+    if find_exported_folder(uri) is not None:
+        out.print(f"[green]verified[/] {escape(uri)}: all files are as signed ({signed_by})")
+        return
     with show_bytes("verify") as bar:
         report = verify_build(uri, sample=sample, seed=seed, on_bytes=bar.advance)
     report.check()
@@ -41,6 +56,7 @@ def verify(
     out.print(
         f"[green]verified[/] build {report.build[:SHOWN_DIGITS]}: {report.num_objects} objects,"
         f" {to_size(report.num_bytes)}, {scope} are equal"
+        + (f"; signed ({signed_by})" if signed_by else "")
     )
 
 

@@ -23,7 +23,6 @@ from mmerge.manifests.stores.open import open_store
 from mmerge.pipeline import make_plan, read_recipe, run, verify
 from mmerge.pipeline.build.forecast import Forecast, make_forecast
 from mmerge.pipeline.build.run import RunReport
-from mmerge.pipeline.cli.main import main
 from mmerge.pipeline.cli.options import parse_duration
 from mmerge.pipeline.views.compare import compare_builds, read_log
 
@@ -278,17 +277,6 @@ def test_a_sample_reads_a_share_and_finds_what_it_reads(lab: Any) -> None:
     )
     with pytest.raises(ManifestError, match="share in"):
         verify(place, sample=1.5)
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    def call(*arguments: str) -> tuple[int, str]:
-        with pytest.raises(SystemExit) as caught:
-            main(list(arguments))
-        captured = capsys.readouterr()
-        return int(caught.value.code or 0), captured.out + captured.err
-
-    return call
 
 
 def test_every_command_about_stores_works_from_the_command_line(
