@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mmerge.manifests.redaction import redact
+
 
 class MmergeError(Exception):
-    """Base of all errors that the project raises deliberately; the CLI prints them in one line."""
+    """Base of all errors that the project raises deliberately; the CLI prints them in one line.
+
+    Secrets in the URLs of a message are removed when the error is made.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(redact(message))
 
     def __str__(self) -> str:
         return f"{type(self).__name__}: {super().__str__()}"

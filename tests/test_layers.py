@@ -27,7 +27,15 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("checkpoints",),
         ("kernels", "families", "runtime"),
     ),
-    "manifests": (("maintenance", "testing"), ("format",), ("stores",), ("errors", "digest")),
+    "manifests": (
+        ("maintenance", "testing"),
+        ("format",),
+        ("stores",),
+        ("regular_file",),
+        ("limits",),
+        ("errors", "digest"),
+        ("redaction",),
+    ),
 }
 """Top first: a sub-package imports only rows below its own, never its neighbours."""
 DATA_MODULES = {"workers.task"}

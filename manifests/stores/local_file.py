@@ -12,7 +12,6 @@ times as fast, measured on files that were not cached, with one stream and with 
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmerge.manifests.errors import NotFound, StoreError
+from mmerge.manifests.regular_file import describe_os_error, open_descriptor
 from mmerge.manifests.stores.buffers import BufferPool
 
 _block_buffers = BufferPool(max_free=64)
@@ -36,20 +36,18 @@ class LocalFile:
 
         Raises:
             NotFound: there is no such file, or it is a folder.
-            StoreError: it cannot be opened.
+            StoreError: it cannot be opened, or is no regular file.
         """
         self.name = name
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._descriptor = open_descriptor(path)
+        except IsADirectoryError as error:
+            raise NotFound(f"{name}: not found, it is a folder") from error
         except (FileNotFoundError, NotADirectoryError) as error:
             raise NotFound(f"{name}: not found") from error
         except OSError as error:
-            raise StoreError(f"{name}: {error.strerror}") from error
-        status = os.fstat(self._descriptor)
-        if stat.S_ISDIR(status.st_mode):
-            self.close()
-            raise NotFound(f"{name}: not found, it is a folder")
-        self.num_bytes = status.st_size
+            raise StoreError(f"{name}: {describe_os_error(error)}") from error
+        self.num_bytes = os.fstat(self._descriptor).st_size
         """Size of the file when it was opened, in bytes."""
 
     def __enter__(self) -> LocalFile:
