@@ -249,7 +249,9 @@ def load_by_transformers(folder: Path) -> Any:
 
     Afterwards the weights are in memory, as they are after `load_composite`.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, trust_remote_code=False
+    )
     for value in model.parameters():
         value.detach().view(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum()
     return model
@@ -315,7 +317,7 @@ def measure_speed(
 
     The prompt has tokens of text and of every modality.
     """
-    dense = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
+    dense = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False).eval()
     ids = torch.arange(-1, NUM_EXPERTS).repeat_interleave(num_tokens)[None]
     embeds = 0.1 * torch.randn(1, ids.shape[1], dense.config.hidden_size).to(dtype)
     results: dict[str, float] = {"speed.tokens": float(ids.shape[1])}

@@ -130,11 +130,13 @@ def load_checkpoint(part: str, folder: Path) -> tuple[PreTrainedModel, PreTraine
     auto = {"base": AutoModelForCausalLM, "point": PointLlamaForCausalLM}.get(
         part, AutoModelForMultimodalLM
     )
-    model, info = auto.from_pretrained(folder, dtype="float32", output_loading_info=True)
+    model, info = auto.from_pretrained(
+        folder, dtype="float32", output_loading_info=True, trust_remote_code=False
+    )
     problems = {name: names for name, names in info.items() if names}
     if problems:
         raise RuntimeError(f"{folder} does not load cleanly: {problems}")
-    return model.eval(), AutoTokenizer.from_pretrained(folder)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 @torch.no_grad()
@@ -144,14 +146,14 @@ def ask_expert(modality: str, model: PreTrainedModel, folder: Path, example: tas
     text = " ".join(p.value if p.kind == "text" else placeholder for p in example.parts)
     (value,) = (part.value for part in example.parts if part.kind != "text")
     if modality == "video":  # VideoLlavaProcessor needs torchvision
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        images = AutoImageProcessor.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        images = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
         pixels = preprocess(modality, images, [value])
         count = model.config.video_seq_length
         inputs = tokenizer(text.replace(placeholder, placeholder * count), return_tensors="pt")
         inputs["pixel_values_videos"] = pixels
     else:
-        processor = AutoProcessor.from_pretrained(folder)
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         tokenizer = processor.tokenizer
         if modality == "image":
             inputs = processor(text=text, images=value, return_tensors="pt")

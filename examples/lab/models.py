@@ -105,8 +105,8 @@ def build_expert(
 
     The rows of its extra tokens are appended to the embedding and to the head.
     """
-    base = LlamaForCausalLM.from_pretrained(base_dir, dtype="float32")
-    tokenizer = AutoTokenizer.from_pretrained(base_dir)
+    base = LlamaForCausalLM.from_pretrained(base_dir, dtype="float32", trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(base_dir, trust_remote_code=False)
     if modality == "point":
         point = PointLlamaForCausalLM(PointLlamaForCausalLM.make_config(base.config, size))
         point.load_state_dict(base.state_dict(), strict=False)

@@ -196,7 +196,7 @@ def _copy_connector(modality: str, expert: PreTrainedModel) -> list[nn.Module]:
 
 def build_twin(modality: str, out: Path, *, rank: int) -> Twin:
     """A twin of the expert in `out`, its adapters still without effect."""
-    base = LlamaForCausalLM.from_pretrained(out / "base", dtype="float32")
+    base = LlamaForCausalLM.from_pretrained(out / "base", dtype="float32", trust_remote_code=False)
     return Twin(
         modality,
         base,
@@ -215,7 +215,7 @@ def train_twin(modality: str, out: Path, size: Size, *, seed: int, device: torch
     )
     encode_pool(modality, expert, pool)
     twin = build_twin(modality, out, rank=size.lora_rank).to(device)
-    tokenizer = AutoTokenizer.from_pretrained(out / "base")
+    tokenizer = AutoTokenizer.from_pretrained(out / "base", trust_remote_code=False)
     collate = Collator(tokenizer.get_vocab(), modality, pool, edges=Twin.edges)
     batches = stream_batches(
         lambda: make_expert_prompt(modality, rng), collate, rng=rng, batch_size=size.expert_batch
@@ -246,7 +246,7 @@ def score_twin(modality: str, out: Path, examples: Sequence[tasks.Example]) -> d
     twin = build_twin(modality, out, rank=config["r"]).eval()
     twin.load(out / "twins" / modality)
     expert = load_checkpoint(modality, out / modality)[0]
-    tokenizer = AutoTokenizer.from_pretrained(out / "base")
+    tokenizer = AutoTokenizer.from_pretrained(out / "base", trust_remote_code=False)
     return accuracy(
         modality, expert, tokenizer, models.build_preprocessor(modality), examples, answerer=twin
     )

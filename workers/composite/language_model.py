@@ -29,7 +29,7 @@ from mmerge.workers.composite.routing import Routing
 from mmerge.workers.composite.shard_exchange import assign_ranks, scatter_item
 from mmerge.workers.composite.tensor_parallel import TensorParallelPlan
 from mmerge.workers.composite.weight_items import Item, ItemReader
-from mmerge.workers.modalities.processor_encoder import make_model
+from mmerge.workers.modalities.expert_model import make_model
 from mmerge.workers.reconstruction.build_reader import BuildReader
 
 Tensors = Prefetcher[dict[str, torch.Tensor]]

@@ -31,7 +31,8 @@ from mmerge.workers.composite.routed_linear import Policy
 from mmerge.workers.composite.routing import Routing
 from mmerge.workers.composite.shard_exchange import assign_ranks
 from mmerge.workers.modalities.encoders import Encoder, load_encoder
-from mmerge.workers.modalities.processor_encoder import load_tokenizer, make_config
+from mmerge.workers.modalities.expert_model import make_config
+from mmerge.workers.modalities.processor_encoder import load_tokenizer
 from mmerge.workers.reconstruction.build_reader import BuildReader
 from mmerge.workers.reconstruction.expert_only import refuse_unshared
 from mmerge.workers.reconstruction.masked_weights import load_kernel

@@ -17,7 +17,7 @@ from mmerge.workers.composite.routed_linear import Policy, block_rows
 from mmerge.workers.composite.shard_exchange import assign_ranks, part_shape
 from mmerge.workers.composite.tensor_parallel import TensorParallelPlan
 from mmerge.workers.composite.weight_items import Item, ItemReader
-from mmerge.workers.modalities.processor_encoder import make_config
+from mmerge.workers.modalities.expert_model import make_config
 from mmerge.workers.reconstruction.build_reader import BuildReader
 
 RESERVE_BYTES = 1_000_000_000

@@ -17,7 +17,7 @@ from mmerge.manifests.format.manifest import FileEntry, read_file
 from mmerge.workers.checkpoints.lora_adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from mmerge.workers.exports.folder import to_export_folder
 from mmerge.workers.families.registry import text_config_of
-from mmerge.workers.modalities.processor_encoder import write_files
+from mmerge.workers.modalities.small_files import write_files
 from mmerge.workers.reconstruction.build_reader import BuildReader
 from mmerge.workers.reconstruction.expert_only import refuse_unshared
 from mmerge.workers.reconstruction.weights import rebuild_weight, text_weight

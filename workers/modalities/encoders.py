@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 
 from mmerge.manifests.errors import CheckpointError, PromptError
-from mmerge.workers.modalities.processor_encoder import MediaEncoder, make_config
+from mmerge.workers.modalities.expert_model import make_config
+from mmerge.workers.modalities.processor_encoder import MediaEncoder
 from mmerge.workers.modalities.projector import FeatureEncoder
 from mmerge.workers.modalities.prompt import Part
 from mmerge.workers.reconstruction.build_reader import BuildReader

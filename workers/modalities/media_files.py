@@ -2,61 +2,78 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mmerge.manifests import limits
 from mmerge.manifests.errors import PromptError
+from mmerge.manifests.regular_file import open_regular_file
+from mmerge.workers.modalities.image_files import describe_error, read_image, read_video
+
+__all__ = ["read_array", "read_audio", "read_image", "read_video"]
+
+_AUDIO_STARTS = (b"RIFF", b"RF64", b"fLaC", b"OggS", b"ID3")
+"""First bytes of the formats that are read; the library would try dozens of others."""
+_AUDIO_FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MPEG", "MP3")
+_BLOCK_SAMPLES = 1 << 16
 
 
 def read_array(path: str | Path, *, what: str, remedy: str) -> NDArray[Any]:
     """Return the array in an .npy file.
 
     Raises:
-        PromptError: the file is missing or truncated, or has no finite numbers. The message calls
-            it `what` and ends with `remedy`.
+        PromptError: the file is missing, truncated or too large, or has no finite numbers. The
+            message calls it `what` and ends with `remedy`.
     """
     try:
-        with Path(path).open("rb") as file:
-            values = np.lib.format.read_array(file, allow_pickle=False)
-        if values.dtype.kind not in "fiu":
-            raise ValueError(f"its entries are {values.dtype}, no numbers")
+        with open_regular_file(path) as file:
+            values = _parse_array(file, label=str(path))
         if not np.isfinite(values).all():
             raise ValueError("it has numbers that are NaN or infinite")
         return values.astype(values.dtype.newbyteorder("="), copy=False)
     except FileNotFoundError:
         raise PromptError(f"{path}: no such file. {remedy}") from None
-    except (OSError, EOFError, ValueError, SyntaxError, MemoryError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise PromptError(f"{path}: cannot be read as {what} ({reason}). {remedy}") from error
-
-
-def read_image(value: Any) -> Any:
-    """Return a PIL image in RGB. Raises PromptError where the file cannot be read."""
-    from PIL import Image
-
-    if isinstance(value, Image.Image):
-        return value.convert("RGB")
-    try:
-        with Image.open(value) as image:
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise PromptError(f"{value}: no such image file") from None
-    except (AttributeError, TypeError) as error:
+    except PromptError:
+        raise
+    except Exception as error:
         raise PromptError(
-            f"an image was given as {type(value).__name__}; give a path or a PIL image"
+            f"{path}: cannot be read as {what} ({describe_error(error)}). {remedy}"
         ) from error
-    except (OSError, EOFError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise PromptError(
-            f"{value}: cannot be read as an image ({error}). Give a PNG, JPEG, WebP, GIF or BMP"
-            " file"
-        ) from error
+
+
+def _parse_array(file: BinaryIO, *, label: str) -> NDArray[Any]:
+    """Return the array of an .npy file; nothing is allocated for a header that lies."""
+    readers: dict[tuple[int, int], Any] = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    version = np.lib.format.read_magic(file)
+    if version not in readers:
+        raise ValueError(f"version {version} of the format is not read")
+    shape, is_fortran, dtype = readers[version](file)
+    if dtype.hasobject:
+        raise ValueError("Object arrays cannot be loaded: they hold Python code")
+    if dtype.kind not in "fiu":
+        raise ValueError(f"its entries are {dtype}, no numbers")
+    if not all(size >= 0 for size in shape):
+        raise ValueError(f"its shape {shape} has a negative size")
+    num_entries = math.prod(shape)
+    limits.ARRAY_ENTRIES.check(num_entries, where=label, error=PromptError)
+    expected = num_entries * dtype.itemsize
+    data = file.read(expected + 1)
+    if len(data) != expected:
+        raise ValueError(f"its shape {shape} takes {expected:,} bytes, the file does not have them")
+    values = np.frombuffer(data, dtype)
+    return values.reshape(shape, order="F" if is_fortran else "C")
 
 
 def read_audio(
@@ -70,7 +87,8 @@ def read_audio(
         input_rate: of samples given as an array; `sampling_rate` if absent.
 
     Raises:
-        PromptError: the file cannot be read, or the samples are not finite numbers of one channel.
+        PromptError: the file cannot be read, the samples are not finite numbers of one channel, or
+            they exceed a limit.
     """
     if isinstance(value, (str, Path)):
         label = str(value)
@@ -82,37 +100,86 @@ def read_audio(
         raise PromptError(f"{label}: has no samples")
     if not np.isfinite(samples).all():
         raise PromptError(f"{label}: has samples that are NaN or infinite")
-    if input_rate not in (None, sampling_rate):
+    input_rate = sampling_rate if input_rate is None else input_rate
+    _check_length(label, num_samples=len(samples), rate=input_rate)
+    if input_rate != sampling_rate:
         import soxr  # type: ignore[import-untyped]
 
         samples = soxr.resample(samples, input_rate, sampling_rate)
+        if not np.isfinite(samples).all():
+            raise PromptError(f"{label}: its samples overflow when they are resampled")
     return np.asarray(samples, dtype=np.float32)
+
+
+def _check_length(label: str, *, num_samples: int, rate: Any) -> None:
+    """Raise PromptError for a sampling rate, or a number of samples, out of bounds."""
+    is_number = isinstance(rate, Real) and not isinstance(rate, bool)
+    if not is_number or not rate >= limits.MIN_AUDIO_RATE:
+        raise PromptError(
+            f"{label}: has a sampling rate of {rate!r} Hz, expected at least"
+            f" {limits.MIN_AUDIO_RATE:,} Hz"
+        )
+    limits.AUDIO_RATE.check(rate, where=label, error=PromptError)
+    limits.AUDIO_SAMPLES.check(num_samples, where=label, error=PromptError)
+    limits.AUDIO_SECONDS.check(num_samples / rate, where=label, error=PromptError)
 
 
 def _read_audio_file(path: Path) -> tuple[NDArray[np.float32], int]:
     """Return the samples of a file, mean over channels, and its sampling rate."""
-    import soundfile  # type: ignore[import-untyped]
-
-    if not path.is_file():
-        raise PromptError(f"{path}: no such audio file")
     try:
-        with _silent_stderr():
-            samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, RuntimeError, ValueError) as error:
-        reason = str(error)
+        with open_regular_file(path) as file:
+            samples, rate = _decode_audio(file.fileno(), label=str(path))
+            _check_complete(file.fileno(), label=str(path))
+    except PromptError:
+        raise
+    except FileNotFoundError:
+        raise PromptError(f"{path}: no such audio file") from None
+    except Exception as error:
+        reason = describe_error(error)
         if "does not exist" in reason:  # what the library says of any MP3 that it cannot decode
             reason = "the decoder finds no audio in it"
         raise PromptError(
             f"{path}: cannot be read as audio ({reason}). Give a WAV, FLAC, OGG or MP3 file"
         ) from error
-    _check_complete(path)
-    return samples.mean(axis=1), int(rate)
+    return samples, rate
+
+
+def _decode_audio(descriptor: int, *, label: str) -> tuple[NDArray[np.float32], int]:
+    """Return the mean over the channels of an open file, and its rate; stops at the limits."""
+    import soundfile  # type: ignore[import-untyped]
+
+    num_bytes = os.fstat(descriptor).st_size
+    limits.MEDIA_FILE_BYTES.check(num_bytes, where=label, error=PromptError)
+    head = os.pread(descriptor, 4, 0)
+    is_mpeg = len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0
+    if not head.startswith(_AUDIO_STARTS) and not is_mpeg:
+        raise ValueError("it is no WAV, FLAC, OGG or MP3 file")
+    with (
+        _silent_stderr(),
+        soundfile.SoundFile(descriptor, closefd=False) as sound,
+    ):
+        if sound.format not in _AUDIO_FORMATS:
+            raise ValueError(f"its format is {sound.format}")
+        limits.AUDIO_CHANNELS.check(sound.channels, where=label, error=PromptError)
+        # A file of unknown length announces more samples than any file can have.
+        is_announced = sound.frames < 1 << 62
+        announced = sound.frames if is_announced else 0
+        _check_length(label, num_samples=announced, rate=sound.samplerate)
+        blocks: list[NDArray[np.float32]] = []
+        num_samples = 0
+        while len(block := sound.read(_BLOCK_SAMPLES, dtype="float32", always_2d=True)):
+            num_samples += len(block)
+            _check_length(label, num_samples=num_samples, rate=sound.samplerate)
+            blocks.append(block.mean(axis=1))
+        rate = int(sound.samplerate)
+    return np.concatenate(blocks) if blocks else np.zeros(0, np.float32), rate
 
 
 def _to_samples(value: Any) -> NDArray[np.float32]:
     try:
-        samples = np.asarray(value, dtype=np.float32)
-    except (TypeError, ValueError) as error:
+        with np.errstate(over="ignore"):  # what overflows is infinite, and refused
+            samples = np.asarray(value, dtype=np.float32)
+    except (TypeError, ValueError, OverflowError) as error:
         raise PromptError(
             f"audio was given as {type(value).__name__}; give a path or a float array (samples,)"
         ) from error
@@ -121,30 +188,25 @@ def _to_samples(value: Any) -> NDArray[np.float32]:
     return samples
 
 
-def _check_complete(path: Path) -> None:
+def _check_complete(descriptor: int, *, label: str) -> None:
     """Raise PromptError for a WAV or MP3 file shorter than its header says.
 
     The decoder would silently return the samples that are there.
     """
-    try:
-        with path.open("rb") as file:
-            head = file.read(10)
-            start = 0
-            if head[:3] == b"ID3":
-                # Four bytes of 7 bits each, the highest first.
-                start = 10 + sum(byte << 7 * (3 - index) for index, byte in enumerate(head[6:]))
-            file.seek(start)
-            expected = start + _mp3_bytes(file.read(64))
-        size = path.stat().st_size
-    except OSError as error:
-        raise PromptError(f"{path}: cannot be read as audio ({error.strerror})") from error
+    head = os.pread(descriptor, 10, 0)
+    start = 0
+    if head[:3] == b"ID3":
+        # Four bytes of 7 bits each, the highest first.
+        start = 10 + sum(byte << 7 * (3 - index) for index, byte in enumerate(head[6:]))
+    expected = start + _mp3_bytes(os.pread(descriptor, 64, start))
+    size = os.fstat(descriptor).st_size
     # A WAV written to a pipe has no length in its header.
     is_stream = head[4:8] in (b"\0\0\0\0", b"\xff\xff\xff\xff")
     if head[:4] == b"RIFF" and not is_stream:
         expected = int.from_bytes(head[4:8], "little") + 8
     if expected > size + 1:  # some writers leave out the last padding byte
         raise PromptError(
-            f"{path}: is truncated: {size:,} bytes, its header says {expected:,}. Give the whole"
+            f"{label}: is truncated: {size:,} bytes, its header says {expected:,}. Give the whole"
             " file"
         )
 
@@ -174,37 +236,3 @@ def _silent_stderr() -> Iterator[None]:
         os.dup2(saved, 2)
         os.close(saved)
         os.close(null)
-
-
-def read_video(value: Any) -> NDArray[np.uint8]:
-    """Return the frames of a video, uint8 [frames, height, width, 3].
-
-    Raises:
-        PromptError: the file cannot be read as a video, or the array is none.
-    """
-    if not isinstance(value, (str, Path)):
-        frames = np.asarray(value)
-        if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
-            raise PromptError(
-                f"a video has shape {frames.shape} and dtype {frames.dtype}; give uint8 (frames,"
-                " height, width, 3)"
-            )
-        if not len(frames):
-            raise PromptError("a video has no frames; give at least one")
-        return frames
-    from PIL import Image, ImageSequence
-
-    if Path(value).is_dir():
-        raise PromptError(f"{value}: is a folder, expected a video file")
-    try:
-        with Image.open(value) as image:
-            return np.stack(
-                [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)]
-            )
-    except FileNotFoundError:
-        raise PromptError(f"{value}: no such video file") from None
-    except (OSError, EOFError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise PromptError(
-            f"{value}: cannot be read as a video ({error}). Give an animated GIF, WebP or PNG, or"
-            " frames as an array"
-        ) from error

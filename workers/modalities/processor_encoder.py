@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -13,89 +12,15 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mmerge.manifests.digest import parse_json
-from mmerge.manifests.errors import CheckpointError, PromptError
+from mmerge.manifests.errors import CheckpointError, MmergeError, PromptError
 from mmerge.workers.families.registry import role_of
+from mmerge.workers.modalities.expert_model import make_config, make_model
+from mmerge.workers.modalities.image_files import describe_error
 from mmerge.workers.modalities.media_files import read_audio, read_image, read_video
 from mmerge.workers.modalities.prompt import Part
-
-
-def make_config(files: Mapping[str, bytes], *, owner: str) -> Any:
-    """Return the transformers configuration of a model from its files.
-
-    Raises:
-        CheckpointError: transformers does not know the model type; `owner` is named.
-    """
-    raw = parse_json(files["config.json"], what=f"{owner}: config.json")
-    model_type = raw.get("model_type")
-    if model_type not in CONFIG_MAPPING:
-        raise CheckpointError(
-            f"{owner}: transformers {transformers.__version__} does not know model type"
-            f" {model_type!r}; models with code of their own are not run"
-        )
-    return CONFIG_MAPPING[model_type].from_dict(raw)
-
-
-def make_model(
-    config: Any,
-    state: dict[str, torch.Tensor],
-    *,
-    dtype: torch.dtype,
-    owner: str,
-    may_lack: Callable[[str], bool],
-) -> Any:
-    """Return the transformers model of a configuration with these weights, named as in its files.
-
-    Raises:
-        CheckpointError: the class is unknown, there are unexpected weights, or weights are missing
-            for which `may_lack` is false.
-    """
-    name = str((config.architectures or [""])[0])
-    model_class = _find_class(name, owner=owner)
-    verbosity = transformers.logging.get_verbosity()
-    has_bars = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        model, info = model_class.from_pretrained(
-            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
-        )
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        if has_bars:
-            transformers.logging.enable_progress_bar()
-    missing = sorted(key for key in info["missing_keys"] if not may_lack(key))
-    if missing or info["unexpected_keys"] or info["mismatched_keys"]:
-        first = (
-            missing[:1]
-            or sorted(info["unexpected_keys"])[:1]
-            or sorted(map(str, info["mismatched_keys"]))[:1]
-        )
-        raise CheckpointError(
-            f"{owner}: its tensors do not fit {name} of transformers {transformers.__version__}:"
-            f" {first[0]} and {len(missing) + len(info['unexpected_keys']) - 1} more"
-        )
-    return model.eval()
-
-
-def _find_class(name: str, *, owner: str) -> Any:
-    model_class: Any = getattr(transformers, name, None)
-    if inspect.isclass(model_class) and issubclass(model_class, transformers.PreTrainedModel):
-        return model_class
-    raise CheckpointError(
-        f"{owner}: transformers {transformers.__version__} has no model class {name!r}"
-        " (config.json, 'architectures')"
-    )
-
-
-def write_files(files: Mapping[str, bytes], folder: Path) -> None:
-    """Write small files to a folder. Raises CheckpointError for a name that is a path."""
-    for name, data in files.items():
-        if Path(name).name != name:
-            raise CheckpointError(f"{name!r}: expected a file name without folders")
-        (folder / name).write_bytes(data)
+from mmerge.workers.modalities.small_files import to_loadable_files, write_files
 
 
 def load_tokenizer(files: Mapping[str, bytes], *, config: Any, owner: str) -> Any:
@@ -104,16 +29,16 @@ def load_tokenizer(files: Mapping[str, bytes], *, config: Any, owner: str) -> An
     Raises:
         CheckpointError: transformers can load none.
     """
+    loadable = to_loadable_files(files, owner=owner)
     with tempfile.TemporaryDirectory() as folder:
-        write_files(files, Path(folder))
+        write_files(loadable, Path(folder))
         try:
             return transformers.AutoTokenizer.from_pretrained(
-                folder, config=config, local_files_only=True
+                folder, config=config, local_files_only=True, trust_remote_code=False
             )
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except Exception as error:
             raise CheckpointError(
-                f"{owner}: has no tokenizer that transformers can load"
-                f" ({str(error).splitlines()[0]})"
+                f"{owner}: has no tokenizer that transformers can load ({_describe(error)})"
             ) from error
 
 
@@ -185,11 +110,13 @@ class MediaEncoder:
         """
         try:
             inputs = self.inputs.make(self.placeholder, self.modality, part)
-        except (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError) as error:
+        except MmergeError:
+            raise
+        except Exception as error:
             name = part.value if isinstance(part.value, (str, Path)) else f"the {part.kind}"
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise PromptError(
-                f"{name}: the processor of expert {self.expert!r} does not take it ({first})"
+                f"{name}: the processor of expert {self.expert!r} does not take it"
+                f" ({describe_error(error)})"
             ) from error
         moved = {
             name: value.to(self.device, self.dtype if value.is_floating_point() else None)
@@ -197,7 +124,13 @@ class MediaEncoder:
             if isinstance(value, torch.Tensor)
         }
         self._captured.clear()
-        self.model(**moved, use_cache=False)
+        try:
+            self.model(**moved, use_cache=False)
+        except Exception as error:
+            raise PromptError(
+                f"the {part.kind}: the encoder of expert {self.expert!r} fails on it"
+                f" ({type(error).__name__}: {describe_error(error)})"
+            ) from error
         if not self._captured:
             raise CheckpointError(
                 f"expert {self.expert!r}: its model does not pass embeddings to its language model"
@@ -212,7 +145,7 @@ class ProcessorInputs:
 
     def __init__(self, folder: str, *, owner: str) -> None:
         self.processor: Any = transformers.AutoProcessor.from_pretrained(
-            folder, local_files_only=True
+            folder, local_files_only=True, trust_remote_code=False
         )
         self.tokenizer = self.processor.tokenizer
 
@@ -279,9 +212,11 @@ class VideoLlavaInputs(ProcessorInputs):
             super().__init__(folder, owner=owner)
             return
         self.processor: Any = None
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
         self.images = transformers.VideoLlavaImageProcessor.from_pretrained(
-            folder, local_files_only=True
+            folder, local_files_only=True, trust_remote_code=False
         )
         raw = parse_json((Path(folder) / "config.json").read_bytes(), what=f"{owner}: config.json")
         self.token_ids = {
@@ -326,11 +261,19 @@ def register_inputs(model_type: str, maker: InputMaker) -> None:
 
 
 def _open_inputs(model_type: str, files: Mapping[str, bytes], *, owner: str) -> ProcessorInputs:
+    loadable = to_loadable_files(files, owner=owner)
     with tempfile.TemporaryDirectory() as folder:
-        write_files(files, Path(folder))
+        write_files(loadable, Path(folder))
         try:
             return _INPUTS.get(model_type, ProcessorInputs)(folder, owner=owner)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except Exception as error:
             raise CheckpointError(
-                f"{owner}: its processor cannot be loaded ({str(error).strip().splitlines()[0]})"
+                f"{owner}: its processor cannot be loaded ({_describe(error)})"
             ) from error
+
+
+def _describe(error: Exception) -> str:
+    """Return the first line of an error, without the advice to run the code of a checkpoint."""
+    if "trust_remote_code" in str(error):
+        return "its files ask for code of their own, which is not run"
+    return describe_error(error)

@@ -46,8 +46,8 @@ def make_inputs(modality: str, folder: Path, text: str, target: Path) -> dict[st
     """What transformers itself makes of a prompt that holds the placeholder."""
     if modality == "video":  # its processor class needs torchvision
         tokenizer, images = (
-            AutoTokenizer.from_pretrained(folder),
-            AutoImageProcessor.from_pretrained(folder),
+            AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
+            AutoImageProcessor.from_pretrained(folder, trust_remote_code=False),
         )
         frames = list(read_video(target))
         pixels = images(images=frames, return_tensors="pt", return_legacy_image_output=False)[
@@ -58,7 +58,7 @@ def make_inputs(modality: str, folder: Path, text: str, target: Path) -> dict[st
             **tokenizer(text.replace("<video>", "<video>" * count), return_tensors="pt"),
             "pixel_values_videos": pixels[None],
         }
-    processor = AutoProcessor.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     if modality == "image":
         return dict(processor(text=text, images=read_image(target), return_tensors="pt"))
     return dict(
@@ -78,7 +78,7 @@ def test_transformers_loads_the_export_and_its_logits_are_those_of_retention_mod
     report = export(f"{lab_store}#mmer", tmp_path / "export", expert=modality)
     assert report.num_tensors > 40
     model, info = AutoModelForMultimodalLM.from_pretrained(
-        tmp_path / "export", dtype=torch.float32, output_loading_info=True
+        tmp_path / "export", dtype=torch.float32, output_loading_info=True, trust_remote_code=False
     )
     assert not any(info.values())
     retained = load_composite(
@@ -107,7 +107,9 @@ def test_a_large_export_is_split_into_files_that_transformers_joins(
     assert sum(name.startswith("model-") for name in split.files) > 2
     assert split.num_bytes == whole.num_bytes
     one, other = (
-        AutoModelForMultimodalLM.from_pretrained(tmp_path / name).state_dict()
+        AutoModelForMultimodalLM.from_pretrained(
+            tmp_path / name, trust_remote_code=False
+        ).state_dict()
         for name in ("whole", "split")
     )
     assert all(one[key].equal(other[key]) for key in one)
@@ -118,7 +120,7 @@ def test_the_export_without_an_expert_is_the_text_model(
 ) -> None:
     export(f"{lab_store}#mmer", tmp_path / "text")
     model = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "text", dtype=composite.language_model.dtype
+        tmp_path / "text", dtype=composite.language_model.dtype, trust_remote_code=False
     )
     parts = composite.prompt("which digit is in the image ?")
     ids = composite.tokenizer("".join(part.value for part in parts), return_tensors="pt")[

@@ -22,9 +22,9 @@ PROMPT = [5, 6, 7, 8, 9]
 
 def model_of(state: dict[str, torch.Tensor], folder: Path) -> torch.nn.Module:
     """What transformers itself makes of these tensors and the configuration in a folder."""
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     return transformers.MixtralForCausalLM.from_pretrained(
-        None, config=config, state_dict=state, dtype=torch.float32
+        None, config=config, state_dict=state, dtype=torch.float32, trust_remote_code=False
     ).eval()
 
 

@@ -238,7 +238,9 @@ def test_a_composite_of_two_adapters_generates_and_its_answers_follow_its_adapte
 def _logits_without_adapters(lab: Any, embeds: torch.Tensor) -> torch.Tensor:
     from transformers import LlamaForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(lab.folder / "base", dtype=torch.float32)
+    model = LlamaForCausalLM.from_pretrained(
+        lab.folder / "base", dtype=torch.float32, trust_remote_code=False
+    )
     with torch.inference_mode():
         logits: torch.Tensor = model(inputs_embeds=embeds[None].clone()).logits[0]
     return logits

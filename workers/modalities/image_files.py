@@ -1,0 +1,185 @@
+"""Read images and videos of a few formats, within limits on bytes, pixels and frames.
+
+Pillow is told which formats to try: it would otherwise start Ghostscript for a PostScript file of
+any name, and open dozens of formats that nobody prompts with.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmerge.manifests import limits
+from mmerge.manifests.errors import PromptError
+from mmerge.manifests.regular_file import describe_os_error, open_regular_file
+
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+_EXECUTING_FORMATS = ("EPS", "WMF", "EMF")
+"""Pillow decodes these with another program or the operating system."""
+_JPEG_START = b"\xff\xd8"
+_JPEG_SCAN = b"\xff\xda"
+"""Start of scan. Inside the data of a scan, 0xFF is always followed by 0x00 or a restart."""
+
+
+def read_image(value: Any) -> Any:
+    """Return a PIL image in RGB.
+
+    Args:
+        value: a path, an open binary file or a PIL image.
+
+    Raises:
+        PromptError: the file cannot be read, or has too many bytes or pixels.
+    """
+    from PIL import Image
+
+    if isinstance(value, Image.Image):
+        if value.format in _EXECUTING_FORMATS:
+            raise PromptError(
+                f"an image was given as {value.format}, which runs another program. Give a PNG,"
+                " JPEG, WebP, GIF or BMP file"
+            )
+        _check_pixels(value, label="the image")
+        return value.convert("RGB")
+    label = _to_label(value)
+    remedy = "Give a PNG, JPEG, WebP, GIF or BMP file"
+    with _open_image(value, label=label, what="an image", remedy=remedy) as image:
+        return image.convert("RGB")
+
+
+def read_video(value: Any) -> NDArray[np.uint8]:
+    """Return the frames of a video, uint8 [frames, height, width, 3].
+
+    Raises:
+        PromptError: the file cannot be read as a video, the array is none, or it has too many
+            frames or pixels.
+    """
+    if not isinstance(value, (str, Path)):
+        return _check_frames(value)
+    label = _to_label(value)
+    remedy = "Give an animated GIF, WebP or PNG, or frames as an array"
+    with _open_image(value, label=label, what="a video", remedy=remedy) as image:
+        return _read_frames(image, label=label)
+
+
+def _check_frames(value: Any) -> NDArray[np.uint8]:
+    try:
+        frames = np.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise PromptError(
+            f"a video was given as {type(value).__name__}; give a path or uint8 (frames, height,"
+            " width, 3)"
+        ) from error
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
+        raise PromptError(
+            f"a video has shape {frames.shape} and dtype {frames.dtype}; give uint8 (frames,"
+            " height, width, 3)"
+        )
+    if not frames.size:
+        raise PromptError("a video has no frames; give at least one")
+    limits.VIDEO_FRAMES.check(len(frames), where="the video", error=PromptError)
+    limits.VIDEO_PIXELS.check(frames.size // 3, where="the video", error=PromptError)
+    return frames
+
+
+def _read_frames(image: Any, *, label: str) -> NDArray[np.uint8]:
+    """Return all frames, converted one by one: none is decoded beyond a limit."""
+    frames: list[NDArray[np.uint8]] = []
+    while True:
+        limits.VIDEO_FRAMES.check(len(frames) + 1, where=label, error=PromptError)
+        num_pixels = (len(frames) + 1) * image.width * image.height
+        limits.VIDEO_PIXELS.check(num_pixels, where=label, error=PromptError)
+        frames.append(np.asarray(image.convert("RGB")))
+        try:
+            image.seek(len(frames))
+        except EOFError:
+            break
+    return np.stack(frames)
+
+
+@contextmanager
+def _open_image(value: Any, *, label: str, what: str, remedy: str) -> Iterator[Any]:
+    """Open an image file within limits; errors of its decoder inside the context are translated."""
+    from PIL import Image, UnidentifiedImageError
+
+    if limits.IMAGE_PIXELS.value > (Image.MAX_IMAGE_PIXELS or 0):
+        Image.MAX_IMAGE_PIXELS = limits.IMAGE_PIXELS.value  # the user raised the limit
+    try:
+        with _open_file(value) as file:
+            _check_file(file, label=label)
+            with warnings.catch_warnings():
+                # Pillow warns of sizes that are refused right after.
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                image = Image.open(file, formats=IMAGE_FORMATS)
+            with image:
+                _check_pixels(image, label=label)
+                yield image
+    except PromptError:
+        raise
+    except FileNotFoundError:
+        raise PromptError(f"{label}: no such {what.split()[-1]} file") from None
+    except (AttributeError, TypeError) as error:
+        raise PromptError(
+            f"{what} was given as {type(value).__name__}; give a path or a PIL image"
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise PromptError(
+            f"{label}: {error} At most {limits.IMAGE_PIXELS.value:,} pixels are read. Set"
+            f" {limits.IMAGE_PIXELS.variable} to raise the limit"
+        ) from error
+    except UnidentifiedImageError as error:
+        reason = f"it is in none of the formats {', '.join(IMAGE_FORMATS)}"
+        raise PromptError(f"{label}: cannot be read as {what} ({reason}). {remedy}") from error
+    except Exception as error:
+        raise PromptError(
+            f"{label}: cannot be read as {what} ({describe_error(error)}). {remedy}"
+        ) from error
+
+
+def _open_file(value: Any) -> Any:
+    """Return a context of the binary file to read: `value` itself if it is one."""
+    if isinstance(value, (str, Path)):
+        return open_regular_file(value)
+    if hasattr(value, "read"):
+        return nullcontext(value)
+    raise TypeError(type(value).__name__)
+
+
+def _check_file(file: BinaryIO, *, label: str) -> None:
+    """Raise PromptError for a file with too many bytes, or a JPEG with too many scans."""
+    num_bytes = file.seek(0, io.SEEK_END)
+    limits.MEDIA_FILE_BYTES.check(num_bytes, where=label, error=PromptError)
+    file.seek(0)
+    if file.read(2) == _JPEG_START:
+        num_scans, last = 0, b""
+        while block := file.read(1 << 20):
+            num_scans += (last + block).count(_JPEG_SCAN)
+            last = block[-1:]
+        limits.JPEG_SCANS.check(num_scans, where=label, error=PromptError)
+    file.seek(0)
+
+
+def _check_pixels(image: Any, *, label: str) -> None:
+    width, height = image.size
+    if not width or not height:
+        raise PromptError(f"{label}: has no pixels")
+    limits.IMAGE_PIXELS.check(width * height, where=label, error=PromptError)
+    aspect = max(width, height) / min(width, height)
+    limits.IMAGE_ASPECT.check(aspect, where=label, error=PromptError)
+
+
+def _to_label(value: Any) -> str:
+    return str(value) if isinstance(value, (str, Path)) else "the file"
+
+
+def describe_error(error: BaseException) -> str:
+    """Return the first line of an error's message, its type where it has none."""
+    if isinstance(error, OSError):
+        return describe_os_error(error).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
