@@ -12,13 +12,13 @@ from pydantic import Field, ValidationError, field_validator
 
 from mmerge.manifests.digest import digest_bytes, parse_json, to_canonical_json
 from mmerge.manifests.errors import (
-    AlreadyExists,
     ManifestError,
     NotFound,
     StoreError,
     StoreUnavailable,
 )
 from mmerge.manifests.format.entry import DIGEST_PATTERN, ObjectEntry, Record, validate_key
+from mmerge.manifests.stores import confirm
 from mmerge.manifests.stores.base import ReadableStore, Store
 
 FORMAT = "mmerge-composite"
@@ -184,22 +184,21 @@ def to_manifest_bytes(manifest: Manifest) -> bytes:
 
 
 def write_manifest(store: Store, manifest: Manifest) -> bool:
-    """Commit a build; return False if an equal manifest exists already.
+    """Commit a build and read its manifest back; return False if an equal one existed already.
 
     Raises:
         ManifestError: a different manifest of the same build exists.
+        StoreUnavailable: the store loses or changes what it is sent.
     """
+    key = manifest_key(manifest.build)
     data = to_manifest_bytes(manifest)
-    try:
-        store.put_new(manifest_key(manifest.build), data)
-    except AlreadyExists:
-        if store.read(manifest_key(manifest.build)) != data:
-            raise ManifestError(
-                f"{store.uri}: build {manifest.build[:12]} exists with another manifest. "
-                "Run 'mmerge verify' on it; if it is damaged, delete it and run again"
-            ) from None
-        return False
-    return True
+    stored = confirm.create(store, key, data)
+    if stored.data != data:
+        raise ManifestError(
+            f"{store.uri}: build {manifest.build[:12]} exists with another manifest. "
+            "Run 'mmerge verify' on it; if it is damaged, delete it and run again"
+        )
+    return stored.is_new
 
 
 def read_manifest(store: ReadableStore, build: str) -> Manifest:

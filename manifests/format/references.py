@@ -193,7 +193,7 @@ def write_reference(
         )
         check()
         data = to_canonical_json(reference.model_dump(mode="json"))
-        stored = confirm.create(store, reference.key, data)
+        stored = confirm.create(store, reference.key, data).data
         if store.exists(deletion_mark_key(name, number)):
             # The number was used and deleted while this writer was held up.
             store.delete(reference.key)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from mmerge.manifests.errors import AlreadyExists, NotFound, StoreUnavailable
 from mmerge.manifests.stores.base import Store
@@ -21,8 +22,18 @@ PAUSE_SECONDS = 0.2
 Sleep = Callable[[float], object]
 
 
-def create(store: Store, key: str, data: bytes, *, sleep: Sleep = time.sleep) -> bytes:
-    """Create an object and return what is stored under `key`: `data`, or another writer's object.
+@dataclass(frozen=True)
+class Stored:
+    """What is stored under a key after an attempt to create it."""
+
+    data: bytes
+    """Equal to what was sent, or another writer's object."""
+    is_new: bool
+    """Whether the store said that the object was created. It may be this call's own if not."""
+
+
+def create(store: Store, key: str, data: bytes, *, sleep: Sleep = time.sleep) -> Stored:
+    """Create an object unless there is one, and return what is stored under `key` then.
 
     An object of this call that the server stored with other bytes is deleted and created again.
     Two writers with equal data both succeed, so `data` must have a unique part where that matters.
@@ -45,7 +56,7 @@ def create(store: Store, key: str, data: bytes, *, sleep: Sleep = time.sleep) ->
             # A lost race whose winner was deleted or has failed, or an answer that was wrong.
             continue
         if stored == data or not is_created or has_racy_create(store):
-            return stored
+            return Stored(stored, is_created)
         # The create was atomic and ours, so nobody else wrote these bytes.
         store.delete(key)
         reason = "stored other bytes than it was sent"

@@ -41,6 +41,10 @@ def translate_errors(uri: str, key: str) -> Iterator[None]:
     except (NotFoundError, FileNotFoundError) as error:
         raise NotFound(f"{where}: not found") from error
     except (AlreadyExistsError, FileExistsError) as error:
+        if _is_conflict(error, scheme=uri.partition("://")[0].lower()):
+            raise StoreUnavailable(
+                f"{where}: another request for this object was under way"
+            ) from error
         raise AlreadyExists(f"{where}: already exists") from error
     except (BaseError, OSError, ValueError) as error:
         raise _translate(error, where=where, scheme=uri.partition("://")[0]) from error
@@ -55,6 +59,19 @@ def _translate(error: Exception, *, where: str, scheme: str) -> StoreError:
     is_transient = isinstance(error, (GenericError, ConnectionError, TimeoutError))
     kind = StoreUnavailable if is_transient and not _is_refusal(error) else StoreError
     return kind(f"{where}: {first_line(error)}")
+
+
+def _is_conflict(error: Exception, *, scheme: str) -> bool:
+    """Return whether a server gave up a request because of a concurrent one for the same object.
+
+    The library takes every status 409 for an existing object. On S3 and Google Cloud Storage that
+    is status 412, and 409 (ConditionalRequestConflict) says only that the request lost a race,
+    which nobody may have won. Azure has 409 for both, and a code that tells them apart.
+    """
+    text = str(error)
+    if not re.search(r"status code: 409|[Ss]tatus:? 409", text):
+        return False
+    return scheme != "az" or ("<Code>" in text and "AlreadyExists</Code>" not in text)
 
 
 def _is_refusal(error: Exception) -> bool:

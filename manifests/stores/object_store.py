@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import obstore
 from numpy.typing import NDArray
+from obstore.exceptions import NotFoundError
 from typing_extensions import Self, override
 
 from mmerge.manifests.errors import NotFound, StoreUnavailable
@@ -22,6 +23,12 @@ from mmerge.manifests.stores.prefetch import (
     PREFETCH_BYTES,
     ForwardReader,
     read_in_parts,
+)
+from mmerge.manifests.stores.upload_check import (
+    UPLOAD_PART_BYTES,
+    UploadDigests,
+    digest_part,
+    is_md5_tag,
 )
 from mmerge.manifests.stores.writer import WRITER_BUFFER_BYTES, WRITER_CONCURRENCY
 
@@ -46,6 +53,8 @@ class ObjectStore(Store):
         self.uri = uri
         self.client = client
         self._forward_readers: dict[str, ForwardReader] = {}
+        self._has_other_tags = False
+        """Whether an entity tag in the form of an MD5 was found to be none (encrypted buckets)."""
 
     @classmethod
     @override
@@ -205,7 +214,20 @@ class ObjectStore(Store):
 
     @override
     def put(self, key: str, data: bytes) -> None:
-        self._retry(key, lambda: obstore.put(self.client, key, data))
+        digests = UploadDigests()
+        digests.update(data)
+
+        def put_and_confirm() -> None:
+            obstore.put(
+                self.client,
+                key,
+                data,
+                use_multipart=len(data) > UPLOAD_PART_BYTES,
+                chunk_size=UPLOAD_PART_BYTES,
+            )
+            self.confirm_upload(key, digests)
+
+        self._retry(key, put_and_confirm)
 
     @override
     def open_sink(self, key: str) -> ObjectStoreSink:
@@ -217,6 +239,47 @@ class ObjectStore(Store):
             self._retry(key, lambda: obstore.delete(self.client, key))
         except NotFound:
             return
+
+    def confirm_upload(self, key: str, digests: UploadDigests) -> None:
+        """Compare what the server holds with what it was sent.
+
+        An entity tag that is the MD5 of the bytes confirms them. Otherwise they are read back,
+        unless the object is large and the server is known to return other tags: of such an object
+        only the size is compared.
+
+        Raises:
+            StoreUnavailable: the server holds nothing, or other bytes.
+        """
+        where = f"{self.uri}: {key}"
+        try:
+            meta = obstore.head(self.client, key)
+        except (NotFoundError, FileNotFoundError) as error:
+            raise StoreUnavailable(
+                f"{where}: the server reported success, but has no such object"
+            ) from error
+        if int(meta["size"]) != digests.num_bytes:
+            raise StoreUnavailable(
+                f"{where}: {digests.num_bytes:,} bytes were written, the server has"
+                f" {meta['size']:,}"
+            )
+        entity_tag = str(meta["e_tag"] or "")
+        if digests.matches(entity_tag):
+            return
+        may_be_md5 = is_md5_tag(entity_tag) and not self._has_other_tags
+        if digests.num_bytes > UPLOAD_PART_BYTES and not may_be_md5:
+            return
+        for offset, num_bytes, digest in digests.parts():
+            data: bytes | memoryview
+            if num_bytes == digests.num_bytes:
+                data = self.read(key, max_bytes=num_bytes)
+            else:
+                data = self.read_range(key, offset=offset, num_bytes=num_bytes)
+            if digest_part(data) != digest:
+                raise StoreUnavailable(
+                    f"{where}: the server stored other bytes than it was sent, from byte {offset}"
+                    f" to {offset + num_bytes}"
+                )
+        self._has_other_tags |= may_be_md5
 
     def _retry(self, key: str, operation: Callable[[], _Result]) -> _Result:
         """Return the result of `operation`; start again where a connection broke, within limits."""
@@ -239,7 +302,7 @@ class ObjectStoreSink:
 
     def __init__(self, store: ObjectStore, key: str) -> None:
         self._store, self._key = store, key
-        self._num_bytes = 0
+        self._digests = UploadDigests()
         with translate_errors(store.uri, key):
             self._upload: Any = obstore.open_writer(
                 store.client,
@@ -250,21 +313,16 @@ class ObjectStoreSink:
 
     def write(self, data: bytes | memoryview) -> None:
         """Append `data`."""
-        self._num_bytes += len(data)
+        self._digests.update(data)
         with translate_errors(self._store.uri, self._key):
             # The library keeps a reference until the part is sent, hence the copy.
             self._upload.write(bytes(data))
 
     def commit(self) -> None:
-        """Complete the upload. Raises StoreUnavailable if the server holds another size."""
+        """Complete the upload. Raises StoreUnavailable if the server holds other bytes."""
         with translate_errors(self._store.uri, self._key):
             self._upload.close()
-        stored_bytes = self._store.num_bytes(self._key)
-        if stored_bytes != self._num_bytes:
-            raise StoreUnavailable(
-                f"{self._store.uri}: {self._key}: {self._num_bytes:,} bytes were written, the"
-                f" server has {stored_bytes:,}"
-            )
+            self._store.confirm_upload(self._key, self._digests)
 
     def abort(self) -> None:
         """Drop the upload; a bucket's lifecycle rule removes its parts (docs/storage.md)."""

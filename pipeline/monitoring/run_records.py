@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import socket
 import threading
 import time
@@ -24,7 +25,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from typing_extensions import override
 
 from mmerge.manifests.digest import parse_json, to_canonical_json
-from mmerge.manifests.errors import AlreadyExists, ManifestError, MmergeError, NotFound, StoreError
+from mmerge.manifests.errors import ManifestError, MmergeError, NotFound, StoreError
+from mmerge.manifests.stores import confirm
 from mmerge.manifests.stores.base import Store
 from mmerge.pipeline.monitoring.progress import Progress
 from mmerge.workers.task import TaskResult
@@ -73,6 +75,8 @@ class RunStatus(BaseModel):
     """Digest of the build; None until the inputs are scanned."""
     host: str = ""
     pid: int = 0
+    run_id: str = ""
+    """Random, so that a run recognises its own record after the answer to its request was lost."""
     job: str | None = None
     """Submission id if the run is a Ray job."""
     started: str = ""
@@ -180,7 +184,9 @@ def begin_run(
 
     Raises:
         RunUnderWay: `exclusive` is set and another run is alive.
+        StoreUnavailable: the store loses or changes what it is sent.
     """
+    run_id = secrets.token_hex(8)
     while True:
         numbers = list_runs(store, name)
         if exclusive and numbers:
@@ -191,16 +197,13 @@ def begin_run(
             number=number,
             host=socket.gethostname(),
             pid=os.getpid(),
+            run_id=run_id,
             job=_job_id(),
             started=_now(),
             updated=_now(),
         )
-        try:
-            store.put_new(
-                _record_key(name, number),
-                to_canonical_json(status.model_dump(mode="json", exclude_none=True)),
-            )
-        except AlreadyExists:
+        data = to_canonical_json(status.model_dump(mode="json", exclude_none=True))
+        if confirm.create(store, _record_key(name, number), data).data != data:
             continue  # another run took this number: check that run
         for old in numbers[: -KEPT_RUNS + 1]:
             store.delete(_status_key(name, old))
