@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from threading import Lock
 from types import TracebackType
 from typing import Any
 
@@ -107,17 +108,23 @@ class RankActor:
 class ActorComposite:
     """A composite on actors, made by `load_on_actors`.
 
-    A rank that fails to load or dies ends all of them, with one error.
+    A rank that fails to load or dies ends all of them, with one error. Threads may share it: all
+    ranks must receive calls in the same order, so one call is made at a time.
     """
 
     def __init__(self, actors: Sequence[Any], group: Any, executor: RayExecutor) -> None:
         self._actors, self._group, self._executor = list(actors), group, executor
+        self._turn = Lock()
         self.load_reports: tuple[LoadReport, ...] = ()
         """Of every rank, by rank."""
 
     def prompt(self, question: str, media: Sequence[Part] = ()) -> list[Part]:
         """Return the parts of a prompt in the form that the recipe's templates give it."""
-        parts: list[Part] = self._gather([self._actors[0].prompt.remote(question, list(media))])[0]
+        with self._turn:
+            prompts = self._gather(
+                [actor.prompt.remote(question, list(media)) for actor in self._actors[:1]]
+            )
+        parts: list[Part] = prompts[0]
         return parts
 
     def logits(self, parts: Sequence[Part]) -> torch.Tensor:
@@ -164,7 +171,8 @@ class ActorComposite:
         self._executor.close()
 
     def _call(self, name: str, *arguments: Any) -> list[Any]:
-        return self._gather([getattr(actor, name).remote(*arguments) for actor in self._actors])
+        with self._turn:
+            return self._gather([getattr(actor, name).remote(*arguments) for actor in self._actors])
 
     def _gather(self, waiting: Sequence[Any]) -> list[Any]:
         """Return the results of all ranks.

@@ -11,6 +11,7 @@ import asyncio
 import base64
 import binascii
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,25 @@ class Question(BaseModel):
 
 
 class Answerer:
-    """A loaded composite that answers requests, independent of Ray."""
+    """A loaded composite that answers requests, independent of Ray.
+
+    One thread answers, one request after the other. So a request whose client has left keeps its
+    turn until its work has ended, and a next one cannot begin before that.
+    """
 
     def __init__(self, arguments: Arguments) -> None:
         mode: Any = "retention" if arguments.expert else "expansion"
         self._composite = load_composite(
             arguments.uri, mode=mode, expert=arguments.expert, device=arguments.device
         )
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mmerge-answer")
+
+    async def answer_in_turn(self, raw: object) -> dict[str, str]:
+        """Return the answer to a request once those before it are answered, see `answer`.
+
+        Cancelling a request that waits removes it; one that has begun ends unseen.
+        """
+        return await asyncio.wrap_future(self._thread.submit(self.answer, raw))
 
     def answer(self, raw: object) -> dict[str, str]:
         """Return the answer to a request. Raises PromptError if it is malformed or unanswerable."""
@@ -91,11 +104,10 @@ def _to_part(medium: Medium, path: Path) -> Part:
 
 @serve.deployment
 class CompositeServer:
-    """One replica: answers one request at a time."""
+    """One replica: answers one request at a time, in the order of their arrival."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         self._answerer = Answerer(Arguments.model_validate(arguments))
-        self._turn = asyncio.Lock()
 
     async def __call__(self, request: Any) -> Any:
         """Return the answer as JSON."""
@@ -106,8 +118,7 @@ class CompositeServer:
         except ValueError:
             return JSONResponse({"error": "the body is not JSON"}, status_code=400)
         try:
-            async with self._turn:
-                return JSONResponse(await asyncio.to_thread(self._answerer.answer, raw))
+            return JSONResponse(await self._answerer.answer_in_turn(raw))
         except MmergeError as error:
             return JSONResponse({"error": str(error)}, status_code=400)
 

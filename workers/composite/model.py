@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Event, Thread
+from threading import Event, RLock, Thread
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,6 +20,9 @@ from mmerge.workers.modalities.encoders import Encoder
 from mmerge.workers.modalities.prompt import Part, check_places, make_prompt
 
 Cache = Literal["dynamic", "static"]
+
+_random_turn = RLock()
+"""Held while a composite draws random numbers: torch's generator is shared by the process."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,9 @@ class Composite:
 
     Made by `load_composite`. In retention mode one expert is rebuilt and every token is multiplied
     by its weights; in expansion mode each token by the weights of its own modality.
+
+    Threads may share a composite. It answers one call at a time, from the encoding of the inputs to
+    the decoding of the answer: the others wait for their turn.
     """
 
     def __init__(
@@ -130,6 +136,10 @@ class Composite:
         Raises:
             PromptError: the prompt is empty, or a part cannot be read or belongs to no expert.
         """
+        with self._routing.turn:
+            return self._embed(parts)
+
+    def _embed(self, parts: Sequence[Part]) -> tuple[torch.Tensor, torch.Tensor]:
         table: nn.Module = self.language_model.get_input_embeddings()
         names = [record.name for record in self.manifest.experts]
         leading_ids = self._leading_ids()
@@ -159,12 +169,13 @@ class Composite:
     @torch.inference_mode()
     def logits(self, parts: Sequence[Part]) -> torch.Tensor:
         """Return the logits of all positions, [tokens, vocabulary], in the model's dtype."""
-        embeds, ids = self.embed(parts)
-        self._check_length(len(ids), 0)
-        with self._routing.prefill(ids[None]):
-            logits: torch.Tensor = self.language_model(
-                inputs_embeds=embeds[None], use_cache=False
-            ).logits[0]
+        with self._routing.turn:
+            embeds, ids = self.embed(parts)
+            self._check_length(len(ids), 0)
+            with self._routing.prefill(ids[None]):
+                logits: torch.Tensor = self.language_model(
+                    inputs_embeds=embeds[None], use_cache=False
+                ).logits[0]
         return logits
 
     def generate(self, parts: Sequence[Part], *, max_new_tokens: int = 64, **options: Any) -> str:
@@ -195,13 +206,12 @@ class Composite:
             PromptError: a prompt is empty, cannot be read, or is too long for the model with its
                 answer.
         """
-        tokens = self._generate(
-            prompts, max_new_tokens=max_new_tokens, cache=cache, seed=seed, **options
-        )
-        return [
-            str(answer).strip()
-            for answer in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        ]
+        with self._routing.turn:
+            tokens = self._generate(
+                prompts, max_new_tokens=max_new_tokens, cache=cache, seed=seed, **options
+            )
+            answers = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [str(answer).strip() for answer in answers]
 
     def stream(
         self, parts: Sequence[Part], *, max_new_tokens: int = 64, **options: Any
@@ -237,11 +247,9 @@ class Composite:
             for piece in streamer:
                 if piece:
                     yield str(piece)
-        except GeneratorExit:
+        finally:
             is_closed.set()
             thread.join()
-            raise
-        thread.join()
         if failures:
             raise failures[0]
 
@@ -279,18 +287,9 @@ class Composite:
             [*parts, Part("ids", list(tokens))]
             for parts, tokens in zip(prompts, answers, strict=True)
         ]
-        embeds, ids, mask = self._pad([self.embed(parts) for parts in joined])
-        self._check_length(ids.shape[1], 0)
         longest = max(map(len, answers))
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        with self._routing.prefill(ids):
-            logits = self.language_model(
-                inputs_embeds=embeds,
-                attention_mask=mask,
-                position_ids=positions,
-                use_cache=False,
-                logits_to_keep=longest + 1,
-            ).logits
+        with self._routing.turn:
+            logits = self._last_logits(joined, num_positions=longest + 1)
         logs = torch.log_softmax(logits[:, :-1].to(torch.float32), dim=-1)
         scores = []
         for row, tokens in zip(logs, answers, strict=True):
@@ -299,6 +298,23 @@ class Composite:
             likelihood = answer_logs.gather(1, target[:, None]).mean()
             scores.append((float(likelihood), bool((answer_logs.argmax(-1) == target).all())))
         return scores
+
+    def _last_logits(
+        self, prompts: Sequence[Sequence[Part]], *, num_positions: int
+    ) -> torch.Tensor:
+        """Return logits of the last positions of each prompt, [batch, positions, vocabulary]."""
+        embeds, ids, mask = self._pad([self.embed(parts) for parts in prompts])
+        self._check_length(ids.shape[1], 0)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        with self._routing.prefill(ids):
+            logits: torch.Tensor = self.language_model(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=False,
+                logits_to_keep=num_positions,
+            ).logits
+        return logits
 
     def _generate(
         self,
@@ -315,17 +331,22 @@ class Composite:
             raise PromptError(f"expected a cache of {get_args(Cache)}, got {cache!r}")
         if max_new_tokens < 1:
             raise PromptError(f"{max_new_tokens} tokens are to be generated; ask for at least one")
-        embeds, ids, mask = self._pad([self.embed(parts) for parts in prompts])
-        self._check_length(ids.shape[1], max_new_tokens)
         stop = self.tokenizer.eos_token_id
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else stop
         settings = {"do_sample": False, "eos_token_id": stop, "pad_token_id": pad} | options
         if cache == "static":
             settings["cache_implementation"] = "static"
-        with self._routing.prefill(ids), self._seeded(seed, samples=bool(settings["do_sample"])):
-            tokens: torch.Tensor = self.language_model.generate(
-                inputs_embeds=embeds, attention_mask=mask, max_new_tokens=max_new_tokens, **settings
-            )
+        samples = bool(settings["do_sample"])
+        with self._routing.turn:
+            embeds, ids, mask = self._pad([self.embed(parts) for parts in prompts])
+            self._check_length(ids.shape[1], max_new_tokens)
+            with self._routing.prefill(ids), self._seeded(seed, samples=samples):
+                tokens: torch.Tensor = self.language_model.generate(
+                    inputs_embeds=embeds,
+                    attention_mask=mask,
+                    max_new_tokens=max_new_tokens,
+                    **settings,
+                )
         return tokens
 
     def _pad(
@@ -348,16 +369,23 @@ class Composite:
 
     @contextmanager
     def _seeded(self, seed: int | None, *, samples: bool) -> Iterator[None]:
-        """Draw the same random numbers on all ranks; restore the generator's state afterwards."""
-        if seed is None and (not samples or self.group.num_ranks == 1):
+        """Draw the same random numbers on all ranks; restore the generator's state afterwards.
+
+        Composites in other threads draw none meanwhile.
+        """
+        if seed is None and not samples:
             yield
             return
-        if seed is None:
-            seed = int(torch.randint(2**62, ()))
-        shared = self.group.broadcast_object(seed, source=0)
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(shared)
-            yield
+        with _random_turn:
+            if seed is None and self.group.num_ranks == 1:
+                yield
+                return
+            if seed is None:
+                seed = int(torch.randint(2**62, ()))
+            shared = self.group.broadcast_object(seed, source=0)
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                torch.manual_seed(shared)
+                yield
 
     def _check_length(self, num_tokens: int, max_new_tokens: int) -> None:
         longest = getattr(self.language_model.config, "max_position_embeddings", None)

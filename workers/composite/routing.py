@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import RLock
+from threading import RLock, local
 from typing import Any
 
 import torch
@@ -24,10 +24,14 @@ class Routing:
 
     Call order: `follow` once per model; then, per prompt, `prefill` around the passes. A
     pre-forward hook of the model sets the groups ahead of every pass; layers read `groups`.
+
+    Layers know one prompt only, so one thread at a time runs the model: `turn` is held by
+    `prefill`, by every pass of a model that is followed, and by callers for longer, from the
+    encoding of a prompt to the decoding of its answer.
     """
 
     def __init__(self) -> None:
-        self._lock = RLock()
+        self._make_turn()
         self._modality_ids: torch.Tensor | None = None
         self._prompt_ids: torch.Tensor | None = None
         self._scratch: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
@@ -47,13 +51,20 @@ class Routing:
         if self.groups is None:
             self._scratch.clear()
 
+    def _make_turn(self) -> None:
+        self.turn = RLock()
+        """Held by the thread whose prompt is processed; reentrant."""
+        self._passes = local()
+        """`depth`: running passes of this thread, each of which has acquired the turn."""
+
     def __getstate__(self) -> dict[str, Any]:
-        # Locks cannot be copied: a copy of a model gets a lock of its own.
-        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+        # Locks cannot be copied: a copy of a model gets a turn of its own.
+        excluded = ("turn", "_passes")
+        return {name: value for name, value in self.__dict__.items() if name not in excluded}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._lock = RLock()
+        self._make_turn()
 
     def scratch(self, shape: tuple[int, int], *, like: torch.Tensor) -> torch.Tensor:
         """Return scratch memory of this shape, with the device and dtype of `like`.
@@ -82,10 +93,9 @@ class Routing:
         """Route the passes inside the context by the ids of a prompt, int64 [batch, tokens].
 
         Outside, every token is text. A model that this routing follows may process the prompt in
-        chunks; tokens after the prompt are text. One thread at a time is inside, since layers know
-        one prompt only.
+        chunks; tokens after the prompt are text. One thread at a time is inside.
         """
-        with self._lock:
+        with self.turn:
             self._prompt_ids = self.modality_ids = modality_ids
             try:
                 yield
@@ -96,9 +106,26 @@ class Routing:
         """Set the modality of each token ahead of every forward pass of a language model."""
         # The hook refers to the routing and not to its owner: a model on a reference cycle would
         # keep its memory until the garbage collector runs.
-        model.register_forward_pre_hook(self._route, with_kwargs=True)
+        model.register_forward_pre_hook(self._begin_pass, with_kwargs=True)
+        model.register_forward_hook(self._end_pass, always_call=True)
 
-    def _route(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def _begin_pass(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Take the turn for one pass: a thread that calls the model itself waits for the others."""
+        self.turn.acquire()
+        self._passes.depth = getattr(self._passes, "depth", 0) + 1
+        self._route(args, kwargs)
+
+    def _end_pass(self, module: nn.Module, args: Any, outputs: Any) -> None:
+        """Release the turn after a pass, or its failure.
+
+        Called too where another hook failed before the turn was taken, hence the count.
+        """
+        depth = getattr(self._passes, "depth", 0)
+        if depth:
+            self._passes.depth = depth - 1
+            self.turn.release()
+
+    def _route(self, args: Any, kwargs: dict[str, Any]) -> None:
         """Set the modality ids of the positions of one forward pass.
 
         The prompt may come in one pass or in chunks; with beams or several answers per prompt each

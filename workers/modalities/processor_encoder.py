@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -47,7 +48,8 @@ class MediaEncoder:
 
     The expert's model class runs with a language model of zero layers. A hook captures the
     embeddings of the placeholder, as processor and forward pass laid them out, where they would
-    enter the language model.
+    enter the language model. One thread at a time encodes: neither processors nor hooks of a model
+    are safe for threads.
     """
 
     def __init__(
@@ -94,12 +96,7 @@ class MediaEncoder:
         self.model = model.to(device)
         self.inputs = _open_inputs(config.model_type, files, owner=owner)
         self.placeholder = placeholder or self.inputs.find_placeholder(modality, owner=owner)
-        self._captured: list[torch.Tensor] = []
-        decoder: nn.Module = self.model.get_decoder()
-        decoder.register_forward_pre_hook(self._capture, with_kwargs=True)
-
-    def _capture(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self._captured.append(kwargs["inputs_embeds"])
+        self._turn = Lock()
 
     @torch.inference_mode()
     def encode(self, part: Part) -> torch.Tensor:
@@ -108,6 +105,10 @@ class MediaEncoder:
         Raises:
             PromptError: it cannot be read, or the processor refuses it.
         """
+        with self._turn:
+            return self._encode(part)
+
+    def _encode(self, part: Part) -> torch.Tensor:
         try:
             inputs = self.inputs.make(self.placeholder, self.modality, part)
         except MmergeError:
@@ -123,21 +124,40 @@ class MediaEncoder:
             for name, value in inputs.items()
             if isinstance(value, torch.Tensor)
         }
-        self._captured.clear()
         try:
-            self.model(**moved, use_cache=False)
+            embeds = self._capture_embeds(moved)[0]
+        except MmergeError:
+            raise
         except Exception as error:
             raise PromptError(
                 f"the {part.kind}: the encoder of expert {self.expert!r} fails on it"
                 f" ({type(error).__name__}: {describe_error(error)})"
             ) from error
-        if not self._captured:
+        return embeds[self.inputs.without_frame(moved["input_ids"][0])]
+
+    def _capture_embeds(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """Return what enters the language model in one forward pass, [batch, tokens, hidden].
+
+        The hook belongs to this pass alone, so no embeddings of another input can be returned.
+        """
+        captured: list[torch.Tensor] = []
+
+        def capture(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            if kwargs.get("inputs_embeds") is not None:
+                captured.append(kwargs["inputs_embeds"])
+
+        decoder: nn.Module = self.model.get_decoder()
+        handle = decoder.register_forward_pre_hook(capture, with_kwargs=True)
+        try:
+            self.model(**inputs, use_cache=False)
+        finally:
+            handle.remove()
+        if not captured:
             raise CheckpointError(
                 f"expert {self.expert!r}: its model does not pass embeddings to its language model"
                 " as inputs_embeds"
             )
-        embeds = self._captured[0][0]
-        return embeds[self.inputs.without_frame(moved["input_ids"][0])]
+        return captured[0]
 
 
 class ProcessorInputs:
