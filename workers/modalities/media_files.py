@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,6 +22,9 @@ _AUDIO_STARTS = (b"RIFF", b"RF64", b"fLaC", b"OggS", b"ID3")
 """First bytes of the formats that are read; the library would try dozens of others."""
 _AUDIO_FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MPEG", "MP3")
 _BLOCK_SAMPLES = 1 << 16
+_MPEG1_BIT_RATES = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 0)
+_MPEG2_BIT_RATES = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160, 0)
+"""kbit/s of Layer III by index; 0 where a stream is of free format, or the index is reserved."""
 
 
 def read_array(path: str | Path, *, what: str, remedy: str) -> NDArray[Any]:
@@ -154,10 +154,8 @@ def _decode_audio(descriptor: int, *, label: str) -> tuple[NDArray[np.float32], 
     is_mpeg = len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0
     if not head.startswith(_AUDIO_STARTS) and not is_mpeg:
         raise ValueError("it is no WAV, FLAC, OGG or MP3 file")
-    with (
-        _silent_stderr(),
-        soundfile.SoundFile(descriptor, closefd=False) as sound,
-    ):
+    _check_mp3_start(descriptor)
+    with soundfile.SoundFile(descriptor, closefd=False) as sound:
         if sound.format not in _AUDIO_FORMATS:
             raise ValueError(f"its format is {sound.format}")
         limits.AUDIO_CHANNELS.check(sound.channels, where=label, error=PromptError)
@@ -223,16 +221,33 @@ def _mp3_bytes(frame: bytes) -> int:
     return int.from_bytes(frame[offset : offset + 4], "big")
 
 
-@contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Discard what a decoder's C code prints to stderr: the raised error says what is wrong."""
-    sys.stderr.flush()
-    saved = os.dup(2)
-    null = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(null, 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(null)
+def _check_mp3_start(descriptor: int) -> None:
+    """Raise ValueError where a file that begins as an MP3 has no second frame after the first.
+
+    Its decoder would search the rest of the file for frames and print what it meets to stderr,
+    which belongs to the whole process and cannot be silenced for one thread.
+    """
+    num_bytes = _mp3_frame_bytes(os.pread(descriptor, 4, 0))
+    following = os.pread(descriptor, 4, num_bytes)
+    is_end = len(following) < 4 or following[:3] in (b"TAG", b"APE", b"LYR")  # tags at the end
+    if num_bytes and not is_end and not _mp3_frame_bytes(following):
+        raise ValueError(f"no MP3 frame follows the first one, at byte {num_bytes:,}")
+
+
+def _mp3_frame_bytes(header: bytes) -> int:
+    """Return the length of an MP3 frame from its header of 4 bytes, or 0 where it does not say.
+
+    ISO/IEC 11172-3, 2.4.1.3 and 13818-3 (the halved sampling rates), Layer III.
+    """
+    if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE6 != 0xE2:
+        return 0
+    version = header[1] >> 3 & 3  # 3: MPEG-1, 2: MPEG-2, 0: MPEG-2.5
+    rate_index = header[2] >> 2 & 3
+    if version == 1 or rate_index == 3:
+        return 0
+    bit_rate = (_MPEG1_BIT_RATES if version == 3 else _MPEG2_BIT_RATES)[header[2] >> 4]
+    if not bit_rate:
+        return 0
+    sampling_rate = (44_100, 48_000, 32_000)[rate_index] >> {3: 0, 2: 1, 0: 2}[version]
+    padding = header[2] >> 1 & 1
+    return (144 if version == 3 else 72) * bit_rate * 1000 // sampling_rate + padding

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,13 @@ import soundfile  # type: ignore[import-untyped]
 from PIL import Image
 
 from mmerge.manifests.errors import PromptError
-from mmerge.workers.modalities.media_files import read_array, read_audio, read_image, read_video
+from mmerge.workers.modalities.media_files import (
+    _mp3_frame_bytes,
+    read_array,
+    read_audio,
+    read_image,
+    read_video,
+)
 from mmerge.workers.modalities.prompt import Part, check_places, make_prompt
 
 A, B = Part("image", "a.png"), Part("audio", "b.wav")
@@ -130,12 +140,54 @@ def test_what_a_decoder_prints_about_a_broken_sound_is_not_added_to_the_error(
     with pytest.raises(
         PromptError,
         match=(
-            r"broken.mp3: cannot be read as audio \(the decoder finds no audio in it\)\. Give"
-            r" a WAV"
+            r"broken.mp3: cannot be read as audio \(no MP3 frame follows the first one, at byte"
+            r" \d+\)\. Give a WAV"
         ),
     ):
         read_audio(path, sampling_rate=16000)
     assert capfd.readouterr().err == ""
+
+
+def test_reading_sounds_leaves_the_stderr_of_the_process_to_other_threads(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "noise.mp3"
+    soundfile.write(path, np.sin(np.arange(16000) * 0.1).astype(np.float32), 16000)
+    before = os.fstat(2).st_ino
+    is_done = threading.Event()
+
+    def write_lines() -> int:
+        num_lines = 0
+        while not is_done.is_set():
+            os.write(2, b"line of another thread\n")
+            num_lines += 1
+            time.sleep(0.0001)
+        return num_lines
+
+    with ThreadPoolExecutor(4) as pool:
+        written = pool.submit(write_lines)
+        try:
+            list(pool.map(lambda _: read_audio(path, sampling_rate=16000), range(60)))
+        finally:
+            is_done.set()
+    assert os.fstat(2).st_ino == before
+    assert capfd.readouterr().err.count("line of another thread\n") == written.result()
+
+
+@pytest.mark.parametrize("rate", [8000, 12000, 16000, 22050, 44100, 48000])
+def test_every_frame_of_an_mp3_ends_where_the_next_one_begins(tmp_path: Path, rate: int) -> None:
+    path = tmp_path / "tone.mp3"
+    for mode in ("CONSTANT", "VARIABLE"):
+        soundfile.write(
+            path, np.sin(np.arange(rate) * 0.1).astype(np.float32), rate, bitrate_mode=mode
+        )
+        data, start = path.read_bytes(), 0
+        while start < len(data):
+            num_bytes = _mp3_frame_bytes(data[start : start + 4])
+            assert num_bytes
+            start += num_bytes
+        assert start == len(data)
+        assert len(read_audio(path, sampling_rate=rate)) == rate
 
 
 def test_an_array_file_gives_its_numbers_in_the_order_of_this_machine(tmp_path: Path) -> None:
