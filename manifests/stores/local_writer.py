@@ -206,6 +206,10 @@ def _writing_threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(WRITING_THREADS, thread_name_prefix="mmerge-write")
 
 
+# A forked process has the pool but none of its threads: it would wait for them forever.
+os.register_at_fork(after_in_child=_writing_threads.cache_clear)
+
+
 def _open_direct(path: Path) -> int | None:
     """Return a descriptor that bypasses the page cache, None where that is not supported."""
     if not hasattr(os, "O_DIRECT"):

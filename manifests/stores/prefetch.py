@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,6 +39,10 @@ ReadInto = Callable[[int, NDArray[np.uint8]], None]
 def _pool() -> ThreadPoolExecutor:
     # The library releases the GIL while it waits, so threads are enough.
     return ThreadPoolExecutor(NUM_REQUESTS, thread_name_prefix="mmerge-read")
+
+
+# A forked process has the pool but none of its threads: it would wait for them forever.
+os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def read_in_parts(

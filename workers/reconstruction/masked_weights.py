@@ -9,6 +9,7 @@ float32, rounded once.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -166,6 +167,10 @@ def _to_rows(tensor: torch.Tensor) -> Bytes:
 @cache
 def _threads(num_threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(num_threads, thread_name_prefix="mmerge-weights")
+
+
+# A forked process has the pool but none of its threads: it would wait for them forever.
+os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
 class BlockKernel:
