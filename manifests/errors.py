@@ -6,6 +6,11 @@ from collections.abc import Sequence
 
 from mmerge.manifests.redaction import redact
 
+REPAIR = "'mmerge run RECIPE --fresh', with the recipe of this build, repairs it"
+"""Remedy for every damage of a stored build: a run with `--fresh` compares all that the build has
+with what it computes, and writes again what is missing or damaged.
+"""
+
 
 class MmergeError(Exception):
     """Base of all errors that the project raises deliberately; the CLI prints them in one line.
@@ -62,6 +67,14 @@ class DamagedObject(ManifestError):
 
 class SignatureError(MmergeError):
     """A signature is missing, cannot be made, or is not by the required identity."""
+
+
+class UnknownVersion(ManifestError):
+    """A manifest has a version of the format that this program does not read."""
+
+
+class BuildDiffers(MmergeError):
+    """A build was made or copied again with another result; the stored one was not replaced."""
 
 
 class PromptError(MmergeError):

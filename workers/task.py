@@ -210,4 +210,8 @@ class TaskResult:
     """The ShardEntry of a merge or copy; None for tasks whose result is in the store."""
     deferred_commits: tuple[DeferredCommit, ...] = ()
     """Files that the task wrote and the driver has to commit, in order."""
+    differing: tuple[str, ...] = ()
+    """Tensors whose bytes differ from those of the stored object, which was left as it is."""
+    repaired: tuple[str, ...] = ()
+    """Keys that were missing or damaged, and were written again."""
     notes: tuple[str, ...] = field(default=())

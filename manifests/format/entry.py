@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from mmerge.manifests.digest import parse_json, to_canonical_json
-from mmerge.manifests.errors import ManifestError, NotFound, StoreError
+from mmerge.manifests.errors import (
+    REPAIR,
+    ManifestError,
+    NotFound,
+    StoreError,
+    StoreUnavailable,
+)
 from mmerge.manifests.stores.base import ReadableStore, Store, check_key
 
 Role = Literal["base", "delta", "mask", "merged", "carried", "extra_rows", "adapter"]
@@ -16,6 +23,7 @@ plain tensor, a tensor copied from an expert, the vocabulary rows that an expert
 factor of an expert's adapter.
 """
 
+log = logging.getLogger("mmerge.store")
 MAX_ENTRY_BYTES = 64 << 20
 DIGEST_PATTERN = r"^[0-9a-f]{64}$"
 
@@ -127,15 +135,26 @@ def read_entry(store: ReadableStore, digest: str) -> ShardEntry | None:
     key = entry_key(digest)
     try:
         raw = store.read(key, max_bytes=MAX_ENTRY_BYTES)
+        entry = ShardEntry.model_validate(parse_json(raw, what=key))
+        if entry.object.key != object_key(digest):
+            raise ValueError(f"it describes {entry.object.key}")
     except NotFound:
         return None
+    except StoreUnavailable:
+        raise
+    except (StoreError, ValueError) as error:
+        reason = Exception.__str__(error).splitlines()[0]
+        raise ManifestError(f"{store.uri}: {key} is damaged ({reason}). {REPAIR}") from error
+    return entry
+
+
+def find_entry(store: ReadableStore, digest: str) -> ShardEntry | None:
+    """Return the entry of a finished shard, None if it is missing, or damaged (logged)."""
     try:
-        return ShardEntry.model_validate(parse_json(raw, what=key))
-    except ValueError as error:
-        raise ManifestError(
-            f"{store.uri}: {key} is damaged ({str(error).splitlines()[0]}). Delete it; the next run"
-            " writes it again"
-        ) from error
+        return read_entry(store, digest)
+    except ManifestError as error:
+        log.warning("%s", Exception.__str__(error))
+        return None
 
 
 def write_entry(store: Store, digest: str, entry: ShardEntry) -> None:

@@ -10,16 +10,17 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
-from mmerge.manifests.digest import digest_bytes, parse_json, to_canonical_json
+from mmerge.manifests.digest import SHOWN_DIGITS, digest_bytes, parse_json, to_canonical_json
 from mmerge.manifests.errors import (
+    REPAIR,
     ManifestError,
     NotFound,
     StoreError,
     StoreUnavailable,
+    UnknownVersion,
 )
 from mmerge.manifests.format.entry import DIGEST_PATTERN, ObjectEntry, Record, validate_key
-from mmerge.manifests.stores import confirm
-from mmerge.manifests.stores.base import ReadableStore, Store
+from mmerge.manifests.stores.base import ReadableStore
 
 FORMAT = "mmerge-composite"
 VERSION = 1
@@ -183,24 +184,6 @@ def to_manifest_bytes(manifest: Manifest) -> bytes:
     return to_canonical_json(manifest.model_dump(mode="json", exclude_none=True)) + b"\n"
 
 
-def write_manifest(store: Store, manifest: Manifest) -> bool:
-    """Commit a build and read its manifest back; return False if an equal one existed already.
-
-    Raises:
-        ManifestError: a different manifest of the same build exists.
-        StoreUnavailable: the store loses or changes what it is sent.
-    """
-    key = manifest_key(manifest.build)
-    data = to_manifest_bytes(manifest)
-    stored = confirm.create(store, key, data)
-    if stored.data != data:
-        raise ManifestError(
-            f"{store.uri}: build {manifest.build[:12]} exists with another manifest. "
-            "Run 'mmerge verify' on it; if it is damaged, delete it and run again"
-        )
-    return stored.is_new
-
-
 def read_manifest(store: ReadableStore, build: str) -> Manifest:
     """Return the manifest of a build.
 
@@ -220,27 +203,37 @@ def read_manifest(store: ReadableStore, build: str) -> Manifest:
     try:
         raw = parse_json(data, what="manifest")
     except ValueError as error:
-        raise ManifestError(f"{where}: {error}. The manifest is damaged") from error
+        raise ManifestError(f"{where}: {error}. The manifest is damaged. {REPAIR}") from error
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        raise ManifestError(f"{where}: is no {FORMAT} manifest")
-    if raw.get("version") != VERSION:
-        raise ManifestError(
-            f"{where}: has format version {raw.get('version')!r}, this mmerge reads version"
-            f" {VERSION}. Use the mmerge that wrote it, or a newer one"
-        )
+        raise ManifestError(f"{where}: is no {FORMAT} manifest. {REPAIR}")
+    _check_version(store, build, raw.get("version"))
     try:
         manifest = Manifest.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         raise ManifestError(
-            f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}. The manifest is damaged"
+            f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}. The manifest is damaged."
+            f" {REPAIR}"
         ) from error
     if manifest.build != build:
         raise ManifestError(
             f"{where}: describes build {manifest.build[:12]}, not {build[:12]}. The manifest is"
-            " damaged"
+            f" damaged. {REPAIR}"
         )
     return manifest
+
+
+def _check_version(store: ReadableStore, build: str, version: object) -> None:
+    if version == VERSION:
+        return
+    where = f"{store.uri}: {manifest_key(build)}: has format version {version!r}"
+    if not isinstance(version, int) or version < VERSION:
+        raise ManifestError(f"{where}, which does not exist. The manifest is damaged. {REPAIR}")
+    raise UnknownVersion(
+        f"{where}, this mmerge reads version {VERSION}. Use the mmerge that wrote it, or a newer"
+        " one; if there is none that writes this version, the manifest is damaged: 'mmerge delete"
+        f" {store.uri}#{build[:SHOWN_DIGITS]} --yes', then run the recipe again"
+    )
 
 
 def read_file(store: ReadableStore, entry: FileEntry) -> bytes:
@@ -257,11 +250,11 @@ def read_file(store: ReadableStore, entry: FileEntry) -> bytes:
     except StoreError as error:
         raise ManifestError(
             f"{Exception.__str__(error)}, the manifest says {entry.num_bytes:,}: {entry.name} is"
-            " damaged"
+            f" damaged. {REPAIR}"
         ) from error
     if digest_bytes(data) != entry.digest:
         raise ManifestError(
             f"{store.uri}: {entry.key} ({entry.name}) is damaged: its digest differs from the"
-            " manifest's"
+            f" manifest's. {REPAIR}"
         )
     return data

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from pydantic import TypeAdapter, ValidationError
 
 from mmerge.manifests.digest import digest_bytes
-from mmerge.manifests.errors import ManifestError, NotFound, StoreError, StoreUnavailable
+from mmerge.manifests.errors import REPAIR, ManifestError, NotFound, StoreError, StoreUnavailable
 from mmerge.manifests.format.entry import ObjectEntry, ShardEntry, TensorRow, validate_key
 from mmerge.manifests.format.manifest import TableEntry
 from mmerge.manifests.format.safetensors_header import DTYPE_BYTES
@@ -69,6 +69,11 @@ Group = tuple[str, str]
 _ROWS = TypeAdapter(list[StoredRow])
 
 
+def table_key(build: str, digest: str) -> str:
+    """Return the key of a build's table: writers of other bytes use other keys."""
+    return f"builds/{build}/tensors.{digest}.parquet"
+
+
 def make_table(entries: Iterable[ShardEntry]) -> bytes:
     """Return the Parquet file of the tensors of these entries, in their order."""
     rows: list[dict[str, Any]] = []
@@ -99,18 +104,17 @@ def read_table_bytes(store: ReadableStore, entry: TableEntry) -> bytes:
         data = store.read(entry.key, max_bytes=max(entry.num_bytes, 1))
     except NotFound:
         raise ManifestError(
-            f"{store.uri}: {entry.key} is missing: the build is not whole. Run the recipe again"
+            f"{store.uri}: {entry.key} is missing: the build is not whole. {REPAIR}"
         ) from None
     except StoreUnavailable:
         raise
     except StoreError as error:
         raise ManifestError(
-            f"{Exception.__str__(error)}: the table is damaged. Run the recipe again"
+            f"{Exception.__str__(error)}: the table is damaged. {REPAIR}"
         ) from error
     if digest_bytes(data) != entry.digest:
         raise ManifestError(
-            f"{store.uri}: {entry.key} is damaged: its digest differs from the manifest's. Run the"
-            " recipe again"
+            f"{store.uri}: {entry.key} is damaged: its digest differs from the manifest's. {REPAIR}"
         )
     return data
 
@@ -126,6 +130,20 @@ def read_table(
         ManifestError: the table is missing, damaged, or inconsistent.
     """
     data = read_table_bytes(store, entry)
+    try:
+        return parse_table(data, with_statistics=with_statistics)
+    except ValueError as error:
+        raise ManifestError(
+            f"{store.uri}: {entry.key} is no valid table ({error}). {REPAIR}"
+        ) from error
+
+
+def parse_table(data: bytes, *, with_statistics: bool = True) -> list[StoredRow]:
+    """Return all rows of a file that `make_table` wrote.
+
+    Raises:
+        ValueError: it is no such file.
+    """
     columns = (
         None if with_statistics else [name for name in SCHEMA.names if name not in _STATISTICS]
     )
@@ -135,10 +153,7 @@ def read_table(
         return _parse_rows(raws, with_statistics=with_statistics)
     # pyarrow raises OSError for a page header that it cannot parse.
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ManifestError(
-            f"{store.uri}: {entry.key} is no valid table ({_first_reason(error)}). Run the recipe"
-            " again"
-        ) from error
+        raise ValueError(_first_reason(error)) from error
 
 
 def _first_reason(error: Exception) -> str:

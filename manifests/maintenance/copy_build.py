@@ -8,21 +8,31 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
-from mmerge.manifests.errors import DamagedObject, ManifestError, NotFound
-from mmerge.manifests.format.entry import ObjectEntry, read_entry, write_entry
-from mmerge.manifests.format.manifest import (
-    FileEntry,
-    manifest_key,
-    read_file,
-    read_manifest,
-    write_manifest,
+from mmerge.manifests.digest import SHOWN_DIGITS
+from mmerge.manifests.errors import REPAIR, BuildDiffers, DamagedObject, ManifestError, NotFound
+from mmerge.manifests.format.entry import (
+    ObjectEntry,
+    ShardEntry,
+    digest_of_object,
+    entry_key,
+    find_entry,
+    write_entry,
 )
+from mmerge.manifests.format.files import PutResult, put_file
+from mmerge.manifests.format.manifest import FileEntry, read_file, read_manifest
+from mmerge.manifests.format.publish import check_same_build, find_whole_manifest, publish_build
 from mmerge.manifests.format.references import (
     Reference,
     find_build,
     find_reference,
     split_uri,
     write_reference,
+)
+from mmerge.manifests.format.stored_objects import (
+    digest_object,
+    find_listings,
+    find_object_damage,
+    read_pieces,
 )
 from mmerge.manifests.format.table import read_table_bytes
 from mmerge.manifests.maintenance.lease import Lease
@@ -31,7 +41,6 @@ from mmerge.manifests.stores.base import ReadableStore, Store
 from mmerge.manifests.stores.create_check import check_store
 from mmerge.manifests.stores.open import open_readable_store, open_store
 
-READ_BYTES = 16 << 20
 CONCURRENT_OBJECTS = 4
 """Objects that are copied at once; each holds a piece of 16 MiB and the parts of its writer."""
 
@@ -46,6 +55,8 @@ class CopyReport:
     num_copied: int
     num_present: int
     copied_bytes: int
+    repaired: tuple[str, ...] = ()
+    """Keys that were damaged in the target, and were written again."""
 
 
 def copy_build(
@@ -64,10 +75,11 @@ def copy_build(
         uri: the build, as STORE, STORE#NAME, STORE#NAME@N or STORE#DIGEST.
         target_uri: the store to copy into; a missing folder is made.
         name: the name in the target; that of the source if absent.
-        everything: copy objects that the target has already, too (they may be damaged).
+        everything: read what the target has already, and repair what is damaged there.
         on_bytes: receives the size of every piece that is copied.
 
     Raises:
+        BuildDiffers: the target has the build, or one of its objects, with other bytes.
         DamagedObject, ManifestError: the source is damaged or incomplete.
         StoreError: a store cannot be read or written.
     """
@@ -75,22 +87,24 @@ def copy_build(
     source, target = open_readable_store(source_uri), open_store(target_uri, create=True)
     build = find_build(source, fragment)
     manifest = read_manifest(source, build)
+    table = read_table_bytes(source, manifest.table)
     origin = find_reference(source, fragment, build)
     if name is None and origin is None:
         raise ManifestError(f"{uri}: no name points to build {build[:12]}. Choose one with --name")
     check_store(target)
     with Lease(target, "run") as lease:
         lease.wait_for_none("collect")
+        stored = find_whole_manifest(target, build)
+        if stored is not None:
+            check_same_build(target, stored, manifest)
         copier = _Copier(source, target, everything, on_bytes)
         objects = {entry.key: entry for entry in manifest.entries}
         with ThreadPoolExecutor(CONCURRENT_OBJECTS) as pool:
-            copied_bytes = list(pool.map(copier.copy_object, objects.values()))
-            copied_bytes += pool.map(copier.copy_file, manifest.unique_files())
-        if everything or not target.exists(manifest_key(build)):
-            target.put(manifest.table.key, read_table_bytes(source, manifest.table))
-        for key in list_signatures(source, build):
-            target.put(key, source.read(key, max_bytes=MAX_SIGNATURE_BYTES))
-        write_manifest(target, manifest)
+            copies = list(pool.map(copier.copy_object, objects.values()))
+            copies += pool.map(copier.copy_file, manifest.unique_files())
+        publication = publish_build(target, manifest, table)
+        if publication.manifest == manifest:
+            copier.copy_signatures(build)
         reference, _ = write_reference(
             target,
             name or (origin.name if origin else ""),
@@ -98,14 +112,24 @@ def copy_build(
             sources=origin.sources if origin else {},
             versions=origin.versions if origin else {},
         )
+    repaired = [copy.key for copy in copies if copy.result == "repaired"]
     return CopyReport(
         uri=f"{target.uri}#{reference.name}",
         build=build,
         reference=reference,
-        num_copied=sum(num_bytes > 0 for num_bytes in copied_bytes),
-        num_present=copied_bytes.count(0),
-        copied_bytes=sum(copied_bytes),
+        num_copied=sum(copy.result != "present" for copy in copies),
+        num_present=sum(copy.result == "present" for copy in copies),
+        copied_bytes=sum(copy.num_bytes for copy in copies),
+        repaired=(*repaired, *publication.repaired),
     )
+
+
+@dataclass(frozen=True)
+class _Copy:
+    key: str
+    result: PutResult
+    num_bytes: int
+    """Bytes that were written."""
 
 
 @dataclass(frozen=True)
@@ -115,48 +139,97 @@ class _Copier:
     everything: bool
     on_bytes: Callable[[int], None]
 
-    def copy_object(self, entry: ObjectEntry) -> int:
-        """Copy one object and its entry; return the copied bytes, 0 if the target had it."""
-        if not self.everything and self._is_present(entry.key, entry.num_bytes):
-            return 0
+    def copy_object(self, entry: ObjectEntry) -> _Copy:
+        """Copy one object and its entry, unless the target has them.
+
+        Raises:
+            BuildDiffers: the target has the object with other bytes.
+            DamagedObject: the source's object is missing or damaged.
+        """
+        digest = digest_of_object(entry.key)
+        target_entry = find_entry(self.target, digest)
+        result: PutResult = "created"
+        if target_entry is not None or self.target.exists(entry.key):
+            self._check_target(entry, target_entry)
+            if find_object_damage(self.target, entry, read=self.everything) is None:
+                if target_entry is not None:
+                    return _Copy(entry.key, "present", 0)
+                if (
+                    self.everything
+                    or digest_object(self.target, entry.key, num_bytes=entry.num_bytes)
+                    == entry.digest
+                ):
+                    self._copy_entry(digest)
+                    return _Copy(entry_key(digest), "repaired", 0)
+            result = "repaired"
+        self._copy_bytes(entry)
+        self._copy_entry(digest)
+        return _Copy(entry.key, result, entry.num_bytes)
+
+    def _check_target(self, entry: ObjectEntry, target_entry: ShardEntry | None) -> None:
+        """Raise BuildDiffers if the target depends on other bytes of an object."""
+        if target_entry is not None and target_entry.object.digest == entry.digest:
+            return
+        others = [
+            listing.build
+            for listing in find_listings(self.target, entry.key)
+            if listing.entry.digest != entry.digest
+        ]
+        if others:
+            commands = " and ".join(
+                f"'mmerge delete {self.target.uri}#{build[:SHOWN_DIGITS]} --objects --yes'"
+                for build in others
+            )
+        elif target_entry is not None and not find_object_damage(
+            self.target, target_entry.object, read=True
+        ):
+            commands = f"'mmerge gc {self.target.uri} --delete --grace 0s'"
+        else:
+            return
+        raise BuildDiffers(
+            f"{self.target.uri}: {entry.key} ({entry.shard}) has other bytes there than in"
+            f" {self.source.uri}: nothing was replaced. To take the ones of the source: {commands},"
+            " then copy again; or copy to another store"
+        )
+
+    def _copy_bytes(self, entry: ObjectEntry) -> None:
         digest = blake3()
         try:
             with self.target.open_writer(entry.key) as out:
-                for offset in range(0, entry.num_bytes, READ_BYTES):
-                    data = self.source.read_forward(
-                        entry.key,
-                        offset=offset,
-                        num_bytes=min(READ_BYTES, entry.num_bytes - offset),
-                        start=0,
-                        stop=entry.num_bytes,
-                    )
+                for _, data in read_pieces(self.source, entry.key, num_bytes=entry.num_bytes):
                     digest.update(data)
                     out.write(data)
                     self.on_bytes(len(data))
                 if digest.hexdigest() != entry.digest:
                     raise DamagedObject(
-                        f"{self.source.uri}: {entry.key} ({entry.shard}) is damaged. 'mmerge"
-                        " verify' names the tensors; it was not copied"
+                        f"{self.source.uri}: {entry.key} ({entry.shard}) is damaged, it was not"
+                        f" copied; 'mmerge verify' names the tensors. {REPAIR}"
                     )
         except NotFound as error:
             raise DamagedObject(
-                f"{self.source.uri}: {entry.key} ({entry.shard}) is missing. Run the recipe again"
+                f"{self.source.uri}: {entry.key} ({entry.shard}) is missing. {REPAIR}"
             ) from error
-        stem = entry.key.removeprefix("objects/").removesuffix(".safetensors")
-        shard_entry = read_entry(self.source, stem)
+
+    def _copy_entry(self, digest: str) -> None:
+        shard_entry = find_entry(self.source, digest)
         if shard_entry is not None:
-            write_entry(self.target, stem, shard_entry)
-        return entry.num_bytes
+            write_entry(self.target, digest, shard_entry)
 
-    def copy_file(self, entry: FileEntry) -> int:
-        """Copy one small file; return the copied bytes, 0 if the target had it."""
-        if not self.everything and self._is_present(entry.key, entry.num_bytes):
-            return 0
-        self.target.put(entry.key, read_file(self.source, entry))
-        return entry.num_bytes
+    def copy_file(self, entry: FileEntry) -> _Copy:
+        """Copy one small file, unless the target has it."""
+        if not self.everything and self._has_size(entry):
+            return _Copy(entry.key, "present", 0)
+        result = put_file(self.target, entry.key, read_file(self.source, entry))
+        return _Copy(entry.key, result, 0 if result == "present" else entry.num_bytes)
 
-    def _is_present(self, key: str, num_bytes: int) -> bool:
+    def copy_signatures(self, build: str) -> None:
+        """Copy the signatures of a manifest that both stores have; the target keeps its own."""
+        for key in list_signatures(self.source, build):
+            if self.everything or not self.target.exists(key):
+                self.target.put(key, self.source.read(key, max_bytes=MAX_SIGNATURE_BYTES))
+
+    def _has_size(self, entry: FileEntry) -> bool:
         try:
-            return self.target.num_bytes(key) == num_bytes
+            return self.target.num_bytes(entry.key) == entry.num_bytes
         except NotFound:
             return False

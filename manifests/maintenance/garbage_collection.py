@@ -198,7 +198,11 @@ def _may_be_deleted(key: str, live: _Live, *, scans: bool) -> bool:
         return False
     folder = key.partition("/")[0]
     if folder == "builds":
-        return key.split("/")[1] not in live.builds
+        build = key.split("/")[1]
+        # Of a live build only tables can be garbage: those that other builders of it wrote. Which
+        # one it needs is unknown while its manifest is missing.
+        is_table = key.endswith(".parquet")
+        return build not in live.builds or (is_table and manifest_key(build) in live.keys)
     if folder == "surveys":
         return scans
     if folder == "refs":

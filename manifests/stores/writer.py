@@ -53,6 +53,19 @@ class BufferedSink:
         self._data.clear()
 
 
+class DiscardingSink:
+    """A sink that stores nothing: its writer only counts and hashes."""
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Discard `data`."""
+
+    def commit(self) -> None:
+        """Do nothing."""
+
+    def abort(self) -> None:
+        """Do nothing."""
+
+
 class ObjectWriter:
     """Streams one object to a sink, and counts and hashes its bytes on the way."""
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from mmerge.manifests.digest import digest_bytes
-from mmerge.manifests.format.entry import ShardEntry
+from mmerge.manifests.digest import SHOWN_DIGITS
+from mmerge.manifests.errors import BuildDiffers
+from mmerge.manifests.format.entry import ShardEntry, object_key
+from mmerge.manifests.format.files import put_file
 from mmerge.manifests.format.identity import make_build_digest
-from mmerge.manifests.format.manifest import Manifest, TableEntry, write_manifest
+from mmerge.manifests.format.manifest import Manifest
+from mmerge.manifests.format.publish import Publication, make_table_entry, publish_build
 from mmerge.manifests.format.references import Reference, write_reference
+from mmerge.manifests.format.stored_objects import find_listings
 from mmerge.manifests.format.table import make_table
 from mmerge.manifests.stores.base import Store
 from mmerge.pipeline.build.context import BuildContext
@@ -21,6 +25,9 @@ from mmerge.pipeline.build.provenance import add_inputs, describe_inputs
 from mmerge.pipeline.build.shard_builds import ShardBuilds
 from mmerge.pipeline.planning.plan import MergePlan
 from mmerge.workers.task import CopyTask, MergeTask
+
+NAMED_TENSORS = 5
+"""Tensors of a shard that a message names."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +63,13 @@ def make_build_records(context: BuildContext, builds: ShardBuilds) -> BuildRecor
 
 def commit_build(
     store: Store, context: BuildContext, builds: ShardBuilds, records: BuildRecords
-) -> tuple[Manifest, bool]:
+) -> Publication:
     """Write the small files, the table and, last, the manifest of a build.
 
-    Returns:
-        The manifest, and whether it is new: False where another run committed the same build.
+    A build that another run committed meanwhile stays as it is.
+
+    Raises:
+        BuildDiffers: the store has this build with another result.
     """
     plan = context.plan
     merged = [_label(builds.entries[shard.name], shard.name, "") for shard in plan.merge_shards]
@@ -68,19 +77,58 @@ def commit_build(
     copied = [
         _label(builds.entries[shard.name], shard.name, shard.expert) for shard in plan.copy_shards
     ]
-    for key, data in records.small_files.items():
-        store.put(key, data)
+    written_files = [
+        key for key, data in records.small_files.items() if put_file(store, key, data) != "present"
+    ]
     entries = [*merged, *copied]
     table = make_table(entries)
-    table_key = f"builds/{records.build}/tensors.parquet"
-    store.put(table_key, table)
     manifest = Manifest(
         build=records.build,
         entries=tuple(entry.object for entry in entries),
-        table=TableEntry(key=table_key, num_bytes=len(table), digest=digest_bytes(table)),
+        table=make_table_entry(records.build, table),
         **records.fields,
     )
-    return manifest, write_manifest(store, manifest)
+    publication = publish_build(store, manifest, table)
+    if not publication.is_new:
+        publication.repaired[:0] = written_files
+    return publication
+
+
+def describe_difference(
+    store: Store, records: BuildRecords, differing: Mapping[str, Sequence[str]]
+) -> BuildDiffers:
+    """Return the error of a run that computed stored objects again with another result.
+
+    Args:
+        store: the store; nothing in it was replaced.
+        records: the build of the run.
+        differing: by shard, the tensors that differ.
+    """
+    digests = {task.shard: task.digest for task in records.merge_tasks}
+    digests |= {task.shard: task.digest for task in records.copy_tasks}
+    lines = []
+    builds: set[str] = set()
+    for shard, tensors in sorted(differing.items()):
+        named = ", ".join(tensors[:NAMED_TENSORS])
+        more = f" and {len(tensors) - NAMED_TENSORS} more" if len(tensors) > NAMED_TENSORS else ""
+        lines.append(f"  {shard}: {named}{more}")
+        key = object_key(digests[shard])
+        builds |= {listing.build for listing in find_listings(store, key)}
+    if builds:
+        commands = " and ".join(
+            f"'mmerge delete {store.uri}#{build[:SHOWN_DIGITS]} --objects --yes'"
+            for build in sorted(builds)
+        )
+    else:
+        commands = f"'mmerge gc {store.uri} --delete --grace 0s'"
+    noun = "shard" if len(lines) == 1 else "shards"
+    return BuildDiffers(
+        f"{store.uri}: {len(lines)} {noun} were computed with another result than the stored one:\n"
+        + "\n".join(lines)
+        + "\nNothing was replaced. Other versions of libraries, or another processor, may have made"
+        f" the stored ones. To keep the new result: {commands}, then run the recipe again; or give"
+        " it another 'output'"
+    )
 
 
 def refer_to_build(store: Store, plan: MergePlan, build: str) -> tuple[Reference, bool]:

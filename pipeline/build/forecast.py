@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mmerge.manifests.errors import ManifestError, NotFound
-from mmerge.manifests.format.entry import ObjectEntry, read_entry
+from mmerge.manifests.format.entry import ObjectEntry, find_entry
 from mmerge.manifests.format.manifest import manifest_key, read_manifest
 from mmerge.manifests.format.references import list_references, read_reference
+from mmerge.manifests.format.stored_objects import find_object_damage
 from mmerge.manifests.stores.base import Store
 from mmerge.manifests.stores.open import open_store
 from mmerge.pipeline.build.context import BuildContext
@@ -79,7 +80,10 @@ class _Forecaster:
     def _find(self, task: BuildTask) -> Any:
         """Return what the store has of a task."""
         if isinstance(task, FinalTask):
-            return read_entry(self.store, task.digest)
+            entry = find_entry(self.store, task.digest)
+            if entry is None or find_object_damage(self.store, entry.object) is not None:
+                return None
+            return entry
         return read_scan(self.store, task.key)
 
     def scan(self) -> None:

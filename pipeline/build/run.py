@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
 from mmerge.manifests.errors import MmergeError, TaskErrors
-from mmerge.manifests.format.entry import read_entry
-from mmerge.manifests.format.manifest import Manifest, manifest_key, read_manifest
+from mmerge.manifests.format.entry import ShardEntry, find_entry
+from mmerge.manifests.format.manifest import Manifest, read_manifest
+from mmerge.manifests.format.publish import find_whole_manifest
 from mmerge.manifests.format.references import Reference
+from mmerge.manifests.format.stored_objects import find_object_damage, find_quick_damages
 from mmerge.manifests.maintenance.lease import Lease
 from mmerge.manifests.stores.create_check import check_store
 from mmerge.manifests.stores.open import open_store
 from mmerge.pipeline.build.commit import (
     BuildRecords,
     commit_build,
+    describe_difference,
     make_build_records,
     refer_to_build,
 )
@@ -28,6 +32,8 @@ from mmerge.pipeline.monitoring.progress import LogProgress, Progress
 from mmerge.pipeline.planning.plan import MergePlan
 from mmerge.workers.task import Task, TaskResult
 from mmerge.workers.tasks.scan_cache import read_scan
+
+log = logging.getLogger("mmerge.run")
 
 
 @dataclass
@@ -47,6 +53,10 @@ class RunReport:
     """Shards per phase that were there already."""
     bytes_read: int = 0
     manifest: Manifest | None = None
+    is_compared: bool = False
+    """Whether everything was computed again, and found equal to a build that was there."""
+    repaired: tuple[str, ...] = ()
+    """Keys of the build that were missing or damaged, and were written again."""
 
 
 def run(
@@ -62,9 +72,11 @@ def run(
         plan: from `make_plan`.
         executor: where tasks run; in this process if absent.
         progress: is shown every shard; log lines if absent.
-        fresh: compute everything again, whatever is in the store.
+        fresh: compute everything again, and compare it with what the store has: that is never
+            replaced, except what is missing or damaged.
 
     Raises:
+        BuildDiffers: the store has this build, or some of its objects, with another result.
         StoreError: the store cannot be written.
         NonFiniteError: an input holds NaN or Inf.
         TaskErrors: several tasks failed; all others were finished and are kept.
@@ -95,7 +107,10 @@ class _Run:
         self.records: BuildRecords | None = None
         """Set once all shards have reached their last task."""
         self.is_committed = False
-        """Whether the store had this very build by then: its manifest is written last."""
+        """Whether the store had this very build by then, whole: its manifest is written last."""
+        self.differing: dict[str, tuple[str, ...]] = {}
+        """By shard, the tensors that were computed again with another result."""
+        self.repaired: list[str] = []
 
     def run(self) -> RunReport:
         """Return the finished build. The store is known to be writable, and leased."""
@@ -112,8 +127,11 @@ class _Run:
             )
         if self.is_committed:
             return self._report(read_manifest(self.store, self.records.build), is_new=False)
-        manifest, is_new = commit_build(self.store, self.context, self.builds, self.records)
-        return self._report(manifest, is_new=is_new or self.fresh)
+        if self.differing:
+            raise describe_difference(self.store, self.records, self.differing)
+        publication = commit_build(self.store, self.context, self.builds, self.records)
+        self.repaired += publication.repaired
+        return self._report(publication.manifest, is_new=publication.is_new)
 
     def _find_statistics(self, task: BuildTask) -> Any:
         """Return what an earlier run left of a scan, of refined thresholds or of a stage."""
@@ -130,7 +148,7 @@ class _Run:
         for task in tasks:
             entry = None
             if isinstance(task, FinalTask) and not self.fresh:
-                entry = read_entry(self.store, task.digest)
+                entry = self._find_finished(task)
             if entry is None:
                 remaining.append(task)
                 continue
@@ -139,6 +157,13 @@ class _Run:
             self.num_reused[task.phase] += len(self.builds.finished) - num_finished
         self._show_start(remaining)
         return remaining
+
+    def _find_finished(self, task: FinalTask) -> ShardEntry | None:
+        """Return the entry of a task whose object is there; a worker repairs any other."""
+        entry = find_entry(self.store, task.digest)
+        if entry is None or find_object_damage(self.store, entry.object) is not None:
+            return None
+        return entry
 
     def _run_tasks(self, tasks: Sequence[BuildTask]) -> None:
         """Run these tasks and those that follow from them; collect all failures."""
@@ -171,6 +196,9 @@ class _Run:
 
     def _read_result(self, task: BuildTask, result: TaskResult) -> Any:
         if isinstance(task, FinalTask):
+            if result.differing:
+                self.differing[task.shard] = result.differing
+            self.repaired += result.repaired
             return result.entry
         scan = read_scan(self.store, task.key)
         if scan is None:
@@ -186,8 +214,15 @@ class _Run:
             return
         self.records = make_build_records(self.context, self.builds)
         self.progress.name_build(self.records.build)
-        if not self.fresh:
-            self.is_committed = self.store.exists(manifest_key(self.records.build))
+        if self.fresh:
+            return
+        manifest = find_whole_manifest(self.store, self.records.build)
+        if manifest is None:
+            return
+        damages = find_quick_damages(self.store, manifest)
+        for damage in damages:
+            log.warning("%s: %s; the run repairs it", self.store.uri, damage)
+        self.is_committed = not damages
 
     def _show_start(self, tasks: Sequence[BuildTask]) -> None:
         """Show the phases that have work or results at the start."""
@@ -249,4 +284,6 @@ class _Run:
             num_reused=self.num_reused,
             bytes_read=self.bytes_read,
             manifest=manifest,
+            is_compared=self.fresh and not is_new,
+            repaired=tuple(dict.fromkeys(self.repaired)),
         )

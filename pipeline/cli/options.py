@@ -48,7 +48,14 @@ IssuerOption = Annotated[
     ),
 ]
 FreshOption = Annotated[
-    bool, typer.Option("--fresh", help="recompute everything, even what the store already has")
+    bool,
+    typer.Option(
+        "--fresh",
+        help=(
+            "recompute everything, compare it with what the store has, and repair what is missing"
+            " or damaged there"
+        ),
+    ),
 ]
 ExclusiveOption = Annotated[
     bool,

@@ -130,11 +130,14 @@ def copy(
     everything: Annotated[
         bool,
         typer.Option(
-            "--all", help="also copy objects that the target already has, to replace damaged ones"
+            "--all", help="also read what the target already has, and repair what is damaged there"
         ),
     ] = False,
 ) -> None:
-    """Copy a build to another store: the objects that it lacks, each checked against its digest."""
+    """Copy a build to another store: the objects that it lacks, each checked against its digest.
+
+    Other bytes of the same build in that store are never replaced: the copy is refused.
+    """
     from mmerge.manifests.maintenance.copy_build import copy_build
     from mmerge.pipeline.monitoring.progress import to_size
 
@@ -144,6 +147,10 @@ def copy(
         f"copied {report.num_copied} objects, {to_size(report.copied_bytes)};"
         f" {report.num_present} were in the store already"
     )
+    if report.repaired:
+        out.print(f"repaired {len(report.repaired)} damaged objects there:")
+        for key in report.repaired:
+            out.print(f"  {escape(key)}", highlight=False)
     reference = f"{report.reference.name}@{report.reference.number}"
     out.print(f"  {escape(report.uri)} is {reference}, build {report.build[:SHOWN_DIGITS]}")
 

@@ -32,6 +32,20 @@ def print_run(report: RunReport, console: Console) -> None:
     """Print what a run did."""
     build = report.build[:SHOWN_DIGITS]
     reference = f"{report.reference.name}@{report.reference.number}"
+    if report.repaired and not report.is_new:
+        console.print(
+            f"[green]repaired[/] build {build} ({reference}): {len(report.repaired)} objects were"
+            " missing or damaged, and were written again:"
+        )
+        for key in report.repaired:
+            console.print(f"  {escape(key)}", highlight=False)
+        return
+    if report.is_compared:
+        console.print(
+            f"[green]equal[/]: build {build} ({reference}) was computed again, with the same bytes"
+            f" as in the store. Read {to_size(report.bytes_read)}"
+        )
+        return
     if not report.is_new:
         state = "now refers to it" if report.moved else "already refers to it"
         console.print(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -11,15 +10,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from mmerge.manifests.errors import RecipeError
-from mmerge.manifests.format.entry import (
-    ObjectEntry,
-    ShardEntry,
-    TensorRow,
-    TensorStatistics,
-    object_key,
-    read_entry,
-    write_entry,
-)
+from mmerge.manifests.format.entry import TensorRow, TensorStatistics
 from mmerge.manifests.format.object_header import delta_name, make_metadata, mask_name
 from mmerge.manifests.format.safetensors_header import DTYPE_BYTES, TensorSpec, make_header
 from mmerge.manifests.stores.base import Store
@@ -47,40 +38,30 @@ from mmerge.workers.task import MergeTask, TaskResult, TensorTask
 from mmerge.workers.tasks.blocks import read_blocks
 from mmerge.workers.tasks.heartbeat import Heartbeat
 from mmerge.workers.tasks.mask_tally import MaskTally
+from mmerge.workers.tasks.object_output import store_object
 from mmerge.workers.tasks.overflow import OverflowCheck
 
 
 def merge_shard(task: MergeTask, store: Store) -> TaskResult:
     """Merge one shard into the store; a shard that a previous run finished is left as it is."""
-    start_time = time.monotonic()
-    stored_entry = None if task.fresh else read_entry(store, task.digest)
-    if stored_entry is not None:
-        return TaskResult(task.shard, 0, True, time.monotonic() - start_time, stored_entry)
     method = find_method(task.method)
     header, specs = make_header(
         _make_layout(task, method),
         metadata=make_metadata(task.digest, role="merge", method=task.method),
     )
     specs_by_name = {spec.name: spec for spec in specs}
-    rows: list[TensorRow] = []
-    heartbeat = Heartbeat(f"{task.shard}: {task.method}", num_steps=len(task.tensors))
-    with heartbeat, InputReader() as reader, store.open_writer(object_key(task.digest)) as out:
-        out.write(header)
-        for index, tensor in enumerate(task.tensors):
-            heartbeat.start_step(f"{tensor.name} {list(tensor.base.spec.shape)}")
-            rows += _TensorMerger(task, method, index).write(out, specs_by_name, reader)
-    entry = ShardEntry(
-        object=ObjectEntry(
-            key=out.key,
-            shard=task.shard,
-            role="merge",
-            num_bytes=out.num_bytes,
-            digest=out.hexdigest(),
-        ),
-        tensors=tuple(rows),
-    )
-    write_entry(store, task.digest, entry)
-    return TaskResult(task.shard, task.num_bytes, False, time.monotonic() - start_time, entry)
+
+    def write_tensors(out: ObjectWriter) -> list[TensorRow]:
+        rows: list[TensorRow] = []
+        heartbeat = Heartbeat(f"{task.shard}: {task.method}", num_steps=len(task.tensors))
+        with heartbeat, InputReader() as reader:
+            out.write(header)
+            for index, tensor in enumerate(task.tensors):
+                heartbeat.start_step(f"{tensor.name} {list(tensor.base.spec.shape)}")
+                rows += _TensorMerger(task, method, index).write(out, specs_by_name, reader)
+        return rows
+
+    return store_object(task, store, write_tensors)
 
 
 def _make_layout(task: MergeTask, method: Method) -> list[tuple[str, str, Sequence[int]]]:

@@ -18,7 +18,8 @@ from store_servers import FAULTS, FaultProxy
 
 from mmerge.manifests.digest import digest_bytes
 from mmerge.manifests.errors import DamagedObject, MmergeError, StoreUnavailable
-from mmerge.manifests.format.manifest import manifest_key, read_manifest, write_manifest
+from mmerge.manifests.format.manifest import manifest_key, read_manifest
+from mmerge.manifests.format.publish import publish_build
 from mmerge.manifests.format.references import (
     Reference,
     list_references,
@@ -127,12 +128,13 @@ def test_concurrent_writers_on_a_server_with_racy_create_end_with_the_same_build
     report = build(lab, lab.make_all(1), "source")
     manifest = report.manifest
     assert manifest is not None
+    table = open_store(str(lab.folder / "source")).read(manifest.table.key)
     place = places.make("swift")
     copy_build(str(lab.folder / "source"), place)
 
     def commit(name: str) -> tuple[bool, Reference]:
         store = open_store(place)
-        return write_manifest(store, manifest), write_reference(
+        return publish_build(store, manifest, table).is_new, write_reference(
             store, name, report.build, sources={}, versions={}
         )[0]
 

@@ -70,7 +70,7 @@ def test_one_changed_layer_writes_one_object_its_entry_and_the_records_of_the_bu
         new,
         new.replace(".safetensors", ".json"),
         f"builds/{second.build}/manifest.json",
-        f"builds/{second.build}/tensors.parquet",
+        second.manifest.table.key,
         "refs/tiny/000002.json",
         *(key for key in written if key.startswith("files/")),
     }
@@ -163,7 +163,7 @@ def test_collection_is_dry_spares_the_young_the_live_and_what_they_share_and_del
     assert {listed.key for listed in found.garbage} == {
         "refs/tiny/000001.json",
         f"builds/{first.build}/manifest.json",
-        f"builds/{first.build}/tensors.parquet",
+        first.manifest.table.key,
         *dead,
         *(key.replace(".safetensors", ".json") for key in dead),
         "objects/.half.0123.partial",
