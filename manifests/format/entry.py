@@ -143,7 +143,9 @@ def read_entry(store: ReadableStore, digest: str) -> ShardEntry | None:
     except StoreUnavailable:
         raise
     except (StoreError, ValueError) as error:
-        reason = Exception.__str__(error).splitlines()[0]
+        # A pydantic error has no text of its own, a StoreError one without the name of its class.
+        text = Exception.__str__(error) or str(error)
+        reason = text.splitlines()[0]
         raise ManifestError(f"{store.uri}: {key} is damaged ({reason}). {REPAIR}") from error
     return entry
 
