@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from blake3 import blake3
 
+_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 SHOWN_DIGITS = 12
 """Hex digits of a digest in messages; all 64 are stored."""
 
@@ -37,6 +39,8 @@ def digest_json(value: Any) -> str:
 def parse_json(data: bytes, *, what: str, max_bytes: int = 256 << 20) -> Any:
     """Return the value of strict JSON: no duplicate keys, no NaN, at most `max_bytes` long.
 
+    Its text is Unicode: half of a surrogate pair, which JSON can escape, is refused.
+
     Raises:
         ValueError: the text breaks one of these rules; the message begins with `what`.
     """
@@ -55,8 +59,13 @@ def parse_json(data: bytes, *, what: str, max_bytes: int = 256 << 20) -> Any:
         return items
 
     try:
-        return json.loads(data, object_pairs_hook=to_dict, parse_constant=refuse_constant)
+        value = json.loads(data, object_pairs_hook=to_dict, parse_constant=refuse_constant)
+        if _SURROGATE_ESCAPE.search(data):  # half a pair is a text that cannot be encoded
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except json.JSONDecodeError as error:
         raise ValueError(f"{what}: no valid JSON ({error})") from error
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what}: has half of a surrogate pair, which is no character") from error
     except (UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{what}: no valid JSON ({type(error).__name__})") from error

@@ -76,6 +76,6 @@ SMALL_FILES_BYTES = Limit("MMERGE_MAX_SMALL_FILES_BYTES", 256 << 20, "bytes of s
 SMALL_FILES = Limit("MMERGE_MAX_SMALL_FILES", 1000, "small files")
 ARCHIVE_ENTRIES = Limit("MMERGE_MAX_ARCHIVE_ENTRIES", 100_000, "entries")
 PATTERN_CHARACTERS = Limit("MMERGE_MAX_PATTERN_CHARACTERS", 1000, "characters")
-PATTERNS = Limit("MMERGE_MAX_PATTERNS", 10_000, "patterns")
+PATTERNS = Limit("MMERGE_MAX_PATTERNS", 1000, "patterns")
 ENCODER_LAYERS = Limit("MMERGE_MAX_LAYERS", 2000, "layers")
 """Of a model that a configuration describes: modules are made before any weight is compared."""

@@ -58,7 +58,7 @@ class LocalStore(Store):
     @classmethod
     @override
     def open(cls, uri: str, *, create: bool) -> Self:
-        path = Path(uri.removeprefix("file://")).absolute()
+        path = Path(uri[len("file://") :] if uri[:7].lower() == "file://" else uri).absolute()
         if path.exists() and not path.is_dir():
             raise StoreError(
                 f"{path}: is a file, a store is a folder or bucket. Choose another place"

@@ -15,6 +15,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from mmerge.manifests.errors import StoreError
+from mmerge.manifests.redaction import has_user_info, redact
 from mmerge.manifests.stores.base import ReadableStore, Store
 
 ENTRY_POINT_GROUP = "mmerge.stores"
@@ -58,6 +59,12 @@ def open_readable_store(uri: str) -> ReadableStore:
 
 
 def _open(uri: str, *, create: bool) -> ReadableStore:
+    check_uri(uri)
+    if create and "#" in uri:
+        raise StoreError(
+            f"{uri}: has a '#', which separates a store from a composite's name (STORE#NAME)."
+            " Choose a place without it"
+        )
     _was_opened.set()
     return find_store_class(uri).open(uri, create=create)
 
@@ -122,7 +129,7 @@ def _third_party_stores() -> dict[str, EntryPoint]:
 
 def scheme_of(uri: str) -> str:
     """Return the scheme of a URI in lower case, empty for a path."""
-    match = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]+)://", uri)
+    match = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]{1,30})://", uri)
     return match[1].lower() if match else ""
 
 
@@ -132,8 +139,46 @@ def is_local(uri: str) -> bool:
 
 
 def to_local_path(uri: str) -> Path:
-    """Return the folder that a local `uri` names."""
-    return Path(uri.removeprefix("file://"))
+    """Return the folder that a local `uri` names: a path, or file:// and an absolute path."""
+    return Path(uri[len("file://") :] if scheme_of(uri) else uri)
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether a text can be stored: a file name that is not UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_uri(uri: str) -> None:
+    """Check the form of a URI or path, before anything is made of it.
+
+    Raises:
+        StoreError: it holds a user name or password, a query, or characters that no name has; the
+            message does not repeat a secret. Or it is a file:// URI of another host.
+    """
+    scheme = scheme_of(uri)
+    if scheme and has_user_info(uri):
+        raise StoreError(
+            f"{redact(uri)}: a URI holds no user name or password: credentials come from the"
+            " environment (docs/storage.md)"
+        )
+    if scheme not in ("", LOCAL_SCHEME) and "?" in uri:
+        raise StoreError(
+            f"{uri.partition('?')[0]}: a URI holds no query: credentials and options come from the"
+            " environment (docs/storage.md)"
+        )
+    if scheme == LOCAL_SCHEME and not uri[len("file://") :].startswith("/"):
+        raise StoreError(f"{uri}: expected file:// and an absolute path, as in file:///data/store")
+    if scheme and not is_unicode(uri):
+        raise StoreError(f"{uri!r}: is no Unicode text")
+    controls = [character for character in uri if ord(character) < 32 or ord(character) == 127]
+    if controls:
+        raise StoreError(
+            f"{uri!r}: has the control character {controls[0]!r}. Choose a name without it"
+        )
 
 
 def prefetch_bytes(uri: str) -> int:

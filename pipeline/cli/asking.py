@@ -104,7 +104,7 @@ def make_settings(
     """Return how questions are asked. Raises RecipeError for an unknown device."""
     from mmerge.pipeline.evaluation.answer_tasks import Settings
 
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,4})?", device):
         raise RecipeError(f"--device: expected 'cpu' or 'cuda', got {device!r}")
     return Settings(
         max_new_tokens=max_new_tokens,

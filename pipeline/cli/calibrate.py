@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from mmerge.manifests.errors import RecipeError
 from mmerge.pipeline.cli.asking import (
@@ -29,6 +28,7 @@ from mmerge.pipeline.cli.options import (
     WorkersOption,
 )
 from mmerge.pipeline.cli.output import err, out
+from mmerge.pipeline.monitoring.printable import escape
 
 
 def calibrate(

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from mmerge.manifests.errors import RecipeError
 from mmerge.pipeline.cli.asking import (
@@ -31,6 +30,7 @@ from mmerge.pipeline.cli.options import (
     WorkersOption,
 )
 from mmerge.pipeline.cli.output import err, out
+from mmerge.pipeline.monitoring.printable import escape
 
 if TYPE_CHECKING:
     from mmerge.pipeline.evaluation.models import Model

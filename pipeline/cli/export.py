@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from mmerge.manifests.errors import RecipeError
 from mmerge.pipeline.cli.options import UriArgument
 from mmerge.pipeline.cli.output import out
+from mmerge.pipeline.monitoring.printable import escape
 
 
 def export(
@@ -65,5 +65,5 @@ def export(
     report = export_checkpoint(uri, to, expert=expert)
     out.print(
         f"wrote {report.num_tensors} tensors, {to_size(report.num_bytes)}, to"
-        f" {escape(report.folder)}: {', '.join(report.files)}"
+        f" {escape(report.folder)}: {escape(', '.join(report.files))}"
     )

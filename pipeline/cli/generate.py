@@ -21,7 +21,7 @@ from mmerge.pipeline.cli.options import (
     check_choice,
     parse_dtype,
 )
-from mmerge.pipeline.cli.output import show_bytes
+from mmerge.pipeline.cli.output import print_text, show_bytes
 
 if TYPE_CHECKING:
     from mmerge.workers.composite.model import Composite
@@ -228,7 +228,7 @@ def _closing(group: ProcessGroup) -> Iterator[None]:
 
 def _print_once(group: ProcessGroup, text: str, *, end: str = "\n") -> None:
     if group.rank == 0:
-        print(text, end=end, flush=True)
+        print_text(text, end=end)
 
 
 @contextmanager

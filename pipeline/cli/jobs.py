@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from mmerge.pipeline.cli.options import (
     BlockOption,
@@ -19,7 +17,8 @@ from mmerge.pipeline.cli.options import (
     JsonOption,
     check_choice,
 )
-from mmerge.pipeline.cli.output import err, out
+from mmerge.pipeline.cli.output import err, out, print_text
+from mmerge.pipeline.monitoring.printable import escape
 
 if TYPE_CHECKING:
     from mmerge.pipeline.execution.jobs import IfRunning
@@ -104,8 +103,7 @@ def submit(
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    print_text(text, end="")
 
 
 def jobs(address: DashboardOption = None, as_json: JsonOption = False) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import gc
 import logging
 import signal
 import sys
 import threading
+from contextlib import suppress
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -17,9 +19,12 @@ from typer.main import get_command
 
 from mmerge.manifests.errors import MmergeError
 from mmerge.pipeline.cli.commands import find_target, list_targets, load_function, read_summary
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from mmerge.pipeline.cli.streams import (
+    discard_stdout,
+    flush_stdout,
+    is_closed_pipe,
+    prepare_streams,
+)
 
 HELP = """Merge multimodal LLM experts into one composite model, without training.
 
@@ -42,6 +47,7 @@ EPILOG = (
 )
 INTERRUPTED, TERMINATED = 130, 143
 """Exit codes after Ctrl-C and after SIGTERM, as shells count them."""
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 NOISY_LOGGERS = ("httpx", "transformers", "filelock", "urllib3")
 
 
@@ -120,13 +126,12 @@ def _set_options(
 ) -> None:
     global _debug
     _debug = debug
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-        stream=sys.stderr,
-    )
     from mmerge.pipeline.cli.options import check_choice
+    from mmerge.pipeline.monitoring.printable import PlainFormatter
 
+    plain_handler = logging.StreamHandler(sys.stderr)
+    plain_handler.setFormatter(PlainFormatter(LOG_FORMAT))
+    logging.basicConfig(level=logging.INFO, handlers=[plain_handler])
     if check_choice(log_format, ("text", "json"), option="--log-format") == "json":
         from mmerge.pipeline.monitoring.progress import JsonFormatter
 
@@ -156,11 +161,13 @@ def main(arguments: list[str] | None = None) -> None:
     # (0.5 s), which freezing all objects avoids.
     gc.set_threshold(100_000, 50, 50)
     atexit.register(gc.freeze)
+    prepare_streams()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
     try:
         result: Any = app(arguments, standalone_mode=False)
         code = result if isinstance(result, int) else 0
+        flush_stdout()
         if code == INTERRUPTED:  # click returns this code after Ctrl-C
             code = _report_interrupt()
     except MmergeError as error:
@@ -177,22 +184,22 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _open_console() -> Console:
-    from rich.console import Console
-
-    return Console(stderr=True, soft_wrap=True)
-
-
 def _print_error(text: str) -> None:
-    from rich.markup import escape
+    from mmerge.pipeline.cli.output import err
+    from mmerge.pipeline.monitoring.printable import escape
 
-    _open_console().print(f"[red]error:[/] {escape(text)}", highlight=False)
+    with suppress(OSError):  # stderr may be full or closed as well
+        err.print(f"[red]error:[/] {escape(text)}", highlight=False)
 
 
 def _report_interrupt() -> int:
-    _open_console().print(
-        "[yellow]interrupted[/]: finished shards are kept; run the same command again to continue"
-    )
+    from mmerge.pipeline.cli.output import err
+
+    with suppress(OSError):
+        err.print(
+            "[yellow]interrupted[/]: finished shards are kept; run the same command again to"
+            " continue"
+        )
     return TERMINATED if _terminated.is_set() else INTERRUPTED
 
 
@@ -201,14 +208,55 @@ def _report_unexpected(error: Exception) -> int:
     if callable(show_usage):  # an error of usage, raised by click
         show_usage()
         return int(getattr(error, "exit_code", 2))
+    if isinstance(error, OSError):
+        discard_stdout()
     if _debug:
         raise error
+    if is_closed_pipe(error):
+        return 1  # nobody reads the output any more
+    explanation = _explain(error)
+    if explanation:
+        _print_error(explanation)
+        return 1
     lines = str(error).strip().splitlines() or [""]
     _print_error(
         f"{type(error).__name__}: {lines[0]}\nThis is a fault of mmerge or of its environment."
         " 'mmerge --debug COMMAND …' shows where it occurred"
     )
     return 1
+
+
+def _explain(error: Exception) -> str:
+    """Return what a user can do about an error of the machine, empty for any other error."""
+    if isinstance(error, MemoryError):
+        return (
+            "MemoryError: the process got no more memory. Give it more, or use smaller inputs"
+            " (--memory and --workers limit a build)"
+        )
+    if isinstance(error, RecursionError):
+        return "RecursionError: an input is nested too deeply. Give one with fewer levels"
+    if isinstance(error, UnicodeError):
+        return (
+            f"{type(error).__name__}: a name or text holds characters that cannot be encoded"
+            f" ({error}). Rename it"
+        )
+    if isinstance(error, OSError) and error.strerror:
+        remedy = _OS_REMEDIES.get(error.errno or 0, "Check the path and its permissions")
+        subject = f"{error.filename}: " if error.filename else ""
+        return f"{type(error).__name__}: {subject}{error.strerror}. {remedy}"
+    return ""
+
+
+_OS_REMEDIES = {
+    errno.ENOSPC: "Free some space on the disk that is written to",
+    errno.EDQUOT: "Free some space, or ask for a larger quota",
+    errno.EFBIG: "Raise the limit on the size of files (ulimit -f)",
+    errno.EMFILE: "Raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "Close other programs: the system has no more open files",
+    errno.ENOMEM: "Give the process more memory",
+    errno.EAGAIN: "Raise the limit on processes (ulimit -u)",
+    errno.EROFS: "Choose a place that can be written to",
+}
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from mmerge.pipeline.cli.options import JsonOption
 from mmerge.pipeline.cli.output import out
+from mmerge.pipeline.monitoring.printable import escape
 
 
 def methods(

@@ -208,7 +208,7 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
 
 def parse_size(text: str, *, option: str) -> int:
     """Return the bytes that a size like 1.5GB, 800MB or 2GiB stands for. Raises RecipeError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([MGT])(i?)B\s*", text)
+    match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([MGT])(i?)B\s*", text)
     if not match:
         raise RecipeError(f"{option}: expected a size such as 1.5GB or 800MB, got {text!r}")
     unit = 1024 if match[3] else 1000
@@ -217,7 +217,10 @@ def parse_size(text: str, *, option: str) -> int:
 
 def parse_duration(text: str, *, option: str) -> timedelta:
     """Return the time that a text like 7d, 36h or 90m stands for. Raises RecipeError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdw])", text.strip())
+    match = re.fullmatch(r"([0-9]{1,8}(?:\.[0-9]{1,8})?)\s*([smhdw])", text.strip())
     if not match:
         raise RecipeError(f"{option}: expected a time like 7d, 36h or 90m, got {text!r}")
-    return timedelta(**{_DURATION_UNITS[match[2]]: float(match[1])})
+    try:
+        return timedelta(**{_DURATION_UNITS[match[2]]: float(match[1])})
+    except OverflowError:
+        raise RecipeError(f"{option}: {text} is too long; give at most 2000000w") from None

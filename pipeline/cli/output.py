@@ -1,11 +1,15 @@
-"""The two streams that commands print to, and a progress bar for bytes."""
+"""The two streams that commands print to, and a progress bar for bytes.
+
+What is printed may hold text of other people: names of files and tensors, answers of a model. All
+of it passes `escape_controls` (mmerge.pipeline.monitoring.printable).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -14,9 +18,32 @@ from rich.progress import (
     TextColumn,
     TransferSpeedColumn,
 )
+from rich.segment import Segment
 
-out = Console(soft_wrap=True)
-err = Console(stderr=True, soft_wrap=True)
+from mmerge.pipeline.monitoring.printable import escape_controls
+
+
+class PlainConsole(Console):
+    """A console that escapes control characters in whatever is printed."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterator[Segment]:
+        """Yield the segments of a renderable; those with control codes of rich stay as they are."""
+        for segment in super().render(renderable, options):
+            if segment.control or segment.text.isprintable():
+                yield segment
+            else:
+                yield Segment(escape_controls(segment.text), segment.style)
+
+
+out = PlainConsole(soft_wrap=True)
+err = PlainConsole(stderr=True, soft_wrap=True)
+
+
+def print_text(text: str, *, end: str = "\n") -> None:
+    """Print a text of other people to stdout at once, such as an answer of a model."""
+    print(escape_controls(text), end=end, flush=True)
 
 
 class ByteBar:

@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from mmerge.manifests.errors import StoreError
 from mmerge.pipeline.cli.options import (
@@ -26,6 +25,7 @@ from mmerge.pipeline.cli.options import (
 )
 from mmerge.pipeline.cli.output import err, out
 from mmerge.pipeline.cli.plan import make_plan_of
+from mmerge.pipeline.monitoring.printable import escape
 from mmerge.workers.runtime.lazy_torch import postpone_torch
 
 if TYPE_CHECKING:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from mmerge.manifests.errors import SignatureError
 from mmerge.pipeline.cli.output import out, show_bytes
+from mmerge.pipeline.monitoring.printable import escape
 
 TOKEN_VARIABLE = "MMERGE_IDENTITY_TOKEN"
 """Environment variable with the OpenID Connect token of a keyless signature."""

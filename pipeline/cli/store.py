@@ -6,7 +6,6 @@ import json
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from mmerge.manifests.digest import SHOWN_DIGITS
 from mmerge.pipeline.cli.options import (
@@ -17,6 +16,7 @@ from mmerge.pipeline.cli.options import (
     parse_duration,
 )
 from mmerge.pipeline.cli.output import out, show_bytes
+from mmerge.pipeline.monitoring.printable import escape
 
 
 def verify(

@@ -14,6 +14,7 @@ from rich.table import Table
 from mmerge.manifests.errors import MmergeError
 from mmerge.pipeline.evaluation.calibrate import Agreement, Calibration, Point
 from mmerge.pipeline.evaluation.evaluate import Row, TaskScore
+from mmerge.pipeline.monitoring.printable import escape
 
 
 def write_report(
@@ -90,12 +91,12 @@ def print_scores(scores: Sequence[TaskScore], console: Console) -> None:
     models = list(dict.fromkeys(score.model for score in scores))
     table = Table("task", "metric", box=None, header_style="bold", pad_edge=False)
     for model in models:
-        table.add_column(model, justify="right")
+        table.add_column(escape(model), justify="right")
     score_of = _index_scores(scores)
     for task in dict.fromkeys(score.task for score in scores):
         task_scores = [score_of.get((model, task)) for model in models]
         metric = next(score.metric for score in task_scores if score is not None)
-        table.add_row(task, metric, *(_to_short_cell(score) for score in task_scores))
+        table.add_row(escape(task), metric, *(_to_short_cell(score) for score in task_scores))
     console.print(table)
 
 
@@ -114,7 +115,8 @@ def print_calibration(calibration: Calibration, console: Console) -> None:
         " retention | expansion"
     )
     names = list(calibration.mask_scales)
-    table = Table("density", "mask scale", *names, box=None, header_style="bold", pad_edge=False)
+    headings = [escape(name) for name in names]
+    table = Table("density", "mask scale", *headings, box=None, header_style="bold", pad_edge=False)
     points = {
         (point.density, point.mask_scale, point.expert): point for point in calibration.points
     }
@@ -127,7 +129,9 @@ def print_calibration(calibration: Calibration, console: Console) -> None:
             cells.append(f"[green]{text}[/]" if is_chosen else text)
         table.add_row(f"{density:g}", f"{scale:g}", *cells)
     console.print(table)
-    scales = ", ".join(f"{name} {scale:g}" for name, scale in calibration.mask_scales.items())
+    scales = ", ".join(
+        f"{escape(name)} {scale:g}" for name, scale in calibration.mask_scales.items()
+    )
     reason = " (one for all agrees better than the best of each)" if calibration.is_shared else ""
     num_prompts = sum(calibration.num_prompts.values()) + calibration.num_mixed
     console.print(

@@ -23,6 +23,7 @@ from rich.progress import Progress as RichBars
 from typing_extensions import override
 
 from mmerge.manifests.digest import SHOWN_DIGITS
+from mmerge.manifests.redaction import redact
 from mmerge.workers.task import TaskResult
 
 log = logging.getLogger("mmerge.run")
@@ -99,7 +100,7 @@ class JsonFormatter(logging.Formatter):
         event |= getattr(record, "fields", {})
         if record.exc_info:
             event["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(event, ensure_ascii=False, default=str)
+        return redact(json.dumps(event, ensure_ascii=True, default=str))
 
 
 class LogProgress(Progress):
@@ -170,7 +171,7 @@ class BarProgress(Progress):
             DownloadColumn(),
             TransferSpeedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=console,
         )
         self._tasks: dict[str, TaskID] = {}

@@ -117,7 +117,7 @@ class RunUnderWay(MmergeError):
 def list_runs(store: Store, name: str) -> list[int]:
     """Return the numbers of a composite's recorded runs, in ascending order."""
     matches = (
-        re.fullmatch(rf"runs/{re.escape(name)}/(\d{{6,}})\.json", key)
+        re.fullmatch(rf"runs/{re.escape(name)}/([0-9]{{6,18}})\.json", key)
         for key in store.list(f"runs/{name}")
     )
     return sorted(int(match[1]) for match in matches if match)

@@ -9,8 +9,10 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from mmerge.manifests.errors import RecipeError
-from mmerge.manifests.stores.open import is_local, to_local_path
+from mmerge.manifests import limits
+from mmerge.manifests.errors import RecipeError, StoreError
+from mmerge.manifests.regular_file import describe_os_error, read_regular_file
+from mmerge.manifests.stores.open import check_uri, is_local, is_unicode, to_local_path
 from mmerge.pipeline.recipes.keys import make_recipe_model
 from mmerge.pipeline.recipes.mergekit import from_mergekit, is_mergekit
 from mmerge.pipeline.recipes.parameter_schedule import Schedule, take_schedules
@@ -26,8 +28,6 @@ from mmerge.pipeline.recipes.yaml_text import parse_yaml
 from mmerge.workers.methods import find_method, method_names
 from mmerge.workers.methods.interface import Method, Parameters
 
-MAX_RECIPE_BYTES = 1 << 20
-
 
 def read_recipe(path: str | Path) -> Recipe:
     """Return the recipe in a YAML file, which may be a mergekit YAML (docs/methods.md).
@@ -37,21 +37,28 @@ def read_recipe(path: str | Path) -> Recipe:
             of the key.
     """
     path = Path(path)
+    raw = read_recipe_mapping(path)
+    return parse_recipe(raw, folder=path.absolute().parent, default_name=path.stem)
+
+
+def read_recipe_mapping(path: Path) -> object:
+    """Return the mapping in a recipe file, that of a mergekit YAML translated.
+
+    Raises:
+        RecipeError: as `read_recipe`; the keys of this project's recipes are not checked yet.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular_file(path, limit=limits.RECIPE_BYTES).decode("utf-8")
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read ({error})") from error
-    if len(text) > MAX_RECIPE_BYTES:
-        raise RecipeError(
-            f"{path}: has {len(text):,} characters, a recipe at most {MAX_RECIPE_BYTES:,}"
-        )
-    folder = path.absolute().parent
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: is not UTF-8 text ({error})") from error
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({describe_os_error(error)})") from error
     raw = parse_yaml(text, where=str(path))
     if is_mergekit(raw):
-        raw = from_mergekit(raw, folder=folder, default_name=path.stem)
-    return parse_recipe(raw, folder=folder, default_name=path.stem)
+        return from_mergekit(raw, folder=path.absolute().parent, default_name=path.stem)
+    return raw
 
 
 def parse_recipe(raw: object, *, folder: Path, default_name: str = "composite") -> Recipe:
@@ -68,6 +75,8 @@ def parse_recipe(raw: object, *, folder: Path, default_name: str = "composite") 
     """
     if not isinstance(raw, dict):
         raise RecipeError(f"a recipe is a mapping of keys to values, got a {type(raw).__name__}")
+    if not all(isinstance(key, str) for key in raw):
+        raise RecipeError("a recipe is a mapping whose keys are text")
     if "method" not in raw:
         raise RecipeError(f"method: is missing. Choose one of {', '.join(method_names())}")
     method = find_method(str(raw["method"]))
@@ -84,7 +93,7 @@ def parse_recipe(raw: object, *, folder: Path, default_name: str = "composite") 
     method.check_recipe(
         parameters, [expert.parameters for expert in experts], has_base=keys.base is not None
     )
-    base = None if keys.base is None else _to_absolute(keys.base, folder)
+    base = None if keys.base is None else _to_absolute(keys.base, folder, key="base")
     check_distinct(base, experts)
     return Recipe(
         name=check_name(keys.name or re.sub(r"[^A-Za-z0-9._-]", "-", default_name)),
@@ -97,7 +106,7 @@ def parse_recipe(raw: object, *, folder: Path, default_name: str = "composite") 
         dtype=keys.dtype,
         carry=tuple(keys.carry),
         non_finite=keys.non_finite,
-        output=_to_absolute(keys.output, folder),
+        output=_to_output(keys.output, folder),
         template=check_template(keys.template, key="template", place="{text}"),
         schedules=schedules,
     )
@@ -106,7 +115,7 @@ def parse_recipe(raw: object, *, folder: Path, default_name: str = "composite") 
 def _make_expert(name: str, keys: Any, method: Method, folder: Path) -> Expert:
     return Expert(
         name=check_expert_name(name),
-        uri=_to_absolute(keys.path, folder),
+        uri=_to_absolute(keys.path, folder, key=f"experts.{name}.path"),
         modality=keys.modality,
         parameters=_select_parameters(keys, method.expert_parameters_model),
         placeholder=keys.placeholder,
@@ -145,7 +154,29 @@ def _select_parameters(keys: BaseModel, model: type[Parameters]) -> Parameters:
     return model.model_validate({name: getattr(keys, name) for name in model.model_fields})
 
 
-def _to_absolute(uri: str, folder: Path) -> str:
-    if not is_local(uri):
-        return uri
-    return str((folder / to_local_path(uri).expanduser()).resolve())
+def _to_absolute(uri: str, folder: Path, *, key: str) -> str:
+    """Return a URI, or the absolute path of a local folder. Raises RecipeError."""
+    try:
+        check_uri(uri)
+        if not is_local(uri):
+            return uri
+        path = str((folder / to_local_path(uri).expanduser()).resolve())
+    except StoreError as error:
+        raise RecipeError(f"{key}: {Exception.__str__(error)}") from error
+    except (OSError, ValueError, RuntimeError) as error:  # too long, links in a circle, no home
+        raise RecipeError(f"{key}: {uri!r} is no path ({error})") from error
+    if not is_unicode(path):
+        raise RecipeError(
+            f"{key}: {path!r} has a name that is not UTF-8, which a manifest cannot hold. Rename it"
+        )
+    return path
+
+
+def _to_output(uri: str, folder: Path) -> str:
+    output = _to_absolute(uri, folder, key="output")
+    if "#" in output:
+        raise RecipeError(
+            f"output: {output} has a '#', which separates a store from a composite's name"
+            " (STORE#NAME). Choose a folder without it"
+        )
+    return output

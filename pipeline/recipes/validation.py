@@ -16,6 +16,8 @@ from mmerge.pipeline.recipes.keys import ExpertKeys, RecipeKeys
 from mmerge.pipeline.recipes.recipe import Expert
 from mmerge.workers.methods.interface import Method
 
+MAX_SHOWN = 200
+"""Characters of a wrong value that a message repeats."""
 EXPERT_NAME_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]{0,39}$"
 
 
@@ -39,7 +41,12 @@ def _describe_error(detail: ErrorDetails, method: Method) -> str:
     if detail["type"] == "value_error":
         return f"{path}: {detail['ctx']['error']}"
     message = detail["msg"][0].lower() + detail["msg"][1:]
-    return f"{path}: {message.replace('input should', 'should')}, got {detail['input']!r}"
+    hint = ""
+    if isinstance(detail["input"], bool):
+        hint = " (YAML reads yes, no, on and off as true and false: put text into quotes)"
+    shown = repr(detail["input"])
+    shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}…"
+    return f"{path}: {message.replace('input should', 'should')}, got {shown}{hint}"
 
 
 def _list_known_keys(method: Method, *, in_expert: bool) -> list[str]:
@@ -51,14 +58,14 @@ def _list_known_keys(method: Method, *, in_expert: bool) -> list[str]:
 
 def check_name(name: str) -> str:
     """Return the name of a composite. Raises RecipeError for characters that are not allowed."""
-    if not re.match(NAME_PATTERN, name):
+    if not re.fullmatch(NAME_PATTERN, name):
         raise RecipeError(f"name: {name!r} is no valid name. Use letters, digits, '.', '_' and '-'")
     return name
 
 
 def check_expert_name(name: str) -> str:
     """Return the name of an expert. Raises RecipeError for characters that are not allowed."""
-    if not re.match(EXPERT_NAME_PATTERN, name):
+    if not re.fullmatch(EXPERT_NAME_PATTERN, name):
         raise RecipeError(
             f"experts.{name}: {name!r} is no valid name. Use a letter, then letters, digits, '_'"
             " and '-'"

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from mmerge.manifests.digest import SHOWN_DIGITS
 from mmerge.manifests.format.references import Reference
 from mmerge.manifests.format.tensor_names import layer_of
+from mmerge.pipeline.monitoring.printable import escape
 from mmerge.pipeline.monitoring.progress import to_size
 from mmerge.pipeline.views.build_summary import (
     BuildSummary,
@@ -85,7 +85,7 @@ def print_references(references: Sequence[Reference], console: Console, *, store
     console.print(f"{escape(store_uri)} holds {len(references)} composites:")
     table = make_table("composite", "number", "build", "created")
     for reference in references:
-        table.add_row(
+        table.add_data(
             f"#{reference.name}",
             str(reference.number),
             reference.build[:SHOWN_DIGITS],
@@ -99,8 +99,8 @@ def print_build(summary: BuildSummary, console: Console, *, layers: bool) -> Non
     manifest = summary.manifest
     parameters = ", ".join(f"{name} {value}" for name, value in manifest.parameters.items())
     console.print(
-        f"[bold]build {manifest.build[:SHOWN_DIGITS]}[/]: {manifest.method} ({parameters}), kind"
-        f" {manifest.kind}, {manifest.dtype}"
+        f"[bold]build {manifest.build[:SHOWN_DIGITS]}[/]: {escape(manifest.method)}"
+        f" ({escape(parameters)}), kind {manifest.kind}, {escape(manifest.dtype)}"
     )
     console.print(
         f"  {len(manifest.entries)} objects, {to_size(summary.num_bytes)}; base"
@@ -111,7 +111,7 @@ def print_build(summary: BuildSummary, console: Console, *, layers: bool) -> Non
     for expert in manifest.experts:
         mask = masks.get(expert.name)
         shares = (f"{mask.density:.1%}", f"{mask.sign_agreement:.1%}") if mask else ("-", "-")
-        table.add_row(expert.name, expert.modality, expert.revision[:SHOWN_DIGITS], *shares)
+        table.add_data(expert.name, expert.modality, expert.revision[:SHOWN_DIGITS], *shares)
     console.print(table)
     if summary.consensus:
         _print_consensus(summary.consensus, console)
@@ -124,10 +124,10 @@ def _print_consensus(consensus: ConsensusSummary, console: Console) -> None:
         f"{_CONSENSUS_NAMES.get(count, f'{count} masks')} {share:.1%}"
         for count, share in enumerate(consensus.shares)
     ]
-    console.print(f"\nweights kept by {', '.join(shares)}")
+    console.print(f"\nweights kept by {escape(', '.join(shares))}")
     if consensus.overlaps:
         pairs = [f"{pair} {share:.1%}" for pair, share in consensus.overlaps.items()]
-        console.print(f"kept by both of {', '.join(pairs)}")
+        console.print(f"kept by both of {escape(', '.join(pairs))}")
 
 
 def _print_layers(summary: BuildSummary, console: Console) -> None:
@@ -137,7 +137,7 @@ def _print_layers(summary: BuildSummary, console: Console) -> None:
     for layer in sorted(layer for layer in layers if layer is not None):
         masks = summarise_masks(summary.manifest, select_layer(summary.rows, layer))
         cells = [f"{mask.density:.1%} ({mask.sign_agreement:.1%})" for mask in masks]
-        table.add_row(str(layer), *cells)
+        table.add_data(str(layer), *cells)
     console.print()
     console.print(table)
 
@@ -148,11 +148,11 @@ def print_log(entries: Sequence[LogEntry], console: Console) -> None:
     for entry in entries:
         reference = entry.reference
         sources = [f"{owner} {revision}" for owner, revision in reference.sources.items()]
-        table.add_row(
+        table.add_data(
             f"{reference.name}@{reference.number}",
             reference.build[:SHOWN_DIGITS] + ("" if entry.is_stored else " (deleted)"),
             reference.created,
-            escape(", ".join(sources)),
+            ", ".join(sources),
             reference.versions.get("mmerge", "?"),
         )
     console.print(table)
@@ -188,7 +188,7 @@ def _print_changed_layers(layers: Sequence[LayerChange], console: Console) -> No
         for name in experts:
             densities = layer.densities.get(name)
             cells.append(f"{densities[0]:.2%} → {densities[1]:.2%}" if densities else "-")
-        table.add_row(
+        table.add_data(
             "outside layers" if layer.layer is None else str(layer.layer),
             str(layer.num_tensors),
             " → ".join(norms),

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from rich.console import Console
-from rich.markup import escape
 
+from mmerge.pipeline.monitoring.printable import escape
 from mmerge.workers.methods import find_method, method_names
 from mmerge.workers.methods.interface import Method, Parameters
 

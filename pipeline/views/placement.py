@@ -36,7 +36,7 @@ def print_placement(placement: Placement, console: Console) -> None:
             for name, num_bytes in asdict(stage.memory).items()
             if num_bytes
         ]
-        table.add_row(
+        table.add_data(
             stage.device,
             layers,
             to_size(stage.memory.total),

@@ -7,10 +7,10 @@ from collections import Counter
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from mmerge.pipeline.build.forecast import Forecast
 from mmerge.pipeline.build.simulation import Simulation
+from mmerge.pipeline.monitoring.printable import escape
 from mmerge.pipeline.monitoring.progress import to_size
 from mmerge.pipeline.planning.plan import MergePlan
 from mmerge.pipeline.planning.shards import CopyShard, MergeShard
@@ -113,7 +113,7 @@ def print_plan(plan: MergePlan, console: Console) -> None:
     )
     table = make_table("shard", "task", numbers=("tensors", "in", "out", "peak memory"))
     for shard in plan.merge_shards:
-        table.add_row(
+        table.add_data(
             shard.name,
             "merge",
             str(len(shard.tensors)),
@@ -122,7 +122,7 @@ def print_plan(plan: MergePlan, console: Console) -> None:
             to_size(shard.peak_bytes),
         )
     for copy in plan.copy_shards:
-        table.add_row(
+        table.add_data(
             copy.name,
             "copy",
             str(len(copy.tensors)),
@@ -149,8 +149,8 @@ def _print_copied_tensors(
             groups[_group_of(tensor.name, tensor.role, tensor.row_start, tensor.row_stop)] += 1
     names = [f"{group} ({count})" if count > 1 else group for group, count in groups.items()]
     console.print(
-        f"  {expert_name} ({modality}): {groups.total()} tensors, {to_size(num_bytes)}:"
-        f" {escape(', '.join(names) or 'none')}"
+        f"  {escape(expert_name)} ({escape(modality)}): {groups.total()} tensors,"
+        f" {to_size(num_bytes)}: {escape(', '.join(names) or 'none')}"
     )
 
 
@@ -213,5 +213,5 @@ def print_simulation(simulation: Simulation, console: Console) -> None:
     table = make_table("phase", numbers=("tasks", "seconds"))
     table.add_column("limited by")
     for phase in simulation.phases:
-        table.add_row(phase.name, str(phase.num_tasks), f"{phase.seconds:.1f}", phase.limit)
+        table.add_data(phase.name, str(phase.num_tasks), f"{phase.seconds:.1f}", phase.limit)
     console.print(table)

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 
 from rich.console import Console
-from rich.markup import escape
 
 from mmerge.manifests.digest import SHOWN_DIGITS
 from mmerge.manifests.errors import MmergeError
 from mmerge.manifests.stores.base import Store
 from mmerge.pipeline.execution.jobs import Job
+from mmerge.pipeline.monitoring.printable import escape
 from mmerge.pipeline.monitoring.progress import to_size
 from mmerge.pipeline.monitoring.run_records import (
     RunStatus,
@@ -61,12 +61,12 @@ def print_status(run: RunStatus, console: Console, *, job: Job | None) -> None:
     build = f", build {run.build[:SHOWN_DIGITS]}" if run.build else ""
     color = _STATE_COLORS.get(run.state, "red")
     console.print(
-        f"[bold]{escape(run.name)}[/] run {run.number}: [{color}]{run.state}[/]{build}",
+        f"[bold]{escape(run.name)}[/] run {run.number}: [{color}]{escape(run.state)}[/]{build}",
         highlight=False,
     )
     process = f"job {run.job}" if run.job else f"process {run.pid}"
     console.print(
-        f"  {process} on {run.host}, started {run.started}, last update {run.updated}",
+        "  " + escape(f"{process} on {run.host}, started {run.started}, last update {run.updated}"),
         highlight=False,
     )
     if job is not None and not job.is_alive and run.state == "running":
@@ -78,7 +78,7 @@ def print_status(run: RunStatus, console: Console, *, job: Job | None) -> None:
     for name, phase in run.phases.items():
         num_remaining = phase.num_tasks - phase.num_done - phase.num_failed
         total = f" of {to_size(phase.num_bytes)}" if num_remaining else ""
-        table.add_row(
+        table.add_data(
             name,
             str(phase.num_done),
             str(phase.num_reused),
@@ -99,7 +99,7 @@ def print_jobs(jobs: Sequence[Job], console: Console) -> None:
     """Print jobs, their composites and how long they took."""
     table = make_table("job", "status", "composite", "started", numbers=("seconds", "exit code"))
     for job in jobs:
-        table.add_row(
+        table.add_data(
             job.id,
             job.status,
             f"{job.store}#{job.recipe}",

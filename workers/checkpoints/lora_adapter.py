@@ -20,6 +20,7 @@ from mmerge.manifests.stores.open import open_readable_store
 from mmerge.workers.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from mmerge.workers.checkpoints.expert_only import describe_names
 from mmerge.workers.checkpoints.lora_variants import refuse_variants
+from mmerge.workers.checkpoints.module_patterns import ModulePatterns
 from mmerge.workers.checkpoints.sources import LowRankSource, TensorSource
 from mmerge.workers.checkpoints.tied_head import drop_tied_head
 from mmerge.workers.checkpoints.torch_pickle import read_pickled_specs
@@ -70,6 +71,7 @@ class AdapterFolder:
         """
         self.uri, self.owner = uri, owner
         self.checkpoint = _AdapterFiles(uri, owner=owner)
+        self._patterns = ModulePatterns(where=f"{owner}: {uri}")
 
     @cached_property
     def tensors(self) -> dict[str, TensorSource]:
@@ -146,8 +148,10 @@ class AdapterFolder:
 
     def _scale(self, module: str, adapter: str, *, rank: int, where: str) -> float:
         config = self.checkpoint.configs.get(adapter, self.checkpoint.config)
-        alpha = _by_pattern(config.get("alpha_pattern"), module) or config.get("lora_alpha")
-        expected = _by_pattern(config.get("rank_pattern"), module) or config.get(
+        alpha = self._patterns.find(config, "alpha_pattern", module=module) or config.get(
+            "lora_alpha"
+        )
+        expected = self._patterns.find(config, "rank_pattern", module=module) or config.get(
             "r", config.get("lora_r")
         )
         if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
@@ -217,7 +221,7 @@ class _AdapterFiles(Checkpoint):
         chosen: dict[str, str] = {}
         for key in keys:
             folder = key.split("/", 1)[0]
-            if re.fullmatch(r"checkpoint-\d+", folder):
+            if re.fullmatch(r"checkpoint-[0-9]+", folder):
                 continue  # a trainer's earlier state, no adapter of that name
             if folder not in chosen or key.endswith(".safetensors"):
                 chosen[folder] = key
@@ -251,19 +255,6 @@ def _insert_adapter(name: str, adapter: str) -> str:
 def _strip(name: str) -> str:
     """Return a name without the prefix of PEFT."""
     return name.removeprefix("base_model.model.")
-
-
-def _by_pattern(patterns: object, module: str) -> Any:
-    """Return the value of the first pattern that matches the end of a module's path, as in PEFT."""
-    if not isinstance(patterns, dict):
-        return None
-    for pattern, value in patterns.items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        except re.error:
-            continue
-    return None
 
 
 class AdapterCheckpoint(Checkpoint):

@@ -96,7 +96,9 @@ def parse_devices(text: str) -> list[int]:
     """
     sizes: list[int] = []
     for part in text.replace(" ", "").split(","):
-        match = re.fullmatch(r"(?:(\d+)[x×])?(\d+(?:\.\d+)?)(?:GB)?", part, re.IGNORECASE)
+        match = re.fullmatch(
+            r"(?:([0-9]{1,9})[x×])?([0-9]{1,9}(?:\.[0-9]{1,9})?)(?:GB)?", part, re.IGNORECASE
+        )
         if not match or float(match[2]) <= 0 or not 0 < int(match[1] or 1) <= 1024:
             raise PlacementError(
                 f"{text!r}: expected devices as COUNTxGB, such as 4x80 or 2x80,2x40"

@@ -15,7 +15,8 @@ from mmerge.workers.modalities.media_files import read_array
 from mmerge.workers.modalities.prompt import Part
 
 _LINEAR = re.compile(
-    r"(?:^|\.)modal_projectors\.(?P<modality>[^.]+)\.(?:(?P<index>\d+)\.)?(?P<kind>weight|bias)$"
+    r"(?:^|\.)modal_projectors\.(?P<modality>[^.]+)\.(?:(?P<index>[0-9]{1,9})\.)?"
+    r"(?P<kind>weight|bias)$"
 )
 _TOKENS = re.compile(r"(?:^|\.)(?P<place>prefix|suffix)_tokens\.(?P<modality>[^.]+)$")
 

@@ -14,7 +14,7 @@ from typing import Any
 from mmerge.manifests import limits
 from mmerge.manifests.digest import parse_json
 from mmerge.manifests.errors import CheckpointError
-from mmerge.workers.modalities.pattern_checks import find_costly_part
+from mmerge.workers.checkpoints.pattern_checks import find_costly_part
 
 _CODE_KEY = "auto_map"
 """Names Python files that replace the classes of transformers; they are never run."""
