@@ -126,7 +126,7 @@ def parse_yaml(text: str, *, where: str) -> object:
     loader = None
     try:
         loader = _StrictLoader(text)
-        return loader.get_single_data()  # type: ignore[no-untyped-call]
+        return loader.get_single_data()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -142,4 +142,4 @@ def parse_yaml(text: str, *, where: str) -> object:
         raise RecipeError(f"{where}: is not valid YAML ({reason})") from None
     finally:
         if loader is not None:
-            loader.dispose()  # type: ignore[no-untyped-call]
+            loader.dispose()

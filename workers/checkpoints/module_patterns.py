@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import regex
+import regex  # type: ignore[import-untyped, unused-ignore]
 
 from mmerge.manifests import limits
 from mmerge.manifests.errors import CheckpointError
