@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmerge.manifests.format.object_header import packed_bytes
 from mmerge.workers.checkpoints.block_reader import InputBlock
 from mmerge.workers.compiled.interface import PassRequest, find_compiled_pass
 from mmerge.workers.kernels.magnitudes import first_non_finite
 from mmerge.workers.kernels.tiles import CODES
 from mmerge.workers.methods import find_method, method_names
 from mmerge.workers.methods.interface import Block, TensorFacts
-from mmerge.workers.reconstruction.bitmask import packed_bytes
 from mmerge.workers.statistics.magnitude_histograms import MagnitudeCounter
 
 ROWS, COLUMNS, NUM_EXPERTS = 256, 2048, 3

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from mmerge.manifests.digest import parse_json, to_canonical_json
+from mmerge.manifests.digest import SHOWN_DIGITS, digest_json, parse_json, to_canonical_json
 from mmerge.manifests.errors import (
     REPAIR,
     ManifestError,
@@ -40,6 +40,32 @@ class Record(BaseModel):
     """A frozen part of a manifest; unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def to_checked_json(record: Record) -> bytes:
+    """Return the stored form of a record: canonical JSON with a digest of all other fields.
+
+    The record has a field `checksum`. A record that is not covered by the digest of another one
+    would hide a changed digit.
+    """
+    raw = record.model_dump(mode="json", exclude_none=True, exclude={"checksum"})
+    return to_canonical_json(raw | {"checksum": digest_json(raw)})
+
+
+def check_checksum(raw: Any) -> None:
+    """Compare the `checksum` of a parsed record with its other fields; older records have none.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if not isinstance(raw, dict) or "checksum" not in raw:
+        return
+    digest = digest_json({name: value for name, value in raw.items() if name != "checksum"})
+    if raw["checksum"] != digest:
+        raise ValueError(
+            f"its checksum is {str(raw['checksum'])[:SHOWN_DIGITS]!r}, its content gives"
+            f" {digest[:SHOWN_DIGITS]!r}"
+        )
 
 
 class TensorStatistics(Record):
@@ -109,6 +135,8 @@ class ShardEntry(Record):
 
     object: ObjectEntry
     tensors: tuple[TensorRow, ...]
+    checksum: str | None = None
+    """Digest of the other fields as they are stored; None in entries of version 0.1 and earlier."""
 
 
 def object_key(digest: str) -> str:
@@ -135,7 +163,9 @@ def read_entry(store: ReadableStore, digest: str) -> ShardEntry | None:
     key = entry_key(digest)
     try:
         raw = store.read(key, max_bytes=MAX_ENTRY_BYTES)
-        entry = ShardEntry.model_validate(parse_json(raw, what=key))
+        value = parse_json(raw, what=key)
+        check_checksum(value)
+        entry = ShardEntry.model_validate(value)
         if entry.object.key != object_key(digest):
             raise ValueError(f"it describes {entry.object.key}")
     except NotFound:
@@ -161,6 +191,4 @@ def find_entry(store: ReadableStore, digest: str) -> ShardEntry | None:
 
 def write_entry(store: Store, digest: str, entry: ShardEntry) -> None:
     """Record that an object is complete. Written after the object, never before."""
-    store.put(
-        entry_key(digest), to_canonical_json(entry.model_dump(mode="json", exclude_none=True))
-    )
+    store.put(entry_key(digest), to_checked_json(entry))

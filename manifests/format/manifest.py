@@ -10,7 +10,13 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
-from mmerge.manifests.digest import SHOWN_DIGITS, digest_bytes, parse_json, to_canonical_json
+from mmerge.manifests.digest import (
+    SHOWN_DIGITS,
+    digest_bytes,
+    digest_json,
+    parse_json,
+    to_canonical_json,
+)
 from mmerge.manifests.errors import (
     REPAIR,
     ManifestError,
@@ -182,6 +188,14 @@ def manifest_key(build: str) -> str:
 def to_manifest_bytes(manifest: Manifest) -> bytes:
     """Return the stored form of a manifest."""
     return to_canonical_json(manifest.model_dump(mode="json", exclude_none=True)) + b"\n"
+
+
+def digest_manifest(manifest: Manifest) -> str:
+    """Return the digest of a manifest without its `table`, which references hold.
+
+    Parquet files of equal rows differ, and the rows are covered by the entries.
+    """
+    return digest_json(manifest.model_dump(mode="json", exclude_none=True, exclude={"table"}))
 
 
 def read_manifest(store: ReadableStore, build: str) -> Manifest:

@@ -10,6 +10,14 @@ from mmerge.manifests.format.entry import ObjectEntry, TensorRow
 from mmerge.manifests.format.safetensors_header import make_header
 from mmerge.manifests.stores.base import ReadableStore
 
+WORD_BYTES = 8
+"""Packed masks end on a multiple of this, which keeps the next tensor in the file aligned."""
+
+
+def packed_bytes(num_entries: int) -> int:
+    """Return the size of a packed mask in bytes."""
+    return -(-num_entries // (8 * WORD_BYTES)) * WORD_BYTES
+
 
 def delta_name(name: str) -> str:
     """Return the name of τ⋆ of a tensor within its object."""
@@ -39,7 +47,7 @@ def make_object_header(entry: ObjectEntry, rows: Sequence[TensorRow], *, method:
         method: the method, from the manifest.
     """
     layout = [
-        (_name_in_object(row), row.dtype, [row.num_bytes] if row.role == "mask" else row.shape)
+        (name_in_object(row), row.dtype, [row.num_bytes] if row.role == "mask" else row.shape)
         for row in sorted(rows, key=lambda row: (row.offset, row.num_bytes))
     ]
     digest = entry.key.rpartition("/")[2].partition(".")[0]
@@ -91,6 +99,11 @@ def describe_size(entry: ObjectEntry, rows: Sequence[TensorRow], num_bytes: int)
     )
 
 
+def describe_missing(entry: ObjectEntry, rows: Sequence[TensorRow]) -> str:
+    """Return a sentence on a missing object, with what it held."""
+    return f"{entry.key} ({entry.shard}): is missing{describe_held(rows)}"
+
+
 def describe_held(rows: Sequence[TensorRow]) -> str:
     """Return which tensors an object holds, as the end of a sentence."""
     names = sorted({row.name for row in rows})
@@ -106,7 +119,8 @@ def describe_row(row: TensorRow) -> str:
     return f"{row.name} ({row.role}{expert})"
 
 
-def _name_in_object(row: TensorRow) -> str:
+def name_in_object(row: TensorRow) -> str:
+    """Return the name of a stored tensor in the header of its object."""
     if row.role == "mask":
         return mask_name(row.name, row.expert)
     return delta_name(row.name) if row.role == "delta" else row.name
@@ -115,7 +129,7 @@ def _name_in_object(row: TensorRow) -> str:
 def _find_described_row(header: bytes, rows: Sequence[TensorRow], at: int) -> TensorRow | None:
     """Return the tensor that byte `at` of a header describes, None outside of all tensors."""
     for row in rows:
-        name = json.dumps(_name_in_object(row), ensure_ascii=False)
+        name = json.dumps(name_in_object(row), ensure_ascii=False)
         begin = header.find(f'{name}:{{"data_offsets"'.encode())
         if 0 <= begin <= at <= header.find(b"}", begin):
             return row

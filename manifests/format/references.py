@@ -24,7 +24,12 @@ from pydantic import Field, ValidationError
 
 from mmerge.manifests.digest import parse_json, to_canonical_json
 from mmerge.manifests.errors import ManifestError, NotFound, StoreError
-from mmerge.manifests.format.entry import DIGEST_PATTERN, Record
+from mmerge.manifests.format.entry import (
+    DIGEST_PATTERN,
+    Record,
+    check_checksum,
+    to_checked_json,
+)
 from mmerge.manifests.stores import confirm
 from mmerge.manifests.stores.base import ReadableStore, Store
 from mmerge.manifests.stores.open import open_readable_store
@@ -42,6 +47,10 @@ class Reference(Record):
     created: str
     sources: dict[str, str]
     versions: dict[str, str]
+    manifest: str | None = Field(default=None, pattern=DIGEST_PATTERN)
+    """Digest of the manifest; None in references of version 0.1 and earlier."""
+    checksum: str | None = None
+    """Digest of the other fields as they are stored; None where `manifest` is."""
 
     @property
     def key(self) -> str:
@@ -134,7 +143,9 @@ def _check_not_deleted(store: ReadableStore, name: str, number: int) -> None:
 def _parse_reference(store: ReadableStore, name: str, number: int, data: bytes) -> Reference:
     key = reference_key(name, number)
     try:
-        reference = Reference.model_validate(parse_json(data, what=key))
+        raw = parse_json(data, what=key)
+        check_checksum(raw)
+        reference = Reference.model_validate(raw)
     except (ValueError, ValidationError) as error:
         raise ManifestError(
             f"{store.uri}: {key} is damaged ({str(error).splitlines()[0]})"
@@ -147,6 +158,11 @@ def _parse_reference(store: ReadableStore, name: str, number: int, data: bytes) 
     return reference
 
 
+def to_reference_bytes(reference: Reference) -> bytes:
+    """Return the stored form of a reference."""
+    return to_checked_json(reference)
+
+
 def write_reference(
     store: Store,
     name: str,
@@ -154,6 +170,7 @@ def write_reference(
     *,
     sources: dict[str, str],
     versions: dict[str, str],
+    manifest: str | None = None,
     check: Callable[[], None] = lambda: None,
     now: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
 ) -> tuple[Reference, bool]:
@@ -167,6 +184,8 @@ def write_reference(
         build: the digest of the build.
         sources: the inputs of the build, by their names in the recipe.
         versions: of the packages that made it.
+        manifest: the digest of the build's manifest: whoever opens the build by its name compares
+            it.
         check: called immediately before a number is created; what it raises ends the call.
         now: returns the time of creation.
 
@@ -190,9 +209,10 @@ def write_reference(
             created=created,
             sources=sources,
             versions=versions,
+            manifest=manifest,
         )
         check()
-        data = to_canonical_json(reference.model_dump(mode="json"))
+        data = to_reference_bytes(reference)
         stored = confirm.create(store, reference.key, data).data
         if store.exists(deletion_mark_key(name, number)):
             # The number was used and deleted while this writer was held up.
@@ -239,6 +259,15 @@ def open_build(uri: str) -> tuple[ReadableStore, str]:
         StoreError: the store cannot be opened.
         ManifestError: the store has no such build, or several that match.
     """
+    store, build, _ = open_reference(uri)
+    return store, build
+
+
+def open_reference(uri: str) -> tuple[ReadableStore, str, Reference | None]:
+    """Return what `open_build` does, and the reference that names the build.
+
+    The reference is None where the URI has the digest of the build.
+    """
     store_uri, fragment = split_uri(uri)
     try:
         store = open_readable_store(store_uri)
@@ -247,11 +276,17 @@ def open_build(uri: str) -> tuple[ReadableStore, str]:
             f"{Exception.__str__(error)}. Give the 'output' of a recipe that was run, as STORE or"
             " STORE#NAME"
         ) from error
-    return store, find_build(store, fragment)
+    build, reference = resolve(store, fragment)
+    return store, build, reference
 
 
 def find_build(store: ReadableStore, fragment: str) -> str:
-    """Return the digest of the build that `fragment` names in a store.
+    """Return the digest of the build that `fragment` names in a store, see `resolve`."""
+    return resolve(store, fragment)[0]
+
+
+def resolve(store: ReadableStore, fragment: str) -> tuple[str, Reference | None]:
+    """Return the digest of the build that `fragment` names in a store, and the reference that does.
 
     `fragment` is NAME, NAME@N, NAME@latest or DIGEST; empty, it names the store's only composite.
 
@@ -272,9 +307,11 @@ def find_build(store: ReadableStore, fragment: str) -> str:
     name, _, number = fragment.partition("@")
     if name in references:
         if number in ("", "latest"):
-            return read_reference(store, name, references[name][-1]).build
+            reference = read_reference(store, name, references[name][-1])
+            return reference.build, reference
         if _is_number(number) and int(number) in references[name]:
-            return read_reference(store, name, int(number)).build
+            reference = read_reference(store, name, int(number))
+            return reference.build, reference
         remaining = ", ".join(map(str, references[name]))
         if _is_number(number) and store.exists(deletion_mark_key(name, int(number))):
             raise ManifestError(f"{store.uri}: {name}@{number} was deleted; {name} has {remaining}")
@@ -285,7 +322,7 @@ def find_build(store: ReadableStore, fragment: str) -> str:
         )
         matching = [build for build in builds if build.startswith(fragment)]
         if len(matching) == 1:
-            return matching[0]
+            return matching[0], None
         if matching:
             raise ManifestError(
                 f"{store.uri}: {len(matching)} builds begin with {fragment}: give more digits"

@@ -165,7 +165,9 @@ def _first_reason(error: Exception) -> str:
 
 def _parse_rows(raws: list[dict[str, Any]], *, with_statistics: bool) -> list[StoredRow]:
     for raw in raws:
-        raw.pop("layer")
+        layer = raw.pop("layer")
+        if layer != layer_of(raw["name"]):
+            raise ValueError(f"{raw['name']}: layer is {layer}, its name says otherwise")
         if with_statistics:
             statistics = {name: raw.pop(name) for name in _STATISTICS}
             raw["statistics"] = statistics if statistics["num_entries"] is not None else None

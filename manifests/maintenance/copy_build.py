@@ -19,11 +19,10 @@ from mmerge.manifests.format.entry import (
     write_entry,
 )
 from mmerge.manifests.format.files import PutResult, put_file
-from mmerge.manifests.format.manifest import FileEntry, read_file, read_manifest
+from mmerge.manifests.format.manifest import FileEntry, digest_manifest, read_file
 from mmerge.manifests.format.publish import check_same_build, find_whole_manifest, publish_build
 from mmerge.manifests.format.references import (
     Reference,
-    find_build,
     find_reference,
     split_uri,
     write_reference,
@@ -35,11 +34,13 @@ from mmerge.manifests.format.stored_objects import (
     read_pieces,
 )
 from mmerge.manifests.format.table import read_table_bytes
+from mmerge.manifests.maintenance.check_build import find_stored_damages, open_checked_build
+from mmerge.manifests.maintenance.damage import make_error
 from mmerge.manifests.maintenance.lease import Lease
 from mmerge.manifests.maintenance.signatures import MAX_SIGNATURE_BYTES, list_signatures
 from mmerge.manifests.stores.base import ReadableStore, Store
 from mmerge.manifests.stores.create_check import check_store
-from mmerge.manifests.stores.open import open_readable_store, open_store
+from mmerge.manifests.stores.open import open_store
 
 CONCURRENT_OBJECTS = 4
 """Objects that are copied at once; each holds a piece of 16 MiB and the parts of its writer."""
@@ -69,7 +70,8 @@ def copy_build(
 ) -> CopyReport:
     """Copy the build at `uri` into the store at `target_uri`, and give it a name there.
 
-    The manifest is written last, so that a reader of the target never sees an incomplete build.
+    The source is checked before anything is written, the objects of the target before the manifest
+    is: it is written last, so that a reader of the target never sees an incomplete build.
 
     Args:
         uri: the build, as STORE, STORE#NAME, STORE#NAME@N or STORE#DIGEST.
@@ -80,15 +82,15 @@ def copy_build(
 
     Raises:
         BuildDiffers: the target has the build, or one of its objects, with other bytes.
-        DamagedObject, ManifestError: the source is damaged or incomplete.
+        DamagedObject, ManifestError: the source is damaged or incomplete, or the target has an
+            object of the build that is.
         StoreError: a store cannot be read or written.
     """
-    source_uri, fragment = split_uri(uri)
-    source, target = open_readable_store(source_uri), open_store(target_uri, create=True)
-    build = find_build(source, fragment)
-    manifest = read_manifest(source, build)
+    checked = open_checked_build(uri, level="structure")
+    source, build, manifest = checked.store, checked.build, checked.manifest
     table = read_table_bytes(source, manifest.table)
-    origin = find_reference(source, fragment, build)
+    target = open_store(target_uri, create=True)
+    origin = find_reference(source, split_uri(uri)[1], build)
     if name is None and origin is None:
         raise ManifestError(f"{uri}: no name points to build {build[:12]}. Choose one with --name")
     check_store(target)
@@ -102,6 +104,10 @@ def copy_build(
         with ThreadPoolExecutor(CONCURRENT_OBJECTS) as pool:
             copies = list(pool.map(copier.copy_object, objects.values()))
             copies += pool.map(copier.copy_file, manifest.unique_files())
+        damages = find_stored_damages(target, manifest, checked.rows)
+        if damages:
+            sentences = [damage.sentence for damage in damages]
+            raise make_error(target.uri, sentences, remedy="'mmerge copy --all' repairs them")
         publication = publish_build(target, manifest, table)
         if publication.manifest == manifest:
             copier.copy_signatures(build)
@@ -111,6 +117,7 @@ def copy_build(
             build,
             sources=origin.sources if origin else {},
             versions=origin.versions if origin else {},
+            manifest=digest_manifest(manifest),
         )
     repaired = [copy.key for copy in copies if copy.result == "repaired"]
     return CopyReport(

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmerge.manifests.digest import to_canonical_json
 from mmerge.manifests.errors import ManifestError, NotFound, StoreError
 from mmerge.manifests.format.manifest import read_manifest
 from mmerge.manifests.format.references import (
@@ -19,6 +18,7 @@ from mmerge.manifests.format.references import (
     open_build,
     read_reference,
     split_uri,
+    to_reference_bytes,
 )
 from mmerge.manifests.maintenance.copy_build import copy_build
 from mmerge.manifests.maintenance.garbage_collection import needed_keys
@@ -77,7 +77,7 @@ def push(
         number, is_present = _next_number(f"hf://{repo}@{branch}", reference.name, build)
         if not is_present:
             numbered = reference.model_copy(update={"number": number})
-            files[numbered.key] = to_canonical_json(numbered.model_dump(mode="json"))
+            files[numbered.key] = to_reference_bytes(numbered)
         return _commit(
             repo,
             branch,

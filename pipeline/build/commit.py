@@ -13,7 +13,7 @@ from mmerge.manifests.errors import BuildDiffers
 from mmerge.manifests.format.entry import ShardEntry, object_key
 from mmerge.manifests.format.files import put_file
 from mmerge.manifests.format.identity import make_build_digest
-from mmerge.manifests.format.manifest import Manifest
+from mmerge.manifests.format.manifest import Manifest, digest_manifest
 from mmerge.manifests.format.publish import Publication, make_table_entry, publish_build
 from mmerge.manifests.format.references import Reference, write_reference
 from mmerge.manifests.format.stored_objects import find_listings
@@ -131,13 +131,20 @@ def describe_difference(
     )
 
 
-def refer_to_build(store: Store, plan: MergePlan, build: str) -> tuple[Reference, bool]:
+def refer_to_build(store: Store, plan: MergePlan, manifest: Manifest) -> tuple[Reference, bool]:
     """Let the recipe's name refer to a build; returns the reference, and whether it is new."""
     recipe = plan.recipe
     sources = {"base": recipe.base} | {expert.name: expert.uri for expert in recipe.experts}
     versions = {name: version(name) for name in ("mmerge", "torch", "numpy", "pyarrow")}
     versions["python"] = platform.python_version()
-    return write_reference(store, recipe.name, build, sources=sources, versions=versions)
+    return write_reference(
+        store,
+        recipe.name,
+        manifest.build,
+        sources=sources,
+        versions=versions,
+        manifest=digest_manifest(manifest),
+    )
 
 
 def _label(entry: ShardEntry, shard: str, expert: str) -> ShardEntry:

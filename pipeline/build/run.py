@@ -273,7 +273,7 @@ class _Run:
         raise TaskErrors(sorted(str(failure) for failure in self.failures))
 
     def _report(self, manifest: Manifest, *, is_new: bool) -> RunReport:
-        reference, moved = refer_to_build(self.store, self.plan, manifest.build)
+        reference, moved = refer_to_build(self.store, self.plan, manifest)
         return RunReport(
             uri=f"{self.store.uri}#{self.plan.recipe.name}",
             build=manifest.build,

@@ -9,8 +9,8 @@ from typing import Any
 
 from mmerge.manifests.digest import digest_json
 from mmerge.manifests.errors import RecipeError
-from mmerge.manifests.format.manifest import ExpertRecord, Manifest, read_manifest
-from mmerge.manifests.format.references import open_build
+from mmerge.manifests.format.manifest import ExpertRecord, Manifest
+from mmerge.manifests.maintenance.check_build import open_checked_build
 from mmerge.manifests.stores.open import is_local, to_local_path
 from mmerge.pipeline.build.run import run
 from mmerge.pipeline.evaluation.questions import Question
@@ -33,11 +33,12 @@ class Model:
     @classmethod
     def open(cls, name: str, uri: str, *, expert: str | None = None) -> Model:
         """Return the model at a composite's URI. Raises StoreError, ManifestError."""
-        store, build = open_build(uri)
-        manifest = read_manifest(store, build)
+        checked = open_checked_build(uri, level="records")
+        manifest = checked.manifest
         if expert is not None:
             manifest.to_expert(expert)  # raises if there is none
-        return cls(name, f"{store.uri}#{build}", expert, build, manifest)
+        build_uri = f"{checked.store.uri}#{checked.build}"
+        return cls(name, build_uri, expert, checked.build, manifest)
 
     @property
     def num_bytes(self) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from mmerge.manifests.errors import RecipeError
+from mmerge.manifests.format.object_header import packed_bytes
 from mmerge.manifests.format.safetensors_header import DTYPE_BYTES
 from mmerge.manifests.stores.writer import WRITER_BUFFER_BYTES, WRITER_CONCURRENCY
 from mmerge.workers.checkpoints.lora_weights import TILE_ROWS
@@ -21,7 +22,6 @@ from mmerge.workers.methods.interface import (
     entries_at_once,
     num_columns,
 )
-from mmerge.workers.reconstruction.bitmask import packed_bytes
 from mmerge.workers.statistics.magnitude_histograms import scan_bytes
 from mmerge.workers.task import TensorTask
 

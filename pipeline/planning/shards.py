@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from mmerge.manifests.format.entry import Role
+from mmerge.manifests.format.object_header import packed_bytes
 from mmerge.manifests.format.safetensors_header import DTYPE_BYTES
 from mmerge.manifests.format.tensor_names import layer_of
 from mmerge.pipeline.planning.adapters import ExpertAdapters
@@ -17,7 +18,6 @@ from mmerge.pipeline.recipes.recipe import Recipe
 from mmerge.workers.checkpoints.sources import TensorSource, total_prefetch_bytes
 from mmerge.workers.families.registry import is_before_layers
 from mmerge.workers.methods.interface import Granularity
-from mmerge.workers.reconstruction.bitmask import packed_bytes
 from mmerge.workers.task import CopyTensor, TensorTask
 
 MAX_PIECE_BYTES = 256 << 20

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from mmerge.manifests.format.manifest import Manifest, read_manifest
+from mmerge.manifests.format.manifest import Manifest
 from mmerge.manifests.format.references import (
     Reference,
     list_references,
-    open_build,
     read_reference,
 )
-from mmerge.manifests.format.table import StoredRow, read_table
+from mmerge.manifests.format.table import StoredRow
 from mmerge.manifests.format.tensor_names import layer_of
+from mmerge.manifests.maintenance.check_build import Level, open_checked_build
 from mmerge.manifests.stores.base import ReadableStore
 
 
@@ -52,15 +52,14 @@ class BuildSummary:
     num_bytes: int
 
 
-def read_build(uri: str) -> BuildSummary:
-    """Return the manifest and the statistics of the build at `uri`.
+def read_build(uri: str, *, level: Level = "records") -> BuildSummary:
+    """Return the manifest and the statistics of the build at `uri`, checked to this level.
 
     Raises:
-        StoreError, ManifestError: it cannot be read.
+        StoreError, ManifestError: it cannot be read, or is damaged.
     """
-    store, build = open_build(uri)
-    manifest = read_manifest(store, build)
-    rows = tuple(read_table(store, manifest.table))
+    checked = open_checked_build(uri, level=level)
+    manifest, rows = checked.manifest, checked.rows
     return BuildSummary(
         manifest=manifest,
         rows=rows,

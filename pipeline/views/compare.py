@@ -63,8 +63,13 @@ class Difference:
 
 
 def compare_builds(before_uri: str, after_uri: str) -> Difference:
-    """Return what changed from one build to another. Raises StoreError, ManifestError."""
-    before, after = read_build(before_uri), read_build(after_uri)
+    """Return what changed from one build to another.
+
+    Raises:
+        StoreError, ManifestError: a build cannot be read, or is damaged.
+    """
+    before = read_build(before_uri, level="structure")
+    after = read_build(after_uri, level="structure")
     old_sizes = {entry.key: entry.num_bytes for entry in before.manifest.entries}
     new_sizes = {entry.key: entry.num_bytes for entry in after.manifest.entries}
     shared_keys = old_sizes.keys() & new_sizes.keys()
@@ -184,7 +189,9 @@ def read_log(store: ReadableStore, name: str) -> list[LogEntry]:
 def log_to_json(entries: Sequence[LogEntry]) -> list[dict[str, Any]]:
     """Return the builds of a name as JSON."""
     return [
-        entry.reference.model_dump(mode="json") | {"is_there": entry.is_stored} for entry in entries
+        entry.reference.model_dump(mode="json", exclude={"checksum"})
+        | {"is_there": entry.is_stored}
+        for entry in entries
     ]
 
 

@@ -7,13 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-WORD_BYTES = 8
-"""Packed masks end on a multiple of this, which keeps the next tensor in the file aligned."""
-
-
-def packed_bytes(num_entries: int) -> int:
-    """Return the size of a packed mask in bytes."""
-    return -(-num_entries // (8 * WORD_BYTES)) * WORD_BYTES
+from mmerge.manifests.format.object_header import packed_bytes
 
 
 def pack_mask(mask: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from threading import Lock
@@ -22,16 +22,16 @@ from mmerge.manifests.errors import (
     StoreUnavailable,
 )
 from mmerge.manifests.format.entry import Role
-from mmerge.manifests.format.manifest import Manifest, read_file, read_manifest
-from mmerge.manifests.format.object_header import find_header_damage
-from mmerge.manifests.format.references import open_build
-from mmerge.manifests.format.table import StoredRow, group_rows, read_table
+from mmerge.manifests.format.manifest import Manifest, read_file
+from mmerge.manifests.format.object_header import describe_row
+from mmerge.manifests.format.table import StoredRow
+from mmerge.manifests.maintenance.check_build import open_checked_build
+from mmerge.manifests.maintenance.tensor_checks import group_pieces
 from mmerge.manifests.stores.base import ReadableStore
 from mmerge.workers.checkpoints.dtypes import TORCH_DTYPES, to_bytes
 from mmerge.workers.families.interface import Family
 from mmerge.workers.families.registry import find_family, text_config_of
 from mmerge.workers.reconstruction.bitmask import pack_mask, unpack_mask
-from mmerge.workers.reconstruction.table_checks import check_rows
 from mmerge.workers.runtime.host_memory import empty_tensor
 
 BLOCK_BYTES = 1 << 20
@@ -48,24 +48,21 @@ class BuildReader:
         """Open the build at `uri`.
 
         Raises:
-            StoreError, ManifestError: the build is missing or damaged.
+            StoreError, ManifestError: the build is missing or damaged: every object's size and
+                header are compared, whether its tensors are read or not.
         """
+        checked = open_checked_build(uri, level="structure")
         self.uri = uri
-        self.store: ReadableStore
-        self.store, build = open_build(uri)
-        self.manifest: Manifest = read_manifest(self.store, build)
+        self.store: ReadableStore = checked.store
+        self.manifest: Manifest = checked.manifest
         self.bytes_read = 0
         self._lock = Lock()
-        self._rows: dict[tuple[str, str, str], list[StoredRow]] = defaultdict(list)
-        table = read_table(self.store, self.manifest.table, with_statistics=False)
-        self._groups = group_rows(table)
-        self._entries = {entry.key: entry for entry in self.manifest.entries}
-        self._checked_objects: set[str] = set()
-        for row in table:
-            self._rows[(row.role, row.expert, row.name)].append(row)
-        for rows in self._rows.values():
-            rows.sort(key=lambda row: row.row_start)
-        check_rows(self._rows, uri=uri)
+        self._rows = group_pieces(checked.rows)
+        for row in checked.rows:
+            if row.dtype not in TORCH_DTYPES:
+                raise ManifestError(
+                    f"{uri}: {describe_row(row)} has dtype {row.dtype}, which torch does not have"
+                )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -207,7 +204,6 @@ class BuildReader:
         """
         digest = blake3()
         try:
-            self._check_object(row.object)
             blocks = self.store.read_blocks(
                 row.object,
                 offset=row.offset,
@@ -249,30 +245,3 @@ class BuildReader:
         packed = empty_tensor((row.num_bytes,), dtype=torch.uint8)
         self.read_into(row, packed.numpy())
         return packed
-
-    def _check_object(self, key: str) -> None:
-        """Compare an object's size and header with manifest and table, before its first tensor."""
-        with self._lock:
-            if key in self._checked_objects:
-                return
-            # Marked before the check: other threads read its tensors meanwhile, and a failure of
-            # any thread ends the load.
-            self._checked_objects.add(key)
-        try:
-            entry = self._entries.get(key)
-            if entry is None:
-                raise ManifestError(
-                    f"{self.uri}: the table names {key}, the manifest does not. The build is"
-                    " damaged: run the recipe again"
-                )
-            damage = find_header_damage(
-                self.store, entry, self._groups[key, entry.shard], method=self.manifest.method
-            )
-            if damage:
-                raise DamagedObject(
-                    f"{self.store.uri}: {damage}. Run the recipe again with --fresh"
-                )
-        except BaseException:
-            with self._lock:
-                self._checked_objects.discard(key)
-            raise

@@ -11,7 +11,12 @@ from numpy.typing import NDArray
 
 from mmerge.manifests.errors import RecipeError
 from mmerge.manifests.format.entry import TensorRow, TensorStatistics
-from mmerge.manifests.format.object_header import delta_name, make_metadata, mask_name
+from mmerge.manifests.format.object_header import (
+    delta_name,
+    make_metadata,
+    mask_name,
+    packed_bytes,
+)
 from mmerge.manifests.format.safetensors_header import DTYPE_BYTES, TensorSpec, make_header
 from mmerge.manifests.stores.base import Store
 from mmerge.manifests.stores.writer import ObjectWriter
@@ -33,7 +38,6 @@ from mmerge.workers.methods.interface import (
     entries_at_once,
     parse_parameters,
 )
-from mmerge.workers.reconstruction.bitmask import packed_bytes
 from mmerge.workers.task import MergeTask, TaskResult, TensorTask
 from mmerge.workers.tasks.blocks import read_blocks
 from mmerge.workers.tasks.heartbeat import Heartbeat

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from input_blocks import make_block
 
+from mmerge.manifests.format.object_header import packed_bytes
 from mmerge.workers.checkpoints.block_reader import InputBlock
 from mmerge.workers.checkpoints.dtypes import (
     TORCH_DTYPES,
@@ -32,7 +33,7 @@ from mmerge.workers.kernels import tiles as kernels
 from mmerge.workers.kernels.magnitudes import first_non_finite
 from mmerge.workers.methods import find_method, method_names
 from mmerge.workers.methods.interface import Block, MergedBlock, Method, TensorFacts, num_columns
-from mmerge.workers.reconstruction.bitmask import pack_mask, packed_bytes
+from mmerge.workers.reconstruction.bitmask import pack_mask
 from mmerge.workers.statistics.exact_sums import exact_sum, to_sum
 
 DTYPES = ("BF16", "F16", "F32")

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmerge.workers.reconstruction.bitmask import pack_mask, packed_bytes, unpack_mask
+from mmerge.manifests.format.object_header import packed_bytes
+from mmerge.workers.reconstruction.bitmask import pack_mask, unpack_mask
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=300))
