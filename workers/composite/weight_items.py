@@ -109,10 +109,10 @@ class ItemReader:
             return {"value": self._read_plain(name).to(item.fields[0].dtype)}
         if item.kind == "bias":
             experts = [
-                rebuild_weight(reader, name, expert=expert).to(self.dtype)
+                rebuild_weight(reader, name, expert=expert, dtype=self.dtype)
                 for expert in reader.expert_names
             ]
-            text = text_weight(reader, name).to(self.dtype)
+            text = text_weight(reader, name, dtype=self.dtype)
             return {"text": text, "experts": torch.stack(experts)}
         weights = read_routed_weights(reader, name, dtype=self.dtype, policy=self.policy)
         tensors = {
@@ -125,12 +125,12 @@ class ItemReader:
 
     def _read_plain(self, name: str) -> torch.Tensor:
         if not self.expert:
-            return text_weight(self.reader, name)
+            return text_weight(self.reader, name, dtype=self.dtype)
         if name == self.reader.family.head and not self.reader.has(name, "base"):
             copied = self._copied_name(name)
             if copied is not None:
                 return self.reader.read(copied, "carried", self.expert)
-        return rebuild_weight(self.reader, name, expert=self.expert)
+        return rebuild_weight(self.reader, name, expert=self.expert, dtype=self.dtype)
 
     def _copied_name(self, name: str) -> str | None:
         """Return the name of the expert's copied tensor that replaces a language-model tensor."""

@@ -99,7 +99,7 @@ def load_encoder(
         state=state,
         embedding=(
             reader.manifest.rename(embedding, expert=expert),
-            rebuild_weight(reader, embedding, expert=expert),
+            rebuild_weight(reader, embedding, expert=expert, dtype=dtype),
         ),
         placeholder=record.placeholder,
         dtype=dtype,
