@@ -146,15 +146,14 @@ def _parse_reference(store: ReadableStore, name: str, number: int, data: bytes) 
         raw = parse_json(data, what=key)
         check_checksum(raw)
         reference = Reference.model_validate(raw)
+        if (reference.name, reference.number) != (name, number):
+            raise ValueError(f"it says that it is {reference.name}@{reference.number}")
     except (ValueError, ValidationError) as error:
         raise ManifestError(
-            f"{store.uri}: {key} is damaged ({str(error).splitlines()[0]})"
+            f"{store.uri}: {key} is damaged ({str(error).splitlines()[0]}). 'mmerge delete"
+            f" {store.uri}#{name}@{number} --yes' removes it; then 'mmerge run RECIPE' gives its"
+            " build a new number"
         ) from error
-    if (reference.name, reference.number) != (name, number):
-        raise ManifestError(
-            f"{store.uri}: {key} is damaged (it says that it is"
-            f" {reference.name}@{reference.number})"
-        )
     return reference
 
 

@@ -117,7 +117,7 @@ def copy_build(
             build,
             sources=origin.sources if origin else {},
             versions=origin.versions if origin else {},
-            manifest=digest_manifest(manifest),
+            manifest=digest_manifest(publication.manifest),
         )
     repaired = [copy.key for copy in copies if copy.result == "repaired"]
     return CopyReport(

@@ -41,6 +41,7 @@ COMMANDS: dict[str, str] = {
     "verify": f"{_CLI}.store:verify",
     "sign": f"{_CLI}.signatures:sign",
     "gc": f"{_CLI}.store:gc",
+    "delete": f"{_CLI}.delete:delete",
     "copy": f"{_CLI}.store:copy",
     "push": f"{_CLI}.store:push",
     "place": f"{_CLI}.place:place",
