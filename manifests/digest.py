@@ -36,10 +36,13 @@ def digest_json(value: Any) -> str:
     return digest_bytes(to_canonical_json(value))
 
 
-def parse_json(data: bytes, *, what: str, max_bytes: int = 256 << 20) -> Any:
+def parse_json(
+    data: bytes, *, what: str, max_bytes: int = 256 << 20, allow_infinity: bool = False
+) -> Any:
     """Return the value of strict JSON: no duplicate keys, no NaN, at most `max_bytes` long.
 
-    Its text is Unicode: half of a surrogate pair, which JSON can escape, is refused.
+    Its text is Unicode: half of a surrogate pair, which JSON can escape, is refused. Infinity is
+    allowed where Python's own writer is known to put it: configurations of models.
 
     Raises:
         ValueError: the text breaks one of these rules; the message begins with `what`.
@@ -47,7 +50,9 @@ def parse_json(data: bytes, *, what: str, max_bytes: int = 256 << 20) -> Any:
     if len(data) > max_bytes:
         raise ValueError(f"{what}: {len(data):,} bytes of JSON, at most {max_bytes:,} are read")
 
-    def refuse_constant(name: str) -> Any:
+    def to_constant(name: str) -> float:
+        if allow_infinity and name != "NaN":
+            return float(name)
         raise ValueError(f"{what}: {name} is no JSON number")
 
     def to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -59,7 +64,7 @@ def parse_json(data: bytes, *, what: str, max_bytes: int = 256 << 20) -> Any:
         return items
 
     try:
-        value = json.loads(data, object_pairs_hook=to_dict, parse_constant=refuse_constant)
+        value = json.loads(data, object_pairs_hook=to_dict, parse_constant=to_constant)
         if _SURROGATE_ESCAPE.search(data):  # half a pair is a text that cannot be encoded
             json.dumps(value, ensure_ascii=False).encode()
         return value

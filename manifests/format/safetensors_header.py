@@ -109,6 +109,18 @@ def parse_header(
     return {spec.name: spec for spec in specs}
 
 
+def parse_metadata(prefix: bytes | memoryview) -> dict[str, str]:
+    """Return the metadata of a safetensors file whose header `parse_header` accepted."""
+    length = int(struct.unpack("<Q", bytes(prefix[:8]))[0])
+    raw = parse_json(
+        bytes(prefix[8 : 8 + length]), what="safetensors header", max_bytes=MAX_HEADER_BYTES
+    )
+    metadata = raw.get("__metadata__")
+    if not isinstance(metadata, dict):
+        return {}
+    return {key: value for key, value in metadata.items() if isinstance(value, str)}
+
+
 def header_length(first_eight: bytes | memoryview, *, file_bytes: int, where: str) -> int:
     """Return the length of the JSON header in bytes.
 

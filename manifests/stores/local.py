@@ -31,6 +31,9 @@ from mmerge.manifests.stores.local_writer import (
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
+LINK_ROOTS_VARIABLE = "MMERGE_LINK_ROOTS"
+"""Environment variable: folders, separated as in PATH, into which links in a store may lead."""
+
 
 class LocalStore(Store):
     """A local folder.
@@ -50,6 +53,8 @@ class LocalStore(Store):
         if path.parent.name == "snapshots":
             # A snapshot in the Hugging Face cache: its files are links to ../../blobs/DIGEST.
             self._roots.append((path.parent.parent / "blobs").resolve())
+        allowed = os.environ.get(LINK_ROOTS_VARIABLE, "")
+        self._roots += [Path(root).resolve() for root in allowed.split(os.pathsep) if root]
         self._checked_paths: dict[str, Path] = {}
         """Paths that are known to stay inside the folder, by key."""
         self._deferred: list[DeferredCommit] | None = None
@@ -87,7 +92,7 @@ class LocalStore(Store):
             if not any(real == root or root in real.parents for root in self._roots):
                 raise StoreError(
                     f"{self.path}: {key} is a link that leads out of the folder, to {real}. Put a"
-                    " copy there instead"
+                    f" copy there instead, or allow links into a folder with {LINK_ROOTS_VARIABLE}"
                 )
             self._checked_paths[key] = path
         return path

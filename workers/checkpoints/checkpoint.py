@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: their configuration and the headers of their weight files."""
+"""Hugging Face checkpoints: their configuration, small files and tensors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 from mmerge.manifests.digest import parse_json
 from mmerge.manifests.errors import CheckpointError, NotFound, StoreError
-from mmerge.manifests.format.safetensors_header import TensorSpec, header_length, parse_header
 from mmerge.manifests.stores.open import open_readable_store
 from mmerge.workers.checkpoints.quantization import (
     dequantise,
@@ -17,22 +16,25 @@ from mmerge.workers.checkpoints.quantization import (
 )
 from mmerge.workers.checkpoints.sources import TensorSource
 from mmerge.workers.checkpoints.tied_head import drop_tied_head
+from mmerge.workers.checkpoints.weight_files import (
+    WeightFiles,
+    find_weight_files,
+    read_tensors,
+    refuse_gguf,
+)
 from mmerge.workers.families.interface import Family
 from mmerge.workers.families.registry import find_family, text_config_of
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 SMALL_FILE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 """Suffixes of the files copied with a model: configuration, tokenizer, processor, templates.
 
 Code is never copied.
 """
 MAX_SMALL_FILE_BYTES = 64 << 20
-_FIRST_READ_BYTES = 1 << 16
 
 
 class Checkpoint:
-    """One checkpoint folder: its configuration and the headers of its safetensors files."""
+    """One checkpoint folder: its configuration, small files and tensors."""
 
     def __init__(self, uri: str, *, owner: str) -> None:
         """Open the folder at `uri`; `owner` ("base", "expert 'image'") begins every error.
@@ -57,7 +59,7 @@ class Checkpoint:
             )
         except CheckpointError as error:
             if isinstance(error.__cause__, NotFound):
-                self._refuse_gguf()
+                refuse_gguf(self._store, where=f"{owner}: {uri}")
             raise
 
     @cached_property
@@ -66,17 +68,7 @@ class Checkpoint:
 
         Only headers are read, and head and embedding where both are stored although they are tied.
         """
-        sources: dict[str, TensorSource] = {}
-        for file, names in self._weight_files().items():
-            specs = self._read_header(file)
-            missing = sorted(set(names or specs) - set(specs))
-            if missing:
-                raise CheckpointError(
-                    f"{self.owner}: {self.uri}/{file} lacks {missing[0]}, which the index places"
-                    " there. Fetch the checkpoint again"
-                )
-            for name in names or specs:
-                sources[name] = TensorSource(self.uri, file, specs[name])
+        sources = read_tensors(self._store, self._weight_files(), uri=self.uri, owner=self.owner)
         where = f"{self.owner}: {self.uri}"
         weights = dequantise(sources, self.config, where=where)
         return dict(sorted(drop_tied_head(weights, self.config, where=where).items()))
@@ -141,64 +133,12 @@ class Checkpoint:
             files["config.json"] = json.dumps(plain, indent=2, sort_keys=True).encode() + b"\n"
         return files
 
-    def _weight_files(self) -> dict[str, list[str] | None]:
-        """Return the tensors that the index places in each weight file; None for all of a file."""
-        if self._store.exists(INDEX_FILE):
-            index = self._read_json(INDEX_FILE, missing="")
-            weight_map = index.get("weight_map") if isinstance(index, dict) else None
-            if not isinstance(weight_map, dict) or not all(
-                isinstance(file, str) for file in weight_map.values()
-            ):
-                raise CheckpointError(
-                    f"{self.owner}: {self.uri}/{INDEX_FILE} has no weight_map. Fetch the checkpoint"
-                    " again"
-                )
-            files: dict[str, list[str] | None] = {}
-            for name, file in sorted(weight_map.items()):
-                if "/" in file or "\\" in file or file in ("", ".", ".."):
-                    raise CheckpointError(
-                        f"{self.owner}: {INDEX_FILE} places {name} in {file!r}; only files in"
-                        " the same folder are read"
-                    )
-                names = files.setdefault(file, [])
-                assert names is not None
-                names.append(name)
-            return files
-        if self._store.exists(SINGLE_FILE):
-            return {SINGLE_FILE: None}
-        self._refuse_gguf()
-        raise CheckpointError(
-            f"{self.owner}: {self.uri} has neither {SINGLE_FILE} nor {INDEX_FILE}. "
-            "Only safetensors are read: save the model with safe_serialization=True"
+    def _weight_files(self) -> WeightFiles:
+        return find_weight_files(
+            self._store,
+            read_json=lambda name: self._read_json(name, missing=""),
+            where=f"{self.owner}: {self.uri}",
         )
-
-    def _refuse_gguf(self) -> None:
-        """Raise CheckpointError if the folder holds GGUF files."""
-        file = next((name for name in self._store.list() if name.endswith(".gguf")), None)
-        if file is not None:
-            raise CheckpointError(
-                f"{self.owner}: {self.uri} holds its weights as GGUF ({file}), which is not read."
-                " Give the checkpoint from which it was converted, or convert it back"
-                " (transformers: from_pretrained with gguf_file, save_pretrained)"
-            )
-
-    def _read_header(self, file: str) -> dict[str, TensorSpec]:
-        where = f"{self.owner}: {self.uri}/{file}"
-        try:
-            file_bytes = self._store.num_bytes(file)
-            prefix = self._store.read_range(
-                file, offset=0, num_bytes=min(_FIRST_READ_BYTES, file_bytes)
-            )
-            needed = 8 + header_length(prefix[:8], file_bytes=file_bytes, where=where)
-            if needed > len(prefix):
-                prefix = self._store.read_range(file, offset=0, num_bytes=needed)
-        except NotFound as error:
-            raise CheckpointError(
-                f"{where}: no such file, though the index names it. Fetch the checkpoint again"
-            ) from error
-        except StoreError as error:
-            raise CheckpointError(f"{self.owner}: {Exception.__str__(error)}") from error
-        return parse_header(prefix, file_bytes=file_bytes, where=where)
 
     def _read_json(self, name: str, *, missing: str) -> dict[str, Any]:
         where = f"{self.owner}: {self.uri}/{name}"
@@ -207,6 +147,7 @@ class Checkpoint:
                 self._store.read(name, max_bytes=MAX_SMALL_FILE_BYTES),
                 what=where,
                 max_bytes=MAX_SMALL_FILE_BYTES,
+                allow_infinity=True,
             )
         except NotFound as error:
             raise CheckpointError(f"{where}: no such file; {missing}") from error

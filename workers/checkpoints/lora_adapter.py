@@ -17,13 +17,13 @@ from typing_extensions import override
 from mmerge.manifests.errors import CheckpointError, NotFound, ShapeMismatch, StoreError
 from mmerge.manifests.stores.base import ReadableStore
 from mmerge.manifests.stores.open import open_readable_store
-from mmerge.workers.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
+from mmerge.workers.checkpoints.checkpoint import Checkpoint
 from mmerge.workers.checkpoints.expert_only import describe_names
 from mmerge.workers.checkpoints.lora_variants import refuse_variants
 from mmerge.workers.checkpoints.module_patterns import ModulePatterns
 from mmerge.workers.checkpoints.sources import LowRankSource, TensorSource
 from mmerge.workers.checkpoints.tied_head import drop_tied_head
-from mmerge.workers.checkpoints.torch_pickle import read_pickled_specs
+from mmerge.workers.checkpoints.weight_files import WeightFiles, has_weight_files, read_specs
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -57,7 +57,7 @@ class AdapterPair:
 
 def is_adapter(store: ReadableStore) -> bool:
     """Return whether a folder holds adapters rather than a model."""
-    if store.exists(SINGLE_FILE) or store.exists(INDEX_FILE):
+    if has_weight_files(store):
         return False
     return any(store.exists(file) for file in (*WEIGHT_FILES, CONFIG_FILE, *OFFICIAL_FILES))
 
@@ -199,7 +199,7 @@ class _AdapterFiles(Checkpoint):
         return configs
 
     @override
-    def _weight_files(self) -> dict[str, list[str] | None]:
+    def _weight_files(self) -> WeightFiles:
         files = [file for file in WEIGHT_FILES if self._store.exists(file)][:1]
         files += [file for file in OFFICIAL_FILES if self._store.exists(file)]
         files += self._subfolders
@@ -227,18 +227,13 @@ class _AdapterFiles(Checkpoint):
                 chosen[folder] = key
         return list(chosen.values())
 
-    @override
-    def _read_header(self, file: str) -> dict[str, Any]:
-        if file.endswith(".safetensors"):
-            return super()._read_header(file)
-        return read_pickled_specs(self._store, file, where=f"{self.owner}: {self.uri}/{file}")
-
     @cached_property
     def tensors(self) -> dict[str, TensorSource]:
         sources: dict[str, TensorSource] = {}
         for file in self._weight_files():
             folder = file.split("/", 1)[0] if "/" in file else ""
-            for name, spec in self._read_header(file).items():
+            where = f"{self.owner}: {self.uri}/{file}"
+            for name, spec in read_specs(self._store, file, where=where).items():
                 full_name = _insert_adapter(name, folder) if folder else name
                 sources.setdefault(full_name, TensorSource(self.uri, file, spec))
         return dict(sorted(sources.items()))

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import io
 import pickle
-from typing import Any
+import zipfile
+from typing import Any, cast
 
 import torch
 from typing_extensions import override
@@ -19,7 +20,7 @@ from mmerge.manifests.format.safetensors_header import TensorSpec
 from mmerge.manifests.stores.base import ReadableStore
 from mmerge.workers.checkpoints.dtypes import SAFETENSORS_DTYPES
 
-_REMEDY = "Save the adapter as safetensors (safe_serialization=True)"
+_REMEDY = "Save it as safetensors (save_pretrained with safe_serialization=True)"
 
 
 def read_pickled_specs(store: ReadableStore, file: str, *, where: str) -> dict[str, TensorSpec]:
@@ -32,7 +33,8 @@ def read_pickled_specs(store: ReadableStore, file: str, *, where: str) -> dict[s
 
     Raises:
         CheckpointError: the file holds anything but tensors by name, has the format that
-            PyTorch wrote before 1.6, or one of its tensors is not contiguous.
+            PyTorch wrote before 1.6, is compressed or big-endian, or one of its tensors is not
+            contiguous.
     """
     from torch._subclasses.fake_tensor import (
         FakeTensorMode,  # takes longer to import than torch itself
@@ -40,9 +42,20 @@ def read_pickled_specs(store: ReadableStore, file: str, *, where: str) -> dict[s
 
     try:
         opened: Any = _RangedFile(store, file)
+        _check_archive(opened)
         with FakeTensorMode():
             loaded = torch.load(opened, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
+    except (
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        RuntimeError,
+        ValueError,
+        EOFError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        TypeError,
+    ) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"{where}: cannot be read as a file of tensors ({reason[:200]}). {_REMEDY}"
@@ -52,6 +65,21 @@ def read_pickled_specs(store: ReadableStore, file: str, *, where: str) -> dict[s
             f"{where}: holds a {type(loaded).__name__}, not tensors by name. {_REMEDY}"
         )
     return {str(name): _to_spec(str(name), value, where=where) for name, value in loaded.items()}
+
+
+def _check_archive(file: _RangedFile) -> None:
+    """Refuse archives whose bytes are not those of the tensors. Raises ValueError.
+
+    PyTorch never compresses, and reads compressed entries all the same; read by range, their bytes
+    would be taken for weights.
+    """
+    with zipfile.ZipFile(cast(Any, file)) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{entry.filename} is compressed")
+            if entry.filename.endswith("/byteorder") and archive.read(entry) != b"little":
+                raise ValueError("its numbers are not little-endian")
+    file.seek(0)
 
 
 def _to_spec(name: str, value: object, *, where: str) -> TensorSpec:

@@ -103,7 +103,6 @@ def test_a_json_of_a_gigabyte_is_refused_before_it_is_read(tmp_path: Path, name:
     "data",
     [
         b'{"a": NaN}',
-        b'{"a": Infinity}',
         b'{"a": 1, "a": 2}',
         b"[1]",
         b"\xff",
@@ -115,6 +114,21 @@ def test_a_configuration_that_is_no_strict_json_is_refused(
 ) -> None:
     with pytest.raises(CheckpointError, match="Fetch the checkpoint again"):
         checkpoint(config__json=data)
+
+
+def test_a_link_into_an_allowed_folder_is_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("model", "disk", "elsewhere"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "disk" / "config.json").write_text("{}")
+    (tmp_path / "elsewhere" / "tokenizer.json").write_text("{}")
+    (tmp_path / "model" / "config.json").symlink_to(tmp_path / "disk" / "config.json")
+    (tmp_path / "model" / "tokenizer.json").symlink_to(tmp_path / "elsewhere" / "tokenizer.json")
+    monkeypatch.setenv("MMERGE_LINK_ROOTS", str(tmp_path / "disk"))
+    checkpoint = Checkpoint(str(tmp_path / "model"), owner="base")
+    with pytest.raises(MmergeError, match=r"tokenizer\.json is a link"):
+        checkpoint.read_small_files()
 
 
 def test_a_link_out_of_a_checkpoint_is_refused_and_one_of_the_hubs_cache_is_not(
