@@ -141,6 +141,10 @@ class MergeTask:
     """Per tensor, the parameters that hold for it."""
     earlier_results: tuple[Measured, ...]
     """Per tensor, results of the method's stages."""
+    method_source: str | None
+    """Digest of the code of a third-party method on the driver, None for a built-in one."""
+    math_libraries: tuple[str, ...]
+    """Per tensor, what its bits depend on beside inputs and parameters; empty for nothing."""
     dtype: str
     block_entries: int
     num_bytes: int

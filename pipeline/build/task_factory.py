@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from mmerge.manifests.digest import digest_json
 from mmerge.pipeline.build.input_scan import InputDigests
@@ -11,8 +12,16 @@ from mmerge.pipeline.build.threshold_search import Thresholds
 from mmerge.pipeline.planning.plan import MergePlan
 from mmerge.pipeline.planning.shards import CopyShard, MergeShard
 from mmerge.workers.methods import find_method
-from mmerge.workers.methods.interface import Measured, identify_parameters
-from mmerge.workers.task import CopyTask, MergeTask
+from mmerge.workers.methods.interface import (
+    Measured,
+    Method,
+    MethodParameters,
+    identify_parameters,
+    parse_parameters,
+)
+from mmerge.workers.runtime.math_library import describe_math_library
+from mmerge.workers.runtime.method_source import digest_source
+from mmerge.workers.task import CopyTask, MergeTask, TensorTask
 
 ARITHMETIC_VERSION = 2
 """Raised when a method or an object's layout changes its bytes: no older object is then reused."""
@@ -40,7 +49,8 @@ def make_merge_task(
     names = tuple(expert.name for expert in plan.recipe.experts)
     method_parameters = tuple(plan.method_parameters[tensor.name] for tensor in shard.tensors)
     method = find_method(plan.recipe.method)
-    tensors = []
+    tensors: list[dict[str, Any]] = []
+    math_libraries = []
     for index, tensor in enumerate(shard.tensors):
         tensors.append(
             {
@@ -53,6 +63,9 @@ def make_merge_task(
                 "known": to_hex(earlier_results[index]),
             }
         )
+        math_libraries.append(_find_math_library(method, tensor, method_parameters[index]))
+        if math_libraries[-1]:
+            tensors[-1]["math_library"] = math_libraries[-1]
     identity = {
         "arithmetic": ARITHMETIC_VERSION,
         "method": plan.recipe.method,
@@ -69,12 +82,26 @@ def make_merge_task(
         method=plan.recipe.method,
         method_parameters=method_parameters,
         earlier_results=tuple(earlier_results),
+        method_source=digest_source(type(method)),
+        math_libraries=tuple(math_libraries),
         dtype=plan.dtype,
         block_entries=plan.block_entries,
         num_bytes=shard.bytes_in,
         peak_bytes=shard.peak_bytes,
         fresh=fresh,
     )
+
+
+def _find_math_library(method: Method, tensor: TensorTask, raw: MethodParameters) -> str:
+    """Return the library that the bits of a tensor depend on, empty if they do not.
+
+    A method of a third party that works on whole tensors may use any of its functions.
+    """
+    may_use_it = method.uses_math_library or digest_source(type(method)) is not None
+    if tensor.granularity != "tensor" or not may_use_it:
+        return ""
+    parameters, _ = parse_parameters(method, raw)
+    return describe_math_library(method.device(parameters))
 
 
 def make_copy_task(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from mmerge.manifests.errors import RecipeError
+from mmerge.workers.runtime.method_source import digest_source
 
 if TYPE_CHECKING:
     import torch
@@ -230,6 +231,11 @@ class Method(ABC):
     `merge_block` does not inherit it: the pass computes what the overridden method did.
     """
 
+    uses_math_library: ClassVar[bool] = False
+    """Whether the bits of whole tensors depend on the linear-algebra library: singular values,
+    eigenvalues, products of matrices. It is then part of their identity.
+    """
+
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if "merge_block" in vars(cls) and "compiled_pass" not in vars(cls):
@@ -367,7 +373,12 @@ def identify_parameters(method: Method, raw: MethodParameters) -> list[Any]:
     """Return what of a tensor's parameters its results follow from, as plain JSON data."""
     identity: list[Any] = [raw.parameters, list(raw.experts)]
     revision = method.revision(*parse_parameters(method, raw))
-    return [*identity, revision] if revision else identity
+    if revision:
+        identity.append(revision)
+    source = digest_source(type(method))
+    if source is not None:
+        identity.append({"source": source})
+    return identity
 
 
 def num_columns(shape: Sequence[int]) -> int:

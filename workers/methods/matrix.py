@@ -46,6 +46,7 @@ class MatrixMethod(Method):
     kind = "plain"
     parameters_model = MatrixParameters
     task_unit = "tensor"
+    uses_math_library = True
 
     @abstractmethod
     def merge_matrix(self, deltas: Sequence[torch.Tensor], parameters: Any) -> torch.Tensor:

@@ -44,6 +44,7 @@ from mmerge.workers.tasks.heartbeat import Heartbeat
 from mmerge.workers.tasks.mask_tally import MaskTally
 from mmerge.workers.tasks.object_output import store_object
 from mmerge.workers.tasks.overflow import OverflowCheck
+from mmerge.workers.tasks.worker_check import check_worker
 
 
 def merge_shard(task: MergeTask, store: Store) -> TaskResult:
@@ -90,6 +91,12 @@ class _TensorMerger:
         self.task, self.method = task, method
         self.tensor: TensorTask = task.tensors[index]
         self.parameters, self.experts = parse_parameters(method, task.method_parameters[index])
+        check_worker(
+            method,
+            source=task.method_source,
+            math_library=task.math_libraries[index],
+            device=method.device(self.parameters),
+        )
         self.facts = TensorFacts(
             self.tensor.name,
             self.tensor.shape,
