@@ -80,6 +80,9 @@ class BuildDiffers(MmergeError):
 class PromptError(MmergeError):
     """A prompt cannot be answered by this composite."""
 
+    index: int | None = None
+    """Which of several prompts, from 0; None where there is one, or the error is not of one."""
+
 
 class PlacementError(MmergeError):
     """A composite does not fit the devices, or cannot be partitioned over that many."""

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from typing_extensions import Self, override
 
-from mmerge.manifests.errors import NotFound, StoreError, StoreUnavailable
+from mmerge.manifests.errors import MmergeError, NotFound, StoreError, StoreUnavailable
 from mmerge.manifests.stores.base import (
     MAX_READ_BYTES,
     Listed,
@@ -88,10 +88,15 @@ def translate_hub_errors(repo: str, what: str, operation: Callable[[], _Result])
         raise NotFound(
             f"{where}: not found on the hub (a private repository needs HF_TOKEN)"
         ) from error
-    except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, OSError, RuntimeError) as error:
+    except MmergeError:
+        raise
+    except Exception as error:  # of the library, of its HTTP client, or of the system
         lines = str(error).strip().splitlines()
         reason = lines[0] if lines else type(error).__name__
-        raise StoreUnavailable(f"{where}: {reason}") from error
+        raise StoreUnavailable(
+            f"{where}: the hub does not answer ({reason}). Check the network and HF_ENDPOINT, or"
+            " set HF_HUB_OFFLINE=1 to use the cache"
+        ) from error
 
 
 def _resolve(repo: str, revision: str) -> str:

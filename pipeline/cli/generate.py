@@ -139,7 +139,7 @@ def generate(
     Started as 'torchrun --nproc-per-node N --no-python mmerge generate …', N processes split every
     matrix (tensor parallel).
     """
-    from mmerge.pipeline.cli.prompt_file import make_parts, read_prompts
+    from mmerge.pipeline.cli.prompt_file import AskedPrompt, make_parts, read_prompts
 
     if prompts and (question or image or audio or video or media or stream):
         raise RecipeError(
@@ -152,8 +152,8 @@ def generate(
         parts = make_parts(
             image=image or (), audio=audio or (), video=video or (), media=media or ()
         )
-        asked = [(question, parts)]
-    if not all(text or parts for text, parts in asked):
+        asked = [AskedPrompt(question, parts)]
+    if not all(prompt.question or prompt.parts for prompt in asked):
         raise RecipeError("generate: give a question, or an --image, --audio or --video")
     options = _make_sampling_options(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     options["cache"] = check_choice(cache, ("dynamic", "static"), option="--cache")
@@ -172,7 +172,10 @@ def generate(
             dtype=parse_dtype(dtype),
             gpus=gpus,
         )
-        made_prompts = [composite.prompt(text, parts) for text, parts in asked]
+        made_prompts = []
+        for prompt in asked:
+            with _named(prompt.where):
+                made_prompts.append(composite.prompt(prompt.question, prompt.parts))
         if stream:
             for piece in composite.stream(
                 made_prompts[0], max_new_tokens=max_new_tokens, **options
@@ -180,7 +183,10 @@ def generate(
                 _print_once(group, piece, end="")
             _print_once(group, "")
             return
-        answers = composite.generate_batch(made_prompts, max_new_tokens=max_new_tokens, **options)
+        with _named(*(prompt.where for prompt in asked)):
+            answers = composite.generate_batch(
+                made_prompts, max_new_tokens=max_new_tokens, **options
+            )
         for answer in answers:
             _print_once(group, answer)
 
@@ -229,6 +235,18 @@ def _closing(group: ProcessGroup) -> Iterator[None]:
 def _print_once(group: ProcessGroup, text: str, *, end: str = "\n") -> None:
     if group.rank == 0:
         print_text(text, end=end)
+
+
+@contextmanager
+def _named(*places: str) -> Iterator[None]:
+    """Let an error of one of several prompts begin with its place, such as a line of a file."""
+    try:
+        yield
+    except PromptError as error:
+        index = error.index if len(places) > 1 else 0
+        if index is None or not places[index]:
+            raise
+        raise PromptError(f"{places[index]}: {Exception.__str__(error)}") from error
 
 
 @contextmanager

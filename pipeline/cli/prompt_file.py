@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmerge.manifests import limits
 from mmerge.manifests.digest import parse_json
 from mmerge.manifests.errors import RecipeError
 from mmerge.pipeline.evaluation.questions import read_text
 from mmerge.workers.modalities.prompt import Part
 
-MAX_PROMPTS_BYTES = 1 << 28
-PromptParts = tuple[str, list[Part]]
-"""A question and its files."""
+
+@dataclass(frozen=True)
+class AskedPrompt:
+    """A question with its files, and where it stands for messages."""
+
+    question: str
+    parts: list[Part]
+    where: str = ""
+
+
 _NOT_MEDIA = ("text", "ids")
 """Kinds of a prompt's parts that hold text."""
 
@@ -34,7 +43,7 @@ def make_parts(
     return parts
 
 
-def read_prompts(path: Path) -> list[PromptParts]:
+def read_prompts(path: Path) -> list[AskedPrompt]:
     """Return question and files of every line; relative paths start at the prompt file's folder.
 
     Raises:
@@ -42,7 +51,7 @@ def read_prompts(path: Path) -> list[PromptParts]:
     """
     prompts = []
     # Not splitlines: strings of JSON may contain other line separators.
-    text = read_text(path, where=f"--prompts: {path}", max_bytes=MAX_PROMPTS_BYTES)
+    text = read_text(path, where=f"--prompts: {path}", limit=limits.PROMPT_FILE_BYTES)
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             where = f"--prompts: {path}, line {number}"
@@ -52,7 +61,7 @@ def read_prompts(path: Path) -> list[PromptParts]:
     return prompts
 
 
-def _parse_line(line: str, *, where: str, folder: Path) -> PromptParts:
+def _parse_line(line: str, *, where: str, folder: Path) -> AskedPrompt:
     try:
         raw: Any = parse_json(line.encode(), what="prompt")
     except ValueError as error:
@@ -69,7 +78,9 @@ def _parse_line(line: str, *, where: str, folder: Path) -> PromptParts:
         if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
             raise RecipeError(f"{where}: {kind}: expected a file or a list of files")
         parts += [Part(kind, folder / file) for file in files]
-    return question, parts
+    if not question and not parts:
+        raise RecipeError(f"{where}: has neither a question nor a file")
+    return AskedPrompt(question, parts, where)
 
 
 def _check_kind(kind: str, *, where: str) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mmerge.manifests import limits
 from mmerge.manifests.digest import parse_json
 from mmerge.manifests.errors import RecipeError
 from mmerge.pipeline.evaluation.questions import (
-    MAX_QUESTIONS_BYTES,
     Question,
     check_unique,
     parse_strings,
@@ -96,7 +96,7 @@ def _parse_row(
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     try:
         text = read_text(path, where=str(path))
-        rows = parse_json(text.encode(), what=str(path), max_bytes=MAX_QUESTIONS_BYTES)
+        rows = parse_json(text.encode(), what=str(path), max_bytes=limits.QUESTION_FILE_BYTES.value)
     except ValueError as error:
         raise RecipeError(f"{path}: {error}") from error
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):

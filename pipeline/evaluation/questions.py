@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from mmerge.manifests import limits
 from mmerge.manifests.digest import parse_json
 from mmerge.manifests.errors import RecipeError
+from mmerge.manifests.regular_file import describe_os_error, read_regular_file
 from mmerge.workers.modalities.prompt import Part, make_prompt
 
-MAX_QUESTIONS_BYTES = 1 << 30
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 Metric = Literal["exact", "choice", "rouge"]
 
@@ -95,20 +96,18 @@ def read_questions(path: Path, *, media_root: Path | None = None) -> list[Questi
     return questions
 
 
-def read_text(path: Path, *, where: str, max_bytes: int = MAX_QUESTIONS_BYTES) -> str:
+def read_text(path: Path, *, where: str, limit: limits.Limit = limits.QUESTION_FILE_BYTES) -> str:
     """Return the text of a UTF-8 file that a user names; `where` begins every error.
 
     Raises:
-        RecipeError: the file cannot be read, is no UTF-8, or has more than `max_bytes` bytes.
+        RecipeError: it is no regular file, cannot be read, is no UTF-8, or exceeds the limit.
     """
     try:
-        if path.stat().st_size > max_bytes:
-            raise RecipeError(f"{where}: has more than {max_bytes:,} bytes")
-        return path.read_text(encoding="utf-8")
+        return read_regular_file(path, limit=limit).decode("utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{where}: is not UTF-8 text ({error})") from error
     except OSError as error:
-        raise RecipeError(f"{where}: cannot be read ({error.strerror or error})") from error
+        raise RecipeError(f"{where}: cannot be read ({describe_os_error(error)})") from error
 
 
 def _parse_line(raw: Any, *, where: str, root: Path, number: int) -> Question:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import copy
 import hashlib
 import os
 import re
@@ -25,7 +26,7 @@ import yaml
 
 from mmerge.manifests.digest import SHOWN_DIGITS, digest_json
 from mmerge.manifests.errors import MmergeError, RecipeError
-from mmerge.pipeline.recipes.parsing import read_recipe
+from mmerge.pipeline.recipes.parsing import read_recipe, read_recipe_mapping
 from mmerge.pipeline.recipes.recipe import Recipe
 
 IfRunning = Literal["follow", "skip", "fail"]
@@ -277,6 +278,8 @@ def to_exit_code(job: Job) -> int:
 def to_absolute(path: Path, recipe: Recipe) -> str:
     """Return a recipe's text with its name and absolute paths, valid in any working folder.
 
+    A mergekit YAML is sent as the recipe that it stands for.
+
     Raises:
         RecipeError: the output is a store in this process's memory.
     """
@@ -285,8 +288,12 @@ def to_absolute(path: Path, recipe: Recipe) -> str:
             f"output: {recipe.output} cannot be seen from a cluster; give a store that every node"
             " can write"
         )
-    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    raw |= {"name": recipe.name, "base": recipe.base, "output": recipe.output}
+    raw: Any = read_recipe_mapping(path)
+    raw = copy.deepcopy(raw)  # YAML's aliases are one object: each expert gets its own path
+    raw |= {"name": recipe.name, "output": recipe.output}
+    if recipe.has_base:
+        raw["base"] = recipe.base
+    raw["experts"] = {name: dict(expert) for name, expert in raw["experts"].items()}
     for expert in recipe.experts:
         raw["experts"][expert.name]["path"] = expert.uri
     return str(yaml.safe_dump(raw, sort_keys=False, allow_unicode=True))

@@ -6,9 +6,10 @@ import json
 from functools import cached_property
 from typing import Any
 
+from mmerge.manifests import limits
 from mmerge.manifests.digest import parse_json
 from mmerge.manifests.errors import CheckpointError, NotFound, StoreError
-from mmerge.manifests.stores.open import open_readable_store
+from mmerge.manifests.stores.open import is_unicode, open_readable_store
 from mmerge.workers.checkpoints.quantization import (
     dequantise,
     has_quantization,
@@ -30,7 +31,6 @@ SMALL_FILE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 
 Code is never copied.
 """
-MAX_SMALL_FILE_BYTES = 64 << 20
 
 
 class Checkpoint:
@@ -109,7 +109,7 @@ class Checkpoint:
         """Return the configuration, tokenizer and processor files by name.
 
         Raises:
-            CheckpointError: one of them is larger than 64 MiB.
+            CheckpointError: one of them cannot be read, or they exceed the limits.
         """
         names = [
             name
@@ -117,16 +117,22 @@ class Checkpoint:
             if "/" not in name and name.endswith(SMALL_FILE_SUFFIXES)
         ]
         files = {}
+        total_bytes = 0
+        where = f"{self.owner}: {self.uri}"
+        limits.SMALL_FILES.check(len(names), where=where, error=CheckpointError)
         for name in sorted(names):
             if name.endswith(".index.json"):
                 continue
+            if not is_unicode(name):
+                raise CheckpointError(f"{where}: the file name {name!r} is not UTF-8. Rename it")
             num_bytes = self._store.num_bytes(name)
-            if num_bytes > MAX_SMALL_FILE_BYTES:
-                raise CheckpointError(
-                    f"{self.owner}: {self.uri}/{name} has {num_bytes:,} bytes; files beside the"
-                    f" weights are copied up to {MAX_SMALL_FILE_BYTES:,}. Move it elsewhere"
-                )
-            files[name] = self._store.read(name)
+            limits.SMALL_FILE_BYTES.check(num_bytes, where=f"{where}/{name}", error=CheckpointError)
+            total_bytes += num_bytes
+            limits.SMALL_FILES_BYTES.check(total_bytes, where=where, error=CheckpointError)
+            try:
+                files[name] = self._store.read(name)
+            except StoreError as error:
+                raise CheckpointError(f"{self.owner}: {Exception.__str__(error)}") from error
         if "config.json" in files and has_quantization(self.config):
             # Weights are dequantised when they are read, so all outputs are plain.
             plain = without_quantization(self.config)
@@ -144,9 +150,9 @@ class Checkpoint:
         where = f"{self.owner}: {self.uri}/{name}"
         try:
             value = parse_json(
-                self._store.read(name, max_bytes=MAX_SMALL_FILE_BYTES),
+                self._store.read(name, max_bytes=limits.SMALL_FILE_BYTES.value),
                 what=where,
-                max_bytes=MAX_SMALL_FILE_BYTES,
+                max_bytes=limits.SMALL_FILE_BYTES.value,
                 allow_infinity=True,
             )
         except NotFound as error:

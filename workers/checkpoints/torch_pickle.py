@@ -8,14 +8,14 @@ file.
 from __future__ import annotations
 
 import io
-import pickle
 import zipfile
 from typing import Any, cast
 
 import torch
 from typing_extensions import override
 
-from mmerge.manifests.errors import CheckpointError
+from mmerge.manifests import limits
+from mmerge.manifests.errors import CheckpointError, MmergeError
 from mmerge.manifests.format.safetensors_header import TensorSpec
 from mmerge.manifests.stores.base import ReadableStore
 from mmerge.workers.checkpoints.dtypes import SAFETENSORS_DTYPES
@@ -42,20 +42,12 @@ def read_pickled_specs(store: ReadableStore, file: str, *, where: str) -> dict[s
 
     try:
         opened: Any = _RangedFile(store, file)
-        _check_archive(opened)
+        _check_archive(opened, where=f"{where}: the archive")
         with FakeTensorMode():
             loaded = torch.load(opened, weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        RuntimeError,
-        ValueError,
-        EOFError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        TypeError,
-    ) as error:
+    except MmergeError:
+        raise
+    except Exception as error:  # damaged pickles and archives raise anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"{where}: cannot be read as a file of tensors ({reason[:200]}). {_REMEDY}"
@@ -67,18 +59,32 @@ def read_pickled_specs(store: ReadableStore, file: str, *, where: str) -> dict[s
     return {str(name): _to_spec(str(name), value, where=where) for name, value in loaded.items()}
 
 
-def _check_archive(file: _RangedFile) -> None:
-    """Refuse archives whose bytes are not those of the tensors. Raises ValueError.
+def _check_archive(file: _RangedFile, *, where: str) -> None:
+    """Refuse archives whose bytes are not those of the tensors.
 
     PyTorch never compresses, and reads compressed entries all the same; read by range, their bytes
-    would be taken for weights.
+    would be taken for weights, and they could unpack to any size.
+
+    Raises:
+        ValueError: an entry is compressed or there twice, or its numbers are not little-endian.
+        CheckpointError: it has more entries, or a larger pickle, than the limits.
     """
     with zipfile.ZipFile(cast(Any, file)) as archive:
-        for entry in archive.infolist():
-            if entry.compress_type != zipfile.ZIP_STORED:
+        entries = archive.infolist()
+        limits.ARCHIVE_ENTRIES.check(len(entries), where=where, error=CheckpointError)
+        for entry in entries:
+            is_stored = entry.compress_type == zipfile.ZIP_STORED
+            if not is_stored or entry.file_size != entry.compress_size:
                 raise ValueError(f"{entry.filename} is compressed")
+            if entry.filename.endswith("data.pkl"):
+                place = f"{where}: {entry.filename}"
+                limits.SMALL_FILE_BYTES.check(entry.file_size, where=place, error=CheckpointError)
+            if entry.filename.endswith("/byteorder") and entry.file_size > 16:
+                raise ValueError("its byte order is unknown")
             if entry.filename.endswith("/byteorder") and archive.read(entry) != b"little":
                 raise ValueError("its numbers are not little-endian")
+    if len({entry.filename for entry in entries}) != len(entries):
+        raise ValueError("an entry is there twice")
     file.seek(0)
 
 

@@ -53,6 +53,8 @@ def make_meta_model(text: Any, *, dtype: torch.dtype, owner: str) -> Any:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.data = parameter.data.to(dtype)
+    # Settings of generation in a config.json would apply silently; options are given by name.
+    model.generation_config = transformers.GenerationConfig()
     return model.eval()
 
 

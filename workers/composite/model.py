@@ -9,12 +9,13 @@ from threading import Event, RLock, Thread
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
 from transformers import TextIteratorStreamer
 
 from mmerge.manifests.errors import PromptError
 from mmerge.manifests.format.manifest import Manifest
+from mmerge.workers.composite.generation_options import check_options, check_request
 from mmerge.workers.composite.process_group import ProcessGroup
+from mmerge.workers.composite.prompt_batch import check_finite, pad_prompts, to_tokens
 from mmerge.workers.composite.routing import TEXT, Routing
 from mmerge.workers.modalities.encoders import Encoder
 from mmerge.workers.modalities.prompt import Part, check_places, make_prompt
@@ -140,21 +141,20 @@ class Composite:
             return self._embed(parts)
 
     def _embed(self, parts: Sequence[Part]) -> tuple[torch.Tensor, torch.Tensor]:
-        table: nn.Module = self.language_model.get_input_embeddings()
+        table: Any = self.language_model.get_input_embeddings()
         names = [record.name for record in self.manifest.experts]
         leading_ids = self._leading_ids()
         all_parts = [Part("ids", leading_ids), *parts] if leading_ids else list(parts)
         embeds, ids = [], []
         for part in all_parts:
             if part.kind in ("text", "ids"):
-                tokens = part.value
-                if part.kind == "text":
-                    tokens = self.tokenizer(tokens, add_special_tokens=False)["input_ids"]
+                tokens = to_tokens(part, self.tokenizer, num_tokens=len(table.weight))
                 embedded = table(torch.tensor(tokens, dtype=torch.long, device=self.device))
                 modality = TEXT
             else:
                 name = self.find_expert(part.kind)
                 embedded = self.encoders[name].encode(part).to(self.device)
+                check_finite(embedded, part, expert=name)
                 modality = names.index(name)
             embeds.append(embedded)
             ids.append(torch.full((len(embedded),), modality, dtype=torch.long, device=self.device))
@@ -206,6 +206,7 @@ class Composite:
             PromptError: a prompt is empty, cannot be read, or is too long for the model with its
                 answer.
         """
+        check_options(options)
         with self._routing.turn:
             tokens = self._generate(
                 prompts, max_new_tokens=max_new_tokens, cache=cache, seed=seed, **options
@@ -221,6 +222,9 @@ class Composite:
         Options and errors as of `generate_batch`, without beams. Closing the iterator ends the
         generation; on several ranks it runs to its end, since all ranks take every step.
         """
+        check_options(
+            {key: value for key, value in options.items() if key not in ("cache", "seed")}
+        )
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=False, skip_special_tokens=True)
         failures: list[BaseException] = []
         is_closed = Event()
@@ -303,7 +307,7 @@ class Composite:
         self, prompts: Sequence[Sequence[Part]], *, num_positions: int
     ) -> torch.Tensor:
         """Return logits of the last positions of each prompt, [batch, positions, vocabulary]."""
-        embeds, ids, mask = self._pad([self.embed(parts) for parts in prompts])
+        embeds, ids, mask = pad_prompts(self._embed_all(prompts))
         self._check_length(ids.shape[1], 0)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         with self._routing.prefill(ids):
@@ -329,8 +333,7 @@ class Composite:
             raise PromptError("no prompt was given")
         if cache not in get_args(Cache):
             raise PromptError(f"expected a cache of {get_args(Cache)}, got {cache!r}")
-        if max_new_tokens < 1:
-            raise PromptError(f"{max_new_tokens} tokens are to be generated; ask for at least one")
+        check_request(max_new_tokens=max_new_tokens, seed=seed)
         stop = self.tokenizer.eos_token_id
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else stop
         settings = {"do_sample": False, "eos_token_id": stop, "pad_token_id": pad} | options
@@ -338,7 +341,7 @@ class Composite:
             settings["cache_implementation"] = "static"
         samples = bool(settings["do_sample"])
         with self._routing.turn:
-            embeds, ids, mask = self._pad([self.embed(parts) for parts in prompts])
+            embeds, ids, mask = pad_prompts(self._embed_all(prompts))
             self._check_length(ids.shape[1], max_new_tokens)
             with self._routing.prefill(ids), self._seeded(seed, samples=samples):
                 tokens: torch.Tensor = self.language_model.generate(
@@ -349,23 +352,20 @@ class Composite:
                 )
         return tokens
 
-    def _pad(
-        self, embedded: Sequence[tuple[torch.Tensor, torch.Tensor]]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return a batch of prompts, padded on the left.
+    def _embed_all(
+        self, prompts: Sequence[Sequence[Part]]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return what `embed` returns for each prompt; an error has the index of its prompt."""
+        embedded = []
+        for index, parts in enumerate(prompts):
+            try:
+                embedded.append(self.embed(parts))
+            except PromptError as error:
+                error.index = index
+                raise
+        return embedded
 
-        Embeddings [batch, tokens, hidden], modality ids and attention mask, int64 [batch, tokens].
-        """
-        length = max(len(ids) for _, ids in embedded)
-        embeds = embedded[0][0].new_zeros(len(embedded), length, embedded[0][0].shape[-1])
-        ids = torch.full((len(embedded), length), TEXT, dtype=torch.long, device=self.device)
-        mask = torch.zeros_like(ids)
-        for row, (values, modality_ids) in enumerate(embedded):
-            start = length - len(modality_ids)
-            embeds[row, start:] = values
-            ids[row, start:] = modality_ids
-            mask[row, start:] = 1
-        return embeds, ids, mask
+    _pad = staticmethod(pad_prompts)
 
     @contextmanager
     def _seeded(self, seed: int | None, *, samples: bool) -> Iterator[None]:

@@ -169,7 +169,13 @@ def _make_factors(
         if not is_layer_matrix(name, delta.shape):
             report.left_out.append(name)
             continue
-        a, b = truncate_to_factors(delta, rank=report.rank)
+        try:
+            a, b = truncate_to_factors(delta, rank=report.rank)
+        except torch.linalg.LinAlgError as error:
+            raise ManifestError(
+                f"{name}: the decomposition of what the merge changed does not converge ({error})."
+                " Export the whole checkpoint instead"
+            ) from error
         path = f"base_model.model.{name.removesuffix('.weight')}"
         factors |= {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}
         whole += float(delta.to(torch.float64).square().sum())

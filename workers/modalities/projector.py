@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,10 +102,27 @@ class FeatureEncoder:
             )
             value = read_array(value, what="features", remedy=remedy)
         if isinstance(value, np.ndarray):
-            value = torch.from_numpy(value)
+            value = _to_tensor(value)
         if not isinstance(value, torch.Tensor) or value.ndim != 2 or not value.is_floating_point():
             shape = tuple(getattr(value, "shape", ())) or type(value).__name__
             raise PromptError(
                 f"expert {self.expert!r} takes features, a float array [tokens, width], not {shape}"
             )
-        return value.to(self.device, self.dtype)
+        if not torch.isfinite(value).all():
+            raise PromptError(f"the features for expert {self.expert!r} are NaN or infinite")
+        converted = value.to(self.device, self.dtype)
+        if not torch.isfinite(converted).all():
+            largest = float(value.abs().max())
+            raise PromptError(
+                f"the features for expert {self.expert!r} reach {largest:g}, more than"
+                f" {str(self.dtype).removeprefix('torch.')} holds ({torch.finfo(self.dtype).max:g})"
+            )
+        return converted
+
+
+def _to_tensor(array: np.ndarray[Any, Any]) -> object:
+    """Return an array as a tensor; as it is where torch has no such dtype."""
+    try:
+        return torch.from_numpy(np.ascontiguousarray(array))
+    except TypeError:
+        return array

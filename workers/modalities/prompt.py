@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mmerge.manifests import limits
 from mmerge.manifests.errors import PromptError
 
 MEDIA_PLACE = "{media}"
@@ -29,6 +30,24 @@ class Part:
     def text(cls, text: str) -> Part:
         """Return a part of plain text."""
         return cls("text", text)
+
+
+def check_text(text: object) -> None:
+    """Check the text of a prompt before it is tokenised.
+
+    Raises:
+        PromptError: it is no text, no Unicode, or too long.
+    """
+    if not isinstance(text, str):
+        raise PromptError(f"text was given as {type(text).__name__}; give a str")
+    limits.PROMPT_CHARACTERS.check(len(text), where="the text", error=PromptError)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"the text has {text[error.start]!r} at character {error.start + 1}: half of a"
+            " surrogate pair, or a byte that is not UTF-8. Remove it"
+        ) from error
 
 
 def check_places(question: str, media: Sequence[Part], *, kinds: Collection[str]) -> None:

@@ -9,7 +9,7 @@ import torch
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from mmerge.manifests.errors import RecipeError
+from mmerge.manifests.errors import CheckpointError, RecipeError
 from mmerge.manifests.format.entry import TensorRow, TensorStatistics
 from mmerge.manifests.format.object_header import (
     delta_name,
@@ -33,6 +33,7 @@ from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import (
     Block,
     Granularity,
+    MergedBlock,
     Method,
     TensorFacts,
     entries_at_once,
@@ -174,7 +175,7 @@ class _TensorMerger:
         device = self._choose_device()
         for block in self._read_blocks(reader):
             on_device = block if device == "cpu" else block.to_device(device)
-            merged = self.method.merge_block(on_device, self.parameters, self.experts)
+            merged = self._merge_block(on_device)
             if self.method.kind == "masks":
                 self.tally.add(block, merged)
             for row, mask in zip(masks, merged.masks, strict=True):
@@ -186,6 +187,18 @@ class _TensorMerger:
                 self.overflow.check_tensors(inputs, np.frombuffer(data, np.uint8), start=position)
             position += block.base.numel()
             yield data
+
+    def _merge_block(self, block: Block) -> MergedBlock:
+        """Return the method's merge of one block. Raises CheckpointError where an SVD fails."""
+        try:
+            return self.method.merge_block(block, self.parameters, self.experts)
+        except torch.linalg.LinAlgError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CheckpointError(
+                f"{self.facts.name}: the decomposition of its task vectors does not converge in"
+                f" {self.method.name} ({reason}). Check the inputs for NaN, Inf and extreme values,"
+                " or choose another method"
+            ) from error
 
     def _choose_device(self) -> str:
         device = self.method.device(self.parameters)
