@@ -51,7 +51,7 @@ _OBJECTS = (
 SUPPORTED_OPTIONS = (*_FLAGS, *_NUMBERS, *_COUNTS, *_OBJECTS)
 
 
-def check_request(*, max_new_tokens: int, seed: int | None) -> None:
+def check_request(*, max_new_tokens: Any, seed: Any) -> None:
     """Raise PromptError for a length of the answer, or a seed, that is no number in its range."""
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, Integral):
         raise PromptError(f"max_new_tokens: expected a whole number, got {max_new_tokens!r}")
@@ -91,9 +91,9 @@ def _check_range(name: str, value: Any, kind: type, bounds: tuple[float, float])
         raise PromptError(f"{name}: expected {lowest:g} to {highest:g}, got {value!r}")
 
 
-def _check_seed(seed: int | None) -> None:
+def _check_seed(seed: Any) -> None:
     """Raise PromptError for a seed that the generator of random numbers does not take."""
     if seed is None:
         return
-    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed <= _MAX_SEED:
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) <= _MAX_SEED:
         raise PromptError(f"seed: expected a whole number from 0 to 2⁶⁴ − 1, got {seed!r}")

@@ -32,14 +32,14 @@ def to_tokens(part: Part, tokenizer: Any, *, num_tokens: int) -> Sequence[int]:
     Raises:
         PromptError: the text cannot be tokenised, or an id is not in the vocabulary.
     """
-    ids: Sequence[int]
+    ids: Sequence[Any]
     if part.kind == "text":
         check_text(part.value)
         ids = tokenizer(part.value, add_special_tokens=False)["input_ids"]
     else:
         ids = part.value
     for token in ids:
-        if not isinstance(token, Integral) or not 0 <= token < num_tokens:
+        if not isinstance(token, Integral) or not 0 <= int(token) < num_tokens:
             raise PromptError(f"ids: expected token ids from 0 to {num_tokens - 1}, got {token!r}")
     return ids
 

@@ -171,7 +171,7 @@ def _make_factors(
             continue
         try:
             a, b = truncate_to_factors(delta, rank=report.rank)
-        except torch.linalg.LinAlgError as error:
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise ManifestError(
                 f"{name}: the decomposition of what the merge changed does not converge ({error})."
                 " Export the whole checkpoint instead"

@@ -192,7 +192,7 @@ class _TensorMerger:
         """Return the method's merge of one block. Raises CheckpointError where an SVD fails."""
         try:
             return self.method.merge_block(block, self.parameters, self.experts)
-        except torch.linalg.LinAlgError as error:
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             reason = str(error).strip().splitlines()[0]
             raise CheckpointError(
                 f"{self.facts.name}: the decomposition of its task vectors does not converge in"
