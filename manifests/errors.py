@@ -61,6 +61,21 @@ class ManifestError(MmergeError):
     """A manifest is missing, damaged, or of an unknown version."""
 
 
+class MissingObjects(ManifestError):
+    """Objects that a build names are not in the store, or have another size."""
+
+    def __init__(self, uri: str, keys: Sequence[str]) -> None:
+        self.uri, self.keys = uri, list(keys)
+        others = f" and {len(self.keys) - 1} more" if len(self.keys) > 1 else ""
+        super().__init__(
+            f"{uri}: {self.keys[0]}{others}: missing, or of another size than the manifest says;"
+            " garbage collection or somebody else deleted it. Run the recipe again"
+        )
+
+    def __reduce__(self) -> tuple[type[MissingObjects], tuple[str, list[str]]]:
+        return (type(self), (self.uri, self.keys))
+
+
 class DamagedObject(ManifestError):
     """The bytes of an object differ from what its manifest describes."""
 

@@ -198,6 +198,14 @@ def digest_manifest(manifest: Manifest) -> str:
     return digest_json(manifest.model_dump(mode="json", exclude_none=True, exclude={"table"}))
 
 
+def needed_keys(manifest: Manifest) -> set[str]:
+    """Return every key of a build, with the entries by which a later run finds its objects."""
+    files = {file.key for file in manifest.unique_files()}
+    objects = {entry.key for entry in manifest.entries}
+    entries = {key.removesuffix(".safetensors") + ".json" for key in objects}
+    return {manifest_key(manifest.build), manifest.table.key} | files | objects | entries
+
+
 def read_manifest(store: ReadableStore, build: str) -> Manifest:
     """Return the manifest of a build.
 

@@ -80,8 +80,7 @@ def publish_build(
     if not store.exists(key):
         put_file(store, manifest.table.key, table)
         data = to_manifest_bytes(manifest)
-        check()
-        created = confirm.create(store, key, data)
+        created = confirm.create(store, key, data, check=check)
         if created.data == data:
             return Publication(manifest, is_new=created.is_new)
     return _join(store, manifest, table)

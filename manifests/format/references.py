@@ -210,9 +210,8 @@ def write_reference(
             versions=versions,
             manifest=manifest,
         )
-        check()
         data = to_reference_bytes(reference)
-        stored = confirm.create(store, reference.key, data).data
+        stored = confirm.create(store, reference.key, data, check=check).data
         if store.exists(deletion_mark_key(name, number)):
             # The number was used and deleted while this writer was held up.
             store.delete(reference.key)

@@ -19,13 +19,12 @@ from mmerge.manifests.format.entry import (
     write_entry,
 )
 from mmerge.manifests.format.files import PutResult, put_file
-from mmerge.manifests.format.manifest import FileEntry, digest_manifest, read_file
-from mmerge.manifests.format.publish import check_same_build, find_whole_manifest, publish_build
+from mmerge.manifests.format.manifest import FileEntry, read_file
+from mmerge.manifests.format.publish import check_same_build, find_whole_manifest
 from mmerge.manifests.format.references import (
     Reference,
     find_reference,
     split_uri,
-    write_reference,
 )
 from mmerge.manifests.format.stored_objects import (
     digest_object,
@@ -36,6 +35,7 @@ from mmerge.manifests.format.stored_objects import (
 from mmerge.manifests.format.table import read_table_bytes
 from mmerge.manifests.maintenance.check_build import find_stored_damages, open_checked_build
 from mmerge.manifests.maintenance.damage import make_error
+from mmerge.manifests.maintenance.fenced_commit import FencedCommit
 from mmerge.manifests.maintenance.lease import Lease
 from mmerge.manifests.maintenance.signatures import MAX_SIGNATURE_BYTES, list_signatures
 from mmerge.manifests.stores.base import ReadableStore, Store
@@ -108,16 +108,13 @@ def copy_build(
         if damages:
             sentences = [damage.sentence for damage in damages]
             raise make_error(target.uri, sentences, remedy="'mmerge copy --all' repairs them")
-        publication = publish_build(target, manifest, table)
+        publication = FencedCommit(lease, manifest).publish(table)
         if publication.manifest == manifest:
             copier.copy_signatures(build)
-        reference, _ = write_reference(
-            target,
+        reference, _ = FencedCommit(lease, publication.manifest).write_reference(
             name or (origin.name if origin else ""),
-            build,
             sources=origin.sources if origin else {},
             versions=origin.versions if origin else {},
-            manifest=digest_manifest(publication.manifest),
         )
     repaired = [copy.key for copy in copies if copy.result == "repaired"]
     return CopyReport(

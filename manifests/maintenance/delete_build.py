@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
 
 from mmerge.manifests.digest import SHOWN_DIGITS
 from mmerge.manifests.errors import ManifestError, NotFound, StoreError
-from mmerge.manifests.format.manifest import manifest_key, read_manifest
+from mmerge.manifests.format.manifest import manifest_key, needed_keys, read_manifest
 from mmerge.manifests.format.references import (
-    delete_reference,
     list_references,
-    parse_reference_key,
     read_reference,
     reference_key,
 )
-from mmerge.manifests.maintenance.garbage_collection import needed_keys
-from mmerge.manifests.maintenance.lease import Lease
+from mmerge.manifests.maintenance.deletion import delete_keys
+from mmerge.manifests.maintenance.lease import Lease, read_announced_keys
 from mmerge.manifests.stores.base import Store
 
 
@@ -59,28 +58,35 @@ def delete_build(
         StoreError: a run or a garbage collection is using the store.
     """
     if not delete:
-        return _find_deletion(store, fragment, objects=objects, deleted=False)
+        return _find_deletion(store, fragment, objects=objects)
     with Lease(store, "collect") as lease:
-        lease_keys = lease.find_others("run") + lease.find_others("collect")
+        claims = lease.read_claims()
+        lease_keys = claims.find_live("run") + claims.find_live("collect")
         if lease_keys:
             raise StoreError(
                 f"{store.uri}: in use by another process ({lease_keys[0]}): nothing was deleted."
                 " Try again when it has ended"
             )
-        deletion = _find_deletion(store, fragment, objects=objects, deleted=True)
-        for key in deletion.keys:
-            reference = parse_reference_key(key)
-            if reference is None:
-                store.delete(key)
-            else:
-                delete_reference(store, *reference)
-    return deletion
+        announced = read_announced_keys(store, claims)
+        deletion = _find_deletion(store, fragment, objects=objects, announced=announced)
+        in_use = sorted(announced.intersection(deletion.keys))
+        if in_use:
+            raise StoreError(
+                f"{store.uri}: {in_use[0]} is part of a build that a run was about to commit:"
+                " nothing was deleted. Try again when it has ended; if it was killed, delete the"
+                " objects claims/commit-…"
+            )
+        delete_keys(lease, deletion.keys)
+    return replace(deletion, deleted=True)
 
 
-def _find_deletion(store: Store, fragment: str, *, objects: bool, deleted: bool) -> Deletion:
+def _find_deletion(
+    store: Store, fragment: str, *, objects: bool, announced: AbstractSet[str] = frozenset()
+) -> Deletion:
+    """Return what has to be deleted; `announced` objects of other builds stay."""
     build, reference_keys = _find_target(store, fragment)
     if build is None:
-        return Deletion(store.uri, None, tuple(reference_keys), deleted=deleted)
+        return Deletion(store.uri, None, tuple(reference_keys))
     build_keys = sorted(store.list(f"builds/{build}"))
     # The manifest first: a build without one does not exist.
     build_keys.sort(key=lambda key: key != manifest_key(build))
@@ -88,13 +94,13 @@ def _find_deletion(store: Store, fragment: str, *, objects: bool, deleted: bool)
     num_shared = 0
     if objects and manifest_key(build) in build_keys:
         needed = needed_keys(read_manifest(store, build)) - set(build_keys)
-        shared = needed & _find_needed_keys(store, except_for=build)
+        shared = needed & (_find_needed_keys(store, except_for=build) | announced)
         num_shared = len({key for key in shared if not key.endswith(".json")})
         own_keys = sorted(needed - shared)
         # An entry says that its object is complete, so it goes before the object.
         own_keys.sort(key=lambda key: not key.endswith(".json"))
     keys = (*reference_keys, *build_keys, *own_keys)
-    return Deletion(store.uri, build, keys, num_shared, deleted)
+    return Deletion(store.uri, build, keys, num_shared)
 
 
 def _find_target(store: Store, fragment: str) -> tuple[str | None, list[str]]:

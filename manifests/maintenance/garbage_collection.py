@@ -1,33 +1,40 @@
 """Garbage collection: delete what no live build needs, after a grace period.
 
-It never runs while a build run uses the store (lease.py).
+It never runs while a build run uses the store (lease.py). Order of steps:
+
+1. write a lease; end if another process holds one;
+2. mark: list the store, and read which keys no live build needs;
+3. look again: end if another process holds a lease now, and mark a second time;
+4. delete what was marked twice and did not change in between, while the lease is held
+   (deletion.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from mmerge.manifests.errors import StoreError
-from mmerge.manifests.format.manifest import Manifest, manifest_key, read_manifest
+from mmerge.manifests.format.manifest import manifest_key, needed_keys, read_manifest
 from mmerge.manifests.format.references import (
-    delete_reference,
     list_references,
     parse_reference_key,
     read_reference,
     reference_key,
 )
-from mmerge.manifests.maintenance.lease import Lease
+from mmerge.manifests.maintenance.deletion import delete_keys
+from mmerge.manifests.maintenance.lease import (
+    ANNOUNCEMENT_LIFE,
+    STALE,
+    Claims,
+    Lease,
+    Timing,
+    read_announced_keys,
+)
 from mmerge.manifests.stores.base import Listed, ReadableStore, Store
 
 DEFAULT_GRACE = timedelta(days=7)
-_DELETION_ORDER = ("builds/", "objects/", "files/", "surveys/", "probe/", "claims/")
-"""What names an object is deleted before the object: a killed collection leaves no dangling name.
-References go first, one by one.
-"""
-_CONCURRENT_DELETES = 8
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,11 @@ class _Policy:
     scans: bool
 
     def is_old(self, listed: Listed) -> bool:
-        return self.now - listed.modified > self.grace
+        grace = self.grace
+        if listed.key.startswith("claims/"):
+            is_announcement = listed.key.startswith("claims/commit-")
+            grace = max(grace, ANNOUNCEMENT_LIFE if is_announcement else STALE)
+        return self.now - listed.modified > grace
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,7 @@ def collect_garbage(
     keep: int = 1,
     scans: bool = False,
     delete: bool = False,
+    timing: Timing | None = None,
 ) -> GarbageReport:
     """Return what is garbage in a store, and delete it if `delete` is set.
 
@@ -91,9 +103,11 @@ def collect_garbage(
         scans: whether cached scans older than `grace` are garbage; the next run then reads its
             inputs again.
         delete: delete; otherwise only report.
+        timing: clock and names of the lease, replaced in tests.
 
     Raises:
-        StoreError: a run or another collection is using the store.
+        StoreError: a run or another collection is using the store, or this collection was suspended
+            for so long that one may have begun to.
         ManifestError: a manifest cannot be read, so that what it needs is unknown.
     """
     if keep < 1:
@@ -102,43 +116,41 @@ def collect_garbage(
         )
     if not delete:
         listing = list(store.list_objects())
-        policy = _Policy(_latest_time(listing), grace, keep, scans)
-        return _find_garbage(store, listing, policy)
-    with Lease(store, "collect") as lease:
-        lease_keys = lease.find_others("run") + lease.find_others("collect")
-        if lease_keys:
-            raise StoreError(
-                f"{store.uri}: in use by another process ({lease_keys[0]}): nothing was deleted."
-                " Try again when it has ended"
-            )
-        listing = list(store.list_objects())
-        # The lease was written a moment ago: its time is the present by the store's own clock.
-        lease_times = [listed.modified for listed in listing if listed.key == lease.key]
-        now = lease_times[0] if lease_times else _latest_time(listing)
-        report = _find_garbage(store, listing, _Policy(now, grace, keep, scans))
-        _delete(store, report.garbage, own_lease=lease.key)
-    return replace(report, deleted=True)
+        now = _latest_time(listing)
+        claims = Claims(
+            {listed.key: listed.modified for listed in listing if listed.key.startswith("claims/")},
+            now,
+        )
+        return _find_garbage(store, listing, _Policy(now, grace, keep, scans), claims)
+    with Lease(store, "collect", timing=timing) as lease:
+        marked = _mark(lease, grace=grace, keep=keep, scans=scans)
+        report = _mark(lease, grace=grace, keep=keep, scans=scans)
+        # A time that changed says that somebody has written the object meanwhile.
+        marked_before = set(marked.garbage)
+        garbage = tuple(listed for listed in report.garbage if listed in marked_before)
+        delete_keys(lease, [listed.key for listed in garbage])
+    return replace(report, garbage=garbage, deleted=True)
 
 
-def _delete(store: Store, garbage: Iterable[Listed], *, own_lease: str) -> None:
-    keys = [listed.key for listed in garbage if listed.key != own_lease]
-    for name, number in filter(None, map(parse_reference_key, keys)):
-        delete_reference(store, name, number)
-    for prefix in _DELETION_ORDER:
-        below = [key for key in keys if key.startswith(prefix)]
-        # The entry that says an object is complete goes before the object.
-        entries = [key for key in below if key.endswith(".json")]
-        objects = [key for key in below if not key.endswith(".json")]
-        for group in (entries, objects):
-            with ThreadPoolExecutor(_CONCURRENT_DELETES) as pool:
-                list(pool.map(store.delete, group))
-    for key in keys:
-        if not key.startswith((*_DELETION_ORDER, "refs/")):
-            store.delete(key)
+def _mark(lease: Lease, *, grace: timedelta, keep: int, scans: bool) -> GarbageReport:
+    """Return what is garbage now. Raises StoreError if another process holds a lease."""
+    lease.renew()
+    claims = lease.read_claims()
+    lease_keys = claims.find_live("run") + claims.find_live("collect")
+    if lease_keys:
+        raise StoreError(
+            f"{lease.store.uri}: in use by another process ({lease_keys[0]}): nothing was deleted."
+            " Try again when it has ended"
+        )
+    listing = [listed for listed in lease.store.list_objects() if listed.key != lease.key]
+    return _find_garbage(lease.store, listing, _Policy(claims.now, grace, keep, scans), claims)
 
 
-def _find_garbage(store: Store, listing: list[Listed], policy: _Policy) -> GarbageReport:
-    live = _find_live(store, listing, policy)
+def _find_garbage(
+    store: Store, listing: list[Listed], policy: _Policy, claims: Claims
+) -> GarbageReport:
+    """Return what is garbage in a listing that is younger than `claims`."""
+    live = _find_live(store, listing, policy, announced=read_announced_keys(store, claims))
     garbage = [
         listed
         for listed in listing
@@ -164,10 +176,12 @@ def _latest_time(listing: list[Listed]) -> datetime:
     return max([here, *(listed.modified for listed in listing)])
 
 
-def _find_live(store: ReadableStore, listing: list[Listed], policy: _Policy) -> _Live:
+def _find_live(
+    store: ReadableStore, listing: list[Listed], policy: _Policy, *, announced: Iterable[str]
+) -> _Live:
     young = {listed.key for listed in listing if not policy.is_old(listed)}
-    keys: set[str] = set()
-    builds: set[str] = set()
+    keys = set(announced)
+    builds = {key.split("/")[1] for key in keys if key.startswith("builds/")}
     for name, numbers in list_references(store).items():
         for number in numbers:
             key = reference_key(name, number)
@@ -183,14 +197,6 @@ def _find_live(store: ReadableStore, listing: list[Listed], policy: _Policy) -> 
         if manifest_key(build) in stored_keys:
             keys |= needed_keys(read_manifest(store, build))
     return _Live(frozenset(keys), frozenset(builds))
-
-
-def needed_keys(manifest: Manifest) -> set[str]:
-    """Return every key of a build, with the entries by which a later run finds its objects."""
-    files = {file.key for file in manifest.unique_files()}
-    objects = {entry.key for entry in manifest.entries}
-    entries = {key.removesuffix(".safetensors") + ".json" for key in objects}
-    return {manifest_key(manifest.build), manifest.table.key} | files | objects | entries
 
 
 def _may_be_deleted(key: str, live: _Live, *, scans: bool) -> bool:

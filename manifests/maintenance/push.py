@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmerge.manifests.errors import ManifestError, NotFound, StoreError
-from mmerge.manifests.format.manifest import read_manifest
+from mmerge.manifests.format.manifest import needed_keys, read_manifest
 from mmerge.manifests.format.references import (
     Reference,
     find_reference,
@@ -21,7 +21,6 @@ from mmerge.manifests.format.references import (
     to_reference_bytes,
 )
 from mmerge.manifests.maintenance.copy_build import copy_build
-from mmerge.manifests.maintenance.garbage_collection import needed_keys
 from mmerge.manifests.maintenance.signatures import find_exported_folder, list_signatures
 from mmerge.manifests.maintenance.verify import verify
 from mmerge.manifests.stores.hub import make_hub_api, split_hub_uri, translate_hub_errors

@@ -32,11 +32,19 @@ class Stored:
     """Whether the store said that the object was created. It may be this call's own if not."""
 
 
-def create(store: Store, key: str, data: bytes, *, sleep: Sleep = time.sleep) -> Stored:
+def create(
+    store: Store,
+    key: str,
+    data: bytes,
+    *,
+    check: Callable[[], None] = lambda: None,
+    sleep: Sleep = time.sleep,
+) -> Stored:
     """Create an object unless there is one, and return what is stored under `key` then.
 
     An object of this call that the server stored with other bytes is deleted and created again.
     Two writers with equal data both succeed, so `data` must have a unique part where that matters.
+    `check` is called immediately before each request; what it raises ends the call.
 
     Raises:
         StoreUnavailable: the server stored nothing, or other bytes, at every attempt.
@@ -47,6 +55,7 @@ def create(store: Store, key: str, data: bytes, *, sleep: Sleep = time.sleep) ->
         if attempt:
             sleep(PAUSE_SECONDS * random.uniform(0.5, 1.5) * 2 ** (attempt - 1))
         is_created = True
+        check()
         try:
             store.put_new(key, data)
         except AlreadyExists:

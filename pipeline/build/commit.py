@@ -13,11 +13,13 @@ from mmerge.manifests.errors import BuildDiffers
 from mmerge.manifests.format.entry import ShardEntry, object_key
 from mmerge.manifests.format.files import put_file
 from mmerge.manifests.format.identity import make_build_digest
-from mmerge.manifests.format.manifest import Manifest, digest_manifest
-from mmerge.manifests.format.publish import Publication, make_table_entry, publish_build
-from mmerge.manifests.format.references import Reference, write_reference
+from mmerge.manifests.format.manifest import Manifest
+from mmerge.manifests.format.publish import Publication, make_table_entry
+from mmerge.manifests.format.references import Reference
 from mmerge.manifests.format.stored_objects import find_listings
 from mmerge.manifests.format.table import make_table
+from mmerge.manifests.maintenance.fenced_commit import FencedCommit
+from mmerge.manifests.maintenance.lease import Lease
 from mmerge.manifests.stores.base import Store
 from mmerge.pipeline.build.context import BuildContext
 from mmerge.pipeline.build.manifest_records import make_records, read_files
@@ -62,7 +64,7 @@ def make_build_records(context: BuildContext, builds: ShardBuilds) -> BuildRecor
 
 
 def commit_build(
-    store: Store, context: BuildContext, builds: ShardBuilds, records: BuildRecords
+    lease: Lease, context: BuildContext, builds: ShardBuilds, records: BuildRecords
 ) -> Publication:
     """Write the small files, the table and, last, the manifest of a build.
 
@@ -78,7 +80,9 @@ def commit_build(
         _label(builds.entries[shard.name], shard.name, shard.expert) for shard in plan.copy_shards
     ]
     written_files = [
-        key for key, data in records.small_files.items() if put_file(store, key, data) != "present"
+        key
+        for key, data in records.small_files.items()
+        if put_file(lease.store, key, data) != "present"
     ]
     entries = [*merged, *copied]
     table = make_table(entries)
@@ -88,7 +92,7 @@ def commit_build(
         table=make_table_entry(records.build, table),
         **records.fields,
     )
-    publication = publish_build(store, manifest, table)
+    publication = FencedCommit(lease, manifest).publish(table)
     if not publication.is_new:
         publication.repaired[:0] = written_files
     return publication
@@ -131,20 +135,14 @@ def describe_difference(
     )
 
 
-def refer_to_build(store: Store, plan: MergePlan, manifest: Manifest) -> tuple[Reference, bool]:
+def refer_to_build(lease: Lease, plan: MergePlan, manifest: Manifest) -> tuple[Reference, bool]:
     """Let the recipe's name refer to a build; returns the reference, and whether it is new."""
     recipe = plan.recipe
     sources = {"base": recipe.base} | {expert.name: expert.uri for expert in recipe.experts}
     versions = {name: version(name) for name in ("mmerge", "torch", "numpy", "pyarrow")}
     versions["python"] = platform.python_version()
-    return write_reference(
-        store,
-        recipe.name,
-        manifest.build,
-        sources=sources,
-        versions=versions,
-        manifest=digest_manifest(manifest),
-    )
+    commit = FencedCommit(lease, manifest)
+    return commit.write_reference(recipe.name, sources=sources, versions=versions)
 
 
 def _label(entry: ShardEntry, shard: str, expert: str) -> ShardEntry:

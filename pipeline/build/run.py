@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-from mmerge.manifests.errors import MmergeError, TaskErrors
+from mmerge.manifests.errors import MissingObjects, MmergeError, TaskErrors
 from mmerge.manifests.format.entry import ShardEntry, find_entry
 from mmerge.manifests.format.manifest import Manifest, read_manifest
 from mmerge.manifests.format.publish import find_whole_manifest
@@ -81,21 +81,36 @@ def run(
         NonFiniteError: an input holds NaN or Inf.
         TaskErrors: several tasks failed; all others were finished and are kept.
     """
-    build_run = _Run(plan, executor or SerialExecutor(), progress or LogProgress(), fresh)
-    check_store(build_run.store)
-    with Lease(build_run.store, "run") as lease:
+    executor, progress = executor or SerialExecutor(), progress or LogProgress()
+    store = open_store(plan.recipe.output, create=True)
+    check_store(store)
+    with Lease(store, "run") as lease:
         lease.wait_for_none("collect")
-        return build_run.run()
+        try:
+            return _Run(plan, executor, progress, fresh=fresh, lease=lease).run()
+        except MissingObjects as missing:
+            log.warning(
+                "%s: %s: deleted while this run was suspended: the run continues with what is left",
+                store.uri,
+                missing.keys[0],
+            )
+        return _Run(plan, executor, progress, fresh=fresh, lease=lease).run()
 
 
 class _Run:
     """One run of a plan."""
 
     def __init__(
-        self, plan: MergePlan, executor: Executor, progress: Progress, fresh: bool
+        self,
+        plan: MergePlan,
+        executor: Executor,
+        progress: Progress,
+        *,
+        fresh: bool,
+        lease: Lease,
     ) -> None:
         self.plan, self.executor, self.progress, self.fresh = plan, executor, progress, fresh
-        self.store = open_store(plan.recipe.output, create=True)
+        self.lease, self.store = lease, lease.store
         self.context = BuildContext(plan, fresh=fresh)
         self.builds = make_shard_builds(self.context)
         self.failures: list[Exception] = []
@@ -129,7 +144,7 @@ class _Run:
             return self._report(read_manifest(self.store, self.records.build), is_new=False)
         if self.differing:
             raise describe_difference(self.store, self.records, self.differing)
-        publication = commit_build(self.store, self.context, self.builds, self.records)
+        publication = commit_build(self.lease, self.context, self.builds, self.records)
         self.repaired += publication.repaired
         return self._report(publication.manifest, is_new=publication.is_new)
 
@@ -273,7 +288,7 @@ class _Run:
         raise TaskErrors(sorted(str(failure) for failure in self.failures))
 
     def _report(self, manifest: Manifest, *, is_new: bool) -> RunReport:
-        reference, moved = refer_to_build(self.store, self.plan, manifest)
+        reference, moved = refer_to_build(self.lease, self.plan, manifest)
         return RunReport(
             uri=f"{self.store.uri}#{self.plan.recipe.name}",
             build=manifest.build,

@@ -194,7 +194,7 @@ def test_a_collection_refuses_while_a_run_is_at_work_and_a_run_waits_for_a_colle
     ):
         lease.wait_for_none("collect", seconds=0.1, pause=0.05)
     killed = Lease(store, "run")
-    killed._write()
+    killed.renew()
     os.utime(Path(store.uri) / killed.key, (time.time() - 3600,) * 2)
     assert collect_garbage(store, delete=True).deleted, (
         "a run that was killed an hour ago holds nothing"
