@@ -24,7 +24,7 @@ from mmerge.workers.tasks.scan_cache import (
     SparseHistogram,
     piece_name,
     read_scan,
-    scan_key,
+    write_scan,
 )
 
 VECTOR_BLOCK_ENTRIES = 1 << 18
@@ -73,7 +73,7 @@ def measure_shard(task: MeasureTask, store: Store) -> TaskResult:
                 continue
             for quantity, counts in _measure_tensor(task, index, reader).items():
                 histograms[f"{piece}:{quantity}"] = to_sparse(counts)
-    store.put(scan_key(task.key), ScanResult({}, histograms, vectors).to_bytes())
+    write_scan(store, task.key, ScanResult({}, histograms, vectors))
     return TaskResult(task.shard, task.num_bytes, False, time.monotonic() - start_time)
 
 

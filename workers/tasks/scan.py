@@ -30,7 +30,7 @@ from mmerge.workers.tasks.scan_cache import (
     SparseHistogram,
     piece_name,
     read_scan,
-    scan_key,
+    write_scan,
 )
 
 
@@ -56,7 +56,7 @@ def scan_shard(task: ScanTask, store: Store) -> TaskResult:
             digests[piece_name(f"{copy.role}/{copy.name}", copy.row_start)] = [
                 _scan_copy(task, copy, reader)
             ]
-    store.put(scan_key(task.key), ScanResult(digests, histograms).to_bytes())
+    write_scan(store, task.key, ScanResult(digests, histograms))
     return TaskResult(task.shard, task.num_bytes, False, time.monotonic() - began)
 
 
@@ -105,7 +105,7 @@ def refine_shard(task: RefineTask, store: Store) -> TaskResult:
                     histograms[f"{piece_name(tensor.name, tensor.row_start)}:{position}"] = (
                         count_lower(blocks, bin_number=bin_number)
                     )
-    store.put(scan_key(task.key), ScanResult({}, histograms).to_bytes())
+    write_scan(store, task.key, ScanResult({}, histograms))
     return TaskResult(task.shard, task.num_bytes, False, time.monotonic() - began)
 
 
