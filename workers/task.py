@@ -150,6 +150,8 @@ class MergeTask:
     num_bytes: int
     peak_bytes: int
     fresh: bool = False
+    verify_reused: bool = False
+    """Read a stored object and compare its digest before it is reused."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,8 @@ class CopyTask:
     num_bytes: int
     peak_bytes: int
     fresh: bool = False
+    verify_reused: bool = False
+    """Read a stored object and compare its digest before it is reused."""
 
 
 @dataclass(frozen=True)

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from blake3 import blake3
 
 from mmerge.manifests.errors import ManifestError, NotFound, StoreError, StoreUnavailable
 from mmerge.manifests.format.entry import ObjectEntry
-from mmerge.manifests.format.manifest import FileEntry, Manifest, read_manifest
-from mmerge.manifests.format.table import read_table_bytes
+from mmerge.manifests.format.manifest import read_manifest
 from mmerge.manifests.stores.base import ReadableStore
 
 READ_BYTES = 16 << 20
 """Bytes of one read."""
-CONCURRENT_REQUESTS = 8
 
 
 def read_pieces(
@@ -102,39 +99,3 @@ def find_listings(store: ReadableStore, key: str) -> list[Listing]:
             continue
         listings += [Listing(parts[1], entry) for entry in manifest.entries if entry.key == key]
     return listings
-
-
-def find_quick_damages(store: ReadableStore, manifest: Manifest) -> list[str]:
-    """Return what a build lacks, as far as existence, sizes and the digest of its table say.
-
-    Raises:
-        StoreUnavailable: the store does not answer.
-    """
-    entries = {entry.key: entry for entry in manifest.entries}.values()
-    with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
-        damages = list(pool.map(lambda entry: find_object_damage(store, entry), entries))
-        files = manifest.unique_files()
-        file_damages = list(pool.map(lambda file: _find_file_damage(store, file), files))
-    found = [
-        f"{entry.key}: {damage}" for entry, damage in zip(entries, damages, strict=True) if damage
-    ]
-    found += [
-        f"{file.key}: {damage}" for file, damage in zip(files, file_damages, strict=True) if damage
-    ]
-    try:
-        read_table_bytes(store, manifest.table)
-    except StoreUnavailable:
-        raise
-    except (ManifestError, StoreError) as error:
-        found.append(Exception.__str__(error))
-    return found
-
-
-def _find_file_damage(store: ReadableStore, file: FileEntry) -> str | None:
-    try:
-        num_bytes = store.num_bytes(file.key)
-    except NotFound:
-        return "is missing"
-    if num_bytes != file.num_bytes:
-        return f"has {num_bytes:,} bytes, the manifest says {file.num_bytes:,}"
-    return None

@@ -39,6 +39,7 @@ from mmerge.manifests.format.object_header import (
     describe_row,
     find_header_damage,
 )
+from mmerge.manifests.format.publish import find_whole_manifest
 from mmerge.manifests.format.references import Reference, open_reference
 from mmerge.manifests.format.table import StoredRow, group_of, group_rows, read_table
 from mmerge.manifests.maintenance.damage import Damage, make_error
@@ -100,6 +101,26 @@ def check_build(uri: str, *, level: Level) -> tuple[CheckedBuild, list[Damage]]:
     if level == "structure":
         damages += find_stored_damages(store, manifest, rows)
     return checked, damages
+
+
+def find_committed_damages(store: ReadableStore, build: str) -> list[Damage] | None:
+    """Return the damages of a build's structure, None if it has no manifest of its own fields.
+
+    Raises:
+        UnknownVersion: another version of mmerge wrote the manifest.
+        StoreUnavailable: the store does not answer.
+    """
+    manifest = find_whole_manifest(store, build)
+    if manifest is None:
+        return None
+    try:
+        rows = read_table(store, manifest.table)
+    except StoreUnavailable:
+        raise
+    except (ManifestError, StoreError) as error:
+        return [Damage(manifest.table.key, Exception.__str__(error))]
+    damages = find_record_damages(manifest, rows)
+    return damages + find_stored_damages(store, manifest, rows)
 
 
 def find_record_damages(manifest: Manifest, rows: Sequence[StoredRow]) -> list[Damage]:

@@ -20,6 +20,11 @@ class Damage:
     sentence: str
     """What differs, with the key and both sides."""
 
+    @property
+    def object_digest(self) -> str:
+        """The DIGEST in the key of an object or an entry; that of any other key is none's."""
+        return self.key.rpartition("/")[2].partition(".")[0]
+
 
 def make_error(where: str, sentences: Sequence[str], *, remedy: str = REPAIR) -> DamagedObject:
     """Return one error for all damages of the build or store at `where`."""

@@ -45,7 +45,7 @@ def find_row_faults(manifest: Manifest, rows: Sequence[StoredRow]) -> Iterator[s
         reasons = []
         for row in object_rows:
             reason = find_shape_fault(row) or _find_role_fault(manifest, entry, row)
-            reason = reason or _find_statistics_fault(row, num_experts=len(manifest.experts))
+            reason = reason or find_statistics_fault(row, num_experts=len(manifest.experts))
             if reason:
                 reasons.append(f"{describe_row(row)} {reason}")
         yield from reasons
@@ -125,7 +125,7 @@ def _find_offset_faults(
         )
 
 
-def _find_statistics_fault(row: StoredRow, *, num_experts: int) -> str:
+def find_statistics_fault(row: TensorRow, *, num_experts: int) -> str:
     """Return what is wrong with the statistics of a row, or nothing."""
     statistics = row.statistics
     if row.role not in ("delta", "mask", "merged"):

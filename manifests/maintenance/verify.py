@@ -148,7 +148,7 @@ class ObjectReader:
     """Re-reads objects and compares their digests."""
 
     store: ReadableStore
-    damaged: Collection[str]
+    damaged: Collection[str] = ()
     """Keys of objects whose size or header is known to differ."""
     on_bytes: Callable[[int], None] = lambda num_bytes: None
 

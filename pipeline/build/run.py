@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mmerge.manifests.errors import MissingObjects, MmergeError, TaskErrors
 from mmerge.manifests.format.entry import ShardEntry, find_entry
 from mmerge.manifests.format.manifest import Manifest, read_manifest
-from mmerge.manifests.format.publish import find_whole_manifest
 from mmerge.manifests.format.references import Reference
-from mmerge.manifests.format.stored_objects import find_object_damage, find_quick_damages
+from mmerge.manifests.format.stored_objects import find_object_damage
+from mmerge.manifests.maintenance.check_build import find_committed_damages
 from mmerge.manifests.maintenance.lease import Lease
 from mmerge.manifests.stores.create_check import check_store
 from mmerge.manifests.stores.open import open_store
@@ -34,6 +35,8 @@ from mmerge.workers.task import Task, TaskResult
 from mmerge.workers.tasks.scan_cache import read_scan
 
 log = logging.getLogger("mmerge.run")
+SAMPLE_BYTES = 256 << 20
+"""Bytes of reused objects that a new build reads and compares: about a second of reading."""
 
 
 @dataclass
@@ -65,6 +68,7 @@ def run(
     executor: Executor | None = None,
     progress: Progress | None = None,
     fresh: bool = False,
+    verify_reused: bool = False,
 ) -> RunReport:
     """Build the composite of a plan and return what was done; a killed run continues where it was.
 
@@ -74,6 +78,9 @@ def run(
         progress: is shown every shard; log lines if absent.
         fresh: compute everything again, and compare it with what the store has: that is never
             replaced, except what is missing or damaged.
+        verify_reused: read every object that is reused and compare its digest; one that is damaged
+            is computed again. Without it, existence and size are compared, and the digests of a
+            sample.
 
     Raises:
         BuildDiffers: the store has this build, or some of its objects, with another result.
@@ -86,15 +93,21 @@ def run(
     check_store(store)
     with Lease(store, "run") as lease:
         lease.wait_for_none("collect")
+
+        def make_run() -> _Run:
+            return _Run(
+                plan, executor, progress, fresh=fresh, verify_reused=verify_reused, lease=lease
+            )
+
         try:
-            return _Run(plan, executor, progress, fresh=fresh, lease=lease).run()
+            return make_run().run()
         except MissingObjects as missing:
             log.warning(
                 "%s: %s: deleted while this run was suspended: the run continues with what is left",
                 store.uri,
                 missing.keys[0],
             )
-        return _Run(plan, executor, progress, fresh=fresh, lease=lease).run()
+        return make_run().run()
 
 
 class _Run:
@@ -107,9 +120,11 @@ class _Run:
         progress: Progress,
         *,
         fresh: bool,
+        verify_reused: bool,
         lease: Lease,
     ) -> None:
-        self.plan, self.executor, self.progress, self.fresh = plan, executor, progress, fresh
+        self.plan, self.executor, self.progress = plan, executor, progress
+        self.fresh, self.verify_reused = fresh, verify_reused
         self.lease, self.store = lease, lease.store
         self.context = BuildContext(plan, fresh=fresh)
         self.builds = make_shard_builds(self.context)
@@ -123,6 +138,10 @@ class _Run:
         """Set once all shards have reached their last task."""
         self.is_committed = False
         """Whether the store had this very build by then, whole: its manifest is written last."""
+        self._sampled: dict[str, bool] = {}
+        """By digest of a task, whether its object is read before it is reused."""
+        self.suspects: set[str] = set()
+        """Digests of tasks whose object or entry contradicts the committed build."""
         self.differing: dict[str, tuple[str, ...]] = {}
         """By shard, the tensors that were computed again with another result."""
         self.repaired: list[str] = []
@@ -175,16 +194,47 @@ class _Run:
 
     def _find_finished(self, task: FinalTask) -> ShardEntry | None:
         """Return the entry of a task whose object is there; a worker repairs any other."""
-        entry = find_entry(self.store, task.digest)
-        if entry is None or find_object_damage(self.store, entry.object) is not None:
+        if self.verify_reused or task.digest in self.suspects:
             return None
-        return entry
+        entry = find_entry(self.store, task.digest)
+        # Entries of version 0.1 have no checksum: a worker compares them with their objects, once.
+        if entry is None or entry.checksum is None:
+            return None
+        is_read = self._is_sampled(task)
+        return None if find_object_damage(self.store, entry.object, read=is_read) else entry
+
+    def _is_sampled(self, task: FinalTask) -> bool:
+        """Return whether a stored object of this task is read before it is reused.
+
+        The sample is random and has about `SAMPLE_BYTES`, which is all of a small build.
+        """
+        if task.digest not in self._sampled:
+            share = SAMPLE_BYTES / max(self.plan.bytes_out, 1)
+            self._sampled[task.digest] = random.random() < share
+        return self._sampled[task.digest]
+
+    def _prepare(self, tasks: Sequence[BuildTask]) -> list[BuildTask]:
+        """Return the tasks in the order in which they run, told what to verify."""
+        prepared: list[BuildTask] = []
+        for task in tasks:
+            if isinstance(task, FinalTask):
+                prepared.append(
+                    replace(
+                        task,
+                        fresh=task.fresh or task.digest in self.suspects,
+                        verify_reused=self.verify_reused or self._is_sampled(task),
+                    )
+                )
+            else:
+                prepared.append(task)
+        # The largest first: a large task that begins last would run alone at the end.
+        return sorted(prepared, key=lambda task: -task.num_bytes)
 
     def _run_tasks(self, tasks: Sequence[BuildTask]) -> None:
         """Run these tasks and those that follow from them; collect all failures."""
-        # The largest first: a large task that begins last would run alone at the end.
-        ordered = sorted(tasks, key=lambda task: -task.num_bytes)
-        with closing(self.executor.run(ordered, self.store.uri, self._follow)) as outcomes:
+        with closing(
+            self.executor.run(self._prepare(tasks), self.store.uri, self._follow)
+        ) as outcomes:
             for task, outcome in outcomes:
                 if isinstance(outcome, TaskResult):
                     self._count(task.phase, outcome)
@@ -207,7 +257,7 @@ class _Run:
                 # Another shard has the same object: experts that share an encoder, say.
                 phase = self.builds.final_tasks[shard].phase
                 self._count(phase, TaskResult(shard, 0, True, 0.0))
-        return sorted(followers, key=lambda follower: -follower.num_bytes)
+        return self._prepare(followers)
 
     def _read_result(self, task: BuildTask, result: TaskResult) -> Any:
         if isinstance(task, FinalTask):
@@ -229,14 +279,14 @@ class _Run:
             return
         self.records = make_build_records(self.context, self.builds)
         self.progress.name_build(self.records.build)
-        if self.fresh:
+        if self.fresh or self.verify_reused:
             return
-        manifest = find_whole_manifest(self.store, self.records.build)
-        if manifest is None:
+        damages = find_committed_damages(self.store, self.records.build)
+        if damages is None:
             return
-        damages = find_quick_damages(self.store, manifest)
         for damage in damages:
-            log.warning("%s: %s; the run repairs it", self.store.uri, damage)
+            log.warning("%s: %s. It is compared and written again", self.store.uri, damage.sentence)
+        self.suspects = {damage.object_digest for damage in damages}
         self.is_committed = not damages
 
     def _show_start(self, tasks: Sequence[BuildTask]) -> None:

@@ -57,6 +57,13 @@ FreshOption = Annotated[
         ),
     ),
 ]
+VerifyReusedOption = Annotated[
+    bool,
+    typer.Option(
+        "--verify-reused",
+        help="read what is reused and compare its digests; recompute what is damaged",
+    ),
+]
 ExclusiveOption = Annotated[
     bool,
     typer.Option(
@@ -169,6 +176,7 @@ class BuildOptions:
     """
 
     fresh: bool
+    verify_reused: bool
     exclusive: bool
     task_deadline: float | None
     block_entries: int | None

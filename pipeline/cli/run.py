@@ -19,6 +19,7 @@ from mmerge.pipeline.cli.options import (
     FreshOption,
     RayAddressOption,
     RecipeArgument,
+    VerifyReusedOption,
     WorkersOption,
     check_choice,
     parse_size,
@@ -52,6 +53,7 @@ def run(
         ),
     ] = None,
     fresh: FreshOption = False,
+    verify_reused: VerifyReusedOption = False,
     exclusive: ExclusiveOption = False,
     task_deadline: DeadlineOption = None,
     block_entries: BlockOption = None,
@@ -72,7 +74,7 @@ def run(
     from mmerge.pipeline.views.build_report import print_run
 
     memory_bytes = None if memory is None else parse_size(memory, option="--memory")
-    options = BuildOptions(fresh, exclusive, task_deadline, block_entries)
+    options = BuildOptions(fresh, verify_reused, exclusive, task_deadline, block_entries)
     with ExitStack() as open_executors:
 
         def open_for(peak_bytes: int) -> Executor:
@@ -101,7 +103,11 @@ def run(
                 ) as progress,
             ):
                 report = run_plan(
-                    merge_plan, executor=task_executor, progress=progress, fresh=options.fresh
+                    merge_plan,
+                    executor=task_executor,
+                    progress=progress,
+                    fresh=options.fresh,
+                    verify_reused=options.verify_reused,
                 )
         except RunUnderWay as active:
             out.print(f"[yellow]nothing done[/]: {escape(str(active))}", highlight=False)

@@ -22,8 +22,10 @@ from mmerge.manifests.format.entry import (
     object_key,
     write_entry,
 )
-from mmerge.manifests.format.object_header import describe_row
+from mmerge.manifests.format.object_header import describe_row, find_header_damage
 from mmerge.manifests.format.stored_objects import find_listings, find_object_damage
+from mmerge.manifests.maintenance.row_checks import find_statistics_fault
+from mmerge.manifests.maintenance.verify import ObjectReader
 from mmerge.manifests.stores.base import Store
 from mmerge.manifests.stores.writer import DiscardingSink, ObjectWriter
 from mmerge.workers.task import CopyTask, MergeTask, TaskResult
@@ -111,7 +113,9 @@ def _find_published(
     if entry is None and not store.exists(key):
         return _Published()
     if entry is not None:
-        damage = find_object_damage(store, entry.object, read=task.fresh)
+        damage = find_object_damage(store, entry.object, read=task.fresh or task.verify_reused)
+        if damage is None and entry.checksum is None and not task.fresh:
+            return _verify_unchecked(task, store, entry)
         if damage is None:
             return _Published(entry, entry.object.digest, is_whole=True)
         log.warning("%s: %s (%s): %s; it is computed again", store.uri, key, task.shard, damage)
@@ -127,6 +131,29 @@ def _find_published(
             None, listed_entry.digest, is_whole=True, damaged_keys=(entry_key(task.digest),)
         )
     return _Published(None, listed_entry.digest, damaged_keys=(key, entry_key(task.digest)))
+
+
+def _verify_unchecked(task: MergeTask | CopyTask, store: Store, entry: ShardEntry) -> _Published:
+    """Return the state of an object whose entry has no checksum, as version 0.1 wrote them.
+
+    Object and entry are compared byte by byte, once: the entry gets a checksum, or is damaged.
+    """
+    method = task.method if isinstance(task, MergeTask) else ""
+    num_experts = len(task.expert_names) if isinstance(task, MergeTask) else 0
+    damages: list[str | None] = [
+        find_header_damage(store, entry.object, entry.tensors, method=method),
+        *(find_statistics_fault(row, num_experts=num_experts) for row in entry.tensors),
+        *ObjectReader(store).check_object(entry.object, entry.tensors),
+    ]
+    reasons = [damage for damage in damages if damage]
+    if not reasons:
+        write_entry(store, task.digest, entry)
+        return _Published(entry, entry.object.digest, is_whole=True)
+    key = entry_key(task.digest)
+    log.warning("%s: %s (%s): %s; it is computed again", store.uri, key, task.shard, reasons[0])
+    is_whole = find_object_damage(store, entry.object, read=True) is None
+    keys = (key,) if is_whole else (object_key(task.digest), key)
+    return _Published(None, entry.object.digest, is_whole=is_whole, damaged_keys=keys)
 
 
 def _write_object(

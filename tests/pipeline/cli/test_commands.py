@@ -121,8 +121,20 @@ def test_submit_has_every_option_of_run_that_does_not_concern_this_machine() -> 
 @pytest.mark.parametrize(
     "options",
     [
-        BuildOptions(fresh=False, exclusive=False, task_deadline=None, block_entries=None),
-        BuildOptions(fresh=True, exclusive=True, task_deadline=90.5, block_entries=65536),
+        BuildOptions(
+            fresh=False,
+            verify_reused=False,
+            exclusive=False,
+            task_deadline=None,
+            block_entries=None,
+        ),
+        BuildOptions(
+            fresh=True,
+            verify_reused=True,
+            exclusive=True,
+            task_deadline=90.5,
+            block_entries=65536,
+        ),
     ],
 )
 def test_run_reads_what_submit_passes_on(options: BuildOptions) -> None:
