@@ -274,9 +274,11 @@ def read_file(store: ReadableStore, entry: FileEntry) -> bytes:
             f"{Exception.__str__(error)}, the manifest says {entry.num_bytes:,}: {entry.name} is"
             f" damaged. {REPAIR}"
         ) from error
-    if digest_bytes(data) != entry.digest:
+    digest = digest_bytes(data)
+    if (len(data), digest) != (entry.num_bytes, entry.digest):
         raise ManifestError(
-            f"{store.uri}: {entry.key} ({entry.name}) is damaged: its digest differs from the"
-            f" manifest's. {REPAIR}"
+            f"{store.uri}: {entry.key} ({entry.name}) is damaged: it has {len(data):,} bytes of"
+            f" digest {digest[:SHOWN_DIGITS]}, the manifest says {entry.num_bytes:,} of"
+            f" {entry.digest[:SHOWN_DIGITS]}. {REPAIR}"
         )
     return data

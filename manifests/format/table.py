@@ -12,7 +12,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from pydantic import TypeAdapter, ValidationError
 
-from mmerge.manifests.digest import digest_bytes
+from mmerge.manifests.digest import SHOWN_DIGITS, digest_bytes
 from mmerge.manifests.errors import REPAIR, ManifestError, NotFound, StoreError, StoreUnavailable
 from mmerge.manifests.format.entry import ObjectEntry, ShardEntry, TensorRow, validate_key
 from mmerge.manifests.format.manifest import TableEntry
@@ -112,9 +112,12 @@ def read_table_bytes(store: ReadableStore, entry: TableEntry) -> bytes:
         raise ManifestError(
             f"{Exception.__str__(error)}: the table is damaged. {REPAIR}"
         ) from error
-    if digest_bytes(data) != entry.digest:
+    digest = digest_bytes(data)
+    if (len(data), digest) != (entry.num_bytes, entry.digest):
         raise ManifestError(
-            f"{store.uri}: {entry.key} is damaged: its digest differs from the manifest's. {REPAIR}"
+            f"{store.uri}: {entry.key} is damaged: it has {len(data):,} bytes of digest"
+            f" {digest[:SHOWN_DIGITS]}, the manifest says {entry.num_bytes:,} of"
+            f" {entry.digest[:SHOWN_DIGITS]}. {REPAIR}"
         )
     return data
 
