@@ -74,3 +74,7 @@ def parse_json(
         raise ValueError(f"{what}: has half of a surrogate pair, which is no character") from error
     except (UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{what}: no valid JSON ({type(error).__name__})") from error
+    except ValueError as error:
+        if str(error).startswith(what):
+            raise
+        raise ValueError(f"{what}: no valid JSON ({error})") from error  # a number of 5,000 digits

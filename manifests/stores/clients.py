@@ -102,7 +102,10 @@ def make_client(uri: str) -> Any:
 
 def _check_uri(uri: str) -> str:
     """Return the scheme of a URI that has a bucket and a path only. Raises StoreError."""
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:
+        raise StoreError(f"{uri}: is no URI ({error})") from error
     scheme = parts.scheme.lower()
     if "@" in parts.netloc or ":" in parts.netloc or parts.query or parts.fragment:
         # Without what may be a secret.

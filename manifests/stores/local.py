@@ -12,6 +12,7 @@ from pathlib import Path
 from typing_extensions import Self, override
 
 from mmerge.manifests.errors import NotFound, StoreError
+from mmerge.manifests.regular_file import describe_os_error
 from mmerge.manifests.stores.base import (
     MAX_READ_BYTES,
     DeferredCommit,
@@ -64,11 +65,15 @@ class LocalStore(Store):
     @override
     def open(cls, uri: str, *, create: bool) -> Self:
         path = Path(uri[len("file://") :] if uri[:7].lower() == "file://" else uri).absolute()
-        if path.exists() and not path.is_dir():
+        try:
+            exists, is_folder = path.exists(), path.is_dir()
+        except OSError as error:  # a name that is too long, links in a circle, no permission
+            raise StoreError(f"{path}: {describe_os_error(error)}. Choose another path") from error
+        if exists and not is_folder:
             raise StoreError(
                 f"{path}: is a file, a store is a folder or bucket. Choose another place"
             )
-        if not create and not path.is_dir():
+        if not create and not is_folder:
             raise NotFound(f"{path}: no such folder")
         try:
             path.mkdir(parents=True, exist_ok=True)

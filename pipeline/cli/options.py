@@ -228,7 +228,4 @@ def parse_duration(text: str, *, option: str) -> timedelta:
     match = re.fullmatch(r"([0-9]{1,8}(?:\.[0-9]{1,8})?)\s*([smhdw])", text.strip())
     if not match:
         raise RecipeError(f"{option}: expected a time like 7d, 36h or 90m, got {text!r}")
-    try:
-        return timedelta(**{_DURATION_UNITS[match[2]]: float(match[1])})
-    except OverflowError:
-        raise RecipeError(f"{option}: {text} is too long; give at most 2000000w") from None
+    return timedelta(**{_DURATION_UNITS[match[2]]: float(match[1])})

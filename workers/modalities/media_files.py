@@ -69,8 +69,9 @@ def _parse_array(file: BinaryIO, *, label: str) -> NDArray[Any]:
     num_entries = math.prod(shape)
     limits.ARRAY_ENTRIES.check(num_entries, where=label, error=PromptError)
     expected = num_entries * dtype.itemsize
-    data = file.read(expected + 1)
-    if len(data) != expected:
+    data = bytearray(expected)
+    num_read = file.readinto(data)  # type: ignore[attr-defined]
+    if num_read != expected or file.read(1):
         raise ValueError(f"its shape {shape} takes {expected:,} bytes, the file does not have them")
     values = np.frombuffer(data, dtype)
     return values.reshape(shape, order="F" if is_fortran else "C")
