@@ -9,6 +9,7 @@ The tests run in pytest. They need a folder that all workers of the executor can
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -16,12 +17,13 @@ from pathlib import Path
 
 import pytest
 
+from mmerge.manifests.digest import digest_bytes
 from mmerge.manifests.errors import MmergeError, StoreError
 from mmerge.manifests.format.safetensors_header import make_header
-from mmerge.manifests.stores.open import open_store
+from mmerge.manifests.stores.open import open_readable_store, open_store
 from mmerge.pipeline.execution.executor import Executor
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
-from mmerge.workers.task import CopyTask, CopyTensor, ScanTask, Task, TaskResult
+from mmerge.workers.task import CopyTask, CopyTensor, ScannedRows, ScanTask, Task, TaskResult
 from mmerge.workers.tasks.scan_cache import read_scan
 
 NUM_TASKS = 6
@@ -159,12 +161,13 @@ def make_scan_tasks(folder: Path, *, num_tasks: int) -> list[ScanTask]:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     names = [f"tensor{index}" for index in range(num_tasks)]
+    files = [f"model-{index}.safetensors" for index in range(num_tasks)]
     for index, name in enumerate(names):
         header, _ = make_header([(name, "F32", (8, 16))], metadata={})
-        data = bytes([index]) * (8 * 16 * 4)
-        (folder / f"model-{index}.safetensors").write_bytes(header + data)
-    files = ", ".join(f'"{name}": "model-{index}.safetensors"' for index, name in enumerate(names))
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {' + files + "}}")
+        (folder / files[index]).write_bytes(header + _tensor_bytes(index))
+    index_text = json.dumps({"weight_map": dict(zip(names, files, strict=True))})
+    (folder / "model.safetensors.index.json").write_text(index_text)
+    store = open_readable_store(str(folder))
     tensors = Checkpoint(str(folder), owner="base").tensors
     return [
         ScanTask(
@@ -174,24 +177,31 @@ def make_scan_tasks(folder: Path, *, num_tasks: int) -> list[ScanTask]:
             tensors=(),
             copies=(CopyTensor(name, "base", 0, 8, tensors[name]),),
             copies_owner="base",
+            identities=((str(folder), file, store.identity(file)),),
             magnitudes=False,
             non_finite="keep",
             block_entries=1 << 16,
             num_bytes=tensors[name].spec.num_bytes,
             peak_bytes=PEAK_BYTES,
         )
-        for index, name in enumerate(names)
+        for index, (name, file) in enumerate(zip(names, files, strict=True))
     ]
 
 
+def _tensor_bytes(index: int) -> bytes:
+    return bytes([index]) * (8 * 16 * 4)
+
+
 def make_copy_task(scan: ScanTask) -> CopyTask:
-    """Return the task that copies the tensors of a scan into an object."""
+    """Return the task that copies the tensors of a scan of `make_scan_tasks` into an object."""
+    index = int(scan.key, 16)
     return CopyTask(
         digest="c" * 64,
         shard=scan.shard,
         role="base",
         expert="",
         tensors=scan.copies,
+        scanned=((ScannedRows(0, 8, digest_bytes(_tensor_bytes(index))),),),
         block_entries=scan.block_entries,
         num_bytes=scan.num_bytes,
         peak_bytes=PEAK_BYTES,

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from mmerge.manifests.format.entry import Role
 from mmerge.manifests.stores.base import DeferredCommit
+from mmerge.workers.checkpoints.input_digests import ChangedInput
 from mmerge.workers.checkpoints.sources import TensorSource
 from mmerge.workers.methods.interface import Granularity, Measured, MethodParameters
 from mmerge.workers.modalities.prompt import Part
@@ -61,6 +62,19 @@ class CopyTensor:
 
 
 @dataclass(frozen=True)
+class ScannedRows:
+    """Some rows of a tensor that were scanned as one piece, and their digest."""
+
+    row_start: int
+    row_stop: int
+    digest: str
+
+
+ScannedDigests = tuple[tuple[str, ...], ...]
+"""Per tensor, the digests that the scan found: of the base first, then of the experts."""
+
+
+@dataclass(frozen=True)
 class ScanTask:
     """One pass over the inputs of a shard: digests, non-finite check, magnitude histograms."""
 
@@ -71,6 +85,8 @@ class ScanTask:
     tensors: tuple[TensorTask, ...]
     copies: tuple[CopyTensor, ...]
     copies_owner: str
+    identities: tuple[tuple[str, str, str], ...]
+    """URI, file and identity of what is read; a result is stored only if they still hold then."""
     magnitudes: bool
     non_finite: NonFinite
     block_entries: int
@@ -88,6 +104,7 @@ class RefineTask:
     shard: str
     expert_names: tuple[str, ...]
     tensors: tuple[TensorTask, ...]
+    input_digests: ScannedDigests
     bins: tuple[tuple[int | None, ...], ...]
     """Per tensor and expert, the histogram bin of the threshold; None if it is exact already."""
     block_entries: int
@@ -104,6 +121,7 @@ class MeasureTask:
     shard: str
     expert_names: tuple[str, ...]
     tensors: tuple[TensorTask, ...]
+    input_digests: ScannedDigests
     thresholds: tuple[tuple[float, ...], ...]
     method_parameters: tuple[MethodParameters, ...]
     earlier_results: tuple[Measured, ...]
@@ -134,6 +152,7 @@ class MergeTask:
     shard: str
     expert_names: tuple[str, ...]
     tensors: tuple[TensorTask, ...]
+    input_digests: ScannedDigests
     thresholds: tuple[tuple[float, ...], ...]
     """Per tensor and expert; empty per tensor for methods that do not trim."""
     method: str
@@ -164,6 +183,8 @@ class CopyTask:
     role: Literal["base", "carry"]
     expert: str
     tensors: tuple[CopyTensor, ...]
+    scanned: tuple[tuple[ScannedRows, ...], ...]
+    """Per tensor, the scanned pieces that hold its rows, in order; they may hold others as well."""
     block_entries: int
     num_bytes: int
     peak_bytes: int
@@ -223,3 +244,5 @@ class TaskResult:
     repaired: tuple[str, ...] = ()
     """Keys that were missing or damaged, and were written again."""
     notes: tuple[str, ...] = field(default=())
+    changed_input: ChangedInput | None = None
+    """Set where the task ended without a result, because an input is not what was scanned."""

@@ -138,9 +138,10 @@ class LocalStore(Store):
     @override
     def identity(self, key: str) -> str:
         status = self._stat(key)
-        # The form that object_store gives local files: cached scans of inputs are found by it.
-        microseconds = status.st_mtime_ns // 1000
-        entity_tag = f'"{status.st_ino:x}-{microseconds:x}-{status.st_size:x}"'
+        # With the time of the last change of the status, which nobody can set: `cp -p` over a file
+        # keeps its inode, and may keep size and time of modification.
+        times = f"{status.st_mtime_ns // 1000:x}-{status.st_ctime_ns // 1000:x}"
+        entity_tag = f'"{status.st_ino:x}-{times}-{status.st_size:x}"'
         return f"{status.st_size}:{entity_tag}:{_modified(status).isoformat()}"
 
     def _stat(self, key: str) -> os.stat_result:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+from mmerge.pipeline.build.changed_inputs import Rescans
 from mmerge.pipeline.build.input_scan import InputDigests, make_scan_tasks, share_rows
 from mmerge.pipeline.build.method_stages import MethodStages
 from mmerge.pipeline.build.threshold_search import ThresholdSearch
-from mmerge.pipeline.planning.plan import MergePlan
+from mmerge.pipeline.planning.plan import MergePlan, read_identities
 from mmerge.pipeline.planning.shards import CopyShard, MergeShard
 from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Trimming, parse_parameters
@@ -21,17 +23,25 @@ class BuildContext:
         RecipeError: densities differ between tensors, though the scope is the whole model.
     """
 
-    def __init__(self, plan: MergePlan, *, fresh: bool) -> None:
-        """Prepare the build of a plan; `fresh` ignores whatever the store has."""
+    def __init__(self, plan: MergePlan, *, fresh: bool, rescans: Rescans | None = None) -> None:
+        """Prepare the build of a plan.
+
+        Args:
+            plan: what is built.
+            fresh: ignore whatever the store has.
+            rescans: what earlier passes of the same run found to have changed.
+        """
         self.plan = plan
+        self.rescans = rescans or Rescans(plan)
         self.fresh = fresh
         self.method = find_method(plan.recipe.method)
         self.digests = InputDigests()
         self._trimmings = self._make_trimmings()
-        identities = {checkpoint.uri: checkpoint.identity for checkpoint in plan.checkpoints}
-        self.scan_tasks = make_scan_tasks(
-            plan, identities, magnitudes=bool(self._trimmings), fresh=fresh
+        self.identities = read_identities(plan.checkpoints)
+        scan_tasks = make_scan_tasks(
+            plan, self.identities, magnitudes=bool(self._trimmings), fresh=fresh
         )
+        self.scan_tasks = {name: self._distrust(task) for name, task in scan_tasks.items()}
         groups = group_by_tensor(plan.merge_shards)
         self.searches = self._make_searches(groups)
         """By merge shard; empty for methods that do not trim."""
@@ -39,6 +49,7 @@ class BuildContext:
             plan,
             self.method,
             groups=groups,
+            digests=self.digests,
             config=plan.checkpoints[0].text_config,
             fresh=fresh,
         )
@@ -66,6 +77,12 @@ class BuildContext:
                 if share_rows(piece, tensor):
                     tasks[scan.shard] = scan
         return list(tasks.values())
+
+    def _distrust(self, task: ScanTask) -> ScanTask:
+        """Return a scan that is run whatever the store has, if its files ask for that."""
+        if self.rescans.may_be_stored((uri, file) for uri, file, _ in task.identities):
+            return task
+        return replace(task, fresh=True)
 
     def _make_trimmings(self) -> dict[str, Trimming]:
         """Return by tensor what is trimmed; empty for methods that do not trim."""

@@ -20,6 +20,7 @@ from mmerge.pipeline.build.shard import make_shard_builds
 from mmerge.pipeline.build.shard_builds import Barrier, BuildTask, FinalTask
 from mmerge.pipeline.execution.executor import SerialExecutor
 from mmerge.pipeline.planning.plan import MergePlan
+from mmerge.workers.checkpoints.input_digests import InputChanged
 from mmerge.workers.task import MergeTask, ScanTask, Task, TaskResult
 from mmerge.workers.tasks.scan_cache import read_scan
 
@@ -92,6 +93,8 @@ class _Forecaster:
         def follow(task: Task, result: TaskResult) -> Sequence[Task]:
             assert not isinstance(task, FinalTask)
             assert isinstance(task, BuildTask)
+            if result.changed_input is not None:
+                raise InputChanged(result.changed_input)
             scan = read_scan(self.store, task.key)
             return _without_final(self.builds.follow(task, scan, self._find))
 

@@ -9,21 +9,19 @@ from mmerge.manifests.digest import digest_json
 from mmerge.manifests.format.manifest import FileEntry
 from mmerge.pipeline.planning.plan import MergePlan
 from mmerge.pipeline.planning.shards import CopyShard, MergeShard
+from mmerge.workers.checkpoints.input_digests import stored_parts
 from mmerge.workers.checkpoints.sources import TensorSource, identity_digest
-from mmerge.workers.task import CopyTensor, ScanTask, TensorTask
+from mmerge.workers.task import (
+    CopyTensor,
+    ScannedDigests,
+    ScannedRows,
+    ScanTask,
+    TensorTask,
+)
 from mmerge.workers.tasks.scan_cache import ScanResult, piece_name
 
 SCAN_VERSION = 2
 """Raised when the contents of a stored scan change: no older scan is then reused."""
-
-
-@dataclass(frozen=True)
-class ScannedRows:
-    """The digest of some rows of a tensor."""
-
-    row_start: int
-    row_stop: int
-    digest: str
 
 
 Piece = TensorTask | CopyTensor | ScannedRows
@@ -67,6 +65,24 @@ class InputDigests:
         """Return whether the digests of a scan are here."""
         return (task.key, expert) in self._scanned
 
+    def has_equal(self, task: ScanTask, scan: ScanResult, *, expert: str) -> bool:
+        """Return whether a repeated scan found the digests that are here."""
+        repeated = InputDigests()
+        repeated.add(task, scan, expert=expert)
+        if any(self.merged.get(piece) != digests for piece, digests in repeated.merged.items()):
+            return False
+        return all(
+            self.copied.get(tensor, {}).get(row_start) == rows
+            for tensor, pieces in repeated.copied.items()
+            for row_start, rows in pieces.items()
+        )
+
+    def of_tensors(self, tensors: Sequence[TensorTask]) -> ScannedDigests:
+        """Return per piece the digests of base and experts, with which its tasks compare."""
+        return tuple(
+            tuple(self.merged[piece_name(tensor.name, tensor.row_start)]) for tensor in tensors
+        )
+
     def describe(self, tensor: TensorTask) -> list[list[str]]:
         """Return dtype and digest of a piece in base and experts: what its merge depends on."""
         sources = (tensor.base, *tensor.experts)
@@ -85,25 +101,36 @@ class InputDigests:
         Raises:
             LookupError: some of the rows have not been scanned.
         """
+        pieces = self.pieces_of(shard, tensor)
+        if (pieces[0].row_start, pieces[0].row_stop) == (tensor.row_start, tensor.row_stop):
+            return pieces[0].digest
+        return [[piece.row_start, piece.digest] for piece in pieces]
+
+    def pieces_of(self, shard: CopyShard, tensor: CopyTensor) -> tuple[ScannedRows, ...]:
+        """Return the scanned pieces that hold the rows of a copied piece, in order.
+
+        Raises:
+            LookupError: some of the rows have not been scanned.
+        """
         pieces = self.copied.get((shard.expert, tensor.name), {})
         exact = pieces.get(tensor.row_start)
         if exact is not None and exact.row_stop == tensor.row_stop:
-            return exact.digest
+            return (exact,)
         next_row = tensor.row_start
-        identity: list[list[int | str]] = []
+        holding: list[ScannedRows] = []
         for _, piece in sorted(pieces.items()):
             if not share_rows(piece, tensor):
                 continue
             if piece.row_start > next_row:
                 break
-            identity.append([piece.row_start, piece.digest])
+            holding.append(piece)
             next_row = piece.row_stop
         if next_row < tensor.row_stop:
             raise LookupError(
                 f"{shard.name}: {tensor.name}: rows {next_row} to {tensor.row_stop} are copied"
                 " before they are scanned"
             )
-        return identity
+        return tuple(holding)
 
     def revision(self, position: int, expert: str, files: Sequence[FileEntry]) -> str:
         """Return the digest of a whole checkpoint.
@@ -175,6 +202,9 @@ class _ScanTaskFactory:
             tensors=shard.tensors,
             copies=(),
             copies_owner="",
+            identities=self._identities_of(
+                [source for tensor in shard.tensors for source in (tensor.base, *tensor.experts)]
+            ),
             magnitudes=self.magnitudes,
             non_finite=self.plan.recipe.non_finite,
             block_entries=self.plan.block_entries,
@@ -193,6 +223,7 @@ class _ScanTaskFactory:
             tensors=(),
             copies=copies,
             copies_owner=f"expert {shard.expert!r}" if shard.expert else "base",
+            identities=self._identities_of([copy.source for copy in copies]),
             magnitudes=False,
             non_finite=self.plan.recipe.non_finite,
             block_entries=self.plan.block_entries,
@@ -200,6 +231,11 @@ class _ScanTaskFactory:
             peak_bytes=shard.peak_bytes,
             fresh=self.fresh,
         )
+
+    def _identities_of(self, sources: Sequence[TensorSource]) -> tuple[tuple[str, str, str], ...]:
+        parts = [part for source in sources for part in stored_parts(source)]
+        places = dict.fromkeys((part.uri, part.file) for part in parts)
+        return tuple((uri, file, self.identities[uri][file]) for uri, file in places)
 
     def _expert_names(self) -> tuple[str, ...]:
         return tuple(expert.name for expert in self.plan.recipe.experts)

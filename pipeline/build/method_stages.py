@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from mmerge.manifests.digest import digest_json
 from mmerge.manifests.errors import RecipeError
+from mmerge.pipeline.build.input_scan import InputDigests
 from mmerge.pipeline.build.shard_builds import Barrier
 from mmerge.pipeline.build.threshold_search import Thresholds
 from mmerge.pipeline.planning.plan import MergePlan
@@ -27,7 +28,7 @@ from mmerge.workers.statistics.order_statistics import Counts, add_sparse, find_
 from mmerge.workers.task import MeasureTask, ScanTask, TensorTask
 from mmerge.workers.tasks.scan_cache import ScanResult, SparseHistogram, piece_name
 
-MEASURE_VERSION = 2
+MEASURE_VERSION = 3
 """Raised when the contents of a stored stage pass change: no older one is then reused."""
 
 RankBins = dict[str, list[tuple[int, int]]]
@@ -90,6 +91,7 @@ class MethodStages:
         method: Method,
         *,
         groups: Sequence[Sequence[MergeShard]],
+        digests: InputDigests,
         config: Mapping[str, Any],
         fresh: bool,
     ) -> None:
@@ -99,11 +101,13 @@ class MethodStages:
             plan: what is built.
             method: the plan's.
             groups: shards that hold rows of the same tensors.
+            digests: what the scans find, by the time a shard reaches its first stage.
             config: the base's configuration, of its language model.
             fresh: measure again, whatever is in the store.
         """
         recipe = plan.recipe
         self.plan, self.method, self.config, self.fresh = plan, method, config, fresh
+        self.digests = digests
         self.stages = method.stages(
             recipe.parameters, [expert.parameters for expert in recipe.experts]
         )
@@ -207,9 +211,11 @@ class StagePass:
         names = tuple(expert.name for expert in plan.recipe.experts)
         method_parameters = tuple(plan.method_parameters[tensor.name] for tensor in shard.tensors)
         earlier_results = self._stages.results_of(shard)
+        input_digests = self._stages.digests.of_tensors(shard.tensors)
         identity: list[Any] = [
             MEASURE_VERSION,
             scan.key,
+            input_digests,
             method.name,
             self.stage.name,
             plan.dtype,
@@ -224,6 +230,7 @@ class StagePass:
             shard=shard.name,
             expert_names=names,
             tensors=shard.tensors,
+            input_digests=input_digests,
             thresholds=thresholds,
             method_parameters=method_parameters,
             earlier_results=earlier_results,

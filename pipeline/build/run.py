@@ -18,6 +18,7 @@ from mmerge.manifests.maintenance.check_build import find_committed_damages
 from mmerge.manifests.maintenance.lease import Lease
 from mmerge.manifests.stores.create_check import check_store
 from mmerge.manifests.stores.open import open_store
+from mmerge.pipeline.build.changed_inputs import Rescans
 from mmerge.pipeline.build.commit import (
     BuildRecords,
     commit_build,
@@ -30,9 +31,9 @@ from mmerge.pipeline.build.shard import make_shard_builds
 from mmerge.pipeline.build.shard_builds import BuildTask, FinalTask
 from mmerge.pipeline.execution.executor import Executor, SerialExecutor
 from mmerge.pipeline.monitoring.progress import LogProgress, Progress
-from mmerge.pipeline.planning.plan import MergePlan
+from mmerge.pipeline.planning.plan import MergePlan, check_plan
 from mmerge.workers.task import Task, TaskResult
-from mmerge.workers.tasks.scan_cache import read_scan
+from mmerge.workers.tasks.scan_cache import read_scan, scan_key
 
 log = logging.getLogger("mmerge.run")
 SAMPLE_BYTES = 256 << 20
@@ -91,23 +92,37 @@ def run(
     executor, progress = executor or SerialExecutor(), progress or LogProgress()
     store = open_store(plan.recipe.output, create=True)
     check_store(store)
+    rescans = Rescans(plan)
     with Lease(store, "run") as lease:
         lease.wait_for_none("collect")
 
         def make_run() -> _Run:
             return _Run(
-                plan, executor, progress, fresh=fresh, verify_reused=verify_reused, lease=lease
+                plan,
+                executor,
+                progress,
+                fresh=fresh,
+                verify_reused=verify_reused,
+                lease=lease,
+                rescans=rescans,
             )
 
+        def run_passes() -> RunReport:
+            build_run = make_run()
+            while (report := build_run.run()) is None:
+                log.warning("inputs changed: going through the build again; what did not is kept")
+                build_run = make_run().continue_from(build_run)
+            return report
+
         try:
-            return make_run().run()
+            return run_passes()
         except MissingObjects as missing:
             log.warning(
                 "%s: %s: deleted while this run was suspended: the run continues with what is left",
                 store.uri,
                 missing.keys[0],
             )
-        return make_run().run()
+        return run_passes()
 
 
 class _Run:
@@ -122,11 +137,14 @@ class _Run:
         fresh: bool,
         verify_reused: bool,
         lease: Lease,
+        rescans: Rescans,
     ) -> None:
         self.plan, self.executor, self.progress = plan, executor, progress
         self.fresh, self.verify_reused = fresh, verify_reused
         self.lease, self.store = lease, lease.store
-        self.context = BuildContext(plan, fresh=fresh)
+        self.context = BuildContext(plan, fresh=fresh, rescans=rescans)
+        if self.context.identities != plan.identities:
+            check_plan(plan)
         self.builds = make_shard_builds(self.context)
         self.failures: list[Exception] = []
         self.bytes_read = 0
@@ -146,14 +164,26 @@ class _Run:
         """By shard, the tensors that were computed again with another result."""
         self.repaired: list[str] = []
 
-    def run(self) -> RunReport:
-        """Return the finished build. The store is known to be writable, and leased."""
+    def continue_from(self, earlier: _Run) -> _Run:
+        """Return this pass with what an earlier one has computed in its counts."""
+        self.num_computed, self.bytes_read = earlier.num_computed, earlier.bytes_read
+        self.repaired = earlier.repaired
+        return self
+
+    def run(self) -> RunReport | None:
+        """Return the finished build, None where inputs changed and another pass is needed.
+
+        The store is known to be writable, and leased.
+        """
         tasks = self.builds.start(self._find_statistics)
         self._note_records()
         if not self.is_committed:
             self._run_tasks(self._take_from_store(tasks))
         if self.failures:
             self._raise_failures()
+        if self.builds.outdated_scans:
+            self._delete_scans()
+            return None
         if self.records is None or not (self.is_committed or self.builds.is_finished):
             raise MmergeError(
                 f"{type(self.executor).__name__} ended before all shards were built. An executor"
@@ -167,9 +197,15 @@ class _Run:
         self.repaired += publication.repaired
         return self._report(publication.manifest, is_new=publication.is_new)
 
+    def _delete_scans(self) -> None:
+        """Delete the scans that are true of no file: it was replaced while it was read."""
+        for scans in self.builds.outdated_scans.values():
+            for scan in scans:
+                self.store.delete(scan_key(scan.key))
+
     def _find_statistics(self, task: BuildTask) -> Any:
         """Return what an earlier run left of a scan, of refined thresholds or of a stage."""
-        if self.fresh or isinstance(task, FinalTask):
+        if task.fresh or isinstance(task, FinalTask):
             return None
         scan = read_scan(self.store, task.key)
         if scan is not None:
@@ -237,7 +273,8 @@ class _Run:
         ) as outcomes:
             for task, outcome in outcomes:
                 if isinstance(outcome, TaskResult):
-                    self._count(task.phase, outcome)
+                    if outcome.changed_input is None:
+                        self._count(task.phase, outcome)
                 else:
                     self.failures.append(outcome)
                     self.progress.fail(task.phase, task.shard, outcome)
@@ -260,6 +297,8 @@ class _Run:
         return self._prepare(followers)
 
     def _read_result(self, task: BuildTask, result: TaskResult) -> Any:
+        if result.changed_input is not None:
+            return result.changed_input
         if isinstance(task, FinalTask):
             if result.differing:
                 self.differing[task.shard] = result.differing

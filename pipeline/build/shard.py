@@ -7,15 +7,18 @@ answers them through an executor, `mmerge plan` from the store, the simulator fr
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mmerge.manifests.format.entry import ShardEntry
+from mmerge.pipeline.build.changed_inputs import ScanOutdated, is_replaced
 from mmerge.pipeline.build.context import BuildContext
 from mmerge.pipeline.build.shard_builds import Barrier, BuildTask, ShardBuild, ShardBuilds
 from mmerge.pipeline.build.task_factory import make_copy_task, make_merge_task
 from mmerge.pipeline.build.threshold_search import Thresholds
 from mmerge.pipeline.planning.shards import CopyShard, MergeShard
+from mmerge.workers.checkpoints.input_digests import ChangedInput
 from mmerge.workers.task import ScanTask
 from mmerge.workers.tasks.scan_cache import ScanResult
 
@@ -37,14 +40,13 @@ def build_merge_shard(context: BuildContext, shard: MergeShard) -> ShardBuild:
     page cache even where the model is larger than memory.
     """
     scan_task = context.scan_tasks[shard.name]
-    scan: ScanResult = yield scan_task
-    context.digests.add(scan_task, scan, expert="")
+    scan = yield from _scan(context, shard, scan_task)
     if shard.name in context.searches:
         context.searches[shard.name].add(shard, scan.histograms)
     del scan  # the histograms of all shards together may not fit into memory
     thresholds = yield from _find_thresholds(context, shard, scan_task)
     yield from _run_stages(context, shard, scan_task, thresholds)
-    entry: ShardEntry = yield make_merge_task(
+    merge_task = make_merge_task(
         context.plan,
         shard,
         context.digests,
@@ -52,7 +54,63 @@ def build_merge_shard(context: BuildContext, shard: MergeShard) -> ShardBuild:
         earlier_results=context.stages.results_of(shard),
         fresh=context.fresh,
     )
+    entry: ShardEntry = yield from _read_again(context, shard, [scan_task], merge_task)
     return entry
+
+
+def _scan(
+    context: BuildContext, shard: MergeShard | CopyShard, scan_task: ScanTask
+) -> Generator[BuildTask, Any, ScanResult]:
+    """Scan the inputs of a shard, and add their digests to those of the build.
+
+    Raises:
+        ScanOutdated: a file was replaced since the run began.
+    """
+    result: ScanResult | ChangedInput = yield scan_task
+    if isinstance(result, ChangedInput):
+        context.rescans.note(shard.name, result)
+        raise ScanOutdated
+    expert = shard.expert if isinstance(shard, CopyShard) else ""
+    context.digests.add(scan_task, result, expert=expert)
+    return result
+
+
+def _read_again(
+    context: BuildContext,
+    shard: MergeShard | CopyShard,
+    scan_tasks: Sequence[ScanTask],
+    task: BuildTask,
+) -> Generator[BuildTask, Any, Any]:
+    """Run a task that reads what was scanned, and return its result.
+
+    Where it read other bytes, the scans are repeated, and then the task; changed_inputs.py has the
+    rules.
+
+    Raises:
+        ScanOutdated: the digests of the scans are no longer those of the inputs.
+        CheckpointError: the inputs differ from their scan once more.
+    """
+    result = yield task
+    if not isinstance(result, ChangedInput):
+        return result
+    context.rescans.note(shard.name, result)
+    if any(is_replaced(scan_task) for scan_task in scan_tasks):
+        raise ScanOutdated(scan_tasks)
+    expert = shard.expert if isinstance(shard, CopyShard) else ""
+    are_equal = True
+    for scan_task in scan_tasks:
+        scan: ScanResult | ChangedInput = yield replace(scan_task, fresh=True)
+        if isinstance(scan, ChangedInput):
+            raise ScanOutdated(scan_tasks)
+        are_equal &= context.digests.has_equal(scan_task, scan, expert=expert)
+        del scan
+    if not are_equal:
+        context.rescans.distrust(result)
+        raise ScanOutdated
+    result = yield task
+    if isinstance(result, ChangedInput):
+        context.rescans.note(shard.name, result)
+    return result
 
 
 def _find_thresholds(
@@ -69,9 +127,10 @@ def _find_thresholds(
     yield search.located
     if search.is_exact:
         return search.thresholds(shard)
-    refine_task = search.make_refine_task(scan_task)
+    input_digests = context.digests.of_tensors(shard.tensors)
+    refine_task = search.make_refine_task(scan_task, input_digests)
     if refine_task is not None:
-        refined: ScanResult = yield refine_task
+        refined: ScanResult = yield from _read_again(context, shard, [scan_task], refine_task)
         search.add_refined(shard, refined.histograms)
         del refined
     yield search.refined
@@ -83,13 +142,15 @@ def _run_stages(
 ) -> Generator[BuildTask | Barrier, Any, None]:
     """Run the statistics passes of the method; each stage sees the results of those before it."""
     for stage_pass in context.stages.passes_of(shard):
-        counts: ScanResult = yield stage_pass.make_task(shard, scan_task, thresholds)
+        task = stage_pass.make_task(shard, scan_task, thresholds)
+        counts: ScanResult = yield from _read_again(context, shard, [scan_task], task)
         stage_pass.add(shard, counts)
         del counts
         yield stage_pass.measured
         if stage_pass.stage.measures != "ranks":
             continue
-        exact_counts: ScanResult = yield stage_pass.make_exact_task(shard, scan_task, thresholds)
+        task = stage_pass.make_exact_task(shard, scan_task, thresholds)
+        exact_counts: ScanResult = yield from _read_again(context, shard, [scan_task], task)
         stage_pass.add_exact(shard, exact_counts)
         del exact_counts
         yield stage_pass.resolved
@@ -97,14 +158,11 @@ def _run_stages(
 
 def build_copy_shard(context: BuildContext, shard: CopyShard) -> ShardBuild:
     """Copy tensors of the base or of one expert, once all of them are scanned."""
-    for scan_task in context.scans_of(shard):
+    scan_tasks = context.scans_of(shard)
+    for scan_task in scan_tasks:
         # A tensor of the base that is merged as well is scanned once, with its merge shard.
-        if context.digests.has(scan_task, expert=shard.expert):
-            continue
-        scan: ScanResult = yield scan_task
-        context.digests.add(scan_task, scan, expert=shard.expert)
-        del scan
-    entry: ShardEntry = yield make_copy_task(
-        context.plan, shard, context.digests, fresh=context.fresh
-    )
+        if not context.digests.has(scan_task, expert=shard.expert):
+            yield from _scan(context, shard, scan_task)
+    copy_task = make_copy_task(context.plan, shard, context.digests, fresh=context.fresh)
+    entry: ShardEntry = yield from _read_again(context, shard, scan_tasks, copy_task)
     return entry

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmerge.manifests.format.entry import ShardEntry
+from mmerge.pipeline.build.changed_inputs import ScanOutdated
+from mmerge.workers.checkpoints.input_digests import ChangedInput
 from mmerge.workers.task import CopyTask, MeasureTask, MergeTask, RefineTask, ScanTask
 
 BuildTask = ScanTask | RefineTask | MeasureTask | MergeTask | CopyTask
@@ -36,7 +38,8 @@ ShardBuild = Generator[BuildTask | Barrier, Any, ShardEntry]
 """The build of one shard.
 
 It yields a task and is sent the result that the task left in the store (a `ScanResult`, for the
-last task a `ShardEntry`); or it yields a barrier. It returns the entry of its object.
+last task a `ShardEntry`), or a `ChangedInput` where it left none; or it yields a barrier. It
+returns the entry of its object, or raises `ScanOutdated`.
 """
 FindResult = Callable[[BuildTask], Any]
 """Returns what an earlier run left of a task, None where there is nothing."""
@@ -71,6 +74,8 @@ class ShardBuilds:
         """The entry of each finished shard."""
         self.finished: list[str] = []
         """The finished shards in their order."""
+        self.outdated_scans: dict[str, tuple[ScanTask, ...]] = {}
+        """By shard that cannot be finished because its inputs changed: the scans to delete."""
         self._entries_by_digest: dict[str, ShardEntry] = {}
 
     @property
@@ -91,7 +96,7 @@ class ShardBuilds:
         self, task: BuildTask, result: Any, find: FindResult = lambda _: None
     ) -> list[BuildTask]:
         """Return the tasks to run now that this one has ended with `result`."""
-        if isinstance(task, FinalTask):
+        if isinstance(task, FinalTask) and not isinstance(result, ChangedInput):
             self._entries_by_digest[task.digest] = result
         names = self._waiting.pop(task_id(task))
         return self._advance([(name, result) for name in names], find)
@@ -128,6 +133,10 @@ class ShardBuilds:
         except StopIteration as end:
             self.entries[name] = end.value
             self.finished.append(name)
+            self.requests.pop(name, None)
+            return None
+        except ScanOutdated as outdated:
+            self.outdated_scans[name] = outdated.scans
             self.requests.pop(name, None)
             return None
         self.requests[name] = request

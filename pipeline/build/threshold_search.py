@@ -24,7 +24,7 @@ from mmerge.workers.statistics.magnitude_histograms import (
     to_magnitude,
 )
 from mmerge.workers.statistics.order_statistics import trim_rank
-from mmerge.workers.task import RefineTask, ScanTask, TensorTask
+from mmerge.workers.task import RefineTask, ScannedDigests, ScanTask, TensorTask
 from mmerge.workers.tasks.scan_cache import SparseHistogram, piece_name
 
 Thresholds = tuple[tuple[float, ...], ...]
@@ -85,8 +85,13 @@ class ThresholdSearch:
             else:
                 self._pieces.setdefault(key, []).append(histograms[name])
 
-    def make_refine_task(self, scan: ScanTask) -> RefineTask | None:
-        """Return the second pass that the search needs over the inputs of a scan, if any."""
+    def make_refine_task(self, scan: ScanTask, input_digests: ScannedDigests) -> RefineTask | None:
+        """Return the second pass that the search needs over the inputs of a scan, if any.
+
+        Args:
+            scan: the scan of a shard.
+            input_digests: what it found; the result is kept for these bytes alone.
+        """
         bins = []
         num_bytes = 0
         for tensor in scan.tensors:
@@ -100,10 +105,11 @@ class ThresholdSearch:
         if not num_bytes:
             return None
         return RefineTask(
-            key=digest_json([scan.key, bins]),
+            key=digest_json([scan.key, input_digests, bins]),
             shard=scan.shard,
             expert_names=scan.expert_names,
             tensors=scan.tensors,
+            input_digests=input_digests,
             bins=tuple(bins),
             block_entries=scan.block_entries,
             num_bytes=num_bytes,

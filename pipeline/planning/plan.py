@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mmerge.manifests.errors import CheckpointError
+from mmerge.manifests.errors import CheckpointError, NotFound
 from mmerge.manifests.format.manifest import AdapterRecord
 from mmerge.manifests.format.safetensors_header import FLOAT_DTYPES
 from mmerge.pipeline.planning.adapters import list_adapters
@@ -45,6 +45,10 @@ DEFAULT_BLOCK_ENTRIES = 1 << 17
 """Entries of a tensor in memory at once; the result does not depend on it."""
 
 
+Identities = dict[str, dict[str, str]]
+"""By URI and weight file, a text that changes when the file is replaced."""
+
+
 @dataclass(frozen=True)
 class MergePlan:
     """All work of one build. `dtype` is the safetensors name of the output's dtype."""
@@ -63,6 +67,9 @@ class MergePlan:
     """Use of each expert's adapters; empty except in builds of kind `adapters`."""
     checkpoints: tuple[Checkpoint, ...] = field(default=(), compare=False, repr=False)
     """Base and experts, opened once; the run reads their identities and files."""
+    identities: Identities = field(default_factory=dict, compare=False, repr=False)
+    """Of the weight files, from before their headers were read."""
+    max_shard_bytes: int = MAX_SHARD_BYTES
 
     @property
     def copy_shards(self) -> tuple[CopyShard, ...]:
@@ -133,12 +140,17 @@ def make_plan(
         open_expert(expert.uri, owner=f"expert {expert.name!r}", base=base)
         for expert in recipe.experts
     ]
+    try:
+        identities = read_identities((base, *experts))
+    except NotFound:
+        identities = {}  # reading the headers finds the missing file, and names who needs it
     method = find_method(recipe.method)
     if method.kind == "adapters":
         return _make_adapters_plan(
             recipe,
             base,
             experts,
+            identities=identities,
             block_entries=block_entries or DEFAULT_BLOCK_ENTRIES,
             max_shard_bytes=max_shard_bytes,
         )
@@ -188,7 +200,44 @@ def make_plan(
         renames=layout.renames,
         block_entries=entries,
         checkpoints=(base, *experts),
+        identities=identities,
+        max_shard_bytes=max_shard_bytes,
     )
+
+
+def read_identities(checkpoints: Sequence[Checkpoint]) -> Identities:
+    """Return the identities of all weight files. Raises NotFound, CheckpointError."""
+    return {checkpoint.uri: checkpoint.identity for checkpoint in checkpoints}
+
+
+def check_plan(plan: MergePlan) -> None:
+    """Check that a plan is still that of its recipe, whose files were replaced since.
+
+    Everything that a plan takes from the files is read again: byte ranges, shapes, dtypes, scales,
+    configurations, and which tensors are equal.
+
+    Raises:
+        CheckpointError: another plan would be made now, or none.
+    """
+    current = make_plan(
+        plan.recipe, block_entries=plan.block_entries, max_shard_bytes=plan.max_shard_bytes
+    )
+    for planned, checkpoint in zip(plan.checkpoints, current.checkpoints, strict=True):
+        names = sorted(planned.tensors.keys() | checkpoint.tensors.keys())
+        changed = [
+            name for name in names if planned.tensors.get(name) != checkpoint.tensors.get(name)
+        ]
+        what = changed[0] if changed else "its configuration"
+        if changed or planned.config != checkpoint.config:
+            raise CheckpointError(
+                f"{planned.owner}: {planned.uri}: was replaced since the build was planned, and"
+                f" {what} differs in place, shape or dtype. Run again"
+            )
+    if current != plan:
+        raise CheckpointError(
+            f"{plan.recipe.name}: its inputs were replaced since the build was planned, and another"
+            " plan follows from them. Run again"
+        )
 
 
 def _make_adapters_plan(
@@ -196,6 +245,7 @@ def _make_adapters_plan(
     base: Checkpoint,
     experts: Sequence[Checkpoint],
     *,
+    identities: Identities,
     block_entries: int,
     max_shard_bytes: int,
 ) -> MergePlan:
@@ -220,6 +270,8 @@ def _make_adapters_plan(
         block_entries=block_entries,
         adapters=tuple(adapters.record for adapters in expert_adapters),
         checkpoints=(base, *experts),
+        identities=identities,
+        max_shard_bytes=max_shard_bytes,
     )
 
 

@@ -7,6 +7,7 @@ Local files are read into buffers small enough to stay in the processor's caches
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from types import TracebackType
@@ -16,9 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
+from mmerge.manifests.errors import StoreError, StoreUnavailable
 from mmerge.manifests.format.safetensors_header import DTYPE_BYTES
 from mmerge.manifests.stores.local_file import LocalFile
 from mmerge.manifests.stores.open import open_readable_store
+from mmerge.workers.checkpoints.input_digests import PieceDigests
 from mmerge.workers.checkpoints.reading import read_source
 from mmerge.workers.checkpoints.sources import (
     BlockScaledSource,
@@ -89,22 +92,39 @@ class InputReader:
         self._files.clear()
 
     def blocks(
-        self, sources: Sequence[TensorSource], *, block_entries: int
+        self,
+        sources: Sequence[TensorSource],
+        *,
+        block_entries: int,
+        digests: PieceDigests | None = None,
     ) -> Iterator[InputBlock]:
         """Yield the blocks of several sources in order.
 
         Args:
             sources: of equally many entries.
             block_entries: a multiple of the kernels' tile.
+            digests: of the sources, for this pass alone; checked before the last block is yielded,
+                so that what is computed from a whole matrix begins with the right one.
 
         Raises:
-            NotFound, StoreError: a file is missing, or shorter than its header says.
+            InputChanged: the bytes are not those that `digests` expects.
+            StoreError: a file is missing, shorter than its header says, or cannot be read.
         """
+        for block in self._read_blocks(sources, block_entries=block_entries):
+            if digests is not None:
+                digests.update(block.raw)
+                if block.stop == sources[0].spec.num_entries:
+                    digests.check()
+            yield block
+
+    def _read_blocks(
+        self, sources: Sequence[TensorSource], *, block_entries: int
+    ) -> Iterator[InputBlock]:
         num_entries = sources[0].spec.num_entries
         step = max(min(block_entries, num_entries), 1)
         dtypes = [source.spec.dtype for source in sources]
         codes = np.array([CODES.get(dtype, 0) for dtype in dtypes], np.int64)
-        streams = [self._open(source) for source in sources]
+        streams = [self._open_named(source) for source in sources]
         keeps_memory = all(
             stream.needs_room and dtype in CODES
             for stream, dtype in zip(streams, dtypes, strict=True)
@@ -113,16 +133,19 @@ class InputReader:
         for start in range(0, num_entries, step):
             stop = min(start + step, num_entries)
             if block is not None and keeps_memory and stop - start == block.num_entries:
-                for stream, row in zip(streams, block.rows, strict=True):
-                    stream.read(len(row), row)
+                for source, stream, row in zip(sources, streams, block.rows, strict=True):
+                    _read_named(source, stream, len(row), row)
                 block = block.at(start)
                 yield block
                 continue
             stored = []
-            for index, (stream, dtype) in enumerate(zip(streams, dtypes, strict=True)):
-                num_bytes = (stop - start) * DTYPE_BYTES[dtype]
-                data = stream.read(num_bytes, self._room(f"read {index}", num_bytes, stream))
-                stored.append(data if stream.needs_room else self._align(data, dtype, index))
+            for index, (source, stream) in enumerate(zip(sources, streams, strict=True)):
+                num_bytes = (stop - start) * DTYPE_BYTES[dtypes[index]]
+                room = self._room(f"read {index}", num_bytes, stream)
+                data = _read_named(source, stream, num_bytes, room)
+                if not stream.needs_room:
+                    data = self._align(data, dtypes[index], index)
+                stored.append(data)
             rows = [
                 self._widen(data, dtype, index)
                 for index, (data, dtype) in enumerate(zip(stored, dtypes, strict=True))
@@ -154,6 +177,10 @@ class InputReader:
         room = self._room(f"widened {index}", len(data) // DTYPE_BYTES[dtype] * 4)
         _widen_by_torch(data.data, dtype, room)
         return room
+
+    def _open_named(self, source: TensorSource) -> _Stream:
+        with _naming(source):
+            return self._open(source)
 
     def _open(self, source: TensorSource) -> _Stream:
         if isinstance(source, (LowRankSource, BlockScaledSource)):
@@ -213,6 +240,25 @@ class _SourceStream(_Stream):
         )
         self._position += num_bytes
         return np.frombuffer(data, np.uint8)
+
+
+def _read_named(source: TensorSource, stream: _Stream, num_bytes: int, room: Bytes) -> Bytes:
+    with _naming(source):
+        return stream.read(num_bytes, room)
+
+
+@contextmanager
+def _naming(source: TensorSource) -> Iterator[None]:
+    """Name the tensor in errors that end a task; a store that may answer later is asked again."""
+    try:
+        yield
+    except StoreUnavailable:
+        raise
+    except StoreError as error:
+        raise type(error)(
+            f"{Exception.__str__(error)}, while {source.spec.name} was read: the file was removed,"
+            " cut short or locked after its header was read. Put it back, and run again"
+        ) from error
 
 
 def _widen_by_torch(data: memoryview, dtype: str, row: NDArray[np.uint8]) -> None:

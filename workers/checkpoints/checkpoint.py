@@ -36,6 +36,8 @@ Code is never copied.
 class Checkpoint:
     """One checkpoint folder: its configuration, small files and tensors."""
 
+    _config_file = "config.json"
+
     def __init__(self, uri: str, *, owner: str) -> None:
         """Open the folder at `uri`; `owner` ("base", "expert 'image'") begins every error.
 
@@ -109,7 +111,8 @@ class Checkpoint:
         """Return the configuration, tokenizer and processor files by name.
 
         Raises:
-            CheckpointError: one of them cannot be read, or they exceed the limits.
+            CheckpointError: one of them cannot be read, they exceed the limits, or the
+                configuration is no longer that by which the build was planned.
         """
         names = [
             name
@@ -133,11 +136,22 @@ class Checkpoint:
                 files[name] = self._store.read(name)
             except StoreError as error:
                 raise CheckpointError(f"{self.owner}: {Exception.__str__(error)}") from error
+        self._check_config(files.get(self._config_file))
         if "config.json" in files and has_quantization(self.config):
             # Weights are dequantised when they are read, so all outputs are plain.
             plain = without_quantization(self.config)
             files["config.json"] = json.dumps(plain, indent=2, sort_keys=True).encode() + b"\n"
         return files
+
+    def _check_config(self, data: bytes | None) -> None:
+        """Raise CheckpointError if the configuration file no longer says what was read of it."""
+        where = f"{self.owner}: {self.uri}/{self._config_file}"
+        try:
+            is_equal = data is not None and parse_json(data, what=where) == self.config
+        except ValueError:
+            is_equal = False
+        if not is_equal:
+            raise CheckpointError(f"{where}: was changed since the build was planned. Run again")
 
     def _weight_files(self) -> WeightFiles:
         return find_weight_files(

@@ -178,6 +178,7 @@ class _AdapterFiles(Checkpoint):
         except StoreError as error:
             raise CheckpointError(f"{owner}: {Exception.__str__(error)}") from error
         file = CONFIG_FILE if self._store.exists(CONFIG_FILE) else "config.json"
+        self._config_file = file
         self.config = self._read_json(
             file, missing=f"an adapter has {CONFIG_FILE}, an official one config.json"
         )

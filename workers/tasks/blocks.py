@@ -8,6 +8,7 @@ import torch
 
 from mmerge.workers.checkpoints.block_reader import InputBlock, InputReader
 from mmerge.workers.checkpoints.dtypes import TORCH_DTYPES
+from mmerge.workers.checkpoints.input_digests import PieceDigests
 from mmerge.workers.methods.interface import (
     Block,
     Granularity,
@@ -22,15 +23,22 @@ def read_blocks(
     tensor: TensorTask,
     reader: InputReader,
     *,
+    input_digests: Sequence[str],
     facts: TensorFacts,
     dtype: str,
     block_entries: int,
 ) -> Iterator[Block]:
-    """Yield the blocks of a piece of a tensor in order."""
+    """Yield the blocks of a piece of a tensor in order.
+
+    Raises:
+        InputChanged: the digests of base and experts are not `input_digests`.
+    """
     shape = tensor.base.spec.shape
     columns, granularity = num_columns(shape), tensor.granularity
     at_once = entries_at_once(shape, block_entries, granularity=granularity)
-    for block in reader.blocks((tensor.base, *tensor.experts), block_entries=at_once):
+    sources = (tensor.base, *tensor.experts)
+    digests = PieceDigests(sources, input_digests)
+    for block in reader.blocks(sources, block_entries=at_once, digests=digests):
         base, *experts = (
             _to_shape(values, shape, columns, granularity) for values in to_float_tensors(block)
         )

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from mmerge.manifests.stores.base import Store
 from mmerge.workers.checkpoints.block_reader import InputReader
+from mmerge.workers.checkpoints.input_digests import PieceDigests
 from mmerge.workers.compiled.inner_products import sum_vector_products
 from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Block, TensorFacts, parse_parameters
@@ -56,7 +57,11 @@ def count_quantities(
 
 
 def measure_shard(task: MeasureTask, store: Store) -> TaskResult:
-    """Measure one shard and leave the counts in the store, by "piece:quantity"."""
+    """Measure one shard and leave the counts in the store, by "piece:quantity".
+
+    Raises:
+        InputChanged: the inputs are not those of the scan.
+    """
     start_time = time.monotonic()
     if not task.fresh and read_scan(store, task.key) is not None:
         return TaskResult(task.shard, 0, True, time.monotonic() - start_time)
@@ -83,7 +88,9 @@ def _measure_tensor(task: MeasureTask, index: int, reader: InputReader) -> dict[
     tensor = task.tensors[index]
     for stage in method.stages(parameters, experts):
         if stage.name == task.stage and stage.products is not None:
-            blocks = reader.blocks((tensor.base, *tensor.experts), block_entries=task.block_entries)
+            sources = (tensor.base, *tensor.experts)
+            digests = PieceDigests(sources, task.input_digests[index])
+            blocks = reader.blocks(sources, block_entries=task.block_entries, digests=digests)
             return sum_vector_products(stage.products, blocks)
     total: dict[str, Counts] = {}
     for block in _read_blocks(task, tensor, index, reader, task.block_entries):
@@ -124,4 +131,11 @@ def _read_blocks(
         task.expert_names,
         task.earlier_results[index],
     )
-    return read_blocks(tensor, reader, facts=facts, dtype=task.dtype, block_entries=block_entries)
+    return read_blocks(
+        tensor,
+        reader,
+        input_digests=task.input_digests[index],
+        facts=facts,
+        dtype=task.dtype,
+        block_entries=block_entries,
+    )

@@ -22,6 +22,7 @@ from mmerge.manifests.stores.base import Store
 from mmerge.manifests.stores.writer import ObjectWriter
 from mmerge.workers.checkpoints.block_reader import InputBlock, InputReader
 from mmerge.workers.checkpoints.dtypes import to_bytes, with_one_nan
+from mmerge.workers.checkpoints.input_digests import PieceDigests
 from mmerge.workers.compiled.interface import (
     CompiledPass,
     MaskPass,
@@ -49,7 +50,11 @@ from mmerge.workers.tasks.worker_check import check_worker
 
 
 def merge_shard(task: MergeTask, store: Store) -> TaskResult:
-    """Merge one shard into the store; a shard that a previous run finished is left as it is."""
+    """Merge one shard into the store; a shard that a previous run finished is left as it is.
+
+    Raises:
+        InputChanged: the inputs are not those of the scan; nothing is stored.
+    """
     method = find_method(task.method)
     header, specs = make_header(
         _make_layout(task, method),
@@ -91,6 +96,7 @@ class _TensorMerger:
     def __init__(self, task: MergeTask, method: Method, index: int) -> None:
         self.task, self.method = task, method
         self.tensor: TensorTask = task.tensors[index]
+        self.input_digests = task.input_digests[index]
         self.parameters, self.experts = parse_parameters(method, task.method_parameters[index])
         check_worker(
             method,
@@ -144,7 +150,9 @@ class _TensorMerger:
         at_once = entries_at_once(shape, self.task.block_entries, granularity=granularity)
 
         def read_inputs() -> Iterator[InputBlock]:
-            return reader.blocks((self.tensor.base, *self.tensor.experts), block_entries=at_once)
+            sources = (self.tensor.base, *self.tensor.experts)
+            digests = PieceDigests(sources, self.input_digests)
+            return reader.blocks(sources, block_entries=at_once, digests=digests)
 
         if not compiled_pass.prepare(read_inputs):
             return None
@@ -215,6 +223,7 @@ class _TensorMerger:
         return read_blocks(
             self.tensor,
             reader,
+            input_digests=self.input_digests,
             facts=self.facts,
             dtype=self.task.dtype,
             block_entries=self.task.block_entries,

@@ -10,6 +10,7 @@ from dataclasses import replace
 from mmerge.manifests.errors import StoreUnavailable
 from mmerge.manifests.stores.base import Store
 from mmerge.manifests.stores.open import open_store
+from mmerge.workers.checkpoints.input_digests import InputChanged
 from mmerge.workers.runtime.cores import one_thread
 from mmerge.workers.task import (
     AnswerTask,
@@ -52,11 +53,17 @@ def run_task(task: Task, store_uri: str, *, commits: bool = True) -> TaskResult:
 
 def _attempt(task: Task, store_uri: str, *, commits: bool) -> TaskResult:
     store = open_store(store_uri)
-    if commits:
-        return _run(task, store)
-    with store.defer_commits() as deferred:
-        result = _run(task, store)
-        return replace(result, deferred_commits=tuple(deferred))
+    start_time = time.monotonic()
+    try:
+        if commits:
+            return _run(task, store)
+        with store.defer_commits() as deferred:
+            result = _run(task, store)
+            return replace(result, deferred_commits=tuple(deferred))
+    except InputChanged as error:
+        # A result and no error: the driver scans the inputs again, and decides.
+        seconds = time.monotonic() - start_time
+        return TaskResult(task.shard, 0, False, seconds, changed_input=error.change)
 
 
 def _run(task: Task, store: Store) -> TaskResult:

@@ -7,13 +7,13 @@ import time
 from collections.abc import Sequence
 
 import torch
-from blake3 import blake3
 
 from mmerge.manifests.errors import NonFiniteError
 from mmerge.manifests.format.safetensors_header import DTYPE_BYTES, FLOAT_DTYPES
 from mmerge.manifests.stores.base import Store
 from mmerge.workers.checkpoints.block_reader import InputBlock, InputReader
 from mmerge.workers.checkpoints.dtypes import to_tensor
+from mmerge.workers.checkpoints.input_digests import PieceDigests, check_identities
 from mmerge.workers.checkpoints.sources import TensorSource
 from mmerge.workers.kernels.magnitudes import first_non_finite
 from mmerge.workers.statistics.magnitude_histograms import MagnitudeCounter, count_lower
@@ -39,6 +39,7 @@ def scan_shard(task: ScanTask, store: Store) -> TaskResult:
 
     Raises:
         NonFiniteError: an input holds NaN or Inf, and the recipe does not say `non_finite: keep`.
+        InputChanged: a file was replaced since the run began.
     """
     began = time.monotonic()
     if not task.fresh and read_scan(store, task.key) is not None:
@@ -56,6 +57,10 @@ def scan_shard(task: ScanTask, store: Store) -> TaskResult:
             digests[piece_name(f"{copy.role}/{copy.name}", copy.row_start)] = [
                 _scan_copy(task, copy, reader)
             ]
+    sources = [source for tensor in task.tensors for source in (tensor.base, *tensor.experts)]
+    sources += [copy.source for copy in task.copies]
+    identities = {(uri, file): identity for uri, file, identity in task.identities}
+    check_identities(sources, identities)
     write_scan(store, task.key, ScanResult(digests, histograms))
     return TaskResult(task.shard, task.num_bytes, False, time.monotonic() - began)
 
@@ -66,45 +71,51 @@ def _scan_tensor(
     """Return the digests of a piece in base and experts; `counter` counts its magnitudes."""
     sources = (tensor.base, *tensor.experts)
     owners = ("base", *(f"expert {name!r}" for name in task.expert_names))
-    hashers = [blake3() for _ in sources]
-    for block in reader.blocks(sources, block_entries=task.block_entries):
+    digests = PieceDigests(sources)
+    for block in reader.blocks(sources, block_entries=task.block_entries, digests=digests):
         if counter:
             counter.add(block)
         # Where base or expert is NaN or Inf, so is their difference.
         is_finite = counter is not None and counter.is_finite()
         for position, (source, owner) in enumerate(zip(sources, owners, strict=True)):
-            hashers[position].update(block.raw[position])
             if not is_finite:
                 _check_finite(
                     block, position, source, owner, task.non_finite, first_row=tensor.row_start
                 )
-    return [hasher.hexdigest() for hasher in hashers]
+    return digests.hexdigests()
 
 
 def _scan_copy(task: ScanTask, copy: CopyTensor, reader: InputReader) -> str:
-    hasher = blake3()
-    for block in reader.blocks((copy.source,), block_entries=task.block_entries):
-        hasher.update(block.raw[0])
+    digests = PieceDigests((copy.source,))
+    for block in reader.blocks((copy.source,), block_entries=task.block_entries, digests=digests):
         _check_finite(
             block, 0, copy.source, task.copies_owner, task.non_finite, first_row=copy.row_start
         )
-    return str(hasher.hexdigest())
+    return digests.hexdigests()[0]
 
 
 def refine_shard(task: RefineTask, store: Store) -> TaskResult:
-    """Count the lower bits of magnitudes in the bins of the thresholds; store the result."""
+    """Count the lower bits of magnitudes in the bins of the thresholds; store the result.
+
+    Raises:
+        InputChanged: the inputs are not those of the scan.
+    """
     began = time.monotonic()
     if not task.fresh and read_scan(store, task.key) is not None:
         return TaskResult(task.shard, 0, True, time.monotonic() - began)
     histograms: dict[str, SparseHistogram] = {}
     with InputReader() as reader:
-        for tensor, bins in zip(task.tensors, task.bins, strict=True):
-            for position, (source, bin_number) in enumerate(zip(tensor.experts, bins, strict=True)):
-                if bin_number is not None:
-                    blocks = reader.blocks((tensor.base, source), block_entries=task.block_entries)
-                    histograms[f"{piece_name(tensor.name, tensor.row_start)}:{position}"] = (
-                        count_lower(blocks, bin_number=bin_number)
-                    )
+        for index, tensor in enumerate(task.tensors):
+            base_digest, *expert_digests = task.input_digests[index]
+            for position, source in enumerate(tensor.experts):
+                bin_number = task.bins[index][position]
+                if bin_number is None:
+                    continue
+                sources = (tensor.base, source)
+                digests = PieceDigests(sources, (base_digest, expert_digests[position]))
+                blocks = reader.blocks(sources, block_entries=task.block_entries, digests=digests)
+                name = f"{piece_name(tensor.name, tensor.row_start)}:{position}"
+                histograms[name] = count_lower(blocks, bin_number=bin_number)
     write_scan(store, task.key, ScanResult({}, histograms))
     return TaskResult(task.shard, task.num_bytes, False, time.monotonic() - began)
 
