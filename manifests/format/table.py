@@ -122,38 +122,31 @@ def read_table_bytes(store: ReadableStore, entry: TableEntry) -> bytes:
     return data
 
 
-def read_table(
-    store: ReadableStore, entry: TableEntry, *, with_statistics: bool = True
-) -> list[StoredRow]:
+def read_table(store: ReadableStore, entry: TableEntry) -> list[StoredRow]:
     """Return all rows of a build's table.
-
-    Without `with_statistics` every row has None there, and reading takes about half the time.
 
     Raises:
         ManifestError: the table is missing, damaged, or inconsistent.
     """
     data = read_table_bytes(store, entry)
     try:
-        return parse_table(data, with_statistics=with_statistics)
+        return parse_table(data)
     except ValueError as error:
         raise ManifestError(
             f"{store.uri}: {entry.key} is no valid table ({error}). {REPAIR}"
         ) from error
 
 
-def parse_table(data: bytes, *, with_statistics: bool = True) -> list[StoredRow]:
+def parse_table(data: bytes) -> list[StoredRow]:
     """Return all rows of a file that `make_table` wrote.
 
     Raises:
         ValueError: it is no such file.
     """
-    columns = (
-        None if with_statistics else [name for name in SCHEMA.names if name not in _STATISTICS]
-    )
     try:
         # Threads cost more than they save for a table of this size.
-        raws = pq.ParquetFile(io.BytesIO(data)).read(columns, use_threads=False).to_pylist()
-        return _parse_rows(raws, with_statistics=with_statistics)
+        raws = pq.ParquetFile(io.BytesIO(data)).read(use_threads=False).to_pylist()
+        return _parse_rows(raws)
     # pyarrow raises OSError for a page header that it cannot parse.
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(_first_reason(error)) from error
@@ -166,14 +159,14 @@ def _first_reason(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _parse_rows(raws: list[dict[str, Any]], *, with_statistics: bool) -> list[StoredRow]:
+def _parse_rows(raws: list[dict[str, Any]]) -> list[StoredRow]:
     for raw in raws:
         layer = raw.pop("layer")
         if layer != layer_of(raw["name"]):
             raise ValueError(f"{raw['name']}: layer is {layer}, its name says otherwise")
-        if with_statistics:
-            statistics = {name: raw.pop(name) for name in _STATISTICS}
-            raw["statistics"] = statistics if statistics["num_entries"] is not None else None
+        statistics = {name: raw.pop(name) for name in _STATISTICS}
+        has_statistics = any(value is not None for value in statistics.values())
+        raw["statistics"] = statistics if has_statistics else None
     rows = _ROWS.validate_python(raws)  # one by one they take twice as long
     for key in {row.object for row in rows}:
         validate_key(key)

@@ -23,6 +23,7 @@ from mmerge.manifests.format.references import (
     read_reference,
     reference_key,
 )
+from mmerge.manifests.maintenance.damage import make_error
 from mmerge.manifests.maintenance.deletion import delete_keys
 from mmerge.manifests.maintenance.lease import (
     ANNOUNCEMENT_LIFE,
@@ -32,6 +33,7 @@ from mmerge.manifests.maintenance.lease import (
     Timing,
     read_announced_keys,
 )
+from mmerge.manifests.maintenance.manifest_checks import find_manifest_damages
 from mmerge.manifests.stores.base import Listed, ReadableStore, Store
 
 DEFAULT_GRACE = timedelta(days=7)
@@ -195,7 +197,12 @@ def _find_live(
     stored_keys = {listed.key for listed in listing}
     for build in sorted(builds):
         if manifest_key(build) in stored_keys:
-            keys |= needed_keys(read_manifest(store, build))
+            manifest = read_manifest(store, build)
+            damages = find_manifest_damages(manifest)
+            if damages:
+                # What the build needs is unknown: the manifest may have lost an object.
+                raise make_error(store.uri, [damage.sentence for damage in damages])
+            keys |= needed_keys(manifest)
     return _Live(frozenset(keys), frozenset(builds))
 
 

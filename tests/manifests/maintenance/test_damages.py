@@ -28,7 +28,9 @@ from mmerge.manifests.format.references import open_build
 from mmerge.manifests.format.table import SCHEMA, table_key
 from mmerge.manifests.maintenance.check_build import check_build
 from mmerge.manifests.maintenance.copy_build import copy_build
+from mmerge.manifests.maintenance.garbage_collection import collect_garbage
 from mmerge.manifests.maintenance.verify import verify
+from mmerge.manifests.stores.open import open_store
 from mmerge.pipeline import make_plan, read_recipe, run
 from mmerge.pipeline.views.build_summary import read_build
 from mmerge.pipeline.views.compare import compare_builds
@@ -394,6 +396,7 @@ CONTRADICTIONS: dict[str, Callable[[list[Raw]], object]] = {
         num_entries=None, consensus=None, overlaps=None, delta_norm=None
     ),
     "statistics of a copy": lambda rows: first(rows, "carried").update(num_entries=1),
+    "statistics of a copy without entries": lambda rows: first(rows, "carried").update(num_kept=1),
     "no rows": lambda rows: rows.clear(),
 }
 
@@ -436,6 +439,14 @@ def test_what_is_missing_empty_or_longer_is_found(
     if how == "missing":
         path.unlink()
     check_found(stored, STRUCTURE, tmp_path / "work", f"{what} {how}")
+
+
+def test_a_collection_refuses_a_manifest_that_names_other_objects(stored: StoredBuild) -> None:
+    raw = json.loads(stored.manifest_path.read_bytes())
+    raw["entries"].pop()
+    stored.put_manifest(raw)
+    with pytest.raises(MmergeError, match="give build"):
+        collect_garbage(open_store(str(stored.folder)))
 
 
 def test_a_damage_names_the_key_what_differs_and_both_sides(stored: StoredBuild) -> None:
