@@ -308,7 +308,7 @@ class _Run:
         if scan is None:
             raise MmergeError(
                 f"{self.store.uri}: the {task.phase} result of {task.shard} is damaged or gone."
-                " Run again with --fresh"
+                " 'mmerge run RECIPE' computes it again"
             )
         return scan
 

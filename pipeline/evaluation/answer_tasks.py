@@ -109,12 +109,12 @@ def run_answer_tasks(
         MmergeError: the failure of the only task that failed.
         TaskErrors: all failures, if there are several.
     """
+    from mmerge.workers.tasks.answer import has_answers  # imports transformers
+
     executor, progress = executor or SerialExecutor(), progress or LogProgress()
     unique_tasks = {task.key: task for task in tasks}
     pending_tasks = [
-        task
-        for task in unique_tasks.values()
-        if fresh or not store.exists(f"answers/{task.key}.json")
+        task for task in unique_tasks.values() if fresh or not has_answers(store, task.key)
     ]
     progress.begin(
         "answer",

@@ -138,7 +138,8 @@ def read_status(store: Store, name: str, number: int) -> RunStatus:
         return RunStatus.model_validate(parse_json(raw, what=_status_key(name, number)))
     except (ValueError, ValidationError) as error:
         raise ManifestError(
-            f"{store.uri}: {_status_key(name, number)} is damaged ({str(error).splitlines()[0]})"
+            f"{store.uri}: {_status_key(name, number)} is damaged ({str(error).splitlines()[0]})."
+            " 'mmerge run RECIPE' (without --exclusive) begins a new record"
         ) from error
 
 

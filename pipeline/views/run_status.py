@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -9,7 +10,7 @@ from datetime import datetime, timezone
 from rich.console import Console
 
 from mmerge.manifests.digest import SHOWN_DIGITS
-from mmerge.manifests.errors import MmergeError
+from mmerge.manifests.errors import ManifestError, MmergeError
 from mmerge.manifests.stores.base import Store
 from mmerge.pipeline.execution.jobs import Job
 from mmerge.pipeline.monitoring.printable import escape
@@ -22,6 +23,7 @@ from mmerge.pipeline.monitoring.run_records import (
 )
 from mmerge.pipeline.views.tables import make_table
 
+log = logging.getLogger("mmerge.store")
 _STATE_COLORS = {"running": "yellow", "finished": "green"}
 
 
@@ -50,7 +52,11 @@ def find_runs(store: Store, name: str, *, job: Job | None = None) -> list[RunSta
 
 def _find_last_run(store: Store, name: str, job: Job | None) -> RunStatus | None:
     for number in reversed(list_runs(store, name)):
-        run = read_status(store, name, number)
+        try:
+            run = read_status(store, name, number)
+        except ManifestError as error:
+            log.warning("%s", Exception.__str__(error))
+            continue
         if job is None or run.job == job.id:
             return run
     return None

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from mmerge.manifests.errors import CheckpointError, ManifestError
+from mmerge.manifests.errors import REPAIR, CheckpointError, ManifestError
 from mmerge.manifests.format.tensor_names import layer_of
 from mmerge.workers.composite.meta_model import make_meta_model, set_parameter
 from mmerge.workers.composite.model_parallel import apply_tensor_parallel, place_layers
@@ -108,7 +108,7 @@ class LanguageModelLoader:
         if embedding is None:
             raise ManifestError(
                 f"{self.reader.uri}: the build has no tensor …{self.family.embedding}. It is"
-                " damaged: run the recipe again"
+                f" damaged. {REPAIR}"
             )
         text.vocab_size = self.item_reader.shape(embedding)[0]
         text.architectures = [architecture]

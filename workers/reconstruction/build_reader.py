@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from mmerge.manifests.digest import parse_json
 from mmerge.manifests.errors import (
+    REPAIR,
     DamagedObject,
     ManifestError,
     NotFound,
@@ -216,20 +217,17 @@ class BuildReader:
                 yield block
         except NotFound as error:
             raise DamagedObject(
-                f"{self.store.uri}: {row.object} is missing; it holds {row.name}. Run the recipe"
-                " again with --fresh"
+                f"{self.store.uri}: {row.object} is missing; it holds {row.name}. {REPAIR}"
             ) from error
         except StoreUnavailable:
             raise
         except StoreError as error:
             raise DamagedObject(
-                f"{Exception.__str__(error)}; {row.name} ({row.role}) is not whole. Run the recipe"
-                " again with --fresh"
+                f"{Exception.__str__(error)}; {row.name} ({row.role}) is not whole. {REPAIR}"
             ) from error
         if digest.hexdigest() != row.digest:
             raise DamagedObject(
-                f"{self.store.uri}: {row.object}: {row.name} ({row.role}) is damaged. Run the"
-                " recipe again with --fresh"
+                f"{self.store.uri}: {row.object}: {row.name} ({row.role}) is damaged. {REPAIR}"
             )
         with self._lock:
             self.bytes_read += row.num_bytes

@@ -38,6 +38,9 @@ class Likelihood:
     """Whether greedy decoding gives exactly this answer."""
 
 
+ASK_AGAIN = "The same command, given again, asks again"
+
+
 def answers_key(key: str) -> str:
     """Return the key of the result of an AnswerTask."""
     return f"answers/{key}.json"
@@ -51,7 +54,7 @@ def answer_prompts(task: AnswerTask, store: Store) -> TaskResult:
         PromptError: a prompt does not fit the model.
     """
     start_time = time.monotonic()
-    reused = not task.fresh and store.exists(answers_key(task.key))
+    reused = not task.fresh and has_answers(store, task.key)
     if not reused:
         # One task at a time per process: tasks share the model, which answers one call at a time.
         with _lock:
@@ -60,6 +63,15 @@ def answer_prompts(task: AnswerTask, store: Store) -> TaskResult:
     return TaskResult(
         task.shard, 0 if reused else task.num_bytes, reused, time.monotonic() - start_time
     )
+
+
+def has_answers(store: Store, key: str) -> bool:
+    """Return whether the store has the result of a task; a damaged one is none."""
+    try:
+        read_answers(store, key)
+    except (NotFound, DamagedObject):
+        return False
+    return True
 
 
 def read_answers(store: Store, key: str) -> list[Answer] | list[Likelihood]:
@@ -74,8 +86,8 @@ def read_answers(store: Store, key: str) -> list[Answer] | list[Likelihood]:
     except NotFound:
         raise
     except (ValueError, KeyError, TypeError) as error:
-        raise DamagedObject(f"{where}: is damaged ({error}). Delete it and run again") from error
-    raise DamagedObject(f"{where}: is damaged. Delete it and run again")
+        raise DamagedObject(f"{where}: is damaged ({error}). {ASK_AGAIN}") from error
+    raise DamagedObject(f"{where}: is damaged. {ASK_AGAIN}")
 
 
 def _answer(task: AnswerTask, composite: Composite) -> dict[str, list[tuple[object, object]]]:

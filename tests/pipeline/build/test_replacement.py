@@ -7,16 +7,20 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from mmerge.manifests.errors import BuildDiffers
 from mmerge.manifests.format.entry import ShardEntry
+from mmerge.manifests.format.manifest import to_manifest_bytes
+from mmerge.manifests.format.publish import make_table_entry
 from mmerge.manifests.format.table import make_table, read_table
 from mmerge.manifests.maintenance.copy_build import copy_build
 from mmerge.manifests.stores.open import open_store
@@ -432,3 +436,88 @@ def test_a_copy_onto_objects_that_another_build_lists_with_other_bytes_is_refuse
     with pytest.raises(BuildDiffers, match="has other bytes there"):
         copy_build(str(folder), str(target), everything=True)
     assert digests(target) == before
+
+
+# Every message about damage names a command that works.
+
+
+def damage_of(part: str, folder: Path) -> None:
+    """Damage one part of a build so that `verify` sees it."""
+    if part == "header":
+        path = sorted(folder.glob("objects/*.safetensors"))[0]
+        data = bytearray(path.read_bytes())
+        data[30] ^= 1
+        path.write_bytes(bytes(data))
+    elif part == "reference":
+        (path,) = folder.glob("refs/*/*.json")
+        flip(path)
+    elif part == "unknown version":
+        (path,) = folder.glob("builds/*/manifest.json")
+        path.write_text(path.read_text().replace('"version":1}', '"version":3}'))
+    else:
+        flip(sorted(folder.glob(PARTS[part]))[0])
+
+
+@pytest.mark.parametrize("part", [*PARTS, "header", "reference", "unknown version"])
+def test_the_command_that_a_message_names_repairs_the_damage(
+    lab: Any,
+    build: Build,
+    folder: Path,
+    raw: dict[str, Any],
+    part: str,
+    cli: Callable[..., tuple[int, str]],
+) -> None:
+    build()
+    recipe = str(lab.write_recipe(raw))
+    damage_of(part, folder)
+    code, text = cli("verify", f"{folder}#tiny")
+    assert code == 1
+    commands = re.findall(r"'(mmerge (?:run|delete) [^']*)'", text)
+    assert commands
+    for command in commands:
+        arguments = command.replace("RECIPE", recipe).split()[1:]
+        if arguments[0] == "run":
+            arguments += ["--executor", "serial"]
+        code, text = cli(*arguments)
+        assert code == 0, text
+    if not any(command.startswith("mmerge run") for command in commands):
+        assert cli("run", recipe, "--executor", "serial")[0] == 0
+    assert cli("verify", f"{folder}#tiny")[0] == 0
+
+
+@pytest.mark.parametrize("part", ["header", "entry"])
+def test_a_plain_run_repairs_headers_and_entries(build: Build, folder: Path, part: str) -> None:
+    build()
+    before = digests(folder)
+    damage_of(part, folder)
+    assert build().repaired
+    assert digests(folder) == before
+
+
+def test_a_table_whose_rows_contradict_the_objects_is_repaired(build: Build, folder: Path) -> None:
+    """Its digest fits, and the manifest names it: only its sense is wrong."""
+    manifest = build().manifest
+    assert manifest is not None
+    before = digests(folder)
+    table = pq.read_table(folder / manifest.table.key)
+    rows = table.to_pylist()
+    rows[0]["digest"] = "0" * 64
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), sink)
+    entry = make_table_entry(manifest.build, sink.getvalue())
+    (folder / entry.key).write_bytes(sink.getvalue())
+    edited = manifest.model_copy(update={"table": entry})
+    (folder / f"builds/{manifest.build}/manifest.json").write_bytes(to_manifest_bytes(edited))
+    assert verify(str(folder)).damages
+    build()
+    (folder / entry.key).unlink()
+    assert digests(folder) == before
+
+
+def test_a_damaged_scan_is_scanned_again(build: Build, folder: Path) -> None:
+    first = build()
+    for path in folder.glob("surveys/*"):
+        flip(path)
+    report = build()
+    assert report.build == first.build
+    assert report.num_computed["scan"]
