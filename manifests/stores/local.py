@@ -11,7 +11,7 @@ from pathlib import Path
 
 from typing_extensions import Self, override
 
-from mmerge.manifests.errors import NotFound, StoreError
+from mmerge.manifests.errors import NotFound, StoreError, StoreUnavailable
 from mmerge.manifests.regular_file import describe_os_error
 from mmerge.manifests.stores.base import (
     MAX_READ_BYTES,
@@ -218,7 +218,19 @@ class LocalStore(Store):
         with self._os_errors_translated(deferred.key):
             target = self.to_path(deferred.key)
             partial = target.with_name(deferred.temporary_name)
+            self._check_partial(deferred.key, partial)
             sync_and_replace(partial, target, root=self.path)
+
+    def _check_partial(self, key: str, partial: Path) -> None:
+        """Raise StoreUnavailable if garbage collection has deleted a file that was being written.
+
+        It takes the file of a process that was suspended for long for that of a killed one.
+        """
+        if not partial.exists():
+            raise StoreUnavailable(
+                f"{self.uri}: {key}: its unfinished file {partial.name} was deleted, by garbage"
+                " collection while this process was suspended, or by hand. Run again"
+            )
 
     def _discard(self, deferred: Sequence[DeferredCommit]) -> None:
         for file in deferred:
@@ -244,6 +256,7 @@ class LocalSink:
         """Give the file its name, or leave that to `LocalStore.commit`."""
         with self._store._os_errors_translated(self._key):
             self._writer.close(sync=self._deferred is None)
+            self._store._check_partial(self._key, self._writer.partial)
             if self._deferred is None:
                 replace_durably(self._writer.partial, self._target, root=self._store.path)
             else:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from mmerge.manifests.errors import NotFound, StoreError
+from mmerge.manifests.errors import NotFound, StoreError, StoreUnavailable
 from mmerge.manifests.stores import local_writer
 from mmerge.manifests.stores.base import DeferredCommit, Store
+from mmerge.manifests.stores.local import LocalStore
 from mmerge.manifests.stores.open import open_store
 
 
@@ -143,3 +144,26 @@ def test_a_folder_is_no_object(store: Store) -> None:
     with pytest.raises(StoreError, match="folder: Is a directory"):
         store.delete("folder")
     assert store.exists("folder/file")
+
+
+@pytest.mark.parametrize("is_deferred", [False, True])
+def test_an_unfinished_file_that_was_deleted_is_named_and_may_be_written_again(
+    tmp_path: Path, is_deferred: bool
+) -> None:
+    """As garbage collection does it to a process that was suspended."""
+    store = LocalStore(tmp_path)
+
+    def write_and_lose() -> None:
+        if not is_deferred:
+            with store.open_writer("objects/x") as out:
+                out.write(b"1")
+                next(tmp_path.rglob("*.partial")).unlink()
+            return
+        with store.defer_commits() as deferred:
+            store.put("objects/x", b"1")
+        next(tmp_path.rglob("*.partial")).unlink()
+        store.commit(deferred)
+
+    with pytest.raises(StoreUnavailable, match=r"objects/x: its unfinished file .* Run again"):
+        write_and_lose()
+    store.put("objects/x", b"1")

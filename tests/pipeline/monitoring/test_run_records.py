@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from mmerge.manifests.errors import AlreadyExists
 from mmerge.manifests.stores.base import Store
 from mmerge.manifests.stores.open import open_store
 from mmerge.pipeline.build.simulation import Rates, to_rates
@@ -54,6 +55,21 @@ def test_a_dead_run_is_replaced_after_its_expiry(store: Store) -> None:
     dead = begin_run(store, "omni", exclusive=True)
     assert read_status(store, "omni", dead.number).state == "running"
     assert begin_run(store, "omni", exclusive=True).number == 2
+
+
+def test_a_run_recognises_its_record_though_the_answer_was_lost(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_new = store.put_new
+
+    def lose_answer(key: str, data: bytes) -> None:
+        put_new(key, data)
+        raise AlreadyExists(key)
+
+    monkeypatch.setattr(store, "put_new", lose_answer)
+    for number in (1, 2):
+        assert begin_run(store, "omni", exclusive=False).number == number
+    assert list_runs(store, "omni") == [1, 2]
 
 
 def test_of_two_ticks_at_the_same_moment_one_builds(store: Store) -> None:
