@@ -7,6 +7,7 @@ counted as positive, DARE and DELLA rescaled by norms. It runs in float32 and ro
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,11 +25,17 @@ from mmerge.pipeline.recipes.mergekit_methods import (
 from mmerge.workers.methods import find_method
 
 Rules = list[dict[str, Any]]
+log = logging.getLogger("mmerge.recipe")
+IGNORED_ELSEWHERE = {
+    "dtype",
+    *(key for translation in TRANSLATIONS.values() for key in translation.known_parameters),
+}
+"""Parameters that mergekit ignores where a method has none of that name. Others are misspelt."""
 
 
 def is_mergekit(raw: object) -> TypeGuard[dict[str, Any]]:
     """Return whether a parsed YAML is one of mergekit's."""
-    return isinstance(raw, dict) and "merge_method" in raw
+    return isinstance(raw, dict) and ("merge_method" in raw or "gate_mode" in raw)
 
 
 def from_mergekit(raw: Mapping[str, Any], *, folder: Path, default_name: str) -> dict[str, Any]:
@@ -46,6 +53,7 @@ class MergekitTranslator:
     """Translates one mergekit YAML."""
 
     def __init__(self, document: MergekitDocument) -> None:
+        document.check_keys()
         self.document = document
         self.method = document.method
         translated_methods = list_translated_methods()
@@ -59,7 +67,6 @@ class MergekitTranslator:
     def translate(self, default_name: str) -> dict[str, Any]:
         """Return the recipe as a mapping. Raises RecipeError."""
         document, translation = self.document, self.translation
-        document.check_keys()
         slices = document.read_slices()
         self._check_parameters(slices)
         models = self._choose_experts(list(slices[0].models))
@@ -115,6 +122,9 @@ class MergekitTranslator:
         for where, level in levels:
             for key in level:
                 if key in known_parameters:
+                    continue
+                if key in IGNORED_ELSEWHERE and (self.method, key) != ("ties", "rescale"):
+                    log.warning("%s.%s: has no effect with %s", where, key, self.method)
                     continue
                 is_rescaled_ties = (self.method, key) == ("ties", "rescale")
                 hint = " (TIES here does not rescale)" if is_rescaled_ties else ""

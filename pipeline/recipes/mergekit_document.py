@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mmerge.manifests.errors import RecipeError
+from mmerge.manifests.errors import CheckpointError, RecipeError
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
+
+log = logging.getLogger("mmerge.recipe")
 
 KNOWN_KEYS = (
     "merge_method",
@@ -24,6 +29,12 @@ KNOWN_KEYS = (
     "chat_template",
     "name",
 )
+UNSUPPORTED_KEYS = {
+    "modules": "merging parts of a multimodal model by rules of their own is not supported",
+    "gate_mode": "making a mixture of experts (mergekit-moe) is not supported",
+}
+"""Keys that change the result and have no counterpart here."""
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -74,21 +85,64 @@ class MergekitDocument:
             return model
         if (self.folder / model).exists():
             return str((self.folder / model).absolute())
-        return str(Path(model).absolute()) if Path(model).exists() else model
+        if Path(model).exists():
+            return str(Path(model).absolute())
+        # The store of the Hub looks into the cache first.
+        return f"hf://{model}" if _HUB_NAME.fullmatch(model) else model
 
     def check_keys(self) -> None:
         """Raise RecipeError for a key that is unknown or asks for what is not supported."""
         for key in self.raw:
+            if key in UNSUPPORTED_KEYS:
+                refuse(str(key), UNSUPPORTED_KEYS[key])
             if key not in KNOWN_KEYS:
-                refuse(str(key), "is not supported")
-        if self.raw.get("tokenizer_source", "base") not in ("base", None):
-            refuse("tokenizer_source", "only the base's tokenizer is kept: use 'base'")
-        if (self.raw.get("tokenizer") or {"source": "base"}) != {"source": "base"}:
-            refuse("tokenizer", "only the base's tokenizer is kept: use 'base'")
+                log.warning("%s: has no effect, as in mergekit", key)
+        self._check_tokenizer("tokenizer_source", self.raw.get("tokenizer_source"))
+        tokenizer = self.raw.get("tokenizer")
+        if isinstance(tokenizer, dict) and set(tokenizer) - {"source"}:
+            refuse("tokenizer", f"{sorted(set(tokenizer) - {'source'})} are not supported")
+        source = tokenizer.get("source") if isinstance(tokenizer, dict) else tokenizer
+        self._check_tokenizer("tokenizer", source)
         if self.raw.get("chat_template") not in (None, "auto"):
             refuse("chat_template", "is not supported: the base's is kept")
         if ("models" in self.raw) == ("slices" in self.raw):
             refuse("models", "give either 'models' or 'slices'")
+
+    def _check_tokenizer(self, key: str, source: object) -> None:
+        """Refuse a tokenizer other than the base's, unless all models have the same."""
+        if source is None or source == "base":
+            return
+        if source == "union" and self._has_one_tokenizer():
+            return
+        base = self.base
+        if isinstance(source, str) and base and self.to_path(source) == self.to_path(base):
+            return
+        refuse(
+            key,
+            f"{source!r} is not supported where tokenizers differ: only the base's is kept. Use"
+            " 'base'",
+        )
+
+    def _has_one_tokenizer(self) -> bool:
+        """Return whether base and models surely give the same ids to the same tokens."""
+        models = {model for part in self.read_slices() for model in part.models}
+        try:
+            vocabularies = [self._read_vocabulary(model) for model in {self.base, *models} if model]
+        except CheckpointError:
+            return False
+        first = vocabularies[0]
+        return first is not None and all(vocabulary == first for vocabulary in vocabularies)
+
+    def _read_vocabulary(self, model: str) -> dict[str, int] | None:
+        """Return the ids of all tokens of a model; None if it has no tokenizer.json."""
+        checkpoint = Checkpoint(self.to_path(model), owner=f"model {model!r}")
+        data = checkpoint.read_small_files().get("tokenizer.json")
+        if data is None:
+            return None
+        raw = json.loads(data)
+        added = {token["content"]: token["id"] for token in raw.get("added_tokens", ())}
+        vocabulary = raw["model"].get("vocab")
+        return vocabulary | added if isinstance(vocabulary, dict) else None
 
     def read_slices(self) -> list[Slice]:
         """Return the slices, which cover all layers; one without layers for a list of models.
@@ -106,6 +160,7 @@ class MergekitDocument:
             where = f"models.{index}"
             _check_entry(entry, ("model", "parameters"), where)
             name = self._parse_model(entry.get("model"), f"{where}.model")
+            _refuse_repeated(name, models, where)
             models[name] = _to_mapping(entry.get("parameters"), f"{where}.parameters")
         return [Slice(None, {}, models)]
 
@@ -118,6 +173,7 @@ class MergekitDocument:
             _check_entry(source, ("model", "layer_range", "parameters"), place)
             ranges.add(_parse_range(source.get("layer_range"), place))
             name = self._parse_model(source.get("model"), f"{place}.model")
+            _refuse_repeated(name, models, place)
             models[name] = _to_mapping(source.get("parameters"), f"{place}.parameters")
         if len(ranges) != 1:
             shown = ", ".join(str(list(layer_range)) for layer_range in sorted(ranges))
@@ -158,22 +214,48 @@ class MergekitDocument:
         return extended
 
     def _parse_model(self, value: Any, where: str) -> str:
-        """Return the path or name of a model. Raises RecipeError for LoRA and revisions in it."""
-        if isinstance(value, dict) and isinstance(value.get("model"), dict):
-            reference = value["model"]
-            if not value.get("lora") and not reference.get("revision"):
-                value = reference.get("path")
+        """Return the path or name of a model, with its revision as NAME@REVISION.
+
+        An adapter of the base stands for the base with that adapter, as in mergekit's BASE+ADAPTER.
+
+        Raises:
+            RecipeError: it is no model, or an adapter of another model than base_model.
+        """
+        reference = value.get("model") if isinstance(value, dict) else None
+        if isinstance(reference, dict):
+            value = reference.get("path")
+            if isinstance(value, str) and reference.get("revision"):
+                value = f"{value}@{reference['revision']}"
+            if isinstance(value, str) and reference.get("lora"):
+                value = f"{value}+{_lora_path(reference['lora'])}"
         if not isinstance(value, str) or not value:
+            raise RecipeError(f"{where}: expected the path of a model, got {value!r}")
+        model, plus, adapter = value.partition("+")
+        if not plus or (self.folder / value).exists():
+            return value
+        if where == "base_model" or self.base is None:
             raise RecipeError(
-                f"{where}: expected the path of a model, got {value!r}; LoRA adapters and revisions"
-                " are not supported there"
+                f"{where}: {value!r}: a base with an adapter is not supported. Merge the adapter"
+                " into the base first (PEFT: merge_and_unload)"
             )
-        if "+" in value and not (self.folder / value).exists():
+        if self.to_path(model) != self.to_path(self.base):
             raise RecipeError(
-                f"{where}: {value!r}: LoRA adapters (model+adapter) are not supported in a mergekit"
-                " YAML. Write a recipe of this project"
+                f"{where}: {value!r}: only adapters of base_model ({self.base!r}) are read. Merge"
+                f" this one into {model!r} first (PEFT: merge_and_unload)"
             )
-        return value
+        return adapter
+
+
+def _lora_path(value: Any) -> Any:
+    return value.get("path") if isinstance(value, dict) else value
+
+
+def _refuse_repeated(model: str, models: Mapping[str, Any], where: str) -> None:
+    """Refuse a model that is given twice: mergekit counts both, methods here expect it once."""
+    if model in models:
+        raise RecipeError(
+            f"{where}: {model!r} is given twice. Give it once; of linear methods add the weights"
+        )
 
 
 def _parse_range(value: Any, where: str) -> tuple[int, int]:

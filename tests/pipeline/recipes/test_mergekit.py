@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,8 @@ def test_a_ties_yaml_becomes_a_recipe_with_mergekits_defaults(tmp_path: Path) ->
         "scale": 0.7,
         "reduction": "sum",
         "experts": {
-            "one": {"path": "org/one", "modality": "text", "weight": 1, "density": 0.5},
-            "two": {"path": "org/two", "modality": "text", "weight": 0.5, "density": 1.0},
+            "one": {"path": "hf://org/one", "modality": "text", "weight": 1, "density": 0.5},
+            "two": {"path": "hf://org/two", "modality": "text", "weight": 0.5, "density": 1.0},
         },
     }
     recipe = parse_recipe(found, folder=tmp_path)
@@ -132,16 +133,32 @@ def test_two_models_of_one_name_get_two(tmp_path: Path) -> None:
             {"merge_method": "passthrough"},
             r"merge_method: 'passthrough' has no counterpart here. Supported are linear",
         ),
-        ({"modules": {}}, "modules: is not supported"),
-        ({"tokenizer_source": "union"}, "tokenizer_source: only the base's tokenizer"),
-        ({"tokenizer": {"source": "union"}}, "tokenizer: only the base's tokenizer"),
+        ({"modules": {}}, "modules: merging parts of a multimodal model"),
+        ({"gate_mode": "random"}, "gate_mode: making a mixture of experts"),
+        (
+            {"tokenizer_source": "union"},
+            "tokenizer_source: 'union' is not supported where tokenizers differ",
+        ),
+        (
+            {"tokenizer": {"source": "union"}},
+            "tokenizer: 'union' is not supported where tokenizers differ",
+        ),
+        ({"tokenizer": {"source": "base", "tokens": {}}}, "'tokens'.* are not supported"),
         ({"chat_template": "chatml"}, "chat_template: is not supported"),
         ({"slices": []}, "either 'models' or 'slices'"),
         ({"parameters": {"rescale": True}}, r"parameters\.rescale: .*TIES here does not rescale"),
         ({"parameters": {"densty": 0.5}}, r"parameters\.densty"),
         ({"models": [{"model": "a"}, {"model": "b"}]}, r"a\.parameters\.weight: is missing"),
         ({"models": [{"model": "base"}]}, "none is left beside base_model"),
-        ({"models": [{"model": "a+lora", "parameters": {"weight": 1}}]}, "LoRA adapters"),
+        (
+            {"models": [{"model": "a+lora", "parameters": {"weight": 1}}]},
+            "only adapters of base_model",
+        ),
+        ({"base_model": "base+lora"}, "a base with an adapter is not supported"),
+        (
+            {"models": [{"model": "a", "parameters": {"weight": weight}} for weight in (1, 2)]},
+            "'a' is given twice",
+        ),
         ({"models": [{"model": "a", "weight": 1}]}, r"models\.0\.weight: is not supported"),
         ({"models": "a"}, "models: expected a list"),
         (
@@ -156,6 +173,62 @@ def test_what_is_not_supported_is_said_with_its_key(
 ) -> None:
     with pytest.raises(RecipeError, match=match):
         translate(make_yaml(**changes), tmp_path)
+
+
+def write_tokenizer(folder: Path, words: list[str]) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    vocabulary = {word: index for index, word in enumerate(words)}
+    raw = {"model": {"type": "WordLevel", "vocab": vocabulary}, "added_tokens": []}
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize("key", ["tokenizer", "tokenizer_source"])
+def test_a_union_of_tokenizers_is_accepted_where_all_are_the_same(tmp_path: Path, key: str) -> None:
+    for name in ("base", "one"):
+        write_tokenizer(tmp_path / name, ["a", "b"])
+    write_tokenizer(tmp_path / "two", ["a", "c"])
+    value = "union" if key == "tokenizer_source" else {"source": "union"}
+    model = {"model": "one", "parameters": {"weight": 1}}
+    translate(make_yaml(models=[model], **{key: value}), tmp_path)
+    with pytest.raises(RecipeError, match="where tokenizers differ"):
+        translate(make_yaml(models=[model | {"model": "two"}], **{key: value}), tmp_path)
+
+
+def test_a_file_of_mergekit_moe_is_refused_by_name(tmp_path: Path) -> None:
+    raw = {"base_model": "base", "gate_mode": "random", "experts": [{"source_model": "one"}]}
+    with pytest.raises(RecipeError, match="mergekit-moe"):
+        translate(raw, tmp_path)
+
+
+def test_the_tokenizer_of_the_base_may_be_given_by_its_path(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    translate(make_yaml(tokenizer_source=str(tmp_path / "base")), tmp_path)
+
+
+def test_an_adapter_of_the_base_is_an_expert(tmp_path: Path) -> None:
+    reference = {"model": {"path": "base", "lora": {"path": "lora"}}}
+    for value in ("base+lora", reference):
+        model = {"model": value, "parameters": {"weight": 1}}
+        experts = translate(make_yaml(models=[model]), tmp_path)["experts"]
+        assert experts["lora"]["path"] == "lora"
+
+
+def test_a_revision_is_a_part_of_the_name_on_the_hub(tmp_path: Path) -> None:
+    reference = {"model": {"path": "org/one", "revision": "v2"}}
+    model = {"model": reference, "parameters": {"weight": 1}}
+    (expert,) = translate(make_yaml(models=[model]), tmp_path)["experts"].values()
+    assert expert["path"] == "hf://org/one@v2"
+
+
+def test_keys_that_mergekit_ignores_are_ignored_with_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = translate(make_yaml(), tmp_path)
+    raw = make_yaml(notes="x", parameters={"dtype": "float32", "gamma": 0.1})
+    assert translate(raw, tmp_path) == expected
+    words = " ".join(record.getMessage() for record in caplog.records)
+    assert all(key in words for key in ("notes", "parameters.dtype", "parameters.gamma"))
 
 
 def test_a_missing_base_is_refused_where_the_method_needs_one(tmp_path: Path) -> None:
