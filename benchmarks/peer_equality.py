@@ -28,7 +28,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from mmerge.pipeline import export, make_plan, read_recipe, run
-from mmerge.pipeline.planning.tensor_layout import find_renames, rename
+from mmerge.pipeline.planning.name_matching import match_expert, rename
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
 from mmerge.workers.methods import method_names
 
@@ -135,7 +135,7 @@ def write_language_models(folder: Path) -> None:
         target.mkdir(parents=True)
         tensors = load_file(LAB / name / "model.safetensors")
         if name != "base":
-            renames = find_renames(base, Checkpoint(str(LAB / name), owner=name))
+            renames = match_expert(base, Checkpoint(str(LAB / name), owner=name)).renames
             tensors = {
                 base_name: tensors[rename(base_name, renames)][: shape[0]].contiguous()
                 for base_name, shape in shapes.items()

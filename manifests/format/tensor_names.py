@@ -32,6 +32,14 @@ def split_layer(name: str) -> LayerName | None:
     return LayerName(name[:start], int(match[1]), name[match.end() :])
 
 
+def move_layer(name: str, layer: int) -> str:
+    """Return the name of a tensor in a layer with that of another layer."""
+    match = _LAYER.search(name)
+    if match is None:
+        return name
+    return f"{name[: match.start(1)]}{layer}{name[match.end(1) :]}"
+
+
 def layer_of(name: str) -> int | None:
     """Return the number of a tensor's layer, None for embeddings, the last norm and the head."""
     match = _LAYER.search(name)

@@ -72,6 +72,7 @@ def run(
     from mmerge.pipeline.monitoring.progress import show_progress
     from mmerge.pipeline.monitoring.run_records import RunUnderWay
     from mmerge.pipeline.views.build_report import print_run
+    from mmerge.pipeline.views.plan_report import print_warnings
 
     memory_bytes = None if memory is None else parse_size(memory, option="--memory")
     options = BuildOptions(fresh, verify_reused, exclusive, task_deadline, block_entries)
@@ -94,6 +95,7 @@ def run(
         merge_plan = make_plan_of(
             recipe, block_entries=options.block_entries, memory_bytes=memory_bytes
         )
+        print_warnings(merge_plan, err)
         task_executor = process_executor or open_for(merge_plan.peak_bytes)
         try:
             with (

@@ -6,7 +6,8 @@ from collections.abc import Collection, Sequence
 
 from mmerge.manifests.errors import CheckpointError
 from mmerge.manifests.format.safetensors_header import FLOAT_DTYPES
-from mmerge.pipeline.planning.tensor_layout import Layout, rename
+from mmerge.pipeline.planning.name_matching import rename
+from mmerge.pipeline.planning.tensor_layout import Layout
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
 from mmerge.workers.checkpoints.expert_only import describe_names, find_expert_only
 from mmerge.workers.checkpoints.reading import has_equal_bytes

@@ -12,6 +12,7 @@ from mmerge.manifests.errors import CheckpointError, NotFound
 from mmerge.manifests.format.manifest import AdapterRecord
 from mmerge.manifests.format.safetensors_header import FLOAT_DTYPES
 from mmerge.pipeline.planning.adapters import list_adapters
+from mmerge.pipeline.planning.config_checks import list_config_warnings
 from mmerge.pipeline.planning.input_checks import (
     check_expert_only_tensors,
     check_unmerged_tensors,
@@ -65,6 +66,8 @@ class MergePlan:
     block_entries: int
     adapters: tuple[AdapterRecord, ...] = ()
     """Use of each expert's adapters; empty except in builds of kind `adapters`."""
+    warnings: tuple[str, ...] = ()
+    """Differences between base and experts that names and shapes do not show, one line each."""
     checkpoints: tuple[Checkpoint, ...] = field(default=(), compare=False, repr=False)
     """Base and experts, opened once; the run reads their identities and files."""
     identities: Identities = field(default_factory=dict, compare=False, repr=False)
@@ -199,6 +202,9 @@ def make_plan(
         carry_shards=tuple(carry_shards),
         renames=layout.renames,
         block_entries=entries,
+        warnings=tuple(
+            warning for expert in experts for warning in list_config_warnings(base, expert)
+        ),
         checkpoints=(base, *experts),
         identities=identities,
         max_shard_bytes=max_shard_bytes,

@@ -11,25 +11,21 @@ from fnmatch import fnmatchcase
 
 from mmerge.manifests.errors import CheckpointError, ShapeMismatch
 from mmerge.manifests.format.safetensors_header import FLOAT_DTYPES
+from mmerge.pipeline.planning.config_checks import check_sizes
+from mmerge.pipeline.planning.name_matching import (
+    NameMatch,
+    Renames,
+    describe_architecture,
+    has_fitting_shape,
+    match_expert,
+    rename,
+)
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
 from mmerge.workers.checkpoints.sources import TensorSource
 from mmerge.workers.families.interface import Family
 
-_COMPARED_CONFIG_KEYS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "rms_norm_eps",
-    "hidden_act",
-)
 _MAX_SHOWN = 3
 """Misfits that an error lists; the others are counted."""
-
-Renames = tuple[tuple[str, str], ...]
-"""Pairs (prefix in the base, prefix in an expert's files), longest first."""
 
 
 @dataclass(frozen=True)
@@ -70,67 +66,6 @@ class Layout:
     """Per expert, how its files name the base's tensors."""
 
 
-def find_renames(base: Checkpoint, expert: Checkpoint) -> Renames:
-    """Return how an expert's files name the base's tensors: pairs of prefixes, longest first.
-
-    The language model is found by its embedding, whose name the base's family knows: of all tensors
-    called so, the one whose prefix makes the most of the base's names exist. This holds for all
-    layouts in which `transformers` saves models whose language model keeps its own names
-    (docs/checkpoints.md lists them).
-
-    Raises:
-        CheckpointError: the expert has no embedding of that name, or none of the base's layers.
-    """
-    family = base.family
-    base_prefix = family.find_prefixes(base.tensors)[0]
-    body = [name for name in base.tensors if name.startswith(base_prefix) and name != family.head]
-    candidates = family.find_prefixes(expert.tensors)
-    if not candidates:
-        raise CheckpointError(
-            f"{expert.owner}: {expert.uri} has no tensor named *{family.embedding}, which is the"
-            f" embedding of the base ({describe_architecture(base)}); its own language model is"
-            f" {describe_architecture(expert)}. Experts must be tuned from the base"
-        )
-    counts = {
-        prefix: sum(prefix + name[len(base_prefix) :] in expert.tensors for name in body)
-        for prefix in candidates
-    }
-    prefix = max(candidates, key=lambda candidate: counts[candidate])
-    if counts[prefix] < len(body) / 2:
-        raise CheckpointError(
-            f"{expert.owner}: only {counts[prefix]} of the base's {len(body)} tensors are in"
-            f" {expert.uri} (under {prefix!r}): its language model is"
-            f" {describe_architecture(expert)}, the base is {describe_architecture(base)}. Experts"
-            " must be tuned from the base"
-        )
-    renames = {base_prefix: prefix}
-    heads = []
-    for name in expert.tensors:
-        is_of_model = name == family.head or prefix.startswith(name[: -len(family.head)])
-        if family.is_head(name) and is_of_model:
-            heads.append(name)
-    if heads:
-        renames[family.head] = max(heads, key=len)
-    return tuple(sorted(renames.items(), key=lambda pair: (-len(pair[0]), pair)))
-
-
-def describe_architecture(checkpoint: Checkpoint) -> str:
-    """Return the language model's type and sizes, for errors."""
-    text = checkpoint.text_config
-    sizes = ", ".join(
-        f"{key} {text[key]}" for key in ("num_hidden_layers", "hidden_size") if key in text
-    )
-    return f"{text.get('model_type', 'of unknown type')!r}" + (f" ({sizes})" if sizes else "")
-
-
-def rename(name: str, renames: Renames) -> str:
-    """Return the name that a tensor of the base has in an expert's files."""
-    for base_prefix, expert_prefix in renames:
-        if name.startswith(base_prefix):
-            return expert_prefix + name[len(base_prefix) :]
-    return name
-
-
 def make_layout(
     base: Checkpoint, experts: list[Checkpoint], *, merge: str, carry: tuple[str, ...]
 ) -> Layout:
@@ -148,16 +83,17 @@ def make_layout(
             of the base's family are unknown under `merge: linear`.
     """
     for expert in experts:
-        _check_architecture(base, expert)
-    renames = [find_renames(base, expert) for expert in experts]
+        check_sizes(base, expert)
     listed = match_names(base.tensors, carry)
+    matches = [match_expert(base, expert, exempt=listed) for expert in experts]
+    renames = [match.renames for match in matches]
     for pattern in carry:
         if not any(fnmatchcase(name, pattern) for name in base.tensors):
             raise CheckpointError(
                 f"carry: {pattern!r} matches no tensor of the base, so it has no effect. Remove it"
                 " or correct the pattern"
             )
-    _check_shapes(base, experts, renames, listed)
+    _check_shapes(base, experts, matches, listed)
     if merge == "linear":
         _check_projections(base)
     shared = []
@@ -224,45 +160,37 @@ def _num_rows(source: TensorSource) -> int:
     return source.spec.shape[0] if source.spec.shape else 1
 
 
-def _check_architecture(base: Checkpoint, expert: Checkpoint) -> None:
-    ours, theirs = base.text_config, expert.text_config
-    if ours.get("model_type") != theirs.get("model_type"):
-        raise CheckpointError(
-            f"{expert.owner}: its language model is {describe_architecture(expert)}, the base is"
-            f" {describe_architecture(base)}. Experts must be tuned from the base"
-        )
-    for key in _COMPARED_CONFIG_KEYS:
-        if key in ours and key in theirs and ours[key] != theirs[key]:
-            raise CheckpointError(
-                f"{expert.owner}: its language model has {key} {theirs[key]!r}, the base has"
-                f" {ours[key]!r}. Experts must be tuned from the base"
-            )
-
-
 def _check_shapes(
     base: Checkpoint,
     experts: list[Checkpoint],
-    renames: list[Renames],
+    matches: list[NameMatch],
     listed: set[str],
 ) -> None:
     missing: list[str] = []
+    reasons: set[str] = set()
     different: list[str] = []
-    for expert, names in zip(experts, renames, strict=True):
+    for expert, match in zip(experts, matches, strict=True):
         for name, source in base.tensors.items():
-            theirs = expert.tensors.get(rename(name, names))
+            theirs = expert.tensors.get(rename(name, match.renames))
             if name in listed:
                 continue
-            if theirs is None:
+            if theirs is None or name in match.unmatched:
                 tied = (
                     " (its configuration ties it to the embedding, the base's does not)"
                     if base.family.is_head(name) and expert.is_tied()
                     else ""
                 )
+                counterpart = rename(name, match.renames)
                 missing.append(
-                    f"{name}: {expert.owner} has no {rename(name, names)}{tied}, the base has"
+                    f"{name}: {expert.owner} has no {counterpart}{tied}, the base has"
                     f" {source.spec.shape}"
                 )
-            elif not _fits(source.spec.shape, theirs.spec.shape, base.family.is_vocabulary(name)):
+                reasons |= {match.reason} - {""}
+            elif not has_fitting_shape(
+                source.spec.shape,
+                theirs.spec.shape,
+                is_vocabulary=base.family.is_vocabulary(name),
+            ):
                 different.append(
                     f"{name}: {expert.owner} has {theirs.spec.shape}, the base has"
                     f" {source.spec.shape}"
@@ -283,18 +211,8 @@ def _check_shapes(
             _first_of(missing)
             + ". Was the expert tuned from this base? A tensor that is not to be merged can be"
             " listed under 'carry'"
+            + "".join(f". Names were compared as they are stored: {reason}" for reason in reasons)
         )
-
-
-def _fits(base: tuple[int, ...], expert: tuple[int, ...], is_vocabulary: bool) -> bool:
-    if base == expert:
-        return True
-    return (
-        is_vocabulary
-        and len(base) == len(expert)
-        and base[1:] == expert[1:]
-        and expert[0] > base[0]
-    )
 
 
 def _first_of(failures: list[str]) -> str:

@@ -49,6 +49,7 @@ def plan_to_json(plan: MergePlan) -> dict[str, Any]:
         "output": recipe.output,
         "base": recipe.base if recipe.has_base else None,
         "experts": experts,
+        "warnings": list(plan.warnings),
         "num_parameters": plan.num_parameters,
         "bytes_in": plan.bytes_in,
         "bytes_out": plan.bytes_out,
@@ -134,6 +135,13 @@ def print_plan(plan: MergePlan, console: Console) -> None:
     console.print("\n[bold]copied tensors (not merged)[/]")
     for expert in recipe.experts:
         _print_copied_tensors(plan, expert.name, expert.modality, console)
+    print_warnings(plan, console)
+
+
+def print_warnings(plan: MergePlan, console: Console) -> None:
+    """Print what differs between base and experts though names and shapes agree."""
+    for warning in plan.warnings:
+        console.print(f"[yellow]warning[/]: {escape(warning)}", highlight=False)
 
 
 def _print_copied_tensors(

@@ -20,7 +20,8 @@ def find_expert_only(
     """Return the names of the expert's language-model tensors that the base lacks, sorted.
 
     Encoders, connectors and learned tokens are none of them: only what lies in the layers, in the
-    last norm and in the head of the expert's language model counts.
+    last norm and in the head of the expert's language model counts. Layers of cross-attention
+    (Mllama) are connectors: tokens of text skip them.
 
     Args:
         names: of tensors in the expert's files.
@@ -32,13 +33,26 @@ def find_expert_only(
     pairs = list(renames)
     prefixes = {prefix for base, prefix in pairs if not base or base.endswith(".")}
     whole_names = {name for base, name in pairs if base and not base.endswith(".")}
+    names = list(names)
+    connectors = tuple(_find_cross_attention(names))
     return sorted(
         name
         for name in names
         if name not in shared
         and not name.endswith(_BUFFERS)
+        and not (connectors and name.startswith(connectors))
         and (name in whole_names or _is_in_decoder(name, prefixes))
     )
+
+
+def _find_cross_attention(names: Iterable[str]) -> set[str]:
+    """Return the prefixes of whole layers that attend to an encoder's states."""
+    layers = set()
+    for name in names:
+        split = split_layer(name)
+        if split is not None and split.path.startswith("cross_attn."):
+            layers.add(name[: len(name) - len(split.path)])
+    return layers
 
 
 def _is_in_decoder(name: str, prefixes: set[str]) -> bool:

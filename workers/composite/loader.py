@@ -29,6 +29,7 @@ from mmerge.workers.composite.process_group import (
 from mmerge.workers.composite.rank_encoder import RankEncoder
 from mmerge.workers.composite.routed_linear import Policy
 from mmerge.workers.composite.routing import Routing
+from mmerge.workers.composite.served_models import refuse_unserved
 from mmerge.workers.composite.shard_exchange import assign_ranks
 from mmerge.workers.modalities.encoders import Encoder, load_encoder
 from mmerge.workers.modalities.expert_model import make_config
@@ -72,7 +73,8 @@ def load_composite(
     Raises:
         ManifestError, StoreError: the build is missing or damaged, has no such expert, or an
             expert's language model has tensors that the base lacks.
-        CheckpointError: transformers does not know the models.
+        CheckpointError: transformers does not know the models, or a composite cannot serve an
+            expert of this class.
         PlacementError: the model cannot be divided as asked, or there is no such device.
         RankLost: another rank ended.
     """
@@ -100,6 +102,7 @@ def load_composite(
             " it out"
         )
     refuse_unshared(reader, expert)
+    refuse_unserved(reader, expert)
     group = _check_group(placement, device, group=group)
     request = LoadRequest(
         reader=reader,

@@ -109,7 +109,10 @@ def _write_small_files(
     config = json.loads(files["config.json"])
     dtype = _CONFIG_DTYPES.get(reader.manifest.dtype)
     stated_rows = text_config_of(config).get("vocab_size")
-    num_rows = _count_vocabulary(reader, expert)
+    # An adapter may have added tokens to the base whose configuration it shares. All other
+    # configurations describe their own files; Mllama's embedding has more rows than vocab_size.
+    is_adapter = any(entry.name == ADAPTER_CONFIG_FILE for entry in entries)
+    num_rows = _count_vocabulary(reader, expert) if is_adapter else None
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in ("dtype", "torch_dtype"):
             if dtype and key in part:
@@ -121,7 +124,7 @@ def _write_small_files(
 
 
 def _count_vocabulary(reader: BuildReader, expert: str | None) -> int | None:
-    """Return the rows of the exported embedding: an adapter may have added tokens to its base."""
+    """Return the rows of the exported embedding."""
     name = reader.family.find_embedding(reader.llm_names())
     if name is None:
         return None

@@ -110,4 +110,7 @@ def text_config_of(config: Mapping[str, Any]) -> dict[str, Any]:
     for key in TEXT_CONFIG_KEYS:
         if isinstance(config.get(key), dict):
             return dict(config[key])
+    if isinstance(config.get("thinker_config"), dict):
+        # Omni models hold a second language model, which speaks ("talker_config").
+        return text_config_of(config["thinker_config"])
     return dict(config)

@@ -60,6 +60,11 @@ def register_encoder(modality: str, maker: EncoderMaker) -> None:
     _makers[modality] = maker
 
 
+def has_registered_encoder(modality: str) -> bool:
+    """Return whether a user registered an encoder for a modality."""
+    return modality in _makers
+
+
 def load_encoder(
     reader: BuildReader,
     expert: str,

@@ -168,15 +168,42 @@ def test_a_tensor_listed_under_carry_may_differ_and_a_pattern_without_effect_is_
 def test_an_expert_of_another_architecture_is_refused(lab: Any) -> None:
     raw = lab.make_all()
     config = lab.expert_config()
-    config["text_config"] = config["text_config"] | {"model_type": "qwen2"}
-    (lab.folder / "audio" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        CheckpointError, match=r"expert 'audio': its language model is 'qwen2'.*the base is 'llama'"
-    ):
-        make_plan(read_recipe(lab.write_recipe(raw)))
     config["text_config"] = lab.config | {"num_hidden_layers": 3}
     (lab.folder / "audio" / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="num_hidden_layers 3, the base has 2"):
+        make_plan(read_recipe(lab.write_recipe(raw)))
+
+
+def test_differences_in_how_language_models_compute_are_warnings(lab: Any) -> None:
+    raw = lab.make_all()
+    config = lab.expert_config()
+    config["text_config"] = lab.config | {
+        "model_type": "mistral",
+        "rms_norm_eps": 0.5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 77.0},
+    }
+    (lab.folder / "audio" / "config.json").write_text(json.dumps(config))
+    plan = make_plan(read_recipe(lab.write_recipe(raw)))
+    text = "\n".join(plan.warnings)
+    assert "expert 'audio': its language model is of type 'mistral', the base of type" in text
+    assert "expert 'audio': rms_norm_eps is 0.5, in the base" in text
+    assert "expert 'audio': rope: rope_theta is 77.0, in the base" in text
+    assert "'image'" not in text
+    assert plan_to_json(plan)["warnings"] == list(plan.warnings)
+
+
+def test_null_in_a_configuration_means_the_default_of_the_class(lab: Any) -> None:
+    raw = lab.make_all()
+    config = lab.expert_config()
+    heads, hidden = lab.config["num_attention_heads"], lab.config["hidden_size"]
+    config["text_config"] = lab.config | {"head_dim": hidden // heads}
+    (lab.folder / "audio" / "config.json").write_text(json.dumps(config))
+    base = lab.config | {"head_dim": None}
+    (lab.folder / "base" / "config.json").write_text(json.dumps(base))
+    make_plan(read_recipe(lab.write_recipe(raw)))
+    config["text_config"] = lab.config | {"head_dim": 2 * hidden // heads}
+    (lab.folder / "audio" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"head_dim {2 * hidden // heads}, the base has"):
         make_plan(read_recipe(lab.write_recipe(raw)))
 
 

@@ -1,0 +1,102 @@
+"""Which multimodal classes a composite serves: it hands embeddings, and only those, to its decoder.
+
+A class that gives its decoder more than embeddings (positions of three dimensions, other masks,
+states of an encoder) would load and answer wrongly, so it is refused by name. Its builds are right:
+every expert can be exported and run as its own class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mmerge.manifests.errors import CheckpointError
+from mmerge.manifests.format.manifest import FileEntry, read_file
+from mmerge.workers.families.registry import TEXT_CONFIG_KEYS
+from mmerge.workers.modalities.encoders import has_registered_encoder
+from mmerge.workers.modalities.small_files import read_config
+from mmerge.workers.reconstruction.build_reader import BuildReader
+
+SERVED = {
+    *("llava", "llava_next", "llava_next_video", "llava_onevision", "video_llava"),
+    *("qwen2_audio", "audioflamingo3", "voxtral"),
+    *("internvl", "idefics3", "smolvlm", "mistral3", "deepseek_vl"),
+}
+"""Model types whose class hands its decoder embeddings, a causal mask and consecutive positions."""
+_MROPE = "it gives its decoder positions of three dimensions (M-RoPE)"
+_DEEPSTACK = f"{_MROPE} and image features for single layers (deepstack)"
+_BIDIRECTIONAL = "its decoder attends in both directions within an image or prefix"
+_CROSS = "its decoder attends to the encoder's states in layers of its own (cross-attention)"
+_SCALE = "it does not scale logits, as the language model alone does"
+_ADAPTERS = "its decoder uses other weights for tokens of an image or sound (LoRA)"
+REASONS = {
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "qwen2_5_omni_thinker"), _MROPE),
+    **dict.fromkeys(("glm4v", "glm4v_moe", "qwen3_5", "qwen3_5_moe"), _MROPE),
+    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe"), _DEEPSTACK),
+    **dict.fromkeys(("qwen3_omni_moe", "qwen3_omni_moe_thinker"), _DEEPSTACK),
+    **dict.fromkeys(("paligemma", "gemma3", "gemma3n"), _BIDIRECTIONAL),
+    **dict.fromkeys(("aya_vision", "cohere2_vision"), _SCALE),
+    "mllama": _CROSS,
+    "phi4_multimodal": _ADAPTERS,
+}
+"""What a composite leaves out of a model type."""
+_UNPROVED = "what its class gives its decoder besides embeddings has not been compared yet"
+_PARTS = (*TEXT_CONFIG_KEYS, "thinker_config", "vision_config", "audio_config")
+
+
+def refuse_unserved(reader: BuildReader, expert: str | None) -> None:
+    """Raise CheckpointError where a composite would not answer as an expert's own class does.
+
+    Args:
+        reader: the build.
+        expert: the one whose weights are loaded; None for all of them.
+    """
+    base = _read_config(reader, reader.manifest.base.files, owner="base")
+    if _is_multimodal(base):
+        raise CheckpointError(
+            f"{reader.uri}: the base is a multimodal model ({base.get('model_type')!r}), and"
+            " composites are loaded over plain language models only. Write an ordinary checkpoint"
+            " with 'mmerge export' and load it with transformers"
+        )
+    for name in [expert] if expert else reader.expert_names:
+        record = reader.manifest.to_expert(name)
+        config = _read_config(reader, record.files, owner=f"expert {name!r}")
+        is_own_encoder = not has_registered_encoder(record.modality)
+        reason = find_reason(config, is_own_encoder=is_own_encoder)
+        if reason:
+            raise CheckpointError(
+                f"{reader.uri}: expert {name!r} is of type {config['model_type']!r}: {reason}, and"
+                " a composite hands its decoder embeddings alone, so it would answer wrongly. Use"
+                f" that expert as its own class: mmerge export --expert {name}"
+            )
+
+
+def find_reason(config: Mapping[str, Any], *, is_own_encoder: bool) -> str:
+    """Return why a composite cannot serve an expert, empty if it can.
+
+    Args:
+        config: its config.json.
+        is_own_encoder: whether the class's own encoder is used, not one that a user registered.
+    """
+    model_type = str(config.get("model_type", ""))
+    if model_type in REASONS:
+        return REASONS[model_type]
+    if not _is_multimodal(config) or model_type in SERVED or not is_own_encoder:
+        return ""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    # Types that transformers does not know are refused by the loader of encoders.
+    return _UNPROVED if model_type in CONFIG_MAPPING else ""
+
+
+def _is_multimodal(config: Mapping[str, Any]) -> bool:
+    return config.get("model_type") in REASONS or any(
+        isinstance(config.get(key), dict) for key in _PARTS
+    )
+
+
+def _read_config(
+    reader: BuildReader, files: tuple[FileEntry, ...], *, owner: str
+) -> dict[str, Any]:
+    entry = next((file for file in files if file.name == "config.json"), None)
+    return read_config(read_file(reader.store, entry), owner=owner) if entry else {}

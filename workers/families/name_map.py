@@ -1,0 +1,226 @@
+"""Canonical tensor names of a checkpoint, from its model class in transformers.
+
+Classes rename tensors when they load them, and several generations of names exist for one class.
+The class itself knows them all: it is made on the meta device (no weights are read), its conversion
+mapping gives the name in memory of every stored tensor, `get_decoder` and `get_output_embeddings`
+say which tensors are the language model's. transformers is imported on first use only.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import takewhile
+from typing import Any
+
+from mmerge.manifests.errors import CheckpointError
+from mmerge.manifests.format.tensor_names import move_layer, split_layer
+
+HEAD_WEIGHT = "head.weight"
+"""Canonical name of the language-model head."""
+_DECODER = "decoder."
+_HEAD = "head."
+_OTHER = "other."
+_UNPLACED = "unplaced."
+_PLACE = " <- "
+"""Separates a parameter from the place of a stored tensor in it."""
+_CACHED_CLASSES = 64
+
+
+class UnknownClass(CheckpointError):
+    """transformers has no class for a configuration, or cannot make it."""
+
+
+@dataclass(frozen=True)
+class NameMap:
+    """Canonical names of the tensors in a checkpoint's files.
+
+    Names of the language model begin with `decoder.` or `head.`, and are equal for a plain language
+    model and for every multimodal class around it. All other names are those in memory.
+    """
+
+    canonical: dict[str, str]
+    """By stored name."""
+    class_name: str
+    """The class of transformers that gave the names."""
+
+    @property
+    def stored(self) -> dict[str, str]:
+        """Stored names by canonical name. Raises CheckpointError if two tensors share one."""
+        names: dict[str, str] = {}
+        for stored, canonical in self.canonical.items():
+            if canonical in names:
+                raise CheckpointError(
+                    f"{names[canonical]} and {stored} are one parameter of {self.class_name}, so"
+                    " the files hold it twice. Remove one of them"
+                )
+            names[canonical] = stored
+        return names
+
+    def by_parameter(self) -> dict[str, dict[str, str]]:
+        """Return stored names by canonical name, grouped by the parameter that holds them."""
+        groups: dict[str, dict[str, str]] = {}
+        for stored, canonical in self.canonical.items():
+            groups.setdefault(canonical.partition(_PLACE)[0], {})[canonical] = stored
+        return groups
+
+
+@dataclass(frozen=True)
+class _ModelNames:
+    """What a class tells of its names."""
+
+    class_name: str
+    parameters: frozenset[str]
+    """Parameters and buffers by their name in memory."""
+    decoder: str
+    """Module path of the language model without its head, with its dot; may be empty."""
+    head: str
+    """Module path of the head, with its dot; empty if there is none."""
+    renamings: tuple[Any, ...]
+    converters: tuple[Any, ...]
+    base_model_prefix: str
+    unshared_layers: frozenset[int]
+    """Decoder layers that the plain language model lacks: cross-attention between its own."""
+
+
+def is_language_name(canonical: str) -> bool:
+    """Return whether a canonical name is one of the language model."""
+    return canonical.startswith((_DECODER, _HEAD))
+
+
+def map_names(config: Mapping[str, Any], names: Iterable[str]) -> NameMap:
+    """Return the canonical names of stored tensors.
+
+    Tensors that a class fuses when it loads them (mixtures of experts) are named by the fused
+    parameter and by their place in it, so they match only those of an equal layout.
+
+    Args:
+        config: the checkpoint's config.json.
+        names: of the tensors in its files.
+
+    Raises:
+        UnknownClass: transformers has no such class, or cannot make it from the configuration.
+    """
+    model = _read_model_names(json.dumps(config, sort_keys=True))
+    parameters = dict.fromkeys(model.parameters, True)
+    return NameMap(
+        {name: _canonical(name, model, parameters=parameters) for name in names},
+        model.class_name,
+    )
+
+
+def _canonical(name: str, model: _ModelNames, *, parameters: dict[str, bool]) -> str:
+    from transformers.core_model_loading import apply_renamings, rename_source_key
+
+    renamings, converters = list(model.renamings), list(model.converters)
+    parameter, pattern = rename_source_key(
+        name, renamings, converters, model.base_model_prefix, parameters
+    )
+    if parameter not in parameters:
+        return f"{_UNPLACED}{name}"
+    place = ""
+    if pattern is not None:
+        renamed = apply_renamings(name, renamings)
+        tail = renamed[_count_equal(renamed, parameter) :]
+        place = f"{_PLACE}{pattern} {'.'.join(re.findall(r'[0-9]+', tail))}".rstrip()
+    if model.head and parameter.startswith(model.head):
+        return f"{_HEAD}{parameter[len(model.head) :]}{place}"
+    if not parameter.startswith(model.decoder):
+        return f"{_OTHER}{parameter}{place}"
+    path = parameter[len(model.decoder) :]
+    split = split_layer(path)
+    if split is None or split.prefix or not model.unshared_layers:
+        return f"{_DECODER}{path}{place}"
+    if split.layer in model.unshared_layers:
+        return f"{_OTHER}{parameter}{place}"
+    shift = sum(unshared < split.layer for unshared in model.unshared_layers)
+    return f"{_DECODER}{move_layer(path, split.layer - shift)}{place}"
+
+
+def _count_equal(name: str, other: str) -> int:
+    """Return how many letters two names have in common at their beginning."""
+    pairs = zip(name, other, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+@lru_cache(maxsize=_CACHED_CLASSES)
+def _read_model_names(config_json: str) -> _ModelNames:
+    """Return what the class of a configuration tells of its names. Raises UnknownClass."""
+    import transformers
+
+    raw = json.loads(config_json)
+    try:
+        model = _make_meta_model(raw)
+        decoder = _find_decoder(model)
+        paths = {id(module): name for name, module in model.named_modules()}
+        transforms = get_transforms(model)
+        head = model.get_output_embeddings()
+        text = model.config.get_text_config()
+        return _ModelNames(
+            class_name=type(model).__name__,
+            parameters=frozenset(model.state_dict()),
+            decoder=_with_dot(paths[id(decoder)]),
+            head=_with_dot(paths.get(id(head), "")),
+            renamings=transforms[0],
+            converters=transforms[1],
+            base_model_prefix=model.base_model_prefix,
+            unshared_layers=frozenset(getattr(text, "cross_attention_layers", None) or ()),
+        )
+    except UnknownClass:
+        raise
+    except Exception as error:  # model code of transformers raises anything on odd configurations
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        raise UnknownClass(
+            f"transformers {transformers.__version__} cannot make"
+            f" {(raw.get('architectures') or ['a model'])[0]} of config.json"
+            f" ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def get_transforms(model: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Return the renamings and the converters that transformers applies to stored names."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = tuple(item for item in transforms if isinstance(item, WeightRenaming))
+    converters = tuple(item for item in transforms if isinstance(item, WeightConverter))
+    return renamings, converters
+
+
+def _make_meta_model(raw: dict[str, Any]) -> Any:
+    """Return the model of a config.json on the meta device. Raises UnknownClass."""
+    import torch
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type, names = raw.get("model_type"), raw.get("architectures") or [None]
+    if model_type not in CONFIG_MAPPING:
+        raise UnknownClass(
+            f"transformers {transformers.__version__} does not know model type {model_type!r}"
+        )
+    model_class = getattr(transformers, str(names[0]), None)
+    if not isinstance(model_class, type):
+        raise UnknownClass(
+            f"transformers {transformers.__version__} has no model class {names[0]!r}"
+            " (config.json, 'architectures')"
+        )
+    config = CONFIG_MAPPING[model_type].from_dict(raw)
+    with torch.device("meta"):
+        return model_class(config)
+
+
+def _find_decoder(model: Any) -> Any:
+    """Return the language model without its head within a model."""
+    decoder = getattr(model, "thinker", model).get_decoder()
+    # Some classes give their causal language model, head included.
+    if decoder.get_output_embeddings() is not None and hasattr(decoder, "model"):
+        return decoder.model
+    return decoder
+
+
+def _with_dot(path: str) -> str:
+    return f"{path}." if path else ""
