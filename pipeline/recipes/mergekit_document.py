@@ -155,7 +155,7 @@ class MergekitDocument:
             return self._extend_to_ends(
                 [self._read_slice(entry, f"slices.{i}") for i, entry in enumerate(entries)]
             )
-        models = {}
+        models: dict[str, Mapping[str, Any]] = {}
         for index, entry in enumerate(_to_list(self.raw["models"], "models")):
             where = f"models.{index}"
             _check_entry(entry, ("model", "parameters"), where)
@@ -167,7 +167,8 @@ class MergekitDocument:
     def _read_slice(self, entry: Any, where: str) -> Slice:
         """Return a slice as written: first layer, and the layer after the last."""
         _check_entry(entry, ("sources", "parameters"), where)
-        ranges, models = set(), {}
+        ranges: set[tuple[int, int]] = set()
+        models: dict[str, Mapping[str, Any]] = {}
         for index, source in enumerate(_to_list(entry.get("sources"), f"{where}.sources")):
             place = f"{where}.sources.{index}"
             _check_entry(source, ("model", "layer_range", "parameters"), place)
