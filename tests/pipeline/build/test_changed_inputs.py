@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from mmerge.manifests.errors import CheckpointError, MmergeError
 from mmerge.manifests.stores.local import LocalStore
 from mmerge.manifests.stores.local_file import LocalFile
+from mmerge.manifests.stores.memory import MemoryStore
+from mmerge.manifests.stores.open import open_store
 from mmerge.pipeline import make_plan, parse_recipe, run, verify
 from mmerge.pipeline.execution.executor import SerialExecutor
 from mmerge.pipeline.execution.process_executor import ProcessExecutor
@@ -381,3 +383,39 @@ def test_scales_of_float8_weights_that_are_replaced_are_noticed(inputs: Inputs) 
     report = inputs.run("store", progress=progress)
     assert report.build == inputs.expect() != first
     assert_no_object_is_wrong(inputs.folder / "store", inputs.folder / "truth")
+
+
+def test_a_bit_that_flips_once_on_the_way_from_a_store_changes_nothing(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth = inputs.expect(method="task_arithmetic")
+    names = {"base": inputs.raw, **inputs.raw["experts"]}
+    stores = []  # what is in memory ends with the last store that holds it
+    for name, record in names.items():
+        uri = f"memory://{inputs.folder.name}-{name}"
+        store = open_store(uri, create=True)
+        stores.append(store)
+        for path in (inputs.folder / name).iterdir():
+            store.put(path.name, path.read_bytes())
+        record["base" if name == "base" else "path"] = uri
+    counts = {"reads": 0, "flipped": 0}
+    read_range = MemoryStore.read_range
+
+    def read(store: MemoryStore, key: str, *, offset: int, num_bytes: int, **other: Any) -> Any:
+        data = read_range(store, key, offset=offset, num_bytes=num_bytes, **other)
+        if not key.endswith(".safetensors") or not offset or "/store" in store.uri:
+            return data
+        counts["reads"] += 1
+        if counts["reads"] != counts["flipped"]:
+            return data
+        flipped = bytearray(data)
+        flipped[len(flipped) // 2] ^= 1
+        return memoryview(flipped)
+
+    monkeypatch.setattr(MemoryStore, "read_range", read)
+    assert inputs.expect("remote", method="task_arithmetic") == truth
+    for number in np.linspace(1, counts["reads"], 5).astype(int).tolist():
+        counts |= {"reads": 0, "flipped": number}
+        report = inputs.run(f"store{number}", method="task_arithmetic")
+        assert report.build == truth, number
+        assert_no_object_is_wrong(inputs.folder / f"store{number}", inputs.folder / "truth")
