@@ -56,7 +56,9 @@ def _translate(error: Exception, *, where: str, scheme: str) -> StoreError:
         return StoreError(
             f"{where}: the environment holds no credentials. Set {variables} (docs/storage.md)"
         )
-    is_transient = isinstance(error, (GenericError, ConnectionError, TimeoutError))
+    # The library's streaming writer raises bare OSErrors for what its requests end with.
+    is_of_writer = isinstance(error, OSError) and error.errno is None
+    is_transient = is_of_writer or isinstance(error, (GenericError, ConnectionError, TimeoutError))
     kind = StoreUnavailable if is_transient and not _is_refusal(error) else StoreError
     return kind(f"{where}: {first_line(error)}")
 

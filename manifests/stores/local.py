@@ -175,6 +175,7 @@ class LocalStore(Store):
         with self._os_errors_translated(key):
             target = self.to_path(key)
             partial = _write_file(target, data, sync=True)
+            self._check_partial(key, partial)
             create_durably(partial, target, root=self.path)
 
     @override

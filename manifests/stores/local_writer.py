@@ -172,13 +172,20 @@ def create_durably(partial: Path, target: Path, *, root: Path) -> None:
         os.link(partial, target)
     except FileExistsError:
         raise AlreadyExists(message) from None
+    except FileNotFoundError:
+        # Garbage collection has deleted the file while this process was suspended.
+        raise
     except OSError:
         # A file system without hard links: O_EXCL reserves the name, the rename fills it.
         try:
             os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
         except FileExistsError:
             raise AlreadyExists(message) from None
-        partial.replace(target)
+        try:
+            partial.replace(target)
+        except OSError:
+            target.unlink(missing_ok=True)  # ours, and empty
+            raise
     finally:
         partial.unlink(missing_ok=True)
     _sync_folders(target.parent, root)

@@ -41,6 +41,8 @@ class LyingProxy(FaultProxy):
         self.num_lies += 1
         if self.lie == "conflict":
             return 409, {}, CONFLICT
+        if self.lie == "be busy":
+            return 503, {}, b"<Error><Code>SlowDown</Code></Error>"
         if self.lie == "keep nothing":
             return 200, {"ETag": '"0"'}, b""
         if self.lie == "flip a bit":
@@ -93,6 +95,17 @@ def test_an_upload_that_the_server_did_not_keep_as_it_was_sent_is_an_error(
     proxy.tell(lie, count=1000)
     with pytest.raises(StoreError, match="objects/x"):
         WRITERS[writer](remote, "objects/x", data)
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_an_upload_that_the_server_is_too_busy_for_may_be_tried_again(
+    remote: Store, proxy: LyingProxy, writer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MMERGE_RETRY_TIMEOUT", "0.5")
+    store = open_store(remote.uri)
+    proxy.tell("be busy", count=1000)
+    with pytest.raises(StoreUnavailable, match="objects/x"):
+        WRITERS[writer](store, "objects/x", DATA)
 
 
 @pytest.mark.parametrize("lie", BROKEN)

@@ -167,3 +167,22 @@ def test_an_unfinished_file_that_was_deleted_is_named_and_may_be_written_again(
     with pytest.raises(StoreUnavailable, match=r"objects/x: its unfinished file .* Run again"):
         write_and_lose()
     store.put("objects/x", b"1")
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_create_whose_file_was_deleted_leaves_no_empty_object(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool
+) -> None:
+    store = LocalStore(tmp_path)
+    link = local_writer.os.link
+
+    def delete_then_link(partial: Path, target: Path) -> None:
+        partial.unlink()
+        if not has_links:
+            raise PermissionError("no links")
+        link(partial, target)
+
+    monkeypatch.setattr(local_writer.os, "link", delete_then_link)
+    with pytest.raises(NotFound, match="builds/x"):
+        store.put_new("builds/x", b"1")
+    assert not list(store.list())
