@@ -9,8 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmerge.manifests.errors import ManifestError, NotFound, StoreError
-from mmerge.manifests.format.manifest import needed_keys, read_manifest
+from mmerge.manifests.errors import BuildDiffers, ManifestError, NotFound, StoreError
+from mmerge.manifests.format.entry import digest_of_object, find_entry
+from mmerge.manifests.format.manifest import (
+    Manifest,
+    digest_manifest,
+    manifest_key,
+    needed_keys,
+    read_manifest,
+)
+from mmerge.manifests.format.publish import find_whole_manifest
 from mmerge.manifests.format.references import (
     Reference,
     find_reference,
@@ -20,6 +28,7 @@ from mmerge.manifests.format.references import (
     split_uri,
     to_reference_bytes,
 )
+from mmerge.manifests.format.table import read_table
 from mmerge.manifests.maintenance.copy_build import copy_build
 from mmerge.manifests.maintenance.signatures import find_exported_folder, list_signatures
 from mmerge.manifests.maintenance.verify import verify
@@ -49,6 +58,7 @@ def push(
         message: the message of the commit.
 
     Raises:
+        BuildDiffers: the repository has the build, or one of its objects, with other bytes.
         DamagedObject, ManifestError: the composite is damaged or missing.
         StoreError: the hub refuses, or does not answer.
     """
@@ -68,8 +78,11 @@ def push(
     with _local_build(source) as (local, reference):
         store, build = open_build(local)
         verify(local).check()
-        needed = needed_keys(read_manifest(store, build))
-        keys = sorted(key for key in needed if store.exists(key)) + list_signatures(store, build)
+        manifest = read_manifest(store, build)
+        needed = needed_keys(manifest) - _find_kept_keys(f"hf://{repo}@{branch}", manifest)
+        keys = [key for key in sorted(needed) if store.exists(key)]
+        if manifest_key(build) in needed:
+            keys += list_signatures(store, build)
         root = to_local_path(split_uri(local)[0])
         files = {key: root / key for key in keys}
         _make_repo(repo, private=private)
@@ -102,6 +115,42 @@ def _local_build(uri: str) -> Iterator[tuple[str, Reference]]:
     with tempfile.TemporaryDirectory(prefix="mmerge-push-") as folder:
         copy_build(uri, folder)
         yield f"{folder}#{build}", reference
+
+
+def _find_kept_keys(uri: str, manifest: Manifest) -> set[str]:
+    """Return the keys of a build that the repository keeps: of a manifest with another table.
+
+    Raises:
+        BuildDiffers: the repository has the build, or one of its objects, with other bytes.
+    """
+    try:
+        hub = open_readable_store(uri)
+        stored = find_whole_manifest(hub, manifest.build)
+        entries = [find_entry(hub, digest_of_object(entry.key)) for entry in manifest.entries]
+    except NotFound:
+        return set()
+    differing = set()
+    stored_digests = {} if stored is None else {entry.key: entry.digest for entry in stored.entries}
+    for entry, hub_entry in zip(manifest.entries, entries, strict=True):
+        digests = {stored_digests.get(entry.key, entry.digest)}
+        if hub_entry is not None:
+            digests.add(hub_entry.object.digest)
+        if digests != {entry.digest}:
+            differing.add(entry.shard)
+    if differing:
+        raise BuildDiffers(
+            f"{uri}: has other bytes of shard {', '.join(sorted(differing))}: nothing was replaced."
+            " Push to another branch or repository: 'mmerge push SOURCE hf://ORG/REPO@BRANCH'"
+        )
+    if stored is None or digest_manifest(stored) != digest_manifest(manifest):
+        return set()
+    if stored.table == manifest.table:
+        return set()
+    try:
+        read_table(hub, stored.table)
+    except ManifestError:
+        return set()  # the repository's table is damaged
+    return {manifest_key(manifest.build), manifest.table.key}
 
 
 def _next_number(uri: str, name: str, build: str) -> tuple[int, bool]:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants as constants
+import pyarrow.parquet as pq
 import pytest
 from hub_server import HubServer
 
-from mmerge.manifests.errors import CheckpointError, NotFound, StoreError, StoreUnavailable
-from mmerge.manifests.format.manifest import read_manifest
+from mmerge.manifests.errors import (
+    BuildDiffers,
+    CheckpointError,
+    NotFound,
+    StoreError,
+    StoreUnavailable,
+)
+from mmerge.manifests.format.manifest import read_manifest, to_manifest_bytes
+from mmerge.manifests.format.publish import make_table_entry
 from mmerge.manifests.format.references import open_build
+from mmerge.manifests.maintenance import push as push_module
 from mmerge.manifests.maintenance.push import push
 from mmerge.manifests.stores.open import open_readable_store, pin_uri
 from mmerge.pipeline import make_plan, read_recipe, run, verify
@@ -140,6 +150,33 @@ def test_a_pushed_composite_verifies_from_the_hub_and_is_numbered(hub: HubServer
     push(str(lab.folder / "store"), "hf://org/composite")
     assert open_build("hf://org/composite#tiny")[1] == second.build
     assert open_build("hf://org/composite#tiny@1")[1] == first.build
+
+
+def test_a_push_replaces_no_build_of_the_repository(hub: HubServer, lab: Any) -> None:
+    plan = make_plan(read_recipe(lab.write_recipe(lab.make_all(1))))
+    manifest = run(plan).manifest
+    assert manifest is not None
+    folder = lab.folder / "store"
+    push(str(folder), "hf://org/composite")
+    # Equal rows, other bytes: as another version of pyarrow writes them.
+    table_path = folder / manifest.table.key
+    sink = io.BytesIO()
+    pq.write_table(pq.read_table(table_path), sink, compression="snappy")
+    table = make_table_entry(manifest.build, sink.getvalue())
+    (folder / table.key).write_bytes(sink.getvalue())
+    manifest_path = folder / f"builds/{manifest.build}/manifest.json"
+    manifest_path.write_bytes(to_manifest_bytes(manifest.model_copy(update={"table": table})))
+    push(str(folder), "hf://org/composite")
+    pushed = open_readable_store("hf://org/composite")
+    assert read_manifest(pushed, manifest.build).table == manifest.table
+    verify("hf://org/composite#tiny").check()
+    entry = next(entry for entry in manifest.entries if entry.role == "merge")
+    other = entry.model_copy(update={"digest": "0" * 64})
+    entries = tuple(other if each is entry else each for each in manifest.entries)
+    with pytest.raises(BuildDiffers, match=f"other bytes of shard {entry.shard}"):
+        push_module._find_kept_keys(
+            "hf://org/composite", manifest.model_copy(update={"entries": entries})
+        )
 
 
 def test_an_export_is_pushed_as_it_is(hub: HubServer, tmp_path: Path) -> None:
