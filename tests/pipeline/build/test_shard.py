@@ -14,12 +14,14 @@ import torch
 from typing_extensions import override
 
 from mmerge.manifests.errors import MmergeError, NonFiniteError, RecipeError, TaskErrors
+from mmerge.manifests.stores.base import ReadableStore
 from mmerge.pipeline import make_plan, read_recipe, run
 from mmerge.pipeline.build.context import BuildContext, group_by_tensor
 from mmerge.pipeline.build.forecast import make_forecast
 from mmerge.pipeline.execution.executor import SerialExecutor
 from mmerge.pipeline.execution.scheduler import Follow, Outcomes, nothing_follows
 from mmerge.pipeline.monitoring.progress import LogProgress, Progress
+from mmerge.workers.checkpoints import weight_files
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
 from mmerge.workers.task import Task, TaskResult
 from mmerge.workers.tasks.run import run_task
@@ -273,25 +275,25 @@ def test_every_checkpoint_is_opened_once_for_plan_forecast_and_run(
 ) -> None:
     opened: list[str] = []
     headers: list[str] = []
-    open_checkpoint, read_header = Checkpoint.__init__, Checkpoint._read_header
+    open_checkpoint, read_header = Checkpoint.__init__, weight_files.read_specs
 
     def open_and_note(self: Checkpoint, uri: str, *, owner: str) -> None:
         opened.append(uri)
         open_checkpoint(self, uri, owner=owner)
 
-    def read_and_note(self: Checkpoint, file: str) -> Any:
-        headers.append(f"{self.uri}/{file}")
-        return read_header(self, file)
+    def read_and_note(store: ReadableStore, file: str, *, where: str) -> Any:
+        headers.append(where)
+        return read_header(store, file, where=where)
 
     monkeypatch.setattr(Checkpoint, "__init__", open_and_note)
-    monkeypatch.setattr(Checkpoint, "_read_header", read_and_note)
+    monkeypatch.setattr(weight_files, "read_specs", read_and_note)
     recipe = read_recipe(lab.write_recipe(lab.make_all()))
     plan = make_plan(recipe)
     make_forecast(plan)
     run(plan, executor=SerialExecutor(num_threads=1))
     assert len(opened) == 1 + len(recipe.experts)
     assert len(opened) == len(set(opened))
-    assert len(headers) == len(set(headers))
+    assert len(headers) == len(set(headers)) == len(opened)
 
 
 def test_a_plan_that_is_run_again_notices_a_replaced_expert(lab: Any) -> None:
