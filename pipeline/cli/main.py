@@ -175,8 +175,12 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         _print_error(str(error))
         code = 1
-    except (KeyboardInterrupt, typer.Abort, EOFError):
+    except KeyboardInterrupt:
         code = _report_interrupt()
+    except typer.Abort as abort:
+        # The command line turns every EOFError into this. One is no Ctrl-C: a file ended too soon.
+        cause = abort.__cause__
+        code = _report_unexpected(cause) if isinstance(cause, EOFError) else _report_interrupt()
     except typer.Exit as stop:
         code = stop.exit_code
     except Exception as error:  # noqa: BLE001 - users see one line; --debug shows the traceback
