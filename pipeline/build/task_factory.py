@@ -58,7 +58,9 @@ def make_merge_task(
                 "row_start": tensor.row_start,
                 "shape": list(tensor.base.spec.shape),
                 "inputs": digests.describe(tensor),
-                "parameters": identify_parameters(method, method_parameters[index]),
+                "parameters": identify_parameters(
+                    method, method_parameters[index], dtype=plan.dtype
+                ),
                 "thresholds": [value.hex() for value in thresholds[index]],
                 "known": to_hex(earlier_results[index]),
             }

@@ -12,11 +12,17 @@ from mmerge.workers.checkpoints.block_reader import InputBlock
 from mmerge.workers.compiled.interface import CompiledPass, MaskPass, PassRequest, ReadBlocks
 from mmerge.workers.kernels.della import merge_by_row
 from mmerge.workers.kernels.locate import LOCATE_RULE, TIES, merge_located
-from mmerge.workers.kernels.masks import MaskRecord, merge_consensus, merge_with_masks
+from mmerge.workers.kernels.masks import (
+    SIGNIFICANT_SHORT,
+    MaskRecord,
+    merge_consensus,
+    merge_with_masks,
+)
+from mmerge.workers.kernels.tiles import CODES
 from mmerge.workers.methods.locate_rules import DropByRank, KeepTop, LocateRule
 from mmerge.workers.methods.locate_then_mask import LocateThenMask
 from mmerge.workers.methods.locate_then_merge import LocateAndCombine
-from mmerge.workers.methods.mask_rules import MaskRule
+from mmerge.workers.methods.mask_rules import MaskRule, Significant, is_short
 from mmerge.workers.methods.tall import Consensus
 from mmerge.workers.statistics.magnitude_histograms import (
     Histogram,
@@ -142,7 +148,7 @@ class LocatedMaskPass(MaskPass):
         parameters, experts = request.parameters, request.experts
         combine = method.combining.rule(request.tensor, parameters, experts)
         self._combine = combine.record(scale=1.0)
-        self._masks = make_mask_record(method.masking.rules(parameters, experts))
+        self._masks = make_mask_record(method.masking.rules(parameters, experts), request.code)
         self._start, self._code = request.start, request.code
 
     @override
@@ -175,7 +181,9 @@ class ConsensusPass(LocatedPass):
         self, request: PassRequest, method: Consensus, rules: Sequence[LocateRule]
     ) -> None:
         super().__init__(request, method, rules)
-        self._masks = make_mask_record(method.masking.rules(request.parameters, request.experts))
+        # The masks of a consensus are those of the merged task vector in float32.
+        rules_of_masks = method.masking.rules(request.parameters, request.experts)
+        self._masks = make_mask_record(rules_of_masks, CODES["F32"])
         self._agreement = request.parameters.agreement
         self._scale = np.float32(request.parameters.scale)
 
@@ -197,9 +205,18 @@ class ConsensusPass(LocatedPass):
         )
 
 
-def make_mask_record(rules: Sequence[MaskRule]) -> MaskRecord:
-    """Return the mask rules of one tensor, all of one kind, as a kernel reads them."""
-    return MaskRecord(rules[0].kind, tuple(np.float32(rule.scale) for rule in rules))
+def make_mask_record(rules: Sequence[MaskRule], code: int) -> MaskRecord:
+    """Return the mask rules of one tensor, all of one kind, as a kernel reads them.
+
+    `code` is the dtype of the merged task vector that the masks are made for.
+    """
+    dtype = next(name for name, number in CODES.items() if number == code)
+    significant = [rule for rule in rules if isinstance(rule, Significant)]
+    if significant and all(is_short(rule.mask_scale, dtype) for rule in significant):
+        halves = tuple(np.float64(rule.mask_scale * 0.5) for rule in significant)
+        return MaskRecord(SIGNIFICANT_SHORT, halves)
+    scales = tuple(np.float64(rule.factor(dtype)) for rule in rules)
+    return MaskRecord(rules[0].kind, scales)
 
 
 def make_pass(request: PassRequest) -> CompiledPass | None:

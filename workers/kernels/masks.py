@@ -33,17 +33,17 @@ from mmerge.workers.kernels.tiles import (
 )
 from mmerge.workers.kernels.unrolled import cut_rows
 
-SIGNIFICANT, NEARER, ELECTED = 0, 1, 2
+SIGNIFICANT, NEARER, ELECTED, SIGNIFICANT_SHORT = 0, 1, 2, 3
 """Kinds of mask rules: significant and of the sign of τ⋆ (MMER); nearer to τ⋆ than to 0 (TALL);
-of the elected sign (EMR)."""
+of the elected sign (EMR); the first where float32 holds every product λ/2·|τ⋆|."""
 
 
 class MaskRecord(NamedTuple):
     """How the mask of each expert follows from its task vector and the merged one."""
 
     kind: int
-    scales: tuple[np.float32, ...]
-    """Per expert: λ/2 of SIGNIFICANT, λ of NEARER, not read with ELECTED."""
+    scales: tuple[np.float64, ...]
+    """Per expert: `MaskRule.factor`, λ/2 of SIGNIFICANT_SHORT; not read with ELECTED."""
 
 
 class MaskStatistics(NamedTuple):
@@ -223,18 +223,27 @@ def mask_tile(
         whole: the task vector; delta: what of it is located.
         total: has the elected sign, see `combine_tile`.
         merged: τ⋆, as stored where it is stored.
+        scale: float64; SIGNIFICANT compares in float64, where the product decides no tie, the
+            others in float32.
     """
-    zero, infinite = np.float32(0), np.float32(np.inf)
+    zero, infinite, short = np.float32(0), np.float32(np.inf), np.float32(scale)
     if kind == SIGNIFICANT:
         for i in range(count):
             star = merged[i]
             turned = turn_sign(delta[i], star)
             # Where τ⋆ is 0 (or NaN), nothing is above infinity.
             limit = select((star > zero) | (star < zero), zero, infinite)
-            mask[i] = (turned > limit) & (turned >= scale * abs(star))
+            significant = np.float64(turned) >= scale * np.float64(abs(star))
+            mask[i] = (turned > limit) & significant
+    elif kind == SIGNIFICANT_SHORT:
+        for i in range(count):
+            star = merged[i]
+            turned = turn_sign(delta[i], star)
+            limit = select((star > zero) | (star < zero), zero, infinite)
+            mask[i] = (turned > limit) & (turned >= short * abs(star))
     elif kind == NEARER:
         for i in range(count):
-            mask[i] = abs(whole[i]) > scale * abs(merged[i] - whole[i])
+            mask[i] = abs(whole[i]) > short * abs(merged[i] - whole[i])
     else:
         for i in range(count):
             mask[i] = turn_sign(delta[i], total[i]) > zero

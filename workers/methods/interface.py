@@ -333,6 +333,10 @@ class Method(ABC):
         """
         return 0
 
+    def revision_in(self, parameters: Any, experts: Sequence[Any], *, dtype: str) -> int:
+        """Return `revision` for merged objects of a dtype; for results of stages if it is empty."""
+        return self.revision(parameters, experts)
+
     def device(self, parameters: Any) -> str:
         """Return where whole matrices are merged, `cpu` or `cuda`."""
         return "cpu"
@@ -369,10 +373,10 @@ def parse_parameters(method: Method, raw: MethodParameters) -> tuple[Any, list[A
     return method.parameters_model.model_validate(raw.parameters), experts
 
 
-def identify_parameters(method: Method, raw: MethodParameters) -> list[Any]:
+def identify_parameters(method: Method, raw: MethodParameters, *, dtype: str = "") -> list[Any]:
     """Return what of a tensor's parameters its results follow from, as plain JSON data."""
     identity: list[Any] = [raw.parameters, list(raw.experts)]
-    revision = method.revision(*parse_parameters(method, raw))
+    revision = method.revision_in(*parse_parameters(method, raw), dtype=dtype)
     if revision:
         identity.append(revision)
     source = digest_source(type(method))

@@ -23,6 +23,8 @@ from mmerge.workers.methods.locate_then_merge import (
 )
 from mmerge.workers.methods.mask_rules import MaskRule, MaskSources
 
+_DTYPE_NAMES = {"torch.bfloat16": "BF16", "torch.float16": "F16"}
+
 
 class Masking(ABC):
     """How the masks of a method follow. Instances have no state."""
@@ -30,6 +32,11 @@ class Masking(ABC):
     @abstractmethod
     def rules(self, parameters: Any, experts: Sequence[Any]) -> Sequence[MaskRule]:
         """Return the rule of each expert."""
+
+    def revision(self, parameters: Any, experts: Sequence[Any], *, dtype: str) -> int:
+        """Return how often the masks of these parameters have changed, see `Method.revision`."""
+        rules = self.rules(parameters, experts)
+        return max(rule.revision(dtype) for rule in rules)
 
 
 class Unweighted(Combining):
@@ -60,20 +67,38 @@ class LocateThenMask(LocateAndCombine):
     masking: ClassVar[Masking]
 
     @override
+    def revision_in(self, parameters: Any, experts: Sequence[Any], *, dtype: str) -> int:
+        revision = super().revision_in(parameters, experts, dtype=dtype)
+        if not dtype:
+            return revision  # stages measure what comes before the masks
+        return revision + self.masking.revision(parameters, experts, dtype=dtype)
+
+    @override
     def merge_block(self, block: Block, parameters: Any, experts: Sequence[Any]) -> MergedBlock:
         combined = self.combine_block(block, parameters, experts)
         stored = combined.merged.to(block.dtype)
         rules = self.masking.rules(parameters, experts)
-        masks = make_masks(rules, block, combined, stored.to(torch.float32))
+        masks = make_masks(
+            rules,
+            block,
+            combined,
+            stored.to(torch.float32),
+            dtype=_DTYPE_NAMES.get(str(block.dtype), "F32"),
+        )
         sign = combined.merged.sign() if combined.sign is None else combined.sign
         return MergedBlock(stored, masks, combined.located, sign)
 
 
 def make_masks(
-    rules: Sequence[MaskRule], block: Block, combined: Combined, merged: torch.Tensor
+    rules: Sequence[MaskRule],
+    block: Block,
+    combined: Combined,
+    merged: torch.Tensor,
+    *,
+    dtype: str = "F32",
 ) -> list[torch.Tensor]:
-    """Return the mask of each expert; `merged` is τ⋆, widened where it is stored."""
+    """Return the mask of each expert; `merged` is τ⋆, widened where it is stored in `dtype`."""
     return [
-        rule.mask(MaskSources(delta, located, merged, combined.sign))
+        rule.mask(MaskSources(delta, located, merged, combined.sign, dtype))
         for rule, delta, located in zip(rules, block.task_vectors(), combined.located, strict=True)
     ]
