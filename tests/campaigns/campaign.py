@@ -1,0 +1,187 @@
+"""What the campaigns share: a small recipe, the command in processes of its own, a strict check.
+
+Campaigns try random moments for minutes or hours. They are no part of the suite.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from blake3 import blake3
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from conftest import Lab
+
+COMMAND = str(Path(sys.executable).parent / "mmerge")
+LONG_AGO = 20 * 60
+"""Seconds by which the times of a store are set back: a lease of that age is stale."""
+SECONDS_OF_A_COMMAND = 300.0
+
+
+@dataclass
+class Campaign:
+    """Points that were tried, and what went wrong at them."""
+
+    name: str
+    folder: Path
+    faults: list[str] = field(default_factory=list)
+    num_points: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    truth: dict[str, str] = field(default_factory=dict)
+    """Digest of every object of clean builds, by key."""
+    meanings: dict[tuple[str, str], str] = field(default_factory=dict)
+    """Build by store and reference key; it never changes while the store exists."""
+
+    def count(self, outcome: str) -> None:
+        self.counts[outcome] = self.counts.get(outcome, 0) + 1
+
+    def fail(self, fault: str) -> None:
+        self.faults.append(fault)
+        print(f"FAULT {fault}", flush=True)  # noqa: T201
+
+    def finish(self) -> int:
+        """Print the summary line; return the exit code."""
+        counts = ", ".join(f"{outcome} {count}" for outcome, count in sorted(self.counts.items()))
+        print(  # noqa: T201
+            f"{self.name}: {self.num_points} points, {len(self.faults)} faults ({counts})"
+        )
+        return 1 if self.faults else 0
+
+
+def make_models(folder: Path, *, hidden: int = 128, layers: int = 3) -> dict[str, object]:
+    """Write a base and two experts whose merge takes a moment; return a recipe over them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lab = Lab(folder)
+    lab.config |= {
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "head_dim": hidden // 4,
+        "vocab_size": 256,
+    }
+    return lab.make_all(2)
+
+
+def write_recipe(
+    campaign: Campaign,
+    recipe: dict[str, object],
+    store: Path,
+    *,
+    name: str = "omni",
+    **options: object,
+) -> Path:
+    """Write a recipe into the folder of the models and return its path."""
+    path = campaign.folder / "models" / f"{name}-{random.getrandbits(32):08x}.yaml"
+    path.write_text(yaml.safe_dump(recipe | {"name": name, "output": str(store)} | options))
+    return path
+
+
+def start(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """Start the command in a session of its own."""
+    return subprocess.Popen(
+        [COMMAND, *arguments],
+        env=os.environ | {"COLUMNS": "200"} | (environment or {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def call(*arguments: str, environment: dict[str, str] | None = None) -> tuple[int, str]:
+    """Run the command to its end; return its exit code and its output."""
+    return wait(start(*arguments, environment=environment))
+
+
+def wait(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Return the exit code and the output of a started command; kill it if it hangs."""
+    try:
+        output, _ = process.communicate(timeout=SECONDS_OF_A_COMMAND)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        return -9, output + "\nhung"
+    return process.returncode, output
+
+
+def last_line(output: str) -> str:
+    lines = [line for line in output.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else ""
+
+
+def grow_old(store: Path, seconds: float = LONG_AGO) -> None:
+    """Set the time of everything in a store back, so that leases are stale."""
+    for path in store.rglob("*"):
+        if path.is_file():
+            try:
+                then = path.stat().st_mtime - seconds
+                os.utime(path, (then, then))
+            except FileNotFoundError:
+                continue  # renamed meanwhile
+
+
+def learn_truth(campaign: Campaign, recipe: dict[str, object], **options: object) -> None:
+    """Build a recipe into an empty store, and keep the digests of all objects."""
+    store = campaign.folder / "truth"
+    shutil.rmtree(store, ignore_errors=True)
+    code, output = call(
+        "run", str(write_recipe(campaign, recipe, store, **options)), "--executor", "serial"
+    )
+    assert code == 0, output
+    for path in store.glob("objects/*.safetensors"):
+        campaign.truth[f"objects/{path.name}"] = blake3(path.read_bytes()).hexdigest()
+
+
+def check_store(campaign: Campaign, store: Path, *, where: str) -> None:
+    """Record every wrong object, every second meaning, and every unreadable build of a name."""
+    for path in store.glob("objects/*.safetensors"):
+        true_digest = campaign.truth.get(f"objects/{path.name}")
+        if true_digest not in (None, blake3(path.read_bytes()).hexdigest()):
+            campaign.fail(f"{where}: {path.name} has other bytes than a clean build's")
+    for path in store.glob("refs/*/*.json"):
+        if path.with_suffix(".deleted").exists():
+            continue
+        key = str(path.relative_to(store))
+        build = json.loads(path.read_text())["build"]
+        if campaign.meanings.setdefault((str(store), key), build) != build:
+            campaign.fail(f"{where}: {key} has two meanings")
+        code, output = call("verify", f"{store}#{path.parent.name}@{int(path.stem)}")
+        if code:
+            campaign.fail(f"{where}: {key} cannot be verified: {last_line(output)}")
+
+
+def wait_for(store: Path, process: subprocess.Popen[str], seconds: float) -> None:
+    """Return some time after the run has put its lease, or when it has ended."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end and process.poll() is None:
+        if any(store.glob("claims/run-*.json")):
+            break
+        time.sleep(0.005)
+    time.sleep(seconds)
+
+
+def measure_run(
+    campaign: Campaign, recipe: dict[str, object], executor: str, **options: object
+) -> float:
+    """Return how long a run takes from its lease to its end."""
+    store = campaign.folder / f"measured-{executor}"
+    process = start(
+        "run", str(write_recipe(campaign, recipe, store, **options)), "--executor", executor
+    )
+    wait_for(store, process, 0.0)
+    began = time.monotonic()
+    code, output = wait(process)
+    assert code == 0, output
+    shutil.rmtree(store)
+    return time.monotonic() - began
