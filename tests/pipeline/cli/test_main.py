@@ -379,3 +379,17 @@ def test_debug_shows_where_an_error_comes_from(lab: Any) -> None:
         main(["--debug", "run", str(lab.folder / "none.yaml")])
     with pytest.raises(SystemExit):
         main(["--version"])
+
+
+@pytest.mark.parametrize(("error", "code"), [(EOFError, 1), (KeyboardInterrupt, 130)])
+def test_a_file_that_ends_too_soon_is_an_error_and_ctrl_c_an_interrupt(
+    call: Call, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], code: int
+) -> None:
+    def fail(*_: object) -> None:
+        raise error("ran out of input")
+
+    monkeypatch.setattr("mmerge.pipeline.views.catalogue.print_methods", fail)
+    exit_code, _, err = call("methods")
+    assert exit_code == code
+    assert ("EOFError: ran out of input" in err) == (error is EOFError)
+    assert ("interrupted" in err) == (error is KeyboardInterrupt)
