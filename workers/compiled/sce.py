@@ -50,9 +50,11 @@ class ScePass(CompiledPass):
                 sums,
             )
         self._ties["seen"] = 0
-        if sums[:, 255].any():
+        totals = sums.reshape(-1, NUM_COPIES, NUM_SUM_BINS).sum(axis=1)
+        # The square of a finite entry may overflow, and each copy counts every fourth entry.
+        if totals[:, 255].any():
             return False
-        squares = [to_sum(row.reshape(NUM_COPIES, NUM_SUM_BINS).sum(axis=0)) for row in sums]
+        squares = [to_sum(row) for row in totals]
         total = sum(squares)
         weights = [square / total if total else 1 / self._num_experts for square in squares]
         self._weights = tuple(np.float32(weight) for weight in weights)

@@ -273,6 +273,24 @@ def test_a_path_gives_the_bytes_of_the_method(
     np.testing.assert_array_equal(path.statistics.squares, squares)
 
 
+@pytest.mark.parametrize("position", range(5))
+@pytest.mark.parametrize("num_experts", [1, 2])
+def test_sce_declines_finite_weights_whose_squares_overflow(
+    num_experts: int, position: int
+) -> None:
+    rows = make_rows(["BF16"] * (num_experts + 1), 24, seed=3, special=False)
+    for row in rows[1:]:
+        row[position] = 3e38  # equal experts: their variance is finite
+    method = find_method("sce")
+    parameters = method.parameters_model.model_validate({})
+    experts = [method.expert_parameters_model() for _ in rows[1:]]
+    block, expected = make_reference(method, rows, "BF16", parameters, experts)
+    assert expected.values.isnan().all()
+    path = find_compiled_pass(make_request(method, parameters, experts, block.facts, "BF16"))
+    assert path is not None
+    assert run_path(path, make_block(rows), 2, 0, 24) is None
+
+
 @pytest.mark.parametrize("num_experts", [1, 3, 7, 9])
 def test_votes_of_any_number_of_experts_are_counted(num_experts: int) -> None:
     size = 2 * kernels.TILE_ENTRIES + 77
