@@ -1,15 +1,19 @@
 """Signatures of builds and exported folders, in the OpenSSF Model Signing format.
 
-A signature of a build is over its manifest, which holds the digests of all its objects. It lies in
-the store beside the manifest, so that a build can have several. A signature of an exported folder
-is over all its files, as `model.sig` in it. Both are Sigstore bundles: the program `model_signing`
-verifies them without this package.
+A signature of a build is over its manifest, which holds the BLAKE3 digests of all its objects, and
+over a list of their SHA-256 digests. It lies in the store beside the manifest, so that a build can
+have several. A signature of an exported folder is over all its files, as `model.sig` in it. Both
+are Sigstore bundles: the programs `model_signing` and `sha256sum` verify them without this package.
+
+SHA-256 is computed when a build is signed, not when it is made: it takes three times as long as
+BLAKE3, and every build would pay for it.
 
 Signing needs the package model-signing: `pip install 'mmerge[sign]'`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -20,13 +24,21 @@ from types import ModuleType
 
 from mmerge.manifests.digest import digest_bytes
 from mmerge.manifests.errors import NotFound, SignatureError
-from mmerge.manifests.format.manifest import manifest_key, read_manifest
+from mmerge.manifests.format.manifest import (
+    Manifest,
+    manifest_key,
+    needed_keys,
+    read_manifest,
+)
 from mmerge.manifests.format.references import open_build, split_uri
+from mmerge.manifests.format.stored_objects import read_pieces
 from mmerge.manifests.stores.base import ReadableStore
 from mmerge.manifests.stores.open import is_local, open_store, to_local_path
 
 FOLDER_SIGNATURE = "model.sig"
 """Name of the signature in an exported folder; the signature leaves out itself."""
+SUMS = "signatures/SHA256SUMS"
+"""The SHA-256 digests of all that a build needs, by key, as `sha256sum` writes them."""
 MAX_SIGNATURE_BYTES = 64 << 20
 """A bundle lists every file of a folder, a line of some 200 bytes each."""
 PASSWORD_VARIABLE = "MMERGE_KEY_PASSWORD"
@@ -74,10 +86,18 @@ def find_exported_folder(uri: str) -> Path | None:
     return folder if has_config and not (folder / "refs").is_dir() else None
 
 
-def sign_build(uri: str, signer: Signer) -> str:
+def sign_build(
+    uri: str, signer: Signer, *, on_bytes: Callable[[int], None] = lambda num_bytes: None
+) -> str:
     """Sign the build at `uri`; return the key of the signature in its store.
 
-    The build is not verified here: verify it before it is signed.
+    Every object is read, for its SHA-256 digest. The build is not verified here: verify it before
+    it is signed.
+
+    Args:
+        uri: the build.
+        signer: whose signature it is.
+        on_bytes: receives the size of every piece that is read.
 
     Raises:
         SignatureError: the signature cannot be made.
@@ -85,13 +105,30 @@ def sign_build(uri: str, signer: Signer) -> str:
     """
     source, build = open_build(uri)
     store = open_store(split_uri(uri)[0])
-    with _manifest_file(source, build) as manifest, tempfile.TemporaryDirectory() as folder:
+    sums = _make_sums(source, read_manifest(source, build), on_bytes)
+    with (
+        _signed_folder(source, build, sums) as signed_folder,
+        tempfile.TemporaryDirectory() as folder,
+    ):
         path = Path(folder) / FOLDER_SIGNATURE
-        _sign(manifest, path, signer)
+        _sign(signed_folder, path, signer)
         signature = path.read_bytes()
+    store.put(f"builds/{build}/{SUMS}", sums)
     key = f"{_signature_prefix(build)}/{digest_bytes(signature)[:32]}.sig"
     store.put(key, signature)
     return key
+
+
+def _make_sums(store: ReadableStore, manifest: Manifest, on_bytes: Callable[[int], None]) -> bytes:
+    """Return the SHA-256 digests of all that a build needs, in the form of `sha256sum`."""
+    lines = []
+    for key in sorted(needed_keys(manifest)):
+        digest = hashlib.sha256()
+        for _, data in read_pieces(store, key, num_bytes=store.num_bytes(key)):
+            digest.update(data)
+            on_bytes(len(data))
+        lines.append(f"{digest.hexdigest()}  {key}\n")
+    return "".join(lines).encode()
 
 
 def sign_folder(folder: str | Path, signer: Signer) -> Path:
@@ -111,29 +148,39 @@ def sign_folder(folder: str | Path, signer: Signer) -> Path:
 
 
 def list_signatures(store: ReadableStore, build: str) -> list[str]:
-    """Return the keys of the signatures of a build."""
+    """Return the keys of the signatures of a build, and of the list of SHA-256 digests."""
     return sorted(store.list(_signature_prefix(build)))
 
 
 def check_build_signature(uri: str, identity: Identity) -> str:
     """Return the key of a signature of the build at `uri` by `identity`.
 
-    Only the manifest is compared with the signature. What the manifest describes is compared by
-    `verify`.
+    The manifest and the list of SHA-256 digests are compared with the signature. What the manifest
+    describes is compared by `verify`, with its BLAKE3 digests.
 
     Raises:
         SignatureError: the build has no such signature.
         ManifestError, StoreError: the build is missing, or its store cannot be read.
     """
     store, build = open_build(uri)
-    keys = list_signatures(store, build)
+    keys = [key for key in list_signatures(store, build) if key.endswith(".sig")]
     if not keys:
         raise SignatureError(
             f"{uri}: build {build[:12]} has no signature. Sign it with 'mmerge sign', or verify it"
             " without --identity"
         )
     reasons = []
-    with _manifest_file(store, build) as manifest, tempfile.TemporaryDirectory() as folder:
+    try:
+        sums = store.read(f"builds/{build}/{SUMS}", max_bytes=MAX_SIGNATURE_BYTES)
+    except NotFound:
+        raise SignatureError(
+            f"{uri}: builds/{build}/{SUMS} is missing, which the signatures are over. Copy it from"
+            " where the build was signed, or sign the build again"
+        ) from None
+    with (
+        _signed_folder(store, build, sums) as signed_folder,
+        tempfile.TemporaryDirectory() as folder,
+    ):
         path = Path(folder) / FOLDER_SIGNATURE
         for key in keys:
             try:
@@ -141,7 +188,7 @@ def check_build_signature(uri: str, identity: Identity) -> str:
             except NotFound:
                 continue
             try:
-                _verify(manifest, path, identity)
+                _verify(signed_folder, path, identity)
             except SignatureError as error:
                 reasons.append(f"{key}: {Exception.__str__(error)}")
             else:
@@ -180,13 +227,15 @@ def _signature_prefix(build: str) -> str:
 
 
 @contextmanager
-def _manifest_file(store: ReadableStore, build: str) -> Iterator[Path]:
-    """Yield a local file with the manifest of a build, as the store has it."""
+def _signed_folder(store: ReadableStore, build: str, sums: bytes) -> Iterator[Path]:
+    """Yield a local folder with the files of `builds/BUILD` that a signature is over."""
     read_manifest(store, build)  # says what is wrong with a manifest that is missing or damaged
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "manifest.json"
-        path.write_bytes(store.read(manifest_key(build)))
-        yield path
+        root = Path(folder) / build
+        (root / SUMS).parent.mkdir(parents=True)
+        (root / "manifest.json").write_bytes(store.read(manifest_key(build)))
+        (root / SUMS).write_bytes(sums)
+        yield root
 
 
 def _import_module(name: str) -> ModuleType:

@@ -85,7 +85,9 @@ def sign(
         return
     with show_bytes("verify") as bar:
         verify(target, on_bytes=bar.advance).check()
-    out.print(f"signed {escape(target)}: {escape(sign_build(target, signer))} in the store")
+    with show_bytes("sign") as bar:
+        key = sign_build(target, signer, on_bytes=bar.advance)
+    out.print(f"signed {escape(target)}: {escape(key)} in the store")
 
 
 def verify_signature(uri: str, *, identity: str | None, issuer: str | None) -> str:

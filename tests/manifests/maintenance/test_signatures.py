@@ -172,7 +172,7 @@ def test_an_encrypted_key_takes_its_password_from_the_environment(
         sign_build(store, Signer(private_key=private))
     monkeypatch.setenv("MMERGE_KEY_PASSWORD", "secret")
     sign_build(store, Signer(private_key=private))
-    assert len(list_signatures(*open_build(store))) == 1
+    assert sum(key.endswith(".sig") for key in list_signatures(*open_build(store))) == 1
 
 
 @pytest.mark.parametrize("change", ["edit", "add", "remove", "add in .git"])
@@ -201,11 +201,29 @@ def test_the_standard_program_verifies_an_exported_folder(folder: Path, tmp_path
     assert verify_with_program(folder, signature, public).returncode == 1
 
 
-def test_the_standard_program_verifies_the_manifest_of_a_build(store: str, tmp_path: Path) -> None:
+def test_standard_programs_verify_a_build(store: str, tmp_path: Path) -> None:
     private, public = write_keys(tmp_path, "team")
     signature = Path(store) / sign_build(store, Signer(private_key=private))
-    manifest = Path(store) / manifest_key(open_build(store)[1])
-    assert verify_with_program(manifest, signature, public).returncode == 0
+    folder = Path(store) / "builds" / open_build(store)[1]
+    arguments = ["--ignore_unsigned_files", "--signature", signature, "--public_key", public]
+    assert run_program("verify", "key", folder, *arguments).returncode == 0
+    sums = ["sha256sum", "--check", "--quiet", folder / "signatures" / "SHA256SUMS"]
+    assert subprocess.run(sums, cwd=store, check=False).returncode == 0
+    stored = next((Path(store) / "objects").glob("*.safetensors"))
+    stored.write_bytes(stored.read_bytes()[:-1] + b"x")
+    assert subprocess.run(sums, cwd=store, check=False).returncode == 1
+
+
+def test_a_changed_list_of_digests_is_not_what_was_signed(store: str, tmp_path: Path) -> None:
+    private, public = write_keys(tmp_path, "team")
+    sign_build(store, Signer(private_key=private))
+    sums = Path(store) / "builds" / open_build(store)[1] / "signatures" / "SHA256SUMS"
+    sums.write_text(sums.read_text().replace("0", "1", 1))
+    with pytest.raises(SignatureError, match="no signature of build"):
+        check_build_signature(store, Identity(str(public)))
+    sums.unlink()
+    with pytest.raises(SignatureError, match="SHA256SUMS is missing"):
+        check_build_signature(store, Identity(str(public)))
 
 
 def test_a_signature_of_the_standard_program_is_accepted(folder: Path, tmp_path: Path) -> None:
