@@ -86,8 +86,8 @@ def sign(
     with show_bytes("verify") as bar:
         verify(target, on_bytes=bar.advance).check()
     with show_bytes("sign") as bar:
-        key = sign_build(target, signer, on_bytes=bar.advance)
-    out.print(f"signed {escape(target)}: {escape(key)} in the store")
+        signature = sign_build(target, signer, on_bytes=bar.advance)
+    out.print(f"signed {escape(target)}: {escape(signature)} in the store")
 
 
 def verify_signature(uri: str, *, identity: str | None, issuer: str | None) -> str:
