@@ -9,18 +9,15 @@ reordering: the bits are those of the torch reference.
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import numba
 import numpy as np
-from blake3 import blake3
 from numba import carray, types
 from numba.extending import intrinsic
+
+from mmerge.workers.kernels.kernel_cache import find_cache_folder, store_compiled
 
 TILE_ENTRIES = 2048
 """Entries that a kernel treats at once; blocks begin at whole tiles."""
@@ -34,46 +31,18 @@ CODES: Mapping[str, int] = {"F32": 0, "BF16": 1, "F16": 2}
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def _find_cache_folder() -> str:
-    """Return where compiled code is kept: a folder of the user, or a temporary one where there is
-    none (containers).
-
-    Its name is the digest of the kernels' sources: numba looks only at the file of the function
-    itself, and one kernel calls another file's.
-    """
-    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-    name = f"kernels-{blake3(sources).hexdigest(8)}"
-    folder = os.environ.get("NUMBA_CACHE_DIR")
-    if folder:
-        return str(Path(folder) / name)
-    home = os.path.expanduser("~")  # noqa: PTH111 - Path.home raises where there is none
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path(home) / ".cache") / "mmerge"
-    nearest = next((folder for folder in (cache, *cache.parents) if folder.exists()), cache)
-    if os.access(nearest, os.W_OK):
-        return str(cache / name)
-    return str(Path(tempfile.gettempdir()) / f"mmerge-{os.getuid()}" / name)
-
-
-_CACHE_FOLDER = _find_cache_folder()
+_CACHE_FOLDER = find_cache_folder()
 
 
 def compiled(function: _Function) -> _Function:
     """Return the function compiled at its first call: no lock held, no fastmath, kept on disk for
     the next process.
     """
-    with _project_cache():
-        dispatcher: _Function = numba.njit(nogil=True, cache=True, error_model="numpy")(function)
-    return dispatcher
-
-
-@contextmanager
-def _project_cache() -> Iterator[None]:
-    before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = _CACHE_FOLDER
-    try:
-        yield
-    finally:
-        numba.config.CACHE_DIR = before
+    dispatcher: Any = numba.njit(nogil=True, error_model="numpy")(function)
+    if dispatcher is not function:  # NUMBA_DISABLE_JIT leaves functions as they are
+        store_compiled(dispatcher, _CACHE_FOLDER)
+    kernel: _Function = dispatcher
+    return kernel
 
 
 @intrinsic  # type: ignore[untyped-decorator]
