@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from mmerge.manifests.digest import SHOWN_DIGITS
 from mmerge.manifests.errors import ManifestError, NotFound, StoreError
-from mmerge.manifests.format.manifest import manifest_key, needed_keys, read_manifest
+from mmerge.manifests.format.manifest import manifest_key, needed_keys
 from mmerge.manifests.format.references import (
     list_references,
     read_reference,
@@ -21,6 +21,7 @@ from mmerge.manifests.format.references import (
 )
 from mmerge.manifests.maintenance.deletion import delete_keys
 from mmerge.manifests.maintenance.lease import Lease, read_announced_keys
+from mmerge.manifests.maintenance.manifest_checks import read_consistent_manifest
 from mmerge.manifests.stores.base import Store
 
 
@@ -93,7 +94,7 @@ def _find_deletion(
     own_keys: list[str] = []
     num_shared = 0
     if objects and manifest_key(build) in build_keys:
-        needed = needed_keys(read_manifest(store, build)) - set(build_keys)
+        needed = _read_needed_keys(store, build) - set(build_keys)
         shared = needed & (_find_needed_keys(store, except_for=build) | announced)
         num_shared = len({key for key in shared if not key.endswith(".json")})
         own_keys = sorted(needed - shared)
@@ -159,11 +160,15 @@ def _find_needed_keys(store: Store, *, except_for: str) -> set[str]:
         build = key.split("/")[1]
         if build == except_for or key != manifest_key(build):
             continue
-        try:
-            keys |= needed_keys(read_manifest(store, build))
-        except ManifestError as error:
-            raise ManifestError(
-                f"{Exception.__str__(error)}. What build {build[:SHOWN_DIGITS]} needs is unknown,"
-                " so nothing was deleted; without --objects, the objects stay"
-            ) from error
+        keys |= _read_needed_keys(store, build)
     return keys
+
+
+def _read_needed_keys(store: Store, build: str) -> set[str]:
+    try:
+        return needed_keys(read_consistent_manifest(store, build))
+    except ManifestError as error:
+        raise ManifestError(
+            f"{Exception.__str__(error)}. What build {build[:SHOWN_DIGITS]} needs is unknown, so"
+            " nothing was deleted; without --objects, the objects stay until 'mmerge gc'"
+        ) from error

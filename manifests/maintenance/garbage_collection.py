@@ -16,14 +16,13 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from mmerge.manifests.errors import StoreError
-from mmerge.manifests.format.manifest import manifest_key, needed_keys, read_manifest
+from mmerge.manifests.format.manifest import manifest_key, needed_keys
 from mmerge.manifests.format.references import (
     list_references,
     parse_reference_key,
     read_reference,
     reference_key,
 )
-from mmerge.manifests.maintenance.damage import make_error
 from mmerge.manifests.maintenance.deletion import delete_keys
 from mmerge.manifests.maintenance.lease import (
     ANNOUNCEMENT_LIFE,
@@ -33,7 +32,7 @@ from mmerge.manifests.maintenance.lease import (
     Timing,
     read_announced_keys,
 )
-from mmerge.manifests.maintenance.manifest_checks import find_manifest_damages
+from mmerge.manifests.maintenance.manifest_checks import read_consistent_manifest
 from mmerge.manifests.stores.base import Listed, ReadableStore, Store
 
 DEFAULT_GRACE = timedelta(days=7)
@@ -197,12 +196,7 @@ def _find_live(
     stored_keys = {listed.key for listed in listing}
     for build in sorted(builds):
         if manifest_key(build) in stored_keys:
-            manifest = read_manifest(store, build)
-            damages = find_manifest_damages(manifest)
-            if damages:
-                # What the build needs is unknown: the manifest may have lost an object.
-                raise make_error(store.uri, [damage.sentence for damage in damages])
-            keys |= needed_keys(manifest)
+            keys |= needed_keys(read_consistent_manifest(store, build))
     return _Live(frozenset(keys), frozenset(builds))
 
 

@@ -8,13 +8,28 @@ from collections.abc import Iterator
 from mmerge.manifests.digest import digest_json
 from mmerge.manifests.format.entry import ObjectEntry
 from mmerge.manifests.format.identity import recompute_build_digest
-from mmerge.manifests.format.manifest import FileEntry, Manifest, manifest_key
-from mmerge.manifests.maintenance.damage import Damage
+from mmerge.manifests.format.manifest import FileEntry, Manifest, manifest_key, read_manifest
+from mmerge.manifests.maintenance.damage import Damage, make_error
+from mmerge.manifests.stores.base import ReadableStore
 
 _OBJECT_KEY = re.compile(r"objects/[0-9a-f]{64}\.safetensors")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 EXPERT_INPUT = "expert:"
 """Prefix of an expert's digest among the `inputs` of a merged object."""
+
+
+def read_consistent_manifest(store: ReadableStore, build: str) -> Manifest:
+    """Return a manifest by which objects may be deleted: it names all that its build needs.
+
+    Raises:
+        ManifestError: it is missing, damaged, or contradicts its name or itself: it may have lost
+            an object, or list one that is none of its own.
+    """
+    manifest = read_manifest(store, build)
+    damages = find_manifest_damages(manifest)
+    if damages:
+        raise make_error(store.uri, [damage.sentence for damage in damages])
+    return manifest
 
 
 def find_manifest_damages(manifest: Manifest) -> list[Damage]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mmerge.manifests.digest import to_canonical_json
 from mmerge.manifests.errors import ManifestError, StoreError
+from mmerge.manifests.format.manifest import manifest_key
 from mmerge.manifests.format.references import list_references
 from mmerge.manifests.maintenance.delete_build import delete_build
 from mmerge.manifests.maintenance.lease import Lease
@@ -150,6 +153,22 @@ def test_objects_are_not_judged_while_another_manifest_cannot_be_read(
     with pytest.raises(ManifestError, match="is unknown, so nothing was deleted"):
         delete_build(store, "tiny@2", objects=True, delete=True)
     assert set(store.list()) == before
+
+
+@pytest.mark.parametrize("fragment", ["tiny@1", "tiny@2"])
+def test_objects_are_not_judged_by_a_manifest_that_lost_some_of_them(
+    build: Build, store: Store, fragment: str
+) -> None:
+    build()
+    second = build(mask_scale=0.9)
+    manifest = json.loads(store.read(manifest_key(second.build)))
+    manifest["entries"] = manifest["entries"][:1]
+    store.put(manifest_key(second.build), to_canonical_json(manifest))
+    before = set(store.list())
+    with pytest.raises(ManifestError, match="is unknown, so nothing was deleted"):
+        delete_build(store, fragment, objects=True, delete=True)
+    assert set(store.list()) == before
+    delete_build(store, fragment, delete=True)
 
 
 def test_a_deletion_refuses_while_a_run_uses_the_store(build: Build, store: Store) -> None:
