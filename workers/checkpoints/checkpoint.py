@@ -24,7 +24,7 @@ from mmerge.workers.checkpoints.weight_files import (
     refuse_gguf,
 )
 from mmerge.workers.families.interface import Family
-from mmerge.workers.families.registry import find_family, text_config_of
+from mmerge.workers.families.registry import find_family, parse_config, text_config_of
 
 SMALL_FILE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 """Suffixes of the files copied with a model: configuration, tokenizer, processor, templates.
@@ -147,7 +147,7 @@ class Checkpoint:
         """Raise CheckpointError if the configuration file no longer says what was read of it."""
         where = f"{self.owner}: {self.uri}/{self._config_file}"
         try:
-            is_equal = data is not None and parse_json(data, what=where) == self.config
+            is_equal = data is not None and parse_config(data, where=where) == self.config
         except ValueError:
             is_equal = False
         if not is_equal:

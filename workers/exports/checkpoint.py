@@ -16,7 +16,7 @@ from mmerge.manifests.format.entry import Role
 from mmerge.manifests.format.manifest import FileEntry, read_file
 from mmerge.workers.checkpoints.lora_adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from mmerge.workers.exports.folder import to_export_folder
-from mmerge.workers.families.registry import text_config_of
+from mmerge.workers.families.registry import parse_config, text_config_of
 from mmerge.workers.modalities.small_files import write_files
 from mmerge.workers.reconstruction.build_reader import BuildReader
 from mmerge.workers.reconstruction.expert_only import refuse_unshared
@@ -106,7 +106,10 @@ def _write_small_files(
     }
     if "config.json" not in files:
         raise ManifestError(f"{reader.uri}: the build has no config.json to export")
-    config = json.loads(files["config.json"])
+    try:
+        config = parse_config(files["config.json"], where=f"{reader.uri}: config.json")
+    except ValueError as error:
+        raise ManifestError(f"{error}, so that nothing can be exported") from error
     dtype = _CONFIG_DTYPES.get(reader.manifest.dtype)
     stated_rows = text_config_of(config).get("vocab_size")
     # An adapter may have added tokens to the base whose configuration it shares. All other

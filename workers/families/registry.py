@@ -10,6 +10,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from mmerge.manifests.digest import parse_json
 from mmerge.manifests.errors import CheckpointError
 from mmerge.workers.families.generic import make_generic
 from mmerge.workers.families.interface import Family, Projection, Role, Shapes
@@ -103,6 +104,18 @@ def is_before_layers(name: str) -> bool:
     role = role_of(name)
     # Of unknown names those of token and position embeddings contain "embed".
     return role == "embedding" if role is not None else "embed" in name
+
+
+def parse_config(data: bytes, *, where: str) -> dict[str, Any]:
+    """Return the JSON object of a config.json. Infinity is allowed: Python's own writer puts it.
+
+    Raises:
+        ValueError: it is no JSON object; the message begins with `where`.
+    """
+    config = parse_json(data, what=where, allow_infinity=True)
+    if not isinstance(config, dict):
+        raise ValueError(f"{where}: is no JSON object")
+    return config
 
 
 def text_config_of(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,14 +14,13 @@ import torch
 import transformers
 from torch import nn
 
-from mmerge.manifests.digest import parse_json
 from mmerge.manifests.errors import CheckpointError, MmergeError, PromptError
 from mmerge.workers.families.registry import role_of
 from mmerge.workers.modalities.expert_model import make_config, make_model
 from mmerge.workers.modalities.image_files import describe_error
 from mmerge.workers.modalities.media_files import read_audio, read_image, read_video
 from mmerge.workers.modalities.prompt import Part
-from mmerge.workers.modalities.small_files import to_loadable_files, write_files
+from mmerge.workers.modalities.small_files import read_config, to_loadable_files, write_files
 
 
 def load_tokenizer(files: Mapping[str, bytes], *, config: Any, owner: str) -> Any:
@@ -238,7 +237,7 @@ class VideoLlavaInputs(ProcessorInputs):
         self.images = transformers.VideoLlavaImageProcessor.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-        raw = parse_json((Path(folder) / "config.json").read_bytes(), what=f"{owner}: config.json")
+        raw = read_config((Path(folder) / "config.json").read_bytes(), owner=owner)
         self.token_ids = {
             "image": raw.get("image_token_index", raw.get("image_token_id")),
             "video": raw.get("video_token_index", raw.get("video_token_id")),

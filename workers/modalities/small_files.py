@@ -15,6 +15,7 @@ from mmerge.manifests import limits
 from mmerge.manifests.digest import parse_json
 from mmerge.manifests.errors import CheckpointError
 from mmerge.workers.checkpoints.pattern_checks import find_costly_part
+from mmerge.workers.families.registry import parse_config
 
 _CODE_KEY = "auto_map"
 """Names Python files that replace the classes of transformers; they are never run."""
@@ -38,11 +39,9 @@ def read_config(data: bytes, *, owner: str) -> dict[str, Any]:
     """
     where = f"{owner}: config.json"
     try:
-        raw = parse_json(data, what=where)
+        raw = parse_config(data, where=where)
     except ValueError as error:
         raise CheckpointError(f"{error}. Fetch the checkpoint again") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{where}: is no JSON object. Fetch the checkpoint again")
     for key, value in _walk(raw):
         if key in _KERNEL_KEYS:
             _check_kernel(key, value, where=where)
@@ -84,7 +83,7 @@ def to_loadable_files(files: Mapping[str, bytes], *, owner: str) -> dict[str, by
             continue
         where = f"{owner}: {name}"
         try:
-            value = parse_json(data, what=where)
+            value = parse_json(data, what=where, allow_infinity=True)
         except ValueError as error:
             raise CheckpointError(f"{error}. Fetch the checkpoint again") from error
         if name in _PROCESSOR_FILES:

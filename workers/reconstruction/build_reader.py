@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from mmerge.manifests.digest import parse_json
 from mmerge.manifests.errors import (
     REPAIR,
     DamagedObject,
@@ -31,7 +31,7 @@ from mmerge.manifests.maintenance.tensor_checks import group_pieces
 from mmerge.manifests.stores.base import ReadableStore
 from mmerge.workers.checkpoints.dtypes import TORCH_DTYPES, to_bytes
 from mmerge.workers.families.interface import Family
-from mmerge.workers.families.registry import find_family, text_config_of
+from mmerge.workers.families.registry import find_family, parse_config, text_config_of
 from mmerge.workers.reconstruction.bitmask import pack_mask, unpack_mask
 from mmerge.workers.runtime.host_memory import empty_tensor
 
@@ -82,9 +82,12 @@ class BuildReader:
             (file for file in self.manifest.base.files if file.name == "config.json"), None
         )
         where = f"{self.uri}: config.json of the base"
-        config = {}
+        config: dict[str, Any] = {}
         if entry is not None:
-            config = parse_json(read_file(self.store, entry), what=where)
+            try:
+                config = parse_config(read_file(self.store, entry), where=where)
+            except ValueError as error:
+                raise ManifestError(f"{error}. Build it again from a whole checkpoint") from error
         shapes = {}
         for name in self.llm_names():
             role: Role = "merged" if self.has(name, "merged") else "base"

@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
 from mmerge.manifests.errors import CheckpointError
-from mmerge.pipeline import make_plan, parse_recipe, run
+from mmerge.pipeline import export, make_plan, parse_recipe, read_recipe, run
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
 from mmerge.workers.checkpoints.reading import read_source
 from mmerge.workers.checkpoints.sources import OpenStores
+from mmerge.workers.composite.served_models import refuse_unserved
+from mmerge.workers.reconstruction.build_reader import BuildReader
 
 SHARDS = {
     "safetensors": ("model-0000{}-of-00002.safetensors", "model.safetensors.index.json"),
@@ -215,3 +217,16 @@ def test_infinity_in_a_configuration_is_read_and_nan_is_not(lab: Any) -> None:
     path.write_text(text.replace("{", '{"time_step_limit": NaN, ', 1))
     with pytest.raises(CheckpointError, match="NaN is no JSON number"):
         Checkpoint(str(folder), owner="base")
+
+
+def test_a_model_whose_configuration_has_infinity_is_built_read_and_exported(lab: Any) -> None:
+    raw = lab.make_all(1)
+    for name in ("base", *raw["experts"]):
+        path = lab.folder / name / "config.json"
+        text = path.read_text()
+        path.write_text(text.replace("{", '{"time_step_limit": [0.0, Infinity], ', 1))
+    report = run(make_plan(read_recipe(lab.write_recipe(raw))))
+    refuse_unserved(BuildReader(report.uri), None)
+    folder = lab.folder / "exported"
+    export(report.uri, folder, expert="image")
+    assert Checkpoint(str(folder), owner="base").config["time_step_limit"][1] == float("inf")
