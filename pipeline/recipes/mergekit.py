@@ -121,6 +121,11 @@ class MergekitTranslator:
                 levels.append((f"{model}.parameters", parameters))
         for where, level in levels:
             for key in level:
+                if key in self.translation.special and where != "parameters":
+                    raise RecipeError(
+                        f"{where}.{key}: is one setting for the whole merge here. Write it under"
+                        " 'parameters'"
+                    )
                 if key in known_parameters:
                     continue
                 if key in IGNORED_ELSEWHERE and (self.method, key) != ("ties", "rescale"):
@@ -202,20 +207,25 @@ class MergekitTranslator:
 
     def translate_special(self) -> dict[str, Any]:
         """Return the keys of methods whose form depends on mergekit's parameters."""
-        parameters = self.document.parameters
         origin = "zero" if self.document.base is None else "base"
         if self.method == "nuslerp":
             along = "columns"
-            if bool(parameters.get("nuslerp_flatten", True)):
+            if self._read_switch("nuslerp_flatten", default=True):
                 along = "tensor"
-            elif bool(parameters.get("nuslerp_row_wise", False)):
+            elif self._read_switch("nuslerp_row_wise", default=False):
                 along = "rows"
             return {"along": along, "origin": origin}
         if self.method == "multislerp":
-            if float(parameters.get("eps", 1e-8)) != 1e-8:
+            if self.document.parameters.get("eps", 1e-8) not in (1e-8, "1e-8"):
                 refuse("parameters.eps", "is not supported")
             return {"origin": origin}
         return {}
+
+    def _read_switch(self, name: str, *, default: bool) -> bool:
+        value = self.document.parameters.get(name, default)
+        if not isinstance(value, bool):
+            raise RecipeError(f"parameters.{name}: expected true or false, got {value!r}")
+        return value
 
 
 def _check_condition(condition: Any, where: str) -> None:

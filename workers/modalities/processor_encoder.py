@@ -238,7 +238,7 @@ class VideoLlavaInputs(ProcessorInputs):
             folder, local_files_only=True, trust_remote_code=False
         )
         raw = read_config((Path(folder) / "config.json").read_bytes(), owner=owner)
-        self.token_ids = {
+        self.token_ids: dict[str, Any] = {
             "image": raw.get("image_token_index", raw.get("image_token_id")),
             "video": raw.get("video_token_index", raw.get("video_token_id")),
         }

@@ -353,3 +353,29 @@ def test_text_models_merged_by_a_yaml_answer_as_a_composite(
     retained = load_composite(str(tmp_path / "config-composite"), mode="retention", expert="twin")
     question = composite.prompt("which digit is in the image ?")
     assert composite.logits(question).equal(retained.logits(question))
+
+
+@pytest.mark.parametrize("value", ["false", 0, [True, False], [{"filter": "mlp", "value": False}]])
+def test_a_switch_that_is_not_true_or_false_is_refused(tmp_path: Path, value: Any) -> None:
+    raw = make_yaml(merge_method="nuslerp", parameters={"nuslerp_flatten": value, "weight": 1})
+    with pytest.raises(RecipeError, match=r"parameters\.nuslerp_flatten: expected true or false"):
+        translate(raw, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [("nuslerp", {"nuslerp_flatten": False}), ("multislerp", {"eps": 1e-3})],
+)
+def test_a_setting_of_the_whole_merge_is_refused_at_a_model(
+    tmp_path: Path, method: str, parameters: dict[str, Any]
+) -> None:
+    models = [{"model": "a", "parameters": parameters | {"weight": 1}}, {"model": "b"}]
+    raw = {"merge_method": method, "models": models, "parameters": {"weight": 1}}
+    with pytest.raises(RecipeError, match="is one setting for the whole merge"):
+        translate(raw, tmp_path)
+
+
+def test_an_eps_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    raw = make_yaml(merge_method="multislerp", parameters={"eps": "abc", "weight": 1})
+    with pytest.raises(RecipeError, match=r"parameters\.eps: is not supported"):
+        translate(raw, tmp_path)
