@@ -384,7 +384,11 @@ MULTIMODAL: dict[str, MultimodalFamily] = {
         ),
         "llama",
         modality="audio",
-        base_values={"head_dim": 16},
+        # The class's own default for its language model.
+        base_values={
+            "head_dim": 16,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e8},
+        },
     ),
     "Granite Speech": MultimodalFamily(
         "GraniteSpeechForConditionalGeneration",

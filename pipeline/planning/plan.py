@@ -32,6 +32,7 @@ from mmerge.pipeline.planning.shards import (
     make_merge_shards,
 )
 from mmerge.pipeline.planning.tensor_layout import make_layout, match_names
+from mmerge.pipeline.planning.tokenizer_checks import list_tokenizer_warnings
 from mmerge.pipeline.recipes.recipe import Recipe, pin_recipe
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
 from mmerge.workers.checkpoints.dtypes import NAMED_DTYPES
@@ -202,9 +203,7 @@ def make_plan(
         carry_shards=tuple(carry_shards),
         renames=layout.renames,
         block_entries=entries,
-        warnings=tuple(
-            warning for expert in experts for warning in list_config_warnings(base, expert)
-        ),
+        warnings=_list_warnings(base, experts),
         checkpoints=(base, *experts),
         identities=identities,
         max_shard_bytes=max_shard_bytes,
@@ -275,10 +274,19 @@ def _make_adapters_plan(
         renames=tuple(() for _ in recipe.experts),
         block_entries=block_entries,
         adapters=tuple(adapters.record for adapters in expert_adapters),
+        warnings=_list_warnings(base, experts),
         checkpoints=(base, *experts),
         identities=identities,
         max_shard_bytes=max_shard_bytes,
     )
+
+
+def _list_warnings(base: Checkpoint, experts: Sequence[Checkpoint]) -> tuple[str, ...]:
+    """Return what differs between base and experts though names and shapes agree."""
+    warnings = []
+    for expert in experts:
+        warnings += list_config_warnings(base, expert)
+    return (*warnings, *list_tokenizer_warnings(base, experts))
 
 
 def _base_dtype(base: Checkpoint) -> str:

@@ -10,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mmerge.manifests.digest import parse_json
 from mmerge.manifests.errors import CheckpointError, RecipeError
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
+from mmerge.workers.checkpoints.tokenizer import read_vocabulary
 
 log = logging.getLogger("mmerge.recipe")
 
@@ -134,18 +134,7 @@ class MergekitDocument:
         return first is not None and all(vocabulary == first for vocabulary in vocabularies)
 
     def _read_vocabulary(self, model: str) -> dict[str, int] | None:
-        """Return the ids of all tokens of a model; None if they cannot be read."""
-        checkpoint = Checkpoint(self.to_path(model), owner=f"model {model!r}")
-        data = checkpoint.read_small_files().get("tokenizer.json")
-        if data is None:
-            return None
-        try:
-            raw = parse_json(data, what="tokenizer.json", allow_infinity=True)
-            added = {token["content"]: token["id"] for token in raw.get("added_tokens", ())}
-            vocabulary = raw["model"]["vocab"]
-        except (ValueError, LookupError, TypeError, AttributeError):
-            return None
-        return vocabulary | added if isinstance(vocabulary, dict) else None
+        return read_vocabulary(Checkpoint(self.to_path(model), owner=f"model {model!r}"))
 
     def read_slices(self) -> list[Slice]:
         """Return the slices, which cover all layers; one without layers for a list of models.

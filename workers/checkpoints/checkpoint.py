@@ -143,6 +143,15 @@ class Checkpoint:
             files["config.json"] = json.dumps(plain, indent=2, sort_keys=True).encode() + b"\n"
         return files
 
+    def read_small_file(self, name: str) -> bytes | None:
+        """Return one of the small files, None if there is none. Raises CheckpointError."""
+        try:
+            return self._store.read(name, max_bytes=limits.SMALL_FILE_BYTES.value)
+        except NotFound:
+            return None
+        except StoreError as error:
+            raise CheckpointError(f"{self.owner}: {Exception.__str__(error)}") from error
+
     def _check_config(self, data: bytes | None) -> None:
         """Raise CheckpointError if the configuration file no longer says what was read of it."""
         where = f"{self.owner}: {self.uri}/{self._config_file}"

@@ -338,6 +338,11 @@ class AdapterCheckpoint(Checkpoint):
             files.pop("config.json", None)
         return self._base.read_small_files() | files
 
+    def read_small_file(self, name: str) -> bytes | None:
+        """See Checkpoint: the adapter's file, else the base's."""
+        data = self.folder.checkpoint.read_small_file(name)
+        return self._base.read_small_file(name) if data is None else data
+
 
 def find_weight(module: str, base: Checkpoint) -> str | None:
     """Return the base's weight that an adapter's module is, None where the base has none."""

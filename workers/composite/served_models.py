@@ -22,10 +22,15 @@ SERVED = {
     *("qwen2_audio", "audioflamingo3", "voxtral"),
     *("internvl", "idefics3", "smolvlm", "mistral3", "deepseek_vl"),
 }
-"""Model types whose class hands its decoder embeddings, a causal mask and consecutive positions."""
+"""Model types whose class hands its decoder embeddings, a causal mask and consecutive positions.
+
+A test compares the logits of every one with those of its class.
+"""
 _MROPE = "it gives its decoder positions of three dimensions (M-RoPE)"
 _DEEPSTACK = f"{_MROPE} and image features for single layers (deepstack)"
-_BIDIRECTIONAL = "its decoder attends in both directions within an image or prefix"
+_IMAGE_BLOCKS = "its decoder attends in both directions within an image"
+_PREFIX = "its decoder attends in both directions within the image and the prompt behind it"
+_LAYER_INPUTS = "its decoder takes token ids besides, for embeddings of single layers"
 _CROSS = "its decoder attends to the encoder's states in layers of its own (cross-attention)"
 _SCALE = "it does not scale logits, as the language model alone does"
 _ADAPTERS = "its decoder uses other weights for tokens of an image or sound (LoRA)"
@@ -34,7 +39,9 @@ REASONS = {
     **dict.fromkeys(("glm4v", "glm4v_moe", "qwen3_5", "qwen3_5_moe"), _MROPE),
     **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe"), _DEEPSTACK),
     **dict.fromkeys(("qwen3_omni_moe", "qwen3_omni_moe_thinker"), _DEEPSTACK),
-    **dict.fromkeys(("paligemma", "gemma3", "gemma3n"), _BIDIRECTIONAL),
+    "gemma3": _IMAGE_BLOCKS,
+    "paligemma": _PREFIX,
+    "gemma3n": _LAYER_INPUTS,
     **dict.fromkeys(("aya_vision", "cohere2_vision"), _SCALE),
     "mllama": _CROSS,
     "phi4_multimodal": _ADAPTERS,
@@ -66,8 +73,9 @@ def refuse_unserved(reader: BuildReader, expert: str | None) -> None:
         if reason:
             raise CheckpointError(
                 f"{reader.uri}: expert {name!r} is of type {config['model_type']!r}: {reason}, and"
-                " a composite hands its decoder embeddings alone, so it would answer wrongly. Use"
-                f" that expert as its own class: mmerge export --expert {name}"
+                " a composite hands its decoder embeddings alone, so it would answer wrongly."
+                " Plans, runs and exports are right: use that expert as its own class,"
+                f" mmerge export {reader.uri} --expert {name} --to DIR"
             )
 
 
