@@ -33,6 +33,8 @@ from mmerge.workers.modalities.expert_model import make_model
 from mmerge.workers.reconstruction.build_reader import BuildReader
 
 Tensors = Prefetcher[dict[str, torch.Tensor]]
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+"""Their weights have three dimensions and more, and mix neighbouring tokens or pixels."""
 
 
 @dataclass(frozen=True)
@@ -148,9 +150,21 @@ class LanguageModelLoader:
                     f" model of transformers {transformers.__version__} has a"
                     f" {type(module).__name__} there. Load one expert (retention)"
                 )
+            self._check_routable(item, module)
             items.append(item)
         # A routed bias is put into the RoutedLinear that its weight creates, so it comes later.
         return sorted(items, key=lambda item: item.kind == "bias")
+
+    def _check_routable(self, item: Item, module: nn.Module) -> None:
+        """Refuse fused experts of a mixture in expansion: tokens would share the text's weights."""
+        is_routed = self.reader.manifest.kind == "masks" and not self.request.expert
+        if not is_routed or len(item.fields[0].shape) < 3 or isinstance(module, _CONVOLUTIONS):
+            return
+        raise CheckpointError(
+            f"{self.request.owner}: {item.name} holds the fused experts of a mixture, which are not"
+            " multiplied token by token with the weights of each modality. Such a model loads as"
+            " one expert (mode='retention', expert=NAME) or as a plain build (method 'ties')"
+        )
 
     def _assign_items(self) -> dict[str, int]:
         """Return the rank that reads each item."""

@@ -11,7 +11,13 @@ from mmerge.manifests.errors import CheckpointError
 from mmerge.pipeline import load_composite, make_plan, read_recipe, run
 from mmerge.workers.composite.served_models import find_reason
 from tests.model_configs import MULTIMODAL
-from tests.model_families import give_language_model, make_base, make_multimodal, tune
+from tests.model_families import (
+    give_language_model,
+    make_base,
+    make_language_model,
+    make_multimodal,
+    tune,
+)
 
 REASONS = {
     "Qwen2-VL": r"'qwen2_vl': .*positions of three dimensions \(M-RoPE\)",
@@ -31,13 +37,13 @@ REASONS = {
 }
 
 
-def build(folder: Path, base: Any, expert: Any) -> str:
+def build(folder: Path, base: Any, expert: Any, *, method: str = "ties") -> str:
     base.save_pretrained(folder / "base")
     expert.save_pretrained(folder / "expert")
     recipe = {
-        "name": "ties",
+        "name": method,
         "base": "base",
-        "method": "ties",
+        "method": method,
         "output": "store",
         "experts": {"one": {"path": "expert", "modality": "image"}},
     }
@@ -59,6 +65,14 @@ def test_a_class_that_gives_its_decoder_more_than_embeddings_is_refused_by_name(
         with pytest.raises(CheckpointError, match=REASONS[name]) as error:
             load_composite(uri, **mode)
         assert f"mmerge export {uri} --expert one" in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["llama4_text", "gpt_oss"])
+def test_fused_experts_of_a_mixture_are_refused_in_expansion(kind: str, tmp_path: Path) -> None:
+    base = make_language_model(kind)
+    uri = build(tmp_path, base, tune(base, seed=3), method="mmer")
+    with pytest.raises(CheckpointError, match=r"experts\..* holds the fused experts of a mixture"):
+        load_composite(uri)
 
 
 def test_a_multimodal_base_is_refused(tmp_path: Path) -> None:
