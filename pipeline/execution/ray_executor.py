@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import secrets
 import signal
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -77,6 +79,8 @@ class RayExecutor(Executor):
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        if not self.address:
+            _close_to_others()
         import ray
 
         if not ray.is_initialized():
@@ -86,7 +90,6 @@ class RayExecutor(Executor):
                 if self.address:
                     ray.init(address=self.address, logging_level=logging.ERROR, log_to_driver=False)
                 else:
-                    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
                     # "local": without it Ray would join whatever cluster was last started on this
                     # machine.
                     ray.init(
@@ -129,6 +132,28 @@ class RayExecutor(Executor):
 
             ray.shutdown()
             self._started = False
+
+
+def _close_to_others() -> None:
+    """Let a local Ray listen on loopback alone and demand a token, new for this process unless the
+    user sets one.
+
+    Ray executes whatever code it receives, so neither other machines nor other users of this one
+    may reach it. The token is passed on in the environment, where only this user can read it.
+    """
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        return
+    # Ray has no other switch for loopback: an address of loopback given to `ray.init` is replaced
+    # by that of the network. The variable is read when Ray is imported.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    if os.environ.setdefault("RAY_AUTH_MODE", "token") != "token":
+        return
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    if ray is not None:
+        # The mode is read when Ray is imported: this process would send no token.
+        ray._raylet.Config.initialize("")
 
 
 class RayCluster:
