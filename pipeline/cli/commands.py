@@ -9,7 +9,7 @@ became slow.
 A package adds a command with an entry point in the group `mmerge.commands`:
 
     [project.entry-points."mmerge.commands"]
-    inspect = "my_package.inspect:inspect"
+    audit = "my_package.audit:audit"
 
 Built-in names win. Installed packages are searched only for the overview and for names that are
 not built in, so that no other command pays for the search.
@@ -30,6 +30,7 @@ from mmerge.manifests.errors import MmergeError
 ENTRY_POINT_GROUP = "mmerge.commands"
 _CLI = "mmerge.pipeline.cli"
 COMMANDS: dict[str, str] = {
+    "inspect": f"{_CLI}.plan:inspect",
     "plan": f"{_CLI}.plan:plan",
     "run": f"{_CLI}.run:run",
     "submit": f"{_CLI}.jobs:submit",

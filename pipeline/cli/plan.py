@@ -1,4 +1,4 @@
-"""`mmerge plan`: what a run would do."""
+"""`mmerge plan` and `mmerge inspect`: what a run would do, and what an input of it holds."""
 
 from __future__ import annotations
 
@@ -116,6 +116,36 @@ def plan(
         print_forecast(forecast, out)
     if simulation is not None:
         print_simulation(simulation, out)
+
+
+def inspect(
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="checkpoint or LoRA adapter: a folder or a URI")
+    ],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base",
+            metavar="PATH",
+            help="base model: say whether the checkpoint merges with it, and all that differs",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a checkpoint holds, and whether it merges with a base.
+
+    Reads configurations, tokenizers and headers alone.
+    """
+    postpone_torch(num_threads=1)
+    from mmerge.pipeline.planning.inspection import inspect_checkpoint
+    from mmerge.pipeline.views.inspection_report import inspection_to_json, print_inspection
+
+    inspection = inspect_checkpoint(path, base=base)
+    if as_json:
+        print(json.dumps(inspection_to_json(inspection), indent=2))
+    else:
+        print_inspection(inspection, out)
 
 
 def make_plan_of(

@@ -89,6 +89,12 @@ def has_quantization(config: Mapping[str, Any]) -> bool:
     return next(_iterate_settings(config), None) is not None
 
 
+def describe_quantization(config: Mapping[str, Any]) -> str:
+    """Return the method by which a configuration says that weights are quantised; empty if none."""
+    setting = next(_iterate_settings(config), None)
+    return _method_of(setting) if setting is not None else ""
+
+
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration that says nothing of quantisation, in none of its parts."""
     return {

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from typer.testing import CliRunner
+
+from mmerge.pipeline.cli.main import app
+
+
+def inspect(*words: object) -> dict[str, Any]:
+    result = CliRunner().invoke(app, ["inspect", *map(str, words), "--json"])
+    assert result.exit_code == 0, result.output
+    document: dict[str, Any] = json.loads(result.stdout)
+    return document
+
+
+def test_a_multimodal_checkpoint_is_described(lab: Any) -> None:
+    lab.make_all()
+    vocabulary = {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": []}
+    (lab.folder / "image" / "tokenizer.json").write_text(json.dumps(vocabulary))
+    document = inspect(lab.folder / "image")
+    rows = lab.base["model.embed_tokens.weight"].shape[0]
+    assert document["family"] == "llama"
+    assert document["language_prefix"] == "language_model.model."
+    assert document["vocabulary_rows"] == rows + 2
+    assert document["tokenizer_tokens"] == 2
+    assert document["quantization"] == ""
+    assert {group["prefix"] for group in document["groups"]} == {
+        "multi_modal_projector",
+        "vision_tower",
+    }
+    assert document["comparison"] is None
+
+
+def test_all_differences_from_a_base_are_listed_and_it_merges(lab: Any) -> None:
+    lab.make_all()
+    comparison = inspect(lab.folder / "image", "--base", lab.folder / "base")["comparison"]
+    assert comparison["merges"] is True
+    kinds = {(line["kind"], line["subject"]) for line in comparison["differences"]}
+    assert ("shape", "model.embed_tokens.weight") in kinds
+    assert ("in the checkpoint alone", "vision_tower") in kinds
+
+
+def test_a_checkpoint_that_does_not_merge_is_told_with_the_error_of_the_plan(lab: Any) -> None:
+    lab.make_all()
+    path = lab.folder / "image" / "config.json"
+    config = json.loads(path.read_text())
+    config["text_config"]["num_hidden_layers"] = 7
+    path.write_text(json.dumps(config))
+    comparison = inspect(lab.folder / "image", "--base", lab.folder / "base")["comparison"]
+    assert comparison["merges"] is False
+    assert "num_hidden_layers 7, the base has 2" in comparison["refusal"]
+
+
+def test_a_quantised_checkpoint_is_named_and_not_refused(lab: Any) -> None:
+    lab.make_base()
+    path = lab.folder / "base" / "config.json"
+    path.write_text(json.dumps(lab.config | {"quantization_config": {"quant_method": "awq"}}))
+    document = inspect(lab.folder / "base")
+    assert "awq" in document["quantization"].lower()
+    assert document["problems"]
+
+
+def test_the_printed_form_names_what_was_found(lab: Any) -> None:
+    lab.make_all()
+    words = ["inspect", str(lab.folder / "image"), "--base", str(lab.folder / "base")]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    for text in ("llama", "language_model.model.…", "vision_tower", "merges with", "shape"):
+        assert text in result.output
