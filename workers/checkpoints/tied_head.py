@@ -35,9 +35,13 @@ def drop_tied_head(
         CheckpointError: the configuration ties the head, but the files hold another one. Which of
             the two the model uses depends on who loads it.
     """
-    heads = [name for name in tensors if role_of(name) == "head"]
-    embeddings = [name for name in tensors if role_of(name) == "embedding"]
-    if not heads or not embeddings or not is_surely_tied(config):
+    if not is_surely_tied(config):
+        return dict(tensors)
+    # Asked of every name once: half the time of a plan over 37,000 tensors was spent on roles.
+    roles = {name: role_of(name) for name in tensors}
+    heads = [name for name, role in roles.items() if role == "head"]
+    embeddings = [name for name, role in roles.items() if role == "embedding"]
+    if not heads or not embeddings:
         return dict(tensors)
     stores = OpenStores()
     for head in heads:
