@@ -74,6 +74,10 @@ SMALL_FILE_BYTES = Limit("MMERGE_MAX_SMALL_FILE_BYTES", 64 << 20, "bytes")
 """Of one configuration, tokenizer or processor file; all of a checkpoint are held in memory."""
 SMALL_FILES_BYTES = Limit("MMERGE_MAX_SMALL_FILES_BYTES", 256 << 20, "bytes of small files")
 SMALL_FILES = Limit("MMERGE_MAX_SMALL_FILES", 1000, "small files")
+TABLE_ROWS = Limit("MMERGE_MAX_TABLE_ROWS", 1 << 21, "rows")
+"""Of a build's table of tensors. A million equal rows take some kilobytes in Parquet, and more than
+a gigabyte of memory.
+"""
 ARCHIVE_ENTRIES = Limit("MMERGE_MAX_ARCHIVE_ENTRIES", 100_000, "entries")
 PATTERN_CHARACTERS = Limit("MMERGE_MAX_PATTERN_CHARACTERS", 1000, "characters")
 PATTERNS = Limit("MMERGE_MAX_PATTERNS", 1000, "patterns")

@@ -12,6 +12,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from pydantic import TypeAdapter, ValidationError
 
+from mmerge.manifests import limits
 from mmerge.manifests.digest import SHOWN_DIGITS, digest_bytes
 from mmerge.manifests.errors import REPAIR, ManifestError, NotFound, StoreError, StoreUnavailable
 from mmerge.manifests.format.entry import ObjectEntry, ShardEntry, TensorRow, validate_key
@@ -141,12 +142,15 @@ def parse_table(data: bytes) -> list[StoredRow]:
     """Return all rows of a file that `make_table` wrote.
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: it is no such file, or has too many rows.
     """
     try:
+        file = pq.ParquetFile(io.BytesIO(data))
+        num_rows = file.metadata.num_rows
+        if num_rows > limits.TABLE_ROWS.value:
+            raise ValueError(limits.TABLE_ROWS.describe_excess(num_rows))
         # Threads cost more than they save for a table of this size.
-        raws = pq.ParquetFile(io.BytesIO(data)).read(use_threads=False).to_pylist()
-        return _parse_rows(raws)
+        return _parse_rows(file.read(use_threads=False).to_pylist())
     # pyarrow raises OSError for a page header that it cannot parse.
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(_first_reason(error)) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import resource
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from mmerge.manifests.format.manifest import (
     read_manifest,
     to_manifest_bytes,
 )
-from mmerge.manifests.format.table import read_table
+from mmerge.manifests.format.table import SCHEMA, parse_table, read_table
 from mmerge.manifests.maintenance.tensor_checks import find_piece_fault, group_pieces
 from mmerge.manifests.maintenance.verify import verify
 from mmerge.manifests.stores.base import Store
@@ -189,6 +190,28 @@ def test_a_table_with_any_byte_changed_is_read_or_refused(good: tuple[Store, Man
         )
         with suppress(ManifestError):
             read_table(store, entry)
+
+
+def make_repetitive_table(num_rows: int) -> bytes:
+    """Return a small file of many rows, all equal."""
+    columns = [
+        pa.nulls(num_rows, field.type)
+        if pa.types.is_list(field.type)
+        else pa.repeat(pa.scalar("w" if field.type == pa.string() else 0, field.type), num_rows)
+        for field in SCHEMA
+    ]
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns, schema=SCHEMA), sink, compression="zstd")
+    return sink.getvalue()
+
+
+def test_a_small_table_of_millions_of_rows_takes_no_memory() -> None:
+    data = make_repetitive_table(3_500_000)
+    assert len(data) < 1 << 20
+    before = peak_bytes()
+    with pytest.raises(ValueError, match="MMERGE_MAX_TABLE_ROWS"):
+        parse_table(data)
+    assert peak_bytes() - before < 1 << 28
 
 
 def test_bytes_that_are_no_parquet_are_refused(good: tuple[Store, Manifest]) -> None:
