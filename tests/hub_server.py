@@ -156,6 +156,10 @@ class HubServer:
             self._json(request, {"files": modes_by_name})
         else:
             lines = [json.loads(line) for line in body.splitlines()]
+            parent = lines[0]["value"].get("parentCommit")
+            if parent not in (None, commit):
+                self._json(request, {"error": "The branch has moved"}, status=412)
+                return
             added = {
                 line["value"]["path"]: base64.b64decode(line["value"]["content"])
                 for line in lines

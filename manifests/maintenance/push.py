@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from mmerge.manifests.format.manifest import (
 from mmerge.manifests.format.publish import find_whole_manifest
 from mmerge.manifests.format.references import (
     Reference,
+    ReferenceNumbers,
     find_reference,
-    list_references,
+    list_reference_numbers,
     open_build,
     read_reference,
     split_uri,
@@ -32,8 +34,8 @@ from mmerge.manifests.format.table import read_table
 from mmerge.manifests.maintenance.copy_build import copy_build
 from mmerge.manifests.maintenance.signatures import find_exported_folder, list_signatures
 from mmerge.manifests.maintenance.verify import verify
-from mmerge.manifests.stores.hub import make_hub_api, split_hub_uri, translate_hub_errors
-from mmerge.manifests.stores.open import is_local, open_readable_store, to_local_path
+from mmerge.manifests.stores.hub import HubStore, make_hub_api, split_hub_uri, translate_hub_errors
+from mmerge.manifests.stores.open import is_local, to_local_path
 
 
 @dataclass(frozen=True)
@@ -79,14 +81,18 @@ def push(
         store, build = open_build(local)
         verify(local).check()
         manifest = read_manifest(store, build)
-        needed = needed_keys(manifest) - _find_kept_keys(f"hf://{repo}@{branch}", manifest)
+        _make_repo(repo, private=private)
+        hub = _open_hub(f"hf://{repo}@{branch}")
+        needed = needed_keys(manifest)
+        number, is_present = 1, False
+        if hub is not None:
+            needed -= _find_kept_keys(hub, manifest)
+            number, is_present = _next_number(hub, reference.name, build)
         keys = [key for key in sorted(needed) if store.exists(key)]
         if manifest_key(build) in needed:
             keys += list_signatures(store, build)
         root = to_local_path(split_uri(local)[0])
         files = {key: root / key for key in keys}
-        _make_repo(repo, private=private)
-        number, is_present = _next_number(f"hf://{repo}@{branch}", reference.name, build)
         if not is_present:
             numbered = reference.model_copy(update={"number": number})
             files[numbered.key] = to_reference_bytes(numbered)
@@ -96,6 +102,7 @@ def push(
             files,
             private=private,
             message=message or f"Upload {reference.name}, build {build[:12]}",
+            parent=hub.commit if hub is not None else None,
         )
 
 
@@ -117,18 +124,22 @@ def _local_build(uri: str) -> Iterator[tuple[str, Reference]]:
         yield f"{folder}#{build}", reference
 
 
-def _find_kept_keys(uri: str, manifest: Manifest) -> set[str]:
+def _open_hub(uri: str) -> HubStore | None:
+    """Return a branch of a repository at its newest commit, None where there is no such branch."""
+    try:
+        return HubStore.open(uri, create=False)
+    except NotFound:
+        return None
+
+
+def _find_kept_keys(hub: HubStore, manifest: Manifest) -> set[str]:
     """Return the keys of a build that the repository keeps: of a manifest with another table.
 
     Raises:
         BuildDiffers: the repository has the build, or one of its objects, with other bytes.
     """
-    try:
-        hub = open_readable_store(uri)
-        stored = find_whole_manifest(hub, manifest.build)
-        entries = [find_entry(hub, digest_of_object(entry.key)) for entry in manifest.entries]
-    except NotFound:
-        return set()
+    stored = find_whole_manifest(hub, manifest.build)
+    entries = [find_entry(hub, digest_of_object(entry.key)) for entry in manifest.entries]
     differing = set()
     stored_digests = {} if stored is None else {entry.key: entry.digest for entry in stored.entries}
     for entry, hub_entry in zip(manifest.entries, entries, strict=True):
@@ -139,8 +150,9 @@ def _find_kept_keys(uri: str, manifest: Manifest) -> set[str]:
             differing.add(entry.shard)
     if differing:
         raise BuildDiffers(
-            f"{uri}: has other bytes of shard {', '.join(sorted(differing))}: nothing was replaced."
-            " Push to another branch or repository: 'mmerge push SOURCE hf://ORG/REPO@BRANCH'"
+            f"{hub.uri}: has other bytes of shard {', '.join(sorted(differing))}: nothing was"
+            " replaced. Push to another branch or repository: 'mmerge push SOURCE"
+            " hf://ORG/REPO@BRANCH'"
         )
     if stored is None or digest_manifest(stored) != digest_manifest(manifest):
         return set()
@@ -153,16 +165,12 @@ def _find_kept_keys(uri: str, manifest: Manifest) -> set[str]:
     return {manifest_key(manifest.build), manifest.table.key}
 
 
-def _next_number(uri: str, name: str, build: str) -> tuple[int, bool]:
+def _next_number(hub: HubStore, name: str, build: str) -> tuple[int, bool]:
     """Return the number of a reference on the Hub, and whether it is there already."""
-    try:
-        hub = open_readable_store(uri)
-        numbers = list_references(hub).get(name, [])
-    except NotFound:
-        return 1, False
-    if numbers and read_reference(hub, name, numbers[-1]).build == build:
-        return numbers[-1], True
-    return (numbers[-1] if numbers else 0) + 1, False
+    numbers = list_reference_numbers(hub, name).get(name, ReferenceNumbers())
+    if numbers.live and read_reference(hub, name, numbers.live[-1]).build == build:
+        return numbers.live[-1], True
+    return numbers.next_number, False
 
 
 def _make_repo(repo: str, *, private: bool) -> None:
@@ -172,9 +180,17 @@ def _make_repo(repo: str, *, private: bool) -> None:
 
 
 def _commit(
-    repo: str, branch: str, files: dict[str, Path | bytes], *, private: bool, message: str
+    repo: str,
+    branch: str,
+    files: dict[str, Path | bytes],
+    *,
+    private: bool,
+    message: str,
+    parent: str | None = None,
 ) -> PushReport:
+    """Upload files in one commit, which with `parent` follows that commit or fails."""
     from huggingface_hub import CommitOperationAdd
+    from huggingface_hub.errors import HfHubHTTPError
 
     if not files:
         raise StoreError(f"hf://{repo}: nothing to push")
@@ -184,9 +200,17 @@ def _commit(
     ]
 
     def send() -> str:
-        commit_info = make_hub_api().create_commit(
-            repo, operations, commit_message=message, revision=branch
-        )
+        try:
+            commit_info = make_hub_api().create_commit(
+                repo, operations, commit_message=message, revision=branch, parent_commit=parent
+            )
+        except HfHubHTTPError as error:
+            if error.response.status_code == HTTPStatus.PRECONDITION_FAILED:
+                raise StoreError(
+                    f"hf://{repo}@{branch}: somebody else has pushed there meanwhile: nothing was"
+                    " changed. Push again"
+                ) from error
+            raise
         return str(commit_info.oid)
 
     commit = translate_hub_errors(repo, f"commit to {branch}", send)

@@ -23,6 +23,7 @@ from mmerge.manifests.format.publish import make_table_entry
 from mmerge.manifests.format.references import open_build
 from mmerge.manifests.maintenance import push as push_module
 from mmerge.manifests.maintenance.push import push
+from mmerge.manifests.stores.hub import HubStore
 from mmerge.manifests.stores.open import open_readable_store, pin_uri
 from mmerge.pipeline import make_plan, read_recipe, run, verify
 
@@ -175,7 +176,8 @@ def test_a_push_replaces_no_build_of_the_repository(hub: HubServer, lab: Any) ->
     entries = tuple(other if each is entry else each for each in manifest.entries)
     with pytest.raises(BuildDiffers, match=f"other bytes of shard {entry.shard}"):
         push_module._find_kept_keys(
-            "hf://org/composite", manifest.model_copy(update={"entries": entries})
+            HubStore.open("hf://org/composite", create=False),
+            manifest.model_copy(update={"entries": entries}),
         )
 
 
@@ -189,3 +191,28 @@ def test_an_export_is_pushed_as_it_is(hub: HubServer, tmp_path: Path) -> None:
         "config.json": b"{}",
         "model.safetensors": b"x" * 1000,
     }
+
+
+def test_a_push_uses_no_number_that_was_deleted(hub: HubServer, lab: Any) -> None:
+    report = run(make_plan(read_recipe(lab.write_recipe(lab.make_all(1)))))
+    hub.commit("org/composite", {"refs/tiny/000001.deleted": b"{}"})
+    push(str(lab.folder / "store"), "hf://org/composite")
+    assert open_build("hf://org/composite#tiny")[1] == report.build
+
+
+def test_a_push_that_another_one_overtakes_changes_nothing(
+    hub: HubServer, lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(make_plan(read_recipe(lab.write_recipe(lab.make_all(1)))))
+    source = str(lab.folder / "store")
+    overtaking = b"the first number of another writer"
+
+    def count(*arguments: Any) -> tuple[int, bool]:
+        hub.commit("org/composite", {"refs/tiny/000001.json": overtaking})
+        return 1, False
+
+    monkeypatch.setattr(push_module, "_next_number", count)
+    with pytest.raises(StoreError, match=r"somebody else has pushed there meanwhile"):
+        push(source, "hf://org/composite")
+    store = open_readable_store("hf://org/composite")
+    assert store.read("refs/tiny/000001.json") == overtaking
