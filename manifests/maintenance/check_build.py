@@ -10,6 +10,7 @@ Two levels are here, the third, the bytes of all objects, is in verify.py:
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -161,10 +162,10 @@ def find_stored_damages(
     for entry in objects.values():
         object_rows = groups.get(group_of(entry), [])
         checks.append(partial(_check_object, store, entry, object_rows, manifest.method))
-    for key in objects:
-        sharers = [entry for entry in manifest.entries if entry.key == key]
-        labelled = [(entry, groups.get(group_of(entry), [])) for entry in sharers]
-        checks.append(partial(_check_entry, store, labelled))
+    sharers: defaultdict[str, list[tuple[ObjectEntry, Sequence[TensorRow]]]] = defaultdict(list)
+    for entry in manifest.entries:
+        sharers[entry.key].append((entry, groups.get(group_of(entry), [])))
+    checks += [partial(_check_entry, store, labelled) for labelled in sharers.values()]
     checks += [partial(_check_file, store, file) for file in manifest.unique_files()]
     damages: list[Damage] = []
     for reasons in _run_all(store, checks):
@@ -202,8 +203,12 @@ def _check_object(
 def _check_file(store: ReadableStore, file: FileEntry) -> list[Damage]:
     try:
         num_bytes = store.num_bytes(file.key)
+    except StoreUnavailable:
+        raise
     except NotFound:
         return [Damage(file.key, f"{file.key} ({file.name}): is missing")]
+    except StoreError as error:
+        return [Damage(file.key, Exception.__str__(error))]
     if num_bytes == file.num_bytes:
         return []
     sentence = (

@@ -14,6 +14,7 @@ from mmerge.manifests.format.entry import ObjectEntry, TensorRow
 from mmerge.manifests.format.manifest import read_file
 from mmerge.manifests.format.object_header import describe_row
 from mmerge.manifests.format.references import list_references, read_reference, reference_key
+from mmerge.manifests.format.stored_objects import READ_BYTES, read_pieces
 from mmerge.manifests.format.table import Group, StoredRow, group_of, group_rows
 from mmerge.manifests.maintenance.check_build import (
     CheckedBuild,
@@ -23,8 +24,6 @@ from mmerge.manifests.maintenance.check_build import (
 from mmerge.manifests.maintenance.damage import make_error
 from mmerge.manifests.stores.base import ReadableStore
 
-READ_BYTES = 16 << 20
-"""Bytes of one read."""
 CONCURRENT_OBJECTS = 4
 
 
@@ -182,7 +181,7 @@ class ObjectReader:
             whole = blake3()
             # By position: of two equal rows each has its own digest.
             row_digests = [blake3() for _ in rows]
-            for offset, data in self._read_pieces(entry):
+            for offset, data in read_pieces(self.store, entry.key, num_bytes=entry.num_bytes):
                 whole.update(data)
                 for row, digest in zip(rows, row_digests, strict=True):
                     _update_digest(digest, row, data, offset)
@@ -200,14 +199,6 @@ class ObjectReader:
             f"{entry.key} ({entry.shard}): its digest is {whole.hexdigest()[:12]}, the manifest"
             f" says {entry.digest[:12]}, though those of all its tensors are equal"
         ]
-
-    def _read_pieces(self, entry: ObjectEntry) -> Iterator[tuple[int, memoryview]]:
-        for offset in range(0, entry.num_bytes, READ_BYTES):
-            num_bytes = min(READ_BYTES, entry.num_bytes - offset)
-            data = self.store.read_forward(
-                entry.key, offset=offset, num_bytes=num_bytes, start=0, stop=entry.num_bytes
-            )
-            yield offset, data
 
 
 def _update_digest(digest: blake3, row: TensorRow, data: memoryview, offset: int) -> None:
