@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from mmerge.pipeline.cli.main import app
@@ -60,6 +62,26 @@ def test_a_quantised_checkpoint_is_named_and_not_refused(lab: Any) -> None:
     document = inspect(lab.folder / "base")
     assert "awq" in document["quantization"].lower()
     assert document["problems"]
+
+
+def test_an_adapter_is_described_by_rank_and_modules_and_compared(lab: Any) -> None:
+    lab.make_base()
+    folder = lab.folder / "adapter"
+    folder.mkdir()
+    weight = lab.base["model.layers.0.mlp.up_proj.weight"]
+    path = "base_model.model.model.layers.0.mlp.up_proj"
+    factors = {
+        f"{path}.lora_A.weight": torch.ones(3, weight.shape[1]),
+        f"{path}.lora_B.weight": torch.ones(weight.shape[0], 3),
+    }
+    save_file(factors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["up_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    document = inspect(folder, "--base", lab.folder / "base")
+    assert document["adapters"] == [
+        {"name": "default", "ranks": [3], "num_modules": 1, "modules": ["up_proj"]}
+    ]
+    assert document["comparison"]["merges"] is True
 
 
 def test_the_printed_form_names_what_was_found(lab: Any) -> None:
