@@ -50,6 +50,7 @@ class RayExecutor(Executor):
         self.num_workers = num_workers
         self.policy = policy or Policy()
         self._started = False
+        self._variables: list[str] = []
         self._nodes: dict[str, str] = {}
 
     @override
@@ -80,7 +81,7 @@ class RayExecutor(Executor):
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         if not self.address:
-            _close_to_others()
+            self._variables += _close_to_others()
         import ray
 
         if not ray.is_initialized():
@@ -132,28 +133,46 @@ class RayExecutor(Executor):
 
             ray.shutdown()
             self._started = False
+        _forget_token(self._variables)
+        self._variables = []
 
 
-def _close_to_others() -> None:
-    """Let a local Ray listen on loopback alone and demand a token, new for this process unless the
-    user sets one.
+def _close_to_others() -> list[str]:
+    """Let a local Ray listen on loopback alone and demand a token, new unless the user sets one;
+    return the names of the environment variables that were set for it.
 
     Ray executes whatever code it receives, so neither other machines nor other users of this one
     may reach it. The token is passed on in the environment, where only this user can read it.
     """
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
-        return
+        return []
     # Ray has no other switch for loopback: an address of loopback given to `ray.init` is replaced
     # by that of the network. The variable is read when Ray is imported.
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    if os.environ.setdefault("RAY_AUTH_MODE", "token") != "token":
-        return
+    variables = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        variables["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    missing = [name for name in variables if name not in os.environ]
+    os.environ.update({name: variables[name] for name in missing})
+    _read_token_again()
+    return missing
+
+
+def _forget_token(variables: list[str]) -> None:
+    """Unset variables of a local Ray: this process may connect to another cluster later."""
+    for name in variables:
+        os.environ.pop(name, None)
+    if variables:
+        _read_token_again()
+
+
+def _read_token_again() -> None:
+    """Let Ray read mode and token from the environment: it does so once, when it is imported."""
+    ray = sys.modules.get("ray")
     if ray is not None:
-        # The mode is read when Ray is imported: this process would send no token.
         ray._raylet.Config.initialize("")
+        with suppress(AttributeError):  # before Ray 2.52
+            ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 class RayCluster:

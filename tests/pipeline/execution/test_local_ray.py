@@ -29,6 +29,9 @@ print(json.dumps({
 }), flush=True)
 sys.stdin.read()
 executor.close()
+# Another cluster, without a token, may be the next.
+assert ray._raylet.get_authentication_mode() == 0
+assert not [name for name in os.environ if name.startswith("RAY_AUTH")]
 """
 CLIENT = """
 import sys
