@@ -35,6 +35,8 @@ from mmerge.manifests.stores.base import ReadableStore, Store
 from mmerge.manifests.stores.open import open_readable_store
 
 MAX_REFERENCE_BYTES = 1 << 20
+LISTING_ATTEMPTS = 4
+"""Listings of references, of which each may name one that is deleted before it is read."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
 
@@ -124,12 +126,38 @@ def read_reference(store: ReadableStore, name: str, number: int) -> Reference:
     key = reference_key(name, number)
     try:
         data = store.read(key, max_bytes=MAX_REFERENCE_BYTES)
-    except NotFound:
+    except NotFound as error:
         _check_not_deleted(store, name, number)
-        raise
+        raise NotFound(
+            f"{store.uri}: {name}@{number} is not there, or another process has just deleted it."
+            f" 'mmerge log {store.uri}#{name}' lists the numbers that are left"
+        ) from error
     # After the read: see the module's docstring.
     _check_not_deleted(store, name, number)
     return _parse_reference(store, name, number, data)
+
+
+def read_latest_reference(
+    store: ReadableStore, name: str
+) -> tuple[ReferenceNumbers, Reference | None]:
+    """Return the numbers of a name, and its latest reference, None if no number is left.
+
+    They are listed again if the latest one is deleted before it is read.
+
+    Raises:
+        NotFound: that has happened several times.
+        ManifestError: the latest reference is damaged.
+    """
+    for attempt in range(1, LISTING_ATTEMPTS + 1):
+        numbers = list_reference_numbers(store, name).get(name, ReferenceNumbers())
+        if not numbers.live:
+            break
+        try:
+            return numbers, read_reference(store, name, numbers.live[-1])
+        except NotFound:
+            if attempt == LISTING_ATTEMPTS:
+                raise
+    return numbers, None
 
 
 def _check_not_deleted(store: ReadableStore, name: str, number: int) -> None:
@@ -192,11 +220,9 @@ def write_reference(
         StoreUnavailable: the store loses or changes what it is sent.
         StoreError: the store cannot be written.
     """
-    numbers = list_reference_numbers(store, name).get(name, ReferenceNumbers())
-    if numbers.live:
-        latest = read_reference(store, name, numbers.live[-1])
-        if latest.build == build:
-            return latest, False
+    numbers, latest = read_latest_reference(store, name)
+    if latest is not None and latest.build == build:
+        return latest, False
     number = numbers.next_number
     while True:
         # Microseconds: two writers of one build hardly ever write equal references.
@@ -305,8 +331,12 @@ def resolve(store: ReadableStore, fragment: str) -> tuple[str, Reference | None]
     name, _, number = fragment.partition("@")
     if name in references:
         if number in ("", "latest"):
-            reference = read_reference(store, name, references[name][-1])
-            return reference.build, reference
+            _, latest = read_latest_reference(store, name)
+            if latest is not None:
+                return latest.build, latest
+            raise ManifestError(
+                f"{store.uri}: every number of {name} was deleted. 'mmerge run RECIPE' makes one"
+            )
         if _is_number(number) and int(number) in references[name]:
             reference = read_reference(store, name, int(number))
             return reference.build, reference

@@ -12,12 +12,15 @@ It never runs while a build run uses the store (lease.py). Order of steps:
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
-from mmerge.manifests.errors import StoreError
+from mmerge.manifests.errors import NotFound, StoreError
 from mmerge.manifests.format.manifest import manifest_key, needed_keys
 from mmerge.manifests.format.references import (
+    LISTING_ATTEMPTS,
+    Reference,
     list_references,
     parse_reference_key,
     read_reference,
@@ -183,12 +186,9 @@ def _find_live(
     young = {listed.key for listed in listing if not policy.is_old(listed)}
     keys = set(announced)
     builds = {key.split("/")[1] for key in keys if key.startswith("builds/")}
-    for name, numbers in list_references(store).items():
-        for number in numbers:
-            key = reference_key(name, number)
-            if number in numbers[-policy.keep :] or key in young:
-                keys.add(key)
-                builds.add(read_reference(store, name, number).build)
+    for reference in _read_live_references(store, policy, young):
+        keys.add(reference.key)
+        builds.add(reference.build)
     for key in young:
         parts = key.split("/")
         if len(parts) == 3 and parts[0] == "builds" and key == manifest_key(parts[1]):
@@ -198,6 +198,27 @@ def _find_live(
         if manifest_key(build) in stored_keys:
             keys |= needed_keys(read_consistent_manifest(store, build))
     return _Live(frozenset(keys), frozenset(builds))
+
+
+def _read_live_references(
+    store: ReadableStore, policy: _Policy, young: set[str]
+) -> list[Reference]:
+    """Return the newest references of each name, and the young ones.
+
+    They are listed again if one is deleted before it is read: another number is the newest then.
+    """
+    for _ in range(LISTING_ATTEMPTS):
+        with suppress(NotFound):
+            return [
+                read_reference(store, name, number)
+                for name, numbers in list_references(store).items()
+                for number in numbers
+                if number in numbers[-policy.keep :] or reference_key(name, number) in young
+            ]
+    raise StoreError(
+        f"{store.uri}: references are deleted while they are read: nothing was deleted here. Try"
+        " again when no other 'mmerge delete' or 'mmerge gc' is under way"
+    )
 
 
 def _may_be_deleted(key: str, live: _Live, *, scans: bool) -> bool:

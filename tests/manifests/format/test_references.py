@@ -9,7 +9,13 @@ from typing import Any
 
 import pytest
 
-from mmerge.manifests.errors import AlreadyExists, ManifestError, NotFound, StoreUnavailable
+from mmerge.manifests.errors import (
+    AlreadyExists,
+    ManifestError,
+    NotFound,
+    StoreError,
+    StoreUnavailable,
+)
 from mmerge.manifests.format.references import (
     delete_reference,
     deletion_mark_key,
@@ -173,3 +179,71 @@ def test_a_reference_under_another_key_is_damaged(store: Store) -> None:
     store.put(reference_key("omni", 5), store.read(reference_key("omni", 1)))
     with pytest.raises(ManifestError, match="says that it is omni@1"):
         read_reference(store, "omni", 5)
+
+
+def before_each_read(
+    store: Store, monkeypatch: pytest.MonkeyPatch, key: str, acts: list[Callable[[], object]]
+) -> None:
+    """Call the first of `acts` that is left when the store is about to read an object."""
+    read = store.read
+
+    def held_up(read_key: str, **options: Any) -> bytes:
+        if read_key == key and acts:
+            acts.pop(0)()
+        return read(read_key, **options)
+
+    monkeypatch.setattr(store, "read", held_up)
+
+
+def test_a_writer_lists_again_when_the_latest_number_is_deleted_before_it_is_read(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refer(store, BUILDS[0])
+    refer(store, BUILDS[1])
+    key = reference_key("omni", 2)
+    before_each_read(store, monkeypatch, key, [lambda: delete_reference(store, "omni", 2)])
+    assert refer(store, BUILDS[2]) == 3
+
+
+def test_a_reader_of_the_latest_number_gets_the_one_before_when_that_is_deleted(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refer(store, BUILDS[0])
+    refer(store, BUILDS[1])
+    key = reference_key("omni", 2)
+    before_each_read(store, monkeypatch, key, [lambda: delete_reference(store, "omni", 2)])
+    assert find_build(store, "omni") == BUILDS[0]
+
+
+def test_a_collection_spares_the_number_that_is_the_newest_after_a_deletion(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refer(store, BUILDS[0])
+    refer(store, BUILDS[1])
+    time.sleep(0.01)
+    key = reference_key("omni", 2)
+    before_each_read(store, monkeypatch, key, [lambda: delete_reference(store, "omni", 2)])
+    report = collect_garbage(store, grace=timedelta(0))
+    assert report.live_builds == (BUILDS[0],)
+    assert reference_key("omni", 1) not in {listed.key for listed in report.garbage}
+
+
+def test_a_reference_that_vanishes_without_a_mark_is_reported_with_a_remedy(store: Store) -> None:
+    with pytest.raises(NotFound, match=r"omni@1 is not there.*'mmerge log .*#omni'"):
+        read_reference(store, "omni", 1)
+
+
+def test_a_collection_that_finds_no_reference_it_lists_says_what_to_do(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refer(store, BUILDS[0])
+    read = store.read
+
+    def read_nothing(key: str, **options: Any) -> bytes:
+        if key.startswith("refs/"):
+            raise NotFound(key)
+        return read(key, **options)
+
+    monkeypatch.setattr(store, "read", read_nothing)
+    with pytest.raises(StoreError, match=r"nothing was deleted here\. Try again"):
+        collect_garbage(store)
