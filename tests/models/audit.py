@@ -44,6 +44,8 @@ class Audit:
             return  # the store lied: whoever reads it has to notice
         elif folder == "refs":
             self._see_reference(world, key, data)
+        elif folder == "runs":
+            self._see_record(process, key)
         elif folder == "builds":
             self._see_build(world, key, data)
         elif key in self.true_objects and data != self.true_objects[key]:
@@ -70,6 +72,14 @@ class Audit:
         self.references[name, number] = world.clock.seconds
         for missing in self.missing_keys(world, build)[:1]:
             self.faults.append(f"{name}@{number} names build {build[:6]}, which lacks {missing}")
+
+    def _see_record(self, process: Process | None, key: str) -> None:
+        """A run has one record: of a second one nobody would ever write the end."""
+        if process is None or key.endswith(".status.json"):
+            return
+        own_key = process.settings.setdefault("record", key)
+        if own_key != key:
+            self.faults.append(f"{process.name} made the records {own_key} and {key}")
 
     def _see_build(self, world: World, key: str, data: bytes) -> None:
         build = key.split("/")[1]

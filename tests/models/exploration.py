@@ -70,6 +70,8 @@ class AnsweringStore(Store):
         self._position = 0
         self._pending: _Pending | None = None
         self.process = _StandIn(self, number)
+        if answers:  # a process begins at its first call
+            self.process.clock.seconds = answers[0][1]
 
     def ask(self, verb: str, key: str, data: Any = None) -> Any:
         if self._position == len(self._answers):
@@ -159,6 +161,10 @@ class Explorer:
     num_states: int = 0
     num_steps: int = 0
     num_replays: int = 0
+    deleted: set[str] = field(default_factory=set)
+    """Keys that some process deleted in some interleaving."""
+    errors: set[str] = field(default_factory=set)
+    """Types of the errors with which processes ended in some interleaving."""
     _numbers: dict[tuple[int, int, Any], int] = field(default_factory=dict)
     _answers: list[tuple[Answer, ...]] = field(default_factory=lambda: [()])
     _origins: dict[int, tuple[int, tuple[Any, ...]]] = field(default_factory=dict)
@@ -203,7 +209,9 @@ class Explorer:
             after = dict(contents)
             value = _apply(after, state.seconds, verb, key, data)
             fault = None
-            if after is not contents and verb in ("put", "put_new", "delete"):
+            if verb == "delete" and key in contents:
+                self.deleted.add(key)
+            if verb in ("put", "put_new", "delete"):
                 fault = self.check(process, verb, key, contents, after)
             answer = self._number(process, history, (value, state.seconds))
             self._origins[answer] = history, call
@@ -259,7 +267,9 @@ class Explorer:
         key = process, history
         if key not in self._nexts:
             self.num_replays += 1
-            self._nexts[key] = self._replay(process, self._answers[history])
+            self._nexts[key] = kind, found = self._replay(process, self._answers[history])
+            if kind == "error":
+                self.errors.add(type(found).__name__)
         return self._nexts[key]
 
     def _replay(self, process: int, answers: tuple[Answer, ...]) -> tuple[str, Any]:

@@ -19,10 +19,14 @@ import mmerge.manifests.maintenance.fenced_commit as fenced_commit_module
 import mmerge.manifests.maintenance.garbage_collection as gc_module
 import mmerge.manifests.maintenance.verify as verify_module
 import mmerge.manifests.stores.confirm as confirm_module
+import mmerge.manifests.stores.error_translation as translation_module
+import mmerge.pipeline.monitoring.run_records as run_records_module
 from mmerge.manifests.errors import AlreadyExists
 from mmerge.manifests.maintenance.fenced_commit import FencedCommit
+from mmerge.manifests.maintenance.lease import Lease
 from mmerge.manifests.stores.confirm import Stored
 from mmerge.manifests.stores.object_store import ObjectStore
+from mmerge.workers.checkpoints.input_digests import PieceDigests
 
 Mutation = Callable[[], AbstractContextManager[Any]]
 
@@ -112,4 +116,74 @@ def forget_shared_objects() -> Iterator[None]:
         return {key for key in needed_keys(manifest) if key.startswith("builds/")}
 
     with mock.patch.object(gc_module, "needed_keys", find):
+        yield
+
+
+@contextmanager
+def never_lapse_in_commit() -> Iterator[None]:
+    """However long ago a run checked its objects, it commits."""
+    with mock.patch.object(FencedCommit, "_check_time", return_value=None):
+        yield
+
+
+@contextmanager
+def never_lapse_in_collection() -> Iterator[None]:
+    """A collection that was suspended goes on deleting, unless a run has fenced it."""
+    with mock.patch.object(Lease, "has_lapsed", return_value=False):
+        yield
+
+
+@contextmanager
+def ignore_fences() -> Iterator[None]:
+    """A collection looks for no fence, and goes on while its own clock shows no suspension."""
+    with mock.patch.object(deletion_module, "_check_fence", return_value=None):
+        yield
+
+
+@contextmanager
+def ignore_lapse_and_fences() -> Iterator[None]:
+    """A collection that was suspended goes on, whoever took it for dead."""
+    with never_lapse_in_collection(), ignore_fences():
+        yield
+
+
+@contextmanager
+def mark_once() -> Iterator[None]:
+    """A collection deletes what it marked before it looked for leases a second time."""
+    real_mark = gc_module._mark
+
+    def mark(lease: Any, **options: Any) -> Any:
+        if not hasattr(lease, "first_report"):
+            lease.first_report = real_mark(lease, **options)
+        return lease.first_report
+
+    with mock.patch.object(gc_module, "_mark", mark):
+        yield
+
+
+@contextmanager
+def trust_inputs() -> Iterator[None]:
+    """What is merged is not compared with what was scanned."""
+    with mock.patch.object(PieceDigests, "check", return_value=None):
+        yield
+
+
+@contextmanager
+def take_conflicts_for_existing_objects() -> Iterator[None]:
+    """The answer 409 of a server that gave a request up counts as an object that exists."""
+    with mock.patch.object(translation_module, "_is_conflict", return_value=False):
+        yield
+
+
+@contextmanager
+def forget_own_record() -> Iterator[None]:
+    """A run whose record exists when it creates it takes it for another run's."""
+
+    class Forgetful:
+        @staticmethod
+        def create(store: Any, key: str, data: bytes) -> Stored:
+            stored = confirm_module.create(store, key, data)
+            return stored if stored.is_new else Stored(b"", False)
+
+    with mock.patch.object(run_records_module, "confirm", Forgetful):
         yield

@@ -125,3 +125,10 @@ def refer(store: Store, small: SmallBuild) -> tuple[str, int]:
 def collect(store: Store, grace: float) -> Any:
     """Collect garbage."""
     return collect_garbage(store, grace=timedelta(seconds=grace), delete=True).deleted
+
+
+def refer_and_collect(store: Store, *builds: SmallBuild) -> Any:
+    """Give the name to several builds, one after the other, and collect garbage."""
+    for small in builds:
+        refer(store, small)
+    return collect(store, 0.0)

@@ -10,7 +10,14 @@ from unittest import mock
 
 import pytest
 from models.exploration import Contents, Explorer, Program
-from models.protocol_programs import NAME, SmallBuild, collect, refer, write_build
+from models.protocol_programs import (
+    NAME,
+    SmallBuild,
+    collect,
+    refer,
+    refer_and_collect,
+    write_build,
+)
 from models.simulated_modules import simulated_modules
 
 import mmerge.manifests.maintenance.garbage_collection as gc_module
@@ -73,6 +80,7 @@ PROGRAMS: dict[str, Program] = {
     "refer to first": lambda store: refer(store, FIRST),
     "refer to second": lambda store: refer(store, SECOND),
     "gc": lambda store: collect(store, 0.0),
+    "refer to others and gc": lambda store: refer_and_collect(store, SECOND, OLD),
 }
 
 
@@ -91,7 +99,12 @@ def explore(*names: str, jumps: int) -> str | None:
     # The builds are made up, and a collection refuses manifests that no run would write.
     with mock.patch.object(gc_module, "find_manifest_damages", return_value=[]):
         fault = explorer.explore(contents, seconds=DAY)
-    assert fault is not None or explorer.num_states > 5000
+    assert fault is not None or explorer.num_states > 100
+    # Otherwise the search would be one of processes that give up, and find nothing for ever.
+    assert fault is not None or "NotFound" not in explorer.errors
+    if fault is None and "gc" in " ".join(names) and jumps:
+        assert any(key.startswith("builds/") for key in explorer.deleted)
+        assert any(key.startswith("objects/") for key in explorer.deleted)
     return fault
 
 
@@ -114,11 +127,17 @@ if FACTOR > 1:  # millions of states
     @pytest.mark.parametrize(
         ("names", "jumps"),
         [
+            (("refer to first", "refer to others and gc"), 1),
             (("first", "gc"), 2),
             (("refer to first", "refer to second", "gc"), 1),
             (("first", "second", "gc"), 0),
         ],
-        ids=["writer and collection", "late writers and collection", "writers and collection"],
+        ids=[
+            "late writer and others",
+            "writer and collection",
+            "late writers and collection",
+            "writers and collection",
+        ],
     )
     def test_no_interleaving_loses_a_build_in_a_larger_search(
         names: tuple[str, ...], jumps: int

@@ -12,7 +12,7 @@ from models.simulation import STEPS_PER_EPISODE, Episode, Fault, make_models
 from models.test_exploration import explore
 from models.tiny_builds import simulated_world
 
-SEEDS = range(12)
+SEEDS = range(60)
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,7 @@ def find_by_simulation(models: ReplayedModels) -> str:
         (mutations.replace_builds, "was replaced"),
         (mutations.commit_without_fence, "lacks"),
         (mutations.forget_shared_objects, "which a live build needs"),
+        (mutations.ignore_lapse_and_fences, "which a live build needs"),
     ],
     ids=lambda value: getattr(value, "__name__", "fault"),
 )
@@ -51,7 +52,7 @@ def test_the_simulation_finds_a_fault_that_is_put_back(
 @pytest.mark.parametrize(
     ("mutation", "names"),
     [
-        (mutations.reuse_deleted_numbers, ("refer to first", "refer to second", "gc")),
+        (mutations.reuse_deleted_numbers, ("refer to first", "refer to others and gc")),
         (mutations.commit_without_fence, ("first", "gc")),
     ],
     ids=["reuse_deleted_numbers", "commit_without_fence"],

@@ -18,8 +18,6 @@ from mmerge.manifests.stores.local import LocalStore
 
 FACTOR = int(os.environ.get("MMERGE_MODEL_FACTOR", "1"))
 """How many times as many examples are tried as in continuous integration."""
-__test__ = FACTOR > 1
-"""Only in the longer runs: too slow for every commit on a loaded machine."""
 PHASES = [Phase.generate, *([Phase.shrink] if "MMERGE_MODEL_SHRINK" in os.environ else [])]
 """Shrinking a failure takes minutes, so it is done on request only."""
 
@@ -60,7 +58,7 @@ def try_lives(models: TinyModels, kind: str, *, examples: int, folder: Path) -> 
     )
 
 
-@pytest.mark.parametrize(("kind", "examples"), [("memory", 150), ("s3", 100), ("local", 15)])
+@pytest.mark.parametrize(("kind", "examples"), [("memory", 40), ("s3", 30), ("local", 8)])
 def test_no_life_of_a_store_loses_or_changes_a_build(
     kind: str, examples: int, models: TinyModels, tmp_path: Path
 ) -> None:
@@ -70,7 +68,6 @@ def test_no_life_of_a_store_loses_or_changes_a_build(
 @pytest.mark.parametrize(
     ("mutation", "kind", "fault"),
     [
-        (mutations.trust_uploads, "s3", "lacks|missing"),
         (mutations.skip_record_checks, "memory", "was changed"),
     ],
     ids=lambda value: getattr(value, "__name__", value),
