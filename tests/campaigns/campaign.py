@@ -10,7 +10,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -18,12 +17,14 @@ from pathlib import Path
 
 import yaml
 from blake3 import blake3
+from warm_command import Command, start_warm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from conftest import Lab
 
-COMMAND = str(Path(sys.executable).parent / "mmerge")
+UNEXPECTED = "This is a fault of mmerge"
+"""Words of the message of an error that nobody thought of."""
 LONG_AGO = 20 * 60
 """Seconds by which the times of a store are set back: a lease of that age is stale."""
 SECONDS_OF_A_COMMAND = 300.0
@@ -87,16 +88,9 @@ def write_recipe(
     return path
 
 
-def start(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+def start(*arguments: str, environment: dict[str, str] | None = None) -> Command:
     """Start the command in a session of its own."""
-    return subprocess.Popen(
-        [COMMAND, *arguments],
-        env=os.environ | {"COLUMNS": "200"} | (environment or {}),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    return start_warm(*arguments, environment=environment or {})
 
 
 def call(*arguments: str, environment: dict[str, str] | None = None) -> tuple[int, str]:
@@ -104,15 +98,18 @@ def call(*arguments: str, environment: dict[str, str] | None = None) -> tuple[in
     return wait(start(*arguments, environment=environment))
 
 
-def wait(process: subprocess.Popen[str]) -> tuple[int, str]:
+def wait(command: Command) -> tuple[int, str]:
     """Return the exit code and the output of a started command; kill it if it hangs."""
-    try:
-        output, _ = process.communicate(timeout=SECONDS_OF_A_COMMAND)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        return -9, output + "\nhung"
-    return process.returncode, output
+    output = command.wait(SECONDS_OF_A_COMMAND)
+    if output is None:
+        os.killpg(command.pid, signal.SIGKILL)
+        return -9, f"{command.wait(SECONDS_OF_A_COMMAND) or ''}\nhung"
+    return command.returncode or 0, output
+
+
+def is_unexpected(code: int, output: str) -> bool:
+    """Return whether a command ended in another way than with success or an explained error."""
+    return code not in (0, 1) or UNEXPECTED in output or "Traceback" in output
 
 
 def last_line(output: str) -> str:
@@ -161,7 +158,7 @@ def check_store(campaign: Campaign, store: Path, *, where: str) -> None:
             campaign.fail(f"{where}: {key} cannot be verified: {last_line(output)}")
 
 
-def wait_for(store: Path, process: subprocess.Popen[str], seconds: float) -> None:
+def wait_for(store: Path, process: Command, seconds: float) -> None:
     """Return some time after the run has put its lease, or when it has ended."""
     end = time.monotonic() + 120
     while time.monotonic() < end and process.poll() is None:

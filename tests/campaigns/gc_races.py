@@ -23,6 +23,7 @@ from campaign import (
     call,
     check_store,
     grow_old,
+    is_unexpected,
     last_line,
     learn_truth,
     make_models,
@@ -67,7 +68,7 @@ def race(
         os.killpg(process.pid, signal.SIGCONT)
     code, output = wait(process)
     campaign.count(f"run {code}")
-    if "not an error we expected" in output or code not in (0, 1):
+    if is_unexpected(code, output):
         campaign.fail(f"{where}: {last_line(output)}")
     check_store(campaign, store, where=where)
     code, output = call("run", paths[1], "--executor", "serial")

@@ -22,6 +22,7 @@ from campaign import (
     call,
     check_store,
     grow_old,
+    is_unexpected,
     last_line,
     learn_truth,
     make_models,
@@ -64,7 +65,7 @@ def try_point(
         os.killpg(process.pid, signal.SIGCONT)
     code, output = wait(process)
     campaign.count(f"{action} {executor} {code}")
-    if "not an error we expected" in output:
+    if action != "kill" and is_unexpected(code, output):
         campaign.fail(f"{where}: {last_line(output)}")
     check_store(campaign, store, where=where)
     code, output = call("run", path, "--executor", "serial")
