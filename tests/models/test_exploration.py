@@ -20,7 +20,7 @@ from models.protocol_programs import (
 )
 from models.simulated_modules import simulated_modules
 
-import mmerge.manifests.maintenance.garbage_collection as gc_module
+import mmerge.manifests.maintenance.manifest_checks as checks_module
 from mmerge.manifests.format.references import reference_key, write_reference
 from mmerge.manifests.stores.memory import MemoryStore
 
@@ -97,7 +97,7 @@ def explore(*names: str, jumps: int) -> str | None:
     if not whole:
         contents |= FIRST.contents(0.0) | SECOND.contents(0.0)
     # The builds are made up, and a collection refuses manifests that no run would write.
-    with mock.patch.object(gc_module, "find_manifest_damages", return_value=[]):
+    with mock.patch.object(checks_module, "find_manifest_damages", return_value=[]):
         fault = explorer.explore(contents, seconds=DAY)
     assert fault is not None or explorer.num_states > 100
     # Otherwise the search would be one of processes that give up, and find nothing for ever.

@@ -20,7 +20,7 @@ from mmerge.manifests.format.manifest import (
 from mmerge.manifests.format.publish import make_table_entry
 from mmerge.manifests.format.references import list_references
 from mmerge.manifests.format.table import make_table
-from mmerge.manifests.maintenance import garbage_collection
+from mmerge.manifests.maintenance import manifest_checks
 from mmerge.manifests.maintenance.delete_build import delete_build
 from mmerge.manifests.maintenance.fenced_commit import FencedCommit, manifest_sizes
 from mmerge.manifests.maintenance.garbage_collection import GarbageReport, collect_garbage
@@ -36,7 +36,7 @@ NO_GRACE = timedelta(0)
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> ClockedStore:
     # The build of these tests has objects of three bytes, and its digest is not of its records.
-    monkeypatch.setattr(garbage_collection, "find_manifest_damages", lambda manifest: [])
+    monkeypatch.setattr(manifest_checks, "find_manifest_damages", lambda manifest: [])
     return ClockedStore()
 
 
