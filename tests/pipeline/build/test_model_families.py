@@ -108,7 +108,9 @@ def merge_naively(base: State, experts: list[State], method: str) -> tuple[State
 
 def load_strictly(model_class: Any, folder: Path) -> Any:
     """Load an export with transformers; no key may be missing, unexpected or of another shape."""
-    model, info = model_class.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    model, info = model_class.from_pretrained(
+        folder, output_loading_info=True, dtype=torch.float32, trust_remote_code=False
+    )
     problems = {key: value for key, value in info.items() if value and key != "mismatched_keys"}
     assert not problems, problems
     return model

@@ -191,7 +191,8 @@ def test_a_composite_answers_as_the_class_of_its_expert(
     mode: dict[str, Any] = {"mode": "retention", "expert": "two"} if method == "mmer" else {}
     composite = load_composite(uri, **mode)
     export(uri, tmp_path / "export", expert="two")
-    own = getattr(transformers, family.class_name).from_pretrained(tmp_path / "export").eval()
+    model_class = getattr(transformers, family.class_name)
+    own = model_class.from_pretrained(tmp_path / "export", trust_remote_code=False).eval()
     text = composite.logits([Part("ids", QUESTION)])
     check_logits(text, answer(own, QUESTION, {}))
     parts = [Part("ids", QUESTION), Part("two", "by hand"), Part("ids", END)]
