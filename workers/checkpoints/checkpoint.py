@@ -63,6 +63,12 @@ class Checkpoint:
             if isinstance(error.__cause__, NotFound):
                 refuse_gguf(self._store, where=f"{owner}: {uri}")
             raise
+        for part in (self.config, self.text_config):
+            if not isinstance(part.get("model_type") or "", str):
+                raise CheckpointError(
+                    f"{owner}: {uri}/config.json: model_type {part['model_type']!r} is no text."
+                    " Fetch the checkpoint again"
+                )
 
     @cached_property
     def tensors(self) -> dict[str, TensorSource]:

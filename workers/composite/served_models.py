@@ -98,7 +98,7 @@ def find_reason(config: Mapping[str, Any], *, is_own_encoder: bool) -> str:
 
 
 def _is_multimodal(config: Mapping[str, Any]) -> bool:
-    return config.get("model_type") in REASONS or any(
+    return str(config.get("model_type", "")) in REASONS or any(
         isinstance(config.get(key), dict) for key in _PARTS
     )
 
