@@ -140,7 +140,8 @@ class KernelCache:
 
     def save_overload(self, signature: Any, result: Any) -> None:
         """Store the compile result of a signature in place of what its file held."""
-        if result.lifted or result.library.has_dynamic_globals:
+        fields = result._asdict()
+        if fields["lifted"] or fields["library"].has_dynamic_globals:
             return  # code with addresses of this process
         key = self._make_key(signature, result.codegen)
         payload = dumps(result._reduce())
