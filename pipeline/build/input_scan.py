@@ -214,7 +214,10 @@ class _ScanTaskFactory:
         )
 
     def make_copy_scan(self, shard: CopyShard, copies: tuple[CopyTensor, ...]) -> ScanTask:
-        pieces: list[list[str | int]] = [[copy.name, copy.row_start] for copy in copies]
+        # The digests lie under the role as well: base and expert may copy one tensor of one file.
+        pieces: list[list[str | int]] = [
+            [f"{copy.role}/{copy.name}", copy.row_start] for copy in copies
+        ]
         sources = [[self._place(copy.source)] for copy in copies]
         return ScanTask(
             key=self._key(False, pieces, sources),

@@ -113,7 +113,8 @@ class Adamms(Method):
         if role is None and len(block.shape) == 2 and layer_of(block.name) is None:
             raise CheckpointError(
                 f"{block.name}: no model family knows this tensor, and AdaMMS keeps embedding and"
-                " head whole. Add a model family (docs/add-a-family.md)"
+                " head whole. If it is of an encoder or connector, list it under 'carry'; otherwise"
+                " add a model family (docs/add-a-family.md)"
             )
         is_vocabulary = role in ("embedding", "head")
         if is_vocabulary or (is_norm and parameters.norms == "target"):
