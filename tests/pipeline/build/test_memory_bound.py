@@ -24,12 +24,15 @@ def memory(key):
 
 class Measuring(SerialExecutor):
     def run(self, tasks, store_uri, follow):
-        for task in tasks:
+        waiting = list(tasks)
+        while waiting:
+            task = waiting.pop(0)
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
             before = memory("VmRSS")
             result = run_task(task, store_uri)
             growth = memory("VmHWM") - before
             found.append([type(task).__name__, task.shard, growth, task.peak_bytes])
+            waiting += follow(task, result)
             yield task, result
 
 found = []
