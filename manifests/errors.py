@@ -12,6 +12,12 @@ with what it computes, and writes again what is missing or damaged.
 """
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, its type where there is none."""
+    text = Exception.__str__(error) if isinstance(error, MmergeError) else str(error)
+    return (text.strip() or type(error).__name__).splitlines()[0]
+
+
 class MmergeError(Exception):
     """Base of all errors that the project raises deliberately; the CLI prints them in one line.
 

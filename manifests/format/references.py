@@ -23,7 +23,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from mmerge.manifests.digest import parse_json, to_canonical_json
-from mmerge.manifests.errors import ManifestError, NotFound, StoreError
+from mmerge.manifests.errors import ManifestError, NotFound, StoreError, first_line
 from mmerge.manifests.format.entry import (
     DIGEST_PATTERN,
     Record,
@@ -178,7 +178,7 @@ def _parse_reference(store: ReadableStore, name: str, number: int, data: bytes) 
             raise ValueError(f"it says that it is {reference.name}@{reference.number}")
     except (ValueError, ValidationError) as error:
         raise ManifestError(
-            f"{store.uri}: {key} is damaged ({str(error).splitlines()[0]}). 'mmerge delete"
+            f"{store.uri}: {key} is damaged ({first_line(error)}). 'mmerge delete"
             f" {store.uri}#{name}@{number} --yes' removes it; then 'mmerge run RECIPE' gives its"
             " build a new number"
         ) from error

@@ -14,7 +14,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from mmerge.manifests import limits
 from mmerge.manifests.digest import SHOWN_DIGITS, digest_bytes
-from mmerge.manifests.errors import REPAIR, ManifestError, NotFound, StoreError, StoreUnavailable
+from mmerge.manifests.errors import (
+    REPAIR,
+    ManifestError,
+    NotFound,
+    StoreError,
+    StoreUnavailable,
+    first_line,
+)
 from mmerge.manifests.format.entry import ObjectEntry, ShardEntry, TensorRow, validate_key
 from mmerge.manifests.format.manifest import TableEntry
 from mmerge.manifests.format.safetensors_header import DTYPE_BYTES
@@ -160,7 +167,7 @@ def _first_reason(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         return f"row {first['loc'][0]}, {'.'.join(map(str, first['loc'][1:]))}: {first['msg']}"
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)
 
 
 def _parse_rows(raws: list[dict[str, Any]]) -> list[StoredRow]:

@@ -61,13 +61,7 @@ def delete_build(
     if not delete:
         return _find_deletion(store, fragment, objects=objects)
     with Lease(store, "collect") as lease:
-        claims = lease.read_claims()
-        lease_keys = claims.find_live("run") + claims.find_live("collect")
-        if lease_keys:
-            raise StoreError(
-                f"{store.uri}: in use by another process ({lease_keys[0]}): nothing was deleted."
-                " Try again when it has ended"
-            )
+        claims = lease.read_idle_claims()
         announced = read_announced_keys(store, claims)
         deletion = _find_deletion(store, fragment, objects=objects, announced=announced)
         in_use = sorted(announced.intersection(deletion.keys))

@@ -139,13 +139,7 @@ def collect_garbage(
 def _mark(lease: Lease, *, grace: timedelta, keep: int, scans: bool) -> GarbageReport:
     """Return what is garbage now. Raises StoreError if another process holds a lease."""
     lease.renew()
-    claims = lease.read_claims()
-    lease_keys = claims.find_live("run") + claims.find_live("collect")
-    if lease_keys:
-        raise StoreError(
-            f"{lease.store.uri}: in use by another process ({lease_keys[0]}): nothing was deleted."
-            " Try again when it has ended"
-        )
+    claims = lease.read_idle_claims()
     listing = [listed for listed in lease.store.list_objects() if listed.key != lease.key]
     return _find_garbage(lease.store, listing, _Policy(claims.now, grace, keep, scans), claims)
 

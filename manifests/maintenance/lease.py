@@ -139,6 +139,17 @@ class Lease:
                 self.renew()
                 self.read_claims()
 
+    def read_idle_claims(self) -> Claims:
+        """Return all leases, as `read_claims` does. Raises StoreError if another one is live."""
+        claims = self.read_claims()
+        lease_keys = claims.find_live("run") + claims.find_live("collect")
+        if lease_keys:
+            raise StoreError(
+                f"{self.store.uri}: in use by another process ({lease_keys[0]}): nothing was"
+                " deleted. Try again when it has ended"
+            )
+        return claims
+
     def read_claims(self) -> Claims:
         """Return all leases and the store's time, which is that of this lease: renew it before.
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 
 from mmerge.manifests.digest import digest_bytes
-from mmerge.manifests.errors import NotFound, SignatureError
+from mmerge.manifests.errors import NotFound, SignatureError, first_line
 from mmerge.manifests.format.manifest import (
     Manifest,
     manifest_key,
@@ -332,5 +332,5 @@ def _call(function: Callable[[], None], *, what: str) -> None:
     except SignatureError:
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise SignatureError(f"{what}: {reason}") from error

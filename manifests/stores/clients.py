@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from obstore.exceptions import BaseError
 from obstore.store import from_url
 
-from mmerge.manifests.errors import StoreError
+from mmerge.manifests.errors import StoreError, first_line
 
 REQUEST_TIMEOUT_VARIABLE = "MMERGE_REQUEST_TIMEOUT"
 RETRY_TIMEOUT_VARIABLE = "MMERGE_RETRY_TIMEOUT"
@@ -95,7 +95,7 @@ def make_client(uri: str) -> Any:
         return _from_url(uri, client_options=client_options, retry_config=retry_config, **options)
     except (BaseError, ValueError) as error:
         raise StoreError(
-            f"{uri}: cannot be opened ({str(error).splitlines()[0]}). Set the credentials in the"
+            f"{uri}: cannot be opened ({first_line(error)}). Set the credentials in the"
             " environment (docs/storage.md)"
         ) from error
 

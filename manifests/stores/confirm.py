@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from mmerge.manifests.errors import AlreadyExists, NotFound, StoreUnavailable
@@ -51,9 +51,7 @@ def create(
         StoreError: the store cannot be written.
     """
     reason = "stored nothing"
-    for attempt in range(ATTEMPTS):
-        if attempt:
-            sleep(PAUSE_SECONDS * random.uniform(0.5, 1.5) * 2 ** (attempt - 1))
+    for _ in _attempts(sleep):
         is_created = True
         check()
         try:
@@ -80,9 +78,7 @@ def put(store: Store, key: str, data: bytes, *, sleep: Sleep = time.sleep) -> No
         StoreError: the store cannot be written.
     """
     reason = "stored nothing"
-    for attempt in range(ATTEMPTS):
-        if attempt:
-            sleep(PAUSE_SECONDS * random.uniform(0.5, 1.5) * 2 ** (attempt - 1))
+    for _ in _attempts(sleep):
         store.put(key, data)
         stored = _read_twice(store, key, expected=data)
         if stored == data:
@@ -90,6 +86,14 @@ def put(store: Store, key: str, data: bytes, *, sleep: Sleep = time.sleep) -> No
         if stored is not None:
             reason = "stored other bytes than it was sent"
     raise _unconfirmed(store, key, reason)
+
+
+def _attempts(sleep: Sleep) -> Iterator[int]:
+    """Yield the number of each attempt, after a pause that doubles from the second one on."""
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            sleep(PAUSE_SECONDS * random.uniform(0.5, 1.5) * 2 ** (attempt - 1))
+        yield attempt
 
 
 def _read_twice(store: Store, key: str, *, expected: bytes) -> bytes | None:

@@ -15,7 +15,7 @@ import secrets
 from concurrent.futures import ThreadPoolExecutor
 
 from mmerge.manifests.digest import digest_json, parse_json, to_canonical_json
-from mmerge.manifests.errors import AlreadyExists, NotFound, StoreError
+from mmerge.manifests.errors import AlreadyExists, NotFound, StoreError, first_line
 from mmerge.manifests.stores.base import Store
 
 NUM_WRITERS = 8
@@ -57,7 +57,7 @@ def _check_writable(store: Store) -> None:
     try:
         store.put(key, b"ok")
     except StoreError as error:
-        reason = Exception.__str__(error).splitlines()[0]
+        reason = first_line(error)
         raise type(error)(
             f"{store.uri}: cannot be written ({reason}). Choose another 'output' or grant write"
             " access"

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import yaml
 
 from mmerge.manifests.digest import SHOWN_DIGITS, digest_json
-from mmerge.manifests.errors import MmergeError, RecipeError
+from mmerge.manifests.errors import MmergeError, RecipeError, first_line
 from mmerge.pipeline.recipes.parsing import read_recipe, read_recipe_mapping
 from mmerge.pipeline.recipes.recipe import Recipe
 
@@ -131,7 +131,7 @@ class Jobs:
             self._client: Any = JobSubmissionClient(self.address)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise MmergeError(
-                f"{self.address}: no dashboard answers ({_first_line(error)}). Give its address:"
+                f"{self.address}: no dashboard answers ({first_line(error)}). Give its address:"
                 " --address http://HEAD:8265"
             ) from error
 
@@ -147,8 +147,7 @@ class Jobs:
             job = _to_job(self._client.get_job_info(job_id))
         except RuntimeError as error:
             raise MmergeError(
-                f"{self.address}: no job {job_id!r} ({_first_line(error)}). 'mmerge jobs' lists"
-                " them"
+                f"{self.address}: no job {job_id!r} ({first_line(error)}). 'mmerge jobs' lists them"
             ) from error
         if job is None:
             raise MmergeError(f"{self.address}: job {job_id!r} builds no composite")
@@ -228,7 +227,7 @@ class Jobs:
                         time.sleep(1)  # the cluster was started moments ago
                         continue
                     raise MmergeError(
-                        f"{self.address}: the job was refused ({_first_line(error)})"
+                        f"{self.address}: the job was refused ({first_line(error)})"
                     ) from error
 
     def follow(self, job_id: str, write: Callable[[str], None]) -> Job:
@@ -313,7 +312,3 @@ def _to_job(info: Any) -> Job | None:
         exit_code=info.driver_exit_code,
         message=re.sub(r"\s+", " ", info.message or ""),
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

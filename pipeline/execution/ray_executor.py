@@ -16,7 +16,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from mmerge.manifests.errors import AlreadyExists, MmergeError, NotFound, StoreError
+from mmerge.manifests.errors import AlreadyExists, MmergeError, NotFound, StoreError, first_line
 from mmerge.pipeline.execution.cluster import Attempt, Event, Resources
 from mmerge.pipeline.execution.executor import Executor, ExecutorOptions
 from mmerge.pipeline.execution.scheduler import (
@@ -102,7 +102,7 @@ class RayExecutor(Executor):
                     )
             except (ConnectionError, RuntimeError, ValueError, OSError) as error:
                 where = self.address or "a local Ray"
-                first = str(error).strip().splitlines()[0]
+                first = first_line(error)
                 raise MmergeError(
                     f"{where}: cannot be reached ({first}). Check --address, or run with --executor"
                     " serial"
@@ -359,7 +359,7 @@ def _fits(node: dict[str, Any], resources: Resources) -> bool:
 def _to_event(attempt: Attempt, error: Exception, exceptions: Any) -> Event:
     """Return the event for an error: `failed` for the task's own fault, otherwise `lost`."""
     if isinstance(error, exceptions.OutOfMemoryError):
-        return Event(attempt, "lost", error=MmergeError(_first_line(error)), out_of_memory=True)
+        return Event(attempt, "lost", error=MmergeError(first_line(error)), out_of_memory=True)
     if isinstance(error, exceptions.RayTaskError):
         cause = error.cause
         if (
@@ -376,12 +376,8 @@ def _to_event(attempt: Attempt, error: Exception, exceptions: Any) -> Event:
             error=MmergeError(f"shard {attempt.task.shard}: {type(cause).__name__}: {cause}"),
         )
     if isinstance(error, exceptions.RayError):
-        return Event(attempt, "lost", error=MmergeError(_first_line(error)))
+        return Event(attempt, "lost", error=MmergeError(first_line(error)))
     return Event(attempt, "failed", error=error)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def open_ray(options: ExecutorOptions) -> RayExecutor:

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from typing_extensions import override
 
 from mmerge.manifests.digest import parse_json, to_canonical_json
-from mmerge.manifests.errors import ManifestError, MmergeError, NotFound, StoreError
+from mmerge.manifests.errors import ManifestError, MmergeError, NotFound, StoreError, first_line
 from mmerge.manifests.stores import confirm
 from mmerge.manifests.stores.base import Store
 from mmerge.pipeline.monitoring.progress import Progress
@@ -138,7 +138,7 @@ def read_status(store: Store, name: str, number: int) -> RunStatus:
         return RunStatus.model_validate(parse_json(raw, what=_status_key(name, number)))
     except (ValueError, ValidationError) as error:
         raise ManifestError(
-            f"{store.uri}: {_status_key(name, number)} is damaged ({str(error).splitlines()[0]})."
+            f"{store.uri}: {_status_key(name, number)} is damaged ({first_line(error)})."
             " 'mmerge run RECIPE' (without --exclusive) begins a new record"
         ) from error
 

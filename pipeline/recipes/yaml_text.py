@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from mmerge.manifests import limits
-from mmerge.manifests.errors import RecipeError
+from mmerge.manifests.errors import RecipeError, first_line
 
 _AMBIGUOUS = {
     "tag:yaml.org,2002:int": (
@@ -138,7 +138,7 @@ def parse_yaml(text: str, *, where: str) -> object:
             " allow"
         ) from None
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise RecipeError(f"{where}: is not valid YAML ({reason})") from None
     finally:
         if loader is not None:

@@ -15,7 +15,7 @@ import torch
 from typing_extensions import override
 
 from mmerge.manifests import limits
-from mmerge.manifests.errors import CheckpointError, MmergeError
+from mmerge.manifests.errors import CheckpointError, MmergeError, first_line
 from mmerge.manifests.format.safetensors_header import TensorSpec
 from mmerge.manifests.stores.base import ReadableStore
 from mmerge.workers.checkpoints.dtypes import SAFETENSORS_DTYPES
@@ -48,7 +48,7 @@ def read_pickled_specs(store: ReadableStore, file: str, *, where: str) -> dict[s
     except MmergeError:
         raise
     except Exception as error:  # damaged pickles and archives raise anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise CheckpointError(
             f"{where}: cannot be read as a file of tensors ({reason[:200]}). {_REMEDY}"
         ) from error

@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from mmerge.manifests.errors import CheckpointError, MmergeError
+from mmerge.manifests.errors import CheckpointError, MmergeError, first_line
 
 
 def find_text_class(text: Any, *, owner: str) -> Any:
@@ -44,7 +44,7 @@ def make_meta_model(text: Any, *, dtype: torch.dtype, owner: str) -> Any:
     except MmergeError:
         raise
     except Exception as error:  # model code of transformers raises anything on odd configurations
-        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        reason = first_line(error)
         raise CheckpointError(
             f"{owner}: transformers {transformers.__version__} cannot make a {text.model_type}"
             f" model of its config.json ({type(error).__name__}: {reason}). Compare it with the"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from mmerge.manifests.errors import PlacementError, RankLost
+from mmerge.manifests.errors import PlacementError, RankLost, first_line
 
 DEFAULT_TIMEOUT_S = 120.0
 """Seconds that a rank waits for the others before it gives up."""
@@ -146,7 +146,7 @@ class TorchProcessGroup(ProcessGroup):
         try:
             collective()
         except RuntimeError as error:  # torch raises nothing narrower for a lost peer
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise RankLost(
                 f"rank {self.rank} of {self.num_ranks}: another rank of this composite ended or did"
                 f" not answer ({reason}). Its own message says why; start all ranks again"
@@ -209,7 +209,7 @@ def open_process_group(
             "nccl" if is_cuda else "gloo", timeout=timedelta(seconds=timeout_s)
         )
     except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise RankLost(
             f"rank {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')}: the others did not"
             f" connect ({reason}). Start all ranks again"

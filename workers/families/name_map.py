@@ -16,7 +16,7 @@ from functools import lru_cache
 from itertools import takewhile
 from typing import Any
 
-from mmerge.manifests.errors import CheckpointError
+from mmerge.manifests.errors import CheckpointError, first_line
 from mmerge.manifests.format.tensor_names import move_layer, split_layer
 
 HEAD_WEIGHT = "head.weight"
@@ -172,7 +172,7 @@ def _read_model_names(config_json: str) -> _ModelNames:
     except UnknownClass:
         raise
     except Exception as error:  # model code of transformers raises anything on odd configurations
-        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        reason = first_line(error)
         raise UnknownClass(
             f"transformers {transformers.__version__} cannot make"
             f" {(raw.get('architectures') or ['a model'])[0]} of config.json"

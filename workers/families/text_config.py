@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from mmerge.manifests.errors import CheckpointError
+from mmerge.manifests.errors import CheckpointError, first_line
 from mmerge.workers.families.registry import text_config_of
 
 _CACHED_CONFIGS = 64
@@ -45,7 +45,7 @@ def _resolve(config_json: str) -> Mapping[str, Any]:
             config = config_class.from_dict(_without_null_sizes(raw))
         values = _read_values(config)
     except Exception as error:  # classes of transformers raise anything on odd values
-        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        reason = first_line(error)
         raise CheckpointError(
             f"transformers cannot read a configuration of model type {raw['model_type']!r}"
             f" ({type(error).__name__}: {reason}). Compare it with the checkpoint's original"

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmerge.manifests import limits
-from mmerge.manifests.errors import PromptError
+from mmerge.manifests.errors import PromptError, first_line
 from mmerge.manifests.regular_file import describe_os_error, open_regular_file
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
@@ -182,4 +182,4 @@ def describe_error(error: BaseException) -> str:
     """Return the first line of an error's message, its type where it has none."""
     if isinstance(error, OSError):
         return describe_os_error(error).splitlines()[0]
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)

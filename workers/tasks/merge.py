@@ -9,7 +9,7 @@ import torch
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from mmerge.manifests.errors import CheckpointError, RecipeError
+from mmerge.manifests.errors import CheckpointError, RecipeError, first_line
 from mmerge.manifests.format.entry import TensorRow, TensorStatistics
 from mmerge.manifests.format.object_header import (
     delta_name,
@@ -201,7 +201,7 @@ class _TensorMerger:
         try:
             return self.method.merge_block(block, self.parameters, self.experts)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise CheckpointError(
                 f"{self.facts.name}: the decomposition of its task vectors does not converge in"
                 f" {self.method.name} ({reason}). Check the inputs for NaN, Inf and extreme values,"
