@@ -6,20 +6,17 @@ pip install --target /tmp/pyarrow --no-deps pyarrow==25.0.1
 
 from __future__ import annotations
 
-import argparse
 import random
-import shutil
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 from campaign import (
     Campaign,
     check_store,
     last_line,
     learn_truth,
-    make_models,
+    make_parser,
+    open_campaign,
     start,
     wait,
     write_recipe,
@@ -30,14 +27,11 @@ def race(
     campaign: Campaign, recipe: dict[str, object], other_packages: str, generator: random.Random
 ) -> None:
     """Let two builders build one recipe, one of them later by a moment."""
-    store = campaign.folder / "store"
-    shutil.rmtree(store, ignore_errors=True)
-    campaign.meanings.clear()
+    store = campaign.begin_point()
     path = str(write_recipe(campaign, recipe, store))
     other = {"PYTHONPATH": other_packages} if other_packages else {}
     environments: list[dict[str, str]] = [{}, other]
     generator.shuffle(environments)
-    campaign.num_points += 1
     processes = []
     for environment in environments:
         fresh = ["--fresh"] if generator.random() < 0.2 else []
@@ -55,14 +49,10 @@ def race(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--races", type=int, default=50)
+    parser = make_parser(__doc__, count="--races", default=50)
     parser.add_argument("--other-packages", default="")
-    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        campaign = Campaign("builder races", Path(folder))
-        recipe = make_models(campaign.folder / "models")
+    with open_campaign("builder races") as (campaign, recipe):
         learn_truth(campaign, recipe)
         generator = random.Random(options.seed)
         for _ in range(options.races):

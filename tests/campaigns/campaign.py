@@ -5,13 +5,17 @@ Campaigns try random moments for minutes or hours. They are no part of the suite
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
 import shutil
 import signal
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,6 +48,14 @@ class Campaign:
     meanings: dict[tuple[str, str], str] = field(default_factory=dict)
     """Build by store and reference key; it never changes while the store exists."""
 
+    def begin_point(self) -> Path:
+        """Count a new point; return the folder of its store, which does not exist."""
+        store = self.folder / "store"
+        shutil.rmtree(store, ignore_errors=True)
+        self.meanings.clear()
+        self.num_points += 1
+        return store
+
     def count(self, outcome: str) -> None:
         self.counts[outcome] = self.counts.get(outcome, 0) + 1
 
@@ -58,6 +70,22 @@ class Campaign:
             f"{self.name}: {self.num_points} points, {len(self.faults)} faults ({counts})"
         )
         return 1 if self.faults else 0
+
+
+@contextmanager
+def open_campaign(name: str) -> Iterator[tuple[Campaign, dict[str, object]]]:
+    """Yield a campaign in a folder that is deleted at the end, and a recipe."""
+    with tempfile.TemporaryDirectory() as folder:
+        campaign = Campaign(name, Path(folder))
+        yield campaign, make_models(campaign.folder / "models")
+
+
+def make_parser(description: str | None, *, count: str, default: int) -> argparse.ArgumentParser:
+    """Return a parser of the options that every campaign has: how many points, and the seed."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(count, type=int, default=default)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
 
 
 def make_models(folder: Path, *, hidden: int = 128, layers: int = 3) -> dict[str, object]:
@@ -156,6 +184,36 @@ def check_store(campaign: Campaign, store: Path, *, where: str) -> None:
         code, output = call("verify", f"{store}#{path.parent.name}@{int(path.stem)}")
         if code:
             campaign.fail(f"{where}: {key} cannot be verified: {last_line(output)}")
+
+
+def stop(process: Command) -> bool:
+    """Suspend all processes of a command; return whether it was still running."""
+    try:
+        os.killpg(process.pid, signal.SIGSTOP)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def let_go_on(process: Command) -> None:
+    """Wake a suspended command."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGCONT)
+
+
+def collect(campaign: Campaign, store: Path, generator: random.Random) -> None:
+    """Delete garbage, with or without a grace period."""
+    code, _ = call("gc", str(store), "--delete", "--grace", generator.choice(("0s", "10m")))
+    campaign.count(f"gc {code}")
+
+
+def check_continued(campaign: Campaign, store: Path, recipe: str, *, where: str) -> None:
+    """Check a store, run a recipe in it to the end, and check it again."""
+    check_store(campaign, store, where=where)
+    code, output = call("run", recipe, "--executor", "serial")
+    if code:
+        campaign.fail(f"{where}: the run cannot go on: {last_line(output)}")
+    check_store(campaign, store, where=f"{where}, continued")
 
 
 def wait_for(store: Path, process: Command, seconds: float) -> None:

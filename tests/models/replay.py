@@ -7,20 +7,15 @@ calls that a worker makes.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
 from dataclasses import replace
 
 from models.clockwork import Clock, current_process
 from models.simulated_store import World
-from models.tiny_builds import TinyModels, tell
+from models.tiny_builds import InlineExecutor, TinyModels, tell
 
-from mmerge.manifests.errors import MmergeError
 from mmerge.manifests.format.entry import object_key, read_entry, write_entry
 from mmerge.manifests.stores.open import open_store
 from mmerge.pipeline.build.run import RunReport, run
-from mmerge.pipeline.execution.executor import Executor
-from mmerge.pipeline.execution.scheduler import Follow, Outcomes, nothing_follows
 from mmerge.pipeline.monitoring.run_records import RunRecord, begin_run
 from mmerge.pipeline.planning.plan import MergePlan, make_plan
 from mmerge.pipeline.recipes.parsing import parse_recipe
@@ -28,30 +23,13 @@ from mmerge.workers.task import CopyTask, MergeTask, Task, TaskResult
 from mmerge.workers.tasks.run import run_task
 
 
-class ReplayingExecutor(Executor):
+class ReplayingExecutor(InlineExecutor):
     """Runs each distinct task once, and then replays what it wrote."""
 
     def __init__(self) -> None:
         self._recorded: dict[str, tuple[dict[str, bytes], TaskResult]] = {}
 
-    def run(
-        self, tasks: Sequence[Task], store_uri: str, follow: Follow = nothing_follows
-    ) -> Outcomes:
-        waiting = deque(tasks)
-        while waiting:
-            task = waiting.popleft()
-            try:
-                outcome: TaskResult | Exception = self._replay(task, store_uri)
-            except MmergeError as error:
-                outcome = error
-            if isinstance(outcome, TaskResult):
-                waiting.extendleft(reversed(follow(task, outcome)))
-            yield task, outcome
-
-    def close(self) -> None:
-        return None
-
-    def _replay(self, task: Task, store_uri: str) -> TaskResult:
+    def run_one(self, task: Task, store_uri: str) -> TaskResult:
         contents, result = self._record(task)
         store = open_store(store_uri)
         if not isinstance(task, MergeTask | CopyTask):

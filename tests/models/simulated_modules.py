@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from concurrent.futures import ThreadPoolExecutor as RealPool
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, tzinfo
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -208,12 +208,7 @@ class InlinePool:
     def __enter__(self) -> InlinePool:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *details: object) -> None:
         pass
 
     def map(self, function: Callable[..., Any], *iterables: Iterable[Any]) -> Iterator[Any]:

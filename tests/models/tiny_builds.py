@@ -56,12 +56,15 @@ class InlineExecutor(Executor):
         while waiting:
             task = waiting.popleft()
             try:
-                outcome: TaskResult | Exception = run_task(task, store_uri)
+                outcome: TaskResult | Exception = self.run_one(task, store_uri)
             except MmergeError as error:
                 outcome = error
             if isinstance(outcome, TaskResult):
                 waiting.extendleft(reversed(follow(task, outcome)))
             yield task, outcome
+
+    def run_one(self, task: Task, store_uri: str) -> TaskResult:
+        return run_task(task, store_uri)
 
     def close(self) -> None:
         return None

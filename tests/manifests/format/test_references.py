@@ -8,9 +8,9 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from lost_answers import lose_answers
 
 from mmerge.manifests.errors import (
-    AlreadyExists,
     ManifestError,
     NotFound,
     StoreError,
@@ -139,13 +139,7 @@ def test_a_number_stays_where_its_mark_cannot_be_kept(
 def test_a_reference_whose_answer_was_lost_is_this_writers_own(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put_new = store.put_new
-
-    def lose_answer(key: str, data: bytes) -> None:
-        put_new(key, data)
-        raise AlreadyExists(key)
-
-    monkeypatch.setattr(store, "put_new", lose_answer)
+    lose_answers(store, monkeypatch)
     reference, is_new = write_reference(store, "omni", BUILDS[0], **FACTS)
     assert (reference.number, is_new) == (1, True)
 

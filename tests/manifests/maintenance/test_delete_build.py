@@ -19,7 +19,6 @@ from mmerge.manifests.stores.base import Store
 from mmerge.manifests.stores.open import open_store
 from mmerge.pipeline import make_plan, read_recipe, run, verify
 from mmerge.pipeline.build.run import RunReport
-from mmerge.pipeline.cli.main import main
 
 Build = Callable[..., RunReport]
 
@@ -37,17 +36,6 @@ def build(lab: Any) -> Build:
 @pytest.fixture
 def store(lab: Any) -> Store:
     return open_store(str(lab.folder / "store"), create=True)
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    def call(*arguments: str) -> tuple[int, str]:
-        with pytest.raises(SystemExit) as caught:
-            main(list(arguments))
-        captured = capsys.readouterr()
-        return int(caught.value.code or 0), captured.out + captured.err
-
-    return call
 
 
 def test_a_dry_run_deletes_nothing(build: Build, store: Store) -> None:

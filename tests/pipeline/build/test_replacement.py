@@ -27,7 +27,6 @@ from mmerge.manifests.stores.open import open_store
 from mmerge.pipeline import make_plan, read_recipe, run, verify
 from mmerge.pipeline.build import commit
 from mmerge.pipeline.build.run import RunReport
-from mmerge.pipeline.cli.main import main
 from mmerge.workers.tasks import merge as merge_task
 
 Build = Callable[..., RunReport]
@@ -87,17 +86,6 @@ def build(lab: Any, raw: dict[str, Any]) -> Build:
 @pytest.fixture
 def folder(lab: Any) -> Path:
     return Path(lab.folder) / "store"
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    def call(*arguments: str) -> tuple[int, str]:
-        with pytest.raises(SystemExit) as caught:
-            main(list(arguments))
-        captured = capsys.readouterr()
-        return int(caught.value.code or 0), captured.out + captured.err
-
-    return call
 
 
 def test_the_table_lies_under_its_own_digest(build: Build, folder: Path) -> None:

@@ -10,8 +10,8 @@ import threading
 from typing import Any
 
 import pytest
+from lost_answers import lose_answers
 
-from mmerge.manifests.errors import AlreadyExists
 from mmerge.manifests.stores.base import Store
 from mmerge.manifests.stores.open import open_store
 from mmerge.pipeline.build.simulation import Rates, to_rates
@@ -60,13 +60,7 @@ def test_a_dead_run_is_replaced_after_its_expiry(store: Store) -> None:
 def test_a_run_recognises_its_record_though_the_answer_was_lost(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put_new = store.put_new
-
-    def lose_answer(key: str, data: bytes) -> None:
-        put_new(key, data)
-        raise AlreadyExists(key)
-
-    monkeypatch.setattr(store, "put_new", lose_answer)
+    lose_answers(store, monkeypatch)
     for number in (1, 2):
         assert begin_run(store, "omni", exclusive=False).number == number
     assert list_runs(store, "omni") == [1, 2]
