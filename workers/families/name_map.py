@@ -18,6 +18,7 @@ from typing import Any
 
 from mmerge.manifests.errors import CheckpointError, first_line
 from mmerge.manifests.format.tensor_names import move_layer, split_layer
+from mmerge.workers.families.model_config import to_loadable_config
 
 HEAD_WEIGHT = "head.weight"
 """Canonical name of the language-model head."""
@@ -169,8 +170,8 @@ def _read_model_names(config_json: str) -> _ModelNames:
             base_model_prefix=model.base_model_prefix,
             unshared_layers=frozenset(getattr(text, "cross_attention_layers", None) or ()),
         )
-    except UnknownClass:
-        raise
+    except CheckpointError as error:
+        raise UnknownClass(Exception.__str__(error)) from error
     except Exception as error:  # model code of transformers raises anything on odd configurations
         reason = first_line(error)
         raise UnknownClass(
@@ -192,7 +193,7 @@ def get_transforms(model: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 
 
 def _make_meta_model(raw: dict[str, Any]) -> Any:
-    """Return the model of a config.json on the meta device. Raises UnknownClass."""
+    """Return the model of a config.json on the meta device. Raises CheckpointError."""
     import torch
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -208,7 +209,7 @@ def _make_meta_model(raw: dict[str, Any]) -> Any:
             f"transformers {transformers.__version__} has no model class {names[0]!r}"
             " (config.json, 'architectures')"
         )
-    config = CONFIG_MAPPING[model_type].from_dict(raw)
+    config = CONFIG_MAPPING[model_type].from_dict(to_loadable_config(raw, where="config.json"))
     with torch.device("meta"):
         return model_class(config)
 

@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from mmerge.manifests.errors import CheckpointError, first_line
+from mmerge.workers.families.model_config import to_loadable_config
 from mmerge.workers.families.registry import text_config_of
 
 _CACHED_CONFIGS = 64
@@ -25,7 +26,7 @@ def resolve_text_config(config: Mapping[str, Any]) -> dict[str, Any]:
         config: the checkpoint's config.json.
 
     Raises:
-        CheckpointError: transformers refuses the configuration.
+        CheckpointError: transformers refuses the configuration, or must not be given it.
     """
     return dict(_resolve(json.dumps(config, sort_keys=True)))
 
@@ -38,6 +39,7 @@ def _resolve(config_json: str) -> Mapping[str, Any]:
     if raw.get("model_type") not in CONFIG_MAPPING:
         return {key: value for key, value in text_config_of(raw).items() if value is not None}
     config_class = CONFIG_MAPPING[raw["model_type"]]
+    raw = to_loadable_config(raw, where="config.json")
     try:
         try:
             config = config_class.from_dict(raw)

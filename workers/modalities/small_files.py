@@ -7,7 +7,7 @@ repository, kernels of the Hub, sizes of any magnitude, regular expressions of a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ from mmerge.manifests import limits
 from mmerge.manifests.digest import parse_json
 from mmerge.manifests.errors import CheckpointError
 from mmerge.workers.checkpoints.pattern_checks import find_costly_part
+from mmerge.workers.families.model_config import (
+    CODE_KEY,
+    to_loadable_config,
+    walk_json,
+    without_code,
+)
 from mmerge.workers.families.registry import parse_config
 
-_CODE_KEY = "auto_map"
-"""Names Python files that replace the classes of transformers; they are never run."""
-_KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
-_LAYER_KEYS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "depths")
 _PROCESSOR_FILES = (
     "processor_config.json",
     "preprocessor_config.json",
@@ -42,31 +44,7 @@ def read_config(data: bytes, *, owner: str) -> dict[str, Any]:
         raw = parse_config(data, where=where)
     except ValueError as error:
         raise CheckpointError(f"{error}. Fetch the checkpoint again") from error
-    for key, value in _walk(raw):
-        if key in _KERNEL_KEYS:
-            _check_kernel(key, value, where=where)
-        elif key in _LAYER_KEYS or key.endswith("_layers"):
-            _check_layers(key, value, where=where)
-    plain: dict[str, Any] = _without_code(raw)
-    return plain
-
-
-def _check_kernel(key: str, value: Any, *, where: str) -> None:
-    """Raise CheckpointError for an attention that transformers would download as code."""
-    names = list(value.values()) if isinstance(value, dict) else [value]
-    for name in names:
-        if name is not None and not (isinstance(name, str) and name.isidentifier()):
-            raise CheckpointError(
-                f"{where}: {key} {name!r} names code outside transformers, which is not run. Remove"
-                " the key"
-            )
-
-
-def _check_layers(key: str, value: Any, *, where: str) -> None:
-    counts = value if isinstance(value, list) else [value]
-    for count in counts:
-        if isinstance(count, int):
-            limits.ENCODER_LAYERS.check(count, where=f"{where}: {key}", error=CheckpointError)
+    return to_loadable_config(raw, where=where)
 
 
 def to_loadable_files(files: Mapping[str, bytes], *, owner: str) -> dict[str, bytes]:
@@ -90,14 +68,14 @@ def to_loadable_files(files: Mapping[str, bytes], *, owner: str) -> dict[str, by
             _check_processor(value, where=where)
         if name == "tokenizer.json":
             _check_patterns(value, where=where)
-        has_code = any(key == _CODE_KEY for key, _ in _walk(value))
-        loadable[name] = json.dumps(_without_code(value)).encode() if has_code else data
+        has_code = any(key == CODE_KEY for key, _ in walk_json(value))
+        loadable[name] = json.dumps(without_code(value)).encode() if has_code else data
     return loadable
 
 
 def _check_processor(value: Any, *, where: str) -> None:
     """Raise CheckpointError for sizes whose images, or samples, do not fit into memory."""
-    for key, item in _walk(value):
+    for key, item in walk_json(value):
         if isinstance(item, (int, float)) and not isinstance(item, bool):
             limits.PROCESSOR_NUMBER.check(item, where=f"{where}: {key}", error=CheckpointError)
         if key in _SIZE_KEYS:
@@ -120,7 +98,7 @@ def _check_size(item: Any, *, where: str) -> None:
 
 
 def _check_patterns(value: Any, *, where: str) -> None:
-    for key, pattern in _walk(value):
+    for key, pattern in walk_json(value):
         if key != "Regex" or not isinstance(pattern, str):
             continue
         limits.PATTERN_CHARACTERS.check(
@@ -132,26 +110,6 @@ def _check_patterns(value: Any, *, where: str) -> None:
                 f"{where}: the regular expression {pattern!r} repeats {costly!r}, which itself"
                 " repeats or branches: a short text could take years. Rewrite it without nesting"
             )
-
-
-def _walk(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield every key of nested JSON objects, with its value."""
-    stack = [value]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, dict):
-            yield from item.items()
-            stack += [part for part in item.values() if isinstance(part, (dict, list))]
-        elif isinstance(item, list):
-            stack += [part for part in item if isinstance(part, (dict, list))]
-
-
-def _without_code(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_code(item) for key, item in value.items() if key != _CODE_KEY}
-    if isinstance(value, list):
-        return [_without_code(item) for item in value]
-    return value
 
 
 def write_files(files: Mapping[str, bytes], folder: Path) -> None:

@@ -50,6 +50,28 @@ def test_two_tensors_of_one_parameter_are_an_error() -> None:
         _ = map_names(config, twice).stored
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_no_class_is_made_with_an_attention_kernel_of_the_hub(
+    key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+    monkeypatch.setattr(
+        "transformers.integrations.hub_kernels.load_and_register_attn_kernel",
+        lambda name, *_: loaded.append(name),
+    )
+    config = LLAMA | {key: "kernels-community/evil"}
+    with pytest.raises(UnknownClass, match=f"{key} 'kernels-community/evil' names code outside"):
+        map_names(config, ["model.norm.weight"])
+    with pytest.raises(CheckpointError, match="names code outside transformers"):
+        resolve_text_config(config)
+    assert loaded == []
+
+
+def test_no_class_of_a_billion_layers_is_made() -> None:
+    with pytest.raises(UnknownClass, match="num_hidden_layers"):
+        map_names(LLAMA | {"num_hidden_layers": 10**9}, [])
+
+
 def test_unknown_classes_are_named() -> None:
     with pytest.raises(UnknownClass, match="does not know model type 'llava_llama'"):
         map_names({"model_type": "llava_llama"}, [])
