@@ -20,6 +20,7 @@ from mmerge.workers.checkpoints.lora_adapter import AdapterFolder, is_adapter, o
 from mmerge.workers.checkpoints.quantization import describe_quantization
 from mmerge.workers.checkpoints.sources import TensorSource
 from mmerge.workers.checkpoints.tokenizer import read_vocabulary
+from mmerge.workers.families.model_config import to_architecture
 
 _SHOWN = 50
 """Differences listed of one kind; the others are counted."""
@@ -121,7 +122,9 @@ def inspect_checkpoint(uri: str, *, base: str | None = None) -> Inspection:
     return Inspection(
         uri=uri,
         model_type=str(checkpoint.config.get("model_type", "")),
-        architecture=str((checkpoint.config.get("architectures") or [""])[0]),
+        architecture=to_architecture(
+            checkpoint.config.get("architectures"), where=f"{uri}/config.json"
+        ),
         files=checkpoint.identity,
         num_tensors=len(tensors),
         num_bytes=sum(source.spec.num_bytes for source in tensors.values()),

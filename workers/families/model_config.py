@@ -33,6 +33,42 @@ def to_loadable_config(raw: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     return plain
 
 
+def to_architecture(architectures: Any, *, where: str) -> str:
+    """Return the first of the `architectures` of a configuration, empty for none.
+
+    Raises:
+        CheckpointError: they are no list of names; the message begins with `where`.
+    """
+    names = architectures or [""]
+    if not isinstance(names, (list, tuple)) or not isinstance(names[0], str):
+        raise CheckpointError(
+            f"{where}, 'architectures': expected a list with the name of a model class, got"
+            f" {architectures!r}"
+        )
+    return names[0]
+
+
+def find_model_class(name: str, *, where: str) -> Any:
+    """Return the model class of transformers of a name.
+
+    Raises:
+        CheckpointError: there is none, or it is no class of models; the message begins with
+            `where`.
+    """
+    import transformers
+
+    model_class: Any = getattr(transformers, name, None)
+    is_model = isinstance(model_class, type) and issubclass(
+        model_class, transformers.PreTrainedModel
+    )
+    if is_model and model_class.config_class is not None:  # the base class of all models has none
+        return model_class
+    raise CheckpointError(
+        f"{where}, 'architectures': transformers {transformers.__version__} has no model class"
+        f" {name!r}"
+    )
+
+
 def _check_kernel(key: str, value: Any, *, where: str) -> None:
     """Raise CheckpointError for an attention that transformers would download as code."""
     names = list(value.values()) if isinstance(value, dict) else [value]

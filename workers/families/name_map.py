@@ -18,7 +18,11 @@ from typing import Any
 
 from mmerge.manifests.errors import CheckpointError, first_line
 from mmerge.manifests.format.tensor_names import move_layer, split_layer
-from mmerge.workers.families.model_config import to_loadable_config
+from mmerge.workers.families.model_config import (
+    find_model_class,
+    to_architecture,
+    to_loadable_config,
+)
 
 HEAD_WEIGHT = "head.weight"
 """Canonical name of the language-model head."""
@@ -176,7 +180,7 @@ def _read_model_names(config_json: str) -> _ModelNames:
         reason = first_line(error)
         raise UnknownClass(
             f"transformers {transformers.__version__} cannot make"
-            f" {(raw.get('architectures') or ['a model'])[0]} of config.json"
+            f" {to_architecture(raw.get('architectures'), where='config.json')} of config.json"
             f" ({type(error).__name__}: {reason})"
         ) from error
 
@@ -198,18 +202,15 @@ def _make_meta_model(raw: dict[str, Any]) -> Any:
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    model_type, names = raw.get("model_type"), raw.get("architectures") or [None]
+    model_type = raw.get("model_type")
     if model_type not in CONFIG_MAPPING:
         raise UnknownClass(
             f"transformers {transformers.__version__} does not know model type {model_type!r}"
         )
-    model_class = getattr(transformers, str(names[0]), None)
-    if not isinstance(model_class, type):
-        raise UnknownClass(
-            f"transformers {transformers.__version__} has no model class {names[0]!r}"
-            " (config.json, 'architectures')"
-        )
-    config = CONFIG_MAPPING[model_type].from_dict(to_loadable_config(raw, where="config.json"))
+    where = "config.json"
+    name = to_architecture(raw.get("architectures"), where=where)
+    model_class = find_model_class(name, where=where)
+    config = CONFIG_MAPPING[model_type].from_dict(to_loadable_config(raw, where=where))
     with torch.device("meta"):
         return model_class(config)
 

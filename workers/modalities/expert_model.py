@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mmerge.manifests.errors import CheckpointError
+from mmerge.workers.families.model_config import find_model_class, to_architecture
 from mmerge.workers.modalities.image_files import describe_error
 from mmerge.workers.modalities.small_files import read_config
 
@@ -56,8 +56,9 @@ def make_model(
         CheckpointError: the class is unknown, there are unexpected weights, or weights are missing
             for which `may_lack` is false.
     """
-    name = _to_architecture(config.architectures, owner=owner)
-    model_class = _find_class(name, owner=owner)
+    where = f"{owner}: config.json"
+    name = to_architecture(config.architectures, where=where)
+    model_class = find_model_class(name, where=where)
     _check_size(model_class, config, state, owner=owner)
     verbosity = transformers.logging.get_verbosity()
     has_bars = transformers.logging.is_progress_bar_enabled()
@@ -116,27 +117,3 @@ def _check_size(
             f"{owner}: its config.json describes a {model_class.__name__} of {described:,} weights,"
             f" its files hold {stored:,}. Compare it with the checkpoint's original"
         )
-
-
-def _to_architecture(architectures: Any, *, owner: str) -> str:
-    """Return the first of the `architectures` of a config.json, empty for none."""
-    names = architectures or [""]
-    if not isinstance(names, (list, tuple)) or not isinstance(names[0], str):
-        raise CheckpointError(
-            f"{owner}: config.json, 'architectures': expected a list with the name of a model"
-            f" class, got {architectures!r}"
-        )
-    return names[0]
-
-
-def _find_class(name: str, *, owner: str) -> Any:
-    model_class: Any = getattr(transformers, name, None)
-    is_model = inspect.isclass(model_class) and issubclass(
-        model_class, transformers.PreTrainedModel
-    )
-    if is_model and model_class.config_class is not None:  # the base class of all models has none
-        return model_class
-    raise CheckpointError(
-        f"{owner}: transformers {transformers.__version__} has no model class {name!r}"
-        " (config.json, 'architectures')"
-    )

@@ -77,6 +77,11 @@ def test_unknown_classes_are_named() -> None:
         map_names({"model_type": "llava_llama"}, [])
     with pytest.raises(UnknownClass, match="no model class 'Nothing'"):
         map_names(LLAMA | {"architectures": ["Nothing"]}, [])
+    with pytest.raises(UnknownClass, match="no model class 'Trainer'"):
+        map_names(LLAMA | {"architectures": ["Trainer"]}, [])
+    for architectures in (5, {"first": "LlamaForCausalLM"}, "LlamaForCausalLM", [5]):
+        with pytest.raises(UnknownClass, match="expected a list with the name of a model class"):
+            map_names(LLAMA | {"architectures": architectures}, [])
     with pytest.raises(UnknownClass, match="cannot make LlamaForCausalLM"):
         map_names(LLAMA | {"num_attention_heads": 0}, [])
 
