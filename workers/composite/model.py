@@ -365,8 +365,6 @@ class Composite:
                 raise
         return embedded
 
-    _pad = staticmethod(pad_prompts)
-
     @contextmanager
     def _seeded(self, seed: int | None, *, samples: bool) -> Iterator[None]:
         """Draw the same random numbers on all ranks; restore the generator's state afterwards.

@@ -17,6 +17,7 @@ from architectures import ARCHITECTURES, EXPERTS, Naive, build_adapters, build_m
 
 from mmerge.manifests.errors import PromptError
 from mmerge.pipeline import Composite, Part, load_composite
+from mmerge.workers.composite.prompt_batch import pad_prompts
 from mmerge.workers.composite.routed_linear import RoutedLinear
 
 HIDDEN = 32
@@ -144,7 +145,7 @@ def pad(
     tokens of padding before it.
     """
     embedded = [composite.embed(prompt) for prompt in prompts]
-    embeds, ids, mask = composite._pad(embedded)
+    embeds, ids, mask = pad_prompts(embedded)
     grow = torch.nn.functional.pad
     return (
         grow(embeds, (0, 0, num_padding, 0)),
