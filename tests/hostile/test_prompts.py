@@ -392,6 +392,10 @@ def test_a_hostile_question_is_refused(text: str, composite_loaded: Any, refuse:
         {"seed": 1.5, "do_sample": True},
         {"max_new_tokens": 2.5},
         {"tempreature": 1.0},
+        {"do_sample": "false"},
+        {"early_stopping": "sometimes"},
+        {"max_time": 10**400},
+        {"top_k": 5.0, "do_sample": True},
     ],
 )
 def test_an_option_that_routing_cannot_follow_is_refused_by_name(
@@ -431,6 +435,7 @@ def test_an_option_that_routing_cannot_follow_is_refused_by_name(
         Part("text", "\ud800"),
         Part("ids", [10**9]),
         Part("ids", [-1]),
+        Part("ids", [True]),
     ],
 )
 def test_a_hostile_part_of_a_prompt_is_refused(part: Part, composite_loaded: Any) -> None:

@@ -8,7 +8,6 @@ and they would be ignored or answer wrongly.
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
@@ -18,6 +17,8 @@ from mmerge.manifests.errors import PromptError
 _MAX_SEED = (1 << 64) - 1
 _MAX_BEAMS = 64
 _FLAGS = ("do_sample", "early_stopping", "renormalize_logits", "remove_invalid_values")
+_NEVER = "never"
+"""The value of `early_stopping` that is no flag."""
 _NUMBERS: Mapping[str, tuple[float, float]] = {
     "temperature": (1e-4, 1e4),
     "top_p": (1e-6, 1.0),
@@ -76,7 +77,8 @@ def check_options(options: Mapping[str, Any]) -> None:
             )
         if value is None:
             continue
-        if name in _FLAGS and not isinstance(value, (bool, str)):
+        is_never = name == "early_stopping" and value == _NEVER
+        if name in _FLAGS and not isinstance(value, bool) and not is_never:
             raise PromptError(f"{name}: expected true or false, got {value!r}")
         if name in _NUMBERS:
             _check_range(name, value, Real, _NUMBERS[name])
@@ -87,8 +89,9 @@ def check_options(options: Mapping[str, Any]) -> None:
 def _check_range(name: str, value: Any, kind: type, bounds: tuple[float, float]) -> None:
     lowest, highest = bounds
     is_number = isinstance(value, kind) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not lowest <= value <= highest:
-        raise PromptError(f"{name}: expected {lowest:g} to {highest:g}, got {value!r}")
+    if not is_number or not lowest <= value <= highest:  # NaN is in no range
+        noun = "a whole number" if kind is Integral else "a number"
+        raise PromptError(f"{name}: expected {noun} from {lowest:,} to {highest:,}, got {value!r}")
 
 
 def _check_seed(seed: Any) -> None:

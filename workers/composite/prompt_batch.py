@@ -39,7 +39,8 @@ def to_tokens(part: Part, tokenizer: Any, *, num_tokens: int) -> Sequence[int]:
     else:
         ids = part.value
     for token in ids:
-        if not isinstance(token, Integral) or not 0 <= int(token) < num_tokens:
+        is_id = isinstance(token, Integral) and not isinstance(token, bool)
+        if not is_id or not 0 <= int(token) < num_tokens:
             raise PromptError(f"ids: expected token ids from 0 to {num_tokens - 1}, got {token!r}")
     return ids
 
