@@ -64,9 +64,10 @@ class Checkpoint:
                 refuse_gguf(self._store, where=f"{owner}: {uri}")
             raise
         for part in (self.config, self.text_config):
-            if not isinstance(part.get("model_type") or "", str):
+            model_type = part.get("model_type")
+            if model_type is not None and not isinstance(model_type, str):
                 raise CheckpointError(
-                    f"{owner}: {uri}/config.json: model_type {part['model_type']!r} is no text."
+                    f"{owner}: {uri}/config.json: model_type {model_type!r} is no text."
                     " Fetch the checkpoint again"
                 )
 

@@ -232,7 +232,9 @@ def test_a_model_whose_configuration_has_infinity_is_built_read_and_exported(lab
     assert Checkpoint(str(folder), owner="base").config["time_step_limit"][1] == float("inf")
 
 
-@pytest.mark.parametrize("config", [{"model_type": ["llama"]}, {"text_config": {"model_type": 1}}])
+@pytest.mark.parametrize(
+    "config", [{"model_type": ["llama"]}, {"model_type": []}, {"text_config": {"model_type": 1}}]
+)
 def test_a_model_type_that_is_no_text_is_refused(lab: Any, config: dict[str, Any]) -> None:
     folder = lab.make_base()
     (folder / "config.json").write_text(json.dumps(config))
