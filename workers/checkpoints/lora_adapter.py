@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -148,16 +149,17 @@ class AdapterFolder:
 
     def _scale(self, module: str, adapter: str, *, rank: int, where: str) -> float:
         config = self.checkpoint.configs.get(adapter, self.checkpoint.config)
-        alpha = self._patterns.find(config, "alpha_pattern", module=module) or config.get(
-            "lora_alpha"
+        alpha = self._patterns.find(
+            config, "alpha_pattern", module=module, default=config.get("lora_alpha")
         )
-        expected = self._patterns.find(config, "rank_pattern", module=module) or config.get(
-            "r", config.get("lora_r")
+        expected = self._patterns.find(
+            config, "rank_pattern", module=module, default=config.get("r", config.get("lora_r"))
         )
-        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
+        is_number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+        if not is_number or not abs(alpha) <= sys.float_info.max:
             raise CheckpointError(
-                f"{where}: the configuration has no lora_alpha, so the scale alpha/rank is unknown."
-                f" Add it to {CONFIG_FILE}"
+                f"{where}: the configuration has no lora_alpha that is a number ({alpha!r}), so the"
+                f" scale alpha/rank is unknown. Set it in {CONFIG_FILE}"
             )
         if expected is not None and expected != rank:
             raise CheckpointError(

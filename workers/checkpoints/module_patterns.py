@@ -28,8 +28,8 @@ class ModulePatterns:
         self._where = where
         self._remaining_seconds = MATCH_SECONDS
 
-    def find(self, config: Mapping[str, Any], key: str, *, module: str) -> Any:
-        """Return the value of the first pattern under `key` that matches a module, None if none.
+    def find(self, config: Mapping[str, Any], key: str, *, module: str, default: Any) -> Any:
+        """Return the value of the first pattern under `key` that matches a module, else `default`.
 
         A pattern matches a module's path, or its end after a dot, as in PEFT; one that is no
         regular expression matches nothing.
@@ -39,13 +39,13 @@ class ModulePatterns:
         """
         patterns = config.get(key)
         if not isinstance(patterns, dict):
-            return None
+            return default
         where = f"{self._where}: {key}"
         limits.PATTERNS.check(len(patterns), where=where, error=CheckpointError)
         for pattern, value in patterns.items():
             if self._matches(pattern, module, where=where):
                 return value
-        return None
+        return default
 
     def _matches(self, pattern: str, module: str, *, where: str) -> bool:
         limits.PATTERN_CHARACTERS.check(len(pattern), where=where, error=CheckpointError)

@@ -122,12 +122,13 @@ def test_patterns_give_a_linear_its_own_rank_and_alpha(lab: Any, raw: dict[str, 
         rank=2,
         r=4,
         rank_pattern={"q_proj|k_proj|gate_proj|down_proj": 2},
-        alpha_pattern={"mlp.gate_proj": 32},
+        alpha_pattern={"mlp.gate_proj": 32, "q_proj": 0},
     )
     reader = build(lab, raw | {"experts": experts("one")})
     for name, scale in (
         ("model.layers.0.mlp.gate_proj.weight", 16.0),
         ("model.layers.1.mlp.down_proj.weight", 4.0),
+        ("model.layers.0.self_attn.q_proj.weight", 0.0),
     ):
         torch.testing.assert_close(
             text_weight(reader, name),
@@ -308,6 +309,7 @@ def test_the_command_line_writes_an_adapter_and_says_what_it_lacks(
         ({"peft_type": "IA3"}, {}, CheckpointError, "IA3"),
         ({"r": 16}, {}, CheckpointError, "says rank 16, the factors have 4"),
         ({"lora_alpha": None}, {}, CheckpointError, "no lora_alpha"),
+        ({"lora_alpha": float("inf")}, {}, CheckpointError, "no lora_alpha that is a number"),
         (
             {},
             {f"{PREFIX}model.embed_tokens.lora_embedding_A": torch.zeros(2, 40)},

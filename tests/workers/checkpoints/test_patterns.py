@@ -69,7 +69,7 @@ def test_patterns_of_real_tokenizers_and_adapters_pass(pattern: str) -> None:
     ],
 )
 def test_a_pattern_matches_as_in_peft(pattern: str, matches: bool) -> None:
-    value = ModulePatterns(where="x").find({"k": {pattern: 4}}, "k", module=MODULE)
+    value = ModulePatterns(where="x").find({"k": {pattern: 4}}, "k", module=MODULE, default=None)
     assert (value == 4) == matches
     if pattern != "(":
         assert bool(re.match(rf"(.*\.)?({pattern})$", MODULE)) == matches
@@ -85,7 +85,7 @@ def test_a_pattern_matches_as_in_peft(pattern: str, matches: bool) -> None:
 )
 def test_costly_patterns_of_an_adapter_are_refused(patterns: dict[str, int], reason: str) -> None:
     with pytest.raises(CheckpointError, match=reason):
-        ModulePatterns(where="x").find({"k": patterns}, "k", module=MODULE)
+        ModulePatterns(where="x").find({"k": patterns}, "k", module=MODULE, default=None)
 
 
 def test_patterns_that_are_slow_all_the_same_run_out_of_time(
@@ -95,5 +95,5 @@ def test_patterns_that_are_slow_all_the_same_run_out_of_time(
     patterns = {".*[ab]" * 8 + "[xy]" * (index + 1): 1 for index in range(20)}
     began = time.monotonic()
     with pytest.raises(CheckpointError, match=r"take more than 0\.01 s"):
-        ModulePatterns(where="x").find({"k": patterns}, "k", module="a" * 900 + "z")
+        ModulePatterns(where="x").find({"k": patterns}, "k", module="a" * 900 + "z", default=None)
     assert time.monotonic() - began < 20
