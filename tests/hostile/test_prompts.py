@@ -211,6 +211,11 @@ MEDIA: dict[str, tuple[str, Maker, str]] = {
     "npy of 10^10": ("point", lambda p: make_npy(p, (10**9, 10)), "at most 33,554,432"),
     "npy of 10^18": ("point", lambda p: make_npy(p, (10**18,)), "at most 33,554,432"),
     "npy of 10^5000": ("point", lambda p: make_npy(p, (10**4000,)), ""),
+    "npy without data": (
+        "point",
+        lambda p: make_npy(p, (10**7,)),
+        "40,000,000 bytes, the file has 0",
+    ),
     "npy of a negative size": ("point", lambda p: make_npy(p, (-1, 3)), "negative size"),
     "npy of text as size": ("point", lambda p: make_npy(p, ("a",)), "cannot be read as features"),
     "npy of Python objects": ("point", lambda p: make_npy(p, (1,), dtype="|O"), "Object arrays"),
@@ -224,11 +229,11 @@ MEDIA: dict[str, tuple[str, Maker, str]] = {
         lambda p: make_npy(p, (1,), dtype="<M8[s]", data=bytes(8)),
         "no numbers",
     ),
-    "npy of a lie": ("point", lambda p: make_npy(p, (9, WIDTH)), "the file does not have them"),
+    "npy of a lie": ("point", lambda p: make_npy(p, (9, WIDTH)), " bytes, the file has "),
     "npy that is longer": (
         "point",
         lambda p: make_npy(p, (1, WIDTH), data=bytes(4 * WIDTH + 1)),
-        "the file does not have them",
+        " bytes, the file has ",
     ),
     "npy nested deep": (
         "point",

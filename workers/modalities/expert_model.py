@@ -83,16 +83,15 @@ def make_model(
         transformers.logging.set_verbosity(verbosity)
         if has_bars:
             transformers.logging.enable_progress_bar()
-    missing = sorted(key for key in info["missing_keys"] if not may_lack(key))
-    if missing or info["unexpected_keys"] or info["mismatched_keys"]:
-        first = (
-            missing[:1]
-            or sorted(info["unexpected_keys"])[:1]
-            or sorted(map(str, info["mismatched_keys"]))[:1]
-        )
+    misfits = [
+        *sorted(key for key in info["missing_keys"] if not may_lack(key)),
+        *sorted(info["unexpected_keys"]),
+        *sorted(map(str, info["mismatched_keys"])),
+    ]
+    if misfits:
         raise CheckpointError(
             f"{owner}: its tensors do not fit {name} of transformers {transformers.__version__}:"
-            f" {first[0]} and {len(missing) + len(info['unexpected_keys']) - 1} more"
+            f" {misfits[0]} and {len(misfits) - 1} more"
         )
     return model.eval()
 

@@ -111,7 +111,7 @@ def _open_image(value: Any, *, label: str, what: str, remedy: str) -> Iterator[A
     if limits.IMAGE_PIXELS.value > (Image.MAX_IMAGE_PIXELS or 0):
         Image.MAX_IMAGE_PIXELS = limits.IMAGE_PIXELS.value  # the user raised the limit
     try:
-        with _open_file(value) as file:
+        with _open_file(value, what=what) as file:
             _check_file(file, label=label)
             with warnings.catch_warnings():
                 # Pillow warns of sizes that are refused right after.
@@ -124,10 +124,6 @@ def _open_image(value: Any, *, label: str, what: str, remedy: str) -> Iterator[A
         raise
     except FileNotFoundError:
         raise PromptError(f"{label}: no such {what.split()[-1]} file") from None
-    except (AttributeError, TypeError) as error:
-        raise PromptError(
-            f"{what} was given as {type(value).__name__}; give a path or a PIL image"
-        ) from error
     except Image.DecompressionBombError as error:
         raise PromptError(
             f"{label}: {error} At most {limits.IMAGE_PIXELS.value:,} pixels are read. Set"
@@ -142,13 +138,17 @@ def _open_image(value: Any, *, label: str, what: str, remedy: str) -> Iterator[A
         ) from error
 
 
-def _open_file(value: Any) -> Any:
-    """Return a context of the binary file to read: `value` itself if it is one."""
+def _open_file(value: Any, *, what: str) -> Any:
+    """Return a context of the binary file to read: `value` itself if it is one.
+
+    Raises:
+        PromptError: it is neither a path nor a file.
+    """
     if isinstance(value, (str, Path)):
         return open_regular_file(value)
     if hasattr(value, "read"):
         return nullcontext(value)
-    raise TypeError(type(value).__name__)
+    raise PromptError(f"{what} was given as {type(value).__name__}; give a path or a PIL image")
 
 
 def _check_file(file: BinaryIO, *, label: str) -> None:

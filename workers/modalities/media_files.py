@@ -69,10 +69,10 @@ def _parse_array(file: BinaryIO, *, label: str) -> NDArray[Any]:
     num_entries = math.prod(shape)
     limits.ARRAY_ENTRIES.check(num_entries, where=label, error=PromptError)
     expected = num_entries * dtype.itemsize
-    data = bytearray(expected)
-    num_read = file.readinto(data)  # type: ignore[attr-defined]
-    if num_read != expected or file.read(1):
-        raise ValueError(f"its shape {shape} takes {expected:,} bytes, the file does not have them")
+    num_bytes = os.fstat(file.fileno()).st_size - file.tell()
+    if num_bytes != expected:
+        raise ValueError(f"its shape {shape} takes {expected:,} bytes, the file has {num_bytes:,}")
+    data = bytearray(file.read(expected))
     values = np.frombuffer(data, dtype)
     return values.reshape(shape, order="F" if is_fortran else "C")
 

@@ -229,6 +229,20 @@ def test_an_array_file_without_numbers_is_refused(
         read_array(tmp_path / "nowhere.npy", what="features", remedy="")
 
 
+def test_a_decoder_that_fails_on_a_path_is_not_said_to_need_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise TypeError("unsupported operand")
+
+    (tmp_path / "a.png").write_bytes(b"x")
+    monkeypatch.setattr("PIL.Image.open", fail)
+    with pytest.raises(PromptError, match=r"a\.png: cannot be read as an image \(unsupported"):
+        read_image(tmp_path / "a.png")
+    with pytest.raises(PromptError, match="an image was given as int; give a path"):
+        read_image(7)
+
+
 def test_a_video_without_frames_is_refused() -> None:
     with pytest.raises(PromptError, match="no frames"):
         read_video(np.zeros((0, 4, 4, 3), np.uint8))
