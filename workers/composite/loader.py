@@ -11,8 +11,9 @@ import torch
 from mmerge.manifests.errors import CheckpointError, ManifestError, PlacementError
 from mmerge.manifests.format.manifest import FileEntry, read_file
 from mmerge.workers.composite.language_model import LanguageModelLoader, LoadRequest
+from mmerge.workers.composite.load_report import LoadReport
 from mmerge.workers.composite.meta_model import find_text_class
-from mmerge.workers.composite.model import Composite, LoadReport
+from mmerge.workers.composite.model import Composite
 from mmerge.workers.composite.placement import Placement
 from mmerge.workers.composite.prefetch import (
     RANK_WINDOW_BYTES,

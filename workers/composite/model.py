@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from threading import Event, RLock, Thread
+from contextlib import AbstractContextManager, contextmanager
+from threading import RLock
 from typing import Any, Literal, get_args
 
 import torch
-from transformers import TextIteratorStreamer
 
 from mmerge.manifests.errors import PromptError
 from mmerge.manifests.format.manifest import Manifest
+from mmerge.workers.composite.answer_stream import Receiver, TokenRelay, stream_text
 from mmerge.workers.composite.generation_options import check_options, check_request
+from mmerge.workers.composite.load_report import LoadReport
 from mmerge.workers.composite.process_group import ProcessGroup
 from mmerge.workers.composite.prompt_batch import check_finite, pad_prompts, to_tokens
 from mmerge.workers.composite.routing import TEXT, Routing
@@ -21,25 +21,11 @@ from mmerge.workers.modalities.encoders import Encoder
 from mmerge.workers.modalities.prompt import Part, check_places, make_prompt
 
 Cache = Literal["dynamic", "static"]
+_OWN_OPTIONS = ("cache", "seed")
+"""Options of generation that are not transformers' own."""
 
 _random_turn = RLock()
 """Held while a composite draws random numbers: torch's generator is shared by the process."""
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What one rank read from the store, how long its load took, and the memory of its process."""
-
-    rank: int
-    bytes_read: int
-    seconds: float
-    start_bytes: int = 0
-    """Resident memory before the first weight was read: Python, torch, transformers, kernels.
-
-    0 where the system does not say.
-    """
-    peak_bytes: int = 0
-    """Peak of the resident memory until the model was loaded (VmHWM)."""
 
 
 class Composite:
@@ -80,6 +66,11 @@ class Composite:
     def mode(self) -> str:
         """`retention` or `expansion`."""
         return "retention" if self.expert else "expansion"
+
+    @property
+    def turn(self) -> AbstractContextManager[Any]:
+        """A lock to hold from `embed` to `generate_rows`; other calls take it by themselves."""
+        return self._routing.turn
 
     @property
     def device(self) -> torch.device:
@@ -209,7 +200,11 @@ class Composite:
         check_options(options)
         with self._routing.turn:
             tokens = self._generate(
-                prompts, max_new_tokens=max_new_tokens, cache=cache, seed=seed, **options
+                self._embed_all(prompts),
+                max_new_tokens=max_new_tokens,
+                cache=cache,
+                seed=seed,
+                **options,
             )
             answers = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [str(answer).strip() for answer in answers]
@@ -222,40 +217,50 @@ class Composite:
         Options and errors as of `generate_batch`, without beams. Closing the iterator ends the
         generation; on several ranks it runs to its end, since all ranks take every step.
         """
-        check_options(
-            {key: value for key, value in options.items() if key not in ("cache", "seed")}
+
+        def generate(receive: Receiver) -> None:
+            with self.turn:
+                self.generate_rows(
+                    [self.embed(parts)], [receive], max_new_tokens=max_new_tokens, **options
+                )
+
+        return stream_text(generate, tokenizer=self.tokenizer)
+
+    @torch.inference_mode()
+    def generate_rows(
+        self,
+        embedded: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        receivers: Sequence[Receiver],
+        *,
+        max_new_tokens: int = 64,
+        **options: Any,
+    ) -> None:
+        """Generate an answer to each prompt and hand its tokens over, one by one.
+
+        Args:
+            embedded: what `embed` returned for each prompt.
+            receivers: one per prompt, called with each token of its answer in turn, the end token
+                included. A prompt's answer ends when its receiver returns False; on several ranks
+                it goes on, unheard, since all ranks take every step.
+            max_new_tokens: length of the longest answer.
+            options: as of `generate_batch`, without beams.
+
+        Raises:
+            PromptError: an option is not honoured, or a prompt is too long for the model with its
+                answer.
+        """
+        check_options({key: value for key, value in options.items() if key not in _OWN_OPTIONS})
+        if (options.get("num_beams") or 1) > 1:
+            raise PromptError(
+                "num_beams: an answer of several beams is known at its end only, it cannot be"
+                " streamed. Leave it out, or ask without streaming"
+            )
+        end = options.get("eos_token_id", self.tokenizer.eos_token_id)
+        relay = TokenRelay(receivers, end_tokens=end, can_stop=self.group.num_ranks == 1)
+        criteria = [*options.pop("stopping_criteria", ()), relay]
+        self._generate(
+            embedded, max_new_tokens=max_new_tokens, stopping_criteria=criteria, **options
         )
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=False, skip_special_tokens=True)
-        failures: list[BaseException] = []
-        is_closed = Event()
-        if self.group.num_ranks == 1:
-
-            def stop(tokens: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-                return torch.full((len(tokens),), is_closed.is_set(), device=tokens.device)
-
-            options["stopping_criteria"] = [*options.get("stopping_criteria", ()), stop]
-
-        def run() -> None:
-            try:
-                with torch.inference_mode():
-                    self._generate(
-                        [parts], max_new_tokens=max_new_tokens, streamer=streamer, **options
-                    )
-            except BaseException as error:  # noqa: BLE001 - raised again by the consumer
-                failures.append(error)
-                streamer.end()
-
-        thread = Thread(target=run, name="mmerge-generate", daemon=True)
-        thread.start()
-        try:
-            for piece in streamer:
-                if piece:
-                    yield str(piece)
-        finally:
-            is_closed.set()
-            thread.join()
-        if failures:
-            raise failures[0]
 
     @torch.inference_mode()
     def generate_tokens(
@@ -267,7 +272,8 @@ class Composite:
             PromptError: see `generate_batch`.
         """
         end = self.tokenizer.eos_token_id
-        rows = self._generate(prompts, max_new_tokens=max_new_tokens).tolist()
+        with self.turn:
+            rows = self._generate(self._embed_all(prompts), max_new_tokens=max_new_tokens).tolist()
         return [row[: row.index(end) + 1] if end in row else row for row in rows]
 
     @torch.inference_mode()
@@ -322,14 +328,14 @@ class Composite:
 
     def _generate(
         self,
-        prompts: Sequence[Sequence[Part]],
+        embedded: Sequence[tuple[torch.Tensor, torch.Tensor]],
         *,
         max_new_tokens: int,
         cache: Cache = "dynamic",
         seed: int | None = None,
         **options: Any,
     ) -> torch.Tensor:
-        if not prompts:
+        if not embedded:
             raise PromptError("no prompt was given")
         if cache not in get_args(Cache):
             raise PromptError(f"expected a cache of {get_args(Cache)}, got {cache!r}")
@@ -341,7 +347,7 @@ class Composite:
             settings["cache_implementation"] = "static"
         samples = bool(settings["do_sample"])
         with self._routing.turn:
-            embeds, ids, mask = pad_prompts(self._embed_all(prompts))
+            embeds, ids, mask = pad_prompts(embedded)
             self._check_length(ids.shape[1], max_new_tokens)
             with self._routing.prefill(ids), self._seeded(seed, samples=samples):
                 tokens: torch.Tensor = self.language_model.generate(

@@ -193,7 +193,7 @@ def test_beams_and_several_answers_route_every_row_of_the_prompt(
     uri, naive = family.find("llama", "masks")
     composite = load_composite(uri)
     made = composite._generate(
-        [PROMPTS[0], PROMPTS[1]],
+        [composite.embed(prompt) for prompt in PROMPTS[:2]],
         max_new_tokens=1,
         min_new_tokens=1,
         output_logits=True,
