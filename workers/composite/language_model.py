@@ -30,7 +30,7 @@ from mmerge.workers.composite.shard_exchange import assign_ranks, scatter_item
 from mmerge.workers.composite.tensor_parallel import TensorParallelPlan
 from mmerge.workers.composite.weight_items import Item, ItemReader
 from mmerge.workers.modalities.expert_model import make_model
-from mmerge.workers.reconstruction.build_reader import BuildReader
+from mmerge.workers.reconstruction.language_reader import LanguageReader
 
 Tensors = Prefetcher[dict[str, torch.Tensor]]
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
@@ -41,7 +41,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 class LoadRequest:
     """Arguments of one load, checked."""
 
-    reader: BuildReader
+    reader: LanguageReader
     expert: str | None
     device: torch.device
     """Of this process, where the placement names none."""

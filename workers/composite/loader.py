@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, get_args
 
 import torch
@@ -32,11 +32,11 @@ from mmerge.workers.composite.routed_linear import Policy
 from mmerge.workers.composite.routing import Routing
 from mmerge.workers.composite.served_models import refuse_unserved
 from mmerge.workers.composite.shard_exchange import assign_ranks
-from mmerge.workers.modalities.encoders import Encoder, load_encoder
+from mmerge.workers.modalities.encoders import Encoder, load_base_encoders, load_encoder
 from mmerge.workers.modalities.expert_model import make_config
 from mmerge.workers.modalities.processor_encoder import load_tokenizer
-from mmerge.workers.reconstruction.build_reader import BuildReader
 from mmerge.workers.reconstruction.expert_only import refuse_unshared
+from mmerge.workers.reconstruction.language_reader import LanguageReader
 from mmerge.workers.reconstruction.masked_weights import load_kernel
 from mmerge.workers.runtime.host_memory import resident_bytes
 
@@ -89,7 +89,7 @@ def load_composite(
         devices |= {stage.device for stage in placement.stages}
     for name in sorted(devices):
         check_device(name)
-    reader = BuildReader(uri)
+    reader = LanguageReader(uri)
     if mode == "retention":
         if expert is None:
             raise ManifestError(
@@ -175,6 +175,7 @@ def _load(request: LoadRequest) -> Composite:
             name: _load_encoder(request, name, source=rank, hidden_size=hidden_size)
             for name, rank in encoder_ranks.items()
         }
+        encoders |= _load_base_encoders(request, files)
         loader.fill(model, tensors)
     loader.connect(model)
     report = LoadReport(
@@ -196,7 +197,7 @@ def _load(request: LoadRequest) -> Composite:
     )
 
 
-def _read_files(reader: BuildReader, entries: tuple[FileEntry, ...]) -> dict[str, bytes]:
+def _read_files(reader: LanguageReader, entries: tuple[FileEntry, ...]) -> dict[str, bytes]:
     return {entry.name: read_file(reader.store, entry) for entry in entries}
 
 
@@ -213,10 +214,7 @@ def _assign_encoders(request: LoadRequest) -> tuple[dict[str, int], list[int]]:
     """Return the rank that holds each expert's encoder, and the bytes each rank reads for them."""
     reader, num_ranks = request.reader, request.group.num_ranks
     names = [request.expert] if request.expert else reader.expert_names
-    sizes = [
-        sum(reader.stored_bytes(key, "carried", name) for key in reader.names("carried", name))
-        for name in names
-    ]
+    sizes = [reader.encoder_bytes(name) for name in names]
     owners = assign_ranks(sizes, num_ranks=num_ranks)
     loads = [0] * num_ranks
     for owner, size in zip(owners, sizes, strict=True):
@@ -233,7 +231,7 @@ def _load_encoder(request: LoadRequest, name: str, *, source: int, hidden_size: 
         encoder = load_encoder(
             request.reader,
             name,
-            files=_read_files(request.reader, record.files),
+            files=_read_files(request.reader, request.reader.encoder_files(name)),
             hidden_size=hidden_size,
             dtype=request.dtype,
             device=device,
@@ -248,4 +246,13 @@ def _load_encoder(request: LoadRequest, name: str, *, source: int, hidden_size: 
         source=source,
         dtype=request.dtype,
         device=device,
+    )
+
+
+def _load_base_encoders(request: LoadRequest, files: Mapping[str, bytes]) -> dict[str, Encoder]:
+    """Return the encoders of a multimodal base that no expert replaces; every rank has its own."""
+    if request.expert:
+        return {}
+    return load_base_encoders(
+        request.reader, files=files, dtype=request.dtype, device=request.devices[0]
     )

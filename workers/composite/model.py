@@ -146,7 +146,8 @@ class Composite:
                 name = self.find_expert(part.kind)
                 embedded = self.encoders[name].encode(part).to(self.device)
                 check_finite(embedded, part, expert=name)
-                modality = names.index(name)
+                # The encoder of a multimodal base is no expert's: its tokens have text's weights.
+                modality = names.index(name) if name in names else TEXT
             embeds.append(embedded)
             ids.append(torch.full((len(embedded),), modality, dtype=torch.long, device=self.device))
         if not embeds or not sum(map(len, ids)):

@@ -18,7 +18,7 @@ from mmerge.workers.composite.shard_exchange import assign_ranks, part_shape
 from mmerge.workers.composite.tensor_parallel import TensorParallelPlan
 from mmerge.workers.composite.weight_items import Item, ItemReader
 from mmerge.workers.modalities.expert_model import make_config
-from mmerge.workers.reconstruction.build_reader import BuildReader
+from mmerge.workers.reconstruction.language_reader import LanguageReader
 
 RESERVE_BYTES = 1_000_000_000
 """Reserve of a GPU, see `DeviceMemory.reserve`."""
@@ -58,7 +58,7 @@ def plan_placement(
             divided so.
     """
     planner = _Planner(
-        BuildReader(uri), expert=expert, dtype=dtype, policy=policy, context=context, batch=batch
+        LanguageReader(uri), expert=expert, dtype=dtype, policy=policy, context=context, batch=batch
     )
     placement = planner.plan(devices, by=by, device_type=device_type)
     if not placement.fits:
@@ -69,7 +69,7 @@ def plan_placement(
 class _Planner:
     def __init__(
         self,
-        reader: BuildReader,
+        reader: LanguageReader,
         *,
         expert: str | None,
         dtype: torch.dtype | None,
@@ -228,10 +228,7 @@ class _Planner:
         """
         reader = self.reader
         names = [self.expert] if self.expert else reader.expert_names
-        stored = [
-            sum(reader.stored_bytes(key, "carried", name) for key in reader.names("carried", name))
-            for name in names
-        ]
+        stored = [reader.encoder_bytes(name) for name in names]
         embedding = self.embedding.fields[0]
         totals = [0] * num_ranks
         ranks = assign_ranks(stored, num_ranks=num_ranks)
@@ -356,7 +353,7 @@ def _fill_devices(
     return bounds if start == num_layers else None
 
 
-def _read_text_config(reader: BuildReader, expert: str | None) -> Any:
+def _read_text_config(reader: LanguageReader, expert: str | None) -> Any:
     record = reader.manifest.to_expert(expert) if expert else reader.manifest.base
     owner = f"expert {expert!r}" if expert else "base"
     entry = next((file for file in record.files if file.name == "config.json"), None)

@@ -12,10 +12,10 @@ from typing import Any
 
 from mmerge.manifests.errors import CheckpointError
 from mmerge.manifests.format.manifest import FileEntry, read_file
-from mmerge.workers.families.registry import TEXT_CONFIG_KEYS
+from mmerge.workers.families.registry import is_multimodal_config
 from mmerge.workers.modalities.encoders import has_registered_encoder
 from mmerge.workers.modalities.small_files import read_config
-from mmerge.workers.reconstruction.build_reader import BuildReader
+from mmerge.workers.reconstruction.language_reader import LanguageReader
 
 SERVED = {
     *("llava", "llava_next", "llava_next_video", "llava_onevision", "video_llava"),
@@ -48,22 +48,22 @@ REASONS = {
 }
 """What a composite leaves out of a model type."""
 _UNPROVED = "what its class gives its decoder besides embeddings has not been compared yet"
-_PARTS = (*TEXT_CONFIG_KEYS, "thinker_config", "vision_config", "audio_config")
 
 
-def refuse_unserved(reader: BuildReader, expert: str | None) -> None:
+def refuse_unserved(reader: LanguageReader, expert: str | None) -> None:
     """Raise CheckpointError where a composite would not answer as an expert's own class does.
 
     Args:
         reader: the build.
         expert: the one whose weights are loaded; None for all of them.
     """
-    base = _read_config(reader, reader.manifest.base.files, owner="base")
-    if _is_multimodal(base):
+    base = reader.base_config
+    reason = find_reason(base, is_own_encoder=True)
+    if reason:
         raise CheckpointError(
-            f"{reader.uri}: the base is a multimodal model ({base.get('model_type')!r}), and"
-            " composites are loaded over plain language models only. Write an ordinary checkpoint"
-            " with 'mmerge export' and load it with transformers"
+            f"{reader.uri}: the base is of type {base['model_type']!r}: {reason}, and a composite"
+            " hands its decoder embeddings alone, so it would answer wrongly. Write an ordinary"
+            f" checkpoint, mmerge export {reader.uri} --to DIR, and load it with transformers"
         )
     for name in [expert] if expert else reader.expert_names:
         record = reader.manifest.to_expert(name)
@@ -89,7 +89,7 @@ def find_reason(config: Mapping[str, Any], *, is_own_encoder: bool) -> str:
     model_type = str(config.get("model_type", ""))
     if model_type in REASONS:
         return REASONS[model_type]
-    if not _is_multimodal(config) or model_type in SERVED or not is_own_encoder:
+    if not is_multimodal_config(config) or model_type in SERVED or not is_own_encoder:
         return ""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -97,14 +97,8 @@ def find_reason(config: Mapping[str, Any], *, is_own_encoder: bool) -> str:
     return _UNPROVED if model_type in CONFIG_MAPPING else ""
 
 
-def _is_multimodal(config: Mapping[str, Any]) -> bool:
-    return str(config.get("model_type", "")) in REASONS or any(
-        isinstance(config.get(key), dict) for key in _PARTS
-    )
-
-
 def _read_config(
-    reader: BuildReader, files: tuple[FileEntry, ...], *, owner: str
+    reader: LanguageReader, files: tuple[FileEntry, ...], *, owner: str
 ) -> dict[str, Any]:
     entry = next((file for file in files if file.name == "config.json"), None)
     return read_config(read_file(reader.store, entry), owner=owner) if entry else {}

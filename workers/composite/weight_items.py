@@ -136,7 +136,7 @@ class ItemReader:
         """Return the name of the expert's copied tensor that replaces a language-model tensor."""
         if not self.expert:
             return None
-        copied = self.reader.manifest.rename(name, expert=self.expert)
+        copied = self.reader.expert_name(name, expert=self.expert)
         return copied if self.reader.has(copied, "carried", self.expert) else None
 
     def _stored_dtype(self, name: str) -> torch.dtype:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import takewhile
@@ -117,6 +118,33 @@ def map_names(config: Mapping[str, Any], names: Iterable[str]) -> NameMap:
     )
 
 
+def map_language_model(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
+    """Return the stored names of a multimodal model's language model, by name in its plain class.
+
+    Args:
+        config: the multimodal model's config.json.
+        names: of the tensors in its files.
+
+    Raises:
+        UnknownClass: transformers has no such class, or no class for its language model alone.
+        CheckpointError: the class fuses tensors of the language model when it loads them.
+    """
+    plain = _read_plain_names(json.dumps(config, sort_keys=True))
+    stored_names = {}
+    for canonical, stored in map_names(config, names).stored.items():
+        if not is_language_name(canonical):
+            continue
+        if _PLACE in canonical:
+            raise CheckpointError(
+                f"{stored} is fused with others in memory, which is not loaded from within a"
+                " multimodal model"
+            )
+        kind, _, path = canonical.partition(".")
+        prefix = plain.head if f"{kind}." == _HEAD else plain.decoder
+        stored_names[prefix + path] = stored
+    return stored_names
+
+
 def _canonical(name: str, model: _ModelNames, *, parameters: dict[str, bool]) -> str:
     from transformers.core_model_loading import apply_renamings, rename_source_key
 
@@ -154,33 +182,58 @@ def _count_equal(name: str, other: str) -> int:
 @lru_cache(maxsize=_CACHED_CLASSES)
 def _read_model_names(config_json: str) -> _ModelNames:
     """Return what the class of a configuration tells of its names. Raises UnknownClass."""
-    import transformers
+    raw = json.loads(config_json)
+    with _translated_errors(to_architecture(raw.get("architectures"), where="config.json")):
+        return _read_names(_make_meta_model(raw))
+
+
+@lru_cache(maxsize=_CACHED_CLASSES)
+def _read_plain_names(config_json: str) -> _ModelNames:
+    """Return what the class of the language model alone tells of its names. Raises UnknownClass."""
+    import torch
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     raw = json.loads(config_json)
+    with _translated_errors("the language model"):
+        text = _make_config(raw).get_text_config()
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
+        if model_class is None:
+            raise UnknownClass(f"transformers has no causal language model for {text.model_type!r}")
+        with torch.device("meta"):
+            return _read_names(model_class(text))
+
+
+def _read_names(model: Any) -> _ModelNames:
+    decoder = _find_decoder(model)
+    paths = {id(module): name for name, module in model.named_modules()}
+    transforms = get_transforms(model)
+    head = model.get_output_embeddings()
+    text = model.config.get_text_config()
+    return _ModelNames(
+        class_name=type(model).__name__,
+        parameters=frozenset(model.state_dict()),
+        decoder=_with_dot(paths[id(decoder)]),
+        head=_with_dot(paths.get(id(head), "")),
+        renamings=transforms[0],
+        converters=transforms[1],
+        base_model_prefix=model.base_model_prefix,
+        unshared_layers=frozenset(getattr(text, "cross_attention_layers", None) or ()),
+    )
+
+
+@contextmanager
+def _translated_errors(name: str) -> Iterator[None]:
+    """Raise UnknownClass for whatever goes wrong while a model of a configuration is made."""
     try:
-        model = _make_meta_model(raw)
-        decoder = _find_decoder(model)
-        paths = {id(module): name for name, module in model.named_modules()}
-        transforms = get_transforms(model)
-        head = model.get_output_embeddings()
-        text = model.config.get_text_config()
-        return _ModelNames(
-            class_name=type(model).__name__,
-            parameters=frozenset(model.state_dict()),
-            decoder=_with_dot(paths[id(decoder)]),
-            head=_with_dot(paths.get(id(head), "")),
-            renamings=transforms[0],
-            converters=transforms[1],
-            base_model_prefix=model.base_model_prefix,
-            unshared_layers=frozenset(getattr(text, "cross_attention_layers", None) or ()),
-        )
+        yield
     except CheckpointError as error:
         raise UnknownClass(Exception.__str__(error)) from error
     except Exception as error:  # model code of transformers raises anything on odd configurations
+        import transformers
+
         reason = first_line(error)
         raise UnknownClass(
-            f"transformers {transformers.__version__} cannot make"
-            f" {to_architecture(raw.get('architectures'), where='config.json')} of config.json"
+            f"transformers {transformers.__version__} cannot make {name} of config.json"
             f" ({type(error).__name__}: {reason})"
         ) from error
 
@@ -199,6 +252,17 @@ def get_transforms(model: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 def _make_meta_model(raw: dict[str, Any]) -> Any:
     """Return the model of a config.json on the meta device. Raises CheckpointError."""
     import torch
+
+    where = "config.json"
+    config = _make_config(raw)
+    name = to_architecture(raw.get("architectures"), where=where)
+    model_class = find_model_class(name, where=where)
+    with torch.device("meta"):
+        return model_class(config)
+
+
+def _make_config(raw: dict[str, Any]) -> Any:
+    """Return the configuration of a config.json. Raises CheckpointError."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -207,12 +271,7 @@ def _make_meta_model(raw: dict[str, Any]) -> Any:
         raise UnknownClass(
             f"transformers {transformers.__version__} does not know model type {model_type!r}"
         )
-    where = "config.json"
-    name = to_architecture(raw.get("architectures"), where=where)
-    model_class = find_model_class(name, where=where)
-    config = CONFIG_MAPPING[model_type].from_dict(to_loadable_config(raw, where=where))
-    with torch.device("meta"):
-        return model_class(config)
+    return CONFIG_MAPPING[model_type].from_dict(to_loadable_config(raw, where="config.json"))
 
 
 def _find_decoder(model: Any) -> Any:

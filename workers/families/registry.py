@@ -25,6 +25,9 @@ _BUILT_IN: Mapping[str, str] = {
 TEXT_CONFIG_KEYS = ("text_config", "llm_config", "language_config")
 """Keys of a multimodal config.json that hold the configuration of its language model."""
 
+_PART_KEYS = (*TEXT_CONFIG_KEYS, "thinker_config", "vision_config", "audio_config")
+"""Keys of a multimodal config.json that hold the configurations of its parts."""
+
 
 @cache
 def list_families() -> tuple[Family, ...]:
@@ -116,6 +119,11 @@ def parse_config(data: bytes, *, where: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{where}: is no JSON object")
     return config
+
+
+def is_multimodal_config(config: Mapping[str, Any]) -> bool:
+    """Return whether a config.json describes a model of several parts."""
+    return any(isinstance(config.get(key), dict) for key in _PART_KEYS)
 
 
 def text_config_of(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from mmerge.workers.modalities.expert_model import make_config
 from mmerge.workers.modalities.processor_encoder import MediaEncoder
 from mmerge.workers.modalities.projector import FeatureEncoder
 from mmerge.workers.modalities.prompt import Part
-from mmerge.workers.reconstruction.build_reader import BuildReader
-from mmerge.workers.reconstruction.weights import rebuild_weight
+from mmerge.workers.reconstruction.language_reader import LanguageReader
+from mmerge.workers.reconstruction.weights import rebuild_weight, text_weight
 
 
 class Encoder(Protocol):
@@ -46,6 +46,8 @@ class EncoderRequest:
     device: torch.device
 
 
+_BASE_MODALITIES = {"vision_config": "image", "audio_config": "audio"}
+"""By key of a config.json, the modality of the encoder that it describes."""
 EncoderMaker = Callable[[EncoderRequest], Encoder]
 _makers: dict[str, EncoderMaker] = {}
 
@@ -66,7 +68,7 @@ def has_registered_encoder(modality: str) -> bool:
 
 
 def load_encoder(
-    reader: BuildReader,
+    reader: LanguageReader,
     expert: str,
     *,
     files: Mapping[str, bytes],
@@ -80,7 +82,7 @@ def load_encoder(
     other model in its configuration, its connector.
     """
     record = reader.manifest.to_expert(expert)
-    state = {key: reader.read(key, "carried", expert) for key in reader.encoder_names(expert)}
+    state = reader.read_encoder(expert, dtype=dtype)
     maker = _makers.get(record.modality)
     if maker is not None:
         request = EncoderRequest(expert, record.modality, files, state, hidden_size, dtype, device)
@@ -103,13 +105,46 @@ def load_encoder(
         files=files,
         state=state,
         embedding=(
-            reader.manifest.rename(embedding, expert=expert),
+            reader.encoder_name(embedding, expert=expert),
             rebuild_weight(reader, embedding, expert=expert, dtype=dtype),
         ),
         placeholder=record.placeholder,
         dtype=dtype,
         device=device,
     )
+
+
+def load_base_encoders(
+    reader: LanguageReader,
+    *,
+    files: Mapping[str, bytes],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Encoder]:
+    """Return the encoders of a multimodal base by modality, where no expert has an encoder.
+
+    So experts of text alone leave the base its image or audio inputs.
+    """
+    records = reader.manifest.experts
+    if not reader.is_multimodal or any(record.modality != "text" for record in records):
+        return {}
+    embedding = reader.family.find_embedding(reader.llm_names())
+    assert embedding is not None  # a family is chosen by it
+    encoders: dict[str, Encoder] = {}
+    for key, modality in _BASE_MODALITIES.items():
+        if not isinstance(reader.base_config.get(key), dict):
+            continue
+        encoders[modality] = MediaEncoder(
+            expert="base",
+            modality=modality,
+            files=files,
+            state=reader.read_base_encoder(dtype=dtype),
+            embedding=(reader.stored_name(embedding), text_weight(reader, embedding, dtype=dtype)),
+            placeholder=None,
+            dtype=dtype,
+            device=device,
+        )
+    return encoders
 
 
 class _Checked:

@@ -115,9 +115,21 @@ class BuildReader:
             name for row_role, owner, name in self._rows if row_role == role and owner == expert
         )
 
-    def llm_names(self) -> list[str]:
-        """Return the names of all language-model tensors, sorted."""
+    def base_names(self) -> list[str]:
+        """Return the stored names of all of the base's tensors, sorted."""
         return sorted({*self.names("base"), *self.names("merged")})
+
+    def llm_names(self) -> list[str]:
+        """Return the names of all language-model tensors, sorted: all of the base's."""
+        return self.base_names()
+
+    def stored_name(self, name: str, role: Role | None = None) -> str:
+        """Return the name under which the build stores a tensor that `llm_names` lists."""
+        return name
+
+    def expert_name(self, name: str, *, expert: str) -> str:
+        """Return the name that a tensor of `llm_names` has in the files of an expert."""
+        return self.manifest.rename(self.stored_name(name), expert=expert)
 
     def encoder_names(self, expert: str) -> list[str]:
         """Return the names, in an expert's files, of its encoder and connector tensors.
@@ -125,14 +137,13 @@ class BuildReader:
         These are its copied tensors without those of its language model.
         """
         language_model = {
-            self.manifest.rename(name, expert=expert)
-            for name in [*self.llm_names(), self.family.head]
+            self.expert_name(name, expert=expert) for name in [*self.llm_names(), self.family.head]
         }
         return [name for name in self.names("carried", expert) if name not in language_model]
 
     def has(self, name: str, role: Role, expert: str = "") -> bool:
         """Return whether the build has this tensor."""
-        return (role, expert, name) in self._rows
+        return (role, expert, self.stored_name(name, role)) in self._rows
 
     def num_rows(self, name: str, role: Role, expert: str = "") -> int:
         """Return the first dimension of a tensor."""
@@ -152,7 +163,8 @@ class BuildReader:
 
     def stored_bytes(self, name: str, role: Role, expert: str = "") -> int:
         """Return the stored bytes of a tensor, 0 where the build has none of that name."""
-        return sum(row.num_bytes for row in self._rows.get((role, expert, name), ()))
+        rows = self._rows.get((role, expert, self.stored_name(name, role)), ())
+        return sum(row.num_bytes for row in rows)
 
     def read(self, name: str, role: Role, expert: str = "") -> torch.Tensor:
         """Return one stored tensor.
@@ -236,7 +248,7 @@ class BuildReader:
             self.bytes_read += row.num_bytes
 
     def _pieces(self, name: str, role: Role, expert: str) -> list[StoredRow]:
-        rows = self._rows.get((role, expert, name))
+        rows = self._rows.get((role, expert, self.stored_name(name, role)))
         if not rows:
             owner = f" of expert {expert!r}" if expert else ""
             raise ManifestError(f"{self.uri}: the build has no {role} tensor {name}{owner}")

@@ -12,7 +12,7 @@ def find_unshared(reader: BuildReader, expert: str) -> list[str]:
     manifest = reader.manifest
     return find_expert_only(
         reader.names("carried", expert),
-        base_names=(manifest.rename(name, expert=expert) for name in reader.llm_names()),
+        base_names=(manifest.rename(name, expert=expert) for name in reader.base_names()),
         renames=manifest.to_expert(expert).renames,
     )
 
@@ -30,7 +30,7 @@ def refuse_unshared(reader: BuildReader, expert: str | None) -> None:
     for name in [expert] if expert else reader.expert_names:
         unshared = find_unshared(reader, name)
         if expert:
-            head = reader.manifest.rename(reader.family.head, expert=expert)
+            head = reader.expert_name(reader.family.head, expert=expert)
             unshared = [tensor for tensor in unshared if tensor != head]
         if unshared:
             raise ManifestError(

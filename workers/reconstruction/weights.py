@@ -29,7 +29,7 @@ def rebuild_weight(
             of integers keep theirs.
     """
     dtype = dtype or reader.dtype
-    expert_name = reader.manifest.rename(name, expert=expert)
+    expert_name = reader.expert_name(name, expert=expert)
     if reader.has(expert_name, "carried", expert):
         return _round(reader.read(expert_name, "carried", expert), dtype)
     weight = _reconstruct(reader, name, experts=[expert], is_alone=True, dtype=dtype)
@@ -60,7 +60,7 @@ def read_adapter(reader: BuildReader, name: str, *, expert: str, adapter: str) -
     a, b = (
         reader.read(f"{path}.lora_{factor}.{adapter}.weight", "adapter", expert) for factor in "AB"
     )
-    return LowRank(a, b, record.scale_of(name, adapter))
+    return LowRank(a, b, record.scale_of(reader.stored_name(name), adapter))
 
 
 def read_default_adapters(

@@ -20,7 +20,7 @@ from mmerge.workers.composite.served_models import SERVED
 from mmerge.workers.modalities import processor_encoder
 from tests.architectures import write_tokenizer
 from tests.model_configs import MULTIMODAL
-from tests.model_families import give_language_model, make_base, make_multimodal
+from tests.model_families import give_language_model, make_base, make_multimodal, tune
 
 QUESTION, END = [5, 9, 17, 30], [21, 7, 33]
 """Token ids before and behind the input."""
@@ -137,10 +137,10 @@ class Inputs:
         return torch.ones_like(input_ids, dtype=torch.bool)
 
 
-def build(folder: Path, case: HandMade, *, method: str) -> str:
-    """Build two experts of a class over their plain language model."""
+def build(folder: Path, case: HandMade, *, method: str, over: str = "plain") -> str:
+    """Build two experts of a class over their plain language model, or over one of their class."""
     family = MULTIMODAL[case.family]
-    base = make_base(family)
+    base = make_base(family) if over == "plain" else make_multimodal(family, seed=5)
     base.save_pretrained(folder / "base")
     write_tokenizer(folder / "base")
     recipe: dict[str, Any] = {
@@ -152,8 +152,11 @@ def build(folder: Path, case: HandMade, *, method: str) -> str:
         "experts": {},
     }
     for number, name in enumerate(("one", "two")):
-        expert = make_multimodal(family, seed=11 + number)
-        give_language_model(base, expert, seed=100 + number)
+        if over == "plain":
+            expert = make_multimodal(family, seed=11 + number)
+            give_language_model(base, expert, seed=100 + number)
+        else:
+            expert = tune(base, seed=11 + number)
         expert.save_pretrained(folder / name)
         write_tokenizer(folder / name)
         recipe["experts"][name] = {"path": name, "modality": case.modality}
@@ -176,17 +179,18 @@ def check_logits(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected[:, : found.shape[1]], rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.parametrize("over", ["plain", "multimodal"])
 @pytest.mark.parametrize("method", ["ties", "mmer"])
 @pytest.mark.parametrize("name", CASES)
 def test_a_composite_answers_as_the_class_of_its_expert(
-    name: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, method: str, over: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.set_num_threads(1)
     case = CASES[name]
     family = MULTIMODAL[case.family]
     model_type = family.make_config().model_type
     monkeypatch.setitem(processor_encoder._INPUTS, model_type, lambda *_, **__: Inputs(case))
-    uri = build(tmp_path, case, method=method)
+    uri = build(tmp_path, case, method=method, over=over)
     # In expansion with masks each token has weights of its own modality, so no class answers so.
     mode: dict[str, Any] = {"mode": "retention", "expert": "two"} if method == "mmer" else {}
     composite = load_composite(uri, **mode)

@@ -75,13 +75,6 @@ def test_fused_experts_of_a_mixture_are_refused_in_expansion(kind: str, tmp_path
         load_composite(uri)
 
 
-def test_a_multimodal_base_is_refused(tmp_path: Path) -> None:
-    base = make_multimodal(MULTIMODAL["LLaVA 1.5"], seed=2)
-    uri = build(tmp_path, base, tune(base, seed=3))
-    with pytest.raises(CheckpointError, match=r"the base is a multimodal model \('llava'\)"):
-        load_composite(uri)
-
-
 def test_a_registered_encoder_serves_classes_without_a_known_difference() -> None:
     config = MULTIMODAL["Granite Speech"].make_config().to_dict()
     assert "not been compared" in find_reason(config, is_own_encoder=True)
