@@ -183,7 +183,7 @@ def _count_equal(name: str, other: str) -> int:
 def _read_model_names(config_json: str) -> _ModelNames:
     """Return what the class of a configuration tells of its names. Raises UnknownClass."""
     raw = json.loads(config_json)
-    with _translated_errors(to_architecture(raw.get("architectures"), where="config.json")):
+    with _translated_errors(raw):
         return _read_names(_make_meta_model(raw))
 
 
@@ -194,7 +194,7 @@ def _read_plain_names(config_json: str) -> _ModelNames:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     raw = json.loads(config_json)
-    with _translated_errors("the language model"):
+    with _translated_errors(raw):
         text = _make_config(raw).get_text_config()
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
         if model_class is None:
@@ -222,7 +222,7 @@ def _read_names(model: Any) -> _ModelNames:
 
 
 @contextmanager
-def _translated_errors(name: str) -> Iterator[None]:
+def _translated_errors(raw: Mapping[str, Any]) -> Iterator[None]:
     """Raise UnknownClass for whatever goes wrong while a model of a configuration is made."""
     try:
         yield
@@ -233,7 +233,8 @@ def _translated_errors(name: str) -> Iterator[None]:
 
         reason = first_line(error)
         raise UnknownClass(
-            f"transformers {transformers.__version__} cannot make {name} of config.json"
+            f"transformers {transformers.__version__} cannot make"
+            f" {to_architecture(raw.get('architectures'), where='config.json')} of config.json"
             f" ({type(error).__name__}: {reason})"
         ) from error
 
