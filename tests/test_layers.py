@@ -25,7 +25,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("modalities", "methods"),
         ("reconstruction", "statistics"),
         ("checkpoints",),
-        ("kernels", "families", "runtime"),
+        ("kernels", "families", "runtime", "generation"),
     ),
     "manifests": (
         ("maintenance", "testing"),

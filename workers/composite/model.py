@@ -11,12 +11,12 @@ import torch
 
 from mmerge.manifests.errors import PromptError
 from mmerge.manifests.format.manifest import Manifest
-from mmerge.workers.composite.answer_stream import Receiver, TokenRelay, stream_text
-from mmerge.workers.composite.generation_options import check_options, check_request
 from mmerge.workers.composite.load_report import LoadReport
 from mmerge.workers.composite.process_group import ProcessGroup
 from mmerge.workers.composite.prompt_batch import check_finite, pad_prompts, to_tokens
 from mmerge.workers.composite.routing import TEXT, Routing
+from mmerge.workers.generation.answer_stream import Receiver, TokenRelay, stream_text
+from mmerge.workers.generation.options import check_options, check_request
 from mmerge.workers.modalities.encoders import Encoder
 from mmerge.workers.modalities.prompt import Part, check_places, make_prompt
 

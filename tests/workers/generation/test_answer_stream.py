@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from mmerge.manifests.errors import PromptError
 from mmerge.pipeline import Composite, Part, load_composite
-from mmerge.workers.composite.answer_stream import TokenRelay, stream_text
-from mmerge.workers.composite.token_text import TokenText
+from mmerge.workers.generation.answer_stream import TokenRelay, stream_text
+from mmerge.workers.generation.token_text import TokenText
 
 PROMPTS = [[Part.text("w5 w6")], [Part.text("w7 w8 w9 w10")], [Part.text("w11")]]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mmerge.workers.composite.token_text import TokenText
+from mmerge.workers.generation.token_text import TokenText
 
 Receiver = Callable[[int], bool]
 """Called with each token of an answer in turn; returns whether the answer is to go on."""

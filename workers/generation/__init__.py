@@ -1,0 +1,1 @@
+"""Options of generation, and answers while they are generated."""
