@@ -68,10 +68,14 @@ class ScannedRows:
     row_start: int
     row_stop: int
     digest: str
+    checksum: str = field(default="", compare=False)
+    """What a copy compares with instead of the digest; empty where the scan has none."""
 
 
 ScannedDigests = tuple[tuple[str, ...], ...]
 """Per tensor, the digests that the scan found: of the base first, then of the experts."""
+ScannedChecksums = tuple[tuple[str, ...], ...]
+"""Per tensor, the checksums of the same scan, in the same order."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,8 @@ class RefineTask:
     num_bytes: int
     peak_bytes: int
     fresh: bool = False
+    input_checksums: ScannedChecksums = ()
+    """What a pass compares with instead of the digests; empty where the scan has none."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +142,8 @@ class MeasureTask:
     num_bytes: int
     peak_bytes: int
     fresh: bool = False
+    input_checksums: ScannedChecksums = ()
+    """What a pass compares with instead of the digests; empty where the scan has none."""
 
     @property
     def phase(self) -> str:
@@ -169,6 +177,8 @@ class MergeTask:
     num_bytes: int
     peak_bytes: int
     fresh: bool = False
+    input_checksums: ScannedChecksums = ()
+    """What a pass compares with instead of the digests; empty where the scan has none."""
     verify_reused: bool = False
     """Read a stored object and compare its digest before it is reused."""
 

@@ -66,6 +66,10 @@ class Rescans:
         self._shards.add(shard)
         log.warning("%s: %s. Scanning it again", shard, message)
 
+    def has(self, shard: str) -> bool:
+        """Return whether the inputs of a shard were scanned again."""
+        return shard in self._shards
+
     def distrust(self, change: ChangedInput) -> None:
         """Use no stored scan of the files of an input: they may be of other versions."""
         self._unreliable.update((part.uri, part.file) for part in stored_parts(change.source))

@@ -13,6 +13,7 @@ from mmerge.workers.checkpoints.input_digests import stored_parts
 from mmerge.workers.checkpoints.sources import TensorSource, identity_digest
 from mmerge.workers.task import (
     CopyTensor,
+    ScannedChecksums,
     ScannedDigests,
     ScannedRows,
     ScanTask,
@@ -43,6 +44,8 @@ class InputDigests:
     """By piece of a merged tensor: of the base first, then of the experts."""
     copied: dict[tuple[str, str], dict[int, ScannedRows]] = field(default_factory=dict)
     """By expert (empty for the base) and tensor name: the pieces by first row."""
+    checksums: dict[str, list[str]] = field(default_factory=dict)
+    """By piece of a merged tensor: the checksums of the same scan, where it has some."""
     _scanned: set[tuple[str, str]] = field(default_factory=set)
     """Key and expert of the scans whose digests are here."""
 
@@ -52,14 +55,18 @@ class InputDigests:
         for tensor in task.tensors:
             piece = piece_name(tensor.name, tensor.row_start)
             self.merged[piece] = scan.digests[piece]
-            self._add_copied("", tensor, scan.digests[piece][0])
+            self.checksums[piece] = scan.checksums.get(piece, [])
+            self._add_copied("", tensor, piece, scan)
         for copy in task.copies:
             piece = piece_name(f"{copy.role}/{copy.name}", copy.row_start)
-            self._add_copied(expert, copy, scan.digests[piece][0])
+            self._add_copied(expert, copy, piece, scan)
 
-    def _add_copied(self, expert: str, piece: TensorTask | CopyTensor, digest: str) -> None:
-        pieces = self.copied.setdefault((expert, piece.name), {})
-        pieces[piece.row_start] = ScannedRows(piece.row_start, piece.row_stop, digest)
+    def _add_copied(
+        self, expert: str, tensor: TensorTask | CopyTensor, piece: str, scan: ScanResult
+    ) -> None:
+        digest, checksums = scan.digests[piece][0], scan.checksums.get(piece, [""])
+        rows = ScannedRows(tensor.row_start, tensor.row_stop, digest, checksums[0])
+        self.copied.setdefault((expert, tensor.name), {})[tensor.row_start] = rows
 
     def has(self, task: ScanTask, *, expert: str) -> bool:
         """Return whether the digests of a scan are here."""
@@ -82,6 +89,13 @@ class InputDigests:
         return tuple(
             tuple(self.merged[piece_name(tensor.name, tensor.row_start)]) for tensor in tensors
         )
+
+    def checksums_of(self, tensors: Sequence[TensorTask]) -> ScannedChecksums:
+        """Return per piece the checksums of base and experts; empty where a scan has none."""
+        checksums = [
+            self.checksums[piece_name(tensor.name, tensor.row_start)] for tensor in tensors
+        ]
+        return tuple(map(tuple, checksums)) if all(checksums) else ()
 
     def describe(self, tensor: TensorTask) -> list[list[str]]:
         """Return dtype and digest of a piece in base and experts: what its merge depends on."""

@@ -243,6 +243,7 @@ class StagePass:
             num_bytes=shard.bytes_in,
             peak_bytes=shard.peak_bytes,
             fresh=self._stages.fresh,
+            input_checksums=self._stages.digests.checksums_of(shard.tensors),
         )
 
     def add(self, shard: MergeShard, result: ScanResult) -> None:

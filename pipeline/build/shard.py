@@ -15,7 +15,7 @@ from mmerge.manifests.format.entry import ShardEntry
 from mmerge.pipeline.build.changed_inputs import ScanOutdated, is_replaced
 from mmerge.pipeline.build.context import BuildContext
 from mmerge.pipeline.build.shard_builds import Barrier, BuildTask, ShardBuild, ShardBuilds
-from mmerge.pipeline.build.task_factory import make_copy_task, make_merge_task
+from mmerge.pipeline.build.task_factory import drop_checksums, make_copy_task, make_merge_task
 from mmerge.pipeline.build.threshold_search import Thresholds
 from mmerge.pipeline.planning.shards import CopyShard, MergeShard
 from mmerge.workers.checkpoints.input_digests import ChangedInput
@@ -84,12 +84,16 @@ def _read_again(
     """Run a task that reads what was scanned, and return its result.
 
     Where it read other bytes, the scans are repeated, and then the task; changed_inputs.py has the
-    rules.
+    rules. From then on BLAKE3 is compared: the seeds of the checksums are those of the first scan,
+    and an error names digests that other programs compute as well.
 
     Raises:
         ScanOutdated: the digests of the scans are no longer those of the inputs.
         CheckpointError: the inputs differ from their scan once more.
     """
+    without_checksums = drop_checksums(task)
+    if context.rescans.has(shard.name):
+        task = without_checksums
     result = yield task
     if not isinstance(result, ChangedInput):
         return result
@@ -107,7 +111,7 @@ def _read_again(
     if not are_equal:
         context.rescans.distrust(result)
         raise ScanOutdated
-    result = yield task
+    result = yield without_checksums
     if isinstance(result, ChangedInput):
         context.rescans.note(shard.name, result)
     return result
@@ -127,8 +131,7 @@ def _find_thresholds(
     yield search.located
     if search.is_exact:
         return search.thresholds(shard)
-    input_digests = context.digests.of_tensors(shard.tensors)
-    refine_task = search.make_refine_task(scan_task, input_digests)
+    refine_task = search.make_refine_task(scan_task, context.digests)
     if refine_task is not None:
         refined: ScanResult = yield from _read_again(context, shard, [scan_task], refine_task)
         search.add_refined(shard, refined.histograms)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from mmerge.manifests.digest import digest_json
 from mmerge.pipeline.build.input_scan import InputDigests
 from mmerge.pipeline.build.method_stages import to_hex
+from mmerge.pipeline.build.shard_builds import BuildTask
 from mmerge.pipeline.build.threshold_search import Thresholds
 from mmerge.pipeline.planning.plan import MergePlan
 from mmerge.pipeline.planning.shards import CopyShard, MergeShard
@@ -21,7 +23,7 @@ from mmerge.workers.methods.interface import (
 )
 from mmerge.workers.runtime.math_library import describe_math_library
 from mmerge.workers.runtime.method_source import digest_source
-from mmerge.workers.task import CopyTask, MergeTask, TensorTask
+from mmerge.workers.task import CopyTask, MergeTask, ScanTask, TensorTask
 
 ARITHMETIC_VERSION = 2
 """Raised when a method or an object's layout changes its bytes: no older object is then reused."""
@@ -92,6 +94,7 @@ def make_merge_task(
         num_bytes=shard.bytes_in,
         peak_bytes=shard.peak_bytes,
         fresh=fresh,
+        input_checksums=digests.checksums_of(shard.tensors),
     )
 
 
@@ -134,3 +137,11 @@ def make_copy_task(
         peak_bytes=shard.peak_bytes,
         fresh=fresh,
     )
+
+
+def drop_checksums(task: BuildTask) -> BuildTask:
+    """Return a task that compares what it reads by BLAKE3."""
+    if isinstance(task, CopyTask):
+        scanned = [tuple(replace(rows, checksum="") for rows in pieces) for pieces in task.scanned]
+        return replace(task, scanned=tuple(scanned))
+    return task if isinstance(task, ScanTask) else replace(task, input_checksums=())

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from mmerge.manifests.digest import digest_json
 from mmerge.manifests.errors import RecipeError
+from mmerge.pipeline.build.input_scan import InputDigests
 from mmerge.pipeline.build.shard_builds import Barrier
 from mmerge.pipeline.planning.shards import MergeShard
 from mmerge.workers.methods.interface import Trimming
@@ -24,7 +25,7 @@ from mmerge.workers.statistics.magnitude_histograms import (
     to_magnitude,
 )
 from mmerge.workers.statistics.order_statistics import trim_rank
-from mmerge.workers.task import RefineTask, ScannedDigests, ScanTask, TensorTask
+from mmerge.workers.task import RefineTask, ScanTask, TensorTask
 from mmerge.workers.tasks.scan_cache import SparseHistogram, piece_name
 
 Thresholds = tuple[tuple[float, ...], ...]
@@ -85,12 +86,12 @@ class ThresholdSearch:
             else:
                 self._pieces.setdefault(key, []).append(histograms[name])
 
-    def make_refine_task(self, scan: ScanTask, input_digests: ScannedDigests) -> RefineTask | None:
+    def make_refine_task(self, scan: ScanTask, digests: InputDigests) -> RefineTask | None:
         """Return the second pass that the search needs over the inputs of a scan, if any.
 
         Args:
             scan: the scan of a shard.
-            input_digests: what it found; the result is kept for these bytes alone.
+            digests: what it found; the result is kept for these bytes alone.
         """
         bins = []
         num_bytes = 0
@@ -104,6 +105,7 @@ class ThresholdSearch:
             bins.append(tuple(row))
         if not num_bytes:
             return None
+        input_digests = digests.of_tensors(scan.tensors)
         return RefineTask(
             key=digest_json([scan.key, input_digests, bins]),
             shard=scan.shard,
@@ -115,6 +117,7 @@ class ThresholdSearch:
             num_bytes=num_bytes,
             peak_bytes=scan.peak_bytes,
             fresh=scan.fresh,
+            input_checksums=digests.checksums_of(scan.tensors),
         )
 
     def add_refined(self, shard: MergeShard, histograms: Mapping[str, SparseHistogram]) -> None:

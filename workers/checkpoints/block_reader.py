@@ -21,7 +21,7 @@ from mmerge.manifests.errors import StoreError, StoreUnavailable
 from mmerge.manifests.format.safetensors_header import DTYPE_BYTES
 from mmerge.manifests.stores.local_file import LocalFile
 from mmerge.manifests.stores.open import open_readable_store
-from mmerge.workers.checkpoints.input_digests import PieceDigests
+from mmerge.workers.checkpoints.input_digests import BlockDigests
 from mmerge.workers.checkpoints.reading import read_source
 from mmerge.workers.checkpoints.sources import (
     BlockScaledSource,
@@ -96,7 +96,7 @@ class InputReader:
         sources: Sequence[TensorSource],
         *,
         block_entries: int,
-        digests: PieceDigests | None = None,
+        digests: BlockDigests | None = None,
     ) -> Iterator[InputBlock]:
         """Yield the blocks of several sources in order.
 

@@ -16,14 +16,39 @@ from mmerge.workers.methods.interface import (
     entries_at_once,
     num_columns,
 )
-from mmerge.workers.task import TensorTask
+from mmerge.workers.task import MeasureTask, MergeTask, RefineTask, TensorTask
+
+
+def expect_inputs(
+    task: RefineTask | MeasureTask | MergeTask,
+    index: int,
+    *,
+    experts: Sequence[int] | None = None,
+) -> PieceDigests:
+    """Return the comparison of one pass over a tensor with what its scan read.
+
+    Args:
+        task: the task, with what its scan found.
+        index: position of the tensor in the task.
+        experts: positions of the experts that are read beside the base; all if absent.
+    """
+    tensor = task.tensors[index]
+    positions = range(len(tensor.experts)) if experts is None else experts
+    rows = [0, *(1 + position for position in positions)]
+    sources = (tensor.base, *tensor.experts)
+    checksums = task.input_checksums[index] if task.input_checksums else ()
+    return PieceDigests(
+        [sources[row] for row in rows],
+        [task.input_digests[index][row] for row in rows],
+        checksums=[checksums[row] for row in rows] if checksums else (),
+    )
 
 
 def read_blocks(
     tensor: TensorTask,
     reader: InputReader,
     *,
-    input_digests: Sequence[str],
+    digests: PieceDigests,
     facts: TensorFacts,
     dtype: str,
     block_entries: int,
@@ -31,13 +56,12 @@ def read_blocks(
     """Yield the blocks of a piece of a tensor in order.
 
     Raises:
-        InputChanged: the digests of base and experts are not `input_digests`.
+        InputChanged: base and experts are not what `digests` expects.
     """
     shape = tensor.base.spec.shape
     columns, granularity = num_columns(shape), tensor.granularity
     at_once = entries_at_once(shape, block_entries, granularity=granularity)
     sources = (tensor.base, *tensor.experts)
-    digests = PieceDigests(sources, input_digests)
     for block in reader.blocks(sources, block_entries=at_once, digests=digests):
         base, *experts = (
             _to_shape(values, shape, columns, granularity) for values in to_float_tensors(block)

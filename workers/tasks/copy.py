@@ -76,7 +76,8 @@ def _copy_rows(
         first, stop = rows.row_start - tensor.row_start, rows.row_stop - tensor.row_start
         is_whole = (rows.row_start, rows.row_stop) == (tensor.row_start, tensor.row_stop)
         piece = source if is_whole else source.to_rows(first, stop)
-        digests = PieceDigests((piece,), (rows.digest,))
+        checksums = (rows.checksum,) if rows.checksum else ()
+        digests = PieceDigests((piece,), (rows.digest,), checksums=checksums)
         position = first * row_bytes
         for block in reader.blocks((piece,), block_entries=block_entries, digests=digests):
             data = block.raw[0]

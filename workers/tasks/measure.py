@@ -12,14 +12,13 @@ from numpy.typing import NDArray
 
 from mmerge.manifests.stores.base import Store
 from mmerge.workers.checkpoints.block_reader import InputReader
-from mmerge.workers.checkpoints.input_digests import PieceDigests
 from mmerge.workers.compiled.inner_products import sum_vector_products
 from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Block, TensorFacts, parse_parameters
 from mmerge.workers.statistics.exact_sums import count_sum, high_ranks, low_ranks
 from mmerge.workers.statistics.order_statistics import Counts, to_sparse
 from mmerge.workers.task import MeasureTask, TaskResult, TensorTask
-from mmerge.workers.tasks.blocks import read_blocks
+from mmerge.workers.tasks.blocks import expect_inputs, read_blocks
 from mmerge.workers.tasks.scan_cache import (
     ScanResult,
     SparseHistogram,
@@ -89,7 +88,7 @@ def _measure_tensor(task: MeasureTask, index: int, reader: InputReader) -> dict[
     for stage in method.stages(parameters, experts):
         if stage.name == task.stage and stage.products is not None:
             sources = (tensor.base, *tensor.experts)
-            digests = PieceDigests(sources, task.input_digests[index])
+            digests = expect_inputs(task, index)
             blocks = reader.blocks(sources, block_entries=task.block_entries, digests=digests)
             return sum_vector_products(stage.products, blocks)
     total: dict[str, Counts] = {}
@@ -134,7 +133,7 @@ def _read_blocks(
     return read_blocks(
         tensor,
         reader,
-        input_digests=task.input_digests[index],
+        digests=expect_inputs(task, index),
         facts=facts,
         dtype=task.dtype,
         block_entries=block_entries,

@@ -22,7 +22,6 @@ from mmerge.manifests.stores.base import Store
 from mmerge.manifests.stores.writer import ObjectWriter
 from mmerge.workers.checkpoints.block_reader import InputBlock, InputReader
 from mmerge.workers.checkpoints.dtypes import to_bytes, with_one_nan
-from mmerge.workers.checkpoints.input_digests import PieceDigests
 from mmerge.workers.compiled.interface import (
     CompiledPass,
     MaskPass,
@@ -41,7 +40,7 @@ from mmerge.workers.methods.interface import (
     parse_parameters,
 )
 from mmerge.workers.task import MergeTask, TaskResult, TensorTask
-from mmerge.workers.tasks.blocks import read_blocks
+from mmerge.workers.tasks.blocks import expect_inputs, read_blocks
 from mmerge.workers.tasks.heartbeat import Heartbeat
 from mmerge.workers.tasks.mask_tally import MaskTally
 from mmerge.workers.tasks.object_output import store_object
@@ -94,9 +93,8 @@ class _TensorMerger:
     """Merges one tensor of a shard: values are written block by block, masks after the last."""
 
     def __init__(self, task: MergeTask, method: Method, index: int) -> None:
-        self.task, self.method = task, method
+        self.task, self.method, self.index = task, method, index
         self.tensor: TensorTask = task.tensors[index]
-        self.input_digests = task.input_digests[index]
         self.parameters, self.experts = parse_parameters(method, task.method_parameters[index])
         check_worker(
             method,
@@ -151,7 +149,7 @@ class _TensorMerger:
 
         def read_inputs() -> Iterator[InputBlock]:
             sources = (self.tensor.base, *self.tensor.experts)
-            digests = PieceDigests(sources, self.input_digests)
+            digests = expect_inputs(self.task, self.index)
             return reader.blocks(sources, block_entries=at_once, digests=digests)
 
         if not compiled_pass.prepare(read_inputs):
@@ -223,7 +221,7 @@ class _TensorMerger:
         return read_blocks(
             self.tensor,
             reader,
-            input_digests=self.input_digests,
+            digests=expect_inputs(self.task, self.index),
             facts=self.facts,
             dtype=self.task.dtype,
             block_entries=self.task.block_entries,

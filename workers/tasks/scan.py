@@ -13,7 +13,11 @@ from mmerge.manifests.format.safetensors_header import DTYPE_BYTES, FLOAT_DTYPES
 from mmerge.manifests.stores.base import Store
 from mmerge.workers.checkpoints.block_reader import InputBlock, InputReader
 from mmerge.workers.checkpoints.dtypes import to_tensor
-from mmerge.workers.checkpoints.input_digests import PieceDigests, check_identities
+from mmerge.workers.checkpoints.input_digests import (
+    ScanDigests,
+    check_identities,
+    make_seed,
+)
 from mmerge.workers.checkpoints.sources import TensorSource
 from mmerge.workers.kernels.magnitudes import first_non_finite
 from mmerge.workers.statistics.magnitude_histograms import MagnitudeCounter, count_lower
@@ -25,6 +29,7 @@ from mmerge.workers.task import (
     TaskResult,
     TensorTask,
 )
+from mmerge.workers.tasks.blocks import expect_inputs
 from mmerge.workers.tasks.scan_cache import (
     ScanResult,
     SparseHistogram,
@@ -44,34 +49,42 @@ def scan_shard(task: ScanTask, store: Store) -> TaskResult:
     began = time.monotonic()
     if not task.fresh and read_scan(store, task.key) is not None:
         return TaskResult(task.shard, 0, True, time.monotonic() - began)
-    digests: dict[str, list[str]] = {}
+    hashers: dict[str, ScanDigests] = {}
+    seed = make_seed()
     histograms: dict[str, SparseHistogram] = {}
     counter = MagnitudeCounter(len(task.expert_names)) if task.magnitudes else None
     with InputReader() as reader:
         for tensor in task.tensors:
             piece = piece_name(tensor.name, tensor.row_start)
-            digests[piece] = _scan_tensor(task, tensor, reader, counter)
+            hashers[piece] = ScanDigests(1 + len(tensor.experts), seed=seed)
+            _scan_tensor(task, tensor, reader, digests=hashers[piece], counter=counter)
             for position, histogram in enumerate(counter.drain() if counter else ()):
                 histograms[f"{piece}:{position}"] = histogram
         for copy in task.copies:
-            digests[piece_name(f"{copy.role}/{copy.name}", copy.row_start)] = [
-                _scan_copy(task, copy, reader)
-            ]
+            piece = piece_name(f"{copy.role}/{copy.name}", copy.row_start)
+            hashers[piece] = ScanDigests(1, seed=seed)
+            _scan_copy(task, copy, reader, digests=hashers[piece])
     sources = [source for tensor in task.tensors for source in (tensor.base, *tensor.experts)]
     sources += [copy.source for copy in task.copies]
     identities = {(uri, file): identity for uri, file, identity in task.identities}
     check_identities(sources, identities)
-    write_scan(store, task.key, ScanResult(digests, histograms))
+    digests = {piece: hasher.hexdigests() for piece, hasher in hashers.items()}
+    checksums = {piece: hasher.checksums() for piece, hasher in hashers.items()}
+    write_scan(store, task.key, ScanResult(digests, histograms, checksums=checksums))
     return TaskResult(task.shard, task.num_bytes, False, time.monotonic() - began)
 
 
 def _scan_tensor(
-    task: ScanTask, tensor: TensorTask, reader: InputReader, counter: MagnitudeCounter | None
-) -> list[str]:
-    """Return the digests of a piece in base and experts; `counter` counts its magnitudes."""
+    task: ScanTask,
+    tensor: TensorTask,
+    reader: InputReader,
+    *,
+    digests: ScanDigests,
+    counter: MagnitudeCounter | None,
+) -> None:
+    """Hash a piece in base and experts, and check it; `counter` counts its magnitudes."""
     sources = (tensor.base, *tensor.experts)
     owners = ("base", *(f"expert {name!r}" for name in task.expert_names))
-    digests = PieceDigests(sources)
     for block in reader.blocks(sources, block_entries=task.block_entries, digests=digests):
         if counter:
             counter.add(block)
@@ -82,16 +95,15 @@ def _scan_tensor(
                 _check_finite(
                     block, position, source, owner, task.non_finite, first_row=tensor.row_start
                 )
-    return digests.hexdigests()
 
 
-def _scan_copy(task: ScanTask, copy: CopyTensor, reader: InputReader) -> str:
-    digests = PieceDigests((copy.source,))
+def _scan_copy(
+    task: ScanTask, copy: CopyTensor, reader: InputReader, *, digests: ScanDigests
+) -> None:
     for block in reader.blocks((copy.source,), block_entries=task.block_entries, digests=digests):
         _check_finite(
             block, 0, copy.source, task.copies_owner, task.non_finite, first_row=copy.row_start
         )
-    return digests.hexdigests()[0]
 
 
 def refine_shard(task: RefineTask, store: Store) -> TaskResult:
@@ -106,13 +118,12 @@ def refine_shard(task: RefineTask, store: Store) -> TaskResult:
     histograms: dict[str, SparseHistogram] = {}
     with InputReader() as reader:
         for index, tensor in enumerate(task.tensors):
-            base_digest, *expert_digests = task.input_digests[index]
             for position, source in enumerate(tensor.experts):
                 bin_number = task.bins[index][position]
                 if bin_number is None:
                     continue
                 sources = (tensor.base, source)
-                digests = PieceDigests(sources, (base_digest, expert_digests[position]))
+                digests = expect_inputs(task, index, experts=(position,))
                 blocks = reader.blocks(sources, block_entries=task.block_entries, digests=digests)
                 name = f"{piece_name(tensor.name, tensor.row_start)}:{position}"
                 histograms[name] = count_lower(blocks, bin_number=bin_number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from mmerge.manifests.stores.memory import MemoryStore
 from mmerge.manifests.stores.open import open_store
 from mmerge.pipeline import make_plan, run, verify
 from mmerge.pipeline.execution.process_executor import ProcessExecutor
+from mmerge.workers.tasks.scan_cache import read_scan, write_scan
 from tests.changing_inputs import ChangeAt, Inputs, assert_no_object_is_wrong, replace
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -201,9 +203,46 @@ def test_reads_that_keep_changing_end_the_run_and_name_input_tensor_and_digests(
     assert str(path) in message
     assert "scanned again already" in message
     assert sum(len(word.strip(".,")) == 64 for word in message.split()) == 2
+    assert message.count("of BLAKE3 ") == 2
     assert_no_object_is_wrong(inputs.folder / "store", inputs.folder / "truth")
     flips.is_flipped = lambda number: False
     assert inputs.run("store", method="task_arithmetic").build == truth
+
+
+def strip_checksums(store: Any) -> int:
+    """Leave the stored scans as version 0.1 wrote them; returns how many had checksums."""
+    num_stripped = 0
+    for item in list(store.list("surveys")):
+        digest = Path(item).stem
+        scan = read_scan(store, digest)
+        assert scan is not None
+        num_stripped += bool(scan.checksums)
+        write_scan(store, digest, dataclasses.replace(scan, checksums={}))
+    return num_stripped
+
+
+@pytest.mark.parametrize("has_checksums", [True, False])
+def test_scans_without_checksums_stay_valid_and_are_compared_by_digest(
+    inputs: Inputs,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    has_checksums: bool,
+) -> None:
+    inputs.run("store")
+    store = open_store(str(inputs.folder / "store"))
+    if not has_checksums:
+        assert strip_checksums(store)
+    again = inputs.run("store", density=0.3)
+    assert again.num_computed["scan"] == 0
+    assert again.num_computed["merge"] > 0
+    truth = inputs.expect(density=0.4)
+    flips = Flips(monkeypatch, "audio: model.safetensors")
+    flips.is_flipped = lambda number: number == 1
+    report = inputs.run("store", density=0.4)
+    assert report.build == truth
+    name = "XXH3" if has_checksums else "BLAKE3"
+    assert f"the scan read bytes of {name} " in caplog.text
+    assert_no_object_is_wrong(inputs.folder / "store", inputs.folder / "truth")
 
 
 def test_a_stored_scan_of_other_bytes_is_noticed_when_its_inputs_are_merged(
