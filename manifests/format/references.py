@@ -252,10 +252,13 @@ def write_reference(
         number = max(number + 1, numbers.next_number)
 
 
-def delete_reference(store: Store, name: str, number: int) -> None:
+def delete_reference(
+    store: Store, name: str, number: int, *, check: Callable[[], None] = lambda: None
+) -> None:
     """Delete one number of a name; the number is never used again.
 
-    Its build stays. A number that is deleted already is no error.
+    Its build stays. A number that is deleted already is no error. `check` is called immediately
+    before each change; what it raises ends the call.
 
     Raises:
         NotFound: the name never had this number.
@@ -265,8 +268,10 @@ def delete_reference(store: Store, name: str, number: int) -> None:
     if not store.exists(mark):
         if not store.exists(key):
             raise NotFound(f"{store.uri}: {name} has no number {number}")
+        check()
         # Confirmed: if the mark were lost, the number could be used again.
         confirm.put(store, mark, to_canonical_json({"name": name, "number": number}))
+    check()
     store.delete(key)
 
 

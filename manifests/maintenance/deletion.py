@@ -9,8 +9,6 @@ from mmerge.manifests.errors import StoreError
 from mmerge.manifests.format.references import delete_reference, parse_reference_key
 from mmerge.manifests.maintenance.lease import Lease
 
-BATCH_KEYS = 64
-"""Keys that are deleted between two looks for a fence."""
 _CONCURRENT_DELETES = 8
 _ORDER = ("builds/", "objects/", "files/", "surveys/", "probe/", "claims/")
 
@@ -28,7 +26,9 @@ def delete_keys(lease: Lease, keys: Sequence[str]) -> None:
     num_deleted = 0
 
     def check() -> None:
-        # Immediately before each request: a suspended process goes on anywhere.
+        # Immediately before each request, since a process can be suspended anywhere. The fence
+        # first: the clock is then read last.
+        _check_fence(lease)
         if lease.has_lapsed():
             raise StoreError(
                 f"{lease.store.uri}: this process was suspended, and others may use the store"
@@ -39,21 +39,18 @@ def delete_keys(lease: Lease, keys: Sequence[str]) -> None:
         check()
         lease.store.delete(key)
 
-    for reference in filter(None, map(parse_reference_key, keys)):
-        _check_fence(lease)
-        check()
-        delete_reference(lease.store, *reference)
+    for name, number in filter(None, map(parse_reference_key, keys)):
+        delete_reference(lease.store, name, number, check=check)
         num_deleted += 1
     remaining = [key for key in keys if parse_reference_key(key) is None]
-    for batch in _batches(remaining):
-        _check_fence(lease)
+    for group in _groups(remaining):
         if lease.store.is_remote:
             with ThreadPoolExecutor(_CONCURRENT_DELETES) as pool:
-                list(pool.map(delete, batch))
+                list(pool.map(delete, group))
         else:
-            for key in batch:
+            for key in group:
                 delete(key)
-        num_deleted += len(batch)
+        num_deleted += len(group)
 
 
 def _check_fence(lease: Lease) -> None:
@@ -64,14 +61,10 @@ def _check_fence(lease: Lease) -> None:
         )
 
 
-def _batches(keys: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Yield the keys in the order of deletion, no two groups of it in one batch."""
-    others = [key for key in keys if not key.startswith(_ORDER)]
-    groups = [others]
+def _groups(keys: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Yield the keys in the order of deletion; those of one group in any order."""
+    yield [key for key in keys if not key.startswith(_ORDER)]
     for prefix in _ORDER:
         below = [key for key in keys if key.startswith(prefix)]
-        groups.append([key for key in below if key.endswith(".json")])
-        groups.append([key for key in below if not key.endswith(".json")])
-    for group in groups:
-        for start in range(0, len(group), BATCH_KEYS):
-            yield group[start : start + BATCH_KEYS]
+        yield [key for key in below if key.endswith(".json")]
+        yield [key for key in below if not key.endswith(".json")]

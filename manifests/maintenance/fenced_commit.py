@@ -3,7 +3,7 @@
 Order of steps (docs/storage.md has the argument why this is enough):
 
 1. announce the keys of the build, renew the lease, and wait until no collection is active;
-2. check that every object, file and table of the manifest is there with its size;
+2. check that every object, file and table of the manifest is there with its size, and every entry;
 3. create the manifest, or the reference, if steps 1 and 2 began a moment ago; otherwise again.
 
 The three steps are done for the manifest, and once more for the reference.
@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from mmerge.manifests.errors import MissingObjects, NotFound, StoreUnavailable
+from mmerge.manifests.format.entry import digest_of_object, entry_key
 from mmerge.manifests.format.manifest import Manifest, digest_manifest, manifest_key, needed_keys
 from mmerge.manifests.format.publish import Publication, publish_build
 from mmerge.manifests.format.references import Reference, write_reference
@@ -105,8 +106,13 @@ class FencedCommit:
 
 
 def manifest_sizes(manifest: Manifest) -> dict[str, int | None]:
-    """Return the size of every object, file and table that a manifest names, by key."""
+    """Return the size of every object, file and table that a manifest names, by key.
+
+    The entries of its objects have any size (None). A collection deletes them first, and may have
+    ended between an entry and its object.
+    """
     sizes: dict[str, int | None] = {entry.key: entry.num_bytes for entry in manifest.entries}
+    sizes |= {entry_key(digest_of_object(entry.key)): None for entry in manifest.entries}
     sizes |= {file.key: file.num_bytes for file in manifest.unique_files()}
     return {**sizes, manifest.table.key: manifest.table.num_bytes}
 

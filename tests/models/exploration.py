@@ -7,6 +7,10 @@ once.
 
 A process that is killed at some point is one that makes no further call, and every state of the
 search is checked; so a kill at each point is covered without a step of its own.
+
+When time passes, every process is suspended before its next call. The protocol assumes that some
+calls follow at once upon the check before them (docs/storage.md): a process whose next call is such
+a one is suspended before that check instead, so that its last answer arrives late.
 """
 
 from __future__ import annotations
@@ -65,10 +69,11 @@ class AnsweringStore(Store):
     is_remote: ClassVar[bool] = False
     uri = "model://explored"
 
-    def __init__(self, answers: tuple[Answer, ...], number: int) -> None:
+    def __init__(self, answers: tuple[Answer, ...], number: int, *, is_clock_frozen: bool) -> None:
         self._answers = answers
         self._position = 0
         self._pending: _Pending | None = None
+        self._is_clock_frozen = is_clock_frozen
         self.process = _StandIn(self, number)
         if answers:  # a process begins at its first call
             self.process.clock.seconds = answers[0][1]
@@ -80,7 +85,8 @@ class AnsweringStore(Store):
             raise self._pending
         value, seconds = self._answers[self._position]
         self._position += 1
-        self.process.clock.seconds = seconds
+        if not self._is_clock_frozen:
+            self.process.clock.seconds = seconds
         if isinstance(value, type) and issubclass(value, Exception):
             raise value(f"{self.uri}: {key}")
         return value
@@ -157,6 +163,13 @@ class Explorer:
     check_result: Callable[[int, Any, Contents], str | None]
     jumps: int = 1
     jump_seconds: float = 16 * 60.0
+    prompt_verbs: frozenset[str] = frozenset({"delete"})
+    """Verbs of calls that follow at once upon the check before them."""
+    has_frozen_clocks: bool = False
+    """Whether the processes' own clocks stand still while time passes, as on a suspended machine.
+
+    A check can then not see the suspension, so that nothing may happen before a prompt call.
+    """
     most_states: int = 10**9
     num_states: int = 0
     num_steps: int = 0
@@ -198,9 +211,10 @@ class Explorer:
     def _successors(self, state: State) -> Iterator[tuple[str, State, str | None]]:
         contents = {key: (data, seconds) for key, data, seconds in state.contents}
         num_running = 0
+        prompt_process = self._find_prompt(state) if self.has_frozen_clocks else None
         for process, history in enumerate(state.histories):
             kind, call = self._next(process, history)
-            if kind != "call":
+            if kind != "call" or prompt_process not in (None, process):
                 continue
             verb, key, data = call
             if verb == "sleep" and not self._is_woken(history, contents):
@@ -230,13 +244,36 @@ class Explorer:
                 stored = frozenset((key, *item) for key, item in after.items())
             label = f"{process}: {verb} {key} -> {_show(value)}"
             yield label, State(stored, histories, state.seconds, state.jumps, meanings), fault
-        if state.jumps and num_running:
+        if state.jumps and num_running and prompt_process is None:
+            histories = self._suspend(state)
             seconds = state.seconds + self.jump_seconds
-            yield (
-                "time passes",
-                State(state.contents, state.histories, seconds, state.jumps - 1, state.meanings),
-                None,
-            )
+            successor = State(state.contents, histories, seconds, state.jumps - 1, state.meanings)
+            yield "time passes", successor, None
+
+    def _is_prompt(self, process: int, history: int) -> bool:
+        """Return whether the next call of a process follows at once upon the check before it."""
+        kind, call = self._next(process, history)
+        return kind == "call" and call[0] in self.prompt_verbs and history in self._origins
+
+    def _find_prompt(self, state: State) -> int | None:
+        """Return the process whose next call is prompt, None if there is none."""
+        for process, history in enumerate(state.histories):
+            if self._is_prompt(process, history):
+                return process
+        return None
+
+    def _suspend(self, state: State) -> tuple[int, ...]:
+        """Return the histories after all processes were suspended."""
+        histories = list(state.histories)
+        for process, history in enumerate(state.histories):
+            if not self._is_prompt(process, history):
+                continue
+            before, answered_call = self._origins[history]
+            value, _ = self._answers[history][-1]
+            late = self._number(process, before, (value, state.seconds + self.jump_seconds))
+            self._origins[late] = before, answered_call
+            histories[process] = late
+        return tuple(histories)
 
     def _is_woken(self, history: int, contents: Contents) -> bool:
         """Return whether a process that polls a listing would see another one than last time.
@@ -273,7 +310,7 @@ class Explorer:
         return self._nexts[key]
 
     def _replay(self, process: int, answers: tuple[Answer, ...]) -> tuple[str, Any]:
-        store = AnsweringStore(answers, process + 1)
+        store = AnsweringStore(answers, process + 1, is_clock_frozen=self.has_frozen_clocks)
         clockwork._local.process = store.process
         try:
             return "result", self.programs[process](store)

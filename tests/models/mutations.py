@@ -35,7 +35,7 @@ Mutation = Callable[[], AbstractContextManager[Any]]
 def reuse_deleted_numbers() -> Iterator[None]:
     """A deleted reference leaves no mark, so that a late writer takes its number again."""
 
-    def delete(store: Any, name: str, number: int) -> None:
+    def delete(store: Any, name: str, number: int, **options: Any) -> None:
         store.delete(references_module.reference_key(name, number))
 
     with mock.patch.object(deletion_module, "delete_reference", delete):
@@ -116,6 +116,19 @@ def forget_shared_objects() -> Iterator[None]:
         return {key for key in needed_keys(manifest) if key.startswith("builds/")}
 
     with mock.patch.object(gc_module, "needed_keys", find):
+        yield
+
+
+@contextmanager
+def commit_without_entries() -> Iterator[None]:
+    """A run checks that its objects are there before it commits, and not their entries."""
+    real_sizes = fenced_commit_module.manifest_sizes
+
+    def find(manifest: Any) -> dict[str, int | None]:
+        sizes = real_sizes(manifest)
+        return {key: sizes[key] for key in sizes if not key.endswith(".json")}
+
+    with mock.patch.object(fenced_commit_module, "manifest_sizes", find):
         yield
 
 

@@ -26,12 +26,14 @@ from mmerge.manifests.format.manifest import (
 )
 from mmerge.manifests.format.publish import make_table_entry
 from mmerge.manifests.format.references import write_reference
+from mmerge.manifests.format.table import make_table
 from mmerge.manifests.maintenance.fenced_commit import FencedCommit
 from mmerge.manifests.maintenance.garbage_collection import collect_garbage
 from mmerge.manifests.maintenance.lease import Lease
 from mmerge.manifests.stores.base import Store
 
 NAME = "omni"
+_EMPTY_TABLE = make_table(())
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class SmallBuild:
 
     @property
     def table(self) -> bytes:
-        return b"PAR1 of " + self.build.encode()
+        return _EMPTY_TABLE
 
     @property
     def manifest(self) -> Manifest:

@@ -19,8 +19,10 @@ from models.protocol_programs import (
     write_build,
 )
 from models.simulated_modules import simulated_modules
+from models.tiny_builds import needed_keys
 
 import mmerge.manifests.maintenance.manifest_checks as checks_module
+from mmerge.manifests.format.manifest import to_manifest_bytes
 from mmerge.manifests.format.references import reference_key, write_reference
 from mmerge.manifests.stores.memory import MemoryStore
 
@@ -30,7 +32,9 @@ OLD = SmallBuild.make("f", "x")
 FIRST = SmallBuild.make("a", "xp")
 SECOND = SmallBuild.make("b", "p")
 """Both share an object with the old build, and one with each other."""
-BUILDS = {small.build: small for small in (OLD, FIRST, SECOND)}
+THIRD = SmallBuild.make("c", "q")
+"""Its object is garbage at first: a run was killed before it committed it."""
+BUILDS = {small.build: small for small in (OLD, FIRST, SECOND, THIRD)}
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +68,9 @@ def check_result(process: int, result: Any, contents: Contents) -> str | None:
 def check_effect(
     process: int, verb: str, key: str, before: Contents, after: Contents
 ) -> str | None:
-    """A reference names a whole build when it is created."""
+    """A reference names a whole build when it is created, and while it is the newest."""
+    if verb == "delete":
+        return _find_lost_key(key, before)
     is_reference = key.startswith("refs/") and key.endswith(".json")
     if not is_reference or verb != "put_new" or key in before:
         return None
@@ -74,9 +80,23 @@ def check_effect(
     return f"{key} was created, but {missing[0]} is missing" if missing else None
 
 
+def _find_lost_key(key: str, before: Contents) -> str | None:
+    """Return what is wrong with a deletion: the newest build of the name needs the key."""
+    numbers = [name for name in before if name.startswith("refs/") and name.endswith(".json")]
+    live = [name for name in numbers if f"{name.removesuffix('.json')}.deleted" not in before]
+    if not live:
+        return None
+    newest = max(live)
+    build = json.loads(before[newest][0])["build"]
+    if key in needed_keys(to_manifest_bytes(BUILDS[build].manifest)):
+        return f"{key} was deleted, which the build of {newest} needs"
+    return None
+
+
 PROGRAMS: dict[str, Program] = {
     "first": lambda store: write_build(store, FIRST),
     "second": lambda store: write_build(store, SECOND),
+    "third": lambda store: write_build(store, THIRD),
     "refer to first": lambda store: refer(store, FIRST),
     "refer to second": lambda store: refer(store, SECOND),
     "gc": lambda store: collect(store, 0.0),
@@ -84,16 +104,19 @@ PROGRAMS: dict[str, Program] = {
 }
 
 
-def explore(*names: str, jumps: int) -> str | None:
+def explore(*names: str, jumps: int, **options: Any) -> str | None:
     """Explore all interleavings of some programs; return the first fault, None if there is none."""
-    whole = "first" in names
+    whole = bool({"first", "third"} & set(names))
     explorer = Explorer(
         tuple(PROGRAMS[name] for name in names),
         check_effect if whole else lambda *effect: None,
         check_result if whole else lambda *result: None,
         jumps=jumps,
+        **options,
     )
     contents = stored_builds()
+    if "third" in names:
+        contents |= {key: item for key, item in THIRD.contents(0.0).items() if "objects/" in key}
     if not whole:
         contents |= FIRST.contents(0.0) | SECOND.contents(0.0)
     # The builds are made up, and a collection refuses manifests that no run would write.
@@ -113,6 +136,18 @@ def test_no_interleaving_of_a_writer_and_a_collection_loses_a_build() -> None:
     assert explore("first", "gc", jumps=1) is None
 
 
+FROZEN = {"has_frozen_clocks": True}
+A_DAY = {"jump_seconds": DAY + 3600.0, "prompt_verbs": frozenset({"delete", "put_new"})}
+"""Longer than an announcement lives. A create follows at once upon the check before it."""
+
+
+@pytest.mark.parametrize("options", [{}, FROZEN, A_DAY], ids=["minutes", "frozen clocks", "a day"])
+def test_no_interleaving_of_a_writer_and_a_collection_loses_what_the_writer_reuses(
+    options: dict[str, Any],
+) -> None:
+    assert explore("third", "gc", jumps=1, **options) is None
+
+
 def test_no_interleaving_of_two_writers_loses_a_build() -> None:
     assert explore("first", "second", jumps=0) is None
 
@@ -129,12 +164,14 @@ if FACTOR > 1:  # millions of states
         [
             (("refer to first", "refer to others and gc"), 1),
             (("first", "gc"), 2),
+            (("third", "gc"), 2),
             (("refer to first", "refer to second", "gc"), 1),
             (("first", "second", "gc"), 0),
         ],
         ids=[
             "late writer and others",
             "writer and collection",
+            "reusing writer and collection",
             "late writers and collection",
             "writers and collection",
         ],

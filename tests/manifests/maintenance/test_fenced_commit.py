@@ -111,6 +111,18 @@ def test_a_run_that_slept_at_work_commits_nothing_that_a_collection_has_deleted(
     assert list_references(store) == {"omni": [1]}
 
 
+def test_a_run_commits_nothing_after_a_collection_that_ended_between_entry_and_object(
+    store: ClockedStore,
+) -> None:
+    """Both were suspended: the collection first, and the run fenced it before it ended."""
+    with Lease(store, "run", timing=store.timing()) as lease:
+        work(store)
+        store.delete(KEYS[0].replace(".safetensors", ".json"))
+        with pytest.raises(MissingObjects, match=KEYS[0].replace(".safetensors", ".json")):
+            commit(lease)
+    assert not list_references(store)
+
+
 @pytest.mark.parametrize("prefix", ["builds/", "refs/"])
 @pytest.mark.parametrize("minutes", [LONG, 23 * 60])
 def test_a_run_that_slept_between_its_last_check_and_the_create_loses_nothing(
@@ -303,6 +315,49 @@ def test_a_listing_that_lacks_the_own_lease_stops_a_collection_and_warns_a_run(
     with Lease(store, "run", timing=store.timing()) as lease:
         assert isinstance(lease.read_claims(), Claims)
     assert "do not run 'mmerge gc' there" in caplog.text
+
+
+def test_a_run_ends_where_every_listing_is_empty(
+    store: ClockedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library makes one of the page of a captive portal."""
+    monkeypatch.setattr(store, "list_objects", lambda prefix="": iter(()))
+    with (
+        Lease(store, "run", timing=store.timing()) as lease,
+        pytest.raises(StoreError, match="what answers is no object storage"),
+    ):
+        lease.wait_for_none("collect")
+
+
+@pytest.mark.parametrize("is_clock_stopped", [False, True])
+def test_a_collection_that_slept_between_two_deletes_deletes_nothing_more(
+    store: ClockedStore, is_clock_stopped: bool
+) -> None:
+    """A run takes the objects that are left; with a clock that stood still, its fence says so."""
+    work(store)
+    store.advance(minutes=1)
+
+    def sleep_while_a_run_commits() -> None:
+        store.advance(minutes=LONG)
+        with Lease(store, "run", timing=store.timing()) as lease:
+            lease.wait_for_none("collect")
+            work(store)
+            commit(lease)
+
+    # After a delete: what the next check sees is then from before the run only if there is none.
+    delete = store.delete
+
+    def delete_and_sleep(key: str) -> None:
+        delete(key)
+        if key == KEYS[0]:
+            store.delete = delete  # type: ignore[method-assign]
+            sleep_while_a_run_commits()
+
+    store.delete = delete_and_sleep  # type: ignore[method-assign]
+    with pytest.raises(StoreError, match="took this process for dead|was suspended"):
+        collect(store, timing=store.timing(is_clock_stopped=is_clock_stopped))
+    assert find_dangling(store) == []
+    assert list_references(store) == {"omni": [1]}
 
 
 def test_a_run_that_waits_too_long_names_the_lease(store: ClockedStore) -> None:
