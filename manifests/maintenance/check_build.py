@@ -41,7 +41,12 @@ from mmerge.manifests.format.object_header import (
     find_header_damage,
 )
 from mmerge.manifests.format.publish import find_whole_manifest
-from mmerge.manifests.format.references import Reference, open_reference
+from mmerge.manifests.format.references import (
+    Reference,
+    list_references,
+    open_reference,
+    read_reference,
+)
 from mmerge.manifests.format.table import StoredRow, group_of, group_rows, read_table
 from mmerge.manifests.maintenance.damage import Damage, make_error
 from mmerge.manifests.maintenance.manifest_checks import find_manifest_damages
@@ -97,8 +102,13 @@ def check_build(uri: str, *, level: Level) -> tuple[CheckedBuild, list[Damage]]:
     rows = tuple(read_table(store, manifest.table))
     checked = CheckedBuild(uri, store, manifest, rows)
     damages = find_record_damages(manifest, rows)
-    if reference is not None:
-        damages += find_reference_damages(reference, manifest)
+    references = [reference] if reference is not None else _find_references(store, build)
+    for reference in references:
+        # Of several references that a manifest contradicts, the first says it.
+        reference_damages = find_reference_damages(reference, manifest)
+        if reference_damages:
+            damages += reference_damages
+            break
     if level == "structure":
         damages += find_stored_damages(store, manifest, rows)
     return checked, damages
@@ -147,6 +157,33 @@ def find_reference_damages(reference: Reference, manifest: Manifest) -> list[Dam
     return [Damage(key, sentence)]
 
 
+def _find_references(store: ReadableStore, build: str) -> list[Reference]:
+    """Return the references to a build that is opened by its digest, except damaged ones.
+
+    The digest covers all fields of a manifest but the provenance of its objects (`inputs`), which
+    only references cover.
+
+    Raises:
+        StoreUnavailable: the store does not answer.
+    """
+
+    def read(name: str, number: int) -> list[Reference]:
+        try:
+            return [read_reference(store, name, number)]
+        except StoreUnavailable:
+            raise
+        except (ManifestError, StoreError):
+            return []  # damaged, or deleted meanwhile: `verify` reports those of the names it checks
+
+    reads: list[Callable[[], list[Reference]]] = []
+    for name, numbers in list_references(store).items():
+        reads += [partial(read, name, number) for number in numbers]
+    references: list[Reference] = []
+    for reference in _run_all(store, reads):
+        references += reference
+    return [reference for reference in references if reference.build == build]
+
+
 def find_stored_damages(
     store: ReadableStore, manifest: Manifest, rows: Sequence[StoredRow]
 ) -> list[Damage]:
@@ -174,14 +211,14 @@ def find_stored_damages(
 
 
 def _run_all(
-    store: ReadableStore, checks: Iterable[Callable[[], list[Damage]]]
-) -> Iterator[list[Damage]]:
+    store: ReadableStore, calls: Iterable[Callable[[], list[Item]]]
+) -> Iterator[list[Item]]:
     if not store.is_remote:
-        for check in checks:
-            yield check()
+        for call in calls:
+            yield call()
         return
     with ThreadPoolExecutor(CONCURRENT_READS) as pool:
-        yield from pool.map(lambda check: check(), checks)
+        yield from pool.map(lambda call: call(), calls)
 
 
 def _check_object(

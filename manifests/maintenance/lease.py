@@ -154,7 +154,8 @@ class Lease:
         """Return all leases and the store's time, which is that of this lease: renew it before.
 
         Raises:
-            StoreError: the lease is of kind `collect`, and no listing shows it.
+            StoreError: the lease is of kind `collect`, and no listing shows it; or every listing is
+                empty, whatever was written.
         """
         for attempt in range(_LISTING_ATTEMPTS):
             if attempt:
@@ -169,6 +170,13 @@ class Lease:
         problem = f"{self.store.uri}: the store's listing does not show {self.key}, just written"
         if self.kind == "collect":
             raise StoreError(f"{problem}: nothing more was deleted. Try again later")
+        if next(iter(self.store.list_objects()), None) is None:
+            # Of a page of HTML with status 200 the library makes an empty listing.
+            raise StoreError(
+                f"{self.store.uri}: the store's listings are empty, though {self.key} was just"
+                " written: what answers is no object storage (the page of a proxy or a captive"
+                " portal, say). Check the endpoint and the network, then run again"
+            )
         log.warning("%s: do not run 'mmerge gc' there while a build runs", problem)
         latest = max(modified.values(), default=datetime.now().astimezone())
         return Claims(modified, latest)

@@ -13,11 +13,12 @@ from mmerge.manifests.errors import BuildDiffers
 from mmerge.manifests.format.entry import ShardEntry, object_key
 from mmerge.manifests.format.files import put_file
 from mmerge.manifests.format.identity import make_build_digest
-from mmerge.manifests.format.manifest import Manifest
+from mmerge.manifests.format.manifest import Manifest, manifest_key, read_manifest
 from mmerge.manifests.format.publish import Publication, make_table_entry
 from mmerge.manifests.format.references import Reference
 from mmerge.manifests.format.stored_objects import find_listings
 from mmerge.manifests.format.table import make_table
+from mmerge.manifests.maintenance.damage import Damage
 from mmerge.manifests.maintenance.fenced_commit import FencedCommit
 from mmerge.manifests.maintenance.lease import Lease
 from mmerge.manifests.stores.base import Store
@@ -96,6 +97,23 @@ def commit_build(
     if not publication.is_new:
         publication.repaired[:0] = written_files
     return publication
+
+
+def find_provenance_damages(
+    store: Store, context: BuildContext, records: BuildRecords
+) -> list[Damage]:
+    """Return how the provenance of a committed build differs from that of this run.
+
+    The digest of the build does not cover it, and a new reference would confirm an edit of it.
+    """
+    manifest = read_manifest(store, records.build)
+    inputs = describe_inputs(context.plan, context.digests, records.merge_tasks)
+    key = manifest_key(records.build)
+    return [
+        Damage(key, f"{key}: {entry.shard}: 'inputs' differ from those of the recipe")
+        for entry in manifest.entries
+        if entry.inputs != inputs.get(entry.shard)
+    ]
 
 
 def describe_difference(

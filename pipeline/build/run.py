@@ -23,6 +23,7 @@ from mmerge.pipeline.build.commit import (
     BuildRecords,
     commit_build,
     describe_difference,
+    find_provenance_damages,
     make_build_records,
     refer_to_build,
 )
@@ -323,6 +324,7 @@ class _Run:
         damages = find_committed_damages(self.store, self.records.build)
         if damages is None:
             return
+        damages = damages or find_provenance_damages(self.store, self.context, self.records)
         for damage in damages:
             log.warning("%s: %s. It is compared and written again", self.store.uri, damage.sentence)
         self.suspects = {damage.object_digest for damage in damages}

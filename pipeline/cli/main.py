@@ -172,8 +172,9 @@ def main(arguments: list[str] | None = None) -> None:
             code = _report_interrupt()
     except MmergeError as error:
         if _debug:
-            raise
-        _print_error(str(error))
+            _print_traceback(error)
+        else:
+            _print_error(str(error))
         code = 1
     except KeyboardInterrupt:
         code = _report_interrupt()
@@ -196,6 +197,17 @@ def _print_error(text: str) -> None:
         err.print(f"[red]error:[/] {escape(text)}", highlight=False)
 
 
+def _print_traceback(error: BaseException) -> None:
+    """Print what Python prints of an error; libraries put URLs with passwords into theirs."""
+    import traceback
+
+    from mmerge.pipeline.monitoring.printable import escape_controls
+
+    with suppress(OSError):
+        sys.stderr.write(escape_controls("".join(traceback.format_exception(error))))
+        sys.stderr.flush()
+
+
 def _report_interrupt() -> int:
     from mmerge.pipeline.cli.output import err
 
@@ -215,7 +227,8 @@ def _report_unexpected(error: Exception) -> int:
     if isinstance(error, OSError):
         discard_stdout()
     if _debug:
-        raise error
+        _print_traceback(error)
+        return 1
     if is_closed_pipe(error):
         return 1  # nobody reads the output any more
     explanation = _explain(error)

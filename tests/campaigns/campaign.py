@@ -141,8 +141,10 @@ def is_unexpected(code: int, output: str) -> bool:
 
 
 def last_line(output: str) -> str:
+    """Return the last line of an output, with the one before it where that has the reason."""
     lines = [line for line in output.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else ""
+    count = 2 if UNEXPECTED in output else 1
+    return " ".join(lines[-count:])[:600]
 
 
 def grow_old(store: Path, seconds: float = LONG_AGO) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from conftest import Lab
 
 from mmerge.manifests.digest import digest_bytes, digest_json
@@ -309,8 +310,8 @@ def drop_checksums(stored: StoredBuild) -> None:
 def test_edits_are_found_without_the_digest_in_the_reference(
     stored: StoredBuild, tmp_path: Path
 ) -> None:
-    """A build that is opened by its digest, or by a reference of version 0.1; all but `inputs`,
-    which nothing else in the store says.
+    """Of a build that only references of version 0.1 name: all but `inputs`, which nothing else in
+    the store says.
     """
     whole = stored.manifest_path.read_bytes()
     unseen = []
@@ -326,6 +327,42 @@ def test_edits_are_found_without_the_digest_in_the_reference(
             continue
     provenance = {"inputs.base", "inputs.thresholds", "inputs.expert:image", "inputs.expert:audio"}
     assert set(unseen) == provenance
+
+
+def test_edits_are_found_in_a_build_that_is_opened_by_its_digest(
+    stored: StoredBuild, tmp_path: Path
+) -> None:
+    whole = stored.manifest_path.read_bytes()
+    by_digest = f"{stored.folder}#{stored.build}"
+    assert check_build(by_digest, level="records")[1] == []
+    for name, edit in edits_of(json.loads(whole)).items():
+        raw = json.loads(whole)
+        edit(raw)
+        stored.put_manifest(raw)
+        try:
+            damages = check_build(by_digest, level="structure")[1]
+        except MmergeError:
+            continue
+        assert damages, name
+        with pytest.raises(MmergeError):
+            copy_build(by_digest, str(tmp_path / "copy"))
+
+
+def test_a_run_writes_an_edited_provenance_again(stored: StoredBuild, made: Path) -> None:
+    """Otherwise the next reference to the build would confirm the edit."""
+    recipe = made.parent / "again.yaml"
+    raw_recipe = yaml.safe_load((made.parent / "recipe.yaml").read_text())
+    raw_recipe["output"] = str(stored.folder)
+    recipe.write_text(yaml.safe_dump(raw_recipe, sort_keys=False))
+    whole = stored.manifest_path.read_bytes()
+    raw = json.loads(whole)
+    merged = next(entry for entry in raw["entries"] if entry["role"] == "merge")
+    merged["inputs"]["thresholds"] = "1" * 64
+    stored.put_manifest(raw)
+    report = run(make_plan(read_recipe(recipe), max_shard_bytes=1200))
+    assert stored.manifest_path.read_bytes() == whole
+    assert report.repaired == (f"builds/{stored.build}/manifest.json",)
+    assert verify(stored.uri).damages == []
 
 
 def first(rows: list[Raw], role: str, **fields: Any) -> Raw:

@@ -12,6 +12,7 @@ import jsonschema
 import pytest
 import torch
 
+from mmerge.manifests.errors import MmergeError
 from mmerge.pipeline.cli.commands import COMMANDS
 from mmerge.pipeline.cli.main import main
 
@@ -372,13 +373,31 @@ def test_a_manifest_of_an_unknown_version_is_refused(call: Call, lab: Any) -> No
         )
 
 
-def test_debug_shows_where_an_error_comes_from(lab: Any) -> None:
-    from mmerge.manifests.errors import RecipeError
-
-    with pytest.raises(RecipeError):
-        main(["--debug", "run", str(lab.folder / "none.yaml")])
+def test_debug_shows_where_an_error_comes_from(lab: Any, call: Call) -> None:
+    code, _, err = call("--debug", "run", str(lab.folder / "none.yaml"))
+    assert code == 1
+    assert "Traceback" in err
+    assert "RecipeError" in err
     with pytest.raises(SystemExit):
         main(["--version"])
+
+
+@pytest.mark.parametrize("kind", [MmergeError, RuntimeError])
+def test_debug_prints_no_passwords_of_urls(
+    call: Call, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    def fail(*_: object) -> None:
+        try:
+            raise OSError("GET http://user:PASSWORD@host:9/bucket failed")
+        except OSError as error:
+            raise kind("no answer from http://user:PASSWORD@host:9/bucket") from error
+
+    monkeypatch.setattr("mmerge.pipeline.views.catalogue.print_methods", fail)
+    code, out, err = call("--debug", "methods")
+    assert code == 1
+    assert "Traceback" in err
+    assert "http://***@host:9/bucket failed" in err
+    assert "PASSWORD" not in out + err.replace('user:PASSWORD@host:9/bucket failed")', "")
 
 
 @pytest.mark.parametrize(("error", "code"), [(EOFError, 1), (KeyboardInterrupt, 130)])
