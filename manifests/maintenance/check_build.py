@@ -173,7 +173,7 @@ def _find_references(store: ReadableStore, build: str) -> list[Reference]:
         except StoreUnavailable:
             raise
         except (ManifestError, StoreError):
-            return []  # damaged, or deleted meanwhile: `verify` reports those of the names it checks
+            return []  # damaged, or deleted meanwhile; `verify` reports those of its names
 
     reads: list[Callable[[], list[Reference]]] = []
     for name, numbers in list_references(store).items():

@@ -37,6 +37,8 @@ Contents = dict[str, tuple[bytes, float]]
 Answer = tuple[Any, float]
 """What a call returned or raised, and the time of it."""
 Program = Callable[[Store], Any]
+EFFECTS = frozenset({"put", "put_new", "delete"})
+"""Verbs of calls that change a store."""
 
 
 class _Pending(BaseException):
@@ -139,7 +141,8 @@ def explored_timing() -> Timing:
 class State:
     """One state of the store and of all processes."""
 
-    contents: frozenset[tuple[str, bytes, float]]
+    contents: int
+    """The number of the contents of the store."""
     histories: tuple[int, ...]
     """By process, the number of its sequence of answers."""
     seconds: float
@@ -183,11 +186,18 @@ class Explorer:
     _origins: dict[int, tuple[int, tuple[Any, ...]]] = field(default_factory=dict)
     """By history, the one before its last answer, and the call that was answered."""
     _nexts: dict[tuple[int, int], tuple[str, Any]] = field(default_factory=dict)
+    _contents: list[Contents] = field(default_factory=list)
+    """By number; equal contents have one number."""
+    _contents_numbers: dict[frozenset[tuple[str, tuple[bytes, float]]], int] = field(
+        default_factory=dict
+    )
+    _effects: dict[tuple[int, float, str, str, Any], tuple[int, Any]] = field(default_factory=dict)
+    """By contents, time and call: the contents after it, and its answer."""
 
     def explore(self, contents: Contents, *, seconds: float) -> str | None:
         """Return the first fault, with the interleaving that leads to it; None if there is none."""
         first = State(
-            contents=frozenset((key, *stored) for key, stored in contents.items()),
+            contents=self._number_contents(contents),
             histories=(0,) * len(self.programs),
             seconds=seconds,
             jumps=self.jumps,
@@ -209,7 +219,7 @@ class Explorer:
         return None
 
     def _successors(self, state: State) -> Iterator[tuple[str, State, str | None]]:
-        contents = {key: (data, seconds) for key, data, seconds in state.contents}
+        contents = self._contents[state.contents]
         num_running = 0
         prompt_process = self._find_prompt(state) if self.has_frozen_clocks else None
         for process, history in enumerate(state.histories):
@@ -220,12 +230,12 @@ class Explorer:
             if verb == "sleep" and not self._is_woken(history, contents):
                 continue
             num_running += 1
-            after = dict(contents)
-            value = _apply(after, state.seconds, verb, key, data)
+            stored, value = self._find_effect(state, verb, key, data)
+            after = self._contents[stored]
             fault = None
             if verb == "delete" and key in contents:
                 self.deleted.add(key)
-            if verb in ("put", "put_new", "delete"):
+            if verb in EFFECTS:
                 fault = self.check(process, verb, key, contents, after)
             answer = self._number(process, history, (value, state.seconds))
             self._origins[answer] = history, call
@@ -239,9 +249,6 @@ class Explorer:
             kind, result = self._next(process, answer)
             if kind == "result" and fault is None:
                 fault = self.check_result(process, result, after)
-            stored = state.contents
-            if verb in ("put", "put_new", "delete"):
-                stored = frozenset((key, *item) for key, item in after.items())
             label = f"{process}: {verb} {key} -> {_show(value)}"
             yield label, State(stored, histories, state.seconds, state.jumps, meanings), fault
         if state.jumps and num_running and prompt_process is None:
@@ -274,6 +281,23 @@ class Explorer:
             self._origins[late] = before, answered_call
             histories[process] = late
         return tuple(histories)
+
+    def _number_contents(self, contents: Contents) -> int:
+        name = frozenset(contents.items())
+        if name not in self._contents_numbers:
+            self._contents_numbers[name] = len(self._contents)
+            self._contents.append(contents)
+        return self._contents_numbers[name]
+
+    def _find_effect(self, state: State, verb: str, key: str, data: Any) -> tuple[int, Any]:
+        """Return the number of the contents after a call, and its answer."""
+        effect = (state.contents, state.seconds, verb, key, data)
+        if effect not in self._effects:
+            after = dict(self._contents[state.contents])
+            value = _apply(after, state.seconds, verb, key, data)
+            number = self._number_contents(after) if verb in EFFECTS else state.contents
+            self._effects[effect] = number, value
+        return self._effects[effect]
 
     def _is_woken(self, history: int, contents: Contents) -> bool:
         """Return whether a process that polls a listing would see another one than last time.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 from models.exploration import Contents
@@ -65,7 +66,7 @@ class SmallBuild:
     def table(self) -> bytes:
         return _EMPTY_TABLE
 
-    @property
+    @cached_property
     def manifest(self) -> Manifest:
         return Manifest(
             build=self.build,
@@ -93,7 +94,12 @@ class SmallBuild:
 
     def missing(self, contents: Contents) -> list[str]:
         """Return the keys of this build that are not in the store."""
-        return sorted(needed_keys(to_manifest_bytes(self.manifest)) - contents.keys())
+        return sorted(self.needed_keys - contents.keys())
+
+    @cached_property
+    def needed_keys(self) -> set[str]:
+        """Every key of this build."""
+        return needed_keys(to_manifest_bytes(self.manifest))
 
 
 def write_build(store: Store, small: SmallBuild) -> tuple[str, int]:

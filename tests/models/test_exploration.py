@@ -19,10 +19,8 @@ from models.protocol_programs import (
     write_build,
 )
 from models.simulated_modules import simulated_modules
-from models.tiny_builds import needed_keys
 
 import mmerge.manifests.maintenance.manifest_checks as checks_module
-from mmerge.manifests.format.manifest import to_manifest_bytes
 from mmerge.manifests.format.references import reference_key, write_reference
 from mmerge.manifests.stores.memory import MemoryStore
 
@@ -88,7 +86,7 @@ def _find_lost_key(key: str, before: Contents) -> str | None:
         return None
     newest = max(live)
     build = json.loads(before[newest][0])["build"]
-    if key in needed_keys(to_manifest_bytes(BUILDS[build].manifest)):
+    if key in BUILDS[build].needed_keys:
         return f"{key} was deleted, which the build of {newest} needs"
     return None
 

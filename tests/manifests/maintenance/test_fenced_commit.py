@@ -354,7 +354,7 @@ def test_a_collection_that_slept_between_two_deletes_deletes_nothing_more(
             sleep_while_a_run_commits()
 
     store.delete = delete_and_sleep  # type: ignore[method-assign]
-    with pytest.raises(StoreError, match="took this process for dead|was suspended"):
+    with pytest.raises(StoreError, match=r"took this process for dead|was suspended"):
         collect(store, timing=store.timing(is_clock_stopped=is_clock_stopped))
     assert find_dangling(store) == []
     assert list_references(store) == {"omni": [1]}
