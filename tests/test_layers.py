@@ -24,6 +24,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("composite", "exports"),
         ("modalities", "methods"),
         ("reconstruction", "statistics"),
+        ("adapters",),
         ("checkpoints",),
         ("kernels", "families", "runtime", "generation"),
     ),

@@ -9,16 +9,11 @@ from typing import Any
 from mmerge.manifests.errors import CheckpointError, RecipeError, ShapeMismatch
 from mmerge.manifests.format.manifest import AdapterRecord
 from mmerge.pipeline.recipes.recipe import Recipe
+from mmerge.workers.adapters.checkpoint import AdapterCheckpoint
+from mmerge.workers.adapters.folder import AdapterFolder, AdapterPair
+from mmerge.workers.adapters.placement import find_weight, place_others
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
 from mmerge.workers.checkpoints.expert_only import find_expert_only
-from mmerge.workers.checkpoints.lora_adapter import (
-    DEFAULT_ADAPTER,
-    AdapterCheckpoint,
-    AdapterFolder,
-    AdapterPair,
-    find_weight,
-    place_others,
-)
 from mmerge.workers.checkpoints.sources import TensorSource
 
 _OTHER_NAMES = {"image": ("vision",), "vision": ("image",), "point": ("point_cloud", "pointcloud")}
@@ -76,20 +71,18 @@ def list_adapters(
 def _describe(
     folder: AdapterFolder, modality: str, parameters: Any, base: Checkpoint, *, share: float
 ) -> ExpertAdapters:
-    default = parameters.default_adapter or (
-        folder.adapters[0] if len(folder.adapters) == 1 else DEFAULT_ADAPTER
-    )
+    default = parameters.default_adapter or folder.default_adapter
     modality_adapter = parameters.adapter or _find_modality_adapter(folder, modality, default)
     factors: dict[str, TensorSource] = {}
     scales: dict[str, float] = {}
     for adapter in dict.fromkeys((default, modality_adapter)):
-        for pair in folder.pairs_of(adapter):
+        for pair in folder.plain_pairs_of(adapter, use="damc"):
             name = _place(folder, pair, base)
             factors |= {
                 factor_name(name, "A", adapter): pair.a,
                 factor_name(name, "B", adapter): pair.b,
             }
-            scales[f"{name}:{adapter}"] = pair.scale
+            scales[f"{name}:{adapter}"] = folder.scale_of(pair)
     others = place_others(folder, base)
     replaced = sorted(name for name in others if name in base.tensors)
     prefix = base.family.find_prefixes(base.tensors)[0]

@@ -15,8 +15,10 @@ from mmerge.pipeline.planning.name_matching import NameMatch, match_expert, rena
 from mmerge.pipeline.planning.plan import make_plan
 from mmerge.pipeline.planning.tokenizer_checks import list_tokenizer_warnings
 from mmerge.pipeline.recipes.parsing import parse_recipe
+from mmerge.workers.adapters.checkpoint import open_expert
+from mmerge.workers.adapters.files import is_adapter
+from mmerge.workers.adapters.folder import AdapterFolder
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
-from mmerge.workers.checkpoints.lora_adapter import AdapterFolder, is_adapter, open_expert
 from mmerge.workers.checkpoints.quantization import describe_quantization
 from mmerge.workers.checkpoints.sources import TensorSource
 from mmerge.workers.checkpoints.tokenizer import read_vocabulary
@@ -210,7 +212,9 @@ def _inspect_adapter(uri: str, comparison: Comparison | None) -> Inspection:
     for name in folder.adapters:
         pairs = folder.pairs_of(name)
         ranks = tuple(sorted({pair.a.spec.shape[0] for pair in pairs}))
-        modules = tuple(sorted({pair.module.rpartition(".")[2] for pair in pairs}))
+        paths = [pair.owner_module for pair in pairs]
+        paths += [rows.module for rows in folder.token_rows if rows.adapter == name]
+        modules = tuple(sorted({path.rpartition(".")[2] for path in paths}))
         summaries.append(AdapterSummary(name, ranks, len(pairs), modules))
     tensors = folder.tensors
     config = folder.checkpoint.config

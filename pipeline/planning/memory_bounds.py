@@ -11,8 +11,8 @@ from mmerge.manifests.format.safetensors_header import DTYPE_BYTES
 from mmerge.manifests.stores.writer import WRITER_BUFFER_BYTES, WRITER_CONCURRENCY
 from mmerge.workers.checkpoints.lora_weights import TILE_ROWS
 from mmerge.workers.checkpoints.sources import (
-    BlockScaledSource,
-    LowRankSource,
+    FormedSource,
+    TensorSource,
     total_prefetch_bytes,
 )
 from mmerge.workers.methods.interface import (
@@ -29,7 +29,9 @@ WORKER_BYTES = 96 << 20
 """Memory of a task apart from its blocks: allocator, readers, small objects."""
 WRITER_BYTES = WRITER_CONCURRENCY * WRITER_BUFFER_BYTES
 COPY_PEAK_BYTES = WRITER_BYTES + WORKER_BYTES
-"""Memory bound of a copy task."""
+"""Memory bound of a copy task of stored tensors."""
+COPY_ENTRIES = 1 << 20
+"""Most entries that a copy task forms at once."""
 MIN_BLOCK_ENTRIES = 1 << 16
 PROCESS_BYTES = 512 << 20
 """Memory of a process without a task: interpreter, torch, compiled kernels."""
@@ -92,29 +94,30 @@ def _block_bytes(tensor: TensorTask, num_experts: int, memory: MergeMemory) -> i
 
 
 def _forming_bytes(tensor: TensorTask, block_entries: int) -> int:
-    """Return the memory for forming weights from adapters or from block-scaled inputs.
-
-    That is the factors or scales, and the buffers of one block. Per entry: the base as read, copied
-    and widened, and the low-rank product, in tiles and whole. Tiles extend beyond the block.
-    """
-    adapters = [source for source in tensor.experts if isinstance(source, LowRankSource)]
-    sources = (tensor.base, *tensor.experts, *(adapter.base for adapter in adapters))
-    scaled = [source for source in sources if isinstance(source, BlockScaledSource)]
-    if not adapters and not scaled:
-        return 0
-    shape = tensor.base.spec.shape
+    """Return the memory for forming weights: adapted, dequantised or of another layout."""
     entries = min(
-        entries_at_once(shape, block_entries, granularity=tensor.granularity), tensor.num_entries
+        entries_at_once(tensor.base.spec.shape, block_entries, granularity=tensor.granularity),
+        tensor.num_entries,
     )
-    forming = 0
-    if adapters:
-        forming += sum(adapter.factor_bytes for adapter in adapters)
-        forming += 24 * entries + 16 * TILE_ROWS * shape[1]
-    if scaled:
-        forming += sum(source.scale_bytes for source in scaled)
-        # Whole rows of scales, one per entry, extend beyond both ends of the block.
-        forming += 24 * entries + 16 * shape[-1]
-    return forming
+    return forming_bytes((tensor.base, *tensor.experts), entries=entries)
+
+
+def forming_bytes(sources: Iterable[TensorSource], *, entries: int) -> int:
+    """Return the memory for forming a block of several tensors, one after the other.
+
+    What a task keeps of each (factors, scales), and the buffers of one block per level: a tensor
+    may be formed of tensors that are formed. Per entry: the input as read, copied and widened, and
+    the product, in tiles and whole. Tiles and rows extend beyond both ends of the block.
+    """
+    kept = 0
+    buffers: list[int] = []
+    level = [source for source in sources if isinstance(source, FormedSource)]
+    while level:
+        kept += sum(source.kept_bytes for source in level)
+        buffers.append(24 * entries + 16 * TILE_ROWS * max(item.row_entries for item in level))
+        parts = [part for source in level for part in source.inputs]
+        level = [part for part in parts if isinstance(part, FormedSource)]
+    return kept + sum(buffers)
 
 
 def process_bytes(peaks: Iterable[int]) -> int:

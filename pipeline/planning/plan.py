@@ -34,10 +34,10 @@ from mmerge.pipeline.planning.shards import (
 from mmerge.pipeline.planning.tensor_layout import make_layout, match_names
 from mmerge.pipeline.planning.tokenizer_checks import list_tokenizer_warnings
 from mmerge.pipeline.recipes.recipe import Recipe, pin_recipe
+from mmerge.workers.adapters.checkpoint import open_expert
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
 from mmerge.workers.checkpoints.dtypes import NAMED_DTYPES
-from mmerge.workers.checkpoints.lora_adapter import open_expert
-from mmerge.workers.checkpoints.sources import BlockScaledSource
+from mmerge.workers.checkpoints.formed_sources import BlockScaledSource
 from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Kind, MethodParameters
 

@@ -12,7 +12,13 @@ from mmerge.manifests.format.object_header import packed_bytes
 from mmerge.manifests.format.safetensors_header import DTYPE_BYTES
 from mmerge.manifests.format.tensor_names import layer_of
 from mmerge.pipeline.planning.adapters import ExpertAdapters
-from mmerge.pipeline.planning.memory_bounds import COPY_PEAK_BYTES, MergeMemory, merge_peak_bytes
+from mmerge.pipeline.planning.memory_bounds import (
+    COPY_ENTRIES,
+    COPY_PEAK_BYTES,
+    MergeMemory,
+    forming_bytes,
+    merge_peak_bytes,
+)
 from mmerge.pipeline.planning.tensor_layout import CopiedTensor, Layout, SharedTensor
 from mmerge.pipeline.recipes.recipe import Recipe
 from mmerge.workers.checkpoints.sources import TensorSource, total_prefetch_bytes
@@ -189,7 +195,9 @@ def _make_copy_shards(
             expert=expert,
             tensors=tuple(group),
             num_bytes=sum(tensor.source.spec.num_bytes for tensor in group),
-            peak_bytes=COPY_PEAK_BYTES + total_prefetch_bytes([group[0].source]),
+            peak_bytes=COPY_PEAK_BYTES
+            + total_prefetch_bytes([group[0].source])
+            + max(forming_bytes([item.source], entries=COPY_ENTRIES) for item in group),
         )
 
 

@@ -23,12 +23,7 @@ from mmerge.manifests.stores.local_file import LocalFile
 from mmerge.manifests.stores.open import open_readable_store
 from mmerge.workers.checkpoints.input_digests import BlockDigests
 from mmerge.workers.checkpoints.reading import read_source
-from mmerge.workers.checkpoints.sources import (
-    BlockScaledSource,
-    LowRankSource,
-    OpenStores,
-    TensorSource,
-)
+from mmerge.workers.checkpoints.sources import FormedSource, OpenStores, TensorSource
 from mmerge.workers.kernels.tiles import CODES
 
 Bytes = NDArray[np.uint8]
@@ -183,7 +178,7 @@ class InputReader:
             return self._open(source)
 
     def _open(self, source: TensorSource) -> _Stream:
-        if isinstance(source, (LowRankSource, BlockScaledSource)):
+        if isinstance(source, FormedSource):
             return _SourceStream(self._stores, source)
         store = self._stores.get(source.uri)
         if store is None:

@@ -25,11 +25,7 @@ from xxhash import xxh3_128
 
 from mmerge.manifests.errors import CheckpointError
 from mmerge.manifests.stores.open import open_readable_store
-from mmerge.workers.checkpoints.sources import (
-    BlockScaledSource,
-    LowRankSource,
-    TensorSource,
-)
+from mmerge.workers.checkpoints.sources import FormedSource, TensorSource
 
 
 @dataclass(frozen=True)
@@ -186,11 +182,8 @@ def check_identities(
 
 def stored_parts(source: TensorSource) -> Iterator[TensorSource]:
     """Yield the stored tensors that a source is formed from, itself where it is stored."""
-    if isinstance(source, LowRankSource):
-        for part in (source.base, source.a, source.b):
-            yield from stored_parts(part)
-    elif isinstance(source, BlockScaledSource):
-        for part in (source.weights, source.scales):
+    if isinstance(source, FormedSource):
+        for part in source.inputs:
             yield from stored_parts(part)
     else:
         yield source

@@ -13,8 +13,8 @@ from math import prod
 from typing import Any
 
 from mmerge.manifests.errors import CheckpointError
-from mmerge.manifests.format.safetensors_header import TensorSpec
-from mmerge.workers.checkpoints.sources import BlockScaledSource, TensorSource
+from mmerge.workers.checkpoints.formed_sources import BlockScaledSource, make_formed_spec
+from mmerge.workers.checkpoints.sources import TensorSource
 
 CONFIG_KEYS = ("quantization_config", "compression_config")
 SCALED_FP8_METHODS = ("fp8", "fbgemm_fp8")
@@ -270,11 +270,10 @@ def _form(
             f"{where}: {name} has shape {spec.shape}, its scales {scales.spec.name} have"
             f" {scales.spec.shape}: with {sizes} in quantization_config they do not fit. {REMEDY}"
         )
-    formed = TensorSpec(name, "F32", spec.shape, 0, 4 * spec.num_entries)
     return BlockScaledSource(
         weights.uri,
         weights.file,
-        formed,
+        make_formed_spec(spec),
         weights=weights,
         scales=scales,
         block=grid.block,

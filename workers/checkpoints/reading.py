@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
+from mmerge.manifests.format.safetensors_header import DTYPE_BYTES
 from mmerge.manifests.stores.base import ReadableStore
 from mmerge.manifests.stores.open import open_readable_store
-from mmerge.workers.checkpoints.sources import (
-    BlockScaledSource,
-    LowRankSource,
-    OpenStores,
-    TensorSource,
-)
+from mmerge.workers.checkpoints.sources import FormedSource, OpenStores, TensorSource
 
 COMPARED_BYTES = 4 << 20
 """Bytes of each tensor that are compared at once."""
@@ -25,11 +21,12 @@ def read_source(
     Raises:
         NotFound, StoreError: the file is missing or shorter than its header says.
     """
-    if isinstance(source, (LowRankSource, BlockScaledSource)):
+    if isinstance(source, FormedSource):
         # Imported here: it needs torch, which stored tensors do without.
         from mmerge.workers.checkpoints.formed_weights import read_formed
 
-        start, stop = offset // 4, (offset + num_bytes) // 4
+        entry_bytes = DTYPE_BYTES[source.spec.dtype]
+        start, stop = offset // entry_bytes, (offset + num_bytes) // entry_bytes
         return read_formed(source, stores, read=read_source, start=start, stop=stop)
     store = stores.get(source.uri)
     if store is None:

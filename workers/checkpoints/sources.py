@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from math import prod
+from dataclasses import dataclass
 from typing import Any
 
 from mmerge.manifests.digest import digest_json
@@ -39,85 +38,45 @@ class TensorSource:
 
 
 @dataclass(frozen=True)
-class LowRankSource(TensorSource):
-    """Weights of a Linear layer with a LoRA adapter: θ₀ + scale·B·A, float32, computed when read.
+class FormedSource(TensorSource):
+    """A tensor that no file holds: it is computed from others when it is read.
 
-    `uri` and `file` are the adapter's. `spec` describes the computed rows as if they were stored as
-    float32.
+    `spec` describes its rows as if they were stored. The kinds are in `formed_sources.py`.
     """
 
-    base: TensorSource
-    """The same rows of the base's weights."""
-    a: TensorSource
-    """[rank, in]."""
-    b: TensorSource
-    """[out, rank], all rows of the matrix."""
-    scale: float
-    first_row: int = 0
-    """Position in the matrix of the first row of this source."""
-
-    def to_rows(self, row_start: int, row_stop: int) -> LowRankSource:
-        """Return the source of rows `row_start` to `row_stop`."""
-        return LowRankSource(
-            uri=self.uri,
-            file=self.file,
-            spec=TensorSource.to_rows(self, row_start, row_stop).spec,
-            base=self.base.to_rows(row_start, row_stop),
-            a=self.a,
-            b=self.b,
-            scale=self.scale,
-            first_row=self.first_row + row_start,
-        )
+    @property
+    def inputs(self) -> tuple[TensorSource, ...]:
+        """The tensors that it is computed from, which may be formed themselves."""
+        raise NotImplementedError
 
     @property
-    def factor_bytes(self) -> int:
-        """Bytes that a task holds of both factors: as stored, and widened to float32."""
-        return sum(
-            factor.spec.num_bytes + 4 * factor.spec.num_entries for factor in (self.a, self.b)
-        )
-
-
-@dataclass(frozen=True)
-class BlockScaledSource(TensorSource):
-    """Weights stored as float8 with scales: float8 · scale, float32, computed when read.
-
-    `uri` and `file` are those of the float8 weights. `spec` describes the computed rows as if they
-    were stored as float32.
-    """
-
-    weights: TensorSource
-    """The same rows as float8, [..., rows, columns]."""
-    scales: TensorSource
-    """One per block of the whole tensor: float of any width, in C order."""
-    block: tuple[int, int]
-    """Rows and columns that share a scale; blocks at the edges may be smaller."""
-    matrix_rows: int
-    """Rows of one matrix in a stack of matrices; blocks do not cross matrices."""
-    first_row: int = 0
-    """Position of the first row of this source in the stack, laid out as one matrix."""
-
-    def to_rows(self, row_start: int, row_stop: int) -> BlockScaledSource:
-        """Return the source of rows `row_start` to `row_stop` of the first dimension."""
-        return replace(
-            self,
-            spec=TensorSource.to_rows(self, row_start, row_stop).spec,
-            weights=self.weights.to_rows(row_start, row_stop),
-            first_row=self.first_row + row_start * prod(self.spec.shape[1:-1]),
-        )
+    def settings(self) -> tuple[Any, ...]:
+        """All else that decides its values, as JSON."""
+        raise NotImplementedError
 
     @property
-    def scale_bytes(self) -> int:
-        """Bytes that a task holds of the scales: as stored, and widened to float32."""
-        return self.scales.spec.num_bytes + 4 * self.scales.spec.num_entries
+    def kept_bytes(self) -> int:
+        """Bytes that a task keeps while it reads the tensor, apart from the block in work."""
+        raise NotImplementedError
+
+    @property
+    def row_entries(self) -> int:
+        """Entries that can only be computed together: those of one row of a matrix."""
+        return self.spec.shape[-1] if self.spec.shape else 1
 
 
 class OpenStores(dict[str, ReadableStore]):
-    """Stores that a task has opened, by URI, and the factors and scales that it has read."""
+    """Stores that a task has opened, by URI, and what forming tensors reads more than once."""
 
     def __init__(self) -> None:
         super().__init__()
         self.factors: dict[TensorSource, Any] = {}
         """Float32 tensors; every block of a matrix needs all of A."""
+        self.last_rows: dict[TensorSource, tuple[int, Any]] = {}
+        """Number and values of the row or matrix in which the last block of a tensor ended.
+
+        The next block begins in it. Its inputs have been read, and remote ones are read forward.
+        """
 
 
 def identity_digest(identities: dict[str, dict[str, str]], source: TensorSource) -> str:
@@ -127,12 +86,9 @@ def identity_digest(identities: dict[str, dict[str, str]], source: TensorSource)
         identities: by URI and file, the store's identity of the file.
         source: the tensor.
     """
-    if isinstance(source, LowRankSource):
-        parts = [identity_digest(identities, part) for part in (source.base, source.a, source.b)]
-        return digest_json([*parts, source.scale.hex(), source.first_row])
-    if isinstance(source, BlockScaledSource):
-        parts = [identity_digest(identities, part) for part in (source.weights, source.scales)]
-        return digest_json([*parts, list(source.block), source.matrix_rows, source.first_row])
+    if isinstance(source, FormedSource):
+        parts = [identity_digest(identities, part) for part in source.inputs]
+        return digest_json([*parts, *source.settings])
     identity = identities[source.uri]
     return digest_json(
         [source.uri, source.file, identity[source.file], source.spec.offset, source.spec.num_bytes]

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from mmerge.manifests.errors import ManifestError, StoreError
 from mmerge.manifests.format.entry import Role
 from mmerge.manifests.format.manifest import FileEntry, read_file
-from mmerge.workers.checkpoints.lora_adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
+from mmerge.workers.adapters.files import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from mmerge.workers.exports.folder import to_export_folder
 from mmerge.workers.families.registry import parse_config, text_config_of
 from mmerge.workers.modalities.small_files import write_files

@@ -13,9 +13,9 @@ import torch
 
 from mmerge.manifests.errors import CheckpointError, ManifestError, ShapeMismatch, StoreError
 from mmerge.manifests.format.entry import Role
+from mmerge.workers.adapters.files import CONFIG_FILE, WEIGHT_FILES
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
 from mmerge.workers.checkpoints.dtypes import to_tensor
-from mmerge.workers.checkpoints.lora_adapter import CONFIG_FILE, WEIGHT_FILES
 from mmerge.workers.checkpoints.reading import read_source
 from mmerge.workers.checkpoints.sources import OpenStores
 from mmerge.workers.exports.folder import to_export_folder

@@ -10,13 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from mmerge.manifests.errors import RecipeError, ShapeMismatch, StoreError
+from mmerge.workers.adapters.files import CONFIG_FILE, WEIGHT_FILES
+from mmerge.workers.adapters.folder import AdapterFolder
 from mmerge.workers.checkpoints.dtypes import to_tensor
-from mmerge.workers.checkpoints.lora_adapter import (
-    CONFIG_FILE,
-    DEFAULT_ADAPTER,
-    WEIGHT_FILES,
-    AdapterFolder,
-)
 from mmerge.workers.checkpoints.reading import read_source
 from mmerge.workers.checkpoints.sources import OpenStores, TensorSource
 from mmerge.workers.methods.lora_factors import STRATEGIES, average_lora
@@ -44,9 +40,8 @@ def write_average(uris: Sequence[str], folder: Path, *, strategy: str, density: 
     folders = [AdapterFolder(uri, owner=f"adapter {uri}") for uri in uris]
     experts, scales, ranks = [], set(), set()
     for adapter_folder in folders:
-        names = adapter_folder.adapters
-        pairs = adapter_folder.pairs_of(names[0] if len(names) == 1 else DEFAULT_ADAPTER)
-        scales |= {pair.scale for pair in pairs}
+        pairs = adapter_folder.plain_pairs_of(adapter_folder.default_adapter, use="average-lora")
+        scales |= {adapter_folder.scale_of(pair) for pair in pairs}
         ranks |= {pair.rank for pair in pairs}
         factors = {}
         for pair in pairs:

@@ -47,6 +47,12 @@ _WRAPPERS = (
 """Prefixes that multimodal classes put before their language model, as PEFT records them."""
 
 
+def strip_wrapper(module: str) -> str:
+    """Return a module's path below the language model: `layers.0.mlp`, whatever is around it."""
+    wrapper = max((item for item in _WRAPPERS if module.startswith(item)), key=len)
+    return module[len(wrapper) :].removeprefix("model.")
+
+
 @dataclass(frozen=True)
 class Projection:
     """One Linear layer of a decoder layer."""

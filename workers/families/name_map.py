@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import takewhile
 from typing import Any
@@ -41,6 +41,31 @@ class UnknownClass(CheckpointError):
 
 
 @dataclass(frozen=True)
+class Conversion:
+    """How a class forms one of its parameters of several tensors in the files, or of another form.
+
+    `steps` are the operations of transformers with their dimensions: `MergeModulelist 0`.
+    """
+
+    steps: tuple[str, ...]
+    position: int
+    """Of this tensor's pattern among those that the parameter is formed of."""
+    index: int | None
+    """Number of the expert that the tensor belongs to, None where the name has none."""
+    compares_shapes: bool
+    """Whether a tensor that has the parameter's shape is taken as it is."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a class in memory."""
+
+    shape: tuple[int, ...]
+    is_transposed: bool
+    """Whether its class multiplies by its matrices from the right, [in, out]."""
+
+
+@dataclass(frozen=True)
 class NameMap:
     """Canonical names of the tensors in a checkpoint's files.
 
@@ -52,6 +77,10 @@ class NameMap:
     """By stored name."""
     class_name: str
     """The class of transformers that gave the names."""
+    conversions: Mapping[str, Conversion] = field(default_factory=dict)
+    """By stored name, of the tensors that are converted when a class loads them."""
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    """By canonical name without a place."""
 
     @property
     def stored(self) -> dict[str, str]:
@@ -70,7 +99,7 @@ class NameMap:
         """Return stored names by canonical name, grouped by the parameter that holds them."""
         groups: dict[str, dict[str, str]] = {}
         for stored, canonical in self.canonical.items():
-            groups.setdefault(canonical.partition(_PLACE)[0], {})[canonical] = stored
+            groups.setdefault(parameter_of(canonical), {})[canonical] = stored
         return groups
 
 
@@ -79,7 +108,7 @@ class _ModelNames:
     """What a class tells of its names."""
 
     class_name: str
-    parameters: frozenset[str]
+    parameters: Mapping[str, Parameter]
     """Parameters and buffers by their name in memory."""
     decoder: str
     """Module path of the language model without its head, with its dot; may be empty."""
@@ -97,6 +126,11 @@ def is_language_name(canonical: str) -> bool:
     return canonical.startswith((_DECODER, _HEAD))
 
 
+def parameter_of(canonical: str) -> str:
+    """Return the canonical name of the parameter that a tensor is, or is a part of."""
+    return canonical.partition(_PLACE)[0]
+
+
 def map_names(config: Mapping[str, Any], names: Iterable[str]) -> NameMap:
     """Return the canonical names of stored tensors.
 
@@ -111,11 +145,16 @@ def map_names(config: Mapping[str, Any], names: Iterable[str]) -> NameMap:
         UnknownClass: transformers has no such class, or cannot make it from the configuration.
     """
     model = _read_model_names(json.dumps(config, sort_keys=True))
-    parameters = dict.fromkeys(model.parameters, True)
-    return NameMap(
-        {name: _canonical(name, model, parameters=parameters) for name in names},
-        model.class_name,
-    )
+    canonical: dict[str, str] = {}
+    conversions: dict[str, Conversion] = {}
+    for name in names:
+        canonical[name], conversion = _canonical(name, model)
+        if conversion is not None:
+            conversions[name] = conversion
+    parameters = {
+        _place_parameter(name, model): parameter for name, parameter in model.parameters.items()
+    }
+    return NameMap(canonical, model.class_name, conversions, parameters)
 
 
 def map_language_model(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
@@ -145,32 +184,68 @@ def map_language_model(config: Mapping[str, Any], names: Iterable[str]) -> dict[
     return stored_names
 
 
-def _canonical(name: str, model: _ModelNames, *, parameters: dict[str, bool]) -> str:
+def _canonical(name: str, model: _ModelNames) -> tuple[str, Conversion | None]:
+    """Return the canonical name of a stored tensor, and how it is converted."""
     from transformers.core_model_loading import apply_renamings, rename_source_key
 
     renamings, converters = list(model.renamings), list(model.converters)
     parameter, pattern = rename_source_key(
-        name, renamings, converters, model.base_model_prefix, parameters
+        name, renamings, converters, model.base_model_prefix, model.parameters
     )
-    if parameter not in parameters:
-        return f"{_UNPLACED}{name}"
-    place = ""
-    if pattern is not None:
-        renamed = apply_renamings(name, renamings)
-        tail = renamed[_count_equal(renamed, parameter) :]
-        place = f"{_PLACE}{pattern} {'.'.join(re.findall(r'[0-9]+', tail))}".rstrip()
+    if parameter not in model.parameters:
+        return f"{_UNPLACED}{name}", None
+    canonical = _place_parameter(parameter, model)
+    if pattern is None:
+        return canonical, None
+    renamed = apply_renamings(name, renamings)
+    tail = renamed[_count_equal(renamed, parameter) :]
+    place = f"{_PLACE}{pattern} {'.'.join(re.findall(r'[0-9]+', tail))}".rstrip()
+    return f"{canonical}{place}", _describe_conversion(pattern, tail, model)
+
+
+def _place_parameter(parameter: str, model: _ModelNames) -> str:
+    """Return the canonical name of a parameter in memory."""
     if model.head and parameter.startswith(model.head):
-        return f"{_HEAD}{parameter[len(model.head) :]}{place}"
+        return f"{_HEAD}{parameter[len(model.head) :]}"
     if not parameter.startswith(model.decoder):
-        return f"{_OTHER}{parameter}{place}"
+        return f"{_OTHER}{parameter}"
     path = parameter[len(model.decoder) :]
     split = split_layer(path)
     if split is None or split.prefix or not model.unshared_layers:
-        return f"{_DECODER}{path}{place}"
+        return f"{_DECODER}{path}"
     if split.layer in model.unshared_layers:
-        return f"{_OTHER}{parameter}{place}"
+        return f"{_OTHER}{parameter}"
     shift = sum(unshared < split.layer for unshared in model.unshared_layers)
-    return f"{_DECODER}{move_layer(path, split.layer - shift)}{place}"
+    return f"{_DECODER}{move_layer(path, split.layer - shift)}"
+
+
+def _describe_conversion(pattern: str, tail: str, model: _ModelNames) -> Conversion | None:
+    """Return how a tensor is converted whose name fits a pattern, None where that is unclear.
+
+    Args:
+        pattern: of a converter.
+        tail: of the tensor's name, from where it differs from the parameter's.
+        model: the converters.
+    """
+    fitting = [item for item in model.converters if pattern in item.source_patterns]
+    if len(fitting) != 1 or len(fitting[0].target_patterns) != 1:
+        return None
+    number = re.match(r"[0-9]+", tail)
+    operations = fitting[0].operations
+    return Conversion(
+        steps=tuple(_describe_operation(operation) for operation in operations),
+        position=fitting[0].source_patterns.index(pattern),
+        index=int(number[0]) if number and "*" in pattern else None,
+        compares_shapes=any(getattr(item, "check_dims", False) for item in operations),
+    )
+
+
+def _describe_operation(operation: Any) -> str:
+    """Return the name of an operation and its dimensions."""
+    dimensions = [
+        getattr(operation, key) for key in ("dim", "dim0", "dim1") if hasattr(operation, key)
+    ]
+    return " ".join([type(operation).__name__, *map(str, dimensions)])
 
 
 def _count_equal(name: str, other: str) -> int:
@@ -211,7 +286,7 @@ def _read_names(model: Any) -> _ModelNames:
     text = model.config.get_text_config()
     return _ModelNames(
         class_name=type(model).__name__,
-        parameters=frozenset(model.state_dict()),
+        parameters=_read_parameters(model),
         decoder=_with_dot(paths[id(decoder)]),
         head=_with_dot(paths.get(id(head), "")),
         renamings=transforms[0],
@@ -237,6 +312,17 @@ def _translated_errors(raw: Mapping[str, Any]) -> Iterator[None]:
             f" {to_architecture(raw.get('architectures'), where='config.json')} of config.json"
             f" ({type(error).__name__}: {reason})"
         ) from error
+
+
+def _read_parameters(model: Any) -> dict[str, Parameter]:
+    """Return the parameters and buffers of a model that are saved."""
+    modules = dict(model.named_modules())
+    parameters = {}
+    for name, value in model.state_dict().items():
+        owner = modules.get(name.rpartition(".")[0])
+        is_transposed = bool(getattr(owner, "is_transposed", False))
+        parameters[name] = Parameter(tuple(value.shape), is_transposed)
+    return parameters
 
 
 def get_transforms(model: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

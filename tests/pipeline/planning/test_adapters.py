@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from lab_adapters import PREFIX, delta_of, write_adapter
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -29,64 +30,6 @@ from mmerge.workers.exports.lora import export_adapter
 from mmerge.workers.exports.lora_average import write_average
 from mmerge.workers.reconstruction.build_reader import BuildReader
 from mmerge.workers.reconstruction.weights import text_weight
-
-LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj")
-PREFIX = "base_model.model."
-
-
-def make_factors(lab: Any, seed: int, rank: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    factors = {}
-    for layer in range(lab.config["num_hidden_layers"]):
-        for linear in LINEARS:
-            name = f"model.layers.{layer}.{linear}"
-            out, width = lab.base[f"{name}.weight"].shape
-            factors[f"{PREFIX}{name}.lora_A.weight"] = torch.randn(
-                (rank, width), generator=generator
-            )
-            factors[f"{PREFIX}{name}.lora_B.weight"] = 0.1 * torch.randn(
-                (out, rank), generator=generator
-            )
-    return factors
-
-
-def write_adapter(
-    lab: Any,
-    name: str,
-    *,
-    seed: int,
-    rank: int = 4,
-    pickled: bool = False,
-    more: Any = None,
-    **config: Any,
-) -> dict[str, torch.Tensor]:
-    folder = lab.folder / name
-    folder.mkdir(exist_ok=True)
-    factors = make_factors(lab, seed, rank) | (more or {})
-    if pickled:
-        torch.save(factors, folder / "adapter_model.bin")
-    else:
-        save_file(factors, folder / "adapter_model.safetensors")
-    settings = {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": 8,
-        "target_modules": ["q_proj"],
-    } | config
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    return factors
-
-
-def delta_of(factors: dict[str, torch.Tensor], name: str, scale: float) -> torch.Tensor:
-    path = PREFIX + name.removesuffix(".weight")
-    if f"{path}.lora_A.weight" not in factors:
-        return torch.zeros(())
-    return (
-        scale
-        * (
-            factors[f"{path}.lora_B.weight"].double() @ factors[f"{path}.lora_A.weight"].double()
-        ).float()
-    )
 
 
 @pytest.fixture
@@ -305,7 +248,7 @@ def test_the_command_line_writes_an_adapter_and_says_what_it_lacks(
 @pytest.mark.parametrize(
     ("config", "more", "error", "message"),
     [
-        ({"use_dora": True}, {}, CheckpointError, "DoRA"),
+        ({"use_dora": True}, {}, CheckpointError, "has no lora_magnitude_vector"),
         ({"peft_type": "IA3"}, {}, CheckpointError, "IA3"),
         ({"r": 16}, {}, CheckpointError, "says rank 16, the factors have 4"),
         ({"lora_alpha": None}, {}, CheckpointError, "no lora_alpha"),
@@ -314,7 +257,7 @@ def test_the_command_line_writes_an_adapter_and_says_what_it_lacks(
             {},
             {f"{PREFIX}model.embed_tokens.lora_embedding_A": torch.zeros(2, 40)},
             CheckpointError,
-            "no LoRA factor of a Linear",
+            "has only lora_embedding_A",
         ),
         (
             {},

@@ -1,4 +1,4 @@
-"""Adapters that are no plain LoRA are refused by the name of their kind."""
+"""Adapters of kinds that are not read are refused by their name."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 
 from mmerge.manifests.errors import CheckpointError
-from mmerge.workers.checkpoints.lora_variants import refuse_variants
+from mmerge.workers.adapters.variants import refuse_variants
 
 
 @pytest.mark.parametrize(
     ("config", "name"),
     [
         ({"peft_type": "IA3"}, "IA3"),
-        ({"use_dora": True}, "DoRA"),
         ({"use_tomorrow": True}, "use_tomorrow"),
         ({"init_lora_weights": "pissa"}, "PiSSA"),
         ({"init_lora_weights": "pissa_niter_16"}, "PiSSA"),
@@ -24,8 +23,6 @@ from mmerge.workers.checkpoints.lora_variants import refuse_variants
         ({"init_lora_weights": "tomorrow"}, "'tomorrow'"),
         ({"alora_invocation_tokens": [1, 2]}, "aLoRA"),
         ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
-        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
-        ({"trainable_token_indices": {"embed_tokens": [3]}}, "trainable_token_indices"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"lora_bias": True}, "lora_bias"),
     ],
@@ -52,5 +49,5 @@ def test_plain_adapters_pass(config: dict[str, Any]) -> None:
 def test_settings_of_a_model_are_no_variants() -> None:
     config = {"model_type": "llava", "lora_r": 8, "use_cache": True, "use_mm_proj": True}
     refuse_variants(config, where="expert 'one'", is_peft_config=False)
-    with pytest.raises(CheckpointError, match="DoRA"):
-        refuse_variants(config | {"use_dora": True}, where="expert 'one'", is_peft_config=False)
+    with pytest.raises(CheckpointError, match="QA-LoRA"):
+        refuse_variants(config | {"use_qalora": True}, where="expert 'one'", is_peft_config=False)

@@ -1,7 +1,8 @@
-"""Which kinds of PEFT adapters are read: plain LoRA of Linear layers; others are refused by name.
+"""Which kinds of PEFT adapters are read: LoRA, DoRA and token rows; others are refused by name.
 
-The merged weight of a plain adapter is W + scale·B·A, as PEFT's `merge_and_unload` forms it.
-Variants that add something else to W, or that trained over another W, would be merged wrongly.
+The weights are those of PEFT's `merge_and_unload`: W + scale·B·A with LoRA, rows of it scaled to a
+trained norm with DoRA, rows of an embedding replaced with `trainable_token_indices`. Variants that
+do something else to W, or that trained over another W, would be merged wrongly.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ anew. PEFT writes plain factors instead when it saves with
 """
 _PLAIN_INITIALISATIONS = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
 """Initialisations that leave the base as it is: after training the factors mean the same."""
+_KINDS = ("LORA", "TRAINABLE_TOKENS")
+"""Values of `peft_type` that are read."""
+_READ_SETTINGS = ("use_rslora", "use_dora")
 _SETTINGS: Mapping[str, str] = {
-    "use_dora": "DoRA",
     "use_qalora": "QA-LoRA",
     "use_bdlora": "BD-LoRA",
     "alora_invocation_tokens": "aLoRA, active only behind its invocation tokens",
     "layer_replication": "LoRA over repeated layers (layer_replication)",
-    "target_parameters": "LoRA of parameters outside Linear layers (target_parameters)",
-    "trainable_token_indices": "LoRA with trained token rows (trainable_token_indices)",
     "fan_in_fan_out": "LoRA of transposed weights (fan_in_fan_out)",
     "lora_bias": "LoRA with biases of its own (lora_bias)",
     "arrow_config": "Arrow, a mixture of adapters",
@@ -47,7 +48,7 @@ _SETTINGS: Mapping[str, str] = {
 
 
 def refuse_variants(config: Mapping[str, Any], *, where: str, is_peft_config: bool = True) -> None:
-    """Raise CheckpointError where a configuration describes another adapter than plain LoRA.
+    """Raise CheckpointError where a configuration describes an adapter that is not read.
 
     Args:
         config: adapter_config.json, or the config.json of a model with adapters.
@@ -56,7 +57,7 @@ def refuse_variants(config: Mapping[str, Any], *, where: str, is_peft_config: bo
             a variant.
     """
     kind = config.get("peft_type", "LORA")
-    variants = [] if kind == "LORA" else [str(kind)]
+    variants = [] if kind in _KINDS else [str(kind)]
     variants += [name for key, name in _SETTINGS.items() if config.get(key)]
     if is_peft_config:
         variants += [key for key in config if _is_unknown_variant(key) and config[key]]
@@ -68,13 +69,13 @@ def refuse_variants(config: Mapping[str, Any], *, where: str, is_peft_config: bo
     if changed:
         remedy += ", or save it with path_initial_model_for_weight_conversion"
     raise CheckpointError(
-        f"{where}: only plain LoRA adapters of Linear layers are read, this is"
+        f"{where}: only LoRA, DoRA and trained token rows are read, this is"
         f" {' and '.join(variants)}. {remedy}"
     )
 
 
 def _is_unknown_variant(key: str) -> bool:
-    return key.startswith("use_") and key not in _SETTINGS and key != "use_rslora"
+    return key.startswith("use_") and key not in (*_SETTINGS, *_READ_SETTINGS)
 
 
 def _find_changed_base(initialisation: object) -> str | None:

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from mmerge.manifests.errors import CheckpointError
-from mmerge.workers.checkpoints.module_patterns import ModulePatterns
+from mmerge.workers.adapters.module_patterns import ModulePatterns
 from mmerge.workers.checkpoints.pattern_checks import find_costly_part
 
 MODULE = "model.layers.10.self_attn.q_proj"
@@ -91,7 +91,7 @@ def test_costly_patterns_of_an_adapter_are_refused(patterns: dict[str, int], rea
 def test_patterns_that_are_slow_all_the_same_run_out_of_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("mmerge.workers.checkpoints.module_patterns.MATCH_SECONDS", 0.01)
+    monkeypatch.setattr("mmerge.workers.adapters.module_patterns.MATCH_SECONDS", 0.01)
     patterns = {".*[ab]" * 8 + "[xy]" * (index + 1): 1 for index in range(20)}
     began = time.monotonic()
     with pytest.raises(CheckpointError, match=r"take more than 0\.01 s"):
