@@ -6,6 +6,7 @@ sources and versions of a build are in its references.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
@@ -120,6 +121,29 @@ class TableEntry(Record):
         return validate_key(key)
 
 
+class WarningsRecord(Record):
+    """What differs between the inputs of a build though names and shapes agree.
+
+    The digest of the build does not cover it: it follows from the inputs, and later versions may
+    find more.
+    """
+
+    lines: tuple[str, ...]
+    """One sentence each, as `plan` prints them; without the paths of the inputs."""
+    checksum: str = Field(pattern=DIGEST_PATTERN)
+    """Digest of `lines`."""
+
+    @classmethod
+    def make(cls, lines: Sequence[str]) -> WarningsRecord | None:
+        """Return the record of some warnings, None if there are none."""
+        return cls(lines=tuple(lines), checksum=digest_json(list(lines))) if lines else None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the checksum is that of the lines."""
+        return self.checksum == digest_json(list(self.lines))
+
+
 class Manifest(Record):
     """One build; `build` is the digest of its recipe and inputs."""
 
@@ -132,10 +156,15 @@ class Manifest(Record):
     merge: Literal["all", "linear"]
     dtype: str
     template: str | None = None
+    chat_template_from: str | None = None
+    """Whose chat template forms prompts: `base`, `none`, or an expert; by default as the inputs of
+    a prompt say.
+    """
     base: BaseRecord
     experts: tuple[ExpertRecord, ...]
     entries: tuple[ObjectEntry, ...]
     table: TableEntry
+    warnings: WarningsRecord | None = None
 
     def to_expert(self, name: str) -> ExpertRecord:
         """Return the record of one expert. Raises ManifestError if there is none of that name."""
@@ -168,7 +197,11 @@ IDENTITY_FIELDS = ("kind", "method", "parameters", "merge", "dtype", "template",
 
 def to_fields(manifest: Manifest) -> dict[str, Any]:
     """Return the fields that describe recipe, base and experts, by name."""
-    return {name: getattr(manifest, name) for name in IDENTITY_FIELDS}
+    fields = {name: getattr(manifest, name) for name in IDENTITY_FIELDS}
+    if manifest.chat_template_from is not None:
+        # Left out where it is absent: builds from before it was added keep their digests.
+        fields["chat_template_from"] = manifest.chat_template_from
+    return fields
 
 
 def make_manifest_schema() -> dict[str, Any]:
@@ -191,11 +224,13 @@ def to_manifest_bytes(manifest: Manifest) -> bytes:
 
 
 def digest_manifest(manifest: Manifest) -> str:
-    """Return the digest of a manifest without its `table`, which references hold.
+    """Return the digest of a manifest without `table` and `warnings`, which references hold.
 
-    Parquet files of equal rows differ, and the rows are covered by the entries.
+    Parquet files of equal rows differ, and the rows are covered by the entries. Warnings have a
+    checksum of their own.
     """
-    return digest_json(manifest.model_dump(mode="json", exclude_none=True, exclude={"table"}))
+    excluded = {"table", "warnings"}
+    return digest_json(manifest.model_dump(mode="json", exclude_none=True, exclude=excluded))
 
 
 def needed_keys(manifest: Manifest) -> set[str]:

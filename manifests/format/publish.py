@@ -126,7 +126,10 @@ def _join(store: Store, manifest: Manifest, table: bytes) -> Publication:
     if stored is None:
         return _repair_manifest(store, manifest, table)
     check_same_build(store, stored, manifest)
-    if stored.model_copy(update={"table": manifest.table}) != manifest:
+    # Another version may have found other warnings: they stay, unless they are damaged.
+    own = {"table": manifest.table, "warnings": manifest.warnings}
+    is_whole = stored.warnings is None or stored.warnings.is_whole
+    if not is_whole or stored.model_copy(update=own) != manifest:
         # The rest of a manifest follows from its build and from the stored objects.
         return _repair_manifest(store, manifest, table)
     try:

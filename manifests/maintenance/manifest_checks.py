@@ -8,7 +8,12 @@ from collections.abc import Iterator
 from mmerge.manifests.digest import digest_json
 from mmerge.manifests.format.entry import ObjectEntry
 from mmerge.manifests.format.identity import recompute_build_digest
-from mmerge.manifests.format.manifest import FileEntry, Manifest, manifest_key, read_manifest
+from mmerge.manifests.format.manifest import (
+    FileEntry,
+    Manifest,
+    manifest_key,
+    read_manifest,
+)
 from mmerge.manifests.maintenance.damage import Damage, make_error
 from mmerge.manifests.stores.base import ReadableStore
 
@@ -44,6 +49,7 @@ def find_manifest_damages(manifest: Manifest) -> list[Damage]:
         *_check_files(manifest),
         *_check_kind(manifest),
         *_check_inputs(manifest),
+        *_check_warnings(manifest),
     ]
     digest = recompute_build_digest(manifest)
     if digest != manifest.build:
@@ -109,6 +115,11 @@ def _check_kind(manifest: Manifest) -> Iterator[str]:
         merged = [entry.shard for entry in manifest.entries if entry.role == "merge"]
         if merged:
             yield f"shard {merged[0]} is merged in a build of kind adapters"
+
+
+def _check_warnings(manifest: Manifest) -> Iterator[str]:
+    if manifest.warnings is not None and not manifest.warnings.is_whole:
+        yield "the checksum of its warnings is not that of their lines"
 
 
 def _check_inputs(manifest: Manifest) -> Iterator[str]:

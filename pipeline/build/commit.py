@@ -13,7 +13,12 @@ from mmerge.manifests.errors import BuildDiffers
 from mmerge.manifests.format.entry import ShardEntry, object_key
 from mmerge.manifests.format.files import put_file
 from mmerge.manifests.format.identity import make_build_digest
-from mmerge.manifests.format.manifest import Manifest, manifest_key, read_manifest
+from mmerge.manifests.format.manifest import (
+    Manifest,
+    WarningsRecord,
+    manifest_key,
+    read_manifest,
+)
 from mmerge.manifests.format.publish import Publication, make_table_entry
 from mmerge.manifests.format.references import Reference
 from mmerge.manifests.format.stored_objects import find_listings
@@ -23,7 +28,7 @@ from mmerge.manifests.maintenance.fenced_commit import FencedCommit
 from mmerge.manifests.maintenance.lease import Lease
 from mmerge.manifests.stores.base import Store
 from mmerge.pipeline.build.context import BuildContext
-from mmerge.pipeline.build.manifest_records import make_records, read_files
+from mmerge.pipeline.build.manifest_records import describe_warnings, make_records, read_files
 from mmerge.pipeline.build.provenance import add_inputs, describe_inputs
 from mmerge.pipeline.build.shard_builds import ShardBuilds
 from mmerge.pipeline.planning.plan import MergePlan
@@ -91,6 +96,7 @@ def commit_build(
         build=records.build,
         entries=tuple(entry.object for entry in entries),
         table=make_table_entry(records.build, table),
+        warnings=WarningsRecord.make(describe_warnings(plan)),
         **records.fields,
     )
     publication = FencedCommit(lease, manifest).publish(table)

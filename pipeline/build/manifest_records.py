@@ -60,7 +60,9 @@ def make_records(
         for index, expert in enumerate(recipe.experts)
     )
     base_files = files[recipe.base]
-    return {
+    source = recipe.chat_template_from
+    chosen = {} if source is None else {"chat_template_from": source}
+    return chosen | {
         "kind": plan.kind,
         "method": recipe.method,
         "parameters": recipe.describe_parameters(),
@@ -74,6 +76,17 @@ def make_records(
         ),
         "experts": experts,
     }
+
+
+def describe_warnings(plan: MergePlan) -> list[str]:
+    """Return a plan's warnings without the paths of its inputs, which are no part of a manifest."""
+    lines = []
+    for line in plan.warnings:
+        # The longest first: one folder may lie within another one's.
+        for uri in sorted({item.uri for item in plan.checkpoints}, key=len, reverse=True):
+            line = line.replace(f"{uri}/", "").replace(uri, "its folder")
+        lines.append(line)
+    return lines
 
 
 def _hub_source(uri: str) -> str | None:

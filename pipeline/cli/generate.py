@@ -59,7 +59,10 @@ def generate(
         typer.Option(
             "--media",
             metavar="KIND=FILE",
-            help="file of another modality, or for the expert of this name; may be repeated",
+            help=(
+                "file of another modality, or for the expert of this name; of several experts of"
+                " one modality the first reads its files; may be repeated"
+            ),
             show_default=False,
         ),
     ] = None,

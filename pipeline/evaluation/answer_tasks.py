@@ -14,7 +14,7 @@ from mmerge.manifests.stores.base import Store
 from mmerge.pipeline.evaluation.models import Model
 from mmerge.pipeline.execution.executor import Executor, SerialExecutor
 from mmerge.pipeline.monitoring.progress import LogProgress, Progress
-from mmerge.workers.modalities.prompt import Part
+from mmerge.workers.modalities.prompt import QUESTION, Part
 from mmerge.workers.task import AnswerTask, TaskResult
 
 ANSWERS_VERSION = 1
@@ -86,7 +86,7 @@ def make_answer_task(
 
 def _identify(part: Part) -> Any:
     """Return what an answer depends on: a part's text, or path, size and time of its file."""
-    if part.kind == "text" or not isinstance(part.value, str):
+    if part.kind in ("text", QUESTION) or not isinstance(part.value, str):
         return part.value
     try:
         status = Path(part.value).stat()

@@ -18,6 +18,7 @@ from mmerge.pipeline.execution.executor import Executor
 from mmerge.pipeline.monitoring.progress import Progress
 from mmerge.pipeline.planning.plan import make_plan
 from mmerge.pipeline.recipes.parsing import parse_recipe
+from mmerge.workers.modalities.prompt import find_media_templates
 
 
 @dataclass(frozen=True)
@@ -145,9 +146,5 @@ def find_templates(models: Sequence[Model]) -> tuple[str | None, dict[str, str]]
             continue
         if prompt_template is None:
             prompt_template = model.manifest.template
-        # Of the experts of one model that share a modality, the last decides.
-        own_templates = {
-            record.modality: record.template for record in model.manifest.experts if record.template
-        }
-        media_templates = own_templates | media_templates
+        media_templates = find_media_templates(model.manifest.experts) | media_templates
     return prompt_template, media_templates

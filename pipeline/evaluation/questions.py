@@ -46,9 +46,15 @@ class Question:
     def to_prompt(
         self, *, template: str | None, media_templates: Mapping[str, str]
     ) -> tuple[Part, ...]:
-        """Return the parts of the prompt. Raises PromptError."""
+        """Return the parts of the prompt. Raises PromptError.
+
+        Without any template the composite formats the question: its experts may have chat
+        templates.
+        """
         if self.parts:
             return self.parts
+        if self.template is None and template is None and not media_templates:
+            return (Part.question(self.text), *self.media)
         if self.template is not None and self.media:
             # The question's own template has the places of its media files.
             before, _, after = self.template.partition("{text}")

@@ -19,7 +19,7 @@ from mmerge.pipeline.monitoring.progress import Progress
 from mmerge.pipeline.planning.plan import make_plan
 from mmerge.pipeline.recipes.parsing import parse_recipe
 from mmerge.pipeline.recipes.recipe import Expert, Recipe
-from mmerge.workers.modalities.prompt import Part
+from mmerge.workers.modalities.prompt import QUESTION, Part
 from mmerge.workers.task import AnswerTask
 
 Prompt = tuple[Part, ...]
@@ -169,7 +169,7 @@ def _find_owner(kind: str, recipe: Recipe, question: Question) -> str:
 
 def _select_media(mixed_prompts: Sequence[MixedPrompt], expert: Expert) -> dict[int, Prompt]:
     """Return, by index, the mixed prompts of an expert without the media of the others."""
-    kinds = ("text", expert.name, expert.modality)
+    kinds = ("text", QUESTION, expert.name, expert.modality)
     return {
         index: tuple(part for part in mixed_prompt.prompt if part.kind in kinds)
         for index, mixed_prompt in enumerate(mixed_prompts)

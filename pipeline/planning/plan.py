@@ -32,7 +32,7 @@ from mmerge.pipeline.planning.shards import (
     make_merge_shards,
 )
 from mmerge.pipeline.planning.tensor_layout import make_layout, match_names
-from mmerge.pipeline.planning.tokenizer_checks import list_tokenizer_warnings
+from mmerge.pipeline.planning.tokenizer_checks import check_chat_source, list_tokenizer_warnings
 from mmerge.pipeline.recipes.recipe import Recipe, pin_recipe
 from mmerge.workers.adapters.checkpoint import open_expert
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
@@ -144,6 +144,8 @@ def make_plan(
         open_expert(expert.uri, owner=f"expert {expert.name!r}", base=base)
         for expert in recipe.experts
     ]
+    names = [expert.name for expert in recipe.experts]
+    check_chat_source(recipe.chat_template_from, base, dict(zip(names, experts, strict=True)))
     try:
         identities = read_identities((base, *experts))
     except NotFound:

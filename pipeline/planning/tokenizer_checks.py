@@ -6,10 +6,10 @@ row is a mixture that fits none of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mmerge.manifests.errors import CheckpointError
+from mmerge.manifests.errors import CheckpointError, RecipeError
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
 from mmerge.workers.checkpoints.tokenizer import FILES, read_chat_template, read_vocabulary
 
@@ -122,9 +122,30 @@ def _compare_templates(base: Checkpoint, expert: Checkpoint) -> list[str]:
         return []
     what = "the base has none" if base_template is None else "the base has another"
     return [
-        f"{expert.owner}: has a chat template, {what}. A merged model has the base's, and a"
-        " composite formats prompts by 'template' of the recipe alone"
+        f"{expert.owner}: has a chat template, {what}. A merged model has the base's; a composite"
+        " formats prompts of that expert's inputs by its own, unless the recipe has a 'template' or"
+        " 'chat_template_from'"
     ]
+
+
+def check_chat_source(
+    source: str | None, base: Checkpoint, experts: Mapping[str, Checkpoint]
+) -> None:
+    """Raise RecipeError where `chat_template_from` names a checkpoint without chat template.
+
+    Args:
+        source: its value.
+        base: the base.
+        experts: by name.
+    """
+    if source is None or source == "none":
+        return
+    checkpoint = base if source == "base" else experts[source]
+    if read_chat_template(checkpoint) is None:
+        raise RecipeError(
+            f"chat_template_from: {checkpoint.owner} ({checkpoint.uri}) has no chat template. Name"
+            " another, or leave the key out"
+        )
 
 
 def _list_ids(differing: Sequence[tuple[int, str, str]], where: str) -> str:

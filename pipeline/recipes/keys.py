@@ -54,6 +54,13 @@ class RecipeKeys(Parameters):
     template: str | None = Field(
         None, description="prompt template; '{media}' and '{text}' mark the places"
     )
+    chat_template_from: str | None = Field(
+        None,
+        description=(
+            "whose chat template forms prompts: 'base', 'none', or an expert's name; by default"
+            " that of the only expert whose inputs a prompt has, else the base's"
+        ),
+    )
 
 
 class ExpertKeys(Parameters):

@@ -18,6 +18,7 @@ from mmerge.pipeline.recipes.mergekit import from_mergekit, is_mergekit
 from mmerge.pipeline.recipes.parameter_schedule import Schedule, take_schedules
 from mmerge.pipeline.recipes.recipe import Expert, Recipe
 from mmerge.pipeline.recipes.validation import (
+    check_chat_template,
     check_distinct,
     check_expert_name,
     check_name,
@@ -108,6 +109,9 @@ def parse_recipe(raw: object, *, folder: Path, default_name: str = "composite") 
         non_finite=keys.non_finite,
         output=_to_output(keys.output, folder),
         template=check_template(keys.template, key="template", place="{text}"),
+        chat_template_from=check_chat_template(
+            keys.chat_template_from, template=keys.template, experts=experts
+        ),
         schedules=schedules,
     )
 

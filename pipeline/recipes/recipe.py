@@ -43,6 +43,8 @@ class Recipe:
     non_finite: Literal["error", "keep"]
     output: str
     template: str | None
+    chat_template_from: str | None = None
+    """`base`, `none`, or an expert's name."""
 
     schedules: dict[str, dict[str, Schedule]] = field(default_factory=dict)
     """Parameters that differ between tensors: by expert (empty: of the recipe) and key."""

@@ -80,6 +80,32 @@ def check_template(template: str | None, *, key: str, place: str) -> str | None:
     return template
 
 
+def check_chat_template(
+    source: str | None, *, template: str | None, experts: Sequence[Expert]
+) -> str | None:
+    """Return whose chat template a recipe chooses. Raises RecipeError if it has none, or no effect.
+
+    Args:
+        source: the value of `chat_template_from`.
+        template: that of the recipe, which takes the place of chat templates.
+        experts: of the recipe.
+    """
+    if source is None:
+        return None
+    if template is not None:
+        raise RecipeError(
+            "chat_template_from: has no effect beside 'template', which takes the place of chat"
+            " templates. Leave one of them out"
+        )
+    names = [expert.name for expert in experts]
+    if source not in ("base", "none", *names):
+        raise RecipeError(
+            f"chat_template_from: expected 'base', 'none' or an expert ({', '.join(names)}), got"
+            f" {source!r}"
+        )
+    return source
+
+
 def check_distinct(base: str | None, experts: Sequence[Expert]) -> None:
     """Raise RecipeError if two experts, or an expert and the base, are the same checkpoint."""
     owners: dict[str, str] = {}

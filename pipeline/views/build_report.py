@@ -113,6 +113,8 @@ def print_build(summary: BuildSummary, console: Console, *, layers: bool) -> Non
         shares = (f"{mask.density:.1%}", f"{mask.sign_agreement:.1%}") if mask else ("-", "-")
         table.add_data(expert.name, expert.modality, expert.revision[:SHOWN_DIGITS], *shares)
     console.print(table)
+    for line in manifest.warnings.lines if manifest.warnings else ():
+        console.print(f"[yellow]warning[/]: {escape(line)}", highlight=False)
     if summary.consensus:
         _print_consensus(summary.consensus, console)
     if layers and summary.masks:

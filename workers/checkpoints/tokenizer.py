@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mmerge.manifests import limits
@@ -14,7 +14,13 @@ TOKENIZER_FILE = "tokenizer.json"
 _CONFIG_FILE = "tokenizer_config.json"
 _ADDED_FILE = "added_tokens.json"
 _VOCABULARY_FILE = "vocab.json"
-_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+TEMPLATE_FILES = (
+    "chat_template.jinja",
+    "chat_template.json",
+    _CONFIG_FILE,
+    "processor_config.json",
+)
+"""Files that may hold the chat template, in the order in which transformers looks for it."""
 FILES = (TOKENIZER_FILE, _CONFIG_FILE, _ADDED_FILE, _VOCABULARY_FILE)
 """Files that say which id a token has. The vocabulary of sentencepiece's `tokenizer.model` is not
 read."""
@@ -55,11 +61,25 @@ def read_chat_template(checkpoint: Checkpoint) -> Any:
     Raises:
         CheckpointError: a file is too large, or no JSON.
     """
-    jinja = checkpoint.read_small_file(_TEMPLATE_FILES[0])
-    if jinja is not None:
-        return jinja.decode(errors="replace")
-    for name in (_TEMPLATE_FILES[1], _CONFIG_FILE):
-        template = (_read_object(checkpoint, name) or {}).get("chat_template")
+    return parse_chat_template(
+        checkpoint.read_small_file, where=f"{checkpoint.owner}: {checkpoint.uri}"
+    )
+
+
+def parse_chat_template(read: Callable[[str], bytes | None], *, where: str) -> Any:
+    """Return the chat template of a checkpoint, as `read_chat_template`.
+
+    Args:
+        read: returns the content of a file by its name, None if there is none.
+        where: names the checkpoint in errors.
+    """
+    for name in TEMPLATE_FILES:
+        data = read(name)
+        if data is None:
+            continue
+        if name.endswith(".jinja"):
+            return data.decode(errors="replace")
+        template = _parse_object(data, where=f"{where}/{name}").get("chat_template")
         if template:
             return template
     return None
@@ -83,7 +103,10 @@ def _read_object(checkpoint: Checkpoint, name: str) -> dict[str, Any] | None:
     data = checkpoint.read_small_file(name)
     if data is None:
         return None
-    where = f"{checkpoint.owner}: {checkpoint.uri}/{name}"
+    return _parse_object(data, where=f"{checkpoint.owner}: {checkpoint.uri}/{name}")
+
+
+def _parse_object(data: bytes, *, where: str) -> dict[str, Any]:
     try:
         value = parse_json(
             data, what=where, max_bytes=limits.SMALL_FILE_BYTES.value, allow_infinity=True

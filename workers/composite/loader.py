@@ -32,6 +32,7 @@ from mmerge.workers.composite.routed_linear import Policy
 from mmerge.workers.composite.routing import Routing
 from mmerge.workers.composite.served_models import refuse_unserved
 from mmerge.workers.composite.shard_exchange import assign_ranks
+from mmerge.workers.modalities.chat_files import load_chats
 from mmerge.workers.modalities.encoders import Encoder, load_base_encoders, load_encoder
 from mmerge.workers.modalities.expert_model import make_config
 from mmerge.workers.modalities.processor_encoder import load_tokenizer
@@ -192,6 +193,7 @@ def _load(request: LoadRequest) -> Composite:
         routing=routing,
         tokenizer=tokenizer,
         encoders=encoders,
+        chats=load_chats(reader, request.expert),
         group=group,
         load_reports=group.all_gather_object(report),
     )

@@ -17,8 +17,11 @@ from mmerge.workers.composite.prompt_batch import check_finite, pad_prompts, to_
 from mmerge.workers.composite.routing import TEXT, Routing
 from mmerge.workers.generation.answer_stream import Receiver, TokenRelay, stream_text
 from mmerge.workers.generation.options import check_options, check_request
+from mmerge.workers.modalities.chat_template import ChatTemplate
 from mmerge.workers.modalities.encoders import Encoder
-from mmerge.workers.modalities.prompt import Part, check_places, make_prompt
+from mmerge.workers.modalities.expert_choice import ExpertChoice
+from mmerge.workers.modalities.prompt import Part
+from mmerge.workers.modalities.prompt_format import PromptFormat
 
 Cache = Literal["dynamic", "static"]
 _OWN_OPTIONS = ("cache", "seed")
@@ -47,6 +50,7 @@ class Composite:
         routing: Routing,
         tokenizer: Any,
         encoders: Mapping[str, Encoder],
+        chats: Mapping[str, ChatTemplate],
         group: ProcessGroup,
         load_reports: Sequence[LoadReport] = (),
     ) -> None:
@@ -59,6 +63,14 @@ class Composite:
         self.group = group
         self.load_reports = tuple(load_reports)
         """Of every rank, by rank."""
+        self._choice = ExpertChoice(self.encoders, expert)
+        self._prompts = PromptFormat(
+            manifest,
+            expert,
+            chats,
+            find_expert=self._choice.find,
+            find_placeholders=lambda name: getattr(self.encoders[name], "placeholders", ()),
+        )
         self._routing = routing
         routing.follow(language_model)
 
@@ -79,44 +91,29 @@ class Composite:
         return device
 
     def prompt(self, question: str, media: Sequence[Part] = ()) -> list[Part]:
-        """Return the parts of a prompt, formatted by the templates of the recipe.
+        """Return the parts of a prompt, formatted by the recipe's templates or a chat template.
 
         Raises:
-            PromptError: the question has a placeholder such as `{image}` without an input for it.
+            PromptError: the question has a placeholder such as `{image}` without an input for it,
+                or the chat template does not fit the prompt.
         """
-        kinds: set[str] = set()
-        templates: dict[str, str] = {}
-        for record in self.manifest.experts:
-            kinds |= {record.name, record.modality}
-            if record.template:
-                templates |= {record.modality: record.template, record.name: record.template}
-        check_places(question, media, kinds=kinds)
-        return make_prompt(
-            question, media, template=self.manifest.template, media_templates=templates
+        return self._prompts.make(
+            question,
+            media,
+            bos=self.tokenizer.bos_token if self._leading_ids() else None,
+            num_rows=len(self.language_model.get_input_embeddings().weight),
         )
 
     def find_expert(self, kind: str) -> str:
-        """Return the expert of a part of this kind, a modality or an expert's name.
+        """Return the expert of a part of this kind, an expert's name or a modality.
+
+        Of several experts of one modality the first in the recipe reads its inputs, which is logged
+        once; the name of another one as the kind chooses that one.
 
         Raises:
-            PromptError: no loaded expert has that modality, or several have.
+            PromptError: no loaded expert has that modality.
         """
-        if kind in self.encoders:
-            return kind
-        matches = [name for name, encoder in self.encoders.items() if encoder.modality == kind]
-        if len(matches) == 1:
-            return matches[0]
-        if matches:
-            raise PromptError(
-                f"{kind}: {len(matches)} experts have this modality; name one of"
-                f" {', '.join(matches)} as the part's kind"
-            )
-        loaded = [f"{name} ({encoder.modality})" for name, encoder in self.encoders.items()]
-        hint = f" Only expert {self.expert!r} is loaded in retention mode." if self.expert else ""
-        raise PromptError(
-            f"no expert for modality {kind!r}; this composite has"
-            f" {', '.join(loaded) or 'none'}.{hint}"
-        )
+        return self._choice.find(kind)
 
     @torch.inference_mode()
     def embed(self, parts: Sequence[Part]) -> tuple[torch.Tensor, torch.Tensor]:

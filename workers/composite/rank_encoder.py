@@ -27,6 +27,10 @@ class RankEncoder:
         self.modality = modality
         self._encoder, self._group, self._source = encoder, group, source
         self._dtype, self._device = dtype, device
+        self.placeholders: tuple[str, ...] = group.broadcast_object(
+            getattr(encoder, "placeholders", ()), source=source
+        )
+        """See `MediaEncoder`; every rank forms the same prompts."""
 
     def encode(self, part: Part) -> torch.Tensor:
         """See Encoder. Every rank calls this with the same part and raises the same PromptError."""

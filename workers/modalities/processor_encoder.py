@@ -95,6 +95,11 @@ class MediaEncoder:
         self.model = model.to(device)
         self.inputs = _open_inputs(config.model_type, files, owner=owner)
         self.placeholder = placeholder or self.inputs.find_placeholder(modality, owner=owner)
+        token = getattr(getattr(self.inputs, "processor", None), f"{modality}_token", None)
+        self.placeholders: tuple[str, ...] = (self.placeholder,)
+        """Texts that stand for an input: with its wrappers, and as the processor expands it."""
+        if isinstance(token, str) and token != self.placeholder:
+            self.placeholders += (token,)
         self._turn = Lock()
 
     @torch.inference_mode()
@@ -109,7 +114,7 @@ class MediaEncoder:
 
     def _encode(self, part: Part) -> torch.Tensor:
         try:
-            inputs = self.inputs.make(self.placeholder, self.modality, part)
+            inputs = self.inputs.make(part.placeholder or self.placeholder, self.modality, part)
         except MmergeError:
             raise
         except Exception as error:

@@ -8,9 +8,12 @@ from typing import Any
 
 from mmerge.manifests import limits
 from mmerge.manifests.errors import PromptError
+from mmerge.manifests.format.manifest import ExpertRecord
 
 MEDIA_PLACE = "{media}"
 TEXT_PLACE = "{text}"
+QUESTION = "question"
+"""Kind of the first part of a prompt that is not formatted yet."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,13 @@ class Part:
     kind: str
     value: Any
     sampling_rate: int | None = None
+    placeholder: str | None = None
+    """Text that stands for the input where a chat template wrote another than the encoder's."""
+
+    @classmethod
+    def question(cls, text: str) -> Part:
+        """Return a question that the composite formats itself, with the inputs that follow it."""
+        return cls(QUESTION, text)
 
     @classmethod
     def text(cls, text: str) -> Part:
@@ -64,6 +74,16 @@ def check_places(question: str, media: Sequence[Part], *, kinds: Collection[str]
                 f"the question names {{{kind}}} {num_places} times, {num_inputs} such inputs were"
                 " given: give one for each, or leave the place out"
             )
+
+
+def find_media_templates(experts: Sequence[ExpertRecord]) -> dict[str, str]:
+    """Return the templates of inputs by kind: an expert's name, or its modality.
+
+    Of several experts of one modality the first reads its inputs, so its template counts.
+    """
+    by_modality = {record.modality: record.template for record in reversed(experts)}
+    by_name = {record.name: record.template for record in experts}
+    return {kind: text for kind, text in (by_modality | by_name).items() if text}
 
 
 def make_prompt(

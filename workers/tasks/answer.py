@@ -14,7 +14,7 @@ from mmerge.manifests.errors import DamagedObject, NotFound, RecipeError
 from mmerge.manifests.stores.base import Store
 from mmerge.workers.composite.loader import Mode, load_composite
 from mmerge.workers.composite.model import Composite
-from mmerge.workers.modalities.prompt import Part
+from mmerge.workers.modalities.prompt import QUESTION, Part
 from mmerge.workers.task import AnswerTask, TaskResult
 
 MAX_ANSWERS_BYTES = 1 << 28
@@ -92,7 +92,8 @@ def read_answers(store: Store, key: str) -> list[Answer] | list[Likelihood]:
 
 def _answer(task: AnswerTask, composite: Composite) -> dict[str, list[tuple[object, object]]]:
     rows: list[tuple[object, object]] = []
-    for start, prompts in _batches(task.prompts, task.batch_size):
+    formatted = [_format(parts, composite) for parts in task.prompts]
+    for start, prompts in _batches(formatted, task.batch_size):
         if task.targets is None:
             for tokens in composite.generate_tokens(prompts, max_new_tokens=task.max_new_tokens):
                 text = composite.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -100,6 +101,13 @@ def _answer(task: AnswerTask, composite: Composite) -> dict[str, list[tuple[obje
         else:
             rows += composite.score(prompts, task.targets[start : start + len(prompts)])
     return {"answers" if task.targets is None else "likelihoods": rows}
+
+
+def _format(parts: Sequence[Part], composite: Composite) -> Sequence[Part]:
+    """Return the parts of a prompt, formatted by the composite where they are not yet."""
+    if parts and parts[0].kind == QUESTION:
+        return composite.prompt(parts[0].value, parts[1:])
+    return parts
 
 
 def _batches(
