@@ -348,6 +348,8 @@ MULTIMODAL: dict[str, MultimodalFamily] = {
         audio_token_index=116,
         image_token_index=114,
         video_token_index=115,
+        vision_start_token_id=112,
+        audio_start_token_id=117,
     ),
     "Qwen3-Omni thinker": _conditional(
         "Qwen3OmniMoeThinker",
@@ -364,6 +366,8 @@ MULTIMODAL: dict[str, MultimodalFamily] = {
         audio_token_id=116,
         image_token_id=114,
         video_token_id=115,
+        vision_start_token_id=112,
+        audio_start_token_id=117,
     ),
     "Audio Flamingo 3": _conditional(
         "AudioFlamingo3",
@@ -511,7 +515,7 @@ MULTIMODAL: dict[str, MultimodalFamily] = {
             "out_hidden_size": 64,
             "intermediate_size": 48,
         },
-        text_config=_inner("glm4", **_mrope([2, 3, 3], partial_rotary_factor=0.5)),
+        text_config=_inner("glm4", **_mrope([1, 2, 1], partial_rotary_factor=0.5)),
         tie_word_embeddings=False,
         image_token_id=114,
         video_token_id=115,

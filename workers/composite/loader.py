@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
 from mmerge.manifests.errors import CheckpointError, ManifestError, PlacementError
 from mmerge.manifests.format.manifest import FileEntry, read_file
+from mmerge.workers.composite.decoder.text_answers import (
+    choose_rules,
+    measure_base_rules,
+    scale_logits,
+)
+from mmerge.workers.composite.decoder.text_config import to_language_config
 from mmerge.workers.composite.language_model import LanguageModelLoader, LoadRequest
 from mmerge.workers.composite.load_report import LoadReport
 from mmerge.workers.composite.meta_model import find_text_class
@@ -153,7 +159,8 @@ def _load(request: LoadRequest) -> Composite:
     files = _read_files(reader, record.files)
     if "config.json" not in files:
         raise CheckpointError(f"{request.owner}: the build has no config.json of it")
-    config = make_config(files, owner=request.owner)
+    whole_config = make_config(files, owner=request.owner)
+    config = to_language_config(whole_config)
     # Imports the model's module; with the kernel, all code is in memory before the first weight.
     text_class = find_text_class(config.get_text_config(), owner=request.owner)
     if manifest.kind == "masks":
@@ -170,7 +177,7 @@ def _load(request: LoadRequest) -> Composite:
     ) as tensors:
         # Model, tokenizer and encoders are made while threads read the language model.
         model = loader.make_model(config, text_class.__name__, tensors=tensors)
-        tokenizer = load_tokenizer(files, config=config, owner=request.owner)
+        tokenizer = load_tokenizer(files, config=whole_config, owner=request.owner)
         hidden_size = model.config.hidden_size
         encoders = {
             name: _load_encoder(request, name, source=rank, hidden_size=hidden_size)
@@ -179,6 +186,7 @@ def _load(request: LoadRequest) -> Composite:
         encoders |= _load_base_encoders(request, files)
         loader.fill(model, tensors)
     loader.connect(model)
+    text_is_prefix = _apply_rules(request, model, encoders)
     report = LoadReport(
         rank=group.rank,
         bytes_read=reader.bytes_read,
@@ -194,9 +202,27 @@ def _load(request: LoadRequest) -> Composite:
         tokenizer=tokenizer,
         encoders=encoders,
         chats=load_chats(reader, request.expert),
+        text_is_prefix=text_is_prefix,
         group=group,
         load_reports=group.all_gather_object(report),
     )
+
+
+def _apply_rules(request: LoadRequest, model: Any, encoders: Mapping[str, Encoder]) -> bool:
+    """Scale logits as the experts' class does; return whether text alone is a prefix to it."""
+    measured = {name: getattr(encoder, "text_rules", None) for name, encoder in encoders.items()}
+    if not any(measured.values()):
+        return False
+    base = measure_base_rules(model, owner=request.owner)
+    rules = choose_rules(
+        base,
+        [rule or base for rule in measured.values()],
+        is_routed=request.expert is None
+        and request.reader.manifest.kind != "plain"
+        and not request.reader.is_multimodal,
+    )
+    scale_logits(model, base, rules, owner=", ".join(measured))
+    return rules.is_prefix
 
 
 def _read_files(reader: LanguageReader, entries: tuple[FileEntry, ...]) -> dict[str, bytes]:

@@ -11,10 +11,12 @@ import torch
 
 from mmerge.manifests.errors import PromptError
 from mmerge.manifests.format.manifest import Manifest
+from mmerge.workers.composite.decoder.composer import PromptComposer
+from mmerge.workers.composite.decoder.passes import decoder_inputs
+from mmerge.workers.composite.decoder.prompt_inputs import PromptInputs, to_batch
 from mmerge.workers.composite.load_report import LoadReport
 from mmerge.workers.composite.process_group import ProcessGroup
-from mmerge.workers.composite.prompt_batch import check_finite, pad_prompts, to_tokens
-from mmerge.workers.composite.routing import TEXT, Routing
+from mmerge.workers.composite.routing import Routing
 from mmerge.workers.generation.answer_stream import Receiver, TokenRelay, stream_text
 from mmerge.workers.generation.options import check_options, check_request
 from mmerge.workers.modalities.chat_template import ChatTemplate
@@ -52,9 +54,14 @@ class Composite:
         encoders: Mapping[str, Encoder],
         chats: Mapping[str, ChatTemplate],
         group: ProcessGroup,
+        text_is_prefix: bool = False,
         load_reports: Sequence[LoadReport] = (),
     ) -> None:
-        """Assemble a composite; `expert` is the rebuilt one, None in expansion mode."""
+        """Assemble a composite.
+
+        `expert` is the rebuilt one, None in expansion mode; `text_is_prefix` says whether all
+        tokens of a prompt of text alone see each other.
+        """
         self.manifest = manifest
         self.expert = expert
         self.language_model = language_model
@@ -72,6 +79,14 @@ class Composite:
             find_placeholders=lambda name: getattr(self.encoders[name], "placeholders", ()),
         )
         self._routing = routing
+        self._composer = PromptComposer(
+            language_model,
+            tokenizer,
+            encoders=self.encoders,
+            names=[record.name for record in manifest.experts],
+            find_expert=self._choice.find,
+            text_is_prefix=text_is_prefix,
+        )
         routing.follow(language_model)
 
     @property
@@ -100,7 +115,7 @@ class Composite:
         return self._prompts.make(
             question,
             media,
-            bos=self.tokenizer.bos_token if self._leading_ids() else None,
+            bos=self.tokenizer.bos_token if self._composer.leading_ids() else None,
             num_rows=len(self.language_model.get_input_embeddings().weight),
         )
 
@@ -116,55 +131,37 @@ class Composite:
         return self._choice.find(kind)
 
     @torch.inference_mode()
-    def embed(self, parts: Sequence[Part]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the embeddings of a prompt, [tokens, hidden], and modality ids, int64 [tokens].
+    def embed(self, parts: Sequence[Part]) -> PromptInputs:
+        """Return what enters the language model; it unpacks to embeddings and modality ids.
 
-        Text is tokenised part by part, after the tokenizer's BOS if it adds one. Everything that an
-        encoder returns has the modality of its expert.
+        Embeddings [tokens, hidden], ids int64 [tokens]. Text is tokenised part by part, after the
+        tokenizer's BOS if it adds one. Everything that an encoder returns has the modality of its
+        expert.
 
         Raises:
             PromptError: the prompt is empty, or a part cannot be read or belongs to no expert.
         """
         with self._routing.turn:
-            return self._embed(parts)
+            return self._composer.compose(parts)
 
-    def _embed(self, parts: Sequence[Part]) -> tuple[torch.Tensor, torch.Tensor]:
-        table: Any = self.language_model.get_input_embeddings()
-        names = [record.name for record in self.manifest.experts]
-        leading_ids = self._leading_ids()
-        all_parts = [Part("ids", leading_ids), *parts] if leading_ids else list(parts)
-        embeds, ids = [], []
-        for part in all_parts:
-            if part.kind in ("text", "ids"):
-                tokens = to_tokens(part, self.tokenizer, num_tokens=len(table.weight))
-                embedded = table(torch.tensor(tokens, dtype=torch.long, device=self.device))
-                modality = TEXT
-            else:
-                name = self.find_expert(part.kind)
-                embedded = self.encoders[name].encode(part).to(self.device)
-                check_finite(embedded, part, expert=name)
-                # The encoder of a multimodal base is no expert's: its tokens have text's weights.
-                modality = names.index(name) if name in names else TEXT
-            embeds.append(embedded)
-            ids.append(torch.full((len(embedded),), modality, dtype=torch.long, device=self.device))
-        if not embeds or not sum(map(len, ids)):
-            raise PromptError("the prompt is empty: give a question, or an image, audio or video")
-        return torch.cat(embeds), torch.cat(ids)
-
-    def _leading_ids(self) -> list[int]:
-        bos = self.tokenizer.bos_token_id
-        return [bos] if bos is not None and self.tokenizer("")["input_ids"][:1] == [bos] else []
+    @contextmanager
+    def _prefill(self, prompts: Sequence[PromptInputs]) -> Iterator[dict[str, torch.Tensor]]:
+        """Run the passes inside the context with prompts; yield embeddings and attention mask."""
+        batch, mask = to_batch(prompts)
+        with (
+            self._routing.prefill(batch.ids),
+            decoder_inputs(self.language_model, batch, mask),
+        ):
+            yield {"inputs_embeds": batch.embeds, "attention_mask": mask}
 
     @torch.inference_mode()
     def logits(self, parts: Sequence[Part]) -> torch.Tensor:
         """Return the logits of all positions, [tokens, vocabulary], in the model's dtype."""
         with self._routing.turn:
-            embeds, ids = self.embed(parts)
-            self._check_length(len(ids), 0)
-            with self._routing.prefill(ids[None]):
-                logits: torch.Tensor = self.language_model(
-                    inputs_embeds=embeds[None], use_cache=False
-                ).logits[0]
+            prompt = self._composer.compose(parts)
+            self._check_length([prompt], 0)
+            with self._prefill([prompt]) as inputs:
+                logits: torch.Tensor = self.language_model(**inputs, use_cache=False).logits[0]
         return logits
 
     def generate(self, parts: Sequence[Part], *, max_new_tokens: int = 64, **options: Any) -> str:
@@ -198,7 +195,7 @@ class Composite:
         check_options(options)
         with self._routing.turn:
             tokens = self._generate(
-                self._embed_all(prompts),
+                self._composer.compose_all(prompts),
                 max_new_tokens=max_new_tokens,
                 cache=cache,
                 seed=seed,
@@ -227,7 +224,7 @@ class Composite:
     @torch.inference_mode()
     def generate_rows(
         self,
-        embedded: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        embedded: Sequence[PromptInputs],
         receivers: Sequence[Receiver],
         *,
         max_new_tokens: int = 64,
@@ -271,7 +268,8 @@ class Composite:
         """
         end = self.tokenizer.eos_token_id
         with self.turn:
-            rows = self._generate(self._embed_all(prompts), max_new_tokens=max_new_tokens).tolist()
+            composed = self._composer.compose_all(prompts)
+            rows = self._generate(composed, max_new_tokens=max_new_tokens).tolist()
         return [row[: row.index(end) + 1] if end in row else row for row in rows]
 
     @torch.inference_mode()
@@ -297,7 +295,7 @@ class Composite:
         ]
         longest = max(map(len, answers))
         with self._routing.turn:
-            logits = self._last_logits(joined, num_positions=longest + 1)
+            logits = self._last_logits(joined, num_answers=list(map(len, answers)))
         logs = torch.log_softmax(logits[:, :-1].to(torch.float32), dim=-1)
         scores = []
         for row, tokens in zip(logs, answers, strict=True):
@@ -308,32 +306,31 @@ class Composite:
         return scores
 
     def _last_logits(
-        self, prompts: Sequence[Sequence[Part]], *, num_positions: int
+        self, prompts: Sequence[Sequence[Part]], *, num_answers: Sequence[int]
     ) -> torch.Tensor:
-        """Return logits of the last positions of each prompt, [batch, positions, vocabulary]."""
-        embeds, ids, mask = pad_prompts(self._embed_all(prompts))
-        self._check_length(ids.shape[1], 0)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        with self._routing.prefill(ids):
+        """Return logits at each answer and the token before, [batch, positions, vocabulary]."""
+        composed = self._composer.compose_all(prompts, num_answers=num_answers)
+        self._check_length(composed, 0)
+        with self._prefill(composed) as inputs:
+            positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
             logits: torch.Tensor = self.language_model(
-                inputs_embeds=embeds,
-                attention_mask=mask,
+                **inputs,
                 position_ids=positions,
                 use_cache=False,
-                logits_to_keep=num_positions,
+                logits_to_keep=max(num_answers) + 1,
             ).logits
         return logits
 
     def _generate(
         self,
-        embedded: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        prompts: Sequence[PromptInputs],
         *,
         max_new_tokens: int,
         cache: Cache = "dynamic",
         seed: int | None = None,
         **options: Any,
     ) -> torch.Tensor:
-        if not embedded:
+        if not prompts:
             raise PromptError("no prompt was given")
         if cache not in get_args(Cache):
             raise PromptError(f"expected a cache of {get_args(Cache)}, got {cache!r}")
@@ -345,29 +342,12 @@ class Composite:
             settings["cache_implementation"] = "static"
         samples = bool(settings["do_sample"])
         with self._routing.turn:
-            embeds, ids, mask = pad_prompts(embedded)
-            self._check_length(ids.shape[1], max_new_tokens)
-            with self._routing.prefill(ids), self._seeded(seed, samples=samples):
+            self._check_length(prompts, max_new_tokens)
+            with self._prefill(prompts) as inputs, self._seeded(seed, samples=samples):
                 tokens: torch.Tensor = self.language_model.generate(
-                    inputs_embeds=embeds,
-                    attention_mask=mask,
-                    max_new_tokens=max_new_tokens,
-                    **settings,
+                    **inputs, max_new_tokens=max_new_tokens, **settings
                 )
         return tokens
-
-    def _embed_all(
-        self, prompts: Sequence[Sequence[Part]]
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return what `embed` returns for each prompt; an error has the index of its prompt."""
-        embedded = []
-        for index, parts in enumerate(prompts):
-            try:
-                embedded.append(self.embed(parts))
-            except PromptError as error:
-                error.index = index
-                raise
-        return embedded
 
     @contextmanager
     def _seeded(self, seed: int | None, *, samples: bool) -> Iterator[None]:
@@ -389,7 +369,8 @@ class Composite:
                 torch.manual_seed(shared)
                 yield
 
-    def _check_length(self, num_tokens: int, max_new_tokens: int) -> None:
+    def _check_length(self, prompts: Sequence[PromptInputs], max_new_tokens: int) -> None:
+        num_tokens = max(len(prompt.ids) for prompt in prompts)
         longest = getattr(self.language_model.config, "max_position_embeddings", None)
         if longest is not None and num_tokens + max_new_tokens > longest:
             raise PromptError(

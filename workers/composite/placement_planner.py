@@ -12,6 +12,7 @@ import torch
 from mmerge.manifests.errors import CheckpointError, PlacementError
 from mmerge.manifests.format.manifest import read_file
 from mmerge.manifests.format.tensor_names import layer_of
+from mmerge.workers.composite.decoder.text_config import to_language_config
 from mmerge.workers.composite.placement import By, DeviceMemory, Placement, Stage
 from mmerge.workers.composite.routed_linear import Policy, block_rows
 from mmerge.workers.composite.shard_exchange import assign_ranks, part_shape
@@ -360,7 +361,7 @@ def _read_text_config(reader: LanguageReader, expert: str | None) -> Any:
     if entry is None:
         raise CheckpointError(f"{owner}: the build has no config.json of it")
     files = {entry.name: read_file(reader.store, entry)}
-    return make_config(files, owner=owner).get_text_config()
+    return to_language_config(make_config(files, owner=owner)).get_text_config()
 
 
 def _to_gb(num_bytes: int) -> str:

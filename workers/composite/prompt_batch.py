@@ -1,4 +1,4 @@
-"""Prompts as tensors: checks of what enters the language model, and batches padded on the left."""
+"""Checks of what enters the language model: token ids and embeddings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from mmerge.manifests.errors import PromptError
-from mmerge.workers.composite.routing import TEXT
 from mmerge.workers.modalities.prompt import Part, check_text
 
 
@@ -43,23 +42,3 @@ def to_tokens(part: Part, tokenizer: Any, *, num_tokens: int) -> Sequence[int]:
         if not is_id or not 0 <= int(token) < num_tokens:
             raise PromptError(f"ids: expected token ids from 0 to {num_tokens - 1}, got {token!r}")
     return ids
-
-
-def pad_prompts(
-    embedded: Sequence[tuple[torch.Tensor, torch.Tensor]],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return a batch of prompts, each given by its embeddings and modality ids.
-
-    Embeddings [batch, tokens, hidden], modality ids and attention mask, int64 [batch, tokens].
-    """
-    length = max(len(ids) for _, ids in embedded)
-    first_embeds, first_ids = embedded[0]
-    embeds = first_embeds.new_zeros(len(embedded), length, first_embeds.shape[-1])
-    ids = torch.full((len(embedded), length), TEXT, dtype=torch.long, device=first_ids.device)
-    mask = torch.zeros_like(ids)
-    for row, (values, modality_ids) in enumerate(embedded):
-        start = length - len(modality_ids)
-        embeds[row, start:] = values
-        ids[row, start:] = modality_ids
-        mask[row, start:] = 1
-    return embeds, ids, mask

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from mmerge.manifests.errors import PromptError
+from mmerge.manifests.errors import CheckpointError, PromptError
 from mmerge.workers.composite.process_group import ProcessGroup
-from mmerge.workers.modalities.encoders import Encoder
+from mmerge.workers.modalities.decoder_inputs import DecoderInputs
+from mmerge.workers.modalities.encoders import Encoder, encode_for_decoder
 from mmerge.workers.modalities.prompt import Part
+from mmerge.workers.modalities.text_rules import TextRules
 
 
 class RankEncoder:
@@ -31,20 +35,34 @@ class RankEncoder:
             getattr(encoder, "placeholders", ()), source=source
         )
         """See `MediaEncoder`; every rank forms the same prompts."""
+        rules = getattr(encoder, "text_rules", None)
+        self.text_rules: TextRules | None = group.broadcast_object(rules, source=source)
 
     def encode(self, part: Part) -> torch.Tensor:
-        """See Encoder. Every rank calls this with the same part and raises the same PromptError."""
-        embeds: torch.Tensor | None = None
-        outcome: tuple[str, tuple[int, ...]] = ("", ())
+        """See Encoder."""
+        return self.encode_for_decoder(part).embeds
+
+    def encode_for_decoder(self, part: Part) -> DecoderInputs:
+        """See Encoder. Every rank calls this with the same part and raises the same error."""
+        inputs: DecoderInputs | None = None
+        error: PromptError | CheckpointError | None = None
         if self._encoder is not None:
             try:
-                embeds = self._encoder.encode(part).to(self._device, self._dtype)
-                outcome = ("", tuple(embeds.shape))
-            except PromptError as error:
-                outcome = (Exception.__str__(error), ())
-        message, shape = self._group.broadcast_object(outcome, source=self._source)
-        if message:
-            raise PromptError(message)
-        if embeds is None:
-            embeds = torch.empty(shape, dtype=self._dtype, device=self._device)
-        return self._group.broadcast(embeds, source=self._source)
+                inputs = encode_for_decoder(self._encoder, part)
+            except (PromptError, CheckpointError) as failure:
+                error = type(failure)(Exception.__str__(failure))
+        embeds = () if inputs is None else (inputs.embeds, *inputs.layer_embeds)
+        moved = [values.to(self._device, self._dtype) for values in embeds]
+        shapes = [tuple(values.shape) for values in moved]
+        # Positions and blocks are small and on the CPU; the embeddings follow as tensors.
+        small = inputs and replace(inputs, embeds=torch.empty(0), layer_embeds=())
+        error, small, shapes = self._group.broadcast_object(
+            (error, small, shapes), source=self._source
+        )
+        if error is not None:
+            raise error
+        assert isinstance(small, DecoderInputs)
+        if not moved:
+            moved = [torch.empty(shape, dtype=self._dtype, device=self._device) for shape in shapes]
+        first, *layers = [self._group.broadcast(values, source=self._source) for values in moved]
+        return replace(small, embeds=first, layer_embeds=tuple(layers))

@@ -1,8 +1,8 @@
-"""Which multimodal classes a composite serves: it hands embeddings, and only those, to its decoder.
+"""Which multimodal classes a composite serves.
 
-A class that gives its decoder more than embeddings (positions of three dimensions, other masks,
-states of an encoder) would load and answer wrongly, so it is refused by name. Its builds are right:
-every expert can be exported and run as its own class.
+A class whose decoder needs what the base's has no place for (states of an encoder, weights of its
+own for images) would load and answer wrongly, so it is refused by name. Its builds are right: every
+expert can be exported and run as its own class.
 """
 
 from __future__ import annotations
@@ -17,36 +17,29 @@ from mmerge.workers.modalities.encoders import has_registered_encoder
 from mmerge.workers.modalities.small_files import read_config
 from mmerge.workers.reconstruction.language_reader import LanguageReader
 
-SERVED = {
-    *("llava", "llava_next", "llava_next_video", "llava_onevision", "video_llava"),
-    *("qwen2_audio", "audioflamingo3", "voxtral"),
-    *("internvl", "idefics3", "smolvlm", "mistral3", "deepseek_vl"),
-}
-"""Model types whose class hands its decoder embeddings, a causal mask and consecutive positions.
-
-A test compares the logits of every one with those of its class.
-"""
-_MROPE = "it gives its decoder positions of three dimensions (M-RoPE)"
-_DEEPSTACK = f"{_MROPE} and image features for single layers (deepstack)"
-_IMAGE_BLOCKS = "its decoder attends in both directions within an image"
-_PREFIX = "its decoder attends in both directions within the image and the prompt behind it"
 _LAYER_INPUTS = "its decoder takes token ids besides, for embeddings of single layers"
 _CROSS = "its decoder attends to the encoder's states in layers of its own (cross-attention)"
-_SCALE = "it does not scale logits, as the language model alone does"
 _ADAPTERS = "its decoder uses other weights for tokens of an image or sound (LoRA)"
-REASONS = {
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "qwen2_5_omni_thinker"), _MROPE),
-    **dict.fromkeys(("glm4v", "glm4v_moe", "qwen3_5", "qwen3_5_moe"), _MROPE),
-    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe"), _DEEPSTACK),
-    **dict.fromkeys(("qwen3_omni_moe", "qwen3_omni_moe_thinker"), _DEEPSTACK),
-    "gemma3": _IMAGE_BLOCKS,
-    "paligemma": _PREFIX,
-    "gemma3n": _LAYER_INPUTS,
-    **dict.fromkeys(("aya_vision", "cohere2_vision"), _SCALE),
-    "mllama": _CROSS,
-    "phi4_multimodal": _ADAPTERS,
+COMPARED = {
+    *("llava", "llava_next", "llava_next_video", "llava_onevision", "video_llava"),
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v"),
+    *("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"),
+    *("qwen2_audio", "audioflamingo3", "voxtral", "granite_speech"),
+    *("internvl", "idefics3", "smolvlm", "mistral3", "deepseek_vl"),
+    *("gemma3", "paligemma", "aya_vision", "llama4"),
 }
+"""Model types of which a test compares logits and generated tokens with those of their class."""
+REASONS = {"gemma3n": _LAYER_INPUTS, "mllama": _CROSS, "phi4_multimodal": _ADAPTERS}
 """What a composite leaves out of a model type."""
+_NEEDS_CLASS = {
+    *("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "qwen2_5_omni_thinker", "glm4v", "glm4v_moe"),
+    *("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
+    *("qwen3_omni_moe", "qwen3_omni_moe_thinker", "gemma3", "paligemma"),
+}
+"""Model types whose decoder takes more of an input than a registered encoder returns."""
+_EMBEDS_ALONE = (
+    "its decoder takes positions or masks besides embeddings, which its own encoder gives"
+)
 _UNPROVED = "what its class gives its decoder besides embeddings has not been compared yet"
 
 
@@ -58,11 +51,11 @@ def refuse_unserved(reader: LanguageReader, expert: str | None) -> None:
         expert: the one whose weights are loaded; None for all of them.
     """
     base = reader.base_config
-    reason = find_reason(base, is_own_encoder=True)
+    reason = find_reason(base)
     if reason:
         raise CheckpointError(
             f"{reader.uri}: the base is of type {base['model_type']!r}: {reason}, and a composite"
-            " hands its decoder embeddings alone, so it would answer wrongly. Write an ordinary"
+            " has no place for that, so it would answer wrongly. Write an ordinary"
             f" checkpoint, mmerge export {reader.uri} --to DIR, and load it with transformers"
         )
     for name in [expert] if expert else reader.expert_names:
@@ -73,13 +66,13 @@ def refuse_unserved(reader: LanguageReader, expert: str | None) -> None:
         if reason:
             raise CheckpointError(
                 f"{reader.uri}: expert {name!r} is of type {config['model_type']!r}: {reason}, and"
-                " a composite hands its decoder embeddings alone, so it would answer wrongly."
+                " a composite has no place for that, so it would answer wrongly."
                 " Plans, runs and exports are right: use that expert as its own class,"
                 f" mmerge export {reader.uri} --expert {name} --to DIR"
             )
 
 
-def find_reason(config: Mapping[str, Any], *, is_own_encoder: bool) -> str:
+def find_reason(config: Mapping[str, Any], *, is_own_encoder: bool = True) -> str:
     """Return why a composite cannot serve an expert, empty if it can.
 
     Args:
@@ -89,7 +82,9 @@ def find_reason(config: Mapping[str, Any], *, is_own_encoder: bool) -> str:
     model_type = str(config.get("model_type", ""))
     if model_type in REASONS:
         return REASONS[model_type]
-    if not is_multimodal_config(config) or model_type in SERVED or not is_own_encoder:
+    if model_type in _NEEDS_CLASS and not is_own_encoder:
+        return _EMBEDS_ALONE
+    if not is_multimodal_config(config) or model_type in COMPARED or not is_own_encoder:
         return ""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

@@ -24,6 +24,7 @@ from mmerge.workers.families.model_config import (
     to_architecture,
     to_loadable_config,
 )
+from mmerge.workers.families.plain_classes import to_plain_config
 
 HEAD_WEIGHT = "head.weight"
 """Canonical name of the language-model head."""
@@ -270,7 +271,7 @@ def _read_plain_names(config_json: str) -> _ModelNames:
 
     raw = json.loads(config_json)
     with _translated_errors(raw):
-        text = _make_config(raw).get_text_config()
+        text = to_plain_config(_make_config(raw).get_text_config())
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
         if model_class is None:
             raise UnknownClass(f"transformers has no causal language model for {text.model_type!r}")

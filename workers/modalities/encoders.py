@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from mmerge.manifests.errors import CheckpointError, PromptError
+from mmerge.workers.modalities.decoder_inputs import DecoderInputs
 from mmerge.workers.modalities.expert_model import make_config
 from mmerge.workers.modalities.processor_encoder import MediaEncoder
 from mmerge.workers.modalities.projector import FeatureEncoder
@@ -18,7 +19,11 @@ from mmerge.workers.reconstruction.weights import rebuild_weight, text_weight
 
 
 class Encoder(Protocol):
-    """Turns one input of a modality into embeddings for the language model."""
+    """Turns one input of a modality into embeddings for the language model.
+
+    An encoder whose class hands its decoder more than embeddings has a method `encode_for_decoder`
+    besides, which returns all of it for a part.
+    """
 
     modality: str
 
@@ -28,6 +33,19 @@ class Encoder(Protocol):
         Raises:
             PromptError: it cannot be read.
         """
+
+
+def encode_for_decoder(encoder: Encoder, part: Part) -> DecoderInputs:
+    """Return what enters the decoder for one input.
+
+    Raises:
+        PromptError: it cannot be read.
+    """
+    encode = getattr(encoder, "encode_for_decoder", None)
+    if encode is None:
+        return DecoderInputs.from_embeds(encoder.encode(part))
+    inputs: DecoderInputs = encode(part)
+    return inputs
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,13 @@ from torch import nn
 
 from mmerge.manifests.errors import CheckpointError, MmergeError, PromptError
 from mmerge.workers.families.registry import role_of
+from mmerge.workers.modalities.decoder_inputs import DecoderCall, DecoderInputs, capture_calls
 from mmerge.workers.modalities.expert_model import make_config, make_model
 from mmerge.workers.modalities.image_files import describe_error
 from mmerge.workers.modalities.media_files import read_audio, read_image, read_video
 from mmerge.workers.modalities.prompt import Part
 from mmerge.workers.modalities.small_files import read_config, to_loadable_files, write_files
+from mmerge.workers.modalities.text_rules import measure_text_rules
 
 
 def load_tokenizer(files: Mapping[str, bytes], *, config: Any, owner: str) -> Any:
@@ -45,10 +47,11 @@ def load_tokenizer(files: Mapping[str, bytes], *, config: Any, owner: str) -> An
 class MediaEncoder:
     """Turns inputs of one modality into the embeddings that enter the expert's language model.
 
-    The expert's model class runs with a language model of zero layers. A hook captures the
-    embeddings of the placeholder, as processor and forward pass laid them out, where they would
-    enter the language model. One thread at a time encodes: neither processors nor hooks of a model
-    are safe for threads.
+    The expert's model class runs with a language model of zero layers. A hook captures the call of
+    the decoder: the embeddings of the placeholder, as processor and forward pass laid them out, and
+    what else the class hands over. A text token on either side of the input shows how its positions
+    and its mask connect to text. One thread at a time encodes: neither processors nor hooks of a
+    model are safe for threads.
     """
 
     def __init__(
@@ -81,8 +84,6 @@ class MediaEncoder:
         headless = copy.deepcopy(config)
         text = headless.get_text_config()
         text.num_hidden_layers = 0
-        if getattr(text, "layer_types", None) is not None:
-            text.layer_types = []
         embedding_name, embedding_weight = embedding
         text.vocab_size = embedding_weight.shape[0]
         model = make_model(
@@ -100,21 +101,61 @@ class MediaEncoder:
         """Texts that stand for an input: with its wrappers, and as the processor expands it."""
         if isinstance(token, str) and token != self.placeholder:
             self.placeholders += (token,)
+        self.text_id = _find_text_id(config)
+        self.text_rules = measure_text_rules(self.model, token=self.text_id, owner=owner)
         self._turn = Lock()
 
-    @torch.inference_mode()
     def encode(self, part: Part) -> torch.Tensor:
         """Return the embeddings of one input, [tokens, hidden].
 
         Raises:
             PromptError: it cannot be read, or the processor refuses it.
         """
-        with self._turn:
-            return self._encode(part)
+        return self.encode_for_decoder(part).embeds
 
-    def _encode(self, part: Part) -> torch.Tensor:
+    @torch.inference_mode()
+    def encode_for_decoder(self, part: Part) -> DecoderInputs:
+        """Return all that the expert's class hands its decoder for one input.
+
+        Raises:
+            PromptError: it cannot be read, or the processor refuses it.
+            CheckpointError: the class hands over what a composite does not carry over.
+        """
+        with self._turn:
+            inputs = self.make_inputs(part)
+            keep = self.inputs.without_frame(inputs["input_ids"][0]).nonzero().reshape(-1).tolist()
+            before, behind = self._count_wrappers(part)
+            call = self._capture_call(add_text(inputs, self.text_id), part)
+            # The text token in front moves every other token by one.
+            first, end = keep[0] + 1 + before, keep[-1] + 2 - behind
+            return call.read(first, end, owner=f"expert {self.expert!r}")
+
+    def _count_wrappers(self, part: Part) -> tuple[int, int]:
+        """Return how many tokens stand around an input whose prompt has its wrappers as text.
+
+        The class sees them all the same: the Omni thinkers find images by the wrapper in front.
+        """
+        if not part.placeholder or part.placeholder not in self.placeholder:
+            return 0, 0
+        first, _, last = self.placeholder.partition(part.placeholder)
+        tokenizer = self.inputs.tokenizer
+        before, behind = (
+            len(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else 0
+            for text in (first, last)
+        )
+        return before, behind
+
+    def make_inputs(self, part: Part) -> dict[str, torch.Tensor]:
+        """Return the arguments of the class for a prompt of one input alone.
+
+        Raises:
+            PromptError: it cannot be read, or the processor refuses it.
+        """
         try:
-            inputs = self.inputs.make(part.placeholder or self.placeholder, self.modality, part)
+            placeholder = self.placeholder
+            if part.placeholder and part.placeholder not in placeholder:
+                placeholder = part.placeholder
+            inputs = self.inputs.make(placeholder, self.modality, part)
         except MmergeError:
             raise
         except Exception as error:
@@ -123,13 +164,20 @@ class MediaEncoder:
                 f"{name}: the processor of expert {self.expert!r} does not take it"
                 f" ({describe_error(error)})"
             ) from error
-        moved = {
+        return {
             name: value.to(self.device, self.dtype if value.is_floating_point() else None)
             for name, value in inputs.items()
             if isinstance(value, torch.Tensor)
         }
+
+    def _capture_call(self, inputs: Mapping[str, Any], part: Part) -> DecoderCall:
+        """Return the call of the decoder in one forward pass.
+
+        The hook belongs to this pass alone, so no call for another input can be returned.
+        """
         try:
-            embeds = self._capture_embeds(moved)[0]
+            with capture_calls(self.model) as calls:
+                self.model(**inputs, use_cache=False)
         except MmergeError:
             raise
         except Exception as error:
@@ -137,31 +185,41 @@ class MediaEncoder:
                 f"the {part.kind}: the encoder of expert {self.expert!r} fails on it"
                 f" ({type(error).__name__}: {describe_error(error)})"
             ) from error
-        return embeds[self.inputs.without_frame(moved["input_ids"][0])]
-
-    def _capture_embeds(self, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """Return what enters the language model in one forward pass, [batch, tokens, hidden].
-
-        The hook belongs to this pass alone, so no embeddings of another input can be returned.
-        """
-        captured: list[torch.Tensor] = []
-
-        def capture(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            if kwargs.get("inputs_embeds") is not None:
-                captured.append(kwargs["inputs_embeds"])
-
-        decoder: nn.Module = self.model.get_decoder()
-        handle = decoder.register_forward_pre_hook(capture, with_kwargs=True)
-        try:
-            self.model(**inputs, use_cache=False)
-        finally:
-            handle.remove()
-        if not captured:
+        if len(calls) != 1:
             raise CheckpointError(
-                f"expert {self.expert!r}: its model does not pass embeddings to its language model"
-                " as inputs_embeds"
+                f"expert {self.expert!r}: its model calls its decoder {len(calls)} times for one"
+                " prompt, expected one call"
             )
-        return captured[0]
+        return calls[0]
+
+
+_TEXT_FILL = {"attention_mask": 1, "token_type_ids": 0, "mm_token_type_ids": 0}
+"""Arguments with one number per token, and that of text."""
+
+
+def add_text(
+    inputs: Mapping[str, torch.Tensor], text_id: int, *, before: int = 1, behind: int = 1
+) -> dict[str, torch.Tensor]:
+    """Return the arguments of a class with text tokens around the tokens of a prompt of one."""
+    framed = dict(inputs)
+    fills = {"input_ids": text_id, **_TEXT_FILL}
+    for name in fills.keys() & inputs.keys():
+        framed[name] = nn.functional.pad(inputs[name], (before, behind), value=fills[name])
+    return framed
+
+
+def _find_text_id(config: Any) -> int:
+    """Return the id of a token that a class takes for text: none that its configuration names."""
+    special: set[int] = set()
+    pending = [config.to_dict()]
+    while pending:
+        values = pending.pop()
+        for name, value in values.items():
+            if isinstance(value, dict):
+                pending.append(value)
+            elif isinstance(value, int) and name.endswith(("_id", "_index", "_token")):
+                special.add(value)
+    return next(number for number in range(len(special) + 1) if number not in special)
 
 
 class ProcessorInputs:
@@ -186,11 +244,13 @@ class ProcessorInputs:
                 " one input in the recipe: 'placeholder'"
             )
         vocabulary = self.tokenizer.get_vocab()
-        begin, end = (
-            getattr(self.processor, f"{modality}_{edge}_token", None) for edge in ("bos", "eos")
-        )
-        if begin in vocabulary and end in vocabulary:
-            return f"{begin}{token}{end}"
+        # The Omni processors name the wrappers of images and videos after the sense.
+        for kind in (modality, "vision") if modality in ("image", "video") else (modality,):
+            begin, end = (
+                getattr(self.processor, f"{kind}_{edge}_token", None) for edge in ("bos", "eos")
+            )
+            if begin in vocabulary and end in vocabulary:
+                return f"{begin}{token}{end}"
         return token
 
     def make(self, placeholder: str, modality: str, part: Part) -> Mapping[str, Any]:

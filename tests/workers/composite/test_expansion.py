@@ -17,8 +17,8 @@ from architectures import ARCHITECTURES, EXPERTS, Naive, build_adapters, build_m
 
 from mmerge.manifests.errors import PromptError
 from mmerge.pipeline import Composite, Part, load_composite
-from mmerge.workers.composite.prompt_batch import pad_prompts
 from mmerge.workers.composite.routed_linear import RoutedLinear
+from mmerge.workers.composite.routing import TEXT
 
 HIDDEN = 32
 KINDS = {"masks": build_masks, "adapters": build_adapters}
@@ -44,6 +44,26 @@ PROMPTS = [
     [Part.text("w14 w15 w16 w17")],
     [media("audio", 6, 5), media("video", 1, 6), media("image", 1, 7)],
 ]
+
+
+def pad_prompts(
+    embedded: list[tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return a batch of prompts, each given by its embeddings and modality ids.
+
+    Embeddings [batch, tokens, hidden], modality ids and attention mask, int64 [batch, tokens].
+    """
+    length = max(len(ids) for _, ids in embedded)
+    first_embeds, first_ids = embedded[0]
+    embeds = first_embeds.new_zeros(len(embedded), length, first_embeds.shape[-1])
+    ids = torch.full((len(embedded), length), TEXT, dtype=torch.long, device=first_ids.device)
+    mask = torch.zeros_like(ids)
+    for row, (values, modality_ids) in enumerate(embedded):
+        start = length - len(modality_ids)
+        embeds[row, start:] = values
+        ids[row, start:] = modality_ids
+        mask[row, start:] = 1
+    return embeds, ids, mask
 
 
 class Family:

@@ -181,8 +181,8 @@ def test_a_placement_counts_the_language_model_and_the_encoders(tmp_path: Path) 
 
 
 def test_a_multimodal_base_of_a_class_that_is_not_served_is_refused(tmp_path: Path) -> None:
-    base = write(make_multimodal(MULTIMODAL["Aya Vision"], seed=5), tmp_path / "base")
+    base = write(make_multimodal(MULTIMODAL["Mllama"], seed=5), tmp_path / "base")
     write(tune(base, seed=6), tmp_path / "one")
     uri = build(tmp_path, "ties", {"one": {"path": "one", "modality": "image"}})
-    with pytest.raises(CheckpointError, match=r"the base is of type 'aya_vision': .*scale logits"):
+    with pytest.raises(CheckpointError, match=r"the base is of type 'mllama': .*cross-attention"):
         load_composite(uri)

@@ -20,20 +20,8 @@ from tests.model_families import (
 )
 
 REASONS = {
-    "Qwen2-VL": r"'qwen2_vl': .*positions of three dimensions \(M-RoPE\)",
-    "Qwen2.5-VL": r"'qwen2_5_vl': .*M-RoPE",
-    "Qwen2.5-Omni thinker": r"'qwen2_5_omni_thinker': .*M-RoPE",
-    "Qwen3-VL": r"'qwen3_vl': .*deepstack",
-    "Qwen3.5": r"'qwen3_5': .*M-RoPE",
-    "GLM-4V": r"'glm4v': .*M-RoPE",
-    "PaliGemma": r"'paligemma': .*both directions within the image and the prompt",
-    "PaliGemma 2": r"'paligemma': .*both directions",
-    "Gemma 3": r"'gemma3': .*both directions within an image,",
-    "Aya Vision": r"'aya_vision': .*does not scale logits",
     "Mllama": r"'mllama': .*cross-attention",
     "Phi-4 multimodal": r"'phi4_multimodal': .*LoRA",
-    "Granite Speech": r"'granite_speech': .*not been compared",
-    "Llama 4": r"'llama4': .*not been compared",
 }
 
 
@@ -75,13 +63,18 @@ def test_fused_experts_of_a_mixture_are_refused_in_expansion(kind: str, tmp_path
         load_composite(uri)
 
 
-def test_a_registered_encoder_serves_classes_without_a_known_difference() -> None:
-    config = MULTIMODAL["Granite Speech"].make_config().to_dict()
-    assert "not been compared" in find_reason(config, is_own_encoder=True)
+def test_a_class_that_gives_single_layers_token_ids_is_refused() -> None:
+    assert "for embeddings of single layers" in find_reason({"model_type": "gemma3n"})
+
+
+def test_a_registered_encoder_serves_classes_that_take_embeddings_alone() -> None:
+    config = MULTIMODAL["Kimi K2.5"].make_config().to_dict()
+    assert "not been compared" in find_reason(config)
     assert find_reason(config, is_own_encoder=False) == ""
     config = MULTIMODAL["Qwen2-VL"].make_config().to_dict()
-    assert "M-RoPE" in find_reason(config, is_own_encoder=False)
+    assert find_reason(config) == ""
+    assert "positions or masks" in find_reason(config, is_own_encoder=False)
 
 
 def test_plain_language_models_are_served() -> None:
-    assert find_reason({"model_type": "llama"}, is_own_encoder=True) == ""
+    assert find_reason({"model_type": "llama"}) == ""

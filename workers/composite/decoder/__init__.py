@@ -1,0 +1,1 @@
+"""What experts' classes hand their decoders, carried over to the base's decoder."""
