@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
+from mmerge.manifests.digest import digest_json
 from mmerge.manifests.format.entry import Role
 from mmerge.manifests.stores.base import DeferredCommit
 from mmerge.workers.checkpoints.input_digests import ChangedInput
@@ -184,6 +185,65 @@ class MergeTask:
 
 
 @dataclass(frozen=True)
+class MergeDraft:
+    """A merge task whose inputs have not been scanned: all but its digest and theirs."""
+
+    task: MergeTask
+    identity: dict[str, Any]
+    """What the object's name follows from, without the digests of the inputs; JSON."""
+
+    def complete(self, digests: ScannedDigests, checksums: ScannedChecksums) -> MergeTask:
+        """Return the task for inputs of these digests. Its own digest names the object."""
+        tensors = []
+        for described, tensor, found in zip(
+            self.identity["tensors"], self.task.tensors, digests, strict=True
+        ):
+            dtypes = [source.spec.dtype for source in (tensor.base, *tensor.experts)]
+            inputs = [list(pair) for pair in zip(dtypes, found, strict=True)]
+            tensors.append(described | {"inputs": inputs})
+        return replace(
+            self.task,
+            digest=digest_json(self.identity | {"tensors": tensors}),
+            input_digests=digests,
+            input_checksums=checksums,
+        )
+
+
+@dataclass(frozen=True)
+class OnePassTask:
+    """Scan a shard and merge it in the same pass over its inputs.
+
+    The object is held in memory until its name is known: that follows from digests of the inputs,
+    and is part of the object's header. A task that finds the scan in the store reads nothing.
+    """
+
+    phase: ClassVar[str] = "merge"
+    scan: ScanTask
+    merge: MergeDraft
+    peak_bytes: int
+
+    @property
+    def key(self) -> str:
+        """The key of the scan."""
+        return self.scan.key
+
+    @property
+    def shard(self) -> str:
+        """The name of the shard."""
+        return self.scan.shard
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of input."""
+        return self.scan.num_bytes
+
+    @property
+    def fresh(self) -> bool:
+        """Whether it is done whatever the store has."""
+        return self.scan.fresh
+
+
+@dataclass(frozen=True)
 class CopyTask:
     """Copy the tensors of one shard of the base or of one expert into one object."""
 
@@ -233,7 +293,7 @@ class AnswerTask:
     fresh: bool = False
 
 
-Task = ScanTask | RefineTask | MeasureTask | MergeTask | CopyTask | AnswerTask
+Task = ScanTask | RefineTask | MeasureTask | OnePassTask | MergeTask | CopyTask | AnswerTask
 
 
 @dataclass(frozen=True)
@@ -246,7 +306,9 @@ class TaskResult:
     reused: bool
     seconds: float
     entry: Any = None
-    """The ShardEntry of a merge or copy; None for tasks whose result is in the store."""
+    """The ShardEntry of a merge or copy; None for tasks whose result is in the store, and for one
+    pass that found its scan there.
+    """
     deferred_commits: tuple[DeferredCommit, ...] = ()
     """Files that the task wrote and the driver has to commit, in order."""
     differing: tuple[str, ...] = ()

@@ -66,6 +66,11 @@ class Rescans:
         self._shards.add(shard)
         log.warning("%s: %s. Scanning it again", shard, message)
 
+    @property
+    def is_any(self) -> bool:
+        """Whether the inputs of any shard were scanned again."""
+        return bool(self._shards)
+
     def has(self, shard: str) -> bool:
         """Return whether the inputs of a shard were scanned again."""
         return shard in self._shards

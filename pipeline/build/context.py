@@ -9,6 +9,7 @@ from mmerge.pipeline.build.changed_inputs import Rescans
 from mmerge.pipeline.build.input_scan import InputDigests, make_scan_tasks, share_rows
 from mmerge.pipeline.build.method_stages import MethodStages
 from mmerge.pipeline.build.threshold_search import ThresholdSearch
+from mmerge.pipeline.planning.memory_bounds import MAX_HELD_BYTES, process_bytes
 from mmerge.pipeline.planning.plan import MergePlan, read_identities
 from mmerge.pipeline.planning.shards import CopyShard, MergeShard
 from mmerge.workers.methods import find_method
@@ -23,15 +24,24 @@ class BuildContext:
         RecipeError: densities differ between tensors, though the scope is the whole model.
     """
 
-    def __init__(self, plan: MergePlan, *, fresh: bool, rescans: Rescans | None = None) -> None:
+    def __init__(
+        self,
+        plan: MergePlan,
+        *,
+        fresh: bool,
+        one_pass: bool = False,
+        rescans: Rescans | None = None,
+    ) -> None:
         """Prepare the build of a plan.
 
         Args:
             plan: what is built.
             fresh: ignore whatever the store has.
+            one_pass: scan and merge in one pass where that is possible.
             rescans: what earlier passes of the same run found to have changed.
         """
         self.plan = plan
+        self._one_pass = one_pass
         self.rescans = rescans or Rescans(plan)
         self.fresh = fresh
         self.method = find_method(plan.recipe.method)
@@ -77,6 +87,21 @@ class BuildContext:
                 if share_rows(piece, tensor):
                     tasks[scan.shard] = scan
         return list(tasks.values())
+
+    def merges_in_one_pass(self, shard: MergeShard) -> bool:
+        """Return whether a shard is scanned and merged in the same pass over its inputs.
+
+        That takes a method that needs no thresholds, no statistics and no whole tensor beforehand,
+        and memory for the object. After a change of the inputs they are read twice, and compared.
+        """
+        if not self._one_pass or self.rescans.is_any or shard.name in self.searches:
+            return False
+        if self.stages.passes_of(shard) or shard.bytes_out > MAX_HELD_BYTES:
+            return False
+        if any(tensor.granularity == "tensor" for tensor in shard.tensors):
+            return False
+        limit = self.plan.memory_bytes
+        return limit is None or process_bytes([shard.peak_bytes + shard.bytes_out]) <= limit
 
     def _distrust(self, task: ScanTask) -> ScanTask:
         """Return a scan that is run whatever the store has, if its files ask for that."""

@@ -29,11 +29,11 @@ from mmerge.pipeline.build.commit import (
 )
 from mmerge.pipeline.build.context import BuildContext
 from mmerge.pipeline.build.shard import make_shard_builds
-from mmerge.pipeline.build.shard_builds import BuildTask, FinalTask
+from mmerge.pipeline.build.shard_builds import BuildTask, FinalTask, OnePassResult
 from mmerge.pipeline.execution.executor import Executor, SerialExecutor
 from mmerge.pipeline.monitoring.progress import LogProgress, Progress
 from mmerge.pipeline.planning.plan import MergePlan, check_plan
-from mmerge.workers.task import Task, TaskResult
+from mmerge.workers.task import OnePassTask, Task, TaskResult
 from mmerge.workers.tasks.scan_cache import read_scan, scan_key
 
 log = logging.getLogger("mmerge.run")
@@ -71,6 +71,7 @@ def run(
     progress: Progress | None = None,
     fresh: bool = False,
     verify_reused: bool = False,
+    one_pass: bool = False,
 ) -> RunReport:
     """Build the composite of a plan and return what was done; a killed run continues where it was.
 
@@ -83,6 +84,8 @@ def run(
         verify_reused: read every object that is reused and compare its digest; one that is damaged
             is computed again. Without it, existence and size are compared, and the digests of a
             sample.
+        one_pass: read each input once where the method allows that. A read that goes wrong is then
+            noticed only if the file's identity changes: there is no second one to compare with.
 
     Raises:
         BuildDiffers: the store has this build, or some of its objects, with another result.
@@ -98,15 +101,8 @@ def run(
         lease.wait_for_none("collect")
 
         def make_run() -> _Run:
-            return _Run(
-                plan,
-                executor,
-                progress,
-                fresh=fresh,
-                verify_reused=verify_reused,
-                lease=lease,
-                rescans=rescans,
-            )
+            context = BuildContext(plan, fresh=fresh, one_pass=one_pass, rescans=rescans)
+            return _Run(context, executor, progress, verify_reused=verify_reused, lease=lease)
 
         def run_passes() -> RunReport:
             build_run = make_run()
@@ -131,21 +127,19 @@ class _Run:
 
     def __init__(
         self,
-        plan: MergePlan,
+        context: BuildContext,
         executor: Executor,
         progress: Progress,
         *,
-        fresh: bool,
         verify_reused: bool,
         lease: Lease,
-        rescans: Rescans,
     ) -> None:
-        self.plan, self.executor, self.progress = plan, executor, progress
-        self.fresh, self.verify_reused = fresh, verify_reused
+        self.context, self.plan = context, context.plan
+        self.executor, self.progress = executor, progress
+        self.fresh, self.verify_reused = context.fresh, verify_reused
         self.lease, self.store = lease, lease.store
-        self.context = BuildContext(plan, fresh=fresh, rescans=rescans)
-        if self.context.identities != plan.identities:
-            check_plan(plan)
+        if context.identities != self.plan.identities:
+            check_plan(self.plan)
         self.builds = make_shard_builds(self.context)
         self.failures: list[Exception] = []
         self.bytes_read = 0
@@ -210,7 +204,7 @@ class _Run:
             return None
         scan = read_scan(self.store, task.key)
         if scan is not None:
-            self.num_reused[task.phase] += 1
+            self.num_reused["scan" if isinstance(task, OnePassTask) else task.phase] += 1
         return scan
 
     def _take_from_store(self, tasks: Sequence[BuildTask]) -> list[BuildTask]:
@@ -274,6 +268,9 @@ class _Run:
         ) as outcomes:
             for task, outcome in outcomes:
                 if isinstance(outcome, TaskResult):
+                    if isinstance(task, OnePassTask) and outcome.entry is None:
+                        # It found its scan in the store: the merge task of that counts.
+                        continue
                     if outcome.changed_input is None:
                         self._count(task.phase, outcome)
                 else:
@@ -300,10 +297,10 @@ class _Run:
     def _read_result(self, task: BuildTask, result: TaskResult) -> Any:
         if result.changed_input is not None:
             return result.changed_input
+        if result.differing:
+            self.differing[task.shard] = result.differing
+        self.repaired += result.repaired
         if isinstance(task, FinalTask):
-            if result.differing:
-                self.differing[task.shard] = result.differing
-            self.repaired += result.repaired
             return result.entry
         scan = read_scan(self.store, task.key)
         if scan is None:
@@ -311,7 +308,7 @@ class _Run:
                 f"{self.store.uri}: the {task.phase} result of {task.shard} is damaged or gone."
                 " 'mmerge run RECIPE' computes it again"
             )
-        return scan
+        return scan if result.entry is None else OnePassResult(scan, result.entry)
 
     def _note_records(self) -> None:
         """Name the build as soon as the last tasks of all shards are known."""

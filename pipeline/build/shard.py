@@ -15,11 +15,16 @@ from mmerge.manifests.format.entry import ShardEntry
 from mmerge.pipeline.build.changed_inputs import ScanOutdated, is_replaced
 from mmerge.pipeline.build.context import BuildContext
 from mmerge.pipeline.build.shard_builds import Barrier, BuildTask, ShardBuild, ShardBuilds
-from mmerge.pipeline.build.task_factory import drop_checksums, make_copy_task, make_merge_task
+from mmerge.pipeline.build.task_factory import (
+    draft_merge_task,
+    drop_checksums,
+    make_copy_task,
+    make_one_pass_task,
+)
 from mmerge.pipeline.build.threshold_search import Thresholds
 from mmerge.pipeline.planning.shards import CopyShard, MergeShard
 from mmerge.workers.checkpoints.input_digests import ChangedInput
-from mmerge.workers.task import ScanTask
+from mmerge.workers.task import MergeDraft, OnePassTask, ScanTask
 from mmerge.workers.tasks.scan_cache import ScanResult
 
 
@@ -36,37 +41,54 @@ def make_shard_builds(context: BuildContext) -> ShardBuilds:
 def build_merge_shard(context: BuildContext, shard: MergeShard) -> ShardBuild:
     """Merge the tensors of one layer: scan, thresholds, stages of the method, merge.
 
-    Without a barrier the merge follows the shard's own scan at once, and finds its inputs in the
-    page cache even where the model is larger than memory.
+    Where the run may read its inputs once, and the method needs nothing of them beforehand, scan
+    and merge are one task. Otherwise, without a barrier, the merge follows the shard's own scan at
+    once, and finds its inputs in the page cache even where the model is larger than memory.
     """
     scan_task = context.scan_tasks[shard.name]
-    scan = yield from _scan(context, shard, scan_task)
+    first_task: ScanTask | OnePassTask = scan_task
+    if context.merges_in_one_pass(shard):
+        draft = _draft_merge(context, shard, tuple(() for _ in shard.tensors))
+        first_task = make_one_pass_task(scan_task, shard, draft)
+    scan = yield from _scan(context, shard, scan_task, task=first_task)
     if shard.name in context.searches:
         context.searches[shard.name].add(shard, scan.histograms)
     del scan  # the histograms of all shards together may not fit into memory
     thresholds = yield from _find_thresholds(context, shard, scan_task)
     yield from _run_stages(context, shard, scan_task, thresholds)
-    merge_task = make_merge_task(
-        context.plan,
-        shard,
-        context.digests,
-        thresholds=thresholds,
-        earlier_results=context.stages.results_of(shard),
-        fresh=context.fresh,
+    # After one pass its object is there already, under the digest of this task.
+    merge_task = _draft_merge(context, shard, thresholds).complete(
+        context.digests.of_tensors(shard.tensors), context.digests.checksums_of(shard.tensors)
     )
     entry: ShardEntry = yield from _read_again(context, shard, [scan_task], merge_task)
     return entry
 
 
+def _draft_merge(context: BuildContext, shard: MergeShard, thresholds: Thresholds) -> MergeDraft:
+    return draft_merge_task(
+        context.plan,
+        shard,
+        thresholds=thresholds,
+        earlier_results=context.stages.results_of(shard),
+        fresh=context.fresh,
+    )
+
+
 def _scan(
-    context: BuildContext, shard: MergeShard | CopyShard, scan_task: ScanTask
+    context: BuildContext,
+    shard: MergeShard | CopyShard,
+    scan_task: ScanTask,
+    *,
+    task: ScanTask | OnePassTask | None = None,
 ) -> Generator[BuildTask, Any, ScanResult]:
     """Scan the inputs of a shard, and add their digests to those of the build.
+
+    With `task`, that task makes the scan.
 
     Raises:
         ScanOutdated: a file was replaced since the run began.
     """
-    result: ScanResult | ChangedInput = yield scan_task
+    result: ScanResult | ChangedInput = yield task or scan_task
     if isinstance(result, ChangedInput):
         context.rescans.note(shard.name, result)
         raise ScanOutdated

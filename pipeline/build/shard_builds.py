@@ -7,15 +7,31 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mmerge.manifests.format.entry import ShardEntry
+from mmerge.manifests.format.entry import ShardEntry, object_key
 from mmerge.pipeline.build.changed_inputs import ScanOutdated
 from mmerge.workers.checkpoints.input_digests import ChangedInput
-from mmerge.workers.task import CopyTask, MeasureTask, MergeTask, RefineTask, ScanTask
+from mmerge.workers.task import (
+    CopyTask,
+    MeasureTask,
+    MergeTask,
+    OnePassTask,
+    RefineTask,
+    ScanTask,
+)
+from mmerge.workers.tasks.scan_cache import ScanResult
 
-BuildTask = ScanTask | RefineTask | MeasureTask | MergeTask | CopyTask
+BuildTask = ScanTask | RefineTask | MeasureTask | OnePassTask | MergeTask | CopyTask
 """The tasks of a build."""
 FinalTask = MergeTask | CopyTask
 """A task that writes an object: the last one of each shard."""
+
+
+@dataclass(frozen=True)
+class OnePassResult:
+    """What a OnePassTask left: the scan of a shard, and the object that was merged on the way."""
+
+    scan: ScanResult
+    entry: ShardEntry
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +55,7 @@ ShardBuild = Generator[BuildTask | Barrier, Any, ShardEntry]
 
 It yields a task and is sent the result that the task left in the store (a `ScanResult`, for the
 last task a `ShardEntry`), or a `ChangedInput` where it left none; or it yields a barrier. It
-returns the entry of its object, or raises `ScanOutdated`.
+returns the entry of its object, or raises `ScanOutdated`. Of a `OnePassResult` it is sent the scan.
 """
 FindResult = Callable[[BuildTask], Any]
 """Returns what an earlier run left of a task, None where there is nothing."""
@@ -76,7 +92,8 @@ class ShardBuilds:
         """The finished shards in their order."""
         self.outdated_scans: dict[str, tuple[ScanTask, ...]] = {}
         """By shard that cannot be finished because its inputs changed: the scans to delete."""
-        self._entries_by_digest: dict[str, ShardEntry] = {}
+        self._entries_by_key: dict[str, ShardEntry] = {}
+        """By key of the object: what tasks of this pass have made."""
 
     @property
     def num_shards(self) -> int:
@@ -96,8 +113,12 @@ class ShardBuilds:
         self, task: BuildTask, result: Any, find: FindResult = lambda _: None
     ) -> list[BuildTask]:
         """Return the tasks to run now that this one has ended with `result`."""
-        if isinstance(task, FinalTask) and not isinstance(result, ChangedInput):
-            self._entries_by_digest[task.digest] = result
+        if isinstance(result, OnePassResult):
+            # Its shard comes to the merge task of this object next, and finds it.
+            self._entries_by_key[result.entry.object.key] = result.entry
+            result = result.scan
+        elif isinstance(task, FinalTask) and not isinstance(result, ChangedInput):
+            self._entries_by_key[object_key(task.digest)] = result
         names = self._waiting.pop(task_id(task))
         return self._advance([(name, result) for name in names], find)
 
@@ -117,7 +138,7 @@ class ShardBuilds:
             if task_id(request) in self._waiting:
                 self._waiting[task_id(request)].append(name)
                 continue
-            known_result = self._entries_by_digest.get(task_id(request)) or find(request)
+            known_result = self._entries_by_key.get(object_key(task_id(request))) or find(request)
             if known_result is None:
                 self._waiting[task_id(request)] = [name]
                 tasks.append(request)

@@ -27,7 +27,15 @@ from mmerge.pipeline.execution.simulated_cluster import (
 )
 from mmerge.pipeline.monitoring.run_records import RunStatus
 from mmerge.pipeline.planning.plan import MergePlan
-from mmerge.workers.task import CopyTask, MeasureTask, MergeTask, RefineTask, Task, TaskResult
+from mmerge.workers.task import (
+    CopyTask,
+    MeasureTask,
+    MergeTask,
+    OnePassTask,
+    RefineTask,
+    Task,
+    TaskResult,
+)
 from mmerge.workers.tasks.scan_cache import ScanResult, SparseHistogram, piece_name
 
 FIXED_PHASES = frozenset({"scan", "thresholds", "merge", "copy"})
@@ -194,6 +202,8 @@ def _assume_result(task: BuildTask, rates: Rates) -> Any:
             digest=task.digest,
         )
         return ShardEntry(object=entry, tensors=())
+    if isinstance(task, OnePassTask):
+        return _assume_result(task.scan, rates)
     if isinstance(task, MeasureTask):
         return ScanResult({}, {})
     digests = {}

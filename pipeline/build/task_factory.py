@@ -23,27 +23,29 @@ from mmerge.workers.methods.interface import (
 )
 from mmerge.workers.runtime.math_library import describe_math_library
 from mmerge.workers.runtime.method_source import digest_source
-from mmerge.workers.task import CopyTask, MergeTask, ScanTask, TensorTask
+from mmerge.workers.task import CopyTask, MergeDraft, MergeTask, OnePassTask, ScanTask, TensorTask
 
 ARITHMETIC_VERSION = 2
 """Raised when a method or an object's layout changes its bytes: no older object is then reused."""
 
 
-def make_merge_task(
+UNNAMED = "0" * 64
+"""In place of the digest of a task whose inputs have not been scanned."""
+
+
+def draft_merge_task(
     plan: MergePlan,
     shard: MergeShard,
-    digests: InputDigests,
     *,
     thresholds: Thresholds,
     earlier_results: Sequence[Measured],
     fresh: bool,
-) -> MergeTask:
-    """Return the task that merges a shard.
+) -> MergeDraft:
+    """Return the task that merges a shard, but for the digests of its inputs.
 
     Args:
         plan: the plan that the shard belongs to.
-        shard: its inputs have been scanned.
-        digests: of the inputs.
+        shard: the shard.
         thresholds: per tensor and expert; empty per tensor for methods that do not trim.
         earlier_results: per tensor, the results of the method's stages.
         fresh: merge it again, whatever is in the store.
@@ -59,7 +61,6 @@ def make_merge_task(
                 "name": tensor.name,
                 "row_start": tensor.row_start,
                 "shape": list(tensor.base.spec.shape),
-                "inputs": digests.describe(tensor),
                 "parameters": identify_parameters(
                     method, method_parameters[index], dtype=plan.dtype
                 ),
@@ -77,12 +78,12 @@ def make_merge_task(
         "dtype": plan.dtype,
         "tensors": tensors,
     }
-    return MergeTask(
-        digest=digest_json(identity),
+    task = MergeTask(
+        digest=UNNAMED,
         shard=shard.name,
         expert_names=names,
         tensors=shard.tensors,
-        input_digests=digests.of_tensors(shard.tensors),
+        input_digests=(),
         thresholds=thresholds,
         method=plan.recipe.method,
         method_parameters=method_parameters,
@@ -94,7 +95,20 @@ def make_merge_task(
         num_bytes=shard.bytes_in,
         peak_bytes=shard.peak_bytes,
         fresh=fresh,
-        input_checksums=digests.checksums_of(shard.tensors),
+    )
+    return MergeDraft(task, identity)
+
+
+def make_one_pass_task(scan: ScanTask, shard: MergeShard, draft: MergeDraft) -> OnePassTask:
+    """Return the task that scans and merges a shard in one pass over its inputs.
+
+    A stored object of the same name is read and compared: its digest is known too late for the
+    driver to choose some of them.
+    """
+    return OnePassTask(
+        scan=scan,
+        merge=replace(draft, task=replace(draft.task, verify_reused=True)),
+        peak_bytes=shard.peak_bytes + shard.bytes_out,
     )
 
 
@@ -144,4 +158,6 @@ def drop_checksums(task: BuildTask) -> BuildTask:
     if isinstance(task, CopyTask):
         scanned = [tuple(replace(rows, checksum="") for rows in pieces) for pieces in task.scanned]
         return replace(task, scanned=tuple(scanned))
-    return task if isinstance(task, ScanTask) else replace(task, input_checksums=())
+    if isinstance(task, (ScanTask, OnePassTask)):
+        return task
+    return replace(task, input_checksums=())

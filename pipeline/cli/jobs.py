@@ -15,6 +15,7 @@ from mmerge.pipeline.cli.options import (
     ExclusiveOption,
     FreshOption,
     JsonOption,
+    OnePassOption,
     VerifyReusedOption,
     check_choice,
 )
@@ -61,6 +62,7 @@ def submit(
     ] = "follow",
     fresh: FreshOption = False,
     verify_reused: VerifyReusedOption = False,
+    one_pass: OnePassOption = False,
     exclusive: ExclusiveOption = False,
     task_deadline: DeadlineOption = None,
     block_entries: BlockOption = None,
@@ -73,7 +75,7 @@ def submit(
     from mmerge.pipeline.execution.jobs import Jobs, to_exit_code
 
     policy = check_choice(if_running, IF_RUNNING, option="--if-running")
-    options = BuildOptions(fresh, verify_reused, exclusive, task_deadline, block_entries)
+    options = BuildOptions(fresh, verify_reused, one_pass, exclusive, task_deadline, block_entries)
     cluster = Jobs(address)
     job, is_new = cluster.submit(recipe, options=options.to_arguments(), if_running=policy)
     if not is_new:

@@ -64,6 +64,16 @@ VerifyReusedOption = Annotated[
         help="read what is reused and compare its digests; recompute what is damaged",
     ),
 ]
+OnePassOption = Annotated[
+    bool,
+    typer.Option(
+        "--one-pass",
+        help=(
+            "read each input once where the method allows it: faster, but a bit that flips while"
+            " it is read is not noticed"
+        ),
+    ),
+]
 ExclusiveOption = Annotated[
     bool,
     typer.Option(
@@ -177,6 +187,7 @@ class BuildOptions:
 
     fresh: bool
     verify_reused: bool
+    one_pass: bool
     exclusive: bool
     task_deadline: float | None
     block_entries: int | None

@@ -17,6 +17,7 @@ from mmerge.pipeline.cli.options import (
     ExclusiveOption,
     ExecutorOption,
     FreshOption,
+    OnePassOption,
     RayAddressOption,
     RecipeArgument,
     VerifyReusedOption,
@@ -54,6 +55,7 @@ def run(
     ] = None,
     fresh: FreshOption = False,
     verify_reused: VerifyReusedOption = False,
+    one_pass: OnePassOption = False,
     exclusive: ExclusiveOption = False,
     task_deadline: DeadlineOption = None,
     block_entries: BlockOption = None,
@@ -75,7 +77,7 @@ def run(
     from mmerge.pipeline.views.plan_report import print_warnings
 
     memory_bytes = None if memory is None else parse_size(memory, option="--memory")
-    options = BuildOptions(fresh, verify_reused, exclusive, task_deadline, block_entries)
+    options = BuildOptions(fresh, verify_reused, one_pass, exclusive, task_deadline, block_entries)
     with ExitStack() as open_executors:
 
         def open_for(peak_bytes: int) -> Executor:
@@ -110,6 +112,7 @@ def run(
                     progress=progress,
                     fresh=options.fresh,
                     verify_reused=options.verify_reused,
+                    one_pass=options.one_pass,
                 )
         except RunUnderWay as active:
             out.print(f"[yellow]nothing done[/]: {escape(str(active))}", highlight=False)

@@ -33,6 +33,8 @@ COPY_PEAK_BYTES = WRITER_BYTES + WORKER_BYTES
 COPY_ENTRIES = 1 << 20
 """Most entries that a copy task forms at once."""
 MIN_BLOCK_ENTRIES = 1 << 16
+MAX_HELD_BYTES = 512 << 20
+"""Limit for the object of a shard that is scanned and merged in one pass: it is held in memory."""
 PROCESS_BYTES = 512 << 20
 """Memory of a process without a task: interpreter, torch, compiled kernels."""
 

@@ -74,6 +74,8 @@ class MergePlan:
     identities: Identities = field(default_factory=dict, compare=False, repr=False)
     """Of the weight files, from before their headers were read."""
     max_shard_bytes: int = MAX_SHARD_BYTES
+    memory_bytes: int | None = field(default=None, compare=False, repr=False)
+    """Memory limit of a process that runs one task."""
 
     @property
     def copy_shards(self) -> tuple[CopyShard, ...]:
@@ -209,6 +211,7 @@ def make_plan(
         checkpoints=(base, *experts),
         identities=identities,
         max_shard_bytes=max_shard_bytes,
+        memory_bytes=memory_bytes,
     )
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from mmerge.workers.checkpoints.block_reader import InputBlock, InputReader
+from mmerge.workers.checkpoints.block_reader import InputBlock
 from mmerge.workers.checkpoints.dtypes import TORCH_DTYPES
 from mmerge.workers.checkpoints.input_digests import PieceDigests
 from mmerge.workers.methods.interface import (
@@ -17,6 +17,9 @@ from mmerge.workers.methods.interface import (
     num_columns,
 )
 from mmerge.workers.task import MeasureTask, MergeTask, RefineTask, TensorTask
+
+OpenBlocks = Callable[[int], Iterator[InputBlock]]
+"""Starts a pass over a tensor, with so many entries at once."""
 
 
 def expect_inputs(
@@ -46,23 +49,17 @@ def expect_inputs(
 
 def read_blocks(
     tensor: TensorTask,
-    reader: InputReader,
+    open_blocks: OpenBlocks,
     *,
-    digests: PieceDigests,
     facts: TensorFacts,
     dtype: str,
     block_entries: int,
 ) -> Iterator[Block]:
-    """Yield the blocks of a piece of a tensor in order.
-
-    Raises:
-        InputChanged: base and experts are not what `digests` expects.
-    """
+    """Yield the blocks of a piece of a tensor in order, as the method must see them."""
     shape = tensor.base.spec.shape
     columns, granularity = num_columns(shape), tensor.granularity
     at_once = entries_at_once(shape, block_entries, granularity=granularity)
-    sources = (tensor.base, *tensor.experts)
-    for block in reader.blocks(sources, block_entries=at_once, digests=digests):
+    for block in open_blocks(at_once):
         base, *experts = (
             _to_shape(values, shape, columns, granularity) for values in to_float_tensors(block)
         )

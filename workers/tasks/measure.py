@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from mmerge.manifests.stores.base import Store
-from mmerge.workers.checkpoints.block_reader import InputReader
+from mmerge.workers.checkpoints.block_reader import InputBlock, InputReader
 from mmerge.workers.compiled.inner_products import sum_vector_products
 from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Block, TensorFacts, parse_parameters
@@ -130,10 +130,14 @@ def _read_blocks(
         task.expert_names,
         task.earlier_results[index],
     )
+    sources = (tensor.base, *tensor.experts)
+
+    def open_blocks(at_once: int) -> Iterator[InputBlock]:
+        return reader.blocks(sources, block_entries=at_once, digests=expect_inputs(task, index))
+
     return read_blocks(
         tensor,
-        reader,
-        digests=expect_inputs(task, index),
+        open_blocks,
         facts=facts,
         dtype=task.dtype,
         block_entries=block_entries,

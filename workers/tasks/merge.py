@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -40,12 +41,19 @@ from mmerge.workers.methods.interface import (
     parse_parameters,
 )
 from mmerge.workers.task import MergeTask, TaskResult, TensorTask
-from mmerge.workers.tasks.blocks import expect_inputs, read_blocks
+from mmerge.workers.tasks.blocks import OpenBlocks, expect_inputs, read_blocks
 from mmerge.workers.tasks.heartbeat import Heartbeat
 from mmerge.workers.tasks.mask_tally import MaskTally
 from mmerge.workers.tasks.object_output import store_object
 from mmerge.workers.tasks.overflow import OverflowCheck
 from mmerge.workers.tasks.worker_check import check_worker
+
+
+class Output(Protocol):
+    """Where the merged bytes go: the writer of an object, or memory."""
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append `data`; the caller may reuse its memory when this returns."""
 
 
 def merge_shard(task: MergeTask, store: Store) -> TaskResult:
@@ -54,24 +62,61 @@ def merge_shard(task: MergeTask, store: Store) -> TaskResult:
     Raises:
         InputChanged: the inputs are not those of the scan; nothing is stored.
     """
-    method = find_method(task.method)
-    header, specs = make_header(
-        _make_layout(task, method),
-        metadata=make_metadata(task.digest, role="merge", method=task.method),
-    )
-    specs_by_name = {spec.name: spec for spec in specs}
 
     def write_tensors(out: ObjectWriter) -> list[TensorRow]:
-        rows: list[TensorRow] = []
-        heartbeat = Heartbeat(f"{task.shard}: {task.method}", num_steps=len(task.tensors))
-        with heartbeat, InputReader() as reader:
+        header, specs = make_shard_header(task)
+        with InputReader() as reader:
+
+            def open_tensor(index: int) -> OpenBlocks:
+                tensor = task.tensors[index]
+                sources = (tensor.base, *tensor.experts)
+
+                def open_blocks(at_once: int) -> Iterator[InputBlock]:
+                    digests = expect_inputs(task, index)
+                    return reader.blocks(sources, block_entries=at_once, digests=digests)
+
+                return open_blocks
+
             out.write(header)
-            for index, tensor in enumerate(task.tensors):
-                heartbeat.start_step(f"{tensor.name} {list(tensor.base.spec.shape)}")
-                rows += _TensorMerger(task, method, index).write(out, specs_by_name, reader)
-        return rows
+            return merge_tensors(task, out, specs, open_tensor=open_tensor)
 
     return store_object(task, store, write_tensors)
+
+
+def merge_tensors(
+    task: MergeTask,
+    out: Output,
+    specs: Sequence[TensorSpec],
+    *,
+    open_tensor: Callable[[int], OpenBlocks],
+) -> list[TensorRow]:
+    """Write the merged tensors of a task one after the other; return their rows of the table.
+
+    Args:
+        task: the task.
+        out: the data of the object, without its header.
+        specs: from `make_shard_header`.
+        open_tensor: returns by position of a tensor what starts a pass over its inputs.
+    """
+    method = find_method(task.method)
+    specs_by_name = {spec.name: spec for spec in specs}
+    rows: list[TensorRow] = []
+    with Heartbeat(f"{task.shard}: {task.method}", num_steps=len(task.tensors)) as heartbeat:
+        for index, tensor in enumerate(task.tensors):
+            heartbeat.start_step(f"{tensor.name} {list(tensor.base.spec.shape)}")
+            merger = _TensorMerger(task, method, index, open_blocks=open_tensor(index))
+            rows += merger.write(out, specs_by_name)
+    return rows
+
+
+def make_shard_header(task: MergeTask) -> tuple[bytes, list[TensorSpec]]:
+    """Return the header of the object of a task, and the tensors in it.
+
+    Its length does not depend on the digest of the task.
+    """
+    method = find_method(task.method)
+    metadata = make_metadata(task.digest, role="merge", method=task.method)
+    return make_header(_make_layout(task, method), metadata=metadata)
 
 
 def _make_layout(task: MergeTask, method: Method) -> list[tuple[str, str, Sequence[int]]]:
@@ -92,8 +137,18 @@ def _make_layout(task: MergeTask, method: Method) -> list[tuple[str, str, Sequen
 class _TensorMerger:
     """Merges one tensor of a shard: values are written block by block, masks after the last."""
 
-    def __init__(self, task: MergeTask, method: Method, index: int) -> None:
-        self.task, self.method, self.index = task, method, index
+    def __init__(
+        self, task: MergeTask, method: Method, index: int, *, open_blocks: OpenBlocks
+    ) -> None:
+        """Prepare the merge of one tensor.
+
+        Args:
+            task: its inputs are read by `open_blocks` alone.
+            method: that of the task.
+            index: position of the tensor in the task.
+            open_blocks: starts a pass over base and experts.
+        """
+        self.task, self.method, self.open_blocks = task, method, open_blocks
         self.tensor: TensorTask = task.tensors[index]
         self.parameters, self.experts = parse_parameters(method, task.method_parameters[index])
         check_worker(
@@ -115,22 +170,18 @@ class _TensorMerger:
             is_delta = method.kind == "masks"
             self.overflow = OverflowCheck(self.tensor, task.expert_names, is_delta)
 
-    def write(
-        self, out: ObjectWriter, specs: Mapping[str, TensorSpec], reader: InputReader
-    ) -> list[TensorRow]:
+    def write(self, out: Output, specs: Mapping[str, TensorSpec]) -> list[TensorRow]:
         """Merge the tensor into the object that is being written; return its rows of the table."""
         digest = blake3()
         num_masks = len(self.experts) if self.method.kind == "masks" else 0
         masks = np.zeros((num_masks, packed_bytes(self.tensor.num_entries)), np.uint8)
-        for data in self._merge_compiled(reader, masks) or self._merge_by_method(reader, masks):
+        for data in self._merge_compiled(masks) or self._merge_by_method(masks):
             digest.update(data)
             out.write(data)
         values_row = self._make_values_row(specs, digest.hexdigest())
         return [values_row, *self._write_masks(out, specs, masks)]
 
-    def _merge_compiled(
-        self, reader: InputReader, masks: NDArray[np.uint8]
-    ) -> Iterator[memoryview] | None:
+    def _merge_compiled(self, masks: NDArray[np.uint8]) -> Iterator[memoryview] | None:
         """Return the merged bytes block by block, None if compiled code cannot merge the tensor."""
         request = PassRequest(
             method=self.method,
@@ -148,9 +199,7 @@ class _TensorMerger:
         at_once = entries_at_once(shape, self.task.block_entries, granularity=granularity)
 
         def read_inputs() -> Iterator[InputBlock]:
-            sources = (self.tensor.base, *self.tensor.experts)
-            digests = expect_inputs(self.task, self.index)
-            return reader.blocks(sources, block_entries=at_once, digests=digests)
+            return self.open_blocks(at_once)
 
         if not compiled_pass.prepare(read_inputs):
             return None
@@ -174,12 +223,10 @@ class _TensorMerger:
         if isinstance(compiled_pass, MaskPass):
             self.tally.take(compiled_pass.statistics)
 
-    def _merge_by_method(
-        self, reader: InputReader, masks: NDArray[np.uint8]
-    ) -> Iterator[memoryview]:
+    def _merge_by_method(self, masks: NDArray[np.uint8]) -> Iterator[memoryview]:
         position = 0
         device = self._choose_device()
-        for block in self._read_blocks(reader):
+        for block in self._read_blocks():
             on_device = block if device == "cpu" else block.to_device(device)
             merged = self._merge_block(on_device)
             if self.method.kind == "masks":
@@ -217,18 +264,17 @@ class _TensorMerger:
             )
         return device
 
-    def _read_blocks(self, reader: InputReader) -> Iterator[Block]:
+    def _read_blocks(self) -> Iterator[Block]:
         return read_blocks(
             self.tensor,
-            reader,
-            digests=expect_inputs(self.task, self.index),
+            self.open_blocks,
             facts=self.facts,
             dtype=self.task.dtype,
             block_entries=self.task.block_entries,
         )
 
     def _write_masks(
-        self, out: ObjectWriter, specs: Mapping[str, TensorSpec], masks: NDArray[np.uint8]
+        self, out: Output, specs: Mapping[str, TensorSpec], masks: NDArray[np.uint8]
     ) -> list[TensorRow]:
         rows = []
         for index, packed in enumerate(masks):

@@ -17,6 +17,7 @@ from mmerge.workers.task import (
     CopyTask,
     MeasureTask,
     MergeTask,
+    OnePassTask,
     RefineTask,
     ScanTask,
     Task,
@@ -25,6 +26,7 @@ from mmerge.workers.task import (
 from mmerge.workers.tasks.copy import copy_shard
 from mmerge.workers.tasks.measure import measure_shard
 from mmerge.workers.tasks.merge import merge_shard
+from mmerge.workers.tasks.one_pass import scan_and_merge
 from mmerge.workers.tasks.scan import refine_shard, scan_shard
 
 log = logging.getLogger("mmerge.run")
@@ -74,6 +76,8 @@ def _run(task: Task, store: Store) -> TaskResult:
             return refine_shard(task, store)
         case MeasureTask():
             return measure_shard(task, store)
+        case OnePassTask():
+            return scan_and_merge(task, store)
         case MergeTask():
             return merge_shard(task, store)
         case CopyTask():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -64,14 +64,30 @@ def scan_shard(task: ScanTask, store: Store) -> TaskResult:
             piece = piece_name(f"{copy.role}/{copy.name}", copy.row_start)
             hashers[piece] = ScanDigests(1, seed=seed)
             _scan_copy(task, copy, reader, digests=hashers[piece])
+    finish_scan(task, store, hashers, histograms)
+    return TaskResult(task.shard, task.num_bytes, False, time.monotonic() - began)
+
+
+def finish_scan(
+    task: ScanTask,
+    store: Store,
+    hashers: Mapping[str, ScanDigests],
+    histograms: dict[str, SparseHistogram],
+) -> ScanResult:
+    """Store what a pass over the inputs found, by piece, and return it.
+
+    Raises:
+        InputChanged: a file was replaced since the run began; nothing is stored.
+    """
     sources = [source for tensor in task.tensors for source in (tensor.base, *tensor.experts)]
     sources += [copy.source for copy in task.copies]
     identities = {(uri, file): identity for uri, file, identity in task.identities}
     check_identities(sources, identities)
     digests = {piece: hasher.hexdigests() for piece, hasher in hashers.items()}
     checksums = {piece: hasher.checksums() for piece, hasher in hashers.items()}
-    write_scan(store, task.key, ScanResult(digests, histograms, checksums=checksums))
-    return TaskResult(task.shard, task.num_bytes, False, time.monotonic() - began)
+    scan = ScanResult(digests, histograms, checksums=checksums)
+    write_scan(store, task.key, scan)
+    return scan
 
 
 def _scan_tensor(
@@ -84,8 +100,26 @@ def _scan_tensor(
 ) -> None:
     """Hash a piece in base and experts, and check it; `counter` counts its magnitudes."""
     sources = (tensor.base, *tensor.experts)
+    blocks = reader.blocks(sources, block_entries=task.block_entries, digests=digests)
+    for _ in check_blocks(task, tensor, blocks, counter=counter):
+        pass
+
+
+def check_blocks(
+    task: ScanTask,
+    tensor: TensorTask,
+    blocks: Iterable[InputBlock],
+    *,
+    counter: MagnitudeCounter | None = None,
+) -> Iterator[InputBlock]:
+    """Yield blocks of base and experts once they are checked; `counter` counts their magnitudes.
+
+    Raises:
+        NonFiniteError: a value is NaN or Inf, and the recipe does not say `non_finite: keep`.
+    """
+    sources = (tensor.base, *tensor.experts)
     owners = ("base", *(f"expert {name!r}" for name in task.expert_names))
-    for block in reader.blocks(sources, block_entries=task.block_entries, digests=digests):
+    for block in blocks:
         if counter:
             counter.add(block)
         # Where base or expert is NaN or Inf, so is their difference.
@@ -95,6 +129,7 @@ def _scan_tensor(
                 _check_finite(
                     block, position, source, owner, task.non_finite, first_row=tensor.row_start
                 )
+        yield block
 
 
 def _scan_copy(

@@ -124,6 +124,7 @@ def test_submit_has_every_option_of_run_that_does_not_concern_this_machine() -> 
         BuildOptions(
             fresh=False,
             verify_reused=False,
+            one_pass=False,
             exclusive=False,
             task_deadline=None,
             block_entries=None,
@@ -131,6 +132,7 @@ def test_submit_has_every_option_of_run_that_does_not_concern_this_machine() -> 
         BuildOptions(
             fresh=True,
             verify_reused=True,
+            one_pass=True,
             exclusive=True,
             task_deadline=90.5,
             block_entries=65536,
