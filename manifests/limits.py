@@ -66,6 +66,11 @@ PROCESSOR_NUMBER = Limit("MMERGE_MAX_PROCESSOR_NUMBER", 1 << 26, "as value")
 PROMPT_CHARACTERS = Limit("MMERGE_MAX_PROMPT_CHARACTERS", 1_000_000, "characters")
 CHAT_TEMPLATE_CHARACTERS = Limit("MMERGE_MAX_CHAT_TEMPLATE_CHARACTERS", 200_000, "characters")
 PROMPT_FILE_BYTES = Limit("MMERGE_MAX_PROMPT_FILE_BYTES", 256 << 20, "bytes")
+REQUEST_BYTES = Limit("MMERGE_MAX_REQUEST_BYTES", 64 << 20, "bytes")
+"""Of the body of one request to a server, which is held in memory."""
+REQUEST_MEDIA = Limit("MMERGE_MAX_REQUEST_MEDIA", 32, "media")
+REQUEST_SECONDS = Limit("MMERGE_MAX_REQUEST_SECONDS", 60, "seconds")
+"""Until all of a request has arrived."""
 QUESTION_FILE_BYTES = Limit("MMERGE_MAX_QUESTION_FILE_BYTES", 1 << 30, "bytes")
 RECIPE_BYTES = Limit("MMERGE_MAX_RECIPE_BYTES", 1 << 20, "bytes")
 RECIPE_ALIASES = Limit("MMERGE_MAX_RECIPE_ALIASES", 100, "aliases")

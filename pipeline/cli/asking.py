@@ -39,15 +39,6 @@ MediaOption = Annotated[
         show_default=False,
     ),
 ]
-EncodersOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--encoders",
-        metavar="MODULE:FUNCTION",
-        help="function that registers your own encoders; called in every worker process",
-        show_default=False,
-    ),
-]
 DeviceOption = Annotated[
     str, typer.Option("--device", help="cpu, or cuda: each task then requests a GPU")
 ]

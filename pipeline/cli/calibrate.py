@@ -12,7 +12,6 @@ import typer
 from mmerge.manifests.errors import RecipeError
 from mmerge.pipeline.cli.asking import (
     DeviceOption,
-    EncodersOption,
     MediaOption,
     PromptsOption,
     make_settings,
@@ -21,6 +20,7 @@ from mmerge.pipeline.cli.asking import (
 )
 from mmerge.pipeline.cli.options import (
     BatchOption,
+    EncodersOption,
     ExecutorOption,
     JsonOption,
     RayAddressOption,

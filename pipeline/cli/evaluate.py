@@ -14,7 +14,6 @@ import typer
 from mmerge.manifests.errors import RecipeError
 from mmerge.pipeline.cli.asking import (
     DeviceOption,
-    EncodersOption,
     MediaOption,
     PromptsOption,
     make_settings,
@@ -23,6 +22,7 @@ from mmerge.pipeline.cli.asking import (
 )
 from mmerge.pipeline.cli.options import (
     BatchOption,
+    EncodersOption,
     ExecutorOption,
     JsonOption,
     RayAddressOption,

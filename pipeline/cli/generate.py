@@ -14,6 +14,7 @@ from mmerge.pipeline.cli.options import (
     GPUS_HELP,
     POLICIES,
     DtypeOption,
+    EncodersOption,
     ExpertOption,
     PolicyOption,
     TokensOption,
@@ -108,6 +109,7 @@ def generate(
     seed: Annotated[
         int | None, typer.Option("--seed", help="seed of the sampling", show_default=False)
     ] = None,
+    encoders: EncodersOption = None,
     cache: Annotated[
         str,
         typer.Option(
@@ -162,6 +164,10 @@ def generate(
     options["cache"] = check_choice(cache, ("dynamic", "static"), option="--cache")
     loading_policy = check_choice(policy, POLICIES, option="--policy")
     device = _choose_device(device, gpus)
+    from mmerge.workers.tasks.answer import register_from
+
+    for target in encoders or ():
+        register_from(target)
     from mmerge.workers.composite.process_group import open_process_group
 
     group = open_process_group(device=device)

@@ -25,6 +25,15 @@ RecipeArgument = Annotated[
 UriArgument = Annotated[
     str, typer.Argument(metavar="URI", help="composite: STORE, or STORE#NAME if it has several")
 ]
+EncodersOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--encoders",
+        metavar="MODULE:FUNCTION",
+        help="function that registers your own encoders; may be repeated",
+        show_default=False,
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 IdentityOption = Annotated[
     str | None,

@@ -159,7 +159,7 @@ class Composite:
         """Return the logits of all positions, [tokens, vocabulary], in the model's dtype."""
         with self._routing.turn:
             prompt = self._composer.compose(parts)
-            self._check_length([prompt], 0)
+            self.check_length(len(prompt.ids), 0)
             with self._prefill([prompt]) as inputs:
                 logits: torch.Tensor = self.language_model(**inputs, use_cache=False).logits[0]
         return logits
@@ -310,7 +310,7 @@ class Composite:
     ) -> torch.Tensor:
         """Return logits at each answer and the token before, [batch, positions, vocabulary]."""
         composed = self._composer.compose_all(prompts, num_answers=num_answers)
-        self._check_length(composed, 0)
+        self.check_length(max(len(prompt.ids) for prompt in composed), 0)
         with self._prefill(composed) as inputs:
             positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
             logits: torch.Tensor = self.language_model(
@@ -342,7 +342,7 @@ class Composite:
             settings["cache_implementation"] = "static"
         samples = bool(settings["do_sample"])
         with self._routing.turn:
-            self._check_length(prompts, max_new_tokens)
+            self.check_length(max(len(prompt.ids) for prompt in prompts), max_new_tokens)
             with self._prefill(prompts) as inputs, self._seeded(seed, samples=samples):
                 tokens: torch.Tensor = self.language_model.generate(
                     **inputs, max_new_tokens=max_new_tokens, **settings
@@ -369,9 +369,15 @@ class Composite:
                 torch.manual_seed(shared)
                 yield
 
-    def _check_length(self, prompts: Sequence[PromptInputs], max_new_tokens: int) -> None:
-        num_tokens = max(len(prompt.ids) for prompt in prompts)
-        longest = getattr(self.language_model.config, "max_position_embeddings", None)
+    @property
+    def context_tokens(self) -> int | None:
+        """Tokens that the model takes, prompt and answer together; None where it does not say."""
+        tokens: int | None = getattr(self.language_model.config, "max_position_embeddings", None)
+        return tokens
+
+    def check_length(self, num_tokens: int, max_new_tokens: int) -> None:
+        """Raise PromptError if prompt and answer are too long together."""
+        longest = self.context_tokens
         if longest is not None and num_tokens + max_new_tokens > longest:
             raise PromptError(
                 f"the prompt has {num_tokens} tokens and {max_new_tokens} are to be generated; the"
