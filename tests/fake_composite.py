@@ -61,8 +61,8 @@ class FakeComposite:
         self.began = threading.Event()
         self.num_steps = 0
 
-    def prompt(self, question: str, media: Sequence[Part] = ()) -> list[Part]:
-        return [*media, Part.text(question)]
+    def prompt(self, question: Sequence[Part], media: Sequence[Part] = ()) -> list[Part]:
+        return list(question)
 
     def embed(self, parts: Sequence[Part]) -> tuple[Any, torch.Tensor]:
         text = describe(parts)

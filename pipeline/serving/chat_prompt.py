@@ -14,9 +14,8 @@ def make_chat_prompt(
 ) -> list[Part]:
     """Return the parts of the prompt that a conversation of (role, parts) makes.
 
-    A single message of the user gets the recipe's templates, like a question of `mmerge generate`.
-    Media before or behind all text go where the template has them; media between texts stay there,
-    without templates.
+    A single message of the user gets the templates of the recipe or of a chat, like a question of
+    `mmerge generate`. Its text is taken as it is: places such as `{image}` mean nothing in it.
 
     Raises:
         ApiError: 400; the conversation has other messages than one of the user.
@@ -30,10 +29,4 @@ def make_chat_prompt(
             " It was not trained on conversations that its recipe has a template for",
             param="messages",
         )
-    parts = [part for part in conversation[0][1] if part.kind != "text" or part.value]
-    media = [part for part in parts if part.kind != "text"]
-    texts = [index for index, part in enumerate(parts) if part.kind == "text"]
-    is_one_block = not texts or texts[-1] - texts[0] == len(texts) - 1
-    if not is_one_block:
-        return parts
-    return composite.prompt("".join(parts[index].value for index in texts), media)
+    return composite.prompt(conversation[0][1])

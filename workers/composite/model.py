@@ -105,8 +105,11 @@ class Composite:
         device: torch.device = self.language_model.device
         return device
 
-    def prompt(self, question: str, media: Sequence[Part] = ()) -> list[Part]:
+    def prompt(self, question: str | Sequence[Part], media: Sequence[Part] = ()) -> list[Part]:
         """Return the parts of a prompt, formatted by the recipe's templates or a chat template.
+
+        `question` is a text with places such as `{image}`, or all parts of a message in their
+        order, whose text is taken as it is.
 
         Raises:
             PromptError: the question has a placeholder such as `{image}` without an input for it,

@@ -105,9 +105,28 @@ def make_prompt(
     Raises:
         PromptError: the question has placeholders for some inputs and not for others.
     """
-    parts: list[Part] = []
     if any("{" + part.kind + "}" in question for part in media):
         return _place_media(question, media)
+    return arrange(
+        [*media, Part.text(question)], template=template, media_templates=media_templates
+    )
+
+
+def arrange(
+    content: Sequence[Part], *, template: str | None, media_templates: Mapping[str, str]
+) -> list[Part]:
+    """Return the parts of a prompt from those of a message, whose text is taken as it is.
+
+    Inputs before or behind all text are put where the template has them. Inputs between texts stay
+    there, without templates. Templates as of `make_prompt`.
+    """
+    parts: list[Part] = []
+    content = _join_texts(content)
+    media = [part for part in content if part.kind != "text"]
+    texts = [part.value for part in content if part.kind == "text"]
+    if len(texts) > 1:
+        return content
+    question = "".join(texts)
     before, _, after = (template or f"{MEDIA_PLACE}{TEXT_PLACE}").partition(TEXT_PLACE)
     head, _, between = before.partition(MEDIA_PLACE)
     parts.append(Part.text(head))

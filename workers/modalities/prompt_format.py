@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from mmerge.manifests.errors import PromptError
@@ -11,6 +12,7 @@ from mmerge.manifests.format.manifest import Manifest
 from mmerge.workers.modalities.chat_template import REMEDY, ChatPart, ChatTemplate
 from mmerge.workers.modalities.prompt import (
     Part,
+    arrange,
     check_places,
     find_media_templates,
     make_prompt,
@@ -36,13 +38,19 @@ class PromptFormat:
     """Returns the texts that may stand for an input of an expert in its chat template."""
 
     def make(
-        self, question: str, media: Sequence[Part], *, bos: str | None, num_rows: int
+        self,
+        question: str | Sequence[Part],
+        media: Sequence[Part],
+        *,
+        bos: str | None,
+        num_rows: int,
     ) -> list[Part]:
         """Return the parts of a prompt.
 
         Args:
-            question: the text, with places such as `{image}` if inputs stand within it.
-            media: the inputs.
+            question: the text, with places such as `{image}` if inputs stand within it; or all
+                parts of a message in order, whose text has no places.
+            media: the inputs of a question that is a text.
             bos: the token that the composite puts before every prompt, None if there is none.
             num_rows: of the composite's embedding.
 
@@ -50,17 +58,20 @@ class PromptFormat:
             PromptError: the question has a place without an input, an input belongs to no expert,
                 or the chat template does not fit the prompt.
         """
-        kinds = {kind for item in self.manifest.experts for kind in (item.name, item.modality)}
-        check_places(question, media, kinds=kinds)
+        if isinstance(question, str):
+            kinds = {kind for item in self.manifest.experts for kind in (item.name, item.modality)}
+            check_places(question, media, kinds=kinds)
+            lay_out = partial(make_prompt, question, media)
+        else:
+            lay_out = partial(arrange, question)
+            media = [part for part in question if part.kind != "text"]
         owner = self._choose(media)
         if owner is None:
-            return make_prompt(
-                question,
-                media,
+            return lay_out(
                 template=self.manifest.template,
                 media_templates=find_media_templates(self.manifest.experts),
             )
-        return self._make_chat(owner, question, media, bos=bos, num_rows=num_rows)
+        return self._make_chat(owner, lay_out, media, bos=bos, num_rows=num_rows)
 
     def _choose(self, media: Sequence[Part]) -> str | None:
         """Return whose chat template forms a prompt: an expert, `base`, or None for nobody's."""
@@ -88,7 +99,13 @@ class PromptFormat:
         return name if any(record.name == name for record in self.manifest.experts) else BASE
 
     def _make_chat(
-        self, owner: str, question: str, media: Sequence[Part], *, bos: str | None, num_rows: int
+        self,
+        owner: str,
+        lay_out: Callable[..., list[Part]],
+        media: Sequence[Part],
+        *,
+        bos: str | None,
+        num_rows: int,
     ) -> list[Part]:
         chat = self.chats[owner]
         placeholders: dict[str, tuple[str, ...]] = {}
@@ -101,7 +118,7 @@ class PromptFormat:
                 media_templates[part.kind] = self._find_template(expert)
         items = [
             ChatPart(part, placeholders.get(part.kind, ()))
-            for part in make_prompt(question, media, template=None, media_templates=media_templates)
+            for part in lay_out(template=None, media_templates=media_templates)
         ]
         segments = chat.format([self._with_modality(item) for item in items])
         if bos and segments and isinstance(segments[0], str):

@@ -22,7 +22,7 @@ from mmerge.workers.modalities.media_files import (
     read_image,
     read_video,
 )
-from mmerge.workers.modalities.prompt import Part, check_places, make_prompt
+from mmerge.workers.modalities.prompt import Part, arrange, check_places, make_prompt
 
 A, B = Part("image", "a.png"), Part("audio", "b.wav")
 
@@ -241,6 +241,27 @@ def test_a_decoder_that_fails_on_a_path_is_not_said_to_need_one(
         read_image(tmp_path / "a.png")
     with pytest.raises(PromptError, match="an image was given as int; give a path"):
         read_image(7)
+
+
+def test_the_text_of_a_message_in_parts_is_taken_as_it_is() -> None:
+    image, sound = Part("image", "a.png"), Part("audio", "b.wav")
+    templates: Any = {"template": "<{media}|{text}>", "media_templates": {"image": "[{media}]"}}
+    words = Part.text("{image} {text} what?")
+    expected = [Part.text("<["), image, Part.text("]|{image} {text} what?>")]
+    assert arrange([image, words], **templates) == expected
+    assert arrange([words, image], **templates) == expected
+    assert (
+        arrange([Part.text("{image} {text}"), Part.text(" what?"), image], **templates) == expected
+    )
+    between = [Part.text("a"), image, Part.text("{b}"), sound]
+    assert arrange(between, **templates) == between
+    assert arrange([image, sound], **templates) == [
+        Part.text("<["),
+        image,
+        Part.text("]"),
+        sound,
+        Part.text("|>"),
+    ]
 
 
 def test_a_video_without_frames_is_refused() -> None:
