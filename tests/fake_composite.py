@@ -64,14 +64,14 @@ class FakeComposite:
     def prompt(self, question: Sequence[Part], media: Sequence[Part] = ()) -> list[Part]:
         return list(question)
 
-    def embed(self, parts: Sequence[Part]) -> tuple[Any, torch.Tensor]:
+    def embed(self, parts: Sequence[Part]) -> Any:
         text = describe(parts)
         if "unreadable" in text:
             path = next((part.value for part in parts if part.kind != "text"), "it")
             raise PromptError(f"{path}: cannot be read")
         if "broken" in text:
             raise ZeroDivisionError("a fault")
-        return self.prefix + text, torch.zeros(len(text))
+        return SimpleNamespace(text=self.prefix + text, ids=torch.zeros(len(text)))
 
     def check_length(self, num_tokens: int, max_new_tokens: int) -> None:
         if num_tokens + max_new_tokens > CONTEXT:
@@ -79,7 +79,7 @@ class FakeComposite:
 
     def generate_rows(
         self,
-        embedded: Sequence[tuple[str, Any]],
+        embedded: Sequence[Any],
         receivers: Sequence[Callable[[int], bool]],
         *,
         max_new_tokens: int,
@@ -89,7 +89,7 @@ class FakeComposite:
         self.options.append(options)
         self.began.set()
         assert self.gate.wait(30)
-        answers = [[*map(ord, text), END] for text, _ in embedded]
+        answers = [[*map(ord, prompt.text), END] for prompt in embedded]
         alive = [True] * len(answers)
         for step in range(max_new_tokens):
             time.sleep(self.step_s)

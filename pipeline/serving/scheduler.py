@@ -157,7 +157,7 @@ class Scheduler:
         """Yield the row of a job; an input that cannot be read fails this job alone."""
         try:
             embedded = composite.embed(job.parts)
-            num_tokens = len(embedded[1])
+            num_tokens = len(embedded.ids)
             yield _Row(job, embedded, num_tokens, self._limit(job, num_tokens, composite))
         except PromptError as error:
             job.fail(error)
