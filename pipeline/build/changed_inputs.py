@@ -54,7 +54,7 @@ class Rescans:
         owners = [
             checkpoint.owner
             for checkpoint in self.plan.checkpoints
-            if checkpoint.uri == change.source.uri
+            if change.source.uri in {part.uri for part in checkpoint.parts}
         ]
         message = ": ".join([*owners[:1], change.describe()])
         if shard in self._shards:

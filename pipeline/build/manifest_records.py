@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from mmerge.manifests.digest import digest_bytes
@@ -14,9 +14,9 @@ from mmerge.workers.checkpoints.checkpoint import Checkpoint
 
 def read_files(
     checkpoints: Sequence[Checkpoint],
-) -> tuple[dict[str, tuple[FileEntry, ...]], dict[str, bytes]]:
-    """Return the small files of each checkpoint by its URI, and their contents by key."""
-    listed: dict[str, tuple[FileEntry, ...]] = {}
+) -> tuple[list[tuple[FileEntry, ...]], dict[str, bytes]]:
+    """Return the small files of each checkpoint, in turn, and their contents by key."""
+    listed: list[tuple[FileEntry, ...]] = []
     contents: dict[str, bytes] = {}
     for checkpoint in checkpoints:
         entries = []
@@ -24,14 +24,14 @@ def read_files(
             entry = FileEntry(name=name, num_bytes=len(data), digest=digest_bytes(data))
             contents[entry.key] = data
             entries.append(entry)
-        listed[checkpoint.uri] = tuple(entries)
+        listed.append(tuple(entries))
     return listed, contents
 
 
 def make_records(
     plan: MergePlan,
     digests: InputDigests,
-    files: Mapping[str, tuple[FileEntry, ...]],
+    files: Sequence[tuple[FileEntry, ...]],
     rescalers: Sequence[float] | None,
 ) -> dict[str, Any]:
     """Return the records of the recipe, the base and the experts.
@@ -47,7 +47,7 @@ def make_records(
         ExpertRecord(
             name=expert.name,
             modality=expert.modality,
-            revision=digests.revision(index + 1, expert.name, files[expert.uri]),
+            revision=digests.revision(index + 1, expert.name, files[index + 1]),
             parameters=recipe.describe_parameters(expert.name),
             renames=plan.renames[index],
             source=_hub_source(expert.uri),
@@ -55,11 +55,11 @@ def make_records(
             template=expert.template,
             rescaler=rescalers[index] if rescalers else None,
             adapters=plan.adapters[index] if plan.adapters else None,
-            files=files[expert.uri],
+            files=files[index + 1],
         )
         for index, expert in enumerate(recipe.experts)
     )
-    base_files = files[recipe.base]
+    base_files = files[0]
     source = recipe.chat_template_from
     chosen = {} if source is None else {"chat_template_from": source}
     return chosen | {

@@ -26,6 +26,7 @@ import yaml
 
 from mmerge.manifests.digest import SHOWN_DIGITS, digest_json
 from mmerge.manifests.errors import MmergeError, RecipeError, first_line
+from mmerge.pipeline.recipes.inputs import describe_slices
 from mmerge.pipeline.recipes.parsing import read_recipe, read_recipe_mapping
 from mmerge.pipeline.recipes.recipe import Recipe
 
@@ -292,9 +293,20 @@ def to_absolute(path: Path, recipe: Recipe) -> str:
     raw |= {"name": recipe.name, "output": recipe.output}
     if recipe.has_base:
         raw["base"] = recipe.base
+        if recipe.base_adapter:
+            raw["base_adapter"] = recipe.base_adapter
+        if recipe.base_slices:
+            raw["base_slices"] = describe_slices(recipe.base_slices)
     raw["experts"] = {name: dict(expert) for name, expert in raw["experts"].items()}
     for expert in recipe.experts:
-        raw["experts"][expert.name]["path"] = expert.uri
+        keys = raw["experts"][expert.name]
+        keys["path"] = expert.uri
+        if expert.adapter:
+            keys["adapter"] = expert.adapter
+        if expert.slices:
+            keys["slices"] = describe_slices(expert.slices)
+    if recipe.vocabulary is not None:
+        raw["tokenizer"] = recipe.vocabulary.to_keys()
     return str(yaml.safe_dump(raw, sort_keys=False, allow_unicode=True))
 
 

@@ -49,11 +49,14 @@ _WITHOUT_EFFECT = {
 }
 
 
-def check_sizes(base: Checkpoint, expert: Checkpoint) -> None:
-    """Raise CheckpointError where the sizes of two language models differ."""
+def check_sizes(base: Checkpoint, expert: Checkpoint, *, ignores_layers: bool = False) -> None:
+    """Raise CheckpointError where the sizes of two language models differ.
+
+    `ignores_layers` leaves out the number of their layers.
+    """
     ours, theirs = _comparable(base, expert)
     # Its layers are matched around those of cross-attention, and missing ones are errors.
-    ignores_layers = "cross_attention_layers" in theirs or "cross_attention_layers" in ours
+    ignores_layers |= "cross_attention_layers" in theirs or "cross_attention_layers" in ours
     for key in _SIZES:
         if key == "num_hidden_layers" and ignores_layers:
             continue

@@ -17,6 +17,7 @@ from mmerge.pipeline.planning.input_checks import (
     check_expert_only_tensors,
     check_unmerged_tensors,
 )
+from mmerge.pipeline.planning.inputs import open_inputs
 from mmerge.pipeline.planning.memory_bounds import (
     MIN_BLOCK_ENTRIES,
     MergeMemory,
@@ -34,10 +35,14 @@ from mmerge.pipeline.planning.shards import (
 from mmerge.pipeline.planning.tensor_layout import make_layout, match_names
 from mmerge.pipeline.planning.tokenizer_checks import check_chat_source, list_tokenizer_warnings
 from mmerge.pipeline.recipes.recipe import Recipe, pin_recipe
-from mmerge.workers.adapters.checkpoint import open_expert
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
 from mmerge.workers.checkpoints.dtypes import NAMED_DTYPES
-from mmerge.workers.checkpoints.formed_sources import BlockScaledSource
+from mmerge.workers.checkpoints.formed_sources import (
+    BlockScaledSource,
+    GatheredSource,
+    LowRankSource,
+)
+from mmerge.workers.checkpoints.sources import TensorSource
 from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Kind, MethodParameters
 
@@ -139,13 +144,8 @@ def make_plan(
     if block_entries is not None and (block_entries <= 0 or block_entries % (1 << 16)):
         raise ValueError(f"block_entries: expected a multiple of 65536, got {block_entries}")
     recipe = pin_recipe(recipe)
-    base = Checkpoint(
-        recipe.base, owner="base" if recipe.has_base else f"expert {recipe.experts[0].name!r}"
-    )
-    experts = [
-        open_expert(expert.uri, owner=f"expert {expert.name!r}", base=base)
-        for expert in recipe.experts
-    ]
+    inputs = open_inputs(recipe)
+    base, experts = inputs.base, inputs.experts
     names = [expert.name for expert in recipe.experts]
     check_chat_source(recipe.chat_template_from, base, dict(zip(names, experts, strict=True)))
     try:
@@ -162,9 +162,12 @@ def make_plan(
             block_entries=block_entries or DEFAULT_BLOCK_ENTRIES,
             max_shard_bytes=max_shard_bytes,
         )
-    layout = make_layout(base, experts, merge=recipe.merge, carry=recipe.carry)
+    layout = make_layout(base, experts, merge=recipe.merge, carry=recipe.carry, keep=recipe.keep)
     check_unmerged_tensors(
-        base, experts, renames=layout.renames, exempt=match_names(base.tensors, recipe.carry)
+        base,
+        experts,
+        renames=layout.renames,
+        exempt=match_names(base.tensors, (*recipe.carry, *recipe.keep)),
     )
     check_expert_only_tensors(base, experts, layout, kind=method.kind)
     dtype = NAMED_DTYPES[recipe.dtype] if recipe.dtype else _base_dtype(base)
@@ -207,7 +210,7 @@ def make_plan(
         carry_shards=tuple(carry_shards),
         renames=layout.renames,
         block_entries=entries,
-        warnings=_list_warnings(base, experts),
+        warnings=(*inputs.warnings, *_list_warnings(base, experts)),
         checkpoints=(base, *experts),
         identities=identities,
         max_shard_bytes=max_shard_bytes,
@@ -217,7 +220,8 @@ def make_plan(
 
 def read_identities(checkpoints: Sequence[Checkpoint]) -> Identities:
     """Return the identities of all weight files. Raises NotFound, CheckpointError."""
-    return {checkpoint.uri: checkpoint.identity for checkpoint in checkpoints}
+    parts = dict.fromkeys(part for checkpoint in checkpoints for part in checkpoint.parts)
+    return {part.uri: part.identity for part in parts}
 
 
 def check_plan(plan: MergePlan) -> None:
@@ -294,10 +298,21 @@ def _list_warnings(base: Checkpoint, experts: Sequence[Checkpoint]) -> tuple[str
     return (*warnings, *list_tokenizer_warnings(base, experts))
 
 
+def _stored_weights(source: TensorSource) -> TensorSource:
+    """Return a tensor whose dtype is that in which the files hold the weights of `source`."""
+    if isinstance(source, BlockScaledSource):
+        return source.weights
+    if isinstance(source, LowRankSource):
+        return _stored_weights(source.base)
+    if isinstance(source, GatheredSource) and source.tables:
+        return _stored_weights(source.tables[0])
+    return source
+
+
 def _base_dtype(base: Checkpoint) -> str:
     counted: dict[str, int] = {}
     for source in base.tensors.values():
-        stored = source.weights if isinstance(source, BlockScaledSource) else source
+        stored = _stored_weights(source)
         if stored.spec.dtype in FLOAT_DTYPES:
             counted[stored.spec.dtype] = counted.get(stored.spec.dtype, 0) + stored.spec.num_bytes
     if not counted:

@@ -67,7 +67,12 @@ class Layout:
 
 
 def make_layout(
-    base: Checkpoint, experts: list[Checkpoint], *, merge: str, carry: tuple[str, ...]
+    base: Checkpoint,
+    experts: list[Checkpoint],
+    *,
+    merge: str,
+    carry: tuple[str, ...],
+    keep: tuple[str, ...] = (),
 ) -> Layout:
     """Return how base and experts fit together; all misfits of all experts are reported at once.
 
@@ -76,6 +81,7 @@ def make_layout(
         experts: in recipe order.
         merge: `all`, or `linear` for the projections alone.
         carry: patterns of base tensors that are copied from each expert, not merged.
+        keep: patterns of base tensors that stay the base's, whatever the experts have.
 
     Raises:
         ShapeMismatch: a tensor's shape differs by more than extra vocabulary rows.
@@ -85,21 +91,28 @@ def make_layout(
     for expert in experts:
         check_sizes(base, expert)
     listed = match_names(base.tensors, carry)
-    matches = [match_expert(base, expert, exempt=listed) for expert in experts]
+    kept_names = match_names(base.tensors, keep)
+    exempt = listed | kept_names
+    matches = [match_expert(base, expert, exempt=exempt) for expert in experts]
     renames = [match.renames for match in matches]
-    for pattern in carry:
-        if not any(fnmatchcase(name, pattern) for name in base.tensors):
-            raise CheckpointError(
-                f"carry: {pattern!r} matches no tensor of the base, so it has no effect. Remove it"
-                " or correct the pattern"
-            )
-    _check_shapes(base, experts, matches, listed)
+    for key, patterns in (("carry", carry), ("keep", keep)):
+        for pattern in patterns:
+            if not match_names(base.tensors, [pattern]):
+                raise CheckpointError(
+                    f"{key}: {pattern!r} matches no tensor of the base, so it has no effect. Remove"
+                    " it or correct the pattern"
+                )
+    for name in sorted(listed & kept_names):
+        raise CheckpointError(
+            f"keep: {name} is listed under 'carry' as well. It is the base's or each expert's"
+        )
+    _check_shapes(base, experts, matches, exempt)
     if merge == "linear":
         _check_projections(base)
     shared = []
     kept = []
     for name, source in base.tensors.items():
-        if name in listed or not is_merged(source, base.family, merge=merge):
+        if name in exempt or not is_merged(source, base.family, merge=merge):
             kept.append(source)
             continue
         sources = tuple(

@@ -12,6 +12,57 @@ from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Parameters
 
 
+class SliceKeys(Parameters):
+    """Successive layers of a checkpoint, for the layers of a model that is put together of such."""
+
+    layers: tuple[int, int] = Field(description="first and last layer, both included")
+    path: str | None = Field(
+        None, min_length=1, description="the checkpoint; by default that of the model itself"
+    )
+    adapter: str | None = Field(
+        None, min_length=1, description="LoRA adapter that is merged into this checkpoint first"
+    )
+
+
+class TokenRowKeys(Parameters):
+    """The row of one token of another checkpoint."""
+
+    model: str = Field(min_length=1, description="'base', an expert's name, or a path or URI")
+    token: str | None = Field(None, min_length=1, description="the token there")
+    token_id: int | None = Field(None, ge=0, description="its id, in place of 'token'")
+
+
+class TokenKeys(Parameters):
+    """Where the row of one token comes from in models whose tokenizer lacks it."""
+
+    source: TokenRowKeys | str = Field(
+        description=(
+            "'base', an expert's name, or a path or URI: this token's row there; {model, token} or"
+            " {model, token_id}: that of another token; 'zero'"
+        ),
+    )
+    force: bool = Field(False, description="use this row in all models, whatever they have")
+
+
+class TokenizerKeys(Parameters):
+    """The tokenizer of the merged model; rows of embeddings and heads are matched by token."""
+
+    source: str = Field(
+        "base",
+        min_length=1,
+        description=(
+            "'base', an expert's name, or a path or URI: that tokenizer; 'union': the base's, and"
+            " all tokens that only others have"
+        ),
+    )
+    tokens: dict[str, TokenKeys] = Field(
+        default_factory=dict, description="rows of single tokens, by token"
+    )
+    pad_to_multiple_of: int | None = Field(
+        None, ge=1, le=1 << 20, description="add rows of zeros up to a multiple of this number"
+    )
+
+
 class RecipeKeys(Parameters):
     """The keys that every recipe may have, whatever its method."""
 
@@ -26,6 +77,17 @@ class RecipeKeys(Parameters):
         description=(
             "folder or URI of the base LLM (Hugging Face layout, safetensors), relative to the"
             " recipe; optional for some methods"
+        ),
+    )
+    base_adapter: str | None = Field(
+        None, min_length=1, description="LoRA adapter that is merged into the base first"
+    )
+    base_slices: list[SliceKeys] | None = Field(
+        None,
+        min_length=1,
+        description=(
+            "layers of the base in their order, instead of its own; embeddings are those of the"
+            " first slice, last norm and head of the last"
         ),
     )
     output: str = Field(
@@ -48,6 +110,25 @@ class RecipeKeys(Parameters):
             "patterns (with *) of base tensors that are not merged but copied from every expert"
         ),
     )
+    keep: list[str] = Field(
+        default_factory=list,
+        description="patterns (with *) of base tensors that are not merged but stay the base's",
+    )
+    tokenizer: TokenizerKeys | None = Field(
+        None,
+        description=(
+            "tokenizer of the merged model; without it, rows are merged by their number and the"
+            " base's tokenizer is kept"
+        ),
+    )
+    chat_template: str | None = Field(
+        None,
+        min_length=1,
+        description=(
+            "chat template of the merged model: Jinja text, 'chatml', or 'auto' for the one that"
+            " most of the models have; by default the tokenizer's"
+        ),
+    )
     non_finite: Literal["error", "keep"] = Field(
         "error", description="what to do about NaN and Inf in an input"
     )
@@ -68,6 +149,16 @@ class ExpertKeys(Parameters):
 
     path: str = Field(
         min_length=1, description="folder or URI of the expert's checkpoint, relative to the recipe"
+    )
+    adapter: str | None = Field(
+        None,
+        min_length=1,
+        description="LoRA adapter that is merged into the checkpoint at 'path' first",
+    )
+    slices: list[SliceKeys] | None = Field(
+        None,
+        min_length=1,
+        description="layers of the expert in their order, as 'base_slices' of the base",
     )
     modality: str = Field(
         pattern=r"^[a-z][a-z0-9_]{0,39}$", description="image, audio, video, point, …"

@@ -8,20 +8,25 @@ counted as positive, DARE and DELLA rescaled by norms. It runs in float32 and ro
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from mmerge.manifests.errors import RecipeError
-from mmerge.pipeline.recipes.mergekit_document import MergekitDocument, Slice, refuse
+from mmerge.pipeline.recipes.input_parsing import RESERVED_OWNERS
+from mmerge.pipeline.recipes.mergekit_document import MergekitDocument
+from mmerge.pipeline.recipes.mergekit_inputs import MergekitExpert, MergekitInputs, make_names
 from mmerge.pipeline.recipes.mergekit_methods import (
+    ALTERNATIVES,
     BASE_AS_MODEL,
-    BASE_IGNORED,
+    BASE_COUNTED,
+    BASE_WITHOUT_EFFECT,
     SWITCHES,
     TRANSLATIONS,
     list_translated_methods,
 )
+from mmerge.pipeline.recipes.mergekit_models import Slice, refuse
+from mmerge.pipeline.recipes.mergekit_tokenizer import translate_template, translate_tokenizer
 from mmerge.workers.methods import find_method
 
 Rules = list[dict[str, Any]]
@@ -59,17 +64,22 @@ class MergekitTranslator:
         translated_methods = list_translated_methods()
         if self.method not in translated_methods:
             raise RecipeError(
-                f"merge_method: {self.method!r} has no counterpart here. Supported are"
-                f" {', '.join(translated_methods)}"
+                f"merge_method: {self.method!r} has no counterpart here{_nearest(self.method)}."
+                f" Supported are {', '.join(translated_methods)}"
             )
         self.translation = TRANSLATIONS[self.method]
+        self.inputs = MergekitInputs(
+            document,
+            takes_base_as_model=self.method in BASE_COUNTED,
+            ignores_base=self.method in BASE_WITHOUT_EFFECT,
+        )
 
     def translate(self, default_name: str) -> dict[str, Any]:
         """Return the recipe as a mapping. Raises RecipeError."""
         document, translation = self.document, self.translation
-        slices = document.read_slices()
-        self._check_parameters(slices)
-        models = self._choose_experts(list(slices[0].models))
+        self._check_parameters(document.slices)
+        experts = self.inputs.experts
+        self._check_experts(experts)
         recipe: dict[str, Any] = {
             "method": translation.method,
             "output": f"{default_name}-composite",
@@ -79,25 +89,34 @@ class MergekitTranslator:
         if dtype is not None:
             recipe["dtype"] = dtype
         for mergekit_name, name in translation.recipe_parameters.items():
-            recipe |= self._translate_parameter(mergekit_name, name, slices, model=None)
+            recipe |= self._translate_parameter(mergekit_name, name, expert=None)
         recipe |= self.translate_special()
-        names = _make_names(models)
-        recipe["experts"] = {names[model]: self._make_expert(model, slices) for model in models}
-        if self._keeps_base(models):
-            assert document.base is not None
-            recipe["base"] = document.to_path(document.base)
+        tokenizer = translate_tokenizer(document)
+        names = make_names(experts, reserved=RESERVED_OWNERS if tokenizer else ())
+        recipe["experts"] = {
+            name: self._make_expert(expert) for name, expert in zip(names, experts, strict=True)
+        }
+        if self._keeps_base(experts):
+            recipe |= self.inputs.translate_base()
+        for key, value in {
+            "tokenizer": tokenizer,
+            "chat_template": translate_template(document),
+            "keep": self.inputs.list_kept(),
+        }.items():
+            if value:
+                recipe[key] = value
         return recipe
 
-    def _keeps_base(self, models: Sequence[str]) -> bool:
-        base = self.document.base
-        if base is None or self.method in BASE_IGNORED:
+    def _keeps_base(self, experts: Sequence[MergekitExpert]) -> bool:
+        """Return whether the recipe has a base: not where base_model is one of the experts."""
+        if not self.inputs.has_base:
             return False
-        return find_method(self.translation.method).needs_base or base not in models
+        base = self.document.base
+        if find_method(self.translation.method).needs_base:
+            return True
+        return all(source.model != base for expert in experts for source in expert.sources)
 
-    def _choose_experts(self, models: list[str]) -> list[str]:
-        if self.method in BASE_IGNORED:
-            return models
-        experts = [model for model in models if model != self.document.base]
+    def _check_experts(self, experts: Sequence[MergekitExpert]) -> None:
         if self.method in BASE_AS_MODEL:
             if self.document.base is None:
                 raise RecipeError(
@@ -105,11 +124,15 @@ class MergekitTranslator:
                 )
             if len(experts) != 1:
                 raise RecipeError(
-                    f"models: {self.method} takes one model beside base_model, got {len(experts)}"
+                    f"models: {self.method} takes one model beside base_model, got {len(experts)}."
+                    " mergekit refuses others too"
                 )
+        if self.method == "passthrough" and len(experts) != 1:
+            raise RecipeError(
+                f"models: passthrough takes one model in every slice, got {len(experts)}"
+            )
         if not experts:
             raise RecipeError("models: none is left beside base_model")
-        return experts
 
     def _check_parameters(self, slices: Sequence[Slice]) -> None:
         """Refuse parameters that the method does not have; mergekit reads all at every level."""
@@ -117,8 +140,8 @@ class MergekitTranslator:
         levels = [("parameters", self.document.parameters)]
         for part in slices:
             levels.append(("slices.parameters", part.parameters))
-            for model, parameters in part.models.items():
-                levels.append((f"{model}.parameters", parameters))
+            for source in part.sources:
+                levels.append((f"{source.model}.parameters", source.parameters))
         for where, level in levels:
             for key in level:
                 if key in self.translation.special and where != "parameters":
@@ -138,33 +161,33 @@ class MergekitTranslator:
                     f" Known are {', '.join(sorted(known_parameters))}"
                 )
 
-    def _make_expert(self, model: str, slices: Sequence[Slice]) -> dict[str, Any]:
-        expert: dict[str, Any] = {"path": self.document.to_path(model), "modality": "text"}
+    def _make_expert(self, expert: MergekitExpert) -> dict[str, Any]:
+        keys: dict[str, Any] = {**self.inputs.place_of(expert), "modality": "text"}
         for mergekit_name, name in self.translation.model_parameters.items():
-            expert |= self._translate_parameter(mergekit_name, name, slices, model=model)
-        return expert
+            keys |= self._translate_parameter(mergekit_name, name, expert=expert)
+        return keys
 
     def _translate_parameter(
-        self, mergekit_name: str, name: str, slices: Sequence[Slice], *, model: str | None
+        self, mergekit_name: str, name: str, *, expert: MergekitExpert | None
     ) -> dict[str, Any]:
         """Return {name: value or schedule}; empty where mergekit's default is a recipe's."""
         defaults = self.translation.defaults
         rules: Rules = []
-        for part in slices:
+        for index, part in enumerate(self.document.slices):
             # The innermost level decides.
             levels = [part.parameters.get(mergekit_name)]
             levels.append(self.document.parameters.get(mergekit_name))
-            if model is not None:
-                levels.insert(0, part.models[model].get(mergekit_name))
+            if expert is not None:
+                levels.insert(0, expert.sources[index].parameters.get(mergekit_name))
             for level in levels:
                 if level is not None:
                     rules += self._to_rules(level, part.layers, where=mergekit_name)
         if not rules:
             if mergekit_name in self.translation.required:
-                owner = f"{model}." if model else ""
+                owner = f"{expert.sources[0].model}." if expert else ""
                 raise RecipeError(
                     f"{owner}parameters.{mergekit_name}: is missing; mergekit's {self.method}"
-                    " demands it"
+                    f" demands it{self._explain_base(expert)}"
                 )
             if name not in defaults:
                 return {}
@@ -182,6 +205,15 @@ class MergekitTranslator:
         if len(rules) == 1 and len(rules[0]) == 1 and rules[0]["value"] is not None:
             return {name: rules[0]["value"]}
         return {name: rules}
+
+    def _explain_base(self, expert: MergekitExpert | None) -> str:
+        """Return why base_model needs a parameter where it is not listed under models."""
+        if expert is None or not self.document.is_base(expert.sources[0].model):
+            return ""
+        return (
+            f". base_model is one of the models of {self.method}: list it with its own, or leave"
+            " base_model out"
+        )
 
     def _to_rules(self, level: Any, layers: tuple[int, int] | None, *, where: str) -> Rules:
         """Return the rules for mergekit's setting of one parameter at one level."""
@@ -247,15 +279,7 @@ def _drop_unreachable(rules: Rules) -> Rules:
     return kept
 
 
-def _make_names(models: Sequence[str]) -> dict[str, str]:
-    """Return a name for every model: the last part of its path, made unique."""
-    names: dict[str, str] = {}
-    for model in models:
-        stem = re.sub(r"[^A-Za-z0-9_-]", "-", model.rstrip("/").rpartition("/")[2])[:36] or "model"
-        stem = stem if stem[0].isalpha() else f"m-{stem}"
-        name, index = stem, 0
-        while name in names.values():
-            index += 1
-            name = f"{stem}-{index}"
-        names[model] = name
-    return names
+def _nearest(method: str) -> str:
+    """Return what to use in place of a method that has no counterpart."""
+    alternative = ALTERNATIVES.get(method)
+    return f"; nearest to it is {alternative}" if alternative else ""

@@ -1,18 +1,27 @@
-"""A mergekit YAML: its models, or its slices of equal layer ranges, checked."""
+"""A mergekit YAML: its keys, its models or slices, and the modules of multimodal models."""
 
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from mmerge.manifests.errors import CheckpointError, RecipeError
+from mmerge.manifests.errors import RecipeError
+from mmerge.pipeline.recipes.mergekit_models import (
+    Model,
+    Slice,
+    check_entry,
+    parse_model,
+    parse_models,
+    parse_slices,
+    refuse,
+    to_mapping,
+    to_uri,
+)
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
-from mmerge.workers.checkpoints.tokenizer import read_vocabulary
 
 log = logging.getLogger("mmerge.recipe")
 
@@ -20,6 +29,7 @@ KNOWN_KEYS = (
     "merge_method",
     "models",
     "slices",
+    "modules",
     "base_model",
     "parameters",
     "dtype",
@@ -29,22 +39,12 @@ KNOWN_KEYS = (
     "chat_template",
     "name",
 )
-UNSUPPORTED_KEYS = {
-    "modules": "merging parts of a multimodal model by rules of their own is not supported",
-    "gate_mode": "making a mixture of experts (mergekit-moe) is not supported",
-}
-"""Keys that change the result and have no counterpart here."""
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?", re.ASCII)
-
-
-@dataclass(frozen=True)
-class Slice:
-    """A range of layers with its parameters: of the slice, and of every model."""
-
-    layers: tuple[int, int] | None
-    """First and last layer, both included; None for a YAML without slices."""
-    parameters: Mapping[str, Any]
-    models: Mapping[str, Mapping[str, Any]]
+LANGUAGE_MODULES = ("text_decoder", "default", "language_model")
+"""Names of the module that is the language model."""
+MOE_REFUSAL = (
+    "this is a file of mergekit-moe, which makes a mixture of experts with new routers; nothing"
+    " here does. Run it with mergekit-moe: its output is a checkpoint that can be merged"
+)
 
 
 @dataclass(frozen=True)
@@ -60,229 +60,122 @@ class MergekitDocument:
         return str(self.raw["merge_method"])
 
     @cached_property
-    def base(self) -> str | None:
+    def base(self) -> Model | None:
         """base_model, None if there is none."""
         if self.raw.get("base_model") is None:
             return None
-        return self._parse_model(self.raw["base_model"], "base_model")
+        return parse_model(self.raw["base_model"], "base_model", folder=self.folder)
 
     @cached_property
     def parameters(self) -> Mapping[str, Any]:
         """The parameters of the whole merge."""
-        return _to_mapping(self.raw.get("parameters"), "parameters")
+        return to_mapping(self.raw.get("parameters"), "parameters")
+
+    @cached_property
+    def slices(self) -> list[Slice]:
+        """The slices of the merged language model; one without layers for a list of models.
+
+        Raises:
+            RecipeError: models or slices are malformed.
+        """
+        where, definition = "", self.raw
+        if "modules" in self.raw:
+            name, definition = self.language_module
+            where = f"modules.{name}."
+        if ("models" in definition) == ("slices" in definition):
+            refuse(f"{where}models", "give either 'models' or 'slices'")
+        parameters = to_mapping(definition.get("parameters"), f"{where}parameters") if where else {}
+        if "models" in definition:
+            part = parse_models(definition["models"], f"{where}models", folder=self.folder)
+            slices = [part]
+        else:
+            slices = parse_slices(definition["slices"], f"{where}slices", folder=self.folder)
+        return [
+            Slice(part.sources, {**parameters, **part.parameters}, part.layers) for part in slices
+        ]
+
+    @cached_property
+    def language_module(self) -> tuple[str, Mapping[str, Any]]:
+        """The name of the module that is the language model, and its definition."""
+        modules = to_mapping(self.raw["modules"], "modules")
+        for name in LANGUAGE_MODULES:
+            if name in modules:
+                definition = to_mapping(modules[name], f"modules.{name}")
+                check_entry(definition, ("models", "slices", "parameters"), f"modules.{name}")
+                return name, definition
+        raise RecipeError(
+            f"modules: none of them is the language model ({', '.join(LANGUAGE_MODULES)});"
+            f" there are {', '.join(map(str, modules)) or 'none'}"
+        )
+
+    @cached_property
+    def kept_modules(self) -> list[str]:
+        """Names of the modules beside the language model: all of them are one model's.
+
+        Raises:
+            RecipeError: one of them is merged, or is not that of the model whose encoders are kept.
+        """
+        if "modules" not in self.raw:
+            return []
+        names = []
+        for name, raw in to_mapping(self.raw["modules"], "modules").items():
+            if name == self.language_module[0]:
+                continue
+            where = f"modules.{name}"
+            definition = to_mapping(raw, where)
+            check_entry(definition, ("models", "slices", "parameters"), where)
+            if "models" not in definition or "slices" in definition:
+                refuse(where, "expected 'models' with the one model whose module is kept")
+            part = parse_models(definition["models"], f"{where}.models", folder=self.folder)
+            models = [source.model for source in part.sources]
+            if models != [self.first_model]:
+                refuse(
+                    where,
+                    f"is that of {str(self.first_model)!r} here, and no merge of several or another"
+                    " model's. Give that model alone, or leave 'modules' out to merge all tensors",
+                )
+            names.append(str(name))
+        return names
+
+    @cached_property
+    def first_model(self) -> Model:
+        """The base, or the first model: the merged model has its configuration and encoders."""
+        return self.base or self.slices[0].sources[0].model
 
     @cached_property
     def num_layers(self) -> int:
-        """Layers of the models, from the configuration of one of them."""
-        entries = self.raw.get("models") or self.raw["slices"][0]["sources"]
-        model = self.base or self._parse_model(entries[0].get("model"), "models.0.model")
-        checkpoint = Checkpoint(self.to_path(model), owner=f"model {model!r}")
-        return int(checkpoint.text_config.get("num_hidden_layers", 0))
+        """Layers of the merged model."""
+        last = self.slices[-1].layers
+        if last is not None:
+            return last[1]
+        return self.count_layers(self.first_model)
 
-    def to_path(self, model: str) -> str:
+    def count_layers(self, model: Model) -> int:
+        """Return the layers of a model as its configuration states them."""
+        return int(self.open(model).text_config.get("num_hidden_layers", 0))
+
+    def open(self, model: Model) -> Checkpoint:
+        """Return the checkpoint of a model. Raises CheckpointError."""
+        return Checkpoint(self.to_path(model.path), owner=f"model {model.path!r}")
+
+    def to_path(self, path: str) -> str:
         """Return a model's path, relative to the YAML or, as in mergekit, to the working folder."""
-        if "://" in model or Path(model).is_absolute():
-            return model
-        if (self.folder / model).exists():
-            return str((self.folder / model).absolute())
-        if Path(model).exists():
-            return str(Path(model).absolute())
-        # The store of the Hub looks into the cache first.
-        return f"hf://{model}" if _HUB_NAME.fullmatch(model) else model
+        return to_uri(path, folder=self.folder)
+
+    def is_base(self, model: Model) -> bool:
+        """Return whether a model is base_model, under whatever path."""
+        if self.base is None or model.adapter != self.base.adapter:
+            return False
+        return model == self.base or self.to_path(model.path) == self.to_path(self.base.path)
 
     def check_keys(self) -> None:
-        """Raise RecipeError for a key that is unknown or asks for what is not supported."""
+        """Warn of keys that mergekit does not read. Raises RecipeError for files of other tools."""
+        if "gate_mode" in self.raw:
+            refuse("gate_mode", MOE_REFUSAL)
         for key in self.raw:
-            if key in UNSUPPORTED_KEYS:
-                refuse(str(key), UNSUPPORTED_KEYS[key])
             if key not in KNOWN_KEYS:
                 log.warning("%s: has no effect, as in mergekit", key)
-        self._check_tokenizer("tokenizer_source", self.raw.get("tokenizer_source"))
-        tokenizer = self.raw.get("tokenizer")
-        if isinstance(tokenizer, dict) and set(tokenizer) - {"source"}:
-            refuse("tokenizer", f"{sorted(set(tokenizer) - {'source'})} are not supported")
-        source = tokenizer.get("source") if isinstance(tokenizer, dict) else tokenizer
-        self._check_tokenizer("tokenizer", source)
-        if self.raw.get("chat_template") not in (None, "auto"):
-            refuse("chat_template", "is not supported: the base's is kept")
-        if ("models" in self.raw) == ("slices" in self.raw):
-            refuse("models", "give either 'models' or 'slices'")
-
-    def _check_tokenizer(self, key: str, source: object) -> None:
-        """Refuse a tokenizer other than the base's, unless all models have the same."""
-        if source is None or source == "base":
-            return
-        if source == "union" and self._has_one_tokenizer():
-            return
-        base = self.base
-        if isinstance(source, str) and base and self.to_path(source) == self.to_path(base):
-            return
-        refuse(
-            key,
-            f"{source!r} is not supported where tokenizers differ: only the base's is kept. Use"
-            " 'base'",
-        )
-
-    def _has_one_tokenizer(self) -> bool:
-        """Return whether base and models surely give the same ids to the same tokens."""
-        models = {model for part in self.read_slices() for model in part.models}
-        try:
-            vocabularies = [self._read_vocabulary(model) for model in {self.base, *models} if model]
-        except CheckpointError:
-            return False
-        first = vocabularies[0]
-        return first is not None and all(vocabulary == first for vocabulary in vocabularies)
-
-    def _read_vocabulary(self, model: str) -> dict[str, int] | None:
-        return read_vocabulary(Checkpoint(self.to_path(model), owner=f"model {model!r}"))
-
-    def read_slices(self) -> list[Slice]:
-        """Return the slices, which cover all layers; one without layers for a list of models.
-
-        Raises:
-            RecipeError: the layer ranges or the models differ, or layers are skipped or repeated.
-        """
-        if "models" not in self.raw:
-            entries = _to_list(self.raw["slices"], "slices")
-            return self._extend_to_ends(
-                [self._read_slice(entry, f"slices.{i}") for i, entry in enumerate(entries)]
-            )
-        models: dict[str, Mapping[str, Any]] = {}
-        for index, entry in enumerate(_to_list(self.raw["models"], "models")):
-            where = f"models.{index}"
-            _check_entry(entry, ("model", "parameters"), where)
-            name = self._parse_model(entry.get("model"), f"{where}.model")
-            _refuse_repeated(name, models, where)
-            models[name] = _to_mapping(entry.get("parameters"), f"{where}.parameters")
-        return [Slice(None, {}, models)]
-
-    def _read_slice(self, entry: Any, where: str) -> Slice:
-        """Return a slice as written: first layer, and the layer after the last."""
-        _check_entry(entry, ("sources", "parameters"), where)
-        ranges: set[tuple[int, int]] = set()
-        models: dict[str, Mapping[str, Any]] = {}
-        for index, source in enumerate(_to_list(entry.get("sources"), f"{where}.sources")):
-            place = f"{where}.sources.{index}"
-            _check_entry(source, ("model", "layer_range", "parameters"), place)
-            ranges.add(_parse_range(source.get("layer_range"), place))
-            name = self._parse_model(source.get("model"), f"{place}.model")
-            _refuse_repeated(name, models, place)
-            models[name] = _to_mapping(source.get("parameters"), f"{place}.parameters")
-        if len(ranges) != 1:
-            shown = ", ".join(str(list(layer_range)) for layer_range in sorted(ranges))
-            raise RecipeError(
-                f"{where}: its sources have different layer ranges ({shown}). Give all the same"
-            )
-        parameters = _to_mapping(entry.get("parameters"), f"{where}.parameters")
-        return Slice(ranges.pop(), parameters, models)
-
-    def _extend_to_ends(self, slices: Sequence[Slice]) -> list[Slice]:
-        """Return the slices with inclusive layers.
-
-        Embeddings belong to the first slice, the last norm and the head to the last.
-        """
-        extended, next_layer = [], 0
-        for index, part in enumerate(slices):
-            assert part.layers is not None
-            first, stop = part.layers
-            if set(part.models) != set(slices[0].models):
-                raise RecipeError(
-                    f"slices.{index}: has other models than slices.0. Merge the same models in"
-                    " every slice"
-                )
-            if first != next_layer or stop <= first:
-                raise RecipeError(
-                    f"slices.{index}: begins at layer {first}, expected {next_layer}: slices that"
-                    " skip, repeat or reorder layers are not supported"
-                )
-            next_layer = stop
-            is_last = index == len(slices) - 1
-            layers = (first if index else -1, self.num_layers if is_last else stop - 1)
-            extended.append(Slice(layers, part.parameters, part.models))
-        if next_layer != self.num_layers:
-            raise RecipeError(
-                f"slices: end at layer {next_layer}, the model has {self.num_layers}: leaving"
-                " layers out is not supported"
-            )
-        return extended
-
-    def _parse_model(self, value: Any, where: str) -> str:
-        """Return the path or name of a model, with its revision as NAME@REVISION.
-
-        An adapter of the base stands for the base with that adapter, as in mergekit's BASE+ADAPTER.
-
-        Raises:
-            RecipeError: it is no model, or an adapter of another model than base_model.
-        """
-        reference = value.get("model") if isinstance(value, dict) else None
-        if isinstance(reference, dict):
-            value = reference.get("path")
-            if isinstance(value, str) and reference.get("revision"):
-                value = f"{value}@{reference['revision']}"
-            if isinstance(value, str) and reference.get("lora"):
-                value = f"{value}+{_lora_path(reference['lora'])}"
-        if not isinstance(value, str) or not value:
-            raise RecipeError(f"{where}: expected the path of a model, got {value!r}")
-        model, plus, adapter = value.partition("+")
-        if not plus or (self.folder / value).exists():
-            return value
-        if where == "base_model" or self.base is None:
-            raise RecipeError(
-                f"{where}: {value!r}: a base with an adapter is not supported. Merge the adapter"
-                " into the base first (PEFT: merge_and_unload)"
-            )
-        if self.to_path(model) != self.to_path(self.base):
-            raise RecipeError(
-                f"{where}: {value!r}: only adapters of base_model ({self.base!r}) are read. Merge"
-                f" this one into {model!r} first (PEFT: merge_and_unload)"
-            )
-        return adapter
-
-
-def _lora_path(value: Any) -> Any:
-    return value.get("path") if isinstance(value, dict) else value
-
-
-def _refuse_repeated(model: str, models: Mapping[str, Any], where: str) -> None:
-    """Refuse a model that is given twice: mergekit counts both, methods here expect it once."""
-    if model in models:
-        raise RecipeError(
-            f"{where}: {model!r} is given twice. Give it once; of linear methods add the weights"
-        )
-
-
-def _parse_range(value: Any, where: str) -> tuple[int, int]:
-    is_pair = isinstance(value, list) and len(value) == 2
-    if not is_pair or not all(isinstance(layer, int) for layer in value):
-        raise RecipeError(f"{where}.layer_range: expected [first, last + 1], got {value!r}")
-    return value[0], value[1]
-
-
-def _to_mapping(value: Any, where: str) -> Mapping[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise RecipeError(f"{where}: expected a mapping, got {value!r}")
-    return value
-
-
-def _to_list(value: Any, where: str) -> list[Any]:
-    if not isinstance(value, list) or not value:
-        raise RecipeError(f"{where}: expected a list, got {value!r}")
-    return value
-
-
-def _check_entry(entry: Any, keys: Sequence[str], where: str) -> None:
-    if not isinstance(entry, dict):
-        raise RecipeError(f"{where}: expected a mapping with {', '.join(keys)}, got {entry!r}")
-    for key in entry:
-        if key not in keys:
-            refuse(f"{where}.{key}", "is not supported")
-
-
-def refuse(key: str, reason: str) -> NoReturn:
-    """Raise RecipeError for a key of mergekit's YAML."""
-    raise RecipeError(
-        f"{key}: {reason}. Supported are models or slices of equal layer ranges, parameters, dtype,"
-        " tokenizer_source: base"
-    )
+        if "modules" in self.raw:
+            for key in ("models", "slices"):
+                if key in self.raw:
+                    refuse(key, "is given beside 'modules'. Give one of them")

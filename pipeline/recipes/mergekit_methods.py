@@ -49,7 +49,9 @@ SWITCHES: Mapping[str, Mapping[bool, Any]] = {
 """Values in a recipe of the parameters that are true or false in mergekit."""
 BASE_AS_MODEL = ("slerp", "nearswap", "arcee_fusion")
 """Methods of two models, of which base_model is one."""
-BASE_IGNORED = ("linear", "karcher")
+BASE_COUNTED = ("linear", "karcher")
+"""Methods without a base, of which base_model is one more model."""
+BASE_WITHOUT_EFFECT = ("passthrough",)
 """Methods that do not look at base_model."""
 
 _WEIGHT = {"weight": "weight"}
@@ -64,6 +66,12 @@ TRANSLATIONS: dict[str, Translation] = {
         recipe_parameters={"normalize": "normalize"},
         model_parameters=_WEIGHT,
         required=("weight",),
+    ),
+    "passthrough": Translation(
+        "linear",
+        choices={"normalize": False},
+        model_parameters={"scale": "weight"},
+        defaults={"weight": 1.0},
     ),
     "task_arithmetic": Translation(
         "task_arithmetic",
@@ -148,6 +156,19 @@ TRANSLATIONS: dict[str, Translation] = {
     "nearswap": Translation("nearswap", recipe_parameters={"t": "t"}, required=("t",)),
     "arcee_fusion": Translation("arcee_fusion"),
 }
+
+ALTERNATIVES = {
+    "ties_svd": "ties",
+    "core_space": "tsv",
+    "cabs": "breadcrumbs",
+    "generalized_task_arithmetic": "task_arithmetic",
+    "dare": "dare_linear",
+    "breadcrumbs_linear": "breadcrumbs",
+    "consensus_ta": "task_arithmetic",
+    "consensus_ties": "ties",
+    "ramplus": "ramplus_tl",
+}
+"""Methods of mergekit and of its forks without a counterpart, and what is nearest to them."""
 
 
 def list_translated_methods() -> list[str]:

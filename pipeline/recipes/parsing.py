@@ -13,6 +13,12 @@ from mmerge.manifests import limits
 from mmerge.manifests.errors import RecipeError, StoreError
 from mmerge.manifests.regular_file import describe_os_error, read_regular_file
 from mmerge.manifests.stores.open import check_uri, is_local, is_unicode, to_local_path
+from mmerge.pipeline.recipes.input_parsing import (
+    parse_chat_template,
+    parse_slices,
+    parse_vocabulary,
+)
+from mmerge.pipeline.recipes.inputs import LayerSlice, ModelPlace
 from mmerge.pipeline.recipes.keys import make_recipe_model
 from mmerge.pipeline.recipes.mergekit import from_mergekit, is_mergekit
 from mmerge.pipeline.recipes.parameter_schedule import Schedule, take_schedules
@@ -94,18 +100,27 @@ def parse_recipe(raw: object, *, folder: Path, default_name: str = "composite") 
     method.check_recipe(
         parameters, [expert.parameters for expert in experts], has_base=keys.base is not None
     )
-    base = None if keys.base is None else _to_absolute(keys.base, folder, key="base")
-    check_distinct(base, experts)
+    base, base_slices = _parse_base(keys, experts[0], folder)
+    check_distinct(base if keys.base else None, experts, base_slices=base_slices)
     return Recipe(
         name=check_name(keys.name or re.sub(r"[^A-Za-z0-9._-]", "-", default_name)),
-        base=experts[0].uri if base is None else base,
-        has_base=base is not None,
+        base=base.uri,
+        base_adapter=base.adapter,
+        base_slices=base_slices,
+        has_base=keys.base is not None,
         experts=experts,
         method=method.name,
         parameters=parameters,
         merge=keys.merge,
         dtype=keys.dtype,
         carry=tuple(keys.carry),
+        keep=tuple(keys.keep),
+        vocabulary=parse_vocabulary(
+            keys.tokenizer,
+            list(keys.experts),
+            to_absolute=lambda uri, key: _to_absolute(uri, folder, key=key),
+        ),
+        chat_template=parse_chat_template(keys.chat_template),
         non_finite=keys.non_finite,
         output=_to_output(keys.output, folder),
         template=check_template(keys.template, key="template", place="{text}"),
@@ -116,10 +131,50 @@ def parse_recipe(raw: object, *, folder: Path, default_name: str = "composite") 
     )
 
 
+def _parse_base(
+    keys: Any, first_expert: Expert, folder: Path
+) -> tuple[ModelPlace, tuple[LayerSlice, ...]]:
+    """Return place and slices of the base; those of the first expert in a recipe without one."""
+    if keys.base is None:
+        for key in ("base_adapter", "base_slices"):
+            if getattr(keys, key) is not None:
+                raise RecipeError(f"{key}: is given without 'base'")
+        return first_expert.place, first_expert.slices
+    place = _parse_place(
+        keys.base, keys.base_adapter, folder, key="base", adapter_key="base_adapter"
+    )
+    return place, parse_slices(
+        keys.base_slices,
+        place,
+        key="base_slices",
+        to_absolute=lambda uri, key: _to_absolute(uri, folder, key=key),
+    )
+
+
+def _parse_place(
+    uri: str, adapter: str | None, folder: Path, *, key: str, adapter_key: str
+) -> ModelPlace:
+    place = ModelPlace(_to_absolute(uri, folder, key=key))
+    if adapter is None:
+        return place
+    return ModelPlace(place.uri, _to_absolute(adapter, folder, key=adapter_key))
+
+
 def _make_expert(name: str, keys: Any, method: Method, folder: Path) -> Expert:
+    where = f"experts.{name}"
+    place = _parse_place(
+        keys.path, keys.adapter, folder, key=f"{where}.path", adapter_key=f"{where}.adapter"
+    )
     return Expert(
         name=check_expert_name(name),
-        uri=_to_absolute(keys.path, folder, key=f"experts.{name}.path"),
+        uri=place.uri,
+        adapter=place.adapter,
+        slices=parse_slices(
+            keys.slices,
+            place,
+            key=f"{where}.slices",
+            to_absolute=lambda uri, key: _to_absolute(uri, folder, key=key),
+        ),
         modality=keys.modality,
         parameters=_select_parameters(keys, method.expert_parameters_model),
         placeholder=keys.placeholder,

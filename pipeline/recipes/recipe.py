@@ -9,6 +9,13 @@ from typing import Any, Literal
 from mmerge.manifests.errors import CheckpointError, StoreError
 from mmerge.manifests.format.tensor_names import layer_of
 from mmerge.manifests.stores.open import pin_uri
+from mmerge.pipeline.recipes.inputs import (
+    LayerSlice,
+    ModelPlace,
+    Vocabulary,
+    map_place,
+    map_slices,
+)
 from mmerge.pipeline.recipes.parameter_schedule import Schedule, resolve
 from mmerge.workers.methods import find_method
 from mmerge.workers.methods.interface import Method, MethodParameters, Parameters
@@ -24,6 +31,15 @@ class Expert:
     parameters: Parameters
     placeholder: str | None
     template: str | None
+    adapter: str | None = None
+    """URI of the LoRA adapter that is merged into the checkpoint at `uri`."""
+    slices: tuple[LayerSlice, ...] = ()
+    """Its layers in their order; empty where they are those of the checkpoint."""
+
+    @property
+    def place(self) -> ModelPlace:
+        """Its checkpoint and adapter."""
+        return ModelPlace(self.uri, self.adapter)
 
 
 @dataclass(frozen=True)
@@ -48,6 +64,28 @@ class Recipe:
 
     schedules: dict[str, dict[str, Schedule]] = field(default_factory=dict)
     """Parameters that differ between tensors: by expert (empty: of the recipe) and key."""
+    base_adapter: str | None = None
+    """URI of the LoRA adapter that is merged into the base."""
+    base_slices: tuple[LayerSlice, ...] = ()
+    """The base's layers in their order; empty where they are those of the checkpoint."""
+    keep: tuple[str, ...] = ()
+    """Patterns of base tensors that stay the base's."""
+    vocabulary: Vocabulary | None = None
+    """The tokenizer; None merges rows by their number."""
+    chat_template: str | None = None
+    """Jinja text, or `auto`."""
+
+    @property
+    def base_place(self) -> ModelPlace:
+        """The base's checkpoint and adapter."""
+        return ModelPlace(self.base, self.base_adapter)
+
+    @property
+    def rearranges_inputs(self) -> bool:
+        """Whether models are put together or renumbered before they are merged."""
+        if self.vocabulary is not None or self.chat_template is not None or self.base_slices:
+            return True
+        return any(expert.slices for expert in self.experts)
 
     def parameters_by_tensor(self, names: Sequence[str]) -> dict[str, MethodParameters]:
         """Return the parameters of every tensor, complete with defaults.
@@ -104,13 +142,20 @@ class Recipe:
         Schedules take the place of their numbers.
         """
         parameters = self.parameters
+        slices = self.base_slices if self.has_base else ()
         for expert in self.experts:
             if expert.name == expert_name:
-                parameters = expert.parameters
+                parameters, slices = expert.parameters, expert.slices
         schedules = self.schedules.get(expert_name, {})
-        return parameters.model_dump(mode="json") | {
+        described = parameters.model_dump(mode="json") | {
             key: schedule.to_json() for key, schedule in schedules.items()
         }
+        if slices:
+            key = "slices" if expert_name else "base_slices"
+            described[key] = [[part.first, part.last] for part in slices]
+        if self.vocabulary is not None and not expert_name:
+            described["tokenizer"] = self.vocabulary.describe()
+        return described
 
 
 def pin_recipe(recipe: Recipe) -> Recipe:
@@ -119,11 +164,31 @@ def pin_recipe(recipe: Recipe) -> Recipe:
     Raises:
         CheckpointError: the Hub does not know a repository or revision, or cannot be reached.
     """
-    experts = tuple(
-        replace(expert, uri=_pin(expert.uri, f"expert {expert.name!r}"))
-        for expert in recipe.experts
+
+    def pin_expert(expert: Expert) -> Expert:
+        def pin(uri: str) -> str:
+            return _pin(uri, f"expert {expert.name!r}")
+
+        place = map_place(expert.place, pin)
+        return replace(
+            expert, uri=place.uri, adapter=place.adapter, slices=map_slices(expert.slices, pin)
+        )
+
+    def pin_base(uri: str) -> str:
+        return _pin(uri, "base")
+
+    base = map_place(recipe.base_place, pin_base)
+    vocabulary = recipe.vocabulary
+    if vocabulary is not None:
+        vocabulary = vocabulary.map_uris(lambda uri: _pin(uri, "tokenizer"))
+    return replace(
+        recipe,
+        base=base.uri,
+        base_adapter=base.adapter,
+        base_slices=map_slices(recipe.base_slices, pin_base),
+        experts=tuple(pin_expert(expert) for expert in recipe.experts),
+        vocabulary=vocabulary,
     )
-    return replace(recipe, base=_pin(recipe.base, "base"), experts=experts)
 
 
 def _pin(uri: str, owner: str) -> str:

@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 from mmerge.manifests.errors import RecipeError
 from mmerge.manifests.format.references import NAME_PATTERN
 from mmerge.manifests.stores.open import is_local, to_local_path
+from mmerge.pipeline.recipes.inputs import LayerSlice, ModelPlace, map_place, map_slices
 from mmerge.pipeline.recipes.keys import ExpertKeys, RecipeKeys
 from mmerge.pipeline.recipes.recipe import Expert
 from mmerge.workers.methods.interface import Method
@@ -106,13 +107,20 @@ def check_chat_template(
     return source
 
 
-def check_distinct(base: str | None, experts: Sequence[Expert]) -> None:
-    """Raise RecipeError if two experts, or an expert and the base, are the same checkpoint."""
-    owners: dict[str, str] = {}
+def check_distinct(
+    base: ModelPlace | None,
+    experts: Sequence[Expert],
+    *,
+    base_slices: tuple[LayerSlice, ...] = (),
+) -> None:
+    """Raise RecipeError if two experts, or an expert and the base, are the same layers of the same
+    checkpoint.
+    """
+    owners: dict[object, str] = {}
     if base is not None:
-        owners[_identify(base)] = "the base"
+        owners[_identify(base, base_slices)] = "the base"
     for expert in experts:
-        identity = _identify(expert.uri)
+        identity = _identify(expert.place, expert.slices)
         if identity in owners:
             raise RecipeError(
                 f"experts.{expert.name}.path: {expert.uri} is {owners[identity]} already. Name"
@@ -121,5 +129,9 @@ def check_distinct(base: str | None, experts: Sequence[Expert]) -> None:
         owners[identity] = f"expert {expert.name!r}"
 
 
-def _identify(uri: str) -> str:
+def _identify(place: ModelPlace, slices: tuple[LayerSlice, ...]) -> object:
+    return map_place(place, _resolve), map_slices(slices, _resolve)
+
+
+def _resolve(uri: str) -> str:
     return str(to_local_path(uri).resolve()) if is_local(uri) else uri.rstrip("/")

@@ -129,6 +129,13 @@ def parse_yaml(text: str, *, where: str) -> object:
         return loader.get_single_data()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
+        if error.context == "expected a single document in the stream":
+            raise RecipeError(
+                f"{where}: holds several YAML documents (found another document in line"
+                f" {mark.line + 1 if mark else 0}). A recipe is one. Write each to a file of its"
+                " own, run them in turn, and 'mmerge export' those that later ones read (a file of"
+                " mergekit-multi names them)"
+            ) from None
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise RecipeError(f"{where}{place}: {error.problem}") from None
     except yaml.reader.ReaderError as error:

@@ -14,6 +14,8 @@ from mmerge.pipeline.monitoring.printable import escape
 from mmerge.pipeline.monitoring.progress import to_size
 from mmerge.pipeline.planning.plan import MergePlan
 from mmerge.pipeline.planning.shards import CopyShard, MergeShard
+from mmerge.pipeline.recipes.inputs import LayerSlice, describe_slices
+from mmerge.pipeline.recipes.recipe import Recipe
 from mmerge.pipeline.views.tables import make_table
 
 _STATES = {
@@ -34,6 +36,7 @@ def plan_to_json(plan: MergePlan) -> dict[str, Any]:
             "path": expert.uri,
             "modality": expert.modality,
             "parameters": recipe.describe_parameters(expert.name),
+            **_describe_input(expert.adapter, expert.slices),
         }
         for expert in recipe.experts
     }
@@ -48,6 +51,7 @@ def plan_to_json(plan: MergePlan) -> dict[str, Any]:
         "dtype": plan.dtype,
         "output": recipe.output,
         "base": recipe.base if recipe.has_base else None,
+        **_describe_rearrangement(recipe),
         "experts": experts,
         "warnings": list(plan.warnings),
         "num_parameters": plan.num_parameters,
@@ -59,6 +63,32 @@ def plan_to_json(plan: MergePlan) -> dict[str, Any]:
             expert.name: _copied_tensors_to_json(plan, expert.name) for expert in recipe.experts
         },
     }
+
+
+def _describe_input(
+    adapter: str | None, slices: tuple[LayerSlice, ...], prefix: str = ""
+) -> dict[str, Any]:
+    """Return what an input is put together from; empty for a whole checkpoint."""
+    described: dict[str, Any] = {}
+    if adapter is not None:
+        described[f"{prefix}adapter"] = adapter
+    if slices:
+        described[f"{prefix}slices"] = describe_slices(slices)
+    return described
+
+
+def _describe_rearrangement(recipe: Recipe) -> dict[str, Any]:
+    """Return how base and tokens are put together; empty for most recipes."""
+    described: dict[str, Any] = {}
+    if recipe.has_base:
+        described = _describe_input(recipe.base_adapter, recipe.base_slices, "base_")
+    if recipe.vocabulary is not None:
+        described["tokenizer"] = recipe.vocabulary.to_keys()
+    if recipe.chat_template is not None:
+        described["chat_template"] = recipe.chat_template
+    if recipe.keep:
+        described["keep"] = list(recipe.keep)
+    return described
 
 
 def _merge_shard_to_json(shard: MergeShard) -> dict[str, Any]:

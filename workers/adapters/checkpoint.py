@@ -145,6 +145,12 @@ class AdapterCheckpoint(Checkpoint):
 
     @property
     @override
+    def parts(self) -> tuple[Checkpoint, ...]:
+        """The base's parts, and the adapter."""
+        return (*self._base.parts, self)
+
+    @property
+    @override
     def identity(self) -> dict[str, str]:
         """By file of the adapter, a text that changes when the file is replaced; never cached."""
         return self.folder.checkpoint.identity

@@ -91,6 +91,11 @@ class Checkpoint:
         return {file: self._store.identity(file) for file in self._weight_files()}
 
     @property
+    def parts(self) -> tuple[Checkpoint, ...]:
+        """The checkpoints in folders that its tensors are read from: itself."""
+        return (self,)
+
+    @property
     def text_config(self) -> dict[str, Any]:
         """The part of the configuration that describes the language model."""
         return text_config_of(self.config)

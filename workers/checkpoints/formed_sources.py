@@ -1,8 +1,10 @@
-"""Tensors that no file holds, as pure data: adapted, dequantised, with replaced rows."""
+"""Tensors that no file holds, as pure data: adapted, dequantised, with replaced or other rows."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
 from math import prod
 from typing import Any
 
@@ -167,3 +169,68 @@ class BlockScaledSource(FormedSource):
     def kept_bytes(self) -> int:
         """The scales as stored, and widened to float32."""
         return self.scales.spec.num_bytes + 4 * self.scales.spec.num_entries
+
+
+@dataclass(frozen=True)
+class RowRun:
+    """Successive rows of a gathered table, each the mean of as many rows of stored tables.
+
+    A run of one term copies rows; one without terms is zero.
+    """
+
+    num_rows: int
+    terms: tuple[tuple[int, int], ...]
+    """(Table, its row for the first row of the run): the next rows are those that follow."""
+
+    def to_rows(self, row_start: int, row_stop: int) -> RowRun:
+        """Return the run of some of its rows."""
+        terms = tuple((table, row + row_start) for table, row in self.terms)
+        return RowRun(row_stop - row_start, terms)
+
+
+@dataclass(frozen=True)
+class GatheredSource(FormedSource):
+    """A table whose rows are those of other tables in another order, formed when read.
+
+    It has the tables' dtype if all have one and no row is a mean, else float32. `uri` and `file`
+    are those of the first table.
+    """
+
+    tables: tuple[TensorSource, ...]
+    """Whole tables of equally long rows."""
+    runs: tuple[RowRun, ...]
+    """They cover the rows in order."""
+
+    @cached_property
+    def run_starts(self) -> tuple[int, ...]:
+        """The first row of every run."""
+        starts = accumulate((run.num_rows for run in self.runs), initial=0)
+        return tuple(starts)[:-1]
+
+    def to_rows(self, row_start: int, row_stop: int) -> GatheredSource:
+        """Return the source of rows `row_start` to `row_stop`."""
+        runs = []
+        first = 0
+        for run in self.runs:
+            start, stop = max(row_start, first), min(row_stop, first + run.num_rows)
+            if start < stop:
+                runs.append(run.to_rows(start - first, stop - first))
+            first += run.num_rows
+        spec = TensorSource.to_rows(self, row_start, row_stop).spec
+        return replace(self, spec=spec, runs=tuple(runs))
+
+    @property
+    @override
+    def inputs(self) -> tuple[TensorSource, ...]:
+        return self.tables
+
+    @property
+    @override
+    def settings(self) -> tuple[Any, ...]:
+        runs = [[run.num_rows, run.terms] for run in self.runs]
+        return ("gathered rows", self.spec.dtype, list(self.spec.shape), runs)
+
+    @property
+    @override
+    def kept_bytes(self) -> int:
+        return 0

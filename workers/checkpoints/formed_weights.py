@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from math import prod
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from mmerge.manifests.format.safetensors_header import DTYPE_BYTES
 from mmerge.manifests.stores.base import ReadableStore
 from mmerge.workers.checkpoints.dtypes import to_bytes, to_tensor
 from mmerge.workers.checkpoints.formed_sources import (
     BlockScaledSource,
+    GatheredSource,
     LowRankSource,
     ReplacedRowsSource,
+    RowRun,
 )
 from mmerge.workers.checkpoints.lora_weights import low_rank_rows
 from mmerge.workers.checkpoints.sources import FormedSource, OpenStores, TensorSource
@@ -50,6 +55,8 @@ def read_formed(
         return to_bytes(form(source, stores, read=read, start=start, stop=stop))
     if isinstance(source, ReplacedRowsSource):
         return to_bytes(_form_replaced(source, stores, read=read, start=start, stop=stop))
+    if isinstance(source, GatheredSource):
+        return _read_gathered(source, stores, read=read, start=start, stop=stop)
     if isinstance(source, BlockScaledSource):
         return _read_block_scaled(source, stores, read=read, start=start, stop=stop)
     raise TypeError(f"{source.spec.name}: no reader for {type(source).__name__}")
@@ -214,6 +221,68 @@ def _read_block_scaled(
     data = read(source.weights, stores=stores, offset=start, num_bytes=stop - start)
     values = to_tensor(data, source.weights.spec.dtype).to(torch.float32)
     return to_bytes(values * per_entry[start - row_start * width : stop - row_start * width])
+
+
+def _read_gathered(
+    source: GatheredSource,
+    stores: dict[str, ReadableStore],
+    *,
+    read: ReadSource,
+    start: int,
+    stop: int,
+) -> memoryview:
+    """Return the bytes of entries `start` to `stop` of a table of gathered rows.
+
+    Each entry follows from its own terms, so the bits do not depend on how entries are asked for.
+    """
+    width = prod(source.spec.shape[1:])
+    data = bytearray((stop - start) * DTYPE_BYTES[source.spec.dtype])
+    position = 0
+    index = bisect_right(source.run_starts, start // width) - 1
+    entry = start
+    while entry < stop:
+        run, run_start = source.runs[index], source.run_starts[index] * width
+        last = min(stop, run_start + run.num_rows * width)
+        part = _read_run(
+            source, run, stores, read=read, start=entry - run_start, stop=last - run_start
+        )
+        data[position : position + len(part)] = part
+        position += len(part)
+        entry = last
+        index += 1
+    return memoryview(data)
+
+
+def _read_run(
+    source: GatheredSource,
+    run: RowRun,
+    stores: dict[str, ReadableStore],
+    *,
+    read: ReadSource,
+    start: int,
+    stop: int,
+) -> bytes | memoryview:
+    """Return the bytes of entries `start` to `stop` of one run."""
+    dtype = source.spec.dtype
+    if not run.terms:
+        return bytes((stop - start) * DTYPE_BYTES[dtype])
+    width = prod(source.spec.shape[1:])
+    total: torch.Tensor | None = None
+    for index, row in run.terms:
+        table = source.tables[index]
+        entry_bytes = DTYPE_BYTES[table.spec.dtype]
+        data = read(
+            table,
+            stores=stores,
+            offset=(row * width + start) * entry_bytes,
+            num_bytes=(stop - start) * entry_bytes,
+        )
+        if len(run.terms) == 1 and table.spec.dtype == dtype:
+            return data
+        values = to_tensor(data, table.spec.dtype).to(torch.float32)
+        total = values if total is None else total + values
+    assert total is not None
+    return to_bytes(total / len(run.terms))
 
 
 def _read_factor(
