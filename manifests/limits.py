@@ -53,6 +53,10 @@ IMAGE_ASPECT = Limit("MMERGE_MAX_IMAGE_ASPECT", 50, "times the height as width, 
 """Processors scale the shorter side to a fixed size: a line of pixels becomes a large image."""
 VIDEO_FRAMES = Limit("MMERGE_MAX_VIDEO_FRAMES", 512, "frames")
 VIDEO_PIXELS = Limit("MMERGE_MAX_VIDEO_PIXELS", 1 << 27, "pixels in all its frames")
+FILM_FRAMES = Limit("MMERGE_MAX_FILM_FRAMES", 200_000, "frames")
+"""Of a film (MP4, WebM), of which the expert's processor takes some."""
+FILM_PIXELS = Limit("MMERGE_MAX_FILM_PIXELS", 1 << 33, "pixels to decode")
+"""Of all frames up to the last one that is taken; a frame follows from those before it."""
 AUDIO_SECONDS = Limit("MMERGE_MAX_AUDIO_SECONDS", 3600, "seconds of audio")
 AUDIO_SAMPLES = Limit("MMERGE_MAX_AUDIO_SAMPLES", 1 << 26, "samples per channel")
 AUDIO_CHANNELS = Limit("MMERGE_MAX_AUDIO_CHANNELS", 16, "channels")

@@ -51,7 +51,7 @@ def generate(
         list[Path] | None,
         typer.Option(
             "--video",
-            help="video file (animated GIF, WebP or PNG); may be repeated",
+            help="video file (MP4, WebM; animated GIF, WebP or PNG); may be repeated",
             show_default=False,
         ),
     ] = None,

@@ -1,4 +1,4 @@
-"""Read images and videos of a few formats, within limits on bytes, pixels and frames.
+"""Read images of a few formats, within limits on bytes and pixels.
 
 Pillow is told which formats to try: it would otherwise start Ghostscript for a PostScript file of
 any name, and open dozens of formats that nobody prompts with.
@@ -12,9 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
-
-import numpy as np
-from numpy.typing import NDArray
 
 from mmerge.manifests import limits
 from mmerge.manifests.errors import PromptError, first_line
@@ -47,64 +44,14 @@ def read_image(value: Any) -> Any:
             )
         _check_pixels(value, label="the image")
         return value.convert("RGB")
-    label = _to_label(value)
+    label = to_label(value)
     remedy = "Give a PNG, JPEG, WebP, GIF or BMP file"
-    with _open_image(value, label=label, what="an image", remedy=remedy) as image:
+    with open_image(value, label=label, what="an image", remedy=remedy) as image:
         return image.convert("RGB")
 
 
-def read_video(value: Any) -> NDArray[np.uint8]:
-    """Return the frames of a video, uint8 [frames, height, width, 3].
-
-    Raises:
-        PromptError: the file cannot be read as a video, the array is none, or it has too many
-            frames or pixels.
-    """
-    if not isinstance(value, (str, Path)):
-        return _check_frames(value)
-    label = _to_label(value)
-    remedy = "Give an animated GIF, WebP or PNG, or frames as an array"
-    with _open_image(value, label=label, what="a video", remedy=remedy) as image:
-        return _read_frames(image, label=label)
-
-
-def _check_frames(value: Any) -> NDArray[np.uint8]:
-    try:
-        frames = np.asarray(value)
-    except (TypeError, ValueError) as error:
-        raise PromptError(
-            f"a video was given as {type(value).__name__}; give a path or uint8 (frames, height,"
-            " width, 3)"
-        ) from error
-    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
-        raise PromptError(
-            f"a video has shape {frames.shape} and dtype {frames.dtype}; give uint8 (frames,"
-            " height, width, 3)"
-        )
-    if not frames.size:
-        raise PromptError("a video has no frames; give at least one")
-    limits.VIDEO_FRAMES.check(len(frames), where="the video", error=PromptError)
-    limits.VIDEO_PIXELS.check(frames.size // 3, where="the video", error=PromptError)
-    return frames
-
-
-def _read_frames(image: Any, *, label: str) -> NDArray[np.uint8]:
-    """Return all frames, converted one by one: none is decoded beyond a limit."""
-    frames: list[NDArray[np.uint8]] = []
-    while True:
-        limits.VIDEO_FRAMES.check(len(frames) + 1, where=label, error=PromptError)
-        num_pixels = (len(frames) + 1) * image.width * image.height
-        limits.VIDEO_PIXELS.check(num_pixels, where=label, error=PromptError)
-        frames.append(np.asarray(image.convert("RGB")))
-        try:
-            image.seek(len(frames))
-        except EOFError:
-            break
-    return np.stack(frames)
-
-
 @contextmanager
-def _open_image(value: Any, *, label: str, what: str, remedy: str) -> Iterator[Any]:
+def open_image(value: Any, *, label: str, what: str, remedy: str) -> Iterator[Any]:
     """Open an image file within limits; errors of its decoder inside the context are translated."""
     from PIL import Image, UnidentifiedImageError
 
@@ -174,7 +121,8 @@ def _check_pixels(image: Any, *, label: str) -> None:
     limits.IMAGE_ASPECT.check(aspect, where=label, error=PromptError)
 
 
-def _to_label(value: Any) -> str:
+def to_label(value: Any) -> str:
+    """Return what errors call an input: its path, or that it is a file."""
     return str(value) if isinstance(value, (str, Path)) else "the file"
 
 

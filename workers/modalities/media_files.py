@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from mmerge.manifests import limits
 from mmerge.manifests.errors import PromptError
 from mmerge.manifests.regular_file import open_regular_file
-from mmerge.workers.modalities.image_files import describe_error, read_image, read_video
+from mmerge.workers.modalities.image_files import describe_error, read_image
+from mmerge.workers.modalities.video_files import read_video
 
 __all__ = ["read_array", "read_audio", "read_image", "read_video"]
 

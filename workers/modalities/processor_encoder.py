@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
@@ -19,10 +21,17 @@ from mmerge.workers.families.registry import role_of
 from mmerge.workers.modalities.decoder_inputs import DecoderCall, DecoderInputs, capture_calls
 from mmerge.workers.modalities.expert_model import make_config, make_model
 from mmerge.workers.modalities.image_files import describe_error
-from mmerge.workers.modalities.media_files import read_audio, read_image, read_video
+from mmerge.workers.modalities.media_files import read_audio, read_image
 from mmerge.workers.modalities.prompt import Part
 from mmerge.workers.modalities.small_files import read_config, to_loadable_files, write_files
 from mmerge.workers.modalities.text_rules import measure_text_rules
+from mmerge.workers.modalities.video_files import (
+    DEFAULT_FRAMES,
+    FilmInfo,
+    Video,
+    choose_evenly,
+    load_video,
+)
 
 
 def load_tokenizer(files: Mapping[str, bytes], *, config: Any, owner: str) -> Any:
@@ -162,7 +171,7 @@ class MediaEncoder:
             name = part.value if isinstance(part.value, (str, Path)) else f"the {part.kind}"
             raise PromptError(
                 f"{name}: the processor of expert {self.expert!r} does not take it"
-                f" ({describe_error(error)})"
+                f" ({describe_error(error)}){_name_extra(error)}"
             ) from error
         return {
             name: value.to(self.device, self.dtype if value.is_floating_point() else None)
@@ -266,14 +275,39 @@ class ProcessorInputs:
                 text=placeholder, audio=audio, sampling_rate=rate, return_tensors="pt"
             )
         elif modality == "video":
-            frames = list(read_video(part.value))
-            inputs = self.processor(text=placeholder, videos=frames, return_tensors="pt")
+            video = load_video(part.value, choose=self.choose_frames)
+            inputs = self.processor(
+                text=placeholder,
+                videos=list(video.frames),
+                return_tensors="pt",
+                **_describe_frames(video),
+            )
         else:
             raise PromptError(
                 f"no reader for modality {modality!r}; register one with"
                 " mmerge.workers.modalities.processor_encoder.register_inputs"
             )
         return inputs
+
+    def choose_frames(self, film: FilmInfo) -> Sequence[int]:
+        """Return the frames that the expert's processor would take of a film."""
+        processor: Any = getattr(self.processor, "video_processor", None)
+        num_frames = getattr(processor, "num_frames", None)
+        if not getattr(processor, "do_sample_frames", False):
+            return choose_evenly(film, num_frames=num_frames or DEFAULT_FRAMES)
+        from transformers.video_utils import VideoMetadata
+
+        metadata = VideoMetadata(
+            total_num_frames=film.num_frames,
+            fps=film.frames_per_second,
+            width=film.width,
+            height=film.height,
+            duration=film.seconds,
+        )
+        # As the processor calls it with the settings of its own files.
+        names = inspect.signature(processor.sample_frames).parameters
+        settings = {name: getattr(processor, name) for name in names if hasattr(processor, name)}
+        return [int(index) for index in processor.sample_frames(metadata=metadata, **settings)]
 
     def without_frame(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return a mask of the input's positions, without the BOS and EOS of the tokenizer."""
@@ -283,6 +317,19 @@ class ProcessorInputs:
         if int(input_ids[-1]) == self.tokenizer.eos_token_id:
             keep[-1] = False
         return keep
+
+
+def _describe_frames(video: Video) -> dict[str, Any]:
+    """Return what a processor is told of frames that were taken of a film already."""
+    if video.film is None:
+        return {}
+    metadata = {
+        "total_num_frames": video.film.num_frames,
+        "fps": video.film.frames_per_second,
+        "duration": video.film.seconds,
+        "frames_indices": list(video.indices),
+    }
+    return {"video_metadata": [metadata], "do_sample_frames": False}
 
 
 class VideoLlavaInputs(ProcessorInputs):
@@ -319,7 +366,10 @@ class VideoLlavaInputs(ProcessorInputs):
         """Return placeholder tokens and pixels; a frame of a video has one token per patch + 1."""
         if self.processor is not None:
             return super().make(placeholder, modality, part)
-        frames = list(read_video(part.value)) if modality == "video" else [read_image(part.value)]
+        if modality == "video":
+            frames = list(load_video(part.value, choose=choose_evenly).frames)
+        else:
+            frames = [read_image(part.value)]
         pixels = self.images(images=frames, return_tensors="pt", return_legacy_image_output=False)[
             "pixel_values"
         ]
@@ -335,6 +385,8 @@ class VideoLlavaInputs(ProcessorInputs):
         }
 
 
+_EXTRAS = {"torchvision": "image", "torchaudio": "audio", "num2words": "image", "av": "video"}
+"""Extras of this package by the packages that processors need."""
 InputMaker = Callable[..., ProcessorInputs]
 _INPUTS: dict[str, InputMaker] = {"video_llava": VideoLlavaInputs}
 
@@ -352,8 +404,17 @@ def _open_inputs(model_type: str, files: Mapping[str, bytes], *, owner: str) -> 
             return _INPUTS.get(model_type, ProcessorInputs)(folder, owner=owner)
         except Exception as error:
             raise CheckpointError(
-                f"{owner}: its processor cannot be loaded ({_describe(error)})"
+                f"{owner}: its processor cannot be loaded ({_describe(error)}){_name_extra(error)}"
             ) from error
+
+
+def _name_extra(error: BaseException) -> str:
+    """Return the extra that installs the package which a processor lacks, empty for others."""
+    if not isinstance(error, ImportError):
+        return ""
+    text = str(error).lower()
+    extras = [extra for package, extra in _EXTRAS.items() if re.search(rf"\b{package}\b", text)]
+    return f". Install 'mmerge[{extras[0]}]'" if extras else ""
 
 
 def _describe(error: Exception) -> str:

@@ -15,7 +15,7 @@ from torch import nn
 
 from mmerge.manifests.errors import CheckpointError, PromptError
 from mmerge.pipeline import Part, load_composite, make_plan, read_recipe, run
-from mmerge.workers.modalities import encoders
+from mmerge.workers.modalities import encoders, processor_encoder
 from mmerge.workers.modalities.encoders import EncoderRequest, register_encoder
 
 HIDDEN = 32
@@ -118,3 +118,25 @@ def test_what_a_registered_encoder_returns_is_checked(uri: str) -> None:
         CheckpointError, match="the encoder registered for 'point' has no method 'encode'"
     ):
         load_composite(uri)
+
+
+@pytest.mark.parametrize(
+    ("message", "extra"),
+    [
+        ("\nX requires the Torchvision library but it was not found", "image"),
+        ("`torchaudio` is required", "audio"),
+        ("Package `num2words` is required to run SmolVLM processor.", "image"),
+    ],
+)
+def test_the_extra_of_a_package_that_a_processor_lacks_is_named(
+    message: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lack(folder: str, *, owner: str) -> None:
+        raise ImportError(message)
+
+    monkeypatch.setitem(processor_encoder._INPUTS, "smolvlm", lack)
+    with pytest.raises(CheckpointError, match=rf"Install 'mmerge\[{extra}\]'"):
+        processor_encoder._open_inputs("smolvlm", {}, owner="expert 'one'")
+    monkeypatch.setitem(processor_encoder._INPUTS, "smolvlm", lambda *_, **__: 1 / 0)
+    with pytest.raises(CheckpointError, match=r"\(division by zero\)$"):
+        processor_encoder._open_inputs("smolvlm", {}, owner="expert 'one'")
