@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from mmerge.manifests.errors import CheckpointError
 from mmerge.pipeline import Part, export, load_composite, make_plan, read_recipe, run
 from mmerge.workers.composite.placement_planner import plan_placement
-from mmerge.workers.modalities import processor_encoder
+from mmerge.workers.modalities import processor_inputs
 from tests.architectures import write_tokenizer
 from tests.model_configs import MULTIMODAL
 from tests.model_families import make_multimodal, tune
@@ -36,7 +36,7 @@ IDS = [*QUESTION, *[CASE.token] * CASE.num_tokens, *END]
 @pytest.fixture(autouse=True)
 def _inputs_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
-    monkeypatch.setitem(processor_encoder._INPUTS, "llava", lambda *_, **__: Inputs(CASE))
+    monkeypatch.setitem(processor_inputs._INPUTS, "llava", lambda *_, **__: Inputs(CASE))
 
 
 def write(model: Any, folder: Path) -> Any:

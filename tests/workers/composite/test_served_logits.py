@@ -18,7 +18,7 @@ import yaml
 from mmerge.manifests.errors import CheckpointError
 from mmerge.pipeline import Part, export, load_composite, make_plan, read_recipe, run
 from mmerge.workers.composite.served_models import COMPARED
-from mmerge.workers.modalities import processor_encoder
+from mmerge.workers.modalities import processor_inputs
 from tests.architectures import write_tokenizer
 from tests.model_configs import MULTIMODAL
 from tests.model_families import give_language_model, make_base, make_multimodal, tune
@@ -300,7 +300,7 @@ def test_a_composite_answers_as_the_class_of_its_expert(
     case = CASES[name]
     family = MULTIMODAL[case.family]
     model_type = family.make_config().model_type
-    monkeypatch.setitem(processor_encoder._INPUTS, model_type, lambda *_, **__: Inputs(case))
+    monkeypatch.setitem(processor_inputs._INPUTS, model_type, lambda *_, **__: Inputs(case))
     uri = build(tmp_path, case, method=method, over=over)
     # In expansion with masks each token has weights of its own modality, so no class answers so.
     mode: dict[str, Any] = {"mode": "retention", "expert": "two"} if method == "mmer" else {}

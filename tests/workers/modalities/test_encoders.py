@@ -15,7 +15,7 @@ from torch import nn
 
 from mmerge.manifests.errors import CheckpointError, PromptError
 from mmerge.pipeline import Part, load_composite, make_plan, read_recipe, run
-from mmerge.workers.modalities import encoders, processor_encoder
+from mmerge.workers.modalities import encoders, processor_inputs
 from mmerge.workers.modalities.encoders import EncoderRequest, register_encoder
 
 HIDDEN = 32
@@ -134,9 +134,9 @@ def test_the_extra_of_a_package_that_a_processor_lacks_is_named(
     def lack(folder: str, *, owner: str) -> None:
         raise ImportError(message)
 
-    monkeypatch.setitem(processor_encoder._INPUTS, "smolvlm", lack)
+    monkeypatch.setitem(processor_inputs._INPUTS, "smolvlm", lack)
     with pytest.raises(CheckpointError, match=rf"Install 'mmerge\[{extra}\]'"):
-        processor_encoder._open_inputs("smolvlm", {}, owner="expert 'one'")
-    monkeypatch.setitem(processor_encoder._INPUTS, "smolvlm", lambda *_, **__: 1 / 0)
+        processor_inputs.open_inputs("smolvlm", {}, owner="expert 'one'")
+    monkeypatch.setitem(processor_inputs._INPUTS, "smolvlm", lambda *_, **__: 1 / 0)
     with pytest.raises(CheckpointError, match=r"\(division by zero\)$"):
-        processor_encoder._open_inputs("smolvlm", {}, owner="expert 'one'")
+        processor_inputs.open_inputs("smolvlm", {}, owner="expert 'one'")

@@ -11,7 +11,8 @@ import pytest
 
 from mmerge.manifests.errors import CheckpointError
 from mmerge.workers.modalities.expert_model import make_config, make_model
-from mmerge.workers.modalities.processor_encoder import _open_inputs, load_tokenizer
+from mmerge.workers.modalities.processor_encoder import load_tokenizer
+from mmerge.workers.modalities.processor_inputs import open_inputs
 from mmerge.workers.modalities.small_files import read_config, to_loadable_files
 
 LAB = Path(__file__).resolve().parents[3] / "examples" / "lab" / "checkpoints"
@@ -58,7 +59,7 @@ def test_code_of_a_checkpoint_is_neither_run_nor_asked_for(
         if key == "AutoTokenizer":
             load_tokenizer(files, config=make_config(files, owner="x"), owner="x")
         else:
-            _open_inputs("llava", files, owner="x")
+            open_inputs("llava", files, owner="x")
     assert not (evil / "TRACE").exists()
 
 

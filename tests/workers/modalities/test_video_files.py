@@ -195,7 +195,7 @@ class Processor:
 
 
 def test_a_processor_that_samples_chooses_the_frames(tmp_path: Path) -> None:
-    from mmerge.workers.modalities.processor_encoder import ProcessorInputs, _describe_frames
+    from mmerge.workers.modalities.processor_inputs import ProcessorInputs, _describe_frames
 
     inputs = object.__new__(ProcessorInputs)
     inputs.processor = type("All", (), {"video_processor": Processor()})()
