@@ -720,3 +720,17 @@ def count_units(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     bits = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23}[theirs.dtype]
     unit = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - 1 - bits)
     return float(((ours.double() - theirs.double()).abs() / unit).nan_to_num(0).max())
+
+
+def make_table() -> str:
+    """Return the table of docs/mergekit.md: what becomes of every file."""
+    lines = ["| file | result |", "|---|---|"]
+    for label, item in (PUBLISHED | FEATURES).items():
+        result = "equal to mergekit's"
+        if item.compared:
+            result = "equal to mergekit's without random numbers"
+        if item.refusal:
+            result = "refused, by mergekit too" if item.mergekit_refuses else "refused"
+        lines.append(f"| {label} | {result} |")
+    lines.append("| several documents in one file | refused, by mergekit too |")
+    return "\n".join(lines) + "\n"

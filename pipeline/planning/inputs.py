@@ -66,14 +66,13 @@ def open_inputs(recipe: Recipe) -> Inputs:
 
 def _check_kind(recipe: Recipe) -> None:
     """Raise RecipeError where a method keeps its experts, and a key is for merged models alone."""
-    kind = find_method(recipe.method).kind
-    if kind == "plain":
+    if find_method(recipe.method).kind == "plain":
         return
     stated = {
         "slices": any(expert.slices for expert in recipe.experts),
         "base_slices": bool(recipe.base_slices),
         "base_adapter": recipe.base_adapter is not None,
-        "adapter": kind == "adapters" and any(expert.adapter for expert in recipe.experts),
+        "adapter": any(expert.adapter for expert in recipe.experts),
         "tokenizer": recipe.vocabulary is not None,
         "chat_template": recipe.chat_template is not None,
         "keep": bool(recipe.keep),

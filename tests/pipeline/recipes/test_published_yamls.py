@@ -24,6 +24,7 @@ from tests.published_yamls import (
     asks_for_tokens,
     count_units,
     make_models,
+    make_table,
     read_output,
     to_compared,
 )
@@ -85,3 +86,7 @@ def test_a_file_of_several_documents_is_refused_with_a_way_out(models: Path) -> 
         read_recipe(path)
     path.write_text(f"---\n{document}...\n")
     assert read_recipe(path).method == "linear"
+
+
+def test_the_page_has_the_result_of_every_file(repository: Path) -> None:
+    assert make_table() in (repository / "docs" / "mergekit.md").read_text()
