@@ -50,6 +50,8 @@ class LoadRequest:
     placement: Placement | None
     group: ProcessGroup
     on_bytes: Callable[[int, int], None]
+    is_compared: bool = True
+    """Whether a small prompt is compared with the experts' own classes."""
 
     @property
     def stages(self) -> tuple[Stage, ...]:

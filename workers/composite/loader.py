@@ -42,6 +42,7 @@ from mmerge.workers.modalities.chat_files import load_chats
 from mmerge.workers.modalities.encoders import Encoder, load_base_encoders, load_encoder
 from mmerge.workers.modalities.expert_model import make_config
 from mmerge.workers.modalities.processor_encoder import load_tokenizer
+from mmerge.workers.modalities.text_rules import TextRules
 from mmerge.workers.reconstruction.expert_only import refuse_unshared
 from mmerge.workers.reconstruction.language_reader import LanguageReader
 from mmerge.workers.reconstruction.masked_weights import load_kernel
@@ -60,6 +61,7 @@ def load_composite(
     policy: Policy = "packed",
     placement: Placement | None = None,
     group: ProcessGroup | None = None,
+    check: bool = True,
     on_bytes: Callable[[int, int], None] = lambda num_bytes, total: None,
 ) -> Composite:
     """Return the composite at `uri`, ready for prompts.
@@ -76,6 +78,8 @@ def load_composite(
             torchrun started.
         group: the processes that hold the composite together, from `open_process_group`; from the
             placement if absent.
+        check: whether a small prompt is answered by each expert's own class too, and compared.
+            Without it, and on several devices, classes that no test compares are refused.
         on_bytes: called with the stored bytes that this rank has read and will read in all.
 
     Raises:
@@ -110,7 +114,8 @@ def load_composite(
             " it out"
         )
     refuse_unshared(reader, expert)
-    refuse_unserved(reader, expert)
+    is_compared = check and (placement is None or len(placement.stages) == 1)
+    refuse_unserved(reader, expert, is_compared=is_compared)
     group = _check_group(placement, device, group=group)
     request = LoadRequest(
         reader=reader,
@@ -121,6 +126,7 @@ def load_composite(
         placement=placement,
         group=group,
         on_bytes=on_bytes,
+        is_compared=is_compared,
     )
     try:
         return _load(request)
@@ -186,7 +192,7 @@ def _load(request: LoadRequest) -> Composite:
         encoders |= _load_base_encoders(request, files)
         loader.fill(model, tensors)
     loader.connect(model)
-    text_is_prefix = _apply_rules(request, model, encoders)
+    rules = _apply_rules(request, model, encoders)
     report = LoadReport(
         rank=group.rank,
         bytes_read=reader.bytes_read,
@@ -194,7 +200,7 @@ def _load(request: LoadRequest) -> Composite:
         start_bytes=start_bytes,
         peak_bytes=resident_bytes("VmHWM"),
     )
-    return Composite(
+    composite = Composite(
         manifest=manifest,
         expert=request.expert,
         language_model=model,
@@ -202,17 +208,22 @@ def _load(request: LoadRequest) -> Composite:
         tokenizer=tokenizer,
         encoders=encoders,
         chats=load_chats(reader, request.expert),
-        text_is_prefix=text_is_prefix,
+        text_is_prefix=rules is not None and rules.is_prefix,
         group=group,
         load_reports=group.all_gather_object(report),
     )
+    if request.is_compared and rules is not None:
+        composite.compare_with_classes(rules)
+    return composite
 
 
-def _apply_rules(request: LoadRequest, model: Any, encoders: Mapping[str, Encoder]) -> bool:
-    """Scale logits as the experts' class does; return whether text alone is a prefix to it."""
+def _apply_rules(
+    request: LoadRequest, model: Any, encoders: Mapping[str, Encoder]
+) -> TextRules | None:
+    """Scale logits as the experts' class does; return the rules, None without such a class."""
     measured = {name: getattr(encoder, "text_rules", None) for name, encoder in encoders.items()}
     if not any(measured.values()):
-        return False
+        return None
     base = measure_base_rules(model, owner=request.owner)
     rules = choose_rules(
         base,
@@ -222,7 +233,7 @@ def _apply_rules(request: LoadRequest, model: Any, encoders: Mapping[str, Encode
         and not request.reader.is_multimodal,
     )
     scale_logits(model, base, rules, owner=", ".join(measured))
-    return rules.is_prefix
+    return rules
 
 
 def _read_files(reader: LanguageReader, entries: tuple[FileEntry, ...]) -> dict[str, bytes]:

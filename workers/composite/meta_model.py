@@ -40,7 +40,7 @@ def make_meta_model(text: Any, *, dtype: torch.dtype, owner: str) -> Any:
         model_class = find_text_class(text, owner=owner)
         with torch.device("meta"):
             model = model_class(text)
-        _compute_buffers(model)
+        compute_buffers(model)
     except MmergeError:
         raise
     except Exception as error:  # model code of transformers raises anything on odd configurations
@@ -58,7 +58,7 @@ def make_meta_model(text: Any, *, dtype: torch.dtype, owner: str) -> Any:
     return model.eval()
 
 
-def _compute_buffers(model: Any) -> None:
+def compute_buffers(model: Any) -> None:
     """Give the buffers of a meta-device model their values, as `from_pretrained` does.
 
     Each starts as NaN, so that one that transformers does not compute is noticed.

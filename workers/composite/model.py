@@ -12,6 +12,7 @@ import torch
 from mmerge.manifests.errors import PromptError
 from mmerge.manifests.format.manifest import Manifest
 from mmerge.workers.composite.decoder.composer import PromptComposer
+from mmerge.workers.composite.decoder.load_check import compare_with_class
 from mmerge.workers.composite.decoder.passes import decoder_inputs
 from mmerge.workers.composite.decoder.prompt_inputs import PromptInputs, to_batch
 from mmerge.workers.composite.load_report import LoadReport
@@ -24,6 +25,7 @@ from mmerge.workers.modalities.encoders import Encoder
 from mmerge.workers.modalities.expert_choice import ExpertChoice
 from mmerge.workers.modalities.prompt import Part
 from mmerge.workers.modalities.prompt_format import PromptFormat
+from mmerge.workers.modalities.text_rules import TextRules
 
 Cache = Literal["dynamic", "static"]
 _OWN_OPTIONS = ("cache", "seed")
@@ -132,6 +134,18 @@ class Composite:
             PromptError: no loaded expert has that modality.
         """
         return self._choice.find(kind)
+
+    def compare_with_classes(self, rules: TextRules) -> None:
+        """Compare a small prompt of each expert with its own class, which scales logits by rules.
+
+        Raises:
+            CheckpointError: the class answers otherwise, or the comparison fails.
+        """
+        with self._routing.turn:
+            for name in self.encoders:
+                compare_with_class(
+                    self.language_model, self._composer, self._routing, expert=name, rules=rules
+                )
 
     @torch.inference_mode()
     def embed(self, parts: Sequence[Part]) -> PromptInputs:

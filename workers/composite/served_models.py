@@ -43,15 +43,18 @@ _EMBEDS_ALONE = (
 _UNPROVED = "what its class gives its decoder besides embeddings has not been compared yet"
 
 
-def refuse_unserved(reader: LanguageReader, expert: str | None) -> None:
+def refuse_unserved(
+    reader: LanguageReader, expert: str | None, *, is_compared: bool = False
+) -> None:
     """Raise CheckpointError where a composite would not answer as an expert's own class does.
 
     Args:
         reader: the build.
         expert: the one whose weights are loaded; None for all of them.
+        is_compared: whether each expert is compared with its class when it is loaded.
     """
     base = reader.base_config
-    reason = find_reason(base)
+    reason = find_reason(base, is_compared=is_compared)
     if reason:
         raise CheckpointError(
             f"{reader.uri}: the base is of type {base['model_type']!r}: {reason}, and a composite"
@@ -62,7 +65,7 @@ def refuse_unserved(reader: LanguageReader, expert: str | None) -> None:
         record = reader.manifest.to_expert(name)
         config = _read_config(reader, record.files, owner=f"expert {name!r}")
         is_own_encoder = not has_registered_encoder(record.modality)
-        reason = find_reason(config, is_own_encoder=is_own_encoder)
+        reason = find_reason(config, is_own_encoder=is_own_encoder, is_compared=is_compared)
         if reason:
             raise CheckpointError(
                 f"{reader.uri}: expert {name!r} is of type {config['model_type']!r}: {reason}, and"
@@ -72,19 +75,23 @@ def refuse_unserved(reader: LanguageReader, expert: str | None) -> None:
             )
 
 
-def find_reason(config: Mapping[str, Any], *, is_own_encoder: bool = True) -> str:
+def find_reason(
+    config: Mapping[str, Any], *, is_own_encoder: bool = True, is_compared: bool = False
+) -> str:
     """Return why a composite cannot serve an expert, empty if it can.
 
     Args:
         config: its config.json.
         is_own_encoder: whether the class's own encoder is used, not one that a user registered.
+        is_compared: whether the expert is compared with its class when it is loaded.
     """
     model_type = str(config.get("model_type", ""))
     if model_type in REASONS:
         return REASONS[model_type]
     if model_type in _NEEDS_CLASS and not is_own_encoder:
         return _EMBEDS_ALONE
-    if not is_multimodal_config(config) or model_type in COMPARED or not is_own_encoder:
+    is_safe = model_type in COMPARED or is_compared or not is_own_encoder
+    if is_safe or not is_multimodal_config(config):
         return ""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

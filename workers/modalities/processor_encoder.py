@@ -211,6 +211,14 @@ def add_text(
     return framed
 
 
+def keep_tokens(inputs: Mapping[str, torch.Tensor], keep: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the arguments of a class for some of the tokens of a prompt, a mask [tokens]."""
+    kept = dict(inputs)
+    for name in {"input_ids", *_TEXT_FILL} & inputs.keys():
+        kept[name] = inputs[name][:, keep]
+    return kept
+
+
 def _find_text_id(config: Any) -> int:
     """Return the id of a token that a class takes for text: none that its configuration names."""
     special: set[int] = set()
