@@ -137,6 +137,13 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check/--no-check",
+            help="compare a small prompt of each expert with its own class while loading",
+        ),
+    ] = True,
 ) -> None:
     """Ask a composite about text, images, audio and video, alone or together.
 
@@ -180,6 +187,7 @@ def generate(
             policy=loading_policy,
             dtype=parse_dtype(dtype),
             gpus=gpus,
+            check=check,
         )
         made_prompts = []
         for prompt in asked:
@@ -278,6 +286,7 @@ def _load(
     policy: Policy,
     dtype: Any,
     gpus: str | None,
+    check: bool,
 ) -> Composite:
     from mmerge.workers.composite.loader import load_composite
     from mmerge.workers.composite.placement import parse_devices
@@ -309,5 +318,6 @@ def _load(
             policy=policy,
             placement=placement,
             group=group,
+            check=check,
             on_bytes=bar.update,
         )

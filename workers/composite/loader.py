@@ -114,7 +114,8 @@ def load_composite(
             " it out"
         )
     refuse_unshared(reader, expert)
-    is_compared = check and (placement is None or len(placement.stages) == 1)
+    is_whole = placement is None or (placement.num_ranks == 1 and len(placement.stages) == 1)
+    is_compared = check and is_whole and (group is None or group.num_ranks == 1)
     refuse_unserved(reader, expert, is_compared=is_compared)
     group = _check_group(placement, device, group=group)
     request = LoadRequest(
