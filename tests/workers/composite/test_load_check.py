@@ -14,7 +14,7 @@ from mmerge.manifests.errors import CheckpointError
 from mmerge.pipeline import load_composite
 from mmerge.workers.composite.decoder import composer as composer_module
 from mmerge.workers.composite.decoder import load_check, text_answers
-from mmerge.workers.modalities import processor_encoder
+from mmerge.workers.modalities import processor_inputs
 from mmerge.workers.modalities.decoder_inputs import DecoderCall, DecoderInputs
 from mmerge.workers.modalities.text_rules import TextRules
 from tests.model_configs import MULTIMODAL
@@ -25,7 +25,7 @@ def build_case(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     torch.set_num_threads(1)
     case = CASES[name]
     model_type = MULTIMODAL[case.family].make_config().model_type
-    monkeypatch.setitem(processor_encoder._INPUTS, model_type, lambda *_, **__: Inputs(case))
+    monkeypatch.setitem(processor_inputs._INPUTS, model_type, lambda *_, **__: Inputs(case))
     return build(folder, case, method="mmer")
 
 
