@@ -8,7 +8,7 @@ from dataclasses import replace
 from mmerge.pipeline.build.changed_inputs import Rescans
 from mmerge.pipeline.build.input_scan import InputDigests, make_scan_tasks, share_rows
 from mmerge.pipeline.build.method_stages import MethodStages
-from mmerge.pipeline.build.threshold_search import ThresholdSearch
+from mmerge.pipeline.build.threshold_search import Thresholds, ThresholdSearch
 from mmerge.pipeline.planning.memory_bounds import MAX_HELD_BYTES, process_bytes
 from mmerge.pipeline.planning.plan import MergePlan, read_identities
 from mmerge.pipeline.planning.shards import CopyShard, MergeShard
@@ -47,6 +47,11 @@ class BuildContext:
         self.method = find_method(plan.recipe.method)
         self.digests = InputDigests()
         self._trimmings = self._make_trimmings()
+        densities = [trimming.densities for trimming in self._trimmings.values()]
+        self._keeps_all = bool(densities) and all(set(values) == {1} for values in densities)
+        """Whether the method trims, but nothing of these experts: all thresholds are 0."""
+        if self._keeps_all:
+            self._trimmings = {}
         self.identities = read_identities(plan.checkpoints)
         scan_tasks = make_scan_tasks(
             plan, self.identities, magnitudes=bool(self._trimmings), fresh=fresh
@@ -88,6 +93,12 @@ class BuildContext:
                     tasks[scan.shard] = scan
         return list(tasks.values())
 
+    def thresholds_without_search(self, shard: MergeShard) -> Thresholds:
+        """Return the thresholds of a shard that has no search: 0, or none where nothing trims."""
+        return tuple(
+            (0.0,) * len(tensor.experts) if self._keeps_all else () for tensor in shard.tensors
+        )
+
     def merges_in_one_pass(self, shard: MergeShard) -> bool:
         """Return whether a shard is scanned and merged in the same pass over its inputs.
 
@@ -110,7 +121,7 @@ class BuildContext:
         return replace(task, fresh=True)
 
     def _make_trimmings(self) -> dict[str, Trimming]:
-        """Return by tensor what is trimmed; empty for methods that do not trim."""
+        """Return by tensor what is trimmed; empty for methods that do not."""
         trimmings = {}
         for name, parameters in self.plan.method_parameters.items():
             trimming = self.method.trimming(*parse_parameters(self.method, parameters))

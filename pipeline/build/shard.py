@@ -48,7 +48,7 @@ def build_merge_shard(context: BuildContext, shard: MergeShard) -> ShardBuild:
     scan_task = context.scan_tasks[shard.name]
     first_task: ScanTask | OnePassTask = scan_task
     if context.merges_in_one_pass(shard):
-        draft = _draft_merge(context, shard, tuple(() for _ in shard.tensors))
+        draft = _draft_merge(context, shard, context.thresholds_without_search(shard))
         first_task = make_one_pass_task(scan_task, shard, draft)
     scan = yield from _scan(context, shard, scan_task, task=first_task)
     if shard.name in context.searches:
@@ -149,7 +149,7 @@ def _find_thresholds(
     """
     search = context.searches.get(shard.name)
     if search is None:
-        return tuple(() for _ in shard.tensors)
+        return context.thresholds_without_search(shard)
     yield search.located
     if search.is_exact:
         return search.thresholds(shard)

@@ -16,6 +16,7 @@ from mmerge.manifests.format.safetensors_header import TensorSpec
 from mmerge.manifests.stores.local_file import LocalFile
 from mmerge.pipeline import make_plan, run, verify
 from mmerge.pipeline.build import context as context_module
+from mmerge.pipeline.build import threshold_search as search_module
 from mmerge.pipeline.build.context import BuildContext
 from mmerge.pipeline.execution.executor import Executor, SerialExecutor
 from mmerge.pipeline.execution.open import ExecutorName, open_executor
@@ -36,6 +37,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "dare_ties": {"density": 0.5},
     "dare_linear": {"density": 0.5},
     "della": {"density": 0.5, "epsilon": 0.1},
+    "ties that trims nothing": {"method": "ties", "density": 1.0},
+    "mmer that trims nothing": {"method": "mmer", "density": 1.0, "scope": "model"},
 }
 MORE_PASSES: dict[str, dict[str, Any]] = {
     "ties": {"density": 0.2},
@@ -97,7 +100,8 @@ def test_one_pass_makes_the_same_build_and_reads_each_byte_once(
         for tensor in shard.tensors:
             sources = (tensor.base, *tensor.experts)
             for owner, source in zip(("base", "image", "audio"), sources, strict=True):
-                assert reads.of(inputs, owner, source.spec) == 1, source
+                is_copied = owner == "base" and plan.kind == "masks"
+                assert reads.of(inputs, owner, source.spec) == 1 + is_copied, source
     assert report.num_computed["merge"] == len(plan.merge_shards)
     assert report.bytes_read < truth.bytes_read
     assert not verify(report.uri).damages
@@ -121,6 +125,22 @@ def test_other_executors_make_the_same_build(inputs: Inputs, name: ExecutorName)
         assert build(inputs, "store", executor=executor, method="linear").build == truth
     finally:
         executor.close()
+
+
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+def test_where_nothing_is_trimmed_names_and_bytes_are_those_of_a_search(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch, scope: str
+) -> None:
+    raw = {"method": "mmer", "density": 1.0, "scope": scope}
+    report = build(inputs, "store", **raw)
+    assert "thresholds" not in report.num_computed
+    # A density that rounds to every entry is searched for.
+    monkeypatch.setattr("mmerge.workers.methods.ties._densities", lambda *_: (1 - 1e-15,) * 2)
+    monkeypatch.setattr(search_module, "trim_rank", lambda *_, **__: 0)
+    searched = inputs.run("searched", **raw)
+    assert "thresholds" in searched.num_computed
+    assert read_objects(inputs.folder / "store") == read_objects(inputs.folder / "searched")
+    assert report.build == searched.build
 
 
 def test_a_scan_of_one_pass_serves_the_next_build_and_is_compared_with(inputs: Inputs) -> None:
