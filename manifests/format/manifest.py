@@ -105,6 +105,10 @@ class ExpertRecord(Record):
     """Factor on this expert's masked τ⋆ (EMR); 1 if absent."""
     adapters: AdapterRecord | None = None
     """In builds of kind `adapters`, None in others."""
+    layout: Literal["base"] | None = None
+    """`base` where the expert's own files hold mixtures of experts in another layout, fused or one
+    matrix per expert; its names in `renames` are then those of the base's layout.
+    """
     files: tuple[FileEntry, ...]
 
 

@@ -9,6 +9,7 @@ from mmerge.manifests.digest import digest_bytes
 from mmerge.manifests.format.manifest import BaseRecord, ExpertRecord, FileEntry
 from mmerge.pipeline.build.input_scan import InputDigests
 from mmerge.pipeline.planning.plan import MergePlan
+from mmerge.pipeline.planning.relayout import RelaidCheckpoint
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
 
 
@@ -55,6 +56,7 @@ def make_records(
             template=expert.template,
             rescaler=rescalers[index] if rescalers else None,
             adapters=plan.adapters[index] if plan.adapters else None,
+            layout="base" if isinstance(plan.checkpoints[index + 1], RelaidCheckpoint) else None,
             files=files[index + 1],
         )
         for index, expert in enumerate(recipe.experts)

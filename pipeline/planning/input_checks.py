@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 from mmerge.manifests.errors import CheckpointError
 from mmerge.manifests.format.safetensors_header import FLOAT_DTYPES
-from mmerge.pipeline.planning.name_matching import rename
+from mmerge.pipeline.planning.name_matching import make_renamer
 from mmerge.pipeline.planning.tensor_layout import Layout
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
 from mmerge.workers.checkpoints.expert_only import describe_names, find_expert_only
@@ -37,11 +37,12 @@ def check_unmerged_tensors(
         exempt: names of the base's tensors that each expert keeps (`carry`).
     """
     stores = OpenStores()
+    renamers = [make_renamer(pairs) for pairs in renames]
     for name, source in base.tensors.items():
         if source.spec.dtype in FLOAT_DTYPES or name in exempt:
             continue
-        for expert, pairs in zip(experts, renames, strict=True):
-            theirs = expert.tensors.get(rename(name, pairs))
+        for expert, renamer in zip(experts, renamers, strict=True):
+            theirs = expert.tensors.get(renamer(name))
             if theirs is None or has_equal_bytes(source, theirs, stores=stores):
                 continue
             raise CheckpointError(
@@ -64,7 +65,7 @@ def check_expert_only_tensors(
     for expert, copied, pairs in zip(experts, layout.copied, layout.renames, strict=True):
         names = find_expert_only(
             (tensor.name for tensor in copied if not tensor.is_extra_rows),
-            base_names=(rename(name, pairs) for name in base.tensors),
+            base_names=map(make_renamer(pairs), base.tensors),
             renames=pairs,
         )
         if names:

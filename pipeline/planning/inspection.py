@@ -11,7 +11,7 @@ from typing import Any
 from mmerge.manifests.errors import CheckpointError, MmergeError
 from mmerge.manifests.stores.open import open_readable_store
 from mmerge.pipeline.planning.config_checks import list_config_warnings
-from mmerge.pipeline.planning.name_matching import NameMatch, match_expert, rename
+from mmerge.pipeline.planning.name_matching import NameMatch, make_renamer, match_expert
 from mmerge.pipeline.planning.plan import make_plan
 from mmerge.pipeline.planning.tokenizer_checks import list_tokenizer_warnings
 from mmerge.pipeline.recipes.parsing import parse_recipe
@@ -180,8 +180,10 @@ def _compare_tensors(base: Checkpoint, expert: Checkpoint, match: NameMatch) -> 
     missing: list[Difference] = []
     shapes: list[Difference] = []
     counterparts = set()
+    renamer = make_renamer(match.renames)
+    expert = match.relaid or expert
     for name, source in base.tensors.items():
-        counterpart = rename(name, match.renames)
+        counterpart = renamer(name)
         theirs = expert.tensors.get(counterpart)
         counterparts.add(counterpart)
         if theirs is None or name in match.unmatched:

@@ -6,17 +6,25 @@ Decided from headers and configurations alone. The result is stored as pairs of 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from mmerge.manifests.errors import CheckpointError
+from mmerge.pipeline.planning.relayout import (
+    RelaidCheckpoint,
+    find_other_layouts,
+    read_region,
+    to_shape,
+)
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
+from mmerge.workers.families.fused_parameters import ParameterLayout
 from mmerge.workers.families.name_map import (
     HEAD_WEIGHT,
     NameMap,
     UnknownClass,
     is_language_name,
     map_names,
+    parameter_of,
 )
 
 Renames = tuple[tuple[str, str], ...]
@@ -32,14 +40,32 @@ class NameMatch:
     """Names of the base's tensors that the expert lacks."""
     reason: str = ""
     """Why transformers could not be asked for the names; empty if it was, or was not needed."""
+    relaid: Checkpoint | None = None
+    """The expert in the base's layout, where its files have another; None where they have it."""
 
 
-def rename(name: str, renames: Renames) -> str:
-    """Return the name that a tensor of the base has in an expert's files."""
-    for base_prefix, expert_prefix in renames:
-        if name.startswith(base_prefix):
-            return expert_prefix + name[len(base_prefix) :]
+def _rename_by(name: str, targets: Mapping[str, str]) -> str:
+    """Return the name that the longest matching prefix in `targets` gives."""
+    if name in targets:
+        return targets[name]
+    stop = len(name)
+    while stop >= 0:
+        stop = name.rfind(".", 0, stop)
+        prefix = name[: stop + 1]
+        if prefix in targets:
+            return targets[prefix] + name[stop + 1 :]
     return name
+
+
+def make_renamer(renames: Renames) -> Callable[[str], str]:
+    """Return a function that gives the name of a tensor of the base in an expert's files.
+
+    Looks up the prefixes of a name instead of trying all pairs: a layout of 46,000 tensors may need
+    as many pairs.
+    """
+    targets = dict(renames)
+
+    return lambda name: _rename_by(name, targets)
 
 
 def match_expert(
@@ -120,8 +146,9 @@ def _fits(
     base: Checkpoint, expert: Checkpoint, renames: Renames, *, exempt: Collection[str]
 ) -> bool:
     """Return whether renames place every tensor of the base in a fitting shape."""
+    renamer = make_renamer(renames)
     for name, source in base.tensors.items():
-        theirs = expert.tensors.get(rename(name, renames))
+        theirs = expert.tensors.get(renamer(name))
         if name in exempt:
             continue
         is_vocabulary = base.family.is_vocabulary(name)
@@ -151,7 +178,8 @@ def _match_by_prefix(
 ) -> NameMatch:
     """Return the renames that find most tensors: the last resort, without transformers."""
     renames = candidates[0] if candidates else ()
-    unmatched = {name for name in base.tensors if rename(name, renames) not in expert.tensors}
+    renamer = make_renamer(renames)
+    unmatched = {name for name in base.tensors if renamer(name) not in expert.tensors}
     body = _body(base)
     num_matched = sum(name not in unmatched for name in body)
     _check_share(base, expert, num_matched=num_matched, total=len(body))
@@ -179,16 +207,24 @@ def _match_by_class(base: Checkpoint, expert: Checkpoint) -> NameMatch:
     """Return the match of the names that both classes give in transformers."""
     base_map, expert_map = _map_names(base), _map_names(expert)
     ours, theirs = base_map.stored, expert_map.stored
-    _check_layouts(expert, base_map, expert_map)
+    layouts = find_other_layouts(base, expert, base_map=base_map, expert_map=expert_map)
     language_names = [canonical for canonical in ours if is_language_name(canonical)]
-    num_matched = sum(canonical in theirs for canonical in language_names)
+    num_matched = sum(
+        canonical in theirs or parameter_of(canonical) in layouts for canonical in language_names
+    )
     _check_share(base, expert, num_matched=num_matched, total=len(language_names))
-    pairs = {name: theirs[canonical] for canonical, name in ours.items() if canonical in theirs}
+    pairs = {
+        name: theirs[canonical]
+        for canonical, name in ours.items()
+        if canonical in theirs and parameter_of(canonical) not in layouts
+    }
+    relaid = _relay(base, expert, pairs, layouts)
     unmatched = frozenset(set(base.tensors) - set(pairs))
     if HEAD_WEIGHT in theirs and HEAD_WEIGHT not in ours:
         # Readers of the build learn from it what the expert's own head is called.
         pairs[base.family.head] = theirs[HEAD_WEIGHT]
-    return NameMatch(make_renames(pairs, prefix=base.language_prefix), unmatched)
+    renames = make_renames(pairs, prefix=base.language_prefix)
+    return NameMatch(renames, unmatched, relaid=relaid if relaid is not expert else None)
 
 
 def _map_names(checkpoint: Checkpoint) -> NameMap:
@@ -200,63 +236,81 @@ def _map_names(checkpoint: Checkpoint) -> NameMap:
         ) from error
 
 
-def _check_layouts(expert: Checkpoint, base_map: NameMap, expert_map: NameMap) -> None:
-    """Raise CheckpointError where a parameter is fused in one checkpoint's files alone."""
-    ours, theirs = base_map.by_parameter(), expert_map.by_parameter()
-    for parameter in sorted(set(ours) & set(theirs)):
-        if set(ours[parameter]) & set(theirs[parameter]):
-            continue
-        name = min(ours[parameter].values())
-        expert_name = min(theirs[parameter].values())
-        raise CheckpointError(
-            f"{expert.owner}: {expert.uri} holds {expert_name} where the base holds {name}: both"
-            f" are parts of one parameter in memory, in different layouts ({expert_map.class_name},"
-            f" {base_map.class_name}). Merging needs one layout: save both with save_pretrained of"
-            " one class"
-        )
+def _relay(
+    base: Checkpoint,
+    expert: Checkpoint,
+    pairs: dict[str, str],
+    layouts: Mapping[str, tuple[ParameterLayout, ParameterLayout]],
+) -> Checkpoint:
+    """Return the expert with the parameters of other layouts in the base's, and add their names.
+
+    The formed tensors are called as the expert's files call the base's tensors around them.
+    """
+    if not layouts:
+        return expert
+    consumed = {name for _, layout in layouts.values() for name in layout.regions}
+    tensors = {name: source for name, source in expert.tensors.items() if name not in consumed}
+    renamer = make_renamer(make_renames(pairs, prefix=base.language_prefix))
+    for base_layout, expert_layout in layouts.values():
+        for name, region in base_layout.regions.items():
+            expert_name = renamer(name)
+            if expert_name in tensors:
+                raise CheckpointError(
+                    f"{expert.owner}: {expert.uri} holds {expert_name}, and parts of it in other"
+                    " tensors. Save it with save_pretrained of its class"
+                )
+            source = read_region(region, expert_layout, expert, name=expert_name)
+            tensors[expert_name] = to_shape(source, base.tensors[name].spec.shape)
+            pairs[name] = expert_name
+    return RelaidCheckpoint(expert, tensors)
 
 
 def make_renames(pairs: Mapping[str, str], *, prefix: str) -> Renames:
     """Return the fewest prefixes found that rename as `pairs` do; exact for every name in it.
+
+    Takes time linear in the number of names.
 
     Args:
         pairs: name in the expert's files by name in the base.
         prefix: of the language model in the base, which gets a pair of its own.
     """
     renames: dict[str, str] = {}
-    embeddings = [name for name in pairs if name.startswith(prefix)]
     targets = Counter(
         pairs[name].removesuffix(name[len(prefix) :])
-        for name in embeddings
-        if pairs[name].endswith(name[len(prefix) :])
+        for name in pairs
+        if name.startswith(prefix) and pairs[name].endswith(name[len(prefix) :])
     )
     if targets:
         renames[prefix] = targets.most_common(1)[0][0]
+    uniform = _find_uniform_prefixes(pairs)
     for name in sorted(pairs):
-        if rename(name, _sort_renames(renames)) != pairs[name]:
-            key, value = _find_prefix_pair(name, pairs, renames)
-            renames[key] = value
-    result = _sort_renames(renames)
-    if any(rename(name, result) != target for name, target in pairs.items()):
+        if _rename_by(name, renames) != pairs[name]:
+            key = next(
+                (item for item in _list_prefixes(name) if item in uniform and item not in renames),
+                name,
+            )
+            renames[key] = uniform[key] if key != name else pairs[name]
+    if any(_rename_by(name, renames) != target for name, target in pairs.items()):
         # A prefix that is right for most names is wrong for one: spell all out.
         return _sort_renames(pairs)
-    return result
+    return _sort_renames(renames)
 
 
-def _find_prefix_pair(
-    name: str, pairs: Mapping[str, str], renames: Mapping[str, str]
-) -> tuple[str, str]:
-    """Return the shortest prefix of a name that renames all names below it, else the whole name."""
-    target = pairs[name]
-    for stop in [index + 1 for index, letter in enumerate(name) if letter == "."]:
-        prefix, rest = name[:stop], name[stop:]
-        if prefix in renames or not target.endswith(f".{rest}"):
-            continue
-        new = target.removesuffix(rest)
-        below = [other for other in pairs if other.startswith(prefix)]
-        if all(pairs[other] == new + other[stop:] for other in below):
-            return prefix, new
-    return name, target
+def _find_uniform_prefixes(pairs: Mapping[str, str]) -> dict[str, str]:
+    """Return the prefixes below which all names are renamed by one other prefix, with that one."""
+    uniform: dict[str, str | None] = {}
+    for name, target in pairs.items():
+        for prefix in _list_prefixes(name):
+            rest = name[len(prefix) :]
+            new = target.removesuffix(rest) if target.endswith(f".{rest}") else None
+            if uniform.setdefault(prefix, new) != new:
+                uniform[prefix] = None
+    return {prefix: new for prefix, new in uniform.items() if new is not None}
+
+
+def _list_prefixes(name: str) -> list[str]:
+    """Return the prefixes of a name that end with a dot, shortest first."""
+    return [name[: index + 1] for index, letter in enumerate(name) if letter == "."]
 
 
 def _sort_renames(renames: Mapping[str, str]) -> Renames:

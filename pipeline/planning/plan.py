@@ -163,6 +163,7 @@ def make_plan(
             max_shard_bytes=max_shard_bytes,
         )
     layout = make_layout(base, experts, merge=recipe.merge, carry=recipe.carry, keep=recipe.keep)
+    experts = list(layout.experts)
     check_unmerged_tensors(
         base,
         experts,

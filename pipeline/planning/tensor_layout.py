@@ -17,8 +17,8 @@ from mmerge.pipeline.planning.name_matching import (
     Renames,
     describe_architecture,
     has_fitting_shape,
+    make_renamer,
     match_expert,
-    rename,
 )
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
 from mmerge.workers.checkpoints.sources import TensorSource
@@ -64,6 +64,8 @@ class Layout:
     """Per expert, the tensors copied from it."""
     renames: tuple[Renames, ...]
     """Per expert, how its files name the base's tensors."""
+    experts: tuple[Checkpoint, ...]
+    """The experts in the base's layout: formed ones where their files have another."""
 
 
 def make_layout(
@@ -95,6 +97,8 @@ def make_layout(
     exempt = listed | kept_names
     matches = [match_expert(base, expert, exempt=exempt) for expert in experts]
     renames = [match.renames for match in matches]
+    experts = [match.relaid or expert for match, expert in zip(matches, experts, strict=True)]
+    renamers = [make_renamer(pairs) for pairs in renames]
     for key, patterns in (("carry", carry), ("keep", keep)):
         for pattern in patterns:
             if not match_names(base.tensors, [pattern]):
@@ -116,15 +120,14 @@ def make_layout(
             kept.append(source)
             continue
         sources = tuple(
-            expert.tensors[rename(name, names)]
-            for expert, names in zip(experts, renames, strict=True)
+            expert.tensors[renamer(name)] for expert, renamer in zip(experts, renamers, strict=True)
         )
         shared.append(SharedTensor(name, source, sources))
     copied = tuple(
         tuple(_list_copied(base, expert, names, listed))
         for expert, names in zip(experts, renames, strict=True)
     )
-    return Layout(tuple(shared), tuple(kept), copied, tuple(renames))
+    return Layout(tuple(shared), tuple(kept), copied, tuple(renames), tuple(experts))
 
 
 def match_names(names: Iterable[str], patterns: Iterable[str]) -> set[str]:
@@ -156,7 +159,8 @@ def _check_projections(base: Checkpoint) -> None:
 def _list_copied(
     base: Checkpoint, expert: Checkpoint, renames: Renames, listed: set[str]
 ) -> list[CopiedTensor]:
-    in_expert = {rename(name, renames): name for name in base.tensors}
+    renamer = make_renamer(renames)
+    in_expert = {renamer(name): name for name in base.tensors}
     copied = []
     for file_name, source in expert.tensors.items():
         name = in_expert.get(file_name)
@@ -183,8 +187,9 @@ def _check_shapes(
     reasons: set[str] = set()
     different: list[str] = []
     for expert, match in zip(experts, matches, strict=True):
+        renamer = make_renamer(match.renames)
         for name, source in base.tensors.items():
-            theirs = expert.tensors.get(rename(name, match.renames))
+            theirs = expert.tensors.get(renamer(name))
             if name in listed:
                 continue
             if theirs is None or name in match.unmatched:
@@ -193,7 +198,7 @@ def _check_shapes(
                     if base.family.is_head(name) and expert.is_tied()
                     else ""
                 )
-                counterpart = rename(name, match.renames)
+                counterpart = renamer(name)
                 missing.append(
                     f"{name}: {expert.owner} has no {counterpart}{tied}, the base has"
                     f" {source.spec.shape}"

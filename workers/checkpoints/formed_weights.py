@@ -20,6 +20,7 @@ from mmerge.workers.checkpoints.formed_sources import (
     RowRun,
 )
 from mmerge.workers.checkpoints.lora_weights import low_rank_rows
+from mmerge.workers.checkpoints.relaid_sources import StackedSource, TransposedSource
 from mmerge.workers.checkpoints.sources import FormedSource, OpenStores, TensorSource
 
 
@@ -59,6 +60,11 @@ def read_formed(
         return _read_gathered(source, stores, read=read, start=start, stop=stop)
     if isinstance(source, BlockScaledSource):
         return _read_block_scaled(source, stores, read=read, start=start, stop=stop)
+    if isinstance(source, (StackedSource, TransposedSource)):
+        # Imported here: most checkpoints have the base's layout.
+        from mmerge.workers.checkpoints.relaid_weights import read_relaid
+
+        return read_relaid(source, stores, read=read, start=start, stop=stop)
     raise TypeError(f"{source.spec.name}: no reader for {type(source).__name__}")
 
 

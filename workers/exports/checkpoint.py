@@ -16,6 +16,7 @@ from mmerge.manifests.format.entry import Role
 from mmerge.manifests.format.manifest import FileEntry, read_file
 from mmerge.workers.adapters.files import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from mmerge.workers.exports.folder import to_export_folder
+from mmerge.workers.exports.relaid import ExpertLayout
 from mmerge.workers.families.registry import parse_config, text_config_of
 from mmerge.workers.modalities.small_files import write_files
 from mmerge.workers.reconstruction.build_reader import BuildReader
@@ -149,7 +150,12 @@ def _iterate_tensors(reader: BuildReader, expert: str | None) -> Iterator[tuple[
             yield name, text_weight(reader, name)
         return
     renamed = {reader.manifest.rename(name, expert=expert) for name in reader.llm_names()}
-    for name in reader.llm_names():
+    names = reader.llm_names()
+    if reader.manifest.to_expert(expert).layout == "base":
+        layout = _read_layout(reader, expert)
+        names = [name for name in names if name not in layout.names]
+        yield from layout.iterate(lambda name: rebuild_weight(reader, name, expert=expert))
+    for name in names:
         yield (
             reader.manifest.rename(name, expert=expert),
             rebuild_weight(reader, name, expert=expert),
@@ -157,6 +163,21 @@ def _iterate_tensors(reader: BuildReader, expert: str | None) -> Iterator[tuple[
     for name in reader.names("carried", expert):
         if name not in renamed:
             yield name, reader.read(name, "carried", expert)
+
+
+def _read_layout(reader: BuildReader, expert: str) -> ExpertLayout:
+    """Return which tensors of a build an expert's class saves otherwise. Raises ManifestError."""
+    configs = []
+    for record in (reader.manifest.base, reader.manifest.to_expert(expert)):
+        entry = next(file for file in record.files if file.name == "config.json")
+        data = read_file(reader.store, entry)
+        configs.append(parse_config(data, where=f"{reader.uri}: config.json"))
+    roles: tuple[Role, Role] = ("merged", "base")
+    shapes = {}
+    for name in reader.llm_names():
+        role = next(role for role in roles if reader.has(name, role))
+        shapes[name] = reader.shape(name, role)
+    return ExpertLayout(configs[0], configs[1], shapes)
 
 
 def _write_weights(

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from mmerge.workers.families.name_map import Conversion, NameMap, parameter_of
+from mmerge.workers.families.conversions import Conversion
+from mmerge.workers.families.name_map import NameMap, parameter_of
 
 _STACKS = ("MergeModulelist 0",), ("MergeModulelist 0", "Concatenate 1")
 """Conversions of one matrix per expert into a parameter of three dimensions."""

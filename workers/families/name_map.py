@@ -19,6 +19,7 @@ from typing import Any
 
 from mmerge.manifests.errors import CheckpointError, first_line
 from mmerge.manifests.format.tensor_names import move_layer, split_layer
+from mmerge.workers.families.conversions import Conversion, describe_conversion
 from mmerge.workers.families.model_config import (
     find_model_class,
     to_architecture,
@@ -39,22 +40,6 @@ _CACHED_CLASSES = 64
 
 class UnknownClass(CheckpointError):
     """transformers has no class for a configuration, or cannot make it."""
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """How a class forms one of its parameters of several tensors in the files, or of another form.
-
-    `steps` are the operations of transformers with their dimensions: `MergeModulelist 0`.
-    """
-
-    steps: tuple[str, ...]
-    position: int
-    """Of this tensor's pattern among those that the parameter is formed of."""
-    index: int | None
-    """Number of the expert that the tensor belongs to, None where the name has none."""
-    compares_shapes: bool
-    """Whether a tensor that has the parameter's shape is taken as it is."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +143,35 @@ def map_names(config: Mapping[str, Any], names: Iterable[str]) -> NameMap:
     return NameMap(canonical, model.class_name, conversions, parameters)
 
 
+def list_memory_names(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the names of a class's parameters in memory, by canonical name.
+
+    Raises:
+        UnknownClass: as `map_names`.
+    """
+    model = _read_model_names(json.dumps(config, sort_keys=True))
+    return {_place_parameter(name, model): name for name in model.parameters}
+
+
+def to_saved_form(config: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
+    """Return a parameter as its class saves it: tensors by their names in files.
+
+    Args:
+        config: the config.json of the class.
+        name: of the parameter in memory.
+        value: the parameter.
+
+    Raises:
+        UnknownClass: transformers has no such class, or cannot convert the parameter.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    with _translated_errors(config):
+        model = _read_meta_model(json.dumps(config, sort_keys=True))
+        saved: dict[str, Any] = revert_weight_conversion(model, {name: value})
+        return saved
+
+
 def map_language_model(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
     """Return the stored names of a multimodal model's language model, by name in its plain class.
 
@@ -201,7 +215,7 @@ def _canonical(name: str, model: _ModelNames) -> tuple[str, Conversion | None]:
     renamed = apply_renamings(name, renamings)
     tail = renamed[_count_equal(renamed, parameter) :]
     place = f"{_PLACE}{pattern} {'.'.join(re.findall(r'[0-9]+', tail))}".rstrip()
-    return f"{canonical}{place}", _describe_conversion(pattern, tail, model)
+    return f"{canonical}{place}", describe_conversion(pattern, tail, model.converters)
 
 
 def _place_parameter(parameter: str, model: _ModelNames) -> str:
@@ -220,39 +234,16 @@ def _place_parameter(parameter: str, model: _ModelNames) -> str:
     return f"{_DECODER}{move_layer(path, split.layer - shift)}"
 
 
-def _describe_conversion(pattern: str, tail: str, model: _ModelNames) -> Conversion | None:
-    """Return how a tensor is converted whose name fits a pattern, None where that is unclear.
-
-    Args:
-        pattern: of a converter.
-        tail: of the tensor's name, from where it differs from the parameter's.
-        model: the converters.
-    """
-    fitting = [item for item in model.converters if pattern in item.source_patterns]
-    if len(fitting) != 1 or len(fitting[0].target_patterns) != 1:
-        return None
-    number = re.match(r"[0-9]+", tail)
-    operations = fitting[0].operations
-    return Conversion(
-        steps=tuple(_describe_operation(operation) for operation in operations),
-        position=fitting[0].source_patterns.index(pattern),
-        index=int(number[0]) if number and "*" in pattern else None,
-        compares_shapes=any(getattr(item, "check_dims", False) for item in operations),
-    )
-
-
-def _describe_operation(operation: Any) -> str:
-    """Return the name of an operation and its dimensions."""
-    dimensions = [
-        getattr(operation, key) for key in ("dim", "dim0", "dim1") if hasattr(operation, key)
-    ]
-    return " ".join([type(operation).__name__, *map(str, dimensions)])
-
-
 def _count_equal(name: str, other: str) -> int:
     """Return how many letters two names have in common at their beginning."""
     pairs = zip(name, other, strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+@lru_cache(maxsize=1)
+def _read_meta_model(config_json: str) -> Any:
+    """Return the model of a config.json on the meta device. Raises CheckpointError."""
+    return _make_meta_model(json.loads(config_json))
 
 
 @lru_cache(maxsize=_CACHED_CLASSES)
