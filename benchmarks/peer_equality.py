@@ -28,7 +28,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from mmerge.pipeline import export, make_plan, read_recipe, run
-from mmerge.pipeline.planning.name_matching import match_expert, rename
+from mmerge.pipeline.planning.name_matching import make_renamer, match_expert
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
 from mmerge.workers.methods import method_names
 
@@ -135,9 +135,10 @@ def write_language_models(folder: Path) -> None:
         target.mkdir(parents=True)
         tensors = load_file(LAB / name / "model.safetensors")
         if name != "base":
-            renames = match_expert(base, Checkpoint(str(LAB / name), owner=name)).renames
+            match = match_expert(base, Checkpoint(str(LAB / name), owner=name))
+            renamer = make_renamer(match.renames)
             tensors = {
-                base_name: tensors[rename(base_name, renames)][: shape[0]].contiguous()
+                base_name: tensors[renamer(base_name)][: shape[0]].contiguous()
                 for base_name, shape in shapes.items()
             }
         save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})

@@ -23,10 +23,21 @@ def make_build_digest(fields: dict[str, Any], objects: Sequence[str]) -> str:
         **fields,
         "version": VERSION,
         "base": base.model_dump(mode="json"),
-        "experts": [expert.model_dump(mode="json") for expert in experts],
+        "experts": [_describe_expert(expert) for expert in experts],
         "objects": list(objects),
     }
     return digest_json(identity)
+
+
+def _describe_expert(expert: ExpertRecord) -> dict[str, Any]:
+    """Return the fields of an expert that have part in the digest.
+
+    `layout` is left out where it is absent, so that builds keep their digests of before it existed.
+    """
+    described: dict[str, Any] = expert.model_dump(mode="json")
+    if expert.layout is None:
+        del described["layout"]
+    return described
 
 
 def recompute_build_digest(manifest: Manifest) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from math import prod
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,21 +20,13 @@ from mmerge.workers.checkpoints.formed_sources import (
 )
 from mmerge.workers.checkpoints.lora_weights import low_rank_rows
 from mmerge.workers.checkpoints.relaid_sources import StackedSource, TransposedSource
-from mmerge.workers.checkpoints.sources import FormedSource, OpenStores, TensorSource
-
-
-class ReadSource(Protocol):
-    """Reads a range of any tensor source: `reading.read_source`."""
-
-    def __call__(
-        self,
-        source: TensorSource,
-        *,
-        stores: dict[str, ReadableStore],
-        offset: int,
-        num_bytes: int,
-    ) -> memoryview:
-        """Return `num_bytes` bytes from `offset` bytes after the tensor's start."""
+from mmerge.workers.checkpoints.relaid_weights import read_relaid
+from mmerge.workers.checkpoints.sources import (
+    FormedSource,
+    OpenStores,
+    ReadSource,
+    TensorSource,
+)
 
 
 def read_formed(
@@ -61,9 +52,6 @@ def read_formed(
     if isinstance(source, BlockScaledSource):
         return _read_block_scaled(source, stores, read=read, start=start, stop=stop)
     if isinstance(source, (StackedSource, TransposedSource)):
-        # Imported here: most checkpoints have the base's layout.
-        from mmerge.workers.checkpoints.relaid_weights import read_relaid
-
         return read_relaid(source, stores, read=read, start=start, stop=stop)
     raise TypeError(f"{source.spec.name}: no reader for {type(source).__name__}")
 

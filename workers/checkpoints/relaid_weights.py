@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 import torch
 
 from mmerge.manifests.format.safetensors_header import DTYPE_BYTES
 from mmerge.manifests.stores.base import ReadableStore
-from mmerge.workers.checkpoints.dtypes import to_tensor
+from mmerge.workers.checkpoints.dtypes import to_bytes, to_tensor
 from mmerge.workers.checkpoints.relaid_sources import StackedSource, TransposedSource
-from mmerge.workers.checkpoints.sources import OpenStores, TensorSource
-
-if TYPE_CHECKING:
-    from mmerge.workers.checkpoints.formed_weights import ReadSource
+from mmerge.workers.checkpoints.sources import OpenStores, ReadSource, TensorSource
 
 
 def read_relaid(
@@ -76,7 +72,7 @@ def _read_transposed(
         pieces.append(values[offset:piece_stop])
         first += piece_stop - offset
     values = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-    return memoryview(values.contiguous().view(torch.uint8).numpy())
+    return to_bytes(values)
 
 
 def _read_matrix(

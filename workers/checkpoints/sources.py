@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from mmerge.manifests.digest import digest_json
 from mmerge.manifests.format.safetensors_header import TensorSpec
@@ -63,6 +63,20 @@ class FormedSource(TensorSource):
     def row_entries(self) -> int:
         """Entries that can only be computed together: those of one row of a matrix."""
         return self.spec.shape[-1] if self.spec.shape else 1
+
+
+class ReadSource(Protocol):
+    """Reads a range of any tensor source: `reading.read_source`."""
+
+    def __call__(
+        self,
+        source: TensorSource,
+        *,
+        stores: dict[str, ReadableStore],
+        offset: int,
+        num_bytes: int,
+    ) -> memoryview:
+        """Return `num_bytes` bytes from `offset` bytes after the tensor's start."""
 
 
 class OpenStores(dict[str, ReadableStore]):
