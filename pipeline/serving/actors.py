@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from mmerge.manifests.errors import MmergeError, PlacementError, RankLost
 from mmerge.pipeline.execution.ray_executor import RayExecutor
-from mmerge.workers.composite.load_report import LoadReport
+from mmerge.workers.composite.loaded import LoadReport
 from mmerge.workers.composite.loader import Mode, load_composite
 from mmerge.workers.composite.model import Composite
 from mmerge.workers.composite.process_group import (

@@ -56,6 +56,7 @@ def make_loader(settings: ServeSettings) -> Loader:
             device=settings.device,
             dtype=None if settings.dtype is None else getattr(torch, settings.dtype),
             policy=settings.policy,
+            reuse=reuse,
         )
 
     return load

@@ -13,6 +13,7 @@ from torch import nn
 
 from mmerge.manifests.errors import REPAIR, CheckpointError, ManifestError
 from mmerge.manifests.format.tensor_names import layer_of
+from mmerge.workers.composite.loaded import LoadedItems
 from mmerge.workers.composite.meta_model import make_meta_model, set_parameter
 from mmerge.workers.composite.model_parallel import apply_tensor_parallel, place_layers
 from mmerge.workers.composite.placement import Placement, Stage
@@ -52,6 +53,8 @@ class LoadRequest:
     on_bytes: Callable[[int, int], None]
     is_compared: bool = True
     """Whether a small prompt is compared with the experts' own classes."""
+    reuse: LoadedItems | None = None
+    """Of a composite on the same single device."""
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -64,6 +67,11 @@ class LoadRequest:
     def devices(self) -> list[torch.device]:
         """The devices of this process: one, or one per stage."""
         return [torch.device(stage.device) for stage in self.stages] or [self.device]
+
+    @property
+    def can_share(self) -> bool:
+        """Whether this process has the whole model, on one device."""
+        return self.group.num_ranks == 1 and not self.stages
 
     @property
     def owner(self) -> str:
@@ -86,9 +94,16 @@ class LanguageModelLoader:
         self.item_reader = ItemReader(
             request.reader, expert=request.expert, dtype=request.dtype, policy=request.policy
         )
+        self.loaded = LoadedItems(request.device)
         self.items: list[Item] = []
         self.item_ranks: dict[str, int] = {}
         self.plan: TensorParallelPlan
+
+    def read(self, item: Item) -> dict[str, torch.Tensor]:
+        """Return the fields of an item: those of another composite where it has an equal one."""
+        reuse = self.request.reuse
+        fields = None if reuse is None else reuse.find(item, reader=self.item_reader)
+        return self.item_reader.read(item) if fields is None else fields
 
     def first_items(self) -> list[Item]:
         """Return the items of embedding and head, which are read while the model is made.
@@ -184,7 +199,10 @@ class LanguageModelLoader:
             owner = self.item_ranks[item.name]
             fields = scatter_item(item, tensors, group=self.group, owner=owner, plan=self.plan)
             device = self._device_of(item.name)
-            self._place(model, item, {name: value.to(device) for name, value in fields.items()})
+            placed = {name: value.to(device) for name, value in fields.items()}
+            self._place(model, item, placed)
+            if self.request.can_share:
+                self.loaded.keep(item, placed, reader=self.item_reader)
             if owner == self.group.rank:
                 num_bytes += item.num_bytes
                 self.request.on_bytes(num_bytes, total)

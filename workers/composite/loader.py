@@ -17,7 +17,7 @@ from mmerge.workers.composite.decoder.text_answers import (
 )
 from mmerge.workers.composite.decoder.text_config import to_language_config
 from mmerge.workers.composite.language_model import LanguageModelLoader, LoadRequest
-from mmerge.workers.composite.load_report import LoadReport
+from mmerge.workers.composite.loaded import LoadReport
 from mmerge.workers.composite.meta_model import find_text_class
 from mmerge.workers.composite.model import Composite
 from mmerge.workers.composite.placement import Placement
@@ -63,6 +63,7 @@ def load_composite(
     group: ProcessGroup | None = None,
     check: bool = True,
     on_bytes: Callable[[int, int], None] = lambda num_bytes, total: None,
+    reuse: Composite | None = None,
 ) -> Composite:
     """Return the composite at `uri`, ready for prompts.
 
@@ -81,6 +82,8 @@ def load_composite(
         check: whether a small prompt is answered by each expert's own class too, and compared.
             Without it, and on several devices, classes that no test compares are refused.
         on_bytes: called with the stored bytes that this rank has read and will read in all.
+        reuse: a composite on the same device, such as one of an earlier build. Tensors of its
+            language model that this build has too are shared, and neither read nor held twice.
 
     Raises:
         ManifestError, StoreError: the build is missing or damaged, has no such expert, or an
@@ -128,7 +131,15 @@ def load_composite(
         group=group,
         on_bytes=on_bytes,
         is_compared=is_compared,
+        reuse=None if reuse is None else reuse.loaded,
     )
+    if request.reuse is not None and not (
+        request.can_share and request.reuse.device == request.device
+    ):
+        raise PlacementError(
+            f"{uri}: tensors are shared by composites that are whole on one device: the other is on"
+            f" {request.reuse.device}. Leave 'reuse' out"
+        )
     try:
         return _load(request)
     except Exception:
@@ -178,7 +189,7 @@ def _load(request: LoadRequest) -> Composite:
     loader = LanguageModelLoader(request, routing=routing, loads=encoder_loads)
     with prefetch(
         loader.first_items(),
-        loader.item_reader.read,
+        loader.read,
         num_threads=read_threads(reader.store),
         window_bytes=_window_bytes(request),
     ) as tensors:
@@ -212,6 +223,7 @@ def _load(request: LoadRequest) -> Composite:
         text_is_prefix=rules is not None and rules.is_prefix,
         group=group,
         load_reports=group.all_gather_object(report),
+        loaded=loader.loaded,
     )
     if request.is_compared and rules is not None:
         composite.compare_with_classes(rules)

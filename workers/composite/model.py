@@ -15,7 +15,7 @@ from mmerge.workers.composite.decoder.composer import PromptComposer
 from mmerge.workers.composite.decoder.load_check import compare_with_class
 from mmerge.workers.composite.decoder.passes import decoder_inputs
 from mmerge.workers.composite.decoder.prompt_inputs import PromptInputs, to_batch
-from mmerge.workers.composite.load_report import LoadReport
+from mmerge.workers.composite.loaded import LoadedItems, LoadReport
 from mmerge.workers.composite.process_group import ProcessGroup
 from mmerge.workers.composite.routing import Routing
 from mmerge.workers.generation.answer_stream import Receiver, TokenRelay, stream_text
@@ -58,6 +58,7 @@ class Composite:
         group: ProcessGroup,
         text_is_prefix: bool = False,
         load_reports: Sequence[LoadReport] = (),
+        loaded: LoadedItems | None = None,
     ) -> None:
         """Assemble a composite.
 
@@ -72,6 +73,8 @@ class Composite:
         self.group = group
         self.load_reports = tuple(load_reports)
         """Of every rank, by rank."""
+        self.loaded = loaded
+        """Tensors that another composite may share, see `load_composite`."""
         self._choice = ExpertChoice(self.encoders, expert)
         self._prompts = PromptFormat(
             manifest,

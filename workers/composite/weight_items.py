@@ -98,6 +98,13 @@ class ItemReader:
         num_bytes = self.reader.stored_bytes(copied, "carried", self.expert)
         return Item(head, "plain", (Field("value", self.dtype, shape),), num_bytes)
 
+    def copied_digests(self, name: str) -> tuple[str, ...]:
+        """Return the digests of the expert's copied tensor that replaces one of the model."""
+        copied = self._copied_name(name)
+        if copied is None or not self.expert:
+            return ()
+        return self.reader.digests(copied, "carried", self.expert)
+
     def read(self, item: Item) -> dict[str, torch.Tensor]:
         """Return the whole tensor of each field of an item.
 

@@ -166,6 +166,11 @@ class BuildReader:
         rows = self._rows.get((role, expert, self.stored_name(name, role)), ())
         return sum(row.num_bytes for row in rows)
 
+    def digests(self, name: str, role: Role, expert: str = "") -> tuple[str, ...]:
+        """Return the digests of a tensor's pieces, none where the build has none of that name."""
+        rows = self._rows.get((role, expert, self.stored_name(name, role)), ())
+        return tuple(row.digest for row in rows)
+
     def read(self, name: str, role: Role, expert: str = "") -> torch.Tensor:
         """Return one stored tensor.
 
