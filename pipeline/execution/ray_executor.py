@@ -100,17 +100,11 @@ class RayExecutor(Executor):
                         logging_level=logging.ERROR,
                         log_to_driver=False,
                     )
-            except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-                where = self.address or "a local Ray"
-                first = first_line(error)
-                raise MmergeError(
-                    f"{where}: cannot be reached ({first}). Check --address, or run with --executor"
-                    " serial"
-                ) from error
+            except Exception as error:  # of a node that starts too slowly, Ray raises a bare one
+                raise _describe_failure(self.address, error) from error
             if handler is not None:
-                signal.signal(
-                    signal.SIGTERM, handler
-                )  # Ray puts one of its own there, which would skip our clean end
+                # Ray puts one of its own there, which would skip our clean end.
+                signal.signal(signal.SIGTERM, handler)
             self._started = True
 
     def _check_memory(self, tasks: Sequence[Task]) -> None:
@@ -135,6 +129,16 @@ class RayExecutor(Executor):
             self._started = False
         _forget_token(self._variables)
         self._variables = []
+
+
+def _describe_failure(address: str | None, error: Exception) -> MmergeError:
+    """Return the error of a cluster that cannot be reached, or of a local Ray that fails."""
+    problem, remedy = "a local Ray did not start", "Run again when this machine is less busy"
+    if address:
+        problem, remedy = f"{address}: cannot be reached", "Check --address"
+    return MmergeError(
+        f"{problem} ({first_line(error)}). {remedy}, or run with --executor processes"
+    )
 
 
 def _close_to_others() -> list[str]:

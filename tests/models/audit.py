@@ -13,6 +13,8 @@ from models.clockwork import Process
 from models.simulated_store import World
 from models.tiny_builds import digest, needed_keys
 
+from mmerge.manifests.maintenance.lease import STALE
+
 
 @dataclass
 class Audit:
@@ -48,6 +50,8 @@ class Audit:
             self._see_record(process, key)
         elif folder == "builds":
             self._see_build(world, key, data)
+        elif folder == "probe":
+            self._see_probe(world, process, key, data)
         elif key in self.true_objects and data != self.true_objects[key]:
             self.faults.append(f"{key} was written with other bytes than its name stands for")
         elif folder == "files" and key != f"files/{digest(data)}":
@@ -80,6 +84,20 @@ class Audit:
         own_key = process.settings.setdefault("record", key)
         if own_key != key:
             self.faults.append(f"{process.name} made the records {own_key} and {key}")
+
+    def _see_probe(self, world: World, process: Process | None, key: str, data: bytes) -> None:
+        """The verdict on a store whose create is atomic says so.
+
+        A run that was suspended for long can find its own probes deleted.
+        """
+        if process is None:
+            return
+        if not key.startswith("probe/verdict-"):
+            process.settings.setdefault("probed", world.clock.seconds)
+            return
+        seconds = world.clock.seconds - process.settings.get("probed", 0.0)
+        if json.loads(data) != {"atomic_create": True} and seconds < STALE.total_seconds():
+            self.faults.append(f"{process.name} took the store's create for one that is not atomic")
 
     def _see_build(self, world: World, key: str, data: bytes) -> None:
         build = key.split("/")[1]

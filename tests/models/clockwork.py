@@ -86,7 +86,10 @@ class Process:
         self.settings: dict[str, Any] = dict(parent.settings) if parent else {}
         self.bypasses: list[Any] = []
         """Worlds whose calls are no steps: those in which a task is recorded."""
+        self.pending_verb = ""
+        """Verb of the store call before which the process waits, if it does."""
         self._budget = 0
+        self._stops_after_call = False
         self._mine, self._scheduler = threading.Lock(), threading.Lock()
         self._mine.acquire()
         self._scheduler.acquire()
@@ -131,6 +134,14 @@ class Process:
             self.advance(1000)
         return self
 
+    def finish_call(self) -> None:
+        """Make the store call before which the process waits, and stop before its answer is used.
+
+        What the process does with the answer, its checks too, then happens when it goes on.
+        """
+        self._stops_after_call = True
+        self.advance(1)
+
     def kill(self) -> None:
         """End the process at once: its cleanup runs, but reaches the store no more."""
         self.is_killed = True
@@ -143,16 +154,24 @@ class Process:
             process.advance(UNLIMITED)
             assert process.is_done
 
-    def before_call(self) -> None:
+    def before_call(self, verb: str) -> None:
         """Wait for permission to make a store call. Raises Killed in a killed process."""
         if self.is_killed:
             raise Killed
         if self._budget <= 0:
+            self.pending_verb = verb
             self._yield()
+            self.pending_verb = ""
             if self.is_killed:
                 raise Killed
         self._budget -= 1
         self.num_calls += 1
+
+    def after_call(self) -> None:
+        """Wait, where `finish_call` asked for it, before the answer to a store call is used."""
+        if self._stops_after_call and not self.is_killed:
+            self._stops_after_call = False
+            self._yield()
 
     def sleep(self, seconds: float) -> None:
         """Sleep in simulated time."""

@@ -183,8 +183,23 @@ def trust_inputs() -> Iterator[None]:
 
 @contextmanager
 def take_conflicts_for_existing_objects() -> Iterator[None]:
-    """The answer 409 of a server that gave a request up counts as an object that exists."""
-    with mock.patch.object(translation_module, "_is_conflict", return_value=False):
+    """The answer 409 of a server that gave a request up counts as an object that exists.
+
+    Reading the object, which is not there, would show the fault: that is left out, too.
+    """
+    real_create = confirm_module.create
+
+    def create(store: Any, key: str, data: bytes, **options: Any) -> Stored:
+        try:
+            store.put_new(key, data)
+        except AlreadyExists:
+            return Stored(store.read(key) if store.exists(key) else data, False)
+        return real_create(store, key, data, **options)
+
+    with (
+        mock.patch.object(translation_module, "_is_conflict", return_value=False),
+        mock.patch.object(confirm_module, "create", create),
+    ):
         yield
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from models.exploration import Contents
 from models.tiny_builds import digest, needed_keys
 
-from mmerge.manifests.errors import MissingObjects
+from mmerge.manifests.errors import MissingObjects, StoreError
 from mmerge.manifests.format.entry import (
     ObjectEntry,
     ShardEntry,
@@ -133,6 +133,19 @@ def refer(store: Store, small: SmallBuild) -> tuple[str, int]:
 def collect(store: Store, grace: float) -> Any:
     """Collect garbage."""
     return collect_garbage(store, grace=timedelta(seconds=grace), delete=True).deleted
+
+
+def collect_entries(store: Store) -> Any:
+    """Collect garbage in a store that refuses to delete objects, once their entries are deleted."""
+    delete = store.delete
+
+    def refuse(key: str) -> None:
+        if key.endswith(".safetensors"):
+            raise StoreError(f"{store.uri}: {key}: access denied")
+        delete(key)
+
+    store.delete = refuse  # type: ignore[method-assign]
+    return collect(store, 0.0)
 
 
 def refer_and_collect(store: Store, *builds: SmallBuild) -> Any:

@@ -12,7 +12,6 @@ from typing import Any
 from unittest import mock
 
 import obstore
-from models.clockwork import EPOCH
 from models.simulated_store import Stored, World
 from obstore.exceptions import AlreadyExistsError, GenericError, NotFoundError
 
@@ -153,7 +152,7 @@ def _meta(key: str, stored: Stored) -> dict[str, Any]:
         "path": key,
         "size": len(stored.data),
         "e_tag": f'"{stored.version}"',
-        "last_modified": EPOCH.fromtimestamp(EPOCH.timestamp() + stored.seconds, EPOCH.tzinfo),
+        "last_modified": stored.modified,
         "version": None,
     }
 

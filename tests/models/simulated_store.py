@@ -10,7 +10,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
+from functools import cached_property
 from typing import Any, TypeVar
 
 from blake3 import blake3
@@ -30,6 +31,8 @@ LIES = ("swallow", "flip", "short", "conflict")
 
 `conflict` is the answer 409 of an S3 server to one of several concurrent creates.
 """
+TRACE_PIECE = 1000
+"""Steps that are added to the digest of a trace at once."""
 Observer = Callable[["World", Process | None, str, str, bytes | None], None]
 ChooseFault = Callable[[Process, str, str], str | None]
 _Result = TypeVar("_Result")
@@ -43,6 +46,11 @@ class Stored:
     data: bytes
     seconds: float
     version: int
+
+    @cached_property
+    def modified(self) -> datetime:
+        """The time of the last change."""
+        return EPOCH + timedelta(seconds=self.seconds)
 
 
 class World:
@@ -74,6 +82,8 @@ class World:
         self.num_steps = 0
         self.num_processes = 0
         self._digest = blake3()
+        self._trace: list[str] = []
+        """Steps that are not in the digest yet."""
         _worlds[name] = self
 
     @property
@@ -89,6 +99,7 @@ class World:
 
     def trace(self) -> str:
         """Return a digest of every step so far: who called what, and how it ended."""
+        self._digest_trace()
         return str(self._digest.hexdigest())
 
     def call(self, verb: str, key: str, effect: Callable[[str | None], _Result]) -> _Result:
@@ -99,7 +110,15 @@ class World:
         process = current_process()
         if process is None or self in process.bypasses:
             return effect(None)
-        process.before_call()
+        process.before_call(verb)
+        try:
+            return self._call(process, verb, key, effect)
+        finally:
+            process.after_call()
+
+    def _call(
+        self, process: Process, verb: str, key: str, effect: Callable[[str | None], _Result]
+    ) -> _Result:
         self.num_steps += 1
         fault = self.choose_fault(process, verb, key)
         self._note(process, verb, key, fault or "")
@@ -113,7 +132,13 @@ class World:
         return result
 
     def _note(self, process: Process, *words: str) -> None:
-        self._digest.update("\0".join((process.name, *words, "\n")).encode())
+        self._trace.append("\0".join((process.name, *words, "\n")))
+        if len(self._trace) > TRACE_PIECE:
+            self._digest_trace()
+
+    def _digest_trace(self) -> None:
+        self._digest.update("".join(self._trace).encode())
+        self._trace.clear()
 
     def store(self, key: str, data: bytes, *, replace: bool, lie: str | None = None) -> None:
         """Keep the bytes of one object. Raises AlreadyExists."""
@@ -163,7 +188,7 @@ class World:
     def list_below(self, folder: str) -> list[Listed]:
         """Return the objects whose key begins with `folder`."""
         return [
-            Listed(key, len(stored.data), EPOCH + timedelta(seconds=stored.seconds))
+            Listed(key, len(stored.data), stored.modified)
             for key, stored in self.objects.items()
             if key.startswith(folder)
         ]

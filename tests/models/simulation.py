@@ -33,7 +33,15 @@ STEPS_PER_EPISODE = 4000
 MOST_PROCESSES = 4
 FAULT_SHARE = 0.004
 FAULTS = ("before", "lost", "twice", "conflict")
-JUMPS = (20.0, 90.0, 14 * MINUTE, 16 * MINUTE, 60 * MINUTE)
+LIES = ("swallow", "short", "flip")
+LIE_SHARE = 0.03
+"""Of the writes of new objects to a bucket."""
+CREATE_FAULT_SHARE = 0.03
+"""Of the creates in a bucket, except those of probes: the protocol rests on them."""
+DAY = 24 * 60 * MINUTE
+JUMPS = (20.0, 90.0, 14 * MINUTE, 16 * MINUTE, 60 * MINUTE, 60 * MINUTE, DAY + 60 * MINUTE)
+PROMPT_CALLS = {"delete": 10 * MINUTE, "put_new": DAY}
+"""How soon after the check before it a call reaches the store (docs/storage.md), by its verb."""
 GRACES = (0.0, 10 * MINUTE, 30 * MINUTE)
 MOST_CALLS = 200_000
 
@@ -91,19 +99,28 @@ class Episode:
             process.kill()
             self.live.remove(process)
         elif draw < 0.98:
-            clock = self.world.clock
-            clock.advance_to(clock.seconds + self.random.choice(JUMPS))
+            self._pass_time(self.random.choice(JUMPS))
         else:
             self._overtake(self.random.choice(self.live))
 
     def _overtake(self, process: Process) -> None:
         """Hold one process for so long that its leases expire, while others do whole operations."""
         process.is_suspended = True
-        clock = self.world.clock
         for _ in range(self.random.choice((1, 1, 2, 3, 4))):
-            clock.advance_to(clock.seconds + 16 * MINUTE)
+            self._pass_time(self.random.choice((16 * MINUTE, 16 * MINUTE, DAY + 60 * MINUTE)))
             self._start(calls=MOST_CALLS)
-        self._advance(process)
+        if process in self.live:
+            self._advance(process)
+
+    def _pass_time(self, seconds: float) -> None:
+        """Move the clock; calls that follow at once upon a check are made before."""
+        for process in list(self.live):
+            if seconds > PROMPT_CALLS.get(process.pending_verb, float("inf")):
+                process.finish_call()
+                if process.is_done:
+                    self.live.remove(process)
+                    self._end(process)
+        self.world.clock.advance_to(self.world.clock.seconds + seconds)
 
     def _start(self, calls: int | None = None) -> None:
         draw = self.random.random()
@@ -176,9 +193,18 @@ class Episode:
             raise Fault(f"seed {self.seed}: {process.name} failed") from error
 
     def _choose_fault(self, process: Process, verb: str, key: str) -> str | None:
-        if self.random.random() >= FAULT_SHARE:
-            return None
-        return self.random.choice(FAULTS)
+        draw = self.random.random()
+        is_probe = "/create-" in key
+        is_create = verb == "put_new" and self.world.is_remote and not is_probe
+        share = CREATE_FAULT_SHARE if is_create else FAULT_SHARE
+        if draw < share:
+            return self.random.choice(FAULTS)
+        # Only a server lies. What exists it would damage, until the writer has repaired it. One
+        # that loses what it was to create is rightly taken for one whose create is not atomic.
+        may_lie = self.world.is_remote and not is_probe and key not in self.world.objects
+        if may_lie and verb in ("put", "put_new") and draw < share + LIE_SHARE:
+            return self.random.choice(LIES)
+        return None
 
 
 def simulate(

@@ -14,6 +14,7 @@ from models.protocol_programs import (
     NAME,
     SmallBuild,
     collect,
+    collect_entries,
     refer,
     refer_and_collect,
     write_build,
@@ -98,6 +99,7 @@ PROGRAMS: dict[str, Program] = {
     "refer to first": lambda store: refer(store, FIRST),
     "refer to second": lambda store: refer(store, SECOND),
     "gc": lambda store: collect(store, 0.0),
+    "interrupted gc": collect_entries,
     "refer to others and gc": lambda store: refer_and_collect(store, SECOND, OLD),
 }
 
@@ -139,11 +141,15 @@ A_DAY = {"jump_seconds": DAY + 3600.0, "prompt_verbs": frozenset({"delete", "put
 """Longer than an announcement lives. A create follows at once upon the check before it."""
 
 
-@pytest.mark.parametrize("options", [{}, FROZEN, A_DAY], ids=["minutes", "frozen clocks", "a day"])
+@pytest.mark.parametrize(
+    ("collection", "options"),
+    [("gc", {}), ("gc", FROZEN), ("gc", A_DAY), ("interrupted gc", {})],
+    ids=["minutes", "frozen clocks", "a day", "interrupted"],
+)
 def test_no_interleaving_of_a_writer_and_a_collection_loses_what_the_writer_reuses(
-    options: dict[str, Any],
+    collection: str, options: dict[str, Any]
 ) -> None:
-    assert explore("third", "gc", jumps=1, **options) is None
+    assert explore("third", collection, jumps=1, **options) is None
 
 
 def test_no_interleaving_of_two_writers_loses_a_build() -> None:

@@ -11,8 +11,8 @@ from models.simulation import STEPS_PER_EPISODE, Episode, make_models, simulate
 from models.tiny_builds import simulated_world
 
 FACTOR = int(os.environ.get("MMERGE_MODEL_FACTOR", "1"))
-STEPS = 100_000
-"""Store calls in continuous integration: about 10 seconds of one core."""
+STEPS = int(os.environ.get("MMERGE_MODEL_STEPS", "100000"))
+"""Store calls; continuous integration makes a million, in about a minute of one core."""
 
 
 @pytest.fixture(scope="module")

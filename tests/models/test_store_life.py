@@ -69,6 +69,7 @@ def test_no_life_of_a_store_loses_or_changes_a_build(
     ("mutation", "kind", "fault"),
     [
         (mutations.skip_record_checks, "memory", "was changed|of another digest"),
+        (mutations.trust_inputs, "memory", "other bytes than its name stands for"),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )

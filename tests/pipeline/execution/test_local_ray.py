@@ -150,3 +150,32 @@ def test_a_process_that_imported_ray_before_demands_the_token_too() -> None:
         assert facts["answer"] == 7
         _, err = start_client(facts["address"], RAY_AUTH_MODE="disabled").communicate(timeout=60)
     assert "AuthenticationError" in err
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        (None, "a local Ray did not start (The current node timed out"),
+        ("head:6379", "head:6379: cannot be reached (The current node timed out"),
+    ],
+)
+def test_a_ray_that_does_not_start_is_explained(
+    monkeypatch: pytest.MonkeyPatch, address: str | None, message: str
+) -> None:
+    """Ray raises a bare Exception where its processes were suspended, say, while they started."""
+    import ray
+
+    from mmerge.manifests.errors import MmergeError
+    from mmerge.pipeline.execution.ray_executor import RayExecutor
+
+    def fail(**options: Any) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", fail)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    executor = RayExecutor(address=address)
+    with pytest.raises(MmergeError) as caught:
+        executor.connect()
+    executor.close()
+    assert message in str(caught.value)
