@@ -88,6 +88,8 @@ TABLE_ROWS = Limit("MMERGE_MAX_TABLE_ROWS", 1 << 21, "rows")
 """Of a build's table of tensors. A million equal rows take some kilobytes in Parquet, and more than
 a gigabyte of memory.
 """
+TABLE_BYTES = Limit("MMERGE_MAX_TABLE_BYTES", 1 << 29, "bytes once decompressed")
+"""Of that table: a row has about 500, and few long texts can stand in many rows."""
 ARCHIVE_ENTRIES = Limit("MMERGE_MAX_ARCHIVE_ENTRIES", 100_000, "entries")
 PATTERN_CHARACTERS = Limit("MMERGE_MAX_PATTERN_CHARACTERS", 1000, "characters")
 PATTERNS = Limit("MMERGE_MAX_PATTERNS", 1000, "patterns")

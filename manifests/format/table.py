@@ -9,6 +9,7 @@ from math import prod
 from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from pydantic import TypeAdapter, ValidationError
 
@@ -24,6 +25,7 @@ from mmerge.manifests.errors import (
 )
 from mmerge.manifests.format.entry import ObjectEntry, ShardEntry, TensorRow, validate_key
 from mmerge.manifests.format.manifest import TableEntry
+from mmerge.manifests.format.parquet_footer import read_column_sizes
 from mmerge.manifests.format.safetensors_header import DTYPE_BYTES
 from mmerge.manifests.format.tensor_names import layer_of
 from mmerge.manifests.stores.base import ReadableStore
@@ -53,6 +55,9 @@ SCHEMA = pa.schema(
         ("overlaps", pa.list_(pa.int64())),
     ]
 )
+MAX_TEXT_BYTES = 1 << 16
+"""Of a key, a name or a digest."""
+_TEXTS = [field.name for field in SCHEMA if field.type == pa.string()]
 _STATISTICS = (
     "num_entries",
     "num_kept",
@@ -149,18 +154,56 @@ def parse_table(data: bytes) -> list[StoredRow]:
     """Return all rows of a file that `make_table` wrote.
 
     Raises:
-        ValueError: it is no such file, or has too many rows.
+        ValueError: it is no such file, or has too many rows or bytes.
     """
     try:
-        file = pq.ParquetFile(io.BytesIO(data))
+        # Texts stay dictionaries until their size is known: one long text can stand in every row.
+        file = pq.ParquetFile(io.BytesIO(data), read_dictionary=_TEXTS)
         num_rows = file.metadata.num_rows
         if num_rows > limits.TABLE_ROWS.value:
             raise ValueError(limits.TABLE_ROWS.describe_excess(num_rows))
+        _check_size(data)
+        if file.schema_arrow.names != SCHEMA.names:
+            raise ValueError(f"has the columns {', '.join(file.schema_arrow.names[:30])[:500]}")
         # Threads cost more than they save for a table of this size.
-        return _parse_rows(file.read(use_threads=False).to_pylist())
+        table = file.read(use_threads=False)
+        _check_texts(table)
+        # Rows of dictionaries take three times as long to make as rows of texts.
+        return _parse_rows(table.cast(SCHEMA).to_pylist())
     # pyarrow raises OSError for a page header that it cannot parse.
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(_first_reason(error)) from error
+
+
+def _check_size(data: bytes) -> None:
+    """Compare the bytes of a Parquet file with the limit before anything is decoded.
+
+    These are the bytes of its pages once decompressed, and 8 per value: the values of a list that
+    are all equal take next to nothing in a page.
+    """
+    num_bytes = 0
+    for num_values, page_bytes in read_column_sizes(data):
+        if num_values < 0 or page_bytes < 0:
+            raise ValueError("has a column of negative size")
+        num_bytes += page_bytes + 8 * num_values
+    if num_bytes > limits.TABLE_BYTES.value:
+        raise ValueError(limits.TABLE_BYTES.describe_excess(num_bytes))
+
+
+def _check_texts(table: Any) -> None:
+    """Compare the texts of all rows together with the limit before each row gets its own."""
+    num_bytes = 0
+    for name in _TEXTS:
+        for chunk in table.column(name).chunks:
+            lengths = pc.binary_length(chunk.dictionary).cast(pa.int64())
+            longest = pc.max(lengths).as_py() or 0
+            if longest > MAX_TEXT_BYTES:
+                raise ValueError(
+                    f"{name}: has a text of {longest:,} bytes, at most {MAX_TEXT_BYTES:,} are read"
+                )
+            num_bytes += pc.sum(lengths.take(chunk.indices)).as_py() or 0
+    if num_bytes > limits.TABLE_BYTES.value:
+        raise ValueError(limits.TABLE_BYTES.describe_excess(num_bytes))
 
 
 def _first_reason(error: Exception) -> str:

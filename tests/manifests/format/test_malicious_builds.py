@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import resource
@@ -212,6 +213,41 @@ def test_a_small_table_of_millions_of_rows_takes_no_memory() -> None:
     with pytest.raises(ValueError, match="MMERGE_MAX_TABLE_ROWS"):
         parse_table(data)
     assert peak_bytes() - before < 1 << 28
+
+
+def make_bloated_table(num_rows: int, **values: Any) -> bytes:
+    """Return a small file of equal rows with these values in some columns."""
+    columns = [
+        pa.nulls(num_rows, field.type)
+        if field.name not in values
+        else pa.repeat(pa.scalar(values[field.name], field.type), num_rows)
+        for field in SCHEMA
+    ]
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns, schema=SCHEMA), sink, compression="zstd")
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "values", "message"),
+    [
+        (2, {"shard": "x" * (1 << 20)}, "shard: has a text of 1,048,576 bytes, at most 65,536"),
+        (9000, {"name": "x" * 60_000}, "has 540,000,000 bytes once decompressed, at most"),
+        (2, {"shape": [1] * 2_000_000}, "MMERGE_MAX_TABLE_BYTES"),
+    ],
+    ids=["one long text", "a text in many rows", "a long list"],
+)
+def test_a_small_table_of_large_values_takes_no_memory(
+    monkeypatch: pytest.MonkeyPatch, num_rows: int, values: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setenv("MMERGE_MAX_TABLE_BYTES", str(1 << 24))
+    data = make_bloated_table(num_rows, **values)
+    assert len(data) < 1 << 20
+    gc.collect()
+    before = peak_bytes()
+    with pytest.raises(ValueError, match=message):
+        parse_table(data)
+    assert peak_bytes() - before < 1 << 26
 
 
 def test_bytes_that_are_no_parquet_are_refused(good: tuple[Store, Manifest]) -> None:
