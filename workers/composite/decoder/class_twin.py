@@ -60,14 +60,12 @@ def _share_tensors(twin: nn.Module, model: nn.Module) -> None:
 
 def _share_module(module: nn.Module, other: nn.Module, *, owner: str, path: str) -> None:
     """Give a module the parameters of another, and its Linear layers."""
-    for name, own in list(module._parameters.items()):
-        if own is None:
-            continue
+    for name, parameter in list(module.named_parameters(recurse=False)):
         value = other._parameters.get(name)
-        if value is None or value.shape != own.shape:
+        if value is None or value.shape != parameter.shape:
             raise CheckpointError(
-                f"expert {owner!r}: its class has {path}.{name}"
-                f" {tuple(own.shape)}, the language model of the composite has"
+                f"expert {owner!r}: its class has {path}.{name} {tuple(parameter.shape)}, the"
+                " language model of the composite has"
                 f" {'none' if value is None else tuple(value.shape)}"
             )
         module._parameters[name] = value
