@@ -85,6 +85,24 @@ def list_config_warnings(base: Checkpoint, expert: Checkpoint) -> list[str]:
     return warnings
 
 
+def list_config_differences(base: Checkpoint, expert: Checkpoint) -> list[tuple[str, str, str]]:
+    """Return (key, base's value, expert's value) of all that differs, sizes that refuse included.
+
+    Raises:
+        CheckpointError: a configuration cannot be read.
+    """
+    ours, theirs = _comparable(base, expert)
+    types = base.text_config.get("model_type"), expert.text_config.get("model_type")
+    rows = [("model_type of the language model", *types)] if types[0] != types[1] else []
+    rows += [
+        (key, ours.get(key), theirs.get(key))
+        for key in _SIZES
+        if key in ours and key in theirs and ours[key] != theirs[key]
+    ]
+    rows += _differences(ours, theirs)
+    return [(key, _show(our_value), _show(their_value)) for key, our_value, their_value in rows]
+
+
 def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Return (key, base's value, expert's value) of all keys that change results."""
     skipped = {*_WITHOUT_EFFECT, *_SIZES, *_ROPE_KEYS}

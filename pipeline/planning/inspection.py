@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmerge.manifests.digest import digest_json
 from mmerge.manifests.errors import CheckpointError, MmergeError
 from mmerge.manifests.stores.open import open_readable_store
-from mmerge.pipeline.planning.config_checks import list_config_warnings
-from mmerge.pipeline.planning.name_matching import NameMatch, make_renamer, match_expert
-from mmerge.pipeline.planning.plan import make_plan
-from mmerge.pipeline.planning.tokenizer_checks import list_tokenizer_warnings
+from mmerge.pipeline.planning.config_checks import list_config_differences
+from mmerge.pipeline.planning.name_matching import make_renamer, match_expert
+from mmerge.pipeline.planning.plan import MergePlan, make_plan
+from mmerge.pipeline.planning.tokenizer_checks import list_token_differences
 from mmerge.pipeline.recipes.parsing import parse_recipe
 from mmerge.workers.adapters.checkpoint import open_expert
 from mmerge.workers.adapters.files import is_adapter
@@ -21,9 +22,10 @@ from mmerge.workers.adapters.folder import AdapterFolder
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
 from mmerge.workers.checkpoints.quantization import describe_quantization
 from mmerge.workers.checkpoints.sources import TensorSource
-from mmerge.workers.checkpoints.tokenizer import read_vocabulary
+from mmerge.workers.checkpoints.tokenizer import read_chat_template, read_vocabulary
 from mmerge.workers.families.model_config import to_architecture
 
+_SHOWN_DIGITS = 8
 _SHOWN = 50
 """Differences listed of one kind; the others are counted."""
 
@@ -50,12 +52,29 @@ class AdapterSummary:
 
 @dataclass(frozen=True)
 class Difference:
-    """One difference between a checkpoint and a base: a name, a shape, or a warning of a plan."""
+    """One difference between a checkpoint and a base, with the values of both."""
 
     kind: str
     subject: str
     base: str
     checkpoint: str
+
+
+@dataclass(frozen=True)
+class MergeSummary:
+    """How a checkpoint merges with a base, by a method that merges all tensors."""
+
+    num_merged: int
+    num_kept: int
+    """Tensors that are the base's in the result."""
+    num_copied: int
+    """Tensors of the checkpoint alone: encoder, connector."""
+    num_added_rows: int
+    """Vocabulary rows that the base lacks."""
+    renames: tuple[tuple[str, str], ...]
+    """(prefix in the base, prefix in the checkpoint)."""
+    dtype: str
+    """Of the result."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +85,8 @@ class Comparison:
     refusal: str
     """The error of the plan; empty if it merges."""
     differences: tuple[Difference, ...]
+    merge: MergeSummary | None = None
+    """How it merges; None if it does not."""
 
 
 @dataclass(frozen=True)
@@ -152,33 +173,89 @@ def compare_with_base(uri: str, base_uri: str) -> Comparison:
         "output": "inspection",
         "experts": {"checkpoint": {"path": uri, "modality": "image"}},
     }
-    refusal = ""
+    refusal, merge = "", None
     try:
-        make_plan(parse_recipe(raw, folder=Path.cwd()))
+        merge = _describe_merge(make_plan(parse_recipe(raw, folder=Path.cwd())))
     except MmergeError as error:
         refusal = Exception.__str__(error)
-    differences: list[Difference] = []
     try:
         base = Checkpoint(base_uri, owner="base")
         expert = open_expert(uri, owner="expert 'checkpoint'", base=base)
-        match = match_expert(base, expert)
-        differences += _compare_tensors(base, expert, match)
-        for warning in (
-            *list_config_warnings(base, expert),
-            *list_tokenizer_warnings(base, [expert]),
-        ):
-            differences.append(
-                Difference("warning", warning.removeprefix(f"{expert.owner}: "), "", "")
-            )
     except MmergeError as error:
-        # The plan says the same where it is refused; a plan that is accepted has read all of it.
-        refusal = refusal or Exception.__str__(error)
-    return Comparison(base_uri, refusal, tuple(differences))
+        return Comparison(base_uri, refusal or Exception.__str__(error), (), None)
+    differences: list[Difference] = []
+    for compare in (_compare_properties, _compare_configs, _compare_tokens, _compare_tensors):
+        try:
+            differences += compare(base, expert)
+        except MmergeError as error:
+            # One part that cannot be compared leaves the others.
+            reason = Exception.__str__(error)
+            differences.append(Difference("not compared", reason, "", ""))
+    return Comparison(base_uri, refusal, tuple(differences), merge)
 
 
-def _compare_tensors(base: Checkpoint, expert: Checkpoint, match: NameMatch) -> list[Difference]:
+def _describe_merge(plan: MergePlan) -> MergeSummary:
+    copied = [tensor for shard in plan.carry_shards for tensor in shard.tensors]
+    rows = [tensor for tensor in copied if tensor.role == "extra_rows"]
+    return MergeSummary(
+        num_merged=sum(len(shard.tensors) for shard in plan.merge_shards),
+        num_kept=sum(len(shard.tensors) for shard in plan.base_shards),
+        num_copied=len(copied) - len(rows),
+        num_added_rows=max((tensor.row_stop - tensor.row_start for tensor in rows), default=0),
+        renames=plan.renames[0],
+        dtype=plan.dtype,
+    )
+
+
+def _compare_properties(base: Checkpoint, expert: Checkpoint) -> list[Difference]:
+    """Return what differs between two whole checkpoints."""
+    pairs = [
+        ("class", *(_class_of(item) for item in (base, expert))),
+        (
+            "quantisation",
+            *(describe_quantization(item.config) or "none" for item in (base, expert)),
+        ),
+        ("head", *("tied" if item.is_tied() else "its own" for item in (base, expert))),
+        ("chat template", *map(_describe_template, (base, expert))),
+    ]
+    return [
+        Difference("checkpoint", subject, ours, theirs)
+        for subject, ours, theirs in pairs
+        if ours != theirs
+    ]
+
+
+def _class_of(checkpoint: Checkpoint) -> str:
+    return to_architecture(checkpoint.config.get("architectures"), where=checkpoint.uri)
+
+
+def _describe_template(checkpoint: Checkpoint) -> str:
+    template = read_chat_template(checkpoint)
+    return "none" if template is None else f"{digest_json(template)[:_SHOWN_DIGITS]}…"
+
+
+def _compare_configs(base: Checkpoint, expert: Checkpoint) -> list[Difference]:
+    return [
+        Difference("configuration", key, ours, theirs)
+        for key, ours, theirs in list_config_differences(base, expert)
+    ]
+
+
+def _compare_tokens(base: Checkpoint, expert: Checkpoint) -> list[Difference]:
+    return _limit(
+        [
+            Difference("token", subject, ours, theirs)
+            for subject, ours, theirs in list_token_differences(base, expert)
+        ]
+    )
+
+
+def _compare_tensors(base: Checkpoint, expert: Checkpoint) -> list[Difference]:
+    """Return differing names, shapes and dtypes; dtypes by pair, as most differ throughout."""
+    match = match_expert(base, expert)
     missing: list[Difference] = []
     shapes: list[Difference] = []
+    dtypes: Counter[tuple[str, str]] = Counter()
     counterparts = set()
     renamer = make_renamer(match.renames)
     expert = match.relaid or expert
@@ -188,17 +265,19 @@ def _compare_tensors(base: Checkpoint, expert: Checkpoint, match: NameMatch) -> 
         counterparts.add(counterpart)
         if theirs is None or name in match.unmatched:
             missing.append(Difference("in the base alone", name, str(source.spec.shape), ""))
-        elif theirs.spec.shape != source.spec.shape:
+            continue
+        if theirs.spec.shape != source.spec.shape:
             shape, expert_shape = source.spec.shape, theirs.spec.shape
             shapes.append(Difference("shape", name, str(shape), str(expert_shape)))
-        elif theirs.spec.dtype != source.spec.dtype:
-            shapes.append(Difference("dtype", name, source.spec.dtype, theirs.spec.dtype))
+        if theirs.spec.dtype != source.spec.dtype:
+            dtypes[source.spec.dtype, theirs.spec.dtype] += 1
     groups = Counter(_group_of(name) for name in expert.tensors if name not in counterparts)
     alone = [
         Difference("in the checkpoint alone", group, "", f"{count} tensors")
         for group, count in sorted(groups.items())
     ]
-    return [*_limit(missing), *_limit(shapes), *_limit(alone)]
+    pairs = [Difference("dtype", f"{count} tensors", *pair) for pair, count in dtypes.most_common()]
+    return [*_limit(missing), *_limit(shapes), *pairs, *_limit(alone)]
 
 
 def _limit(differences: list[Difference]) -> list[Difference]:

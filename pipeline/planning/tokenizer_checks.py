@@ -128,6 +128,25 @@ def _compare_templates(base: Checkpoint, expert: Checkpoint) -> list[str]:
     ]
 
 
+def list_token_differences(base: Checkpoint, expert: Checkpoint) -> list[tuple[str, str, str]]:
+    """Return (id, base's token, expert's token) of all ids that mean different tokens.
+
+    Raises:
+        CheckpointError: a tokenizer cannot be read.
+    """
+    ours, theirs = (_read_tokens(checkpoint) for checkpoint in (base, expert))
+    for tokens in (ours, theirs):
+        if tokens.problem:
+            raise CheckpointError(tokens.problem)
+    if not ours.by_id or not theirs.by_id:
+        return []
+    return [
+        (f"id {number}", _show(ours.by_id[number]), _show(token))
+        for number, token in sorted(theirs.by_id.items())
+        if ours.by_id.get(number, token) != token
+    ]
+
+
 def check_chat_source(
     source: str | None, base: Checkpoint, experts: Mapping[str, Checkpoint]
 ) -> None:

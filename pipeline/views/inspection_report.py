@@ -9,8 +9,10 @@ from rich.console import Console
 
 from mmerge.pipeline.monitoring.printable import escape
 from mmerge.pipeline.monitoring.progress import to_size
-from mmerge.pipeline.planning.inspection import Comparison, Inspection
+from mmerge.pipeline.planning.inspection import Comparison, Inspection, MergeSummary
 from mmerge.pipeline.views.tables import make_table
+
+_SHOWN_RENAMES = 3
 
 
 def inspection_to_json(inspection: Inspection) -> dict[str, Any]:
@@ -78,9 +80,23 @@ def _print_comparison(comparison: Comparison, console: Console) -> None:
         console.print(f"[red]does not merge[/]: {escape(comparison.refusal)}", highlight=False)
     else:
         console.print(f"merges with {escape(comparison.base)}", highlight=False)
+        if comparison.merge is not None:
+            console.print(f"  {escape(_describe_merge(comparison.merge))}", highlight=False)
     if not comparison.differences:
         return
     table = make_table("difference", "of", "base", "checkpoint")
     for difference in comparison.differences:
         table.add_data(difference.kind, difference.subject, difference.base, difference.checkpoint)
     console.print(table)
+
+
+def _describe_merge(merge: MergeSummary) -> str:
+    """Return how a checkpoint merges: numbers of tensors, and what its files call them."""
+    parts = [f"{merge.num_merged:,} tensors merged as {merge.dtype}"]
+    if merge.num_kept:
+        parts.append(f"{merge.num_kept:,} kept from the base")
+    parts.append(f"{merge.num_copied:,} copied from the checkpoint")
+    if merge.num_added_rows:
+        parts.append(f"{merge.num_added_rows:,} vocabulary rows added")
+    renames = [f"{base}… is {expert}…" for base, expert in merge.renames if base != expert]
+    return "; ".join([", ".join(parts), *renames[:_SHOWN_RENAMES]])

@@ -53,6 +53,37 @@ def test_a_checkpoint_that_does_not_merge_is_told_with_the_error_of_the_plan(lab
     comparison = inspect(lab.folder / "image", "--base", lab.folder / "base")["comparison"]
     assert comparison["merges"] is False
     assert "num_hidden_layers 7, the base has 2" in comparison["refusal"]
+    assert comparison["merge"] is None
+    size = {"kind": "configuration", "subject": "num_hidden_layers", "base": "2", "checkpoint": "7"}
+    assert size in comparison["differences"]
+
+
+def test_every_kind_of_difference_is_a_row_with_both_values(lab: Any) -> None:
+    lab.make_all()
+    for name, words in (("base", "abc"), ("image", "acb")):
+        vocabulary = {"model": {"vocab": {word: i for i, word in enumerate(words)}}}
+        (lab.folder / name / "tokenizer.json").write_text(json.dumps(vocabulary))
+    (lab.folder / "image" / "chat_template.jinja").write_text("one")
+    path = lab.folder / "image" / "config.json"
+    config = json.loads(path.read_text())
+    config["text_config"] |= {"rms_norm_eps": 0.5, "hidden_act": "gelu", "rope_theta": 7.0}
+    path.write_text(json.dumps(config))
+    comparison = inspect(lab.folder / "image", "--base", lab.folder / "base")["comparison"]
+    rows = {
+        (line["kind"], line["subject"]): (line["base"], line["checkpoint"])
+        for line in comparison["differences"]
+    }
+    assert rows["token", "id 1"] == ("'b'", "'c'")
+    assert rows["configuration", "rms_norm_eps"][1] == "0.5"
+    assert rows["configuration", "hidden_act"][1] == "'gelu'"
+    assert rows["configuration", "rope: rope_theta"][1] == "7.0"
+    assert rows["checkpoint", "chat template"][0] == "none"
+    assert rows["checkpoint", "class"][0] == "LlamaForCausalLM"
+    merge = comparison["merge"]
+    assert merge["num_merged"] == len(lab.base)
+    assert merge["num_copied"] > 0
+    assert merge["num_added_rows"] == 2
+    assert ["model.", "language_model.model."] in merge["renames"]
 
 
 def test_a_quantised_checkpoint_is_named_and_not_refused(lab: Any) -> None:
@@ -89,5 +120,12 @@ def test_the_printed_form_names_what_was_found(lab: Any) -> None:
     words = ["inspect", str(lab.folder / "image"), "--base", str(lab.folder / "base")]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
-    for text in ("llama", "language_model.model.…", "vision_tower", "merges with", "shape"):
+    for text in (
+        "llama",
+        "language_model.model.…",
+        "vision_tower",
+        "merges with",
+        "shape",
+        "tensors merged",
+    ):
         assert text in result.output

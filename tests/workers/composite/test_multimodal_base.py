@@ -180,9 +180,18 @@ def test_a_placement_counts_the_language_model_and_the_encoders(tmp_path: Path) 
     assert stages[0].memory.encoders == 4 * (stored - language - head + embedding)
 
 
-def test_a_multimodal_base_of_a_class_that_is_not_served_is_refused(tmp_path: Path) -> None:
-    base = write(make_multimodal(MULTIMODAL["Mllama"], seed=5), tmp_path / "base")
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("Mllama", "'mllama': .*cross-attention"),
+        ("Phi-4 multimodal", "'phi4_multimodal': .*LoRA"),
+    ],
+)
+def test_a_multimodal_base_of_a_class_that_is_not_served_is_refused(
+    name: str, reason: str, tmp_path: Path
+) -> None:
+    base = write(make_multimodal(MULTIMODAL[name], seed=5), tmp_path / "base")
     write(tune(base, seed=6), tmp_path / "one")
     uri = build(tmp_path, "ties", {"one": {"path": "one", "modality": "image"}})
-    with pytest.raises(CheckpointError, match=r"the base is of type 'mllama': .*cross-attention"):
+    with pytest.raises(CheckpointError, match=rf"the base is of type {reason}"):
         load_composite(uri)
