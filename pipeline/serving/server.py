@@ -110,7 +110,9 @@ def run_server(
     except (OSError, ssl.SSLError) as error:
         raise MmergeError(f"--tls-certificate: {certificate}: cannot be read ({error})") from error
     try:
-        uvicorn.Server(config).run()
+        # The library sends itself the signal again once the answers have ended.
+        with suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run()
     except SystemExit as error:  # what the library ends with where the port is taken
         raise MmergeError(
             f"--port: {host}:{port} cannot be listened on, see the log. Choose another"

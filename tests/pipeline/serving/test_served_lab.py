@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import base64
 import itertools
+import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +17,7 @@ import openai
 import pytest
 import torch
 from http_server import TestServer, running
+from server_process import free_port, wait_for
 
 from mmerge.pipeline import Composite, Part, load_composite
 from mmerge.pipeline.serving.application import ServeSettings, make_application
@@ -125,3 +130,38 @@ def test_generation_runs_on_past_characters_of_several_tokens(server: TestServer
         }
     )
     assert reply.json["usage"]["completion_tokens"] >= 30
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_command_serves_until_it_is_asked_to_end(uri: str, number: signal.Signals) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "mmerge.pipeline.cli.main", "serve", uri, "--port", str(port)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    try:
+        wait_for(port, process=process)
+        assert TestServer(port).request("GET", "/health").json["model"] == "mmer"
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert b"serving mmer, mmer/image" in err
+    assert b"interrupted" not in err
+    assert b"Traceback" not in err
+
+
+def test_an_address_that_is_taken_is_one_error(uri: str, cli: Any) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code, output = cli("serve", uri, "--port", str(port))
+    assert code == 1
+    assert f"127.0.0.1:{port} cannot be listened on" in output
+    assert "Traceback" not in output
+
+
+def test_an_address_for_strangers_needs_a_key_before_anything_is_loaded(cli: Any) -> None:
+    code, output = cli("serve", "nowhere#x", "--host", "0.0.0.0")
+    assert code == 1
+    assert "no API key is set" in output
