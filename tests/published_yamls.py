@@ -520,6 +520,24 @@ FEATURES: dict[str, Yaml] = {
     "tokens: base": Yaml(arithmetic(*TUNED, tokenizer_source="base")),
     "tokens: another model's": Yaml(arithmetic(*TUNED, tokenizer={"source": "t2"})),
     "tokens: without base": Yaml(linear(*TUNED, dtype="float32", tokenizer={"source": "t2"})),
+    "tokens: linear with base_model": Yaml(
+        linear(
+            model("t1", weight=1),
+            model("base", weight=2),
+            model("t2", weight=0.5),
+            base_model="base",
+            tokenizer={"source": "union"},
+        )
+    ),
+    "tokens: linear with base_model, its tokenizer": Yaml(
+        linear(
+            model("t1", weight=1),
+            model("t2", weight=0.5),
+            base_model="t2",
+            tokenizer_source="base",
+            chat_template="auto",
+        )
+    ),
     "tokens: rows of single tokens": Yaml(
         arithmetic(*TUNED, tokenizer=TOKEN_ROWS | {"pad_to_multiple_of": None})
     ),

@@ -171,15 +171,21 @@ class _Assembly:
     def _match_tokens(self, request: Vocabulary) -> None:
         """Give every model the rows of the merged vocabulary, and its tokenizer."""
         places = list(self._places)
-        for _, row in request.rows:
-            place = self._place_of(row.owner)
+        owners = [row.owner for _, row in request.rows]
+        if request.fill_from is not None:
+            owners.append(request.fill_from)
+        for owner in owners:
+            place = self._place_of(owner)
             if place is not None and place not in places:
                 places.append(place)
         models = [TokenizedModel(self._open(place)) for place in places]
         merged = models[: len(self._places)]
         source = self._find_source(request.source)
         extra = [token for token, _ in request.rows]
-        ids = number_tokens(merged, source, extra)
+        fills = self._find_filling(request, places)
+        # A union begins with the tokenizer of the base.
+        first = models[fills] if fills is not None else models[0]
+        ids = number_tokens([first, *merged], source, extra)
         multiple = request.pad_to_multiple_of
         num_rows = -(-(max(ids.values()) + 1) // multiple) * multiple
         rows = {}
@@ -191,17 +197,17 @@ class _Assembly:
             num_rows=num_rows,
             models=tuple(models),
             num_merged=len(merged),
-            base=0 if self._recipe.has_base else None,
+            fills=fills,
             rows=rows,
         )
         if source is None:
-            added = {token: number for token, number in ids.items() if token not in merged[0].ids}
+            added = {token: number for token, number in ids.items() if token not in first.ids}
             new = [token for token in added if not any(token in model.ids for model in merged)]
-            givers = [model.checkpoint for model in merged[1:]]
-            self._files = add_tokens(merged[0].checkpoint, added, givers, new_tokens=new)
+            givers = [model.checkpoint for model in merged]
+            self._files = add_tokens(first.checkpoint, added, givers, new_tokens=new)
         else:
             self._files = copy_tokenizer(source.checkpoint)
-        token_ids = TokenIds(ids, None if source is None else source)
+        token_ids = TokenIds(ids, source)
         for position, place in enumerate(self._places):
             model = models[position]
             tensors = model.checkpoint.tensors | gather_tables(vocabulary, position)
@@ -211,6 +217,13 @@ class _Assembly:
             self._models.by_place[place] = DerivedCheckpoint(
                 model.checkpoint, changes, parts=givers
             )
+
+    def _find_filling(self, request: Vocabulary, places: Sequence[ModelPlace]) -> int | None:
+        """Return the position of the model whose rows others take; None if there is none."""
+        if request.fill_from is None:
+            return 0 if self._recipe.has_base else None
+        place = self._place_of(request.fill_from)
+        return None if place is None else places.index(place)
 
     def _find_source(self, owner: TokenOwner) -> TokenizedModel | None:
         """Return the model whose tokenizer is taken; None for the union of all."""

@@ -81,8 +81,8 @@ class MergedVocabulary:
     models: tuple[TokenizedModel, ...]
     """The merged models, then others that only give rows."""
     num_merged: int
-    base: int | None
-    """Position of the base among the models; None in a merge without base."""
+    fills: int | None
+    """Position of the model whose rows others take, the base; None in a merge without base."""
     rows: Mapping[str, tuple[TokenRow, int | None]]
     """By token, what the recipe says, and the position of the model that it names."""
 
@@ -112,10 +112,10 @@ class MergedVocabulary:
     def _find_default(self, token: str) -> Terms:
         if token in self.rows:
             return self._find_given_row(token)
-        if self.base is not None:
-            row = self.models[self.base].row_of(token)
+        if self.fills is not None:
+            row = self.models[self.fills].row_of(token)
             if row is not None:
-                return ((self.base, row),)
+                return ((self.fills, row),)
         terms = []
         for position, model in enumerate(self.models[: self.num_merged]):
             row = model.row_of(token)

@@ -84,7 +84,10 @@ def parse_vocabulary(
         (token, _parse_row(row, f"tokenizer.tokens.{token}", find_owner))
         for token, row in keys.tokens.items()
     )
-    return Vocabulary(source, rows, keys.pad_to_multiple_of or 1)
+    fill_from = None
+    if keys.fill_from is not None:
+        fill_from = find_owner(keys.fill_from, "tokenizer.fill_from")
+    return Vocabulary(source, rows, keys.pad_to_multiple_of or 1, fill_from)
 
 
 def _parse_row(

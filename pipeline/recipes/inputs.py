@@ -69,6 +69,8 @@ class Vocabulary:
     source: TokenOwner
     rows: tuple[tuple[str, TokenRow], ...] = ()
     pad_to_multiple_of: int = 1
+    fill_from: TokenOwner | None = None
+    """Whose rows models take for tokens that they lack; None: the base's."""
 
     def map_uris(self, change: Callable[[str], str]) -> Vocabulary:
         """Return the vocabulary with every URI changed."""
@@ -79,7 +81,8 @@ class Vocabulary:
             return replace(owner, value=change(owner.value))
 
         rows = tuple((token, replace(row, owner=move(row.owner))) for token, row in self.rows)
-        return replace(self, source=move(self.source), rows=rows)
+        fill_from = None if self.fill_from is None else move(self.fill_from)
+        return replace(self, source=move(self.source), rows=rows, fill_from=fill_from)
 
     def to_keys(self) -> dict[str, object]:
         """Return it as a recipe says it."""
@@ -88,6 +91,8 @@ class Vocabulary:
             keys["tokens"] = {token: row.to_keys() for token, row in self.rows}
         if self.pad_to_multiple_of > 1:
             keys["pad_to_multiple_of"] = self.pad_to_multiple_of
+        if self.fill_from is not None:
+            keys["fill_from"] = self.fill_from.to_text()
         return keys
 
     def describe(self) -> dict[str, object]:

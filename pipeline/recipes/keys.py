@@ -58,6 +58,14 @@ class TokenizerKeys(Parameters):
     tokens: dict[str, TokenKeys] = Field(
         default_factory=dict, description="rows of single tokens, by token"
     )
+    fill_from: str | None = Field(
+        None,
+        min_length=1,
+        description=(
+            "'base', an expert's name, or a path or URI: whose rows models take for other tokens"
+            " that they lack; by default the base's"
+        ),
+    )
     pad_to_multiple_of: int | None = Field(
         None, ge=1, le=1 << 20, description="add rows of zeros up to a multiple of this number"
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -91,7 +92,7 @@ class MergekitTranslator:
         for mergekit_name, name in translation.recipe_parameters.items():
             recipe |= self._translate_parameter(mergekit_name, name, expert=None)
         recipe |= self.translate_special()
-        tokenizer = translate_tokenizer(document)
+        tokenizer = translate_tokenizer(document, has_base=self._keeps_base(experts))
         names = make_names(experts, reserved=RESERVED_OWNERS if tokenizer else ())
         recipe["experts"] = {
             name: self._make_expert(expert) for name, expert in zip(names, experts, strict=True)
@@ -111,10 +112,10 @@ class MergekitTranslator:
         """Return whether the recipe has a base: not where base_model is one of the experts."""
         if not self.inputs.has_base:
             return False
-        base = self.document.base
         if find_method(self.translation.method).needs_base:
             return True
-        return all(source.model != base for expert in experts for source in expert.sources)
+        sources = [source for expert in experts for source in expert.sources]
+        return not any(self.document.is_base(source.model) for source in sources)
 
     def _check_experts(self, experts: Sequence[MergekitExpert]) -> None:
         if self.method in BASE_AS_MODEL:
@@ -281,5 +282,6 @@ def _drop_unreachable(rules: Rules) -> Rules:
 
 def _nearest(method: str) -> str:
     """Return what to use in place of a method that has no counterpart."""
-    alternative = ALTERNATIVES.get(method)
+    similar = get_close_matches(method, list_translated_methods(), n=1)
+    alternative = ALTERNATIVES.get(method) or next(iter(similar), None)
     return f"; nearest to it is {alternative}" if alternative else ""

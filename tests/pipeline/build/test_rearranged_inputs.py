@@ -345,3 +345,49 @@ def test_a_derived_checkpoint_is_read_as_any_other(models: Path) -> None:
     stored = Checkpoint(str(models / "m1"), owner="expert 'stack'")
     assert derived.read_small_files().keys() == stored.read_small_files().keys()
     assert json.loads(derived.read_small_file("config.json") or b"") == derived.config
+
+
+def test_modules_merge_the_language_model_and_keep_the_encoders(lab: Any) -> None:
+    lab.make_all(2)
+    sources = [
+        [
+            {"model": "image", "layer_range": [layer, layer + 1]},
+            {
+                "model": "audio",
+                "layer_range": [1 - layer, 2 - layer],
+                "parameters": {"weight": 0.5},
+            },
+        ]
+        for layer in (0, 1, 0)
+    ]
+    decoder = {"slices": [{"sources": pair} for pair in sources]}
+    raw = {
+        "merge_method": "task_arithmetic",
+        "base_model": "image",
+        "dtype": "float32",
+        "modules": {"text_decoder": decoder, "vision_tower": {"models": [{"model": "image"}]}},
+    }
+    path = lab.write_recipe(raw, "config.yml")
+    run(make_plan(read_recipe(path)))
+    export(str(lab.folder / "config-composite"), lab.folder / "export")
+    merged = load_file(lab.folder / "export" / "model.safetensors")
+    image, audio = (tensors(lab.folder, name) for name in ("image", "audio"))
+    for name, value in merged.items():
+        if not name.startswith("language_model."):
+            assert value.equal(image[name])
+            continue
+        ours = theirs = name
+        if ".layers.2." in name:
+            ours = name.replace("layers.2", "layers.0")
+        if ".layers." in name:
+            theirs = name.replace("layers.1", "layers.x").replace("layers.0", "layers.1")
+            theirs = theirs.replace("layers.x", "layers.0").replace("layers.2", "layers.1")
+        expected = image[ours].float() + 0.5 * (audio[theirs].float() - image[ours].float())
+        torch.testing.assert_close(value, expected)
+    config = json.loads((lab.folder / "export" / "config.json").read_text())
+    assert config["text_config"]["num_hidden_layers"] == 3
+    assert "num_hidden_layers" not in config
+    raw["modules"]["vision_tower"] = {"models": [{"model": "audio"}]}
+    path = lab.write_recipe(raw, "config.yml")
+    with pytest.raises(RecipeError, match=r"modules\.vision_tower: is that of 'image' here"):
+        read_recipe(path)

@@ -132,6 +132,14 @@ def test_two_models_of_one_name_get_two(tmp_path: Path) -> None:
             {"merge_method": "core_space"},
             r"merge_method: 'core_space' has no counterpart here; nearest to it is tsv",
         ),
+        ({"merge_method": "dare_tie"}, r"nearest to it is dare_ties. Supported are linear"),
+        (
+            {
+                "merge_method": "linear",
+                "models": [{"model": "a", "parameters": {"weight": 1}}],
+            },
+            r"base.parameters.weight: is missing.* base_model is one of the models of linear",
+        ),
         ({"merge_method": "passthrough"}, "passthrough takes one model in every slice, got 3"),
         ({"modules": {}}, "is given beside 'modules'"),
         ({"gate_mode": "random"}, "a file of mergekit-moe.* Run it with mergekit-moe"),
