@@ -170,7 +170,8 @@ class MediaEncoder:
         return {
             name: value.to(self.device, self.dtype if value.is_floating_point() else None)
             for name, value in inputs.items()
-            if isinstance(value, torch.Tensor)
+            # The processor of PaliGemma returns labels for training, whatever it is asked.
+            if isinstance(value, torch.Tensor) and name != "labels"
         }
 
     def _capture_call(self, inputs: Mapping[str, Any], part: Part) -> DecoderCall:

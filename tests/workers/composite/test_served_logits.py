@@ -224,7 +224,10 @@ class Inputs:
         return "placeholder"
 
     def make(self, placeholder: str, modality: str, part: Part) -> Mapping[str, Any]:
-        return self.case.to_arguments(self.case.ids) | self.case.make()
+        arguments = self.case.to_arguments(self.case.ids)
+        if self.case.family.startswith("PaliGemma"):
+            arguments["labels"] = torch.full_like(arguments["input_ids"], -100)  # as its processor
+        return arguments | self.case.make()
 
     def without_frame(self, input_ids: torch.Tensor) -> torch.Tensor:
         return torch.ones_like(input_ids, dtype=torch.bool)
