@@ -179,7 +179,7 @@ def _find_references(store: ReadableStore, build: str) -> list[Reference]:
     for name, numbers in list_references(store).items():
         reads += [partial(read, name, number) for number in numbers]
     references: list[Reference] = []
-    for reference in _run_all(store, reads):
+    for reference in run_reads(store, reads):
         references += reference
     return [reference for reference in references if reference.build == build]
 
@@ -205,20 +205,19 @@ def find_stored_damages(
     checks += [partial(_check_entry, store, labelled) for labelled in sharers.values()]
     checks += [partial(_check_file, store, file) for file in manifest.unique_files()]
     damages: list[Damage] = []
-    for reasons in _run_all(store, checks):
+    for reasons in run_reads(store, checks):
         damages += reasons
     return damages
 
 
-def _run_all(
-    store: ReadableStore, calls: Iterable[Callable[[], list[Item]]]
-) -> Iterator[list[Item]]:
+def run_reads(store: ReadableStore, reads: Iterable[Callable[[], Item]]) -> Iterator[Item]:
+    """Yield the results of small reads in their order; those of a remote store concurrently."""
     if not store.is_remote:
-        for call in calls:
-            yield call()
+        for read in reads:
+            yield read()
         return
     with ThreadPoolExecutor(CONCURRENT_READS) as pool:
-        yield from pool.map(lambda call: call(), calls)
+        yield from pool.map(lambda read: read(), reads)
 
 
 def _check_object(

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from blake3 import blake3
 
 from mmerge.manifests.digest import SHOWN_DIGITS
-from mmerge.manifests.errors import REPAIR, BuildDiffers, DamagedObject, ManifestError, NotFound
+from mmerge.manifests.errors import (
+    REPAIR,
+    BuildDiffers,
+    DamagedObject,
+    ManifestError,
+    NotFound,
+    StoreUnavailable,
+)
 from mmerge.manifests.format.entry import (
     ObjectEntry,
     ShardEntry,
@@ -220,8 +227,8 @@ class _Copier:
             write_entry(self.target, digest, shard_entry)
 
     def copy_file(self, entry: FileEntry) -> _Copy:
-        """Copy one small file, unless the target has it."""
-        if not self.everything and self._has_size(entry):
+        """Copy one small file, unless the target has it whole."""
+        if not self.everything and self._has_file(entry):
             return _Copy(entry.key, "present", 0)
         result = put_file(self.target, entry.key, read_file(self.source, entry))
         return _Copy(entry.key, result, 0 if result == "present" else entry.num_bytes)
@@ -232,8 +239,12 @@ class _Copier:
             if self.everything or not self.target.exists(key):
                 self.target.put(key, self.source.read(key, max_bytes=MAX_SIGNATURE_BYTES))
 
-    def _has_size(self, entry: FileEntry) -> bool:
+    def _has_file(self, entry: FileEntry) -> bool:
+        """Return whether the target has these bytes: nothing later would read them."""
         try:
-            return self.target.num_bytes(entry.key) == entry.num_bytes
-        except NotFound:
+            read_file(self.target, entry)
+        except StoreUnavailable:
+            raise
+        except (NotFound, ManifestError):
             return False
+        return True

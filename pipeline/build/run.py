@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from mmerge.manifests.errors import MissingObjects, MmergeError, TaskErrors
@@ -14,7 +15,7 @@ from mmerge.manifests.format.entry import ShardEntry, find_entry
 from mmerge.manifests.format.manifest import Manifest, read_manifest
 from mmerge.manifests.format.references import Reference
 from mmerge.manifests.format.stored_objects import find_object_damage
-from mmerge.manifests.maintenance.check_build import find_committed_damages
+from mmerge.manifests.maintenance.check_build import find_committed_damages, run_reads
 from mmerge.manifests.maintenance.lease import Lease
 from mmerge.manifests.stores.create_check import check_store
 from mmerge.manifests.stores.open import open_store
@@ -210,10 +211,8 @@ class _Run:
     def _take_from_store(self, tasks: Sequence[BuildTask]) -> list[BuildTask]:
         """Finish the shards whose objects are in the store; return the tasks that are left."""
         remaining = []
-        for task in tasks:
-            entry = None
-            if isinstance(task, FinalTask) and not self.fresh:
-                entry = self._find_finished(task)
+        finds = [partial(self._find_finished, task) for task in tasks]
+        for task, entry in zip(tasks, run_reads(self.store, finds), strict=True):
             if entry is None:
                 remaining.append(task)
                 continue
@@ -223,9 +222,11 @@ class _Run:
         self._show_start(remaining)
         return remaining
 
-    def _find_finished(self, task: FinalTask) -> ShardEntry | None:
+    def _find_finished(self, task: BuildTask) -> ShardEntry | None:
         """Return the entry of a task whose object is there; a worker repairs any other."""
-        if self.verify_reused or task.digest in self.suspects:
+        if not isinstance(task, FinalTask) or self.fresh or self.verify_reused:
+            return None
+        if task.digest in self.suspects:
             return None
         entry = find_entry(self.store, task.digest)
         # Entries of version 0.1 have no checksum: a worker compares them with their objects, once.

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -22,7 +23,7 @@ from mmerge.manifests.stores.base import Store
 from mmerge.manifests.stores.open import open_store
 from mmerge.pipeline import make_plan, read_recipe, run, verify
 from mmerge.pipeline.build.forecast import Forecast, make_forecast
-from mmerge.pipeline.build.run import RunReport
+from mmerge.pipeline.build.run import RunReport, _Run
 from mmerge.pipeline.cli.options import parse_duration
 from mmerge.pipeline.views.compare import compare_builds, read_log
 
@@ -324,3 +325,40 @@ def test_durations_are_read_with_their_unit() -> None:
     assert parse_duration("1.5h", option="x") == timedelta(minutes=90)
     with pytest.raises(RecipeError, match="x: expected"):
         parse_duration("7", option="x")
+
+
+def test_a_copy_repairs_a_damaged_small_file_of_the_target(lab: Any) -> None:
+    """Its size is right, and nothing after the copy would read it before it is needed."""
+    run(make_plan(read_recipe(lab.write_recipe(lab.make_all(2)))))
+    source, target = lab.folder / "store", lab.folder / "copy"
+    copy_build(str(source), str(target))
+    path = next(target.glob("files/*"))
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    assert verify(str(target)).damages
+    report = copy_build(str(source), str(target))
+    assert report.repaired == (f"files/{path.name}",)
+    assert verify(str(target)).damages == []
+
+
+def test_a_continued_run_looks_for_objects_of_a_remote_store_concurrently(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = lab.make_all(2) | {"output": "memory://continued"}
+    recipe = read_recipe(lab.write_recipe(raw))
+    store = open_store("memory://continued", create=True)  # holds the objects of both runs
+    run(make_plan(recipe))
+    for key in [*store.list("refs"), *store.list("builds")]:
+        store.delete(key)
+    monkeypatch.setattr(type(store), "is_remote", True)
+    find_finished = _Run._find_finished
+    threads = set()
+
+    def find(self: Any, task: Any) -> Any:
+        threads.add(threading.current_thread())
+        return find_finished(self, task)
+
+    monkeypatch.setattr(_Run, "_find_finished", find)
+    report = run(make_plan(recipe))
+    assert report.num_computed["copy"] == 0
+    assert threads
+    assert threading.main_thread() not in threads
