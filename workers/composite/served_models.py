@@ -22,7 +22,7 @@ _CROSS = "its decoder attends to the encoder's states in layers of its own (cros
 _ADAPTERS = "its decoder uses other weights for tokens of an image or sound (LoRA)"
 COMPARED = {
     *("llava", "llava_next", "llava_next_video", "llava_onevision", "video_llava"),
-    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v"),
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "glm4v"),
     *("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"),
     *("qwen2_audio", "audioflamingo3", "voxtral", "granite_speech"),
     *("internvl", "idefics3", "smolvlm", "mistral3", "deepseek_vl"),

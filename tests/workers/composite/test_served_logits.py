@@ -101,6 +101,7 @@ CASES = {
         "Qwen2.5-VL", 115, 24, lambda: patches("video", 6, 4, 4), "video", VIDEO
     ),
     "Qwen3-VL": grid_image("Qwen3-VL", types=IMAGE),
+    "Qwen3-VL-MoE": grid_image("Qwen3-VL-MoE", types=IMAGE),
     "Qwen3.5": grid_image("Qwen3.5", types=IMAGE),
     "GLM-4V": grid_image("GLM-4V", types=IMAGE),
     "Qwen2.5-Omni, image": grid_image("Qwen2.5-Omni thinker", wrapping=(112, 113)),
@@ -210,7 +211,10 @@ CASES = {
 }
 
 
-ONLY_OVER_PLAIN = {"Qwen3-Omni, image": "fused with others in memory"}
+ONLY_OVER_PLAIN = {
+    "Qwen3-Omni, image": "fused with others in memory",
+    "Qwen3-VL-MoE": "fused with others in memory",
+}
 """Cases of which no base of the same class is loaded, and the reason."""
 
 
