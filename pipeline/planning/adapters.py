@@ -11,7 +11,7 @@ from mmerge.manifests.format.manifest import AdapterRecord
 from mmerge.pipeline.recipes.recipe import Recipe
 from mmerge.workers.adapters.checkpoint import AdapterCheckpoint
 from mmerge.workers.adapters.folder import AdapterFolder, AdapterPair
-from mmerge.workers.adapters.placement import find_weight, place_others
+from mmerge.workers.adapters.placement import ModulePlacer
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
 from mmerge.workers.checkpoints.expert_only import find_expert_only
 from mmerge.workers.checkpoints.sources import TensorSource
@@ -73,17 +73,18 @@ def _describe(
 ) -> ExpertAdapters:
     default = parameters.default_adapter or folder.default_adapter
     modality_adapter = parameters.adapter or _find_modality_adapter(folder, modality, default)
+    placer = ModulePlacer(base)
     factors: dict[str, TensorSource] = {}
     scales: dict[str, float] = {}
     for adapter in dict.fromkeys((default, modality_adapter)):
         for pair in folder.plain_pairs_of(adapter, use="damc"):
-            name = _place(folder, pair, base)
+            name = _place(folder, pair, base=base, placer=placer)
             factors |= {
                 factor_name(name, "A", adapter): pair.a,
                 factor_name(name, "B", adapter): pair.b,
             }
             scales[f"{name}:{adapter}"] = folder.scale_of(pair)
-    others = place_others(folder, base)
+    others = placer.place_others(folder)
     replaced = sorted(name for name in others if name in base.tensors)
     prefix = base.family.find_prefixes(base.tensors)[0]
     replaced += find_expert_only(
@@ -125,9 +126,11 @@ def _find_modality_adapter(folder: AdapterFolder, modality: str, default: str) -
     )
 
 
-def _place(folder: AdapterFolder, pair: AdapterPair, base: Checkpoint) -> str:
+def _place(
+    folder: AdapterFolder, pair: AdapterPair, *, base: Checkpoint, placer: ModulePlacer
+) -> str:
     """Return the name of the base's weight that a pair adapts."""
-    name = find_weight(pair.module, base)
+    name = placer.find_weight(pair.module)
     if name is None:
         raise CheckpointError(
             f"{folder.owner}: {pair.module}: the base has no such Linear layer. Was the adapter"

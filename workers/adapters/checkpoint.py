@@ -11,7 +11,7 @@ from mmerge.manifests.stores.open import open_readable_store
 from mmerge.workers.adapters.files import CONFIG_FILE, is_adapter
 from mmerge.workers.adapters.folder import AdapterFolder, AdapterPair, TokenRows
 from mmerge.workers.adapters.parameters import place_parameters
-from mmerge.workers.adapters.placement import find_weight, place_others
+from mmerge.workers.adapters.placement import ModulePlacer
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
 from mmerge.workers.checkpoints.expert_only import describe_names
 from mmerge.workers.checkpoints.formed_sources import (
@@ -41,6 +41,7 @@ class AdapterCheckpoint(Checkpoint):
         self.folder = AdapterFolder(uri, owner=owner)
         self._store = self.folder.checkpoint._store
         self._base = base
+        self._placer = ModulePlacer(base)
         self.config = base.config
 
     @cached_property
@@ -49,13 +50,13 @@ class AdapterCheckpoint(Checkpoint):
         adapter = self.folder.default_adapter
         weights = dict(self._base.tensors)
         # A Linear that is adapted and saved as well (`base_layer`) is adapted as saved.
-        weights |= place_others(self.folder, self._base)
+        weights |= self._placer.place_others(self.folder)
         adapted: set[str] = set()
         unplaced: list[str] = []
         parameter_pairs: list[AdapterPair] = []
         pairs = self.folder.pairs_of(adapter)
         for pair in pairs:
-            name = find_weight(pair.module, self._base)
+            name = self._placer.find_weight(pair.module)
             if name is None and self.folder.target_parameters(adapter):
                 parameter_pairs.append(pair)
             elif name is None:
@@ -119,7 +120,7 @@ class AdapterCheckpoint(Checkpoint):
         for rows in self.folder.token_rows:
             if rows.adapter != adapter:
                 continue
-            name = find_weight(rows.module, self._base)
+            name = self._placer.find_weight(rows.module)
             if name is None:
                 raise CheckpointError(
                     f"{self.owner}: {self.uri}: the base has no {rows.module}, whose token rows the"

@@ -143,6 +143,11 @@ def map_names(config: Mapping[str, Any], names: Iterable[str]) -> NameMap:
     return NameMap(canonical, model.class_name, conversions, parameters)
 
 
+def canonical_name(config: Mapping[str, Any], name: str) -> str:
+    """Return the canonical name of one tensor as `map_names` does. Raises UnknownClass."""
+    return _canonical(name, _read_model_names(json.dumps(config, sort_keys=True)))[0]
+
+
 def list_memory_names(config: Mapping[str, Any]) -> dict[str, str]:
     """Return the names of a class's parameters in memory, by canonical name.
 

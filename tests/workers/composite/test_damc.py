@@ -364,7 +364,7 @@ def _narrow(lab: Any) -> None:
 @pytest.mark.parametrize(
     ("spoil", "error", "message"),
     [
-        (lambda lab: _change_config(lab, use_dora=True), CheckpointError, "DoRA"),
+        (lambda lab: _change_config(lab, use_dora=True), CheckpointError, "lora_magnitude_vector"),
         (lambda lab: _change_config(lab, r=9), CheckpointError, "says rank 9, the factors have 3"),
         (lambda lab: _change_config(lab, lora_alpha=None), CheckpointError, "lora_alpha"),
         (_drop_factor, CheckpointError, "has only lora_A"),
