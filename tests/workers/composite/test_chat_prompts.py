@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from pathlib import Path
@@ -21,6 +22,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from mmerge.manifests.errors import CheckpointError, PromptError, RecipeError
 from mmerge.pipeline import Part, export, load_composite, make_plan, read_recipe, run
+from mmerge.workers.modalities.prompt import make_prompt
 from tests.model_configs import MULTIMODAL
 from tests.model_families import give_language_model, make_base, make_multimodal
 from tests.workers.modalities.test_chat_template import LLAVA
@@ -205,8 +207,9 @@ def test_a_token_of_a_template_that_the_vocabulary_lacks_is_refused(
     with pytest.raises(PromptError, match="once for each input"):
         composite.prompt(QUESTION, [Part("image", folder / "a.png")])
     photo._template = "<image> {{ messages[0].content }}"
+    lay_out = functools.partial(make_prompt, QUESTION, [])
     with pytest.raises(PromptError, match=r"the token '<image>' of id 112, .* has 112 rows"):
-        composite._prompts._make_chat("photo", QUESTION, [], bos=None, num_rows=112)
+        composite._prompts._make_chat("photo", lay_out, [], bos=None, num_rows=112)
 
 
 def test_the_first_of_two_experts_of_one_modality_reads_its_inputs(
