@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from threading import RLock
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,6 +20,7 @@ from mmerge.workers.composite.process_group import ProcessGroup
 from mmerge.workers.composite.routing import Routing
 from mmerge.workers.generation.answer_stream import Receiver, TokenRelay, stream_text
 from mmerge.workers.generation.options import check_options, check_request
+from mmerge.workers.generation.random_numbers import seeded
 from mmerge.workers.modalities.chat_template import ChatTemplate
 from mmerge.workers.modalities.encoders import Encoder
 from mmerge.workers.modalities.expert_choice import ExpertChoice
@@ -30,9 +31,6 @@ from mmerge.workers.modalities.text_rules import TextRules
 Cache = Literal["dynamic", "static"]
 _OWN_OPTIONS = ("cache", "seed")
 """Options of generation that are not transformers' own."""
-
-_random_turn = RLock()
-"""Held while a composite draws random numbers: torch's generator is shared by the process."""
 
 
 class Composite:
@@ -69,7 +67,7 @@ class Composite:
         self.expert = expert
         self.language_model = language_model
         self.tokenizer = tokenizer
-        self.encoders = dict(encoders)
+        self._encoders = dict(encoders)
         self.group = group
         self.load_reports = tuple(load_reports)
         """Of every rank, by rank."""
@@ -81,7 +79,8 @@ class Composite:
             expert,
             chats,
             find_expert=self._choice.find,
-            find_placeholders=lambda name: getattr(self.encoders[name], "placeholders", ()),
+            # Not a method of this object: a composite in a cycle would keep its memory.
+            find_placeholders=partial(_find_placeholders, self._encoders),
         )
         self._routing = routing
         self._composer = PromptComposer(
@@ -93,6 +92,11 @@ class Composite:
             text_is_prefix=text_is_prefix,
         )
         routing.follow(language_model)
+
+    @property
+    def encoders(self) -> dict[str, Encoder]:
+        """The encoders of the experts that are loaded, by name; an entry may be replaced."""
+        return self._encoders
 
     @property
     def mode(self) -> str:
@@ -363,31 +367,15 @@ class Composite:
         samples = bool(settings["do_sample"])
         with self._routing.turn:
             self.check_length(max(len(prompt.ids) for prompt in prompts), max_new_tokens)
-            with self._prefill(prompts) as inputs, self._seeded(seed, samples=samples):
+            with self._prefill(prompts) as inputs, self._draw(seed, samples=samples):
                 tokens: torch.Tensor = self.language_model.generate(
                     **inputs, max_new_tokens=max_new_tokens, **settings
                 )
         return tokens
 
-    @contextmanager
-    def _seeded(self, seed: int | None, *, samples: bool) -> Iterator[None]:
-        """Draw the same random numbers on all ranks; restore the generator's state afterwards.
-
-        Composites in other threads draw none meanwhile.
-        """
-        if seed is None and not samples:
-            yield
-            return
-        with _random_turn:
-            if seed is None and self.group.num_ranks == 1:
-                yield
-                return
-            if seed is None:
-                seed = int(torch.randint(2**62, ()))
-            shared = self.group.broadcast_object(seed, source=0)
-            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-                torch.manual_seed(shared)
-                yield
+    def _draw(self, seed: int | None, *, samples: bool) -> AbstractContextManager[None]:
+        share = None if self.group.num_ranks == 1 else self.group.broadcast_object
+        return seeded(seed, samples=samples, device=self.device, share=share)
 
     @property
     def context_tokens(self) -> int | None:
@@ -403,3 +391,9 @@ class Composite:
                 f"the prompt has {num_tokens} tokens and {max_new_tokens} are to be generated; the"
                 f" model takes {longest} together. Shorten one of them"
             )
+
+
+def _find_placeholders(encoders: Mapping[str, Encoder], name: str) -> tuple[str, ...]:
+    """Return the texts that may stand for an input of an expert in its chat template."""
+    placeholders: tuple[str, ...] = getattr(encoders[name], "placeholders", ())
+    return placeholders

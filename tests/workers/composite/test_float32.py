@@ -156,9 +156,8 @@ class AsItIs:
 
 def check_expansion(uri: str, policy: Any = "packed") -> None:
     composite = load_composite(uri, dtype=torch.float32, policy=policy)
-    composite.encoders = {
-        name: AsItIs(encoder.modality) for name, encoder in composite.encoders.items()
-    }
+    for name, encoder in composite.encoders.items():
+        composite.encoders[name] = AsItIs(encoder.modality)
     naive = NaiveLlama(uri, composite.language_model.config)
     parts = make_prompt(composite)
     embeds, ids = embed(composite, parts, naive)
