@@ -13,6 +13,7 @@ from mmerge.manifests.errors import PromptError, RecipeError
 from mmerge.pipeline.cli.options import (
     GPUS_HELP,
     POLICIES,
+    CheckOption,
     DtypeOption,
     EncodersOption,
     ExpertOption,
@@ -137,13 +138,7 @@ def generate(
             show_default=False,
         ),
     ] = None,
-    check: Annotated[
-        bool,
-        typer.Option(
-            "--check/--no-check",
-            help="compare a small prompt of each expert with its own class while loading",
-        ),
-    ] = True,
+    check: CheckOption = True,
 ) -> None:
     """Ask a composite about text, images, audio and video, alone or together.
 

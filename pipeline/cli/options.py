@@ -25,6 +25,13 @@ RecipeArgument = Annotated[
 UriArgument = Annotated[
     str, typer.Argument(metavar="URI", help="composite: STORE, or STORE#NAME if it has several")
 ]
+CheckOption = Annotated[
+    bool,
+    typer.Option(
+        "--check/--no-check",
+        help="compare a small prompt of each expert with its own class while loading",
+    ),
+]
 EncodersOption = Annotated[
     list[str] | None,
     typer.Option(

@@ -11,6 +11,7 @@ from mmerge.manifests.errors import MmergeError
 from mmerge.pipeline.cli.options import (
     DTYPES,
     POLICIES,
+    CheckOption,
     DtypeOption,
     EncodersOption,
     PolicyOption,
@@ -97,6 +98,7 @@ def serve(
         ),
     ] = 512,
     encoders: EncodersOption = None,
+    check: CheckOption = True,
     policy: PolicyOption = "packed",
     dtype: DtypeOption = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, …")] = "cpu",
@@ -127,6 +129,7 @@ def serve(
         dtype=None if dtype is None else check_choice(dtype, DTYPES, option="--dtype"),
         policy=check_choice(policy, POLICIES, option="--policy"),
         encoders=tuple(encoders or ()),
+        check=check,
         refresh_s=refresh,
         max_experts=max_experts,
         max_batch=max_batch,

@@ -35,6 +35,8 @@ class ServeSettings(BaseModel):
     policy: Policy = "packed"
     encoders: tuple[str, ...] = ()
     """Functions "module:function" that register encoders."""
+    check: bool = True
+    """Compare a small prompt with the experts' own classes at each load."""
     refresh_s: float = Field(30.0, ge=0)
     max_experts: int = Field(1, ge=0)
     max_batch: int = Field(16, ge=1, le=1024)
@@ -56,6 +58,7 @@ def make_loader(settings: ServeSettings) -> Loader:
             device=settings.device,
             dtype=None if settings.dtype is None else getattr(torch, settings.dtype),
             policy=settings.policy,
+            check=settings.check,
             reuse=reuse,
         )
 
