@@ -294,7 +294,7 @@ def to_absolute(path: Path, recipe: Recipe) -> str:
     if recipe.has_base:
         raw["base"] = recipe.base
         if recipe.base_adapter:
-            raw["base_adapter"] = recipe.base_adapter
+            raw["base_lora"] = recipe.base_adapter
         if recipe.base_slices:
             raw["base_slices"] = describe_slices(recipe.base_slices)
     raw["experts"] = {name: dict(expert) for name, expert in raw["experts"].items()}
@@ -302,7 +302,7 @@ def to_absolute(path: Path, recipe: Recipe) -> str:
         keys = raw["experts"][expert.name]
         keys["path"] = expert.uri
         if expert.adapter:
-            keys["adapter"] = expert.adapter
+            keys["lora"] = expert.adapter
         if expert.slices:
             keys["slices"] = describe_slices(expert.slices)
     if recipe.vocabulary is not None:

@@ -71,8 +71,8 @@ def _check_kind(recipe: Recipe) -> None:
     stated = {
         "slices": any(expert.slices for expert in recipe.experts),
         "base_slices": bool(recipe.base_slices),
-        "base_adapter": recipe.base_adapter is not None,
-        "adapter": any(expert.adapter for expert in recipe.experts),
+        "base_lora": recipe.base_adapter is not None,
+        "lora": any(expert.adapter for expert in recipe.experts),
         "tokenizer": recipe.vocabulary is not None,
         "chat_template": recipe.chat_template is not None,
         "keep": bool(recipe.keep),

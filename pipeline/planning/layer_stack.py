@@ -120,9 +120,9 @@ def _paths_of(checkpoint: Checkpoint) -> set[str]:
 
 
 def _layer_tensors(checkpoint: Checkpoint, layer: int) -> Iterator[tuple[str, TensorSource]]:
-    prefix = f"{checkpoint.language_prefix}layers.{layer}."
     for name, source in checkpoint.tensors.items():
-        if name.startswith(prefix):
+        split = split_layer(name)
+        if split is not None and (split.prefix, split.layer) == (checkpoint.language_prefix, layer):
             yield name, source
 
 

@@ -12,6 +12,7 @@ from functools import cached_property
 
 from mmerge.manifests.errors import CheckpointError
 from mmerge.manifests.format.safetensors_header import DTYPE_BYTES, FLOAT_DTYPES
+from mmerge.manifests.format.tensor_names import layer_of
 from mmerge.pipeline.recipes.inputs import TokenRow
 from mmerge.workers.checkpoints.checkpoint import Checkpoint
 from mmerge.workers.checkpoints.formed_sources import GatheredSource, RowRun
@@ -176,8 +177,9 @@ def _table_role(name: str, checkpoint: Checkpoint) -> str | None:
 
 def _check_no_table(name: str, source: TensorSource, model: TokenizedModel) -> None:
     checkpoint = model.checkpoint
-    is_other_table = "embed_tokens" in name and name.startswith(checkpoint.language_prefix)
-    if is_other_table and source.spec.shape[:1] == (model.num_rows,):
+    is_outside = layer_of(name) is None and name.startswith(checkpoint.language_prefix)
+    shape = source.spec.shape
+    if is_outside and len(shape) == 2 and shape[0] == model.num_rows:
         raise CheckpointError(
             f"{checkpoint.owner}: {name} has a row per token as well, and is not matched by token."
             " Leave 'tokenizer' out where all models have the same tokens"

@@ -44,8 +44,8 @@ def parse_slices(
         chosen = place
         if part.path is not None:
             chosen = ModelPlace(to_absolute(part.path, f"{where}.path"))
-        if part.adapter is not None:
-            adapter = to_absolute(part.adapter, f"{where}.adapter")
+        if part.lora is not None:
+            adapter = to_absolute(part.lora, f"{where}.lora")
             chosen = ModelPlace(chosen.uri, adapter)
         parsed.append(LayerSlice(chosen, first, last))
     return tuple(parsed)

@@ -127,6 +127,6 @@ def describe_slices(slices: tuple[LayerSlice, ...]) -> list[dict[str, object]]:
     for part in slices:
         keys: dict[str, object] = {"layers": [part.first, part.last], "path": part.place.uri}
         if part.place.adapter is not None:
-            keys["adapter"] = part.place.adapter
+            keys["lora"] = part.place.adapter
         described.append(keys)
     return described

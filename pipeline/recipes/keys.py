@@ -19,7 +19,7 @@ class SliceKeys(Parameters):
     path: str | None = Field(
         None, min_length=1, description="the checkpoint; by default that of the model itself"
     )
-    adapter: str | None = Field(
+    lora: str | None = Field(
         None, min_length=1, description="LoRA adapter that is merged into this checkpoint first"
     )
 
@@ -87,7 +87,7 @@ class RecipeKeys(Parameters):
             " recipe; optional for some methods"
         ),
     )
-    base_adapter: str | None = Field(
+    base_lora: str | None = Field(
         None, min_length=1, description="LoRA adapter that is merged into the base first"
     )
     base_slices: list[SliceKeys] | None = Field(
@@ -158,7 +158,7 @@ class ExpertKeys(Parameters):
     path: str = Field(
         min_length=1, description="folder or URI of the expert's checkpoint, relative to the recipe"
     )
-    adapter: str | None = Field(
+    lora: str | None = Field(
         None,
         min_length=1,
         description="LoRA adapter that is merged into the checkpoint at 'path' first",

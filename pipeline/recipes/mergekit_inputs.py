@@ -86,7 +86,7 @@ class MergekitInputs:
         return sources
 
     def place_of(self, expert: MergekitExpert) -> dict[str, Any]:
-        """Return the keys `path`, `adapter` and `slices` of an expert."""
+        """Return the keys `path`, `lora` and `slices` of an expert."""
         first = expert.sources[0].model
         keys = self._to_place(first)
         slices = self._to_slices(expert.sources)
@@ -95,12 +95,12 @@ class MergekitInputs:
         return keys
 
     def translate_base(self) -> dict[str, Any]:
-        """Return the keys `base`, `base_adapter` and `base_slices`. Raises RecipeError."""
+        """Return the keys `base`, `base_lora` and `base_slices`. Raises RecipeError."""
         document = self._document
         assert document.base is not None
         keys = {"base": document.to_path(document.base.path)}
         if document.base.adapter is not None:
-            keys["base_adapter"] = document.to_path(document.base.adapter)
+            keys["base_lora"] = document.to_path(document.base.adapter)
         sources = []
         for part in document.slices:
             listed = [source for source in part.sources if document.is_base(source.model)]
@@ -120,14 +120,14 @@ class MergekitInputs:
         )
 
     def _to_place(self, model: Model) -> dict[str, Any]:
-        """Return `path` and `adapter` of a model; an adapter of the base is an expert by itself."""
+        """Return `path` and `lora` of a model; an adapter of the base is an expert by itself."""
         document = self._document
         if model.adapter is None:
             return {"path": document.to_path(model.path)}
         adapter = document.to_path(model.adapter)
         if self.has_base and document.is_base(Model(model.path)):
             return {"path": adapter}
-        return {"path": document.to_path(model.path), "adapter": adapter}
+        return {"path": document.to_path(model.path), "lora": adapter}
 
     def _to_slices(self, sources: Sequence[Source]) -> list[dict[str, Any]]:
         """Return the slices of one input; none where they are all layers of one model in order."""

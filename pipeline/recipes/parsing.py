@@ -136,13 +136,11 @@ def _parse_base(
 ) -> tuple[ModelPlace, tuple[LayerSlice, ...]]:
     """Return place and slices of the base; those of the first expert in a recipe without one."""
     if keys.base is None:
-        for key in ("base_adapter", "base_slices"):
+        for key in ("base_lora", "base_slices"):
             if getattr(keys, key) is not None:
                 raise RecipeError(f"{key}: is given without 'base'")
         return first_expert.place, first_expert.slices
-    place = _parse_place(
-        keys.base, keys.base_adapter, folder, key="base", adapter_key="base_adapter"
-    )
+    place = _parse_place(keys.base, keys.base_lora, folder, key="base", adapter_key="base_lora")
     return place, parse_slices(
         keys.base_slices,
         place,
@@ -163,7 +161,7 @@ def _parse_place(
 def _make_expert(name: str, keys: Any, method: Method, folder: Path) -> Expert:
     where = f"experts.{name}"
     place = _parse_place(
-        keys.path, keys.adapter, folder, key=f"{where}.path", adapter_key=f"{where}.adapter"
+        keys.path, keys.lora, folder, key=f"{where}.path", adapter_key=f"{where}.lora"
     )
     return Expert(
         name=check_expert_name(name),

@@ -71,7 +71,7 @@ def _describe_input(
     """Return what an input is put together from; empty for a whole checkpoint."""
     described: dict[str, Any] = {}
     if adapter is not None:
-        described[f"{prefix}adapter"] = adapter
+        described[f"{prefix}lora"] = adapter
     if slices:
         described[f"{prefix}slices"] = describe_slices(slices)
     return described

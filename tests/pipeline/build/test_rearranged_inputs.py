@@ -82,7 +82,9 @@ def test_a_stacked_build_is_verified_shown_and_answers_as_its_export(
         assert code == 0, text
     composite = load_composite(store, dtype=torch.float32)
     ids = torch.tensor([[3, 4, 5]])
-    model = AutoModelForCausalLM.from_pretrained(models / "export-stack", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        models / "export-stack", dtype=torch.float32, trust_remote_code=False
+    )
     assert model.config.num_hidden_layers == 6
     prompt = composite.prompt("a b c")
     torch.testing.assert_close(
@@ -178,7 +180,7 @@ def test_slices_that_make_no_model_are_refused(
 
 def test_an_adapter_of_any_model_is_merged_into_it_first(models: Path) -> None:
     keys = {"method": "linear", "dtype": "float32", "base": None}
-    experts = {"one": expert("m1", adapter="lora"), "two": expert("m2")}
+    experts = {"one": expert("m1", lora="lora"), "two": expert("m2")}
     _, merged = build(
         models, "adapted", **{key: value for key, value in keys.items() if value}, experts=experts
     )
@@ -227,7 +229,7 @@ def test_rows_are_matched_by_token_and_missing_ones_are_filled_in(models: Path) 
     assert not table[11].any()
     from transformers import AutoTokenizer
 
-    loaded = AutoTokenizer.from_pretrained(models / "export-rows")
+    loaded = AutoTokenizer.from_pretrained(models / "export-rows", trust_remote_code=False)
     assert set(expected) == set(loaded.get_vocab())
     for token, row in expected.items():
         number = loaded.convert_tokens_to_ids(token)
@@ -295,12 +297,12 @@ def test_kept_tensors_stay_the_bases(models: Path) -> None:
 
 
 def test_a_submitted_recipe_names_every_input_absolutely(models: Path) -> None:
-    slices = [{"layers": [0, 1]}, {"path": "m2", "adapter": "lora", "layers": [2, 3]}]
+    slices = [{"layers": [0, 1]}, {"path": "m2", "lora": "lora", "layers": [2, 3]}]
     tokens = {"a": {"source": {"model": "./t2", "token": "c"}}}
     recipe = ARITHMETIC | {
         "base_slices": slices,
-        "base_adapter": "lora",
-        "experts": {"m1": expert("m1", adapter="lora", slices=slices)},
+        "base_lora": "lora",
+        "experts": {"m1": expert("m1", lora="lora", slices=slices)},
         "tokenizer": {"source": "./t1", "tokens": tokens},
     }
     path = write(models, "submitted", **recipe)

@@ -120,7 +120,7 @@ def make_base(folder: Path, name: str) -> Any:
     model = transformers.AutoModelForCausalLM.from_config(config)
     randomise(model.parameters())
     model.save_pretrained(folder)
-    return transformers.AutoModelForCausalLM.from_pretrained(folder)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
 
 
 def randomise(parameters: Any) -> None:

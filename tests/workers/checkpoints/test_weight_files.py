@@ -20,7 +20,7 @@ from mmerge.workers.checkpoints.checkpoint import Checkpoint
 from mmerge.workers.checkpoints.reading import read_source
 from mmerge.workers.checkpoints.sources import OpenStores
 from mmerge.workers.composite.served_models import refuse_unserved
-from mmerge.workers.reconstruction.build_reader import BuildReader
+from mmerge.workers.reconstruction.language_reader import LanguageReader
 
 SHARDS = {
     "safetensors": ("model-0000{}-of-00002.safetensors", "model.safetensors.index.json"),
@@ -226,7 +226,7 @@ def test_a_model_whose_configuration_has_infinity_is_built_read_and_exported(lab
         text = path.read_text()
         path.write_text(text.replace("{", '{"time_step_limit": [0.0, Infinity], ', 1))
     report = run(make_plan(read_recipe(lab.write_recipe(raw))))
-    refuse_unserved(BuildReader(report.uri), None)
+    refuse_unserved(LanguageReader(report.uri), None)
     folder = lab.folder / "exported"
     export(report.uri, folder, expert="image")
     assert Checkpoint(str(folder), owner="base").config["time_step_limit"][1] == float("inf")

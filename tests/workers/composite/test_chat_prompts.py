@@ -116,8 +116,12 @@ def test_the_experts_own_chat_template_gives_the_logits_of_its_class(
     composite = load_composite(uri, mode="retention", expert="photo")
     logits = composite.logits(composite.prompt(QUESTION, [Part("image", folder / "a.png")]))
     export(uri, folder / "export", expert="photo")
-    own = transformers.LlavaForConditionalGeneration.from_pretrained(folder / "export").eval()
-    processor = transformers.AutoProcessor.from_pretrained(folder / "export")
+    own = transformers.LlavaForConditionalGeneration.from_pretrained(
+        folder / "export", trust_remote_code=False
+    ).eval()
+    processor = transformers.AutoProcessor.from_pretrained(
+        folder / "export", trust_remote_code=False
+    )
     content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     text = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True

@@ -33,13 +33,15 @@ def make_class_twin(encoder: MediaEncoder, language_model: Any, *, num_layers: i
         twin = type(encoder.model)(config)
     _share_tensors(twin, encoder.model)
     decoder, other = find_decoder(twin), find_decoder(language_model)
+    embedding = language_model.get_input_embeddings()
     for name, module in other.named_children():
-        if name not in ("layers", "embed_tokens", "rotary_emb"):
+        is_layers = isinstance(module, nn.ModuleList)
+        if not is_layers and module is not embedding and any(True for _ in module.parameters()):
             _share_module(decoder.get_submodule(name), module, owner=encoder.expert, path=name)
     layers: Any = decoder.get_submodule("layers")
     other_layers: Any = other.get_submodule("layers")
     for index in range(num_layers):
-        path = f"layers.{index}"
+        path = f"layer {index}"
         _share_module(layers[index], other_layers[index], owner=encoder.expert, path=path)
     _replace(twin, twin.get_output_embeddings(), language_model.get_output_embeddings())
     compute_buffers(twin)
