@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from mmerge.pipeline import make_plan, read_recipe, run
+from mmerge.workers.reconstruction.build_reader import BuildReader
+
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj")
 PREFIX = "base_model.model."
 
@@ -65,3 +68,19 @@ def delta_of(factors: dict[str, torch.Tensor], name: str, scale: float) -> torch
             factors[f"{path}.lora_B.weight"].double() @ factors[f"{path}.lora_A.weight"].double()
         ).float()
     )
+
+
+def make_float32_base(lab: Any) -> dict[str, Any]:
+    """Write a base in float32 and return a recipe of task arithmetic over it."""
+    lab.dtype = torch.float32
+    lab.make_base()
+    return {"name": "loras", "base": "base", "method": "task_arithmetic", "output": "store"}
+
+
+def build(lab: Any, raw: dict[str, Any], **options: Any) -> BuildReader:
+    run(make_plan(read_recipe(lab.write_recipe(raw)), **options))
+    return BuildReader(str(lab.folder / raw["output"]))
+
+
+def experts(*names: str, **numbers: Any) -> dict[str, Any]:
+    return {name: {"path": name, "modality": "text"} | numbers for name in names}

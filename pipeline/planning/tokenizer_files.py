@@ -62,7 +62,7 @@ def add_tokens(
             f"tokenizer: {source.uri} has no {TOKENIZER_FILE}, to which the tokens of other models"
             " are added. Save its tokenizer in the fast format (AutoTokenizer, save_pretrained)"
         )
-    raw = _parse(source, TOKENIZER_FILE, data)
+    raw = parse_object(source, TOKENIZER_FILE, data)
     described = _describe_tokens(givers)
     added = list(raw.get("added_tokens") or ())
     vocabulary = raw["model"].get("vocab")
@@ -77,7 +77,7 @@ def add_tokens(
     files[TOKENIZER_FILE] = _to_json(raw)
     config = files[CONFIG_FILE]
     if config is not None:
-        values = _parse(source, CONFIG_FILE, config)
+        values = parse_object(source, CONFIG_FILE, config)
         if isinstance(values.get("added_tokens_decoder"), dict):
             decoder = values["added_tokens_decoder"]
             for item in added:
@@ -103,7 +103,7 @@ def _describe_tokens(givers: Sequence[Checkpoint]) -> dict[str, dict[str, Any]]:
         data = checkpoint.read_small_file(TOKENIZER_FILE)
         if data is None:
             continue
-        for item in _parse(checkpoint, TOKENIZER_FILE, data).get("added_tokens") or ():
+        for item in parse_object(checkpoint, TOKENIZER_FILE, data).get("added_tokens") or ():
             described.setdefault(str(item["content"]), dict(item))
     return described
 
@@ -140,14 +140,15 @@ def find_common_template(checkpoints: Sequence[Checkpoint]) -> Any:
     return json.loads(next(text for text in texts if counts[text] == most))
 
 
-def _parse(checkpoint: Checkpoint, name: str, data: bytes) -> dict[str, Any]:
+def parse_object(checkpoint: Checkpoint, name: str, data: bytes) -> dict[str, Any]:
+    """Return the JSON object in a small file. Raises CheckpointError."""
     where = f"{checkpoint.owner}: {checkpoint.uri}/{name}"
     try:
         value = parse_json(data, what=where, max_bytes=len(data), allow_infinity=True)
     except ValueError as error:
-        raise CheckpointError(f"{error}. Fetch the tokenizer again") from error
+        raise CheckpointError(f"{error}. Fetch the file again") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{where}: is no JSON object. Fetch the tokenizer again")
+        raise CheckpointError(f"{where}: is no JSON object. Fetch the file again")
     return value
 
 

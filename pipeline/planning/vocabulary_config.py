@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from mmerge.manifests.digest import parse_json
 from mmerge.manifests.errors import CheckpointError
-from mmerge.pipeline.planning.tokenizer_files import Files
+from mmerge.pipeline.planning.tokenizer_files import Files, parse_object
 from mmerge.pipeline.planning.vocabulary_rows import TokenizedModel
 from mmerge.workers.families.registry import text_config_of
 
@@ -47,13 +46,7 @@ def change_vocabulary(
     data = model.checkpoint.read_small_file(GENERATION_FILE)
     if data is None:
         return changed, {}
-    where = f"{model.checkpoint.owner}: {model.checkpoint.uri}/{GENERATION_FILE}"
-    try:
-        generation = parse_json(data, what=where, max_bytes=len(data), allow_infinity=True)
-    except ValueError as error:
-        raise CheckpointError(f"{error}. Fetch the checkpoint again") from error
-    if not isinstance(generation, dict):
-        raise CheckpointError(f"{where}: is no JSON object. Fetch the checkpoint again")
+    generation = parse_object(model.checkpoint, GENERATION_FILE, data)
     new = _change_part(generation, ids, stated_rows=None, num_rows=num_rows)
     if new == generation:
         return changed, {}

@@ -47,7 +47,7 @@ def _list_properties(inspection: Inspection) -> list[tuple[str, str]]:
         ("path", inspection.uri),
         ("model type", inspection.model_type or "not stated"),
         ("class, or base of adapters", inspection.architecture or "not stated"),
-        ("files", f"{len(inspection.files):,} weight files"),
+        ("weight files", f"{len(inspection.files):,}"),
         ("tensors", f"{inspection.num_tensors:,}, {to_size(inspection.num_bytes)}"),
         ("dtypes", ", ".join(dtypes) or "unknown"),
         ("quantisation", inspection.quantization or "none"),

@@ -6,31 +6,27 @@ from typing import Any
 
 import pytest
 import torch
-from lab_adapters import LINEARS, PREFIX, delta_of, write_adapter
+from lab_adapters import (
+    LINEARS,
+    PREFIX,
+    build,
+    delta_of,
+    experts,
+    make_float32_base,
+    write_adapter,
+)
 
 from mmerge.manifests.errors import CheckpointError
-from mmerge.pipeline import make_plan, read_recipe, run
+from mmerge.pipeline import make_plan, read_recipe
 from mmerge.workers.checkpoints.reading import read_source
 from mmerge.workers.checkpoints.sources import OpenStores
 from mmerge.workers.exports.lora_average import write_average
-from mmerge.workers.reconstruction.build_reader import BuildReader
 from mmerge.workers.reconstruction.weights import text_weight
 
 
 @pytest.fixture
 def raw(lab: Any) -> dict[str, Any]:
-    lab.dtype = torch.float32
-    lab.make_base()
-    return {"name": "loras", "base": "base", "method": "task_arithmetic", "output": "store"}
-
-
-def build(lab: Any, raw: dict[str, Any], **options: Any) -> BuildReader:
-    run(make_plan(read_recipe(lab.write_recipe(raw)), **options))
-    return BuildReader(str(lab.folder / raw["output"]))
-
-
-def experts(*names: str, **numbers: Any) -> dict[str, Any]:
-    return {name: {"path": name, "modality": "text"} | numbers for name in names}
+    return make_float32_base(lab)
 
 
 def make_dora(lab: Any) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from lab_adapters import PREFIX, delta_of, write_adapter
+from lab_adapters import PREFIX, build, delta_of, experts, make_float32_base, write_adapter
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -22,30 +22,18 @@ from mmerge.manifests.errors import (
     RecipeError,
     ShapeMismatch,
 )
-from mmerge.pipeline import make_plan, read_recipe, run
+from mmerge.pipeline import make_plan, read_recipe
 from mmerge.pipeline.cli.main import app
 from mmerge.pipeline.evaluation.answers import read_answers
 from mmerge.workers.checkpoints.lora_weights import low_rank_rows
 from mmerge.workers.exports.lora import export_adapter
 from mmerge.workers.exports.lora_average import write_average
-from mmerge.workers.reconstruction.build_reader import BuildReader
 from mmerge.workers.reconstruction.weights import text_weight
 
 
 @pytest.fixture
 def raw(lab: Any) -> dict[str, Any]:
-    lab.dtype = torch.float32
-    lab.make_base()
-    return {"name": "loras", "base": "base", "method": "task_arithmetic", "output": "store"}
-
-
-def build(lab: Any, raw: dict[str, Any], **options: Any) -> BuildReader:
-    run(make_plan(read_recipe(lab.write_recipe(raw)), **options))
-    return BuildReader(str(lab.folder / raw["output"]))
-
-
-def experts(*names: str, **numbers: Any) -> dict[str, Any]:
-    return {name: {"path": name, "modality": "text"} | numbers for name in names}
+    return make_float32_base(lab)
 
 
 def test_the_task_vector_of_an_adapter_is_its_product(lab: Any, raw: dict[str, Any]) -> None:
