@@ -126,7 +126,6 @@ class ChatMessage(BaseModel):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Content]
-    name: str | None = None
 
 
 class StreamOptions(BaseModel):

@@ -225,6 +225,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "'ids' is no modality",
     ),
     "many media": ({"messages": [say(*[image()] * 33)]}, "33 media, at most 32"),
+    "a speaker's name": ({"messages": [say("x") | {"name": "Ann"}]}, r"messages\[0\].name: Extra"),
     "several answers": ({"n": 2}, "n: is not supported"),
     "tools": ({"tools": [{"type": "function"}]}, "tools: is not supported"),
     "logprobs": ({"logprobs": True}, "logprobs: is not supported"),
